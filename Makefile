@@ -1,0 +1,42 @@
+# make reproduce   set up, train the CPU ladder, write the report (resumable)
+# make test        set up, lint, run the tests
+# make test-all    the slow ones too
+# make bench       the training benchmark against PyTorch
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs/gains_with_scale
+BIN := $(VENV)/bin
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+
+.PHONY: reproduce test test-all lint bench setup setup-dev
+
+reproduce: setup
+	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
+	  --workdir=$(RUNS) --parallel=$(WORKERS)
+	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+bench: setup-dev
+	$(BIN)/python -m launch.benchmark train
+
+setup: $(VENV)/.requirements
+setup-dev: $(VENV)/.requirements-dev
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.requirements-dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/.requirements

@@ -1,0 +1,1 @@
+"""Multi-token prediction in JAX. Importing the package does no work."""

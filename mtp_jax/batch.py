@@ -1,0 +1,25 @@
+"""The one contract between data, model and loss.
+
+Legend: B batch, T sequence, M = 1 + mtp.depth.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+  """Packed rows, with the tokens that follow each row so that no target is lost.
+
+  tokens:           [B, T] int32.
+  segment_ids:      [B, T] int32; 0 is padding, 1, 2, ... the document within the row.
+  positions:        [B, T] int32; restarts at 0 with every document (and every row).
+  next_tokens:      [B, M] int32; the M tokens of the stream after the row.
+  next_segment_ids: [B, M] int32; their documents, in the numbering of the row.
+  """
+
+  tokens: np.ndarray
+  segment_ids: np.ndarray
+  positions: np.ndarray
+  next_tokens: np.ndarray
+  next_segment_ids: np.ndarray

@@ -1,0 +1,515 @@
+"""The whole experiment as frozen dataclasses without defaults.
+
+`experiments/base.py` holds every value once, as an ml_collections ConfigDict. This
+module turns such a dict into typed, immutable sections (`from_config_dict`), refuses
+what cannot work before any work is done (`validate`), and says what a config means
+for the model (`resolve`). Every error names the dotted key, the rule and the value.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A config value that breaks a rule; the message has dotted key, rule and value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkConfig:
+  """The shared trunk. `num_layers` counts the layers of the deployed NTP model."""
+
+  kind: Literal["llama", "gpt2"]
+  num_layers: int
+  embed_dim: int
+  mlp_dim: int
+  num_heads: int
+  num_kv_heads: int
+  tie_embeddings: bool
+  rope_theta: float
+  norm_eps: float
+  scan_layers: bool
+  remat: Literal["none", "names", "full"]
+  compute_dtype: Literal["auto", "float32", "bfloat16", "float64"]
+  attention: Literal["auto", "xla", "blocked", "cudnn"]
+
+  @property
+  def head_dim(self) -> int:
+    return self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MtpConfig:
+  """What is predicted beyond the next token, and how much it weighs.
+
+  depth:      D extra tokens; 0 is plain next-token prediction.
+  weight:     lambda. `mean` gives each depth lambda / D, `sum` gives each lambda.
+  schedule:   lambda over training: constant | piecewise (`weight` until
+              `schedule_fraction` of the steps, then `final_weight`) | linear (from
+              `weight` to `final_weight`) | anneal (linear to 0, reached at
+              `schedule_fraction`).
+  depth_weights: relative weight of each depth; empty means all equal.
+  curriculum: none | forward (depths switched on one by one) | reverse (switched off).
+  arm:        added (extra modules on top of the deployed model) | shortened (the trunk
+              loses as many layers as they add) | flops (plain NTP that is trained for
+              the FLOPs that this kind and depth would have cost).
+  """
+
+  kind: Literal["none", "parallel", "sequential", "linear"]
+  depth: int
+  weight: float
+  weighting: Literal["mean", "sum"]
+  schedule: Literal["constant", "piecewise", "linear", "anneal"]
+  schedule_fraction: float
+  final_weight: float
+  depth_weights: tuple[float, ...]
+  curriculum: Literal["none", "forward", "reverse"]
+  share_modules: bool
+  arm: Literal["added", "shortened", "flops"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """`block_tokens`: positions whose logits are alive at once, per device."""
+
+  block_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """bytes | bpe (trained on the corpus) | file (a Hugging Face tokenizer.json).
+
+  `vocab_size` is the size of the embedding: at least what the tokenizer needs.
+  """
+
+  kind: Literal["bytes", "bpe", "file"]
+  vocab_size: int
+  path: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows.
+
+  source:     stdlib | site_packages (sources of the installed packages) | files
+              (`path`: folder or glob) | jsonl (`path`: file or glob, plain, .gz or
+              .zst) | array_record (`path`: folder written by launch.prepare).
+  batch_size: sequences per optimizer step, over all devices and microbatches.
+  seed:       order of documents and rows; independent of the model's seed.
+  """
+
+  source: Literal["stdlib", "site_packages", "files", "jsonl", "array_record"]
+  path: str
+  text_field: str
+  seq_len: int
+  batch_size: int
+  seed: int
+  validation_fraction: float
+  test_fraction: float
+  num_workers: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """`learning_rate` is the peak for width `base_width`; see optimizer.py."""
+
+  kind: Literal["adamw", "muon"]
+  learning_rate: float
+  base_width: int
+  schedule: Literal["cosine", "wsd"]
+  warmup_fraction: float
+  decay_fraction: float
+  final_fraction: float
+  weight_decay: float
+  beta1: float
+  beta2: float
+  eps: float
+  clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """`diagnostics_every`: steps between comparisons of MTP and NTP gradient; 0 = off."""
+
+  num_steps: int
+  accumulation_steps: int
+  log_every: int
+  eval_every: int
+  diagnostics_every: int
+  max_nonfinite_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; `data = -1` takes all that are left."""
+
+  data: int
+  fsdp: int
+  tensor: int
+  context: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  every_steps: int
+  keep: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """What the final evaluation measures.
+
+  num_rows:       validation or test rows of `seq_len` tokens.
+  rows_per_document: at most so many rows of one document, so that many are covered.
+  line_prompts, function_prompts: held-out prompts of the generative metrics; 0 = off.
+  max_new_tokens: longest greedy completion.
+  """
+
+  split: Literal["validation", "test"]
+  num_rows: int
+  rows_per_document: int
+  batch_size: int
+  line_prompts: int
+  function_prompts: int
+  max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  name: str
+  seed: int
+  trunk: TrunkConfig
+  mtp: MtpConfig
+  loss: LossConfig
+  tokenizer: TokenizerConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  train: TrainConfig
+  mesh: MeshConfig
+  checkpoint: CheckpointConfig
+  eval: EvalConfig
+
+
+def from_config_dict(values: Any) -> Config:
+  """Builds a `Config` from a ConfigDict or plain nested dict.
+
+  Raises:
+    ConfigError: unknown key (with the nearest valid one), missing key, wrong type, or
+      a value outside a closed set of choices.
+  """
+  if hasattr(values, "to_dict"):
+    values = values.to_dict()
+  return _build(Config, values, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the config as nested plain dicts and lists, ready for JSON."""
+  return _plain(dataclasses.asdict(config))
+
+
+def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
+  """Returns `config` with dotted keys replaced, checked as `from_config_dict` does."""
+  values = to_dict(config)
+  for key, value in overrides.items():
+    set_dotted(values, key, value)
+  return from_config_dict(values)
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+  """Sets `values["a"]["b"] = value` for `key = "a.b"`; an unknown key raises."""
+  *sections, leaf = key.split(".")
+  node = values
+  for section in sections:
+    child = node.get(section)
+    if not isinstance(child, dict):
+      raise ConfigError(f"{key}: unknown key{_nearest(key, _dotted_keys(Config))}.")
+    node = child
+  if leaf not in node:
+    raise ConfigError(f"{key}: unknown key{_nearest(key, _dotted_keys(Config))}.")
+  node[leaf] = value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns `{"a.b": value}` for nested dicts."""
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+  """Returns `{dotted key: (value in a, value in b)}` for the keys that differ."""
+  left, right = flatten(to_dict(a)), flatten(to_dict(b))
+  return {k: (left[k], right[k]) for k in left if left[k] != right[k]}
+
+
+def num_added_layers(mtp: MtpConfig) -> int:
+  """Transformer layers that training has and the deployed NTP model has not."""
+  if mtp.depth == 0 or mtp.kind in ("none", "linear"):
+    return 0
+  if mtp.kind == "sequential" and mtp.share_modules:
+    return 1
+  return mtp.depth
+
+
+def num_trunk_layers(config: Config) -> int:
+  """Layers of the shared trunk, given the kind of predictor and the fairness arm.
+
+  `trunk.num_layers` counts what is deployed for next-token prediction. Parallel heads
+  deploy their first head, so their trunk is one layer shorter than the NTP trunk: with
+  D = 0 they are the same function. In the `shortened` arm (Gloeckle et al. 2024,
+  section 3) the trunk also gives up the layers of the extra modules.
+  """
+  layers = config.trunk.num_layers
+  if config.mtp.kind == "parallel":
+    layers -= 1
+  if config.mtp.arm == "shortened":
+    layers -= num_added_layers(config.mtp)
+  return layers
+
+
+def validate(config: Config, num_devices: int | None = None) -> None:
+  """Checks every rule that involves more than one value's type.
+
+  Args:
+    config: what to check.
+    num_devices: devices the mesh has to fill; None leaves the mesh product unchecked.
+
+  Raises:
+    ConfigError: with all broken rules, one per line.
+  """
+  errors: list[str] = []
+
+  def rule(ok: bool, key: str, text: str, context: str = "") -> None:
+    if not ok:
+      value = _get_dotted(config, key)
+      errors.append(f"{key} must be {text}, got {value!r}{context}.")
+
+  for key in (
+    "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
+    "trunk.num_kv_heads", "loss.block_tokens", "data.seq_len", "data.batch_size",
+    "optimizer.base_width", "train.num_steps", "train.accumulation_steps",
+    "train.log_every", "train.max_nonfinite_steps", "mesh.fsdp", "mesh.tensor",
+    "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
+    "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
+  ):
+    rule(_get_dotted(config, key) >= 1, key, "at least 1")
+  for key in (
+    "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
+    "eval.line_prompts", "eval.function_prompts",
+  ):
+    rule(_get_dotted(config, key) >= 0, key, "at least 0")
+  for key in ("mtp.weight", "mtp.final_weight", "optimizer.weight_decay"):
+    value = _get_dotted(config, key)
+    rule(math.isfinite(value) and value >= 0, key, "finite and not negative")
+  for key in (
+    "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
+    "trunk.rope_theta", "trunk.norm_eps",
+  ):
+    value = _get_dotted(config, key)
+    rule(math.isfinite(value) and value > 0, key, "finite and positive")
+  for key in ("optimizer.beta1", "optimizer.beta2"):
+    rule(0 <= _get_dotted(config, key) < 1, key, "in [0, 1)")
+  for key in (
+    "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
+    "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
+  ):
+    rule(0 <= _get_dotted(config, key) <= 1, key, "in [0, 1]")
+  if errors:  # The rules below divide by and compare the values checked above.
+    raise ConfigError("\n".join(errors))
+
+  trunk, mtp, data, mesh = config.trunk, config.mtp, config.data, config.mesh
+  rule(
+    trunk.embed_dim % trunk.num_heads == 0, "trunk.embed_dim",
+    f"divisible by trunk.num_heads ({trunk.num_heads})",
+  )
+  rule(
+    trunk.num_heads % trunk.num_kv_heads == 0, "trunk.num_heads",
+    f"divisible by trunk.num_kv_heads ({trunk.num_kv_heads})",
+  )
+  if trunk.kind == "llama":
+    rule(
+      trunk.head_dim % 2 == 0, "trunk.embed_dim",
+      f"such that embed_dim / num_heads is even for RoPE (it is {trunk.head_dim})",
+    )
+  if trunk.kind == "gpt2":
+    rule(
+      trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
+    )
+
+  if mtp.kind == "none":
+    rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
+  rule(
+    mtp.depth < data.seq_len, "mtp.depth",
+    f"less than data.seq_len ({data.seq_len})",
+  )
+  rule(
+    len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
+    f"empty or of length mtp.depth ({mtp.depth})",
+  )
+  rule(
+    all(math.isfinite(w) and w >= 0 for w in mtp.depth_weights), "mtp.depth_weights",
+    "finite and not negative",
+  )
+  if mtp.share_modules:
+    rule(
+      mtp.kind == "sequential", "mtp.share_modules",
+      f"false unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
+    )
+  if mtp.arm == "shortened":
+    rule(
+      num_added_layers(mtp) > 0, "mtp.arm",
+      f"'added' or 'flops': kind {mtp.kind!r} at depth {mtp.depth} adds no layer",
+    )
+  if mtp.arm == "flops":
+    rule(
+      mtp.depth > 0, "mtp.arm",
+      "'added' at mtp.depth 0: there are no extra FLOPs to match",
+    )
+  rule(
+    num_trunk_layers(config) >= 1, "trunk.num_layers",
+    f"large enough to leave a trunk of at least 1 layer "
+    f"(kind {mtp.kind!r}, depth {mtp.depth}, arm {mtp.arm!r} leave "
+    f"{num_trunk_layers(config)})",
+  )
+
+  rule(
+    data.batch_size % config.train.accumulation_steps == 0, "data.batch_size",
+    f"divisible by train.accumulation_steps ({config.train.accumulation_steps})",
+  )
+  rule(
+    data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
+    f"such that validation and test ({data.test_fraction}) leave text to train on",
+  )
+  if data.source in ("files", "jsonl", "array_record"):
+    rule(bool(data.path), "data.path", f"set for data.source {data.source!r}")
+  minimum = {"bytes": 258, "bpe": 260, "file": 1}[config.tokenizer.kind]
+  rule(
+    config.tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
+    f"at least {minimum} for tokenizer.kind {config.tokenizer.kind!r}",
+  )
+  if config.tokenizer.kind == "file":
+    rule(bool(config.tokenizer.path), "tokenizer.path", "set for kind 'file'")
+  rule(
+    config.optimizer.warmup_fraction + (
+      config.optimizer.decay_fraction if config.optimizer.schedule == "wsd" else 0
+    ) <= 1,
+    "optimizer.warmup_fraction", "such that warm-up and decay fit into training",
+  )
+
+  rule(mesh.data == -1 or mesh.data >= 1, "mesh.data", "-1 (the rest) or at least 1")
+  if num_devices is not None and not errors:
+    fixed = mesh.fsdp * mesh.tensor * mesh.context
+    if mesh.data == -1:
+      rule(
+        num_devices % fixed == 0, "mesh",
+        f"such that fsdp * tensor * context ({fixed}) divides the {num_devices} "
+        f"device(s)",
+      )
+    else:
+      rule(
+        fixed * mesh.data == num_devices, "mesh",
+        f"such that data * fsdp * tensor * context ({fixed * mesh.data}) equals the "
+        f"{num_devices} device(s)",
+      )
+    if not errors:
+      rows = mesh.fsdp * (num_devices // fixed if mesh.data == -1 else mesh.data)
+      micro = data.batch_size // config.train.accumulation_steps
+      rule(
+        micro % rows == 0, "data.batch_size",
+        f"such that a microbatch ({micro} rows) divides over mesh data * fsdp ({rows})",
+      )
+  rule(
+    data.seq_len % mesh.context == 0, "data.seq_len",
+    f"divisible by mesh.context ({mesh.context})",
+  )
+  for key in ("trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim"):
+    rule(
+      _get_dotted(config, key) % mesh.tensor == 0, key,
+      f"divisible by mesh.tensor ({mesh.tensor})",
+    )
+  rule(
+    config.tokenizer.vocab_size % mesh.tensor == 0, "tokenizer.vocab_size",
+    f"divisible by mesh.tensor ({mesh.tensor})",
+  )
+  rule(
+    trunk.embed_dim % mesh.fsdp == 0, "trunk.embed_dim",
+    f"divisible by mesh.fsdp ({mesh.fsdp})",
+  )
+  if errors:
+    raise ConfigError("\n".join(errors))
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, dict):
+    raise ConfigError(f"{prefix.rstrip('.')} must be a section, got {values!r}.")
+  fields = typing.get_type_hints(cls)
+  for key in values:
+    if key not in fields:
+      raise ConfigError(
+        f"{prefix}{key}: unknown key{_nearest(prefix + key, _dotted_keys(Config))}."
+      )
+  missing = [key for key in fields if key not in values]
+  if missing:
+    raise ConfigError(f"{prefix}{missing[0]}: missing key.")
+  return cls(**{k: _coerce(t, values[k], prefix + k) for k, t in fields.items()})
+
+
+def _coerce(kind: Any, value: Any, key: str) -> Any:
+  if dataclasses.is_dataclass(kind):
+    return _build(kind, value, key + ".")
+  if typing.get_origin(kind) is Literal:
+    choices = typing.get_args(kind)
+    if value not in choices:
+      raise ConfigError(
+        f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+      )
+    return value
+  if typing.get_origin(kind) is tuple:
+    (item, _) = typing.get_args(kind)
+    if not isinstance(value, (list, tuple)):
+      raise ConfigError(f"{key} must be a sequence of {item.__name__}, got {value!r}.")
+    return tuple(_coerce(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if type(value) is not kind:
+    raise ConfigError(f"{key} must be of type {kind.__name__}, got {value!r}.")
+  return value
+
+
+def _get_dotted(config: Any, key: str) -> Any:
+  node = config
+  for part in key.split("."):
+    node = getattr(node, part)
+  return node
+
+
+def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
+  keys = []
+  for name, kind in typing.get_type_hints(cls).items():
+    if dataclasses.is_dataclass(kind):
+      keys += [prefix + name, *_dotted_keys(kind, f"{prefix}{name}.")]
+    else:
+      keys.append(prefix + name)
+  return keys
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+  matches = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+  return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  return value
+
+

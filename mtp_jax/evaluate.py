@@ -1,0 +1,278 @@
+"""What a trained model is worth: losses per depth, agreement, and generation.
+
+Four things are called "acceptance" elsewhere; ours are told apart. *Accuracy* compares
+depth m with the data. *Teacher-forced agreement* compares it with the trunk's own arg
+max for the same token, on true prefixes. *Joint prefix agreement* asks that depths
+1..m all agree at once, and one plus the sum of those is the *simulated accepted
+length*. What is accepted while decoding is measured by decoding, not here.
+
+Every mean is a ratio of sums over documents, with the standard error of that ratio by
+linearisation over documents (Cochran 1977, section 6.4).
+
+Legend: B batch, T sequence, M = 1 + depth.
+"""
+
+import ast
+import functools
+import math
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config
+from mtp_jax.decode.greedy import generate
+from mtp_jax.losses import token_stats
+from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
+from mtp_jax.sharding import put_batch
+from mtp_jax.targets import future_targets
+
+
+def row_sums(
+  config: Config, params: Any, batch: Batch, token_bytes_V: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns per-row sums; every entry has a leading B axis.
+
+  nll, correct, count [B, M] are over valid targets of each depth; agree, prefix [B, D]
+  and reachable [B] over the positions where all D drafts can be compared with the
+  trunk's choice inside the row; bytes [B] counts the bytes of the next-token targets.
+  """
+  hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
+  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  stats = token_stats(
+    hidden_MBTD, unembed_matrix(params, config), targets_MBT, config.loss.block_tokens
+  )
+  depth, length = config.mtp.depth, batch.tokens.shape[1]
+  sum_rows = lambda x: jnp.sum(x, axis=-1, dtype=jnp.float32)  # noqa: E731
+  trunk_BT = stats.argmax_MBT[0]
+  # Position i + m holds the trunk's own choice of the token that depth m drafts at i.
+  reachable_BT = mask_MBT[depth] & (jnp.arange(length) < length - depth)
+  agree, prefix, so_far_BT = [], [], reachable_BT
+  for m in range(1, 1 + depth):
+    chosen_BT = jnp.roll(trunk_BT, -m, axis=1)  # The wrapped end is not reachable.
+    agree_BT = reachable_BT & (stats.argmax_MBT[m] == chosen_BT)
+    so_far_BT = so_far_BT & agree_BT
+    agree.append(sum_rows(agree_BT))
+    prefix.append(sum_rows(so_far_BT))
+  no_depth = jnp.zeros((batch.tokens.shape[0], 0), jnp.float32)
+  return {
+    "nll": sum_rows(jnp.where(mask_MBT, stats.nll_MBT, 0.0)).T,
+    "correct": sum_rows(mask_MBT & (stats.argmax_MBT == targets_MBT)).T,
+    "count": sum_rows(mask_MBT).T,
+    "agree": jnp.stack(agree, axis=1) if agree else no_depth,
+    "prefix": jnp.stack(prefix, axis=1) if prefix else no_depth,
+    "reachable": sum_rows(reachable_BT),
+    "bytes": sum_rows(jnp.where(mask_MBT[0], token_bytes_V[targets_MBT[0]], 0)),
+  }
+
+
+@functools.lru_cache(maxsize=32)
+def row_sums_program(shape: Config) -> Any:
+  """Returns `row_sums` compiled for a shape of trial (`train_step.shape_of`)."""
+  return jax.jit(functools.partial(row_sums, shape))
+
+
+def document_sums(
+  shape: Config,
+  params: Any,
+  batches: Iterable[tuple[Batch, np.ndarray]],
+  token_bytes_V: np.ndarray,
+  mesh: jax.sharding.Mesh,
+) -> dict[str, np.ndarray]:
+  """Returns `row_sums` added up per document: leading axis = documents seen.
+
+  `batches` yields (Batch, document index per row); a negative index is padding.
+  """
+  program = row_sums_program(shape)
+  table = np.zeros(shape.tokenizer.vocab_size, np.int32)
+  table[: len(token_bytes_V)] = token_bytes_V
+  rows, documents = [], []
+  for batch, document_B in batches:
+    sums = program(params, put_batch(mesh, batch), table)
+    rows.append(jax.tree.map(np.asarray, sums))
+    documents.append(document_B)
+  document = np.concatenate(documents)
+  real = document >= 0
+  _, index = np.unique(document[real], return_inverse=True)
+
+  def add_up(*parts: np.ndarray) -> np.ndarray:
+    values = np.concatenate(parts)[real].astype(np.float64)
+    total = np.zeros((index.max() + 1, *values.shape[1:]))
+    np.add.at(total, index, values)
+    return total
+
+  return jax.tree.map(add_up, *rows)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float]:
+  """Returns mean and standard error over documents of a ratio of sums.
+
+  The mean is NaN without any count; the error is NaN with fewer than two documents.
+  """
+  total, n = denominator.sum(), len(denominator)
+  if total == 0:
+    return {"mean": math.nan, "stderr": math.nan}
+  mean = numerator.sum() / total
+  if n < 2:
+    return {"mean": float(mean), "stderr": math.nan}
+  residual = numerator - mean * denominator
+  error = np.sqrt(n / (n - 1) * np.square(residual).sum()) / total
+  return {"mean": float(mean), "stderr": float(error)}
+
+
+def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the likelihood part of eval.json from `document_sums`."""
+  num_predictors = sums["nll"].shape[1]
+  loss = [ratio(sums["nll"][:, m], sums["count"][:, m]) for m in range(num_predictors)]
+  reachable = sums["reachable"]
+  drafts = range(num_predictors - 1)
+  return {
+    "num_documents": len(reachable),
+    "main_loss": loss[0],
+    "bits_per_byte": ratio(sums["nll"][:, 0] / math.log(2), sums["bytes"]),
+    "depth_loss": [
+      x | {"count": int(sums["count"][:, m].sum())} for m, x in enumerate(loss)
+    ],
+    "depth_accuracy": [
+      ratio(sums["correct"][:, m], sums["count"][:, m]) for m in range(num_predictors)
+    ],
+    "teacher_forced_agreement": [ratio(sums["agree"][:, k], reachable) for k in drafts],
+    "joint_prefix_agreement": [ratio(sums["prefix"][:, k], reachable) for k in drafts],
+    "simulated_accepted_length": ratio(
+      reachable + sums["prefix"].sum(axis=1), reachable
+    ),
+  }
+
+
+def line_prompts(
+  texts: Iterable[str], limit: int, prompt_bytes: int, max_line: int
+) -> list[tuple[str, str]]:
+  """Returns up to `limit` (prompt, next line) pairs, one per held-out text.
+
+  The prompt ends with a newline in the middle of the file, and the line after it is not
+  blank and at most `max_line` bytes long.
+  """
+  pairs = []
+  for text in texts:
+    if len(pairs) == limit:
+      break
+    lines = text.split("\n")
+    middle = len(lines) // 2
+    usable = (
+      i for i in range(max(middle, 1), len(lines) - 1)
+      if lines[i].strip() and len(lines[i].encode()) <= max_line
+    )
+    i = next(usable, None)
+    if i is not None:
+      before = "\n".join(lines[:i]) + "\n"
+      pairs.append((_last_bytes(before, prompt_bytes), lines[i]))
+  return pairs
+
+
+def function_prompts(
+  texts: Iterable[str], limit: int, prompt_bytes: int
+) -> list[str]:
+  """Returns up to `limit` headers of held-out functions, one per text, dedented.
+
+  A prompt runs from `def` to the end of the first line of the body, so that the
+  indentation is given; functions with longer headers or decorators are passed over.
+  """
+  prompts = []
+  for text in texts:
+    if len(prompts) == limit:
+      break
+    try:
+      tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # Not Python, or Python of another version.
+      continue
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+      if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
+        continue
+      end = node.body[0].end_lineno
+      header = textwrap.dedent("".join(lines[node.lineno - 1 : end]))
+      if len(header.encode()) <= prompt_bytes and _parses(header):
+        prompts.append(header)
+        break
+  return prompts
+
+
+def completed_function(prompt: str, completion: str) -> str | None:
+  """Returns the source of the completed function, or None if nothing was added.
+
+  The function ends before the first line that is not indented. A completion that ran
+  into its length limit loses its last, partial line.
+  """
+  body, ended = [], False
+  *whole, partial = completion.split("\n")
+  for line in whole:
+    if line.strip() and not line.startswith((" ", "\t")):
+      ended = True
+      break
+    body.append(line)
+  if not ended and not partial.strip():
+    body.append(partial)
+  source = "\n".join(body)
+  return prompt + source + "\n" if source.strip() else None
+
+
+def generative_metrics(
+  config: Config, params: Any, tokenizer: Any, texts: list[str]
+) -> dict[str, Any]:
+  """Returns next-line exact match and the share of completed functions that parse.
+
+  Both decode greedily with the deployed model, extra heads deleted. Errors are binomial
+  (one prompt per document). An entry is None where it is off or no text suits it.
+  """
+  params, plain = deployed(params, config)
+  limits = config.eval
+  prompt_length = config.data.seq_len - limits.max_new_tokens
+  newline = tokenizer.encode("\n")
+  stop_at_line = (int(newline[-1]), tokenizer.eos_id)
+
+  def complete(prompts: list[str], stop_ids: tuple[int, ...]) -> list[str]:
+    ids = [tokenizer.encode(p)[-prompt_length:] for p in prompts]
+    done = generate(
+      params, plain, ids, limits.max_new_tokens, stop_ids, prompt_length
+    )
+    return [tokenizer.decode(x) for x in done]
+
+  pairs = line_prompts(
+    texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
+  )
+  lines = complete([prompt for prompt, _ in pairs], stop_at_line)
+  # A BPE token may hold the newline and more; the line is what comes before it.
+  exact = [x.split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)]
+
+  headers = function_prompts(texts, limits.function_prompts, prompt_length)
+  bodies = complete(headers, (tokenizer.eos_id,))
+  sources = [completed_function(h, b) for h, b in zip(headers, bodies, strict=True)]
+  parses = [source is not None and _parses(source) for source in sources]
+  return {
+    "next_line_exact_match": _proportion(exact),
+    "function_parses": _proportion(parses),
+  }
+
+
+def _proportion(outcomes: list[bool]) -> dict[str, float] | None:
+  if not outcomes:
+    return None
+  n, mean = len(outcomes), sum(outcomes) / len(outcomes)
+  return {"mean": mean, "stderr": math.sqrt(mean * (1 - mean) / n), "count": n}
+
+
+def _parses(source: str) -> bool:
+  try:
+    ast.parse(source)
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    return False
+  return True
+
+
+def _last_bytes(text: str, limit: int) -> str:
+  """The longest end of `text` of at most `limit` bytes that is valid UTF-8."""
+  return text.encode()[-limit:].decode("utf-8", errors="ignore")

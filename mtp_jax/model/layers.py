@@ -1,0 +1,100 @@
+"""The small parts: norms, embeddings, rotary positions.
+
+Legend: B batch, T sequence, D embed, N heads, H head dim, V vocab.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import TrunkConfig
+
+
+def compute_dtype(trunk: TrunkConfig) -> Any:
+  """Returns the dtype of activations: bfloat16 on accelerators, float32 on CPU."""
+  if trunk.compute_dtype == "auto":
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  return jnp.dtype(trunk.compute_dtype)
+
+
+def partitioned(init: nn.initializers.Initializer, *axes: str) -> Any:
+  """Returns `init` with the logical axes that `sharding.AXIS_RULES` maps."""
+  return nn.with_logical_partitioning(init, axes)
+
+
+def fan_in_normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer:
+  """Returns a normal initializer of standard deviation gain / sqrt(fan_in)."""
+  return nn.initializers.normal(gain * fan_in**-0.5)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm with a learned scale; statistics in at least float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.param(
+      "scale", partitioned(nn.initializers.ones, "norm"), (x.shape[-1],)
+    )
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+    return (wide * inverse * scale_D).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Layer norm with learned scale and bias; statistics in at least float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dim = x.shape[-1]
+    scale_D = self.param("scale", partitioned(nn.initializers.ones, "norm"), (dim,))
+    bias_D = self.param("bias", partitioned(nn.initializers.zeros, "norm"), (dim,))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + self.eps)
+    return (normed * scale_D + bias_D).astype(x.dtype)
+
+
+def make_norm(trunk: TrunkConfig, name: str | None = None) -> nn.Module:
+  """Returns the trunk's kind of norm."""
+  kind = RMSNorm if trunk.kind == "llama" else LayerNorm
+  return kind(trunk.norm_eps, name=name)
+
+
+class Embedding(nn.Module):
+  """A table of `num_entries` vectors; `axis` is the logical axis of its entries."""
+
+  num_entries: int
+  dim: int
+  axis: str
+  stddev: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    table = self.param(
+      "embedding",
+      partitioned(nn.initializers.normal(self.stddev), self.axis, "embed"),
+      (self.num_entries, self.dim),
+    )
+    return jnp.take(table.astype(self.dtype), ids, axis=0)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+  """Applies rotary position embedding (Su et al. 2021), halves rotated as in Llama."""
+  half = x_BTNH.shape[-1] // 2
+  wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+  frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+  angle_BT1F = positions_BT[:, :, None, None].astype(wide) * frequency
+  cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
+  first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BTNH.dtype)

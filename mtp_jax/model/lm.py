@@ -1,0 +1,131 @@
+"""The language model: embedding, trunk, predictors, unembedding.
+
+Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config, num_trunk_layers
+from mtp_jax.model.attention import KVCache
+from mtp_jax.model.layers import Embedding, compute_dtype, make_norm, partitioned
+from mtp_jax.model.mtp import KINDS
+from mtp_jax.model.trunk import Trunk
+from mtp_jax.sharding import constrain
+from mtp_jax.targets import shifted_tokens
+
+
+class MtpLm(nn.Module):
+  """Tokens to the normed hidden state of every depth; logits are left to the loss."""
+
+  config: Config
+
+  def setup(self):
+    trunk = self.config.trunk
+    dtype = compute_dtype(trunk)
+    vocab = self.config.tokenizer.vocab_size
+    # Tied tables also serve as the output matrix, so they start small (GPT-2: 0.02).
+    stddev = 0.02 if trunk.tie_embeddings else 1.0
+    self.embed = Embedding(vocab, trunk.embed_dim, "vocab", stddev, dtype)
+    if trunk.kind == "gpt2":
+      length = self.config.data.seq_len
+      self.position_embed = Embedding(
+        length, trunk.embed_dim, "position", stddev, dtype
+      )
+    self.trunk = Trunk(trunk, num_trunk_layers(self.config))
+    self.final_norm = make_norm(trunk)
+    self.mtp = KINDS[self.config.mtp.kind](trunk, self.config.mtp)
+    if not trunk.tie_embeddings:
+      self.unembed = Unembed(vocab, trunk.embed_dim)
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m."""
+    if not self.config.trunk.tie_embeddings:
+      self.unembed()  # Creates the parameter; the loss reads it from the tree.
+    residual_BTD, _ = self._trunk(batch.tokens, batch.positions, batch.segment_ids)
+    hidden_MBTD = self.mtp(
+      residual_BTD,
+      self.final_norm,
+      lambda k: self.embed(shifted_tokens(batch, k)[0]),
+      batch.positions,
+      batch.segment_ids,
+    )
+    return constrain(hidden_MBTD, None, "batch", "seq", "act_embed")
+
+  def decode(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+  ) -> tuple[jax.Array, KVCache]:
+    """Runs the plain NTP model on T new tokens; see `deployed` and `empty_cache`.
+
+    Returns `(hidden_BTD, cache)` with the new tokens' keys written at their positions.
+    """
+    ones_BT = jnp.ones_like(tokens_BT)
+    residual_BTD, cache = self._trunk(tokens_BT, positions_BT, ones_BT, cache)
+    return self.final_norm(residual_BTD), cache
+
+  def _trunk(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
+    x_BTD = self.embed(tokens_BT)
+    if self.config.trunk.kind == "gpt2":
+      x_BTD += self.position_embed(positions_BT)
+    return self.trunk(x_BTD, positions_BT, segment_ids_BT, cache)
+
+
+class Unembed(nn.Module):
+  """The untied output matrix; holds the parameter, the loss multiplies by it."""
+
+  vocab_size: int
+  dim: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    # Variance 1 / fan_in^2: the readout of muP (Yang et al. 2022, table 3).
+    init = partitioned(nn.initializers.normal(1 / self.dim), "embed", "vocab")
+    return self.param("kernel", init, (self.dim, self.vocab_size))
+
+
+def unembed_matrix(params: dict, config: Config) -> jax.Array:
+  """Returns unembed_DV in the compute dtype: its own, or the embedding transposed."""
+  if config.trunk.tie_embeddings:
+    matrix_DV = params["embed"]["embedding"].T
+  else:
+    matrix_DV = params["unembed"]["kernel"]
+  return matrix_DV.astype(compute_dtype(config.trunk))
+
+
+def deployed(params: dict, config: Config) -> tuple[dict, Config]:
+  """Returns `(params, config)` of the plain NTP model: all extra predictors deleted.
+
+  The first parallel head becomes the last trunk layer, which is the same function.
+  """
+  plain = dataclasses.replace(config.mtp, kind="none", depth=0, arm="added")
+  plain = dataclasses.replace(plain, share_modules=False, depth_weights=())
+  layers = num_trunk_layers(config) + (config.mtp.kind == "parallel")
+  trunk = dataclasses.replace(config.trunk, num_layers=layers)
+  kept = {name: tree for name, tree in params.items() if name != "mtp"}
+  if config.mtp.kind == "parallel":
+    blocks = jax.tree.map(
+      lambda trunk, heads: jnp.concatenate([trunk, heads[:1]]),
+      params["trunk"]["blocks"],
+      params["mtp"]["heads"],
+    )
+    kept["trunk"] = {"blocks": blocks}
+  return kept, dataclasses.replace(config, mtp=plain, trunk=trunk)
+
+
+def empty_cache(config: Config, rows: int, slots: int) -> KVCache:
+  """Returns zeroed keys and values [L, B, S, K, H] for a plain NTP config."""
+  trunk = config.trunk
+  shape = (num_trunk_layers(config), rows, slots, trunk.num_kv_heads, trunk.head_dim)
+  zeros = jnp.zeros(shape, compute_dtype(trunk))
+  return KVCache(zeros, zeros)
+
+
+def zeros_batch(config: Config, rows: int = 1) -> Batch:
+  """Returns an all-padding batch of the config's shape, to initialise with."""
+  shape, extra = (rows, config.data.seq_len), (rows, 1 + config.mtp.depth)
+  zeros = lambda s: jnp.zeros(s, jnp.int32)  # noqa: E731
+  return Batch(zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra))

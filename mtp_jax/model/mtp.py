@@ -1,0 +1,197 @@
+"""The predictors of more than one token, behind one call signature.
+
+Each takes the trunk's un-normed residual stream, the trunk's final norm, the embeddings
+of the following tokens and the positions and documents, and returns the normed hidden
+state of every depth, [M, B, T, D], ready for the shared unembedding. Depth m predicts
+token i + 1 + m at position i. All run on all T positions; a position whose target lies
+in another document is masked in the loss, and because attention is causal within
+documents no valid position ever sees it.
+
+Legend: B batch, T sequence, D embed, M = 1 + depth.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import MtpConfig, TrunkConfig
+from mtp_jax.model.block import Block, rematted
+from mtp_jax.model.dense_ops import dense
+from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
+from mtp_jax.sharding import constrain
+
+Norm = Callable[[jax.Array], jax.Array]
+# k -> embedding_BTD of the token k places after each position.
+EmbedAhead = Callable[[int], jax.Array]
+
+
+class NextToken(nn.Module):
+  """Plain next-token prediction: the trunk's state is the only one."""
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    residual_BTD: jax.Array,
+    final_norm: Norm,
+    embed_ahead: EmbedAhead,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    del embed_ahead, positions_BT, segment_ids_BT
+    return final_norm(residual_BTD)[None]
+
+
+class LinearHeads(nn.Module):
+  """One bare linear map per extra depth on the trunk's normed state: the ablation."""
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    residual_BTD: jax.Array,
+    final_norm: Norm,
+    embed_ahead: EmbedAhead,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    del embed_ahead, positions_BT, segment_ids_BT
+    depth, dim = self.mtp.depth, self.trunk.embed_dim
+    hidden_BTD = final_norm(residual_BTD)
+    maps = self.param(
+      "maps",
+      partitioned(fan_in_normal(dim), "depths", "embed", "embed_out"),
+      (depth, dim, dim),
+    ).astype(hidden_BTD.dtype)
+    heads = [dense(hidden_BTD, maps[k]) for k in range(depth)]
+    return jnp.stack([hidden_BTD, *heads])
+
+
+class ParallelHeads(nn.Module):
+  """n = D + 1 heads, each one transformer layer on the same trunk state.
+
+  Gloeckle et al. 2024, section 2. The next-token head is the first of the n and has its
+  own layer. All share the final norm and the unembedding, so that with D = 0 trunk and
+  head together are the plain model with one more trunk layer.
+  """
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    residual_BTD: jax.Array,
+    final_norm: Norm,
+    embed_ahead: EmbedAhead,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    del embed_ahead
+
+    def head(block: nn.Module, x_BTD: jax.Array, _: None):
+      return x_BTD, block(x_BTD, positions_BT, segment_ids_BT)[0]
+
+    num_heads = 1 + self.mtp.depth
+    _, heads_MBTD = nn.scan(
+      head,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=num_heads,
+      unroll=1 if self.trunk.scan_layers else num_heads,
+      metadata_params={nn.PARTITION_NAME: "depths"},
+    )(rematted(Block, self.trunk)(self.trunk, name="heads"), residual_BTD, None)
+    return final_norm(heads_MBTD)
+
+
+class SequentialModule(nn.Module):
+  """One module of the causal chain, DeepSeek-V3 equations 21 and 22."""
+
+  trunk: TrunkConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    hidden_BTD: jax.Array,
+    embedding_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    """Returns the normed state of this depth from that of the one before."""
+    dim, dtype = self.trunk.embed_dim, compute_dtype(self.trunk)
+    joined = jnp.concatenate(
+      [
+        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
+        make_norm(self.trunk, "embed_norm")(embedding_BTD),
+      ],
+      axis=-1,
+    )
+    projection = self.param(
+      "projection",
+      partitioned(fan_in_normal(2 * dim), "concat", "embed"),
+      (2 * dim, dim),
+    )
+    x_BTD = dense(joined, projection.astype(dtype))
+    x_BTD, _ = Block(self.trunk, name="block")(x_BTD, positions_BT, segment_ids_BT)
+    return make_norm(self.trunk, "out_norm")(x_BTD)
+
+
+class SequentialModules(nn.Module):
+  """The complete causal chain of D modules (DeepSeek-V3, section 2.2).
+
+  `h_k = out_norm(Block_k(W_k [norm(h_{k-1}); norm(Emb(t_{i+k}))]))` with h_0 the
+  trunk's normed state. Gradients flow through the whole chain. With `share_modules` one
+  module serves every depth.
+  """
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    residual_BTD: jax.Array,
+    final_norm: Norm,
+    embed_ahead: EmbedAhead,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> jax.Array:
+    depth, shared = self.mtp.depth, self.mtp.share_modules
+    hidden_BTD = final_norm(residual_BTD)
+    if depth == 0:
+      return hidden_BTD[None]
+    ahead_kBTD = jnp.stack([embed_ahead(k) for k in range(1, 1 + depth)])
+
+    def step(module: nn.Module, h_BTD: jax.Array, embedding_BTD: jax.Array):
+      embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
+      h_BTD = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
+      return h_BTD, h_BTD
+
+    _, chain = nn.scan(
+      step,
+      variable_broadcast="params" if shared else False,
+      variable_axes={} if shared else {"params": 0},
+      split_rngs={"params": not shared},
+      length=depth,
+      unroll=1 if self.trunk.scan_layers else depth,
+      metadata_params={nn.PARTITION_NAME: "depths"},
+    )(
+      rematted(SequentialModule, self.trunk)(self.trunk, name="modules"),
+      hidden_BTD,
+      ahead_kBTD,
+    )
+    return jnp.concatenate([hidden_BTD[None], chain])
+
+
+KINDS: dict[str, type[nn.Module]] = {
+  "none": NextToken,
+  "linear": LinearHeads,
+  "parallel": ParallelHeads,
+  "sequential": SequentialModules,
+}

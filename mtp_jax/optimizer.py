@@ -1,0 +1,126 @@
+"""AdamW and Muon, their schedules, and how the learning rate follows the width.
+
+Parameterisation: a config's learning rate is the peak for `base_width`. Matrices that
+map width to width, and an untied output matrix, use it times `base_width / embed_dim`;
+embeddings, norms and biases use it as it is. With initial variance 1 / fan_in for
+hidden and 1 / fan_in^2 for output matrices this is muP for Adam (Yang et al. 2022,
+arXiv 2203.03466, table 3) at a fixed head size. Muon (Jordan et al. 2024)
+orthogonalises the hidden matrices, its updates scaled to an RMS of 0.2 (Liu et al.
+2025, arXiv 2502.16982) so that the same learning rates and width rule serve; all else
+gets AdamW.
+
+The learning rate itself is traced: the optax chain yields the update per unit of
+learning rate, and `apply` multiplies.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax.config import Config, OptimizerConfig
+
+_STACKED = ("layers", "depths")
+
+
+def schedule_at(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
+  """Returns the learning rate relative to its peak at `progress` in [0, 1].
+
+  Linear warm-up, then `cosine` to `final_fraction`, or `wsd`: constant until the last
+  `decay_fraction`, then linear to `final_fraction` (Hu et al. 2024, arXiv 2404.06395).
+  """
+  warmup = config.warmup_fraction
+  rise = progress / warmup if warmup > 0 else jnp.inf
+  if config.schedule == "cosine":
+    after = jnp.clip((progress - warmup) / max(1.0 - warmup, 1e-9), 0.0, 1.0)
+    fall = 0.5 * (1.0 + jnp.cos(jnp.pi * after))
+  else:
+    decay = max(config.decay_fraction, 1e-9)
+    fall = jnp.clip((1.0 - progress) / decay, 0.0, 1.0)
+  floor = config.final_fraction
+  return jnp.minimum(rise, floor + (1.0 - floor) * fall)
+
+
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+  """Returns the chain: clip, then AdamW or Muon, per unit of learning rate.
+
+  `axes` is the tree of logical axes of the parameters. Weight decay acts on matrices
+  (embeddings included), not on norms and biases.
+  """
+  decayed = jax.tree.map(_is_matrix, axes, is_leaf=_is_axes)
+  chain = [optax.clip_by_global_norm(config.clip_norm)]
+  if config.kind == "adamw":
+    chain.append(
+      optax.adamw(
+        1.0,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+      )
+    )
+  else:
+    numbers = jax.tree_util.tree_map_with_path(
+      lambda path, names: _muon_axes(names) if _is_hidden(path, names) else None,
+      axes,
+      is_leaf=_is_axes,
+    )
+    chain.append(
+      optax.contrib.muon(
+        1.0,
+        beta=0.95,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=config.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=numbers,
+      )
+    )
+  return optax.chain(*chain)
+
+
+def learning_rate_scales(config: Config, axes: Any) -> Any:
+  """Returns each parameter's factor on the learning rate (see the module docstring)."""
+  scale = config.optimizer.base_width / config.trunk.embed_dim
+
+  def factor(path: Any, names: tuple[str, ...]) -> float:
+    return scale if _is_hidden(path, names) or path[0].key == "unembed" else 1.0
+
+  return jax.tree_util.tree_map_with_path(factor, axes, is_leaf=_is_axes)
+
+
+def apply(params: Any, updates: Any, learning_rate: jax.Array, scales: Any) -> Any:
+  """Returns `params + learning_rate * scale * update` for every parameter."""
+  return jax.tree.map(
+    lambda p, u, s: p + (learning_rate * s * u).astype(p.dtype), params, updates, scales
+  )
+
+
+def _is_axes(node: Any) -> bool:
+  return isinstance(node, tuple)
+
+
+def _own_axes(names: tuple[str, ...]) -> list[int]:
+  """The dimensions that are not a stack of layers or depths."""
+  return [i for i, name in enumerate(names) if name not in _STACKED]
+
+
+def _is_matrix(names: tuple[str, ...]) -> bool:
+  return "norm" not in names and ("embed" in names or "concat" in names)
+
+
+def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:
+  """Whether the parameter maps the width to (a multiple of) the width."""
+  return path[0].key in ("trunk", "mtp") and _is_matrix(names)
+
+
+def _muon_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
+  """Inputs and outputs of a matrix, heads perhaps split: [D, N, H], [N, H, D]."""
+  own = _own_axes(names)
+  split = 1 if names[own[0]] in ("embed", "concat") else len(own) - 1
+  return optax.contrib.MuonDimensionNumbers(tuple(own[:split]), tuple(own[split:]))

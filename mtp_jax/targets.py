@@ -1,0 +1,54 @@
+"""Future targets and masks: pure index arithmetic, the heart of multi-token prediction.
+
+Depth m = 0..D predicts token i + 1 + m from position i (m = 0 is next-token
+prediction). Every offset is taken from the source in one shot. Repeating a one-step
+shift of tokens *and* segment ids would compare neighbours instead of the two ends, and
+from depth 2 on would score tokens of the next document.
+
+Legend: B batch, T sequence, M = 1 + depth.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.batch import Batch
+
+
+def shifted_tokens(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
+  """Returns `(tokens_BT, segment_ids_BT)` that stand `offset` places after each token.
+
+  `offset` is in [0, M]; the tokens after the row come from `next_tokens`.
+  """
+  length = batch.tokens.shape[1]
+  tokens = jnp.concatenate([batch.tokens, batch.next_tokens], axis=1)
+  segments = jnp.concatenate([batch.segment_ids, batch.next_segment_ids], axis=1)
+  return (
+    jax.lax.slice_in_dim(tokens, offset, offset + length, axis=1),
+    jax.lax.slice_in_dim(segments, offset, offset + length, axis=1),
+  )
+
+
+def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
+  """Returns `(targets_MBT, mask_MBT)` for M = 1 + depth predictors.
+
+  `mask[m, b, i]` is true where token i + 1 + m exists and belongs to the same document
+  as token i. With two documents a, b in a row of 5 and the tokens after it:
+
+    tokens     a0 a1 a2 b0 b1 | b2 b3
+    depth 0    a1 a2  .  b1 b2
+    depth 1    a2  .  .  b2 b3
+
+  Raises:
+    ValueError: if the batch holds fewer than M tokens after the row.
+  """
+  if batch.next_tokens.shape[1] < 1 + depth:
+    raise ValueError(
+      f"batch.next_tokens must hold at least 1 + depth = {1 + depth} tokens after the "
+      f"row, got {batch.next_tokens.shape[1]}."
+    )
+  shifted = [shifted_tokens(batch, 1 + m) for m in range(1 + depth)]
+  targets_MBT = jnp.stack([tokens for tokens, _ in shifted])
+  mask_MBT = jnp.stack(
+    [(ids == batch.segment_ids) & (batch.segment_ids != 0) for _, ids in shifted]
+  )
+  return targets_MBT, mask_MBT

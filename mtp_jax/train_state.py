@@ -1,0 +1,121 @@
+"""What training carries from step to step, and its sharded initialisation.
+
+Legend: M = 1 + depth.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mtp_jax import accounting
+from mtp_jax.config import Config
+from mtp_jax.model.lm import MtpLm, zeros_batch
+from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
+
+
+class Hyperparameters(NamedTuple):
+  """Traced values: trials that differ only in these share one compiled program."""
+
+  learning_rate: jax.Array
+  mtp_weight: jax.Array
+  num_steps: jax.Array
+
+
+class Interval(NamedTuple):
+  """Sums over the finite steps since the last log line. They are part of the state, so
+  that a run resumed within an interval logs what an uninterrupted one logs."""
+
+  steps: jax.Array
+  loss_total: jax.Array
+  loss_M: jax.Array
+  weighted_loss_M: jax.Array
+  weight_M: jax.Array
+  correct_M: jax.Array
+  count_M: jax.Array
+  grad_norm: jax.Array
+  longest_nonfinite_run: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  interval: Interval
+  nonfinite_run: jax.Array
+  nonfinite_total: jax.Array
+
+
+def empty_interval(depth: int) -> Interval:
+  """Returns an interval with nothing in it."""
+  per_depth = {f for f in Interval._fields if f.endswith("_M")}
+  integers = ("steps", "longest_nonfinite_run")
+  return Interval(
+    **{
+      name: jnp.zeros(
+        (1 + depth,) if name in per_depth else (),
+        jnp.int32 if name in integers else jnp.float32,
+      )
+      for name in Interval._fields
+    }
+  )
+
+
+def init_state(
+  config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
+) -> TrainState:
+  """Returns the state before the first step; pure, so jit may shard its results.
+
+  The trunk's parameters depend on the seed and the trunk alone: Flax folds each
+  parameter's path into the key.
+  """
+  variables = MtpLm(config).init(jax.random.key(seed), zeros_batch(config))
+  params = unbox(variables["params"])
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    interval=empty_interval(config.mtp.depth),
+    nonfinite_run=jnp.zeros((), jnp.int32),
+    nonfinite_total=jnp.zeros((), jnp.int32),
+  )
+
+
+def state_shardings(
+  config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Returns the shardings of a `TrainState`: moments lie as their parameters do."""
+  boxed = accounting.abstract_params(config)
+  params = tree_shardings(mesh, logical_axes(boxed))
+  whole = replicated(mesh)
+  by_path = {
+    _keys(path): sharding
+    for path, sharding in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+  def like_parameter(path: Any, _: Any) -> jax.sharding.Sharding:
+    # Optax nests trees of moments in its own containers: the path of a moment ends
+    # with the path of its parameter.
+    keys = _keys(path)
+    suffixes = (keys[i:] for i in range(len(keys)))
+    return next((by_path[keys] for keys in suffixes if keys in by_path), whole)
+
+  opt_state = jax.tree_util.tree_map_with_path(
+    like_parameter, jax.eval_shape(optimizer.init, unbox(boxed))
+  )
+  return TrainState(
+    step=whole,
+    params=params,
+    opt_state=opt_state,
+    interval=jax.tree.map(lambda _: whole, empty_interval(config.mtp.depth)),
+    nonfinite_run=whole,
+    nonfinite_total=whole,
+  )
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+  """The dictionary keys of a tree path."""
+  return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,0 +1,233 @@
+"""One optimizer step as a pure function, compiled once per shape of trial.
+
+Legend: A microbatches, B batch, T sequence, M = 1 + depth.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax import accounting, optimizer
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config
+from mtp_jax.depth_weights import depth_weights
+from mtp_jax.losses import LossSums, loss_coefficients, loss_sums
+from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.sharding import logical_axes
+from mtp_jax.targets import future_targets
+from mtp_jax.train_state import (
+  Hyperparameters,
+  Interval,
+  TrainState,
+  empty_interval,
+  init_state,
+  state_shardings,
+)
+
+
+class Programs(NamedTuple):
+  """The compiled functions of one shape of trial on one mesh; see `programs`."""
+
+  init: Any
+  step: Any
+  diagnostics: Any
+  shardings: TrainState
+
+
+def batch_loss(
+  config: Config, params: Any, batch: Batch, coefficients_M: jax.Array
+) -> LossSums:
+  """Returns the weighted loss of a (micro)batch: model, then targets, then losses."""
+  hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
+  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  return loss_sums(
+    hidden_MBTD,
+    unembed_matrix(params, config),
+    targets_MBT,
+    mask_MBT,
+    coefficients_M,
+    config.loss.block_tokens,
+  )
+
+
+def loss_and_grads(
+  config: Config, params: Any, batch: Batch, weights_M: jax.Array
+) -> tuple[LossSums, jax.Array, Any]:
+  """Returns `(sums, counts_M, grads)` of microbatches stacked as [A, B, ...].
+
+  Masks depend on the data alone, so every depth's global count is known beforehand and
+  each microbatch's gradient already carries the one division: the sum over microbatches
+  is the gradient of the whole batch, however its valid tokens are spread.
+  """
+  rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+  mask_MBT = future_targets(rows, config.mtp.depth)[1]
+  counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
+  coefficients_M = loss_coefficients(weights_M, mask_MBT)
+
+  def value_and_grad(microbatch: Batch):
+    def loss(p: Any):
+      sums = batch_loss(config, p, microbatch, coefficients_M)
+      return sums.total, sums
+
+    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return sums, grads
+
+  if batch.tokens.shape[0] == 1:
+    sums, grads = value_and_grad(jax.tree.map(lambda x: x[0], batch))
+    return sums, counts_M, grads
+
+  def accumulate(carry: Any, microbatch: Batch):
+    return jax.tree.map(jnp.add, carry, value_and_grad(microbatch)), None
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], batch)),
+  )
+  (sums, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+  return sums, counts_M, grads
+
+
+def train_step(
+  config: Config,
+  state: TrainState,
+  batch: Batch,
+  hyper: Hyperparameters,
+  starts_interval: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns `(state, report)` after one optimizer step.
+
+  A step whose loss or gradient is not finite changes neither parameters nor optimizer
+  state and is counted. `batch` is [A, B, ...]; `report` holds the interval so far and
+  the current learning rate and lambda.
+  """
+  progress = state.step / hyper.num_steps
+  weights_M, mtp_lambda = depth_weights(config.mtp, hyper.mtp_weight, progress)
+  sums, counts_M, grads = loss_and_grads(config, state.params, batch, weights_M)
+  grad_norm = optax.global_norm(grads)
+  finite = jnp.isfinite(sums.total) & jnp.isfinite(grad_norm)
+
+  # The schedule is read at the end of the step, so that the first one moves.
+  rate = optimizer.schedule_at(
+    config.optimizer, (state.step + 1) / hyper.num_steps
+  )
+  learning_rate = hyper.learning_rate * rate
+  axes = logical_axes(accounting.abstract_params(config))
+  chain = optimizer.make_optimizer(config.optimizer, axes)
+  updates, opt_state = chain.update(grads, state.opt_state, state.params)
+  params = optimizer.apply(
+    state.params, updates, learning_rate, optimizer.learning_rate_scales(config, axes)
+  )
+  keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+  nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
+
+  loss_M = sums.nll_M / jnp.maximum(counts_M, 1.0)
+  this_step = Interval(
+    steps=jnp.ones((), jnp.int32),
+    loss_total=sums.total,
+    loss_M=loss_M,
+    weighted_loss_M=weights_M * loss_M,
+    weight_M=weights_M,
+    correct_M=sums.correct_M,
+    count_M=counts_M,
+    grad_norm=grad_norm,
+    longest_nonfinite_run=jnp.zeros((), jnp.int32),
+  )
+  before = jax.tree.map(
+    lambda zero, value: jnp.where(starts_interval, zero, value),
+    empty_interval(config.mtp.depth),
+    state.interval,
+  )
+  interval = jax.tree.map(
+    lambda old, new: old + jnp.where(finite, new, jnp.zeros_like(new)),
+    before,
+    this_step,
+  )._replace(
+    longest_nonfinite_run=jnp.maximum(before.longest_nonfinite_run, nonfinite_run)
+  )
+  state = TrainState(
+    step=state.step + 1,
+    params=jax.tree.map(keep, params, state.params),
+    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    interval=interval,
+    nonfinite_run=nonfinite_run,
+    nonfinite_total=state.nonfinite_total + (~finite).astype(jnp.int32),
+  )
+  report = interval._asdict() | {
+    "nonfinite_total": state.nonfinite_total,
+    "learning_rate": learning_rate,
+    "lambda": mtp_lambda,
+  }
+  return state, report
+
+
+def gradient_diagnostics(
+  config: Config, params: Any, batch: Batch, hyper: Hyperparameters, step: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns how the MTP gradient compares with the NTP gradient on the trunk's blocks.
+
+  `mtp_grad_share` = |g_mtp| / (|g_ntp| + |g_mtp|) with lambda applied, and
+  `mtp_grad_cosine` = cos(g_ntp, g_mtp). Both are exact, from two backward passes.
+  """
+  weights_M, _ = depth_weights(config.mtp, hyper.mtp_weight, step / hyper.num_steps)
+  main_M = jnp.zeros_like(weights_M).at[0].set(1.0)
+  _, _, ntp = loss_and_grads(config, params, batch, main_M)
+  _, _, mtp = loss_and_grads(config, params, batch, weights_M - main_M)
+  ntp, mtp = ntp["trunk"], mtp["trunk"]
+  ntp_norm, mtp_norm = optax.global_norm(ntp), optax.global_norm(mtp)
+  tiny = jnp.finfo(jnp.float32).tiny
+  dot = optax.tree_utils.tree_vdot(ntp, mtp)
+  return {
+    "mtp_grad_share": mtp_norm / jnp.maximum(ntp_norm + mtp_norm, tiny),
+    "mtp_grad_cosine": dot / jnp.maximum(ntp_norm * mtp_norm, tiny),
+  }
+
+
+def shape_of(config: Config) -> Config:
+  """Returns the config with everything blanked that no compiled program depends on.
+
+  Trials with equal shapes share programs: learning rate, lambda, seeds, number of
+  steps, names and intervals are traced or live on the host.
+  """
+  replace = dataclasses.replace
+  return replace(
+    config,
+    name="",
+    seed=0,
+    mtp=replace(config.mtp, weight=1.0),
+    optimizer=replace(config.optimizer, learning_rate=1.0),
+    data=replace(
+      config.data, source="stdlib", path="", text_field="", seed=0, num_workers=0,
+      validation_fraction=0.0, test_fraction=0.0,
+    ),
+    tokenizer=replace(config.tokenizer, kind="bytes", path=""),
+    train=replace(
+      config.train, num_steps=1, log_every=1, eval_every=0, diagnostics_every=0,
+      max_nonfinite_steps=1,
+    ),
+    checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
+    eval=replace(config.eval, split="validation", num_rows=1, rows_per_document=1),
+  )
+
+
+@functools.lru_cache(maxsize=32)
+def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
+  """Returns the jitted functions for a shape of trial; `shape` is from `shape_of`."""
+  axes = logical_axes(accounting.abstract_params(shape))
+  chain = optimizer.make_optimizer(shape.optimizer, axes)
+  shardings = state_shardings(shape, chain, mesh)
+  return Programs(
+    init=jax.jit(
+      functools.partial(init_state, shape, chain), out_shardings=shardings
+    ),
+    step=jax.jit(
+      functools.partial(train_step, shape),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    ),
+    diagnostics=jax.jit(functools.partial(gradient_diagnostics, shape)),
+    shardings=shardings,
+  )
