@@ -25,6 +25,7 @@ from mtp_jax import accounting, checkpoint, evaluate
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import Config, from_config_dict, to_dict, validate
 from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus
+from mtp_jax.data.tokenizers import save_tokenizer
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -169,7 +170,7 @@ class _Run:
       shape_of(c),
       params,
       self.corpus.eval_batches(1 + c.mtp.depth),
-      self.corpus.tokenizer.token_bytes,
+      self.corpus.tokenizer.token_bytes_V,
       self.mesh,
     )
 
@@ -355,7 +356,7 @@ def _write_run_json(run: _Run) -> None:
     return
   counts = dataclasses.asdict(accounting.count(run.resolved))
   flops = counts.pop("train_flops_per_token")
-  run.corpus.tokenizer.save(run.workdir / "tokenizer.json")
+  save_tokenizer(run.corpus.tokenizer, run.workdir / "tokenizer.json")
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
   write_json(
     run.workdir / "run.json",

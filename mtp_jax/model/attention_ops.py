@@ -1,4 +1,4 @@
-"""Document-causal attention: one function, several implementations, chosen in one place.
+"""Document-causal attention: one function, several implementations, one choice.
 
 A token attends to the tokens up to itself that share its segment id. Padding (segment
 0) attends to padding, so every row has a key and stays finite. `blocked` is the

@@ -11,7 +11,7 @@ _CUBIC = 0.044715
 
 
 def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-  """Contracts the last axis of x [..., D] with the first of w [D, ...], in x's dtype."""
+  """Contracts the last axis of x [..., D] with the first of w [D, ...]; dtype of x."""
   return jnp.tensordot(x, w, axes=1).astype(x.dtype)
 
 

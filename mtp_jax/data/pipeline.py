@@ -1,0 +1,269 @@
+"""Corpus and training loader: documents in, an endless stream of batches out.
+
+    source -> documents -> split by hash -> tokenizer -> token store -> rows -> batches
+
+The order of documents and rows depends on the corpus and `data.seed` alone: not on the
+model's seed, the depth, the number of hosts or of workers.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config, DataConfig, TokenizerConfig
+from mtp_jax.data import packing, prepared, sources
+from mtp_jax.data import tokenizers as tokenizers_lib
+
+
+class MemoryStore:
+  """`packing.TokenStore` of documents that were tokenized in this process."""
+
+  def __init__(
+    self,
+    documents: sources.Documents,
+    tokenizer: tokenizers_lib.Tokenizer,
+    identity: dict[str, str | int | float],
+  ):
+    self.identity = identity
+    self.hashes_NX = documents.hashes_NX
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    bos, eos = (np.array([i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    parts = [
+      np.concatenate([bos, ids.astype(dtype), eos])
+      for ids in tokenizer.encode_batch(documents.texts)
+    ]
+    self.lengths_N = np.array([len(part) for part in parts], np.int64)
+    self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
+    self._tokens = np.concatenate(parts)
+
+  def read(self, document: int, begin: int, end: int) -> np.ndarray:
+    start = self._starts_N[document]
+    return self._tokens[start + begin : start + end].astype(np.int32)
+
+
+class DecodedTexts(Sequence[str]):
+  """The texts of some documents of a token store, decoded when they are asked for."""
+
+  def __init__(
+    self,
+    store: packing.TokenStore,
+    tokenizer: tokenizers_lib.Tokenizer,
+    documents: np.ndarray,
+  ):
+    self._store, self._tokenizer, self._documents = store, tokenizer, documents
+
+  def __len__(self) -> int:
+    return len(self._documents)
+
+  def __getitem__(self, index: int) -> str:
+    document = int(self._documents[index])
+    length = int(self._store.lengths_N[document])
+    return self._tokenizer.decode(self._store.read(document, 1, length - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The tokenized documents of a config, their split, and how they become rows.
+
+  split_N: 0 train, 1 validation, 2 test for each document of the store.
+  stats:   what was read, left out and kept (JSON values); goes into run.json.
+  """
+
+  config: Config
+  store: packing.TokenStore
+  tokenizer: tokenizers_lib.Tokenizer
+  split_N: np.ndarray
+  stats: dict[str, Any]
+
+  def documents(self, split: str, seed: int | None = None) -> np.ndarray:
+    """Returns the split's documents by hash, or in the shuffled order of `seed`."""
+    order_N = sources.document_order(self.store.hashes_NX, seed)
+    return order_N[self.split_N[order_N] == sources.SPLITS.index(split)]
+
+  def texts(self, split: str) -> Sequence[str]:
+    """Returns the split's documents as text, in the order of their hashes."""
+    return DecodedTexts(self.store, self.tokenizer, self.documents(split))
+
+  def train_rows(self, num_extra: int) -> packing.PackedRows:
+    """Returns the training rows, each with the `num_extra` tokens after it."""
+    data = self.config.data
+    order = self.documents("train", data.seed)
+    return packing.PackedRows(self.store, order, data.seq_len, num_extra)
+
+  def eval_batches(self, num_extra: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields the evaluation's `(Batch, document_B)`; see `packing.eval_batches`."""
+    limits = self.config.eval
+    return packing.eval_batches(
+      self.store,
+      self.documents(limits.split),
+      seq_len=self.config.data.seq_len,
+      num_extra=num_extra,
+      num_rows=limits.num_rows,
+      rows_per_document=limits.rows_per_document,
+      batch_size=limits.batch_size,
+    )
+
+
+def load_corpus(config: Config) -> Corpus:
+  """Reads, splits and tokenizes the corpus of a config; memory is kept for the next.
+
+  Raises:
+    DataError: nothing found, unreadable input, or no document in a split that training
+      or evaluation needs.
+    ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
+  """
+  data, tokenizer_config = config.data, config.tokenizer
+  same_text = dataclasses.replace(data, seq_len=0, batch_size=0, seed=0, num_workers=0)
+  if data.source == "array_record":
+    store, tokenizer, stats = _open_prepared(data.path, tokenizer_config.kind)
+  else:
+    # Only BPE is trained to a size; the others have one, checked below.
+    size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
+    same_tokenizer = dataclasses.replace(tokenizer_config, vocab_size=size)
+    store, tokenizer, stats = _tokenized(same_text, same_tokenizer)
+  tokenizers_lib.check_vocab_size(tokenizer, tokenizer_config.vocab_size)
+  split_N = sources.split_of(
+    store.hashes_NX, data.validation_fraction, data.test_fraction
+  )
+  counts = {
+    name: {
+      "documents": int(np.sum(split_N == i)),
+      "tokens": int(store.lengths_N[split_N == i].sum()),
+    }
+    for i, name in enumerate(sources.SPLITS)
+  }
+  for name in ("train", config.eval.split):
+    if not counts[name]["documents"]:
+      raise sources.DataError(
+        f"data.{'validation' if name == 'train' else name}_fraction must leave at "
+        f"least one of the {len(split_N)} document(s) for the {name} split, got "
+        f"data.validation_fraction = {data.validation_fraction}, "
+        f"data.test_fraction = {data.test_fraction}."
+      )
+  return Corpus(config, store, tokenizer, split_N, stats | {"splits": counts})
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenized(
+  data: DataConfig, tokenizer_config: TokenizerConfig
+) -> tuple[MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any]]:
+  documents = sources.load_documents(data.source, data.path, data.text_field)
+  split_N = sources.split_of(
+    documents.hashes_NX, data.validation_fraction, data.test_fraction
+  )
+  train_texts = (
+    text for text, i in zip(documents.texts, split_N, strict=True) if i == 0
+  )
+  tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, train_texts)
+  identity = {
+    "manifest": documents.stats.manifest,
+    "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+  }
+  store = MemoryStore(documents, tokenizer, identity)
+  return store, tokenizer, dataclasses.asdict(documents.stats)
+
+
+@functools.lru_cache(maxsize=2)
+def _open_prepared(
+  path: str, tokenizer_kind: str
+) -> tuple[prepared.ArrayRecordStore, tokenizers_lib.Tokenizer, dict[str, Any]]:
+  folder = prepared.open_folder(path)
+  kind = folder.manifest["tokenizer"]["kind"]
+  if kind != tokenizer_kind:
+    raise sources.DataError(
+      f"tokenizer.kind must be {kind!r}, with which {path!r} was prepared, got "
+      f"{tokenizer_kind!r}."
+    )
+  identity = {
+    "manifest": folder.manifest["source"]["manifest"],
+    "tokenizer": hashlib.sha256(folder.tokenizer.to_json().encode()).hexdigest(),
+  }
+  store = prepared.ArrayRecordStore(folder.shards, folder.index_N, identity)
+  return store, folder.tokenizer, folder.manifest["source"]
+
+
+class TrainLoader:
+  """Endless batches of this host's rows, shuffled anew every epoch.
+
+  Host h of H takes every H-th row of the one global order, so the hosts together see
+  each row of an epoch exactly once. The state is the number of batches taken: every
+  batch can be computed from its number, by any number of workers.
+  """
+
+  def __init__(
+    self,
+    rows: packing.PackedRows,
+    *,
+    batch_size: int,
+    seed: int,
+    host_index: int = 0,
+    num_hosts: int = 1,
+    num_workers: int = 0,
+  ):
+    """Args: `batch_size` is global and divisible by `num_hosts`."""
+    if batch_size % num_hosts:
+      raise ValueError(
+        f"data.batch_size must be divisible by the number of hosts ({num_hosts}), "
+        f"got {batch_size}."
+      )
+    self._identity = rows.store.identity | {"seq_len": rows.seq_len, "seed": seed}
+    self._num_workers = num_workers
+    num_rows = len(rows)
+    shuffled = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    # The number of the epoch moves the cuts between rows: see `PackedRows`.
+    read = shuffled.map_with_index(
+      lambda index, row: rows[index // num_rows * num_rows + row]
+    )
+    mine = read[host_index::num_hosts]
+    self._batches = mine.batch(batch_size // num_hosts, batch_fn=_stack)
+    self._start(0)
+
+  def __iter__(self) -> "TrainLoader":
+    return self
+
+  def __next__(self) -> Batch:
+    batch = next(self._iterator)
+    self._taken += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns what `set_state` needs to go on with the next batch (JSON values)."""
+    return {"batches": self._taken, "identity": self._identity}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continues where `get_state` was called.
+
+    Raises:
+      DataError: the corpus, tokenizer or order is not that of the saved run.
+    """
+    if state["identity"] != self._identity:
+      keys = state["identity"].keys() | self._identity.keys()
+      differing = [
+        f"{key}: {state['identity'].get(key)!r} there, {self._identity.get(key)!r} now"
+        for key in sorted(keys)
+        if state["identity"].get(key) != self._identity.get(key)
+      ]
+      raise sources.DataError(
+        "data must be the corpus of the saved run to continue it; "
+        + "; ".join(differing)
+        + "."
+      )
+    self._start(state["batches"])
+
+  def _start(self, batches: int) -> None:
+    self._taken = batches
+    rest = self._batches[batches:].to_iter_dataset()
+    if self._num_workers:
+      options = grain.multiprocessing.MultiprocessingOptions(self._num_workers)
+      rest = rest.mp_prefetch(options)
+    self._iterator = iter(rest)
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))

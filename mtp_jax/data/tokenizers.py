@@ -1,0 +1,263 @@
+"""Text to token ids and back: bytes, byte-level BPE, or a given `tokenizer.json`.
+
+Every tokenizer here is lossless, has a begin and an end of document, and knows how many
+bytes of text each id stands for, so that losses become bits per byte. All kinds are
+saved as a Hugging Face `tokenizer.json`, which other tools open.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mtp_jax import config as config_lib
+from mtp_jax.data import sources
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# What well-known tokenizers call them, in the order in which they are looked for.
+_BOS_NAMES = (
+  BOS, "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>",
+  "<bos>", "<|startoftext|>", "[BOS]",
+)  # fmt: skip
+_EOS_NAMES = (
+  EOS, "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>",
+  "<eos>", "<|endoftext|>", "[EOS]",
+)  # fmt: skip
+_PROBE = 'def f(x):\n\treturn  {x: "\u00e9\u6f22\U0001f642"}\n\n    # A,b 123\n'
+
+
+class Tokenizer(Protocol):
+  """What the rest of the project needs of a tokenizer.
+
+  bos_id, eos_id: ids put around a document; never produced by `encode`.
+  vocab_size:     1 + the largest id; the least `tokenizer.vocab_size` that works.
+  token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for specials. The
+                  sum over `encode(text)` is `len(text.encode())` for byte-level
+                  tokenizers. A SentencePiece one may add one leading space, and a
+                  Unicode normaliser makes it the bytes of the normalised text.
+  """
+
+  bos_id: int
+  eos_id: int
+  vocab_size: int
+  token_bytes_V: np.ndarray
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids [n] int32 of `text`, without specials."""
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns `encode` of each text; uses all cores where that helps."""
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text; specials are left out, a broken character becomes U+FFFD."""
+
+  def to_json(self) -> str:
+    """Returns the content of a Hugging Face `tokenizer.json`."""
+
+
+class ByteTokenizer:
+  """Ids 0..255 are the UTF-8 bytes, 256 begins and 257 ends a document."""
+
+  bos_id = 256
+  eos_id = 257
+  vocab_size = 258
+
+  def __init__(self):
+    self.token_bytes_V = np.array([1] * 256 + [0, 0])
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    ids = np.asarray(ids)
+    return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+  def to_json(self) -> str:
+    """Returns a BPE without merges whose vocabulary is the 256 bytes in order."""
+    model = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([BOS, EOS])
+    return model.to_str()
+
+
+class SubwordTokenizer:
+  """A tokenizer of the `tokenizers` library.
+
+  Begin and end of document are the first special tokens of the file among names that
+  are well known (`_BOS_NAMES`, `_EOS_NAMES`); where there is none, <|bos|> or <|eos|>
+  is added after the file's own ids. Text that happens to contain a special's name is
+  encoded as plain text, so no document can forge a document boundary.
+
+  Raises:
+    DataError: the tokenizer loses text (unknown tokens, lower case, white space): its
+      bits per byte and completions would mean nothing.
+  """
+
+  def __init__(self, model: tokenizers.Tokenizer, name: str):
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    self._model = model
+    self.bos_id = self._special(_BOS_NAMES)
+    self.eos_id = self._special(_EOS_NAMES)
+    vocab = model.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(vocab.values())
+    self.token_bytes_V = self._count_bytes(vocab)
+    self._check_lossless(name)
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    ids = np.asarray(ids).tolist()
+    return self._model.decode(ids, skip_special_tokens=True)
+
+  def to_json(self) -> str:
+    return self._model.to_str()
+
+  def _special(self, names: tuple[str, ...]) -> int:
+    added = self._model.get_added_tokens_decoder()
+    ids = {token.content: i for i, token in added.items() if token.special}
+    for name in names:
+      if name in ids:
+        return ids[name]
+    self._model.add_special_tokens([names[0]])
+    return self._model.token_to_id(names[0])
+
+  def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
+    added = self._model.get_added_tokens_decoder()
+    is_byte_level = '"ByteLevel"' in json.dumps(
+      json.loads(self._model.to_str())["decoder"]
+    )
+    counts_V = np.zeros(self.vocab_size, np.int64)
+    for token, i in vocab.items():
+      if i in added:
+        counts_V[i] = 0 if added[i].special else len(added[i].content.encode())
+      elif is_byte_level:
+        counts_V[i] = len(token)  # One character of the byte alphabet per byte.
+      elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        counts_V[i] = 1  # SentencePiece's byte fallback.
+      else:
+        counts_V[i] = len(token.replace("\u2581", " ").encode())
+    return counts_V
+
+  def _check_lossless(self, name: str) -> None:
+    ids = self.encode(_PROBE)
+    num_bytes = int(self.token_bytes_V[ids].sum())
+    extra = num_bytes - len(_PROBE.encode())
+    if self.decode(ids) != _PROBE or extra not in (0, 1):
+      raise sources.DataError(
+        f"tokenizer.path must be a tokenizer that loses no text, got {name!r}: it "
+        f"turns {_PROBE!r} into {self.decode(ids)!r} ({num_bytes} bytes by its tokens, "
+        f"{len(_PROBE.encode())} in the text)."
+      )
+
+
+def make_tokenizer(
+  config: config_lib.TokenizerConfig, train_texts: Iterable[str]
+) -> Tokenizer:
+  """Returns the tokenizer of a config.
+
+  Args:
+    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`).
+    train_texts: texts of the train split; only `bpe` reads them. Their order does not
+      matter.
+
+  Raises:
+    DataError: `path` is missing or no tokenizer, or it loses text.
+  """
+  if config.kind == "bytes":
+    return ByteTokenizer()
+  if config.kind == "bpe":
+    return _train_bpe(config.vocab_size, train_texts)
+  return load_tokenizer(config.path)
+
+
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+  """Raises ConfigError if an embedding of `vocab_size` rows is too small."""
+  if vocab_size < tokenizer.vocab_size:
+    raise config_lib.ConfigError(
+      f"tokenizer.vocab_size must be at least {tokenizer.vocab_size} (the ids of this "
+      f"tokenizer), got {vocab_size}."
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+  """Writes `tokenizer.json`; whole or not at all."""
+  temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
+  with open(temporary, "w", encoding="utf-8") as handle:
+    handle.write(tokenizer.to_json())
+    handle.flush()
+    os.fsync(handle.fileno())
+  os.replace(temporary, path)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Returns the tokenizer of a `tokenizer.json`, ours or anyone's.
+
+  Raises:
+    DataError: no such file, not a tokenizer, or one that loses text.
+  """
+  path = os.path.expanduser(os.fspath(path))
+  try:
+    with open(path, encoding="utf-8") as handle:
+      return tokenizer_from_json(handle.read(), path)
+  except (OSError, UnicodeDecodeError) as error:
+    raise sources.DataError(
+      f"tokenizer.path must be a readable tokenizer.json, got {path!r} ({error})."
+    ) from error
+
+
+def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
+  """Inverse of `Tokenizer.to_json`; `name` is for the error message."""
+  try:
+    model = json.loads(text)["model"]
+    if model.get("vocab") == _byte_vocab() and model.get("merges") == []:
+      return ByteTokenizer()
+    loaded = tokenizers.Tokenizer.from_str(text)
+  # The library raises plain Exception for every content that it cannot parse.
+  except Exception as error:
+    raise sources.DataError(
+      f"tokenizer.path must hold a Hugging Face tokenizer, {name!r} does not "
+      f"({type(error).__name__}: {error})."
+    ) from error
+  return SubwordTokenizer(loaded, name)
+
+
+def _train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:
+  """Byte-level BPE (GPT-2's pre-tokenizer): any text has an encoding."""
+  model = tokenizers.Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[BOS, EOS],
+    # The library hands the alphabet over in an order that differs between processes.
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(train_texts, trainer)
+  return SubwordTokenizer(model, "BPE trained on the corpus")
+
+
+def _byte_vocab() -> dict[str, int]:
+  """Returns GPT-2's printable character for each byte, mapped to the byte."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  vocab = {chr(byte): byte for byte in printable}
+  vocab.update({chr(256 + i): byte for i, byte in enumerate(others)})
+  return dict(sorted(vocab.items(), key=lambda item: item[1]))

@@ -1,0 +1,88 @@
+"""Tiny configs and packed batches that the tests share."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import base
+from mtp_jax import config as config_lib
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config
+
+VOCAB = 40
+TINY = {
+  "trunk.num_layers": 3,
+  "trunk.embed_dim": 16,
+  "trunk.mlp_dim": 24,
+  "trunk.num_heads": 4,
+  "trunk.num_kv_heads": 2,
+  "tokenizer.vocab_size": VOCAB,
+  "data.seq_len": 16,
+  "data.batch_size": 8,
+  "loss.block_tokens": 40,
+  "mesh.data": 1,
+}
+GPT2 = {
+  "trunk.kind": "gpt2",
+  "trunk.num_kv_heads": 4,
+  "trunk.tie_embeddings": True,
+}
+KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
+
+
+def tiny_config(
+  kind: str = "none", depth: int = 0, overrides: dict[str, Any] | None = None
+) -> Config:
+  """Returns a config for programs only; its vocabulary is too small for bytes."""
+  values = TINY | {"mtp.kind": kind, "mtp.depth": depth} | (overrides or {})
+  default = config_lib.from_config_dict(base.get_config())
+  return config_lib.with_overrides(default, values)
+
+
+def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:
+  """Returns rows [B, ...] of random documents of 1 to 9 tokens, cut anywhere."""
+  rng = np.random.default_rng(seed)
+  rows, length = config.data.batch_size, config.data.seq_len
+  total = length + 1 + config.mtp.depth
+  tokens = rng.integers(0, config.tokenizer.vocab_size, (rows, total))
+  segments = np.zeros((rows, total), int)
+  for row in segments:
+    ends = np.cumsum(rng.integers(1, 10, total))
+    row[:] = 1 + np.searchsorted(ends, np.arange(total), side="right")
+    if padding:
+      row[rng.integers(1, total) :] = 0
+  return batch_of(tokens, segments, length)
+
+
+def batch_of(tokens: Any, segments: Any, length: int) -> Batch:
+  """Returns the Batch of whole rows [B, T + M]; positions follow from the segments."""
+  tokens, segments = np.asarray(tokens, np.int32), np.asarray(segments, np.int32)
+  positions = np.zeros_like(segments)
+  for i in range(1, segments.shape[1]):
+    same = segments[:, i] == segments[:, i - 1]
+    positions[:, i] = np.where(same, positions[:, i - 1] + 1, 0)
+  return Batch(
+    tokens[:, :length],
+    segments[:, :length],
+    positions[:, :length],
+    tokens[:, length:],
+    segments[:, length:],
+  )
+
+
+def microbatches(batch: Batch, count: int = 1) -> Batch:
+  """Returns [B, ...] as [A, B / A, ...]."""
+  return jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
+
+
+def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float) -> None:
+  """Fails with the path of the first leaf that differs, or if the trees do."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+  )
+  for (path, a), b in pairs:
+    np.testing.assert_allclose(
+      np.asarray(a), np.asarray(b), rtol, atol, err_msg=jax.tree_util.keystr(path)
+    )
