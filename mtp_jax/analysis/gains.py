@@ -1,0 +1,320 @@
+"""Paired gains over next-token prediction, their intervals and their trend with size.
+
+A pair is an MTP trial and NTP with the same size, `seed` (hence the same initial trunk)
+and `data.seed` (hence the same data order). A gain is positive where MTP is better: NTP
+minus MTP for losses, MTP minus NTP for shares. Intervals are Student t intervals over
+the pairs; they speak of seeds, not of the choice of held-out documents, which all
+trials of a ladder share.
+
+Equal budgets. An unfinished point of a longer run is not a finished run: its learning
+rate has not come down yet. So the NTP side uses finished runs only: plain NTP, and the
+longer NTP runs of arm `flops`, of the same size and seeds. An MTP trial's FLOPs or
+seconds are turned into the tokens that NTP trains on with them, and the NTP metric at
+that many tokens is interpolated, linearly in their logarithm, between the neighbouring
+finished runs. Outside them nothing is extrapolated: the nearest run gives a bound.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mtp_jax.analysis.ladders import NTP, arrange
+from mtp_jax.analysis.runs import Runs
+
+LEVEL = 0.95
+TOKENS, FLOPS, CLOCK = COMPARISONS = ("tokens", "FLOPs", "wall clock")
+LOSSES = ("main_loss", "bits_per_byte")
+SHARES = ("next_line_exact_match", "function_parses")
+# Budgets this close are one budget (arm `flops` rounds to whole steps).
+BUDGET_TOLERANCE = 0.01
+UPPER, LOWER, EXACT = "at most", "at least", ""
+_CELL = ["ladder", "order", "method", "kind", "depth", "arm", "size"]
+_REPLICATE = ["seed", "data_seed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """All tables that figures and words are made from.
+
+  trials: see `ladders.arrange`. levels: see `levels`. pairs: see `paired_gains`.
+  gains: see `gains`. slopes: see `slopes`. rates: see `learning_rates`.
+  """
+
+  runs: Runs
+  trials: pd.DataFrame
+  levels: pd.DataFrame
+  pairs: pd.DataFrame
+  gains: pd.DataFrame
+  slopes: pd.DataFrame
+  rates: pd.DataFrame
+
+  def ladder(self, label: str) -> "Analysis":
+    """Returns the rows of one ladder."""
+    names = ("trials", "levels", "pairs", "gains", "slopes", "rates")
+    tables = {}
+    for name in names:
+      table = getattr(self, name)
+      tables[name] = table[table["ladder"] == label].reset_index(drop=True)
+    return dataclasses.replace(self, **tables)
+
+
+def analyse(runs: Runs) -> Analysis:
+  """Returns every table; see `Analysis`."""
+  trials = arrange(runs)
+  table = trials[trials["chosen"]].merge(runs.metrics, on="trial")
+  pairs = paired_gains(table)
+  return Analysis(
+    runs=runs,
+    trials=trials,
+    levels=levels(table),
+    pairs=pairs,
+    gains=gains(pairs),
+    slopes=slopes(pairs),
+    rates=learning_rates(trials, runs.metrics),
+  )
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+  """Returns n, mean and the t interval (low, high); NaN bounds for fewer than two."""
+  values = np.asarray(values, float)
+  n = len(values)
+  if n == 0:
+    return {"n": 0, "mean": np.nan, "low": np.nan, "high": np.nan}
+  mean, half = values.mean(), np.nan
+  if n > 1:
+    half = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+  return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
+
+
+def levels(table: pd.DataFrame) -> pd.DataFrame:
+  """Returns each metric's mean and interval over seeds, per method and size.
+
+  `table` has one row per chosen trial, metric and `at_depth`. `stderr` is the mean
+  standard error over held-out documents (or prompts) of one trial.
+  """
+  keys = [*_CELL, "metric", "at_depth"]
+  rows = []
+  for key, cell in table.groupby(keys):
+    finite = cell.dropna(subset="mean")
+    rows.append(
+      dict(zip(keys, key, strict=True))
+      | interval(finite["mean"].to_numpy())
+      | {"stderr": finite["stderr"].mean()}
+    )
+  return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high", "stderr"])
+
+
+def paired_gains(table: pd.DataFrame) -> pd.DataFrame:
+  """Returns one row per pair, metric and comparison, from the table of `levels`.
+
+  `bound` is '' for a gain, 'at most' where all finished NTP runs had less than the MTP
+  trial's budget (more training would help NTP), 'at least' where all had more.
+  """
+  columns = [*_CELL, *_REPLICATE, "metric", "comparison", "gain", "bound", "budget"]
+  rows = []
+  wanted = table[table["metric"].isin([*LOSSES, *SHARES])].dropna(subset="mean")
+  for _, cell in wanted.groupby(["ladder", "size"]):
+    is_plain = cell["method"] == NTP
+    is_ntp = is_plain | (cell["arm"] == "flops")
+    if not is_plain.any():
+      continue
+    ntp = cell[is_ntp]
+    for _, group in cell[~is_ntp].groupby("method"):
+      budgets = _budgets_in_ntp_tokens(group, ntp)
+      for key, trial in group.groupby([*_REPLICATE, "metric"]):
+        partner = _matching(ntp, key)
+        if not (partner["method"] == NTP).any():
+          continue
+        for comparison, budget in budgets.items():
+          value, bound = _at_budget(partner, budget, comparison)
+          sign = 1 if key[-1] in LOSSES else -1
+          rows.append(
+            trial.iloc[0][[*_CELL, *_REPLICATE, "metric"]].to_dict()
+            | {
+              "comparison": comparison,
+              "gain": sign * (value - trial["mean"].iloc[0]),
+              "bound": bound,
+              "budget": budget,
+            }
+          )
+  return pd.DataFrame(rows, columns=columns)
+
+
+def gains(pairs: pd.DataFrame) -> pd.DataFrame:
+  """Returns the mean gain and its interval per method, size, metric and comparison.
+
+  Where some pairs are gains and others bounds, the bounds are left out.
+  """
+  keys = [*_CELL, "metric", "comparison"]
+  rows = []
+  for key, cell in pairs.groupby(keys):
+    exact = cell[cell["bound"] == EXACT]
+    used = exact if len(exact) else cell
+    rows.append(
+      dict(zip(keys, key, strict=True))
+      | interval(used["gain"].to_numpy())
+      | {"bound": used["bound"].iloc[0], "budget": used["budget"].iloc[0]}
+    )
+  columns = [*keys, "n", "mean", "low", "high", "bound", "budget"]
+  return pd.DataFrame(rows, columns=columns)
+
+
+def slopes(pairs: pd.DataFrame) -> pd.DataFrame:
+  """Returns the fitted gain per decade of size, per method, metric and comparison.
+
+  Each seed's gains are regressed on log10 of the size; the interval is a t interval
+  over the per-seed slopes, of seeds that have a gain at every size. It accounts for
+  seeds, not for a trend that is no straight line: `misfit` is the largest distance of a
+  size's mean from the line. `crossing` is where the mean line is 0, inside the ladder
+  only; `crossing_low` and `crossing_high` are the range of the per-seed lines.
+  """
+  keys = [c for c in _CELL if c != "size"] + ["metric", "comparison"]
+  rows = []
+  for key, cell in pairs[pairs["bound"] == EXACT].groupby(keys):
+    by_seed = cell.pivot_table(
+      index=_REPLICATE, columns="size", values="gain", aggfunc="mean"
+    )
+    if by_seed.shape[1] < 2:
+      continue
+    rows.append(dict(zip(keys, key, strict=True)) | fit_slope(by_seed))
+  columns = [
+    *keys, "n", "sizes", "slope", "low", "high", "intercept", "misfit", "crossing",
+    "crossing_low", "crossing_high",
+  ]
+  return pd.DataFrame(rows, columns=columns)
+
+
+def fit_slope(by_seed: pd.DataFrame) -> dict[str, float]:
+  """Fits gains [seeds, sizes] against log10 size; see `slopes`.
+
+  Without any seed that has every size, the line goes through the means and has no
+  interval (n = 0).
+  """
+  x = np.log10(by_seed.columns.to_numpy(float))
+  complete = by_seed.dropna()
+  gains_SL = complete.to_numpy() if len(complete) else by_seed.mean().to_numpy()[None]
+  slope_S, intercept_S = np.polyfit(x, gains_SL.T, 1)
+  over_seeds = interval(slope_S)
+  slope, intercept = slope_S.mean(), intercept_S.mean()
+  misfit = np.abs(gains_SL.mean(axis=0) - (slope * x + intercept)).max()
+  with np.errstate(divide="ignore", invalid="ignore"):
+    crossing = _inside(-intercept / slope, x)
+    crossing_S = [c for c in _inside(-intercept_S / slope_S, x) if np.isfinite(c)]
+  return {
+    "n": len(complete),
+    "sizes": len(x),
+    "slope": slope,
+    "low": over_seeds["low"],
+    "high": over_seeds["high"],
+    "intercept": intercept,
+    "misfit": misfit,
+    "crossing": float(crossing),
+    "crossing_low": min(crossing_S, default=np.nan),
+    "crossing_high": max(crossing_S, default=np.nan),
+  }
+
+
+def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+  """Returns every learning rate tried, per method and size, against the chosen one.
+
+  excess: mean main loss minus that of the chosen rate over the `shared` pairs of seeds;
+    infinite where a loss was not finite, NaN where they share none.
+  noise:  how large a difference chance explains at 95 %: t * sd / sqrt(shared), where
+    sd is the spread over seeds of paired differences to NTP, pooled over the methods of
+    this size; NaN if no method has two pairs.
+  """
+  columns = [
+    *_CELL, "learning_rate", "chosen", "n", "mean", "shared", "excess", "noise",
+  ]
+  usable = trials[(trials["status"] == "finished") & (trials["copy"] == "")]
+  losses = metrics[metrics["metric"] == "main_loss"].set_index("trial")["mean"]
+  usable = usable.assign(loss=usable["trial"].map(losses).fillna(np.inf))
+  rows = []
+  for _, same_size in usable.groupby(["ladder", "size"]):
+    spread, freedom = _paired_spread(same_size[same_size["chosen"]])
+    critical = stats.t.ppf(0.5 + LEVEL / 2, freedom) * spread
+    for key, cell in same_size.groupby(_CELL):
+      chosen = cell[cell["chosen"]].set_index(_REPLICATE)["loss"]
+      for rate, tried in cell.groupby("learning_rate"):
+        loss = tried.set_index(_REPLICATE)["loss"]
+        shared = loss.index.intersection(chosen.index)
+        rows.append(
+          dict(zip(_CELL, key, strict=True))
+          | {
+            "learning_rate": rate,
+            "chosen": bool(tried["chosen"].any()),
+            "n": len(loss),
+            "mean": loss.mean(),
+            "shared": len(shared),
+            "excess": (loss[shared] - chosen[shared]).mean(),
+            "noise": critical / np.sqrt(len(shared)) if len(shared) else np.nan,
+          }
+        )
+  return pd.DataFrame(rows, columns=columns)
+
+
+def _budgets_in_ntp_tokens(
+  group: pd.DataFrame, ntp: pd.DataFrame
+) -> dict[str, float]:
+  """What the trials of one method cost, in tokens that NTP trains on with it.
+
+  Medians over seeds: the clock of a shared machine is noisy, and FLOPs are the same.
+  """
+  ntp = ntp.drop_duplicates("trial")
+  flops_per_token = ntp["flops_per_token"].iloc[0]
+  tokens_per_second = (ntp["tokens"] / ntp["train_seconds"]).median()
+  return {
+    TOKENS: float(group["tokens"].median()),
+    FLOPS: float(group["train_flops"].median() / flops_per_token),
+    CLOCK: float(group["train_seconds"].median() * tokens_per_second),
+  }
+
+
+def _matching(ntp: pd.DataFrame, key: tuple) -> pd.DataFrame:
+  seed, data_seed, metric = key
+  return ntp[
+    (ntp["seed"] == seed) & (ntp["data_seed"] == data_seed) & (ntp["metric"] == metric)
+  ]
+
+
+def _at_budget(
+  finished: pd.DataFrame, budget: float, comparison: str
+) -> tuple[float, str]:
+  """Returns the NTP metric at a budget in tokens, and what kind of bound it makes."""
+  if comparison == TOKENS:
+    return float(finished.loc[finished["method"] == NTP, "mean"].iloc[0]), EXACT
+  curve = finished.groupby("tokens")["mean"].mean()
+  tokens, values = curve.index.to_numpy(float), curve.to_numpy()
+  nearest = int(np.argmin(np.abs(np.log(tokens / budget))))
+  if abs(tokens[nearest] / budget - 1) <= BUDGET_TOLERANCE:
+    return float(values[nearest]), EXACT
+  if budget > tokens[-1]:
+    return float(values[-1]), UPPER
+  if budget < tokens[0]:
+    return float(values[0]), LOWER
+  return float(np.interp(np.log(budget), np.log(tokens), values)), EXACT
+
+
+def _inside(crossing: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """10 ** crossing where it lies inside the ladder, NaN elsewhere."""
+  is_inside = (crossing >= x.min()) & (crossing <= x.max())
+  return np.where(is_inside, 10.0 ** np.where(is_inside, crossing, 0.0), np.nan)
+
+
+def _paired_spread(chosen: pd.DataFrame) -> tuple[float, int]:
+  """Standard deviation over seeds of a difference between two trials of one seed.
+
+  Pooled over the differences of all methods to NTP; with its degrees of freedom.
+  """
+  finite = chosen[np.isfinite(chosen["loss"])]
+  by_seed = finite.pivot_table(index=_REPLICATE, columns="method", values="loss")
+  if NTP not in by_seed:
+    return np.nan, 1
+  differences = by_seed.drop(columns=NTP).sub(by_seed[NTP], axis=0)
+  freedom = int((differences.count() - 1).clip(lower=0).sum())
+  if freedom == 0:
+    return np.nan, 1
+  squares = np.nansum((differences - differences.mean()).to_numpy() ** 2)
+  return float(np.sqrt(squares / freedom)), freedom

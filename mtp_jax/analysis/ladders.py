@@ -1,0 +1,224 @@
+"""Which trials may be compared: ladders, methods and the learning rate that is used.
+
+Trials are grouped by what varies between them, never by their names.
+
+- The *size* of a trial is the number of parameters of the plain next-token model with
+  its trunk settings, whatever predictors or shortening the trial itself has.
+- A *ladder* holds trials with the same text, tokenizer, evaluation, optimizer kind and
+  so on. Values that usually follow the model size (`MAY_SCALE`) may differ between its
+  sizes; one that varies within a size makes separate ladders of its values.
+- A *method* is the mtp section with the values that have no effect left out. NTP is
+  plain next-token prediction; arm `flops` is NTP too, trained for longer.
+- Of the learning rates that a method was trained with at a size, the one with the most
+  seeds is *chosen*, the lowest mean loss among equals; the others are checks.
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import pandas as pd
+
+from mtp_jax.analysis.runs import Runs
+from mtp_jax.config import Config, MtpConfig, flatten, to_dict
+
+NTP = "NTP"
+
+# How a program runs, not what it computes.
+IGNORED = (
+  "name", "loss.block_tokens", "trunk.scan_layers", "trunk.remat", "trunk.attention",
+  "data.num_workers", "train.accumulation_steps", "train.log_every",
+  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
+  "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "checkpoint.every_steps",
+  "checkpoint.keep", "eval.batch_size",
+)
+# What tells trials of one cell apart.
+WITHIN = ("seed", "data.seed", "optimizer.learning_rate")
+# What a ladder may change from size to size.
+MAY_SCALE = (
+  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
+  "trunk.num_kv_heads", "train.num_steps", "data.batch_size", "optimizer.base_width",
+  "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
+  "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
+  "optimizer.clip_norm",
+)
+_KIND_ORDER = ("none", "parallel", "sequential", "linear")
+_NO_EFFECT = dict(
+  weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
+  final_weight=0.0, depth_weights=(), curriculum="none",
+)
+
+
+def arrange(runs: Runs) -> pd.DataFrame:
+  """Returns the trials with columns ladder, method, kind, depth, arm, chosen, copy.
+
+  `ladder` is '' if there is only one, else the values that tell it from the others.
+  `copy` names the trial that this one repeats (same config but for its name); copies
+  count once. Rows are ordered by ladder, method and size.
+  """
+  trials = runs.trials.copy()
+  methods = [canonical(config.mtp) for config in trials["config"]]
+  names = method_labels(methods)
+  trials["mtp"] = methods
+  trials["method"] = [names[m] for m in methods]
+  trials["kind"] = ["none" if m.arm == "flops" else m.kind for m in methods]
+  trials["depth"] = [0 if m.arm == "flops" else m.depth for m in methods]
+  trials["arm"] = [m.arm for m in methods]
+  trials["ladder"] = _ladder_labels(list(trials["config"]), list(trials["size"]))
+  order = {m: i for i, m in enumerate(sorted(set(methods), key=_order))}
+  trials["order"] = [order[m] for m in methods]
+  trials = trials.sort_values(
+    ["ladder", "order", "size", "learning_rate", "seed", "data_seed", "trial"]
+  ).reset_index(drop=True)
+  same = ["ladder", "method", "size", "learning_rate", "seed", "data_seed"]
+  first = trials.groupby(same)["trial"].transform(_first_finished(trials))
+  trials["copy"] = first.where(first != trials["trial"], "")
+  trials["chosen"] = _chosen(trials, runs.metrics)
+  return trials
+
+
+def canonical(mtp: MtpConfig) -> MtpConfig:
+  """Returns the section with every value that has no effect set to a fixed one."""
+  if mtp.depth == 0:
+    kind = "parallel" if mtp.kind == "parallel" else "none"
+    return dataclasses.replace(
+      mtp, kind=kind, share_modules=False, arm="added", **_NO_EFFECT
+    )
+  if mtp.arm == "flops":  # Kind and depth say how long NTP is trained.
+    return dataclasses.replace(mtp, **_NO_EFFECT)
+  changes: dict[str, Any] = {}
+  if mtp.schedule in ("constant", "linear"):
+    changes["schedule_fraction"] = 0.0
+  if mtp.schedule in ("constant", "anneal"):
+    changes["final_weight"] = 0.0
+  return dataclasses.replace(mtp, **changes)
+
+
+def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
+  """Returns a name for each canonical method: kind, D, and what else tells it apart.
+
+  What else is said is what varies among the methods of the same kind.
+  """
+  labels = {}
+  for kind in _KIND_ORDER:
+    own = [m for m in methods if m.kind == kind and m.depth and m.arm != "flops"]
+    varying = _varying([_details(m) for m in own])
+    for mtp in own:
+      details = {k: v for k, v in _details(mtp).items() if k in varying}
+      labels[mtp] = " ".join([f"{kind} D={mtp.depth}", *_phrases(details)])
+  for mtp in methods:
+    if mtp.arm == "flops":
+      shared = " shared" if mtp.share_modules else ""
+      labels[mtp] = f"NTP at FLOPs of {mtp.kind} D={mtp.depth}{shared}"
+    elif mtp.depth == 0:
+      labels[mtp] = NTP if mtp.kind == "none" else f"{mtp.kind} D=0"
+  return labels
+
+
+def settings_that_scale(trials: pd.DataFrame) -> pd.DataFrame:
+  """Returns one row a size with the config values that differ between the sizes."""
+  recipes = {
+    size: _recipe(cell["config"].iloc[0]) for size, cell in trials.groupby("size")
+  }
+  varying = _varying(list(recipes.values()))
+  rows = [
+    {"size": size} | {k: v for k, v in recipe.items() if k in varying}
+    for size, recipe in recipes.items()
+  ]
+  return pd.DataFrame(rows)
+
+
+def size_text(parameters: float) -> str:
+  """Returns 950, 12k, 3.1M or 13B."""
+  for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if parameters >= 0.9995 * limit:  # What rounds up to the unit.
+      return f"{parameters / limit:.3g}{unit}"
+  return f"{parameters:.0f}"
+
+
+def _details(mtp: MtpConfig) -> dict[str, Any]:
+  fields = dataclasses.asdict(mtp)
+  return {k: v for k, v in fields.items() if k not in ("kind", "depth")}
+
+
+def _phrases(details: dict[str, Any]) -> list[str]:
+  signs = {"weight": "λ=", "arm": "", "weighting": ""}
+  phrases = []
+  for key, value in details.items():
+    if key == "share_modules":
+      phrases.append("shared" if value else "own modules")
+    elif isinstance(value, float):
+      phrases.append(f"{signs.get(key, key + '=')}{value:g}")
+    else:
+      phrases.append(f"{signs.get(key, key + '=')}{value}")
+  return phrases
+
+
+def _order(mtp: MtpConfig) -> tuple:
+  is_longer_ntp = mtp.arm == "flops"
+  return (
+    mtp.depth > 0,
+    not is_longer_ntp,
+    _KIND_ORDER.index(mtp.kind),
+    mtp.depth,
+    str(dataclasses.astuple(mtp)),
+  )
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+  flat = flatten(to_dict(config))
+  dropped = {*IGNORED, *WITHIN}
+  return {
+    k: tuple(v) if isinstance(v, list) else v
+    for k, v in flat.items()
+    if k not in dropped and not k.startswith("mtp.")
+  }
+
+
+def _ladder_labels(configs: list[Config], sizes: list[int]) -> list[str]:
+  recipes = [_recipe(config) for config in configs]
+  fixed = [
+    tuple((k, v) for k, v in recipe.items() if k not in MAY_SCALE)
+    for recipe in recipes
+  ]
+  cells = collections.defaultdict(list)
+  for recipe, key, size in zip(recipes, fixed, sizes, strict=True):
+    cells[key, size].append(recipe)
+  splitting = collections.defaultdict(set)
+  for (key, _), members in cells.items():
+    splitting[key] |= _varying(members)
+  keys = [
+    dict(key) | {k: v for k, v in recipe.items() if k in splitting[key]}
+    for recipe, key in zip(recipes, fixed, strict=True)
+  ]
+  every = {k for key in keys for k in key}
+  varying = _varying([{k: key.get(k, "follows size") for k in every} for key in keys])
+  return [", ".join(f"{k}={key[k]}" for k in sorted(varying & key.keys()))
+          for key in keys]
+
+
+def _varying(dicts: list[dict[str, Any]]) -> set[str]:
+  """The keys that do not have one value throughout."""
+  if not dicts:
+    return set()
+  return {k for k in dicts[0] if any(d[k] != dicts[0][k] for d in dicts)}
+
+
+def _first_finished(trials: pd.DataFrame) -> Any:
+  finished = set(trials.loc[trials["status"] == "finished", "trial"])
+  return lambda names: next((n for n in names if n in finished), names.iloc[0])
+
+
+def _chosen(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.Series:
+  """Marks the finished trials, copies left out, at their cell's chosen rate."""
+  losses = metrics[metrics["metric"] == "main_loss"].set_index("trial")["mean"]
+  usable = (trials["status"] == "finished") & (trials["copy"] == "")
+  chosen = pd.Series(False, index=trials.index)
+  for _, cell in trials[usable].groupby(["ladder", "method", "size"]):
+    # A loss that is not finite is the worst there is.
+    loss = cell["trial"].map(losses).fillna(float("inf"))
+    by_rate = loss.groupby(cell["learning_rate"])
+    rank = pd.DataFrame({"seeds": -by_rate.size(), "loss": by_rate.mean()})
+    best = rank.sort_values(["seeds", "loss"]).index[0]
+    chosen[cell.index] = cell["learning_rate"] == best
+  return chosen

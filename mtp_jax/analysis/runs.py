@@ -1,0 +1,235 @@
+"""Run folders as tables: one row a trial.
+
+config.json, eval.json and metrics.jsonl are all that decides a number; parameters and
+FLOPs follow from the config. run.json is read, where it is there, for the commit, the
+hardware and the versions only. A trial is finished when it has an eval.json.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mtp_jax import accounting
+from mtp_jax.config import Config, ConfigError, MtpConfig, from_config_dict
+
+SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
+GENERATIVE = ("next_line_exact_match", "function_parses")
+PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
+PER_DRAFT = ("teacher_forced_agreement", "joint_prefix_agreement")  # From depth 1.
+
+
+class RunsError(ValueError):
+  """A folder or file that cannot be read; the message says which, and which line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+  """Everything below one folder.
+
+  trials:  one row a trial; `config` holds the Config as asked for.
+  metrics: long: trial, metric, at_depth, mean, stderr (over held-out documents).
+  curves:  long: trial, step, tokens, seconds, loss (next token), bits_per_byte.
+  """
+
+  root: Path
+  trials: pd.DataFrame
+  metrics: pd.DataFrame
+  curves: pd.DataFrame
+
+
+def load(root: Path) -> Runs:
+  """Reads all run folders in and below `root`.
+
+  Raises:
+    RunsError: nothing there, or a file that is damaged or breaks the contract.
+  """
+  root = Path(root)
+  if not root.is_dir():
+    raise RunsError(f"{root}: no such folder.")
+  trials, metrics, curves = [], [], []
+  for folder in _run_folders(root):
+    trial, its_metrics, its_curve = _load_run(root, folder)
+    trials.append(trial)
+    metrics += its_metrics
+    curves += its_curve
+  if not trials:
+    raise RunsError(
+      f"{root}: no run folder in it or below it (a run folder has a config.json)."
+    )
+  return Runs(
+    root,
+    pd.DataFrame(trials),
+    pd.DataFrame(metrics, columns=["trial", "metric", "at_depth", "mean", "stderr"]),
+    pd.DataFrame(
+      curves, columns=["trial", "step", "tokens", "seconds", "loss", "bits_per_byte"]
+    ),
+  )
+
+
+def baseline(config: Config) -> Config:
+  """Returns plain next-token prediction at the same model size."""
+  plain = dataclasses.replace(
+    config.mtp, kind="none", depth=0, depth_weights=(), share_modules=False, arm="added"
+  )
+  return dataclasses.replace(config, mtp=plain)
+
+
+def counts(config: Config) -> accounting.Counts:
+  """Returns `accounting.count` of what is trained; trials of one shape share it."""
+  resolved = accounting.resolve(config)
+  return _count(
+    dataclasses.replace(
+      resolved,
+      name="",
+      seed=0,
+      mtp=_shape(resolved.mtp),
+      data=dataclasses.replace(resolved.data, seed=0, path=""),
+      optimizer=dataclasses.replace(resolved.optimizer, learning_rate=1.0),
+      train=dataclasses.replace(resolved.train, num_steps=1),
+    )
+  )
+
+
+_count = functools.lru_cache(maxsize=None)(accounting.count)
+
+
+def _shape(mtp: MtpConfig) -> MtpConfig:
+  return dataclasses.replace(mtp, weight=0.0, final_weight=0.0, schedule="constant")
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+  for folder, below, files in os.walk(root):
+    below.sort()
+    if "config.json" in files:
+      below.clear()
+      yield Path(folder)
+
+
+def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
+  name = folder.relative_to(root).as_posix() if folder != root else folder.name
+  config = _read_config(folder / "config.json")
+  records = _read_records(folder / "metrics.jsonl")
+  evaluation = _read_json(folder / "eval.json")
+  run = _read_json(folder / "run.json") or {}
+  counted, plain = counts(config), counts(baseline(config))
+  trained = [x for x in records if x["kind"] == "train"]
+  if evaluation is not None:
+    status = "finished"
+  else:
+    status = "unfinished" if trained else "not started"
+  last = trained[-1] if trained else {}
+  trial = {
+    "trial": name,
+    "status": status,
+    "step": last.get("step", 0),
+    "num_steps": accounting.resolve(config).train.num_steps,
+    "config": config,
+    "size": plain.deployed,
+    "deployed": counted.deployed,
+    "total": counted.total,
+    "flops_per_token": counted.train_flops_per_token,
+    "learning_rate": config.optimizer.learning_rate,
+    "seed": config.seed,
+    "data_seed": config.data.seed,
+    "skipped_steps": int(last.get("nonfinite_steps", 0)),
+    "tokens": math.nan,
+    "train_flops": math.nan,
+    "train_seconds": math.nan,
+    "split": config.eval.split,
+    "num_documents": 0,
+    "commit": run.get("commit", ""),
+    "hardware": run.get("hardware", ""),
+    "versions": " ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()),
+  }
+  metrics = []
+  if evaluation is not None:
+    path = folder / "eval.json"
+    keys = ("step", "tokens", "train_flops", "train_seconds", "num_documents")
+    trial |= {key: _require(evaluation, key, path) for key in keys}
+    metrics = [{"trial": name} | x for x in _metrics(evaluation, path)]
+  curve = [{"trial": name} | x for x in _curve(records, folder / "metrics.jsonl")]
+  return trial, metrics, curve
+
+
+def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+  """Yields metric, at_depth, mean, stderr of an eval.json; see mtp_jax/evaluate.py."""
+
+  def row(metric: str, depth: int, value: dict[str, float]) -> dict[str, Any]:
+    mean, error = (_number(_require(value, key, path)) for key in ("mean", "stderr"))
+    return {"metric": metric, "at_depth": depth, "mean": mean, "stderr": error}
+
+  for metric in SCALARS:
+    yield row(metric, 0, _require(evaluation, metric, path))
+  for metric in GENERATIVE:
+    value = _require(evaluation, metric, path)
+    if value is not None:
+      yield row(metric, 0, value)
+  for metrics, first in ((PER_DEPTH, 0), (PER_DRAFT, 1)):
+    for metric in metrics:
+      for depth, value in enumerate(_require(evaluation, metric, path), start=first):
+        yield row(metric, depth, value)
+
+
+def _curve(records: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+  for record in records:
+    if record["kind"] == "validation":
+      keys = ("step", "tokens", "seconds", "bits_per_byte")
+      values = {key: _number(_require(record, key, path)) for key in keys}
+      yield values | {"loss": _number(_require(record, "loss", path)[0])}
+
+
+def _read_config(path: Path) -> Config:
+  try:
+    return from_config_dict(_read_json(path))
+  except ConfigError as e:
+    raise RunsError(f"{path}: {e}") from e
+
+
+def _read_json(path: Path) -> Any:
+  """Returns the content, or None where there is no such file."""
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    line = f", line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+    raise RunsError(f"{path}{line}: not JSON ({e}).") from e
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+  """Returns the records of a metrics.jsonl.
+
+  A run that was killed may leave half a line at the end; that one is passed over.
+  """
+  if not path.exists():
+    return []
+  records = []
+  for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+        raise ValueError("a record needs the keys kind and step")
+    except ValueError as e:
+      if not line.endswith("\n"):
+        break
+      raise RunsError(f"{path}, line {number}: not a record ({e}).") from e
+    records.append(record)
+  return records
+
+
+def _number(value: float | None) -> float:
+  """null is NaN: a loss that diverged, an error over fewer than two documents."""
+  return math.nan if value is None else float(value)
+
+
+def _require(values: Any, key: str, path: Path) -> Any:
+  if not isinstance(values, dict) or key not in values:
+    raise RunsError(f"{path}: key {key!r} is missing; the report needs it.")
+  return values[key]

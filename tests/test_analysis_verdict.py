@@ -1,0 +1,261 @@
+"""The words follow from the numbers, and a false ladder is refused with its reason."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mtp_jax.analysis.checks import check_ladder
+from mtp_jax.analysis.gains import FLOPS, LOWER, TOKENS, UPPER, analyse
+from mtp_jax.analysis.runs import load
+from mtp_jax.analysis.verdict import (
+  BETTER,
+  BOUND,
+  NO_EFFECT,
+  NO_SPREAD,
+  ONE_SEED,
+  WORSE,
+  as_text,
+  effect,
+  trend,
+  verdict,
+)
+from tests.synthetic_runs import (
+  BEST_RATE,
+  WIDTHS,
+  World,
+  trial_config,
+  write_ladder,
+  write_trial,
+)
+
+METHOD = "sequential D=1"
+GROWS = World(gain={("sequential", 1): (-0.02, 0.04)})
+
+
+def ladder_of(root, world=GROWS, **how):
+  write_ladder(root, world, **how)
+  return analyse(load(root))
+
+
+def words_of(ladder):
+  return as_text(verdict(ladder))
+
+
+def gain_row(low, high, bound=""):
+  return pd.Series({"mean": (low + high) / 2, "low": low, "high": high, "bound": bound})
+
+
+@pytest.mark.parametrize(
+  "low, high, bound, word",
+  [
+    (0.01, 0.03, "", BETTER),
+    (-0.03, -0.01, "", WORSE),
+    (-0.01, 0.02, "", NO_EFFECT),
+    (np.nan, np.nan, "", ONE_SEED),
+    (0.01, 0.03, UPPER, BOUND),  # At most that much better: nothing follows.
+    (-0.03, -0.01, UPPER, WORSE),  # At most so good, which is worse.
+    (0.01, 0.03, LOWER, BETTER),
+    (-0.03, -0.01, LOWER, BOUND),
+    (-0.01, 0.02, LOWER, BOUND),
+    (0.015625, 0.015625, "", NO_SPREAD),
+    (0.0, 0.0, "", NO_EFFECT),
+  ],
+)
+def test_effect(low, high, bound, word):
+  assert effect(gain_row(low, high, bound)) == word
+
+
+@pytest.mark.parametrize(
+  "slope, low, high, means, words",
+  [
+    (0.02, 0.01, 0.03, (-0.01, 0.01), "the gain grows with size"),
+    (0.02, 0.01, 0.03, (-0.03, -0.01), "the disadvantage shrinks with size"),
+    (-0.02, -0.03, -0.01, (0.03, 0.01), "the gain falls with size"),
+    (-0.02, -0.03, -0.01, (-0.01, -0.03), "the disadvantage grows with size"),
+    (0.02, -0.01, 0.05, (-0.01, 0.01), "no trend with size found"),
+    (0.02, np.nan, np.nan, (-0.01, 0.01), "no verdict on a trend"),
+  ],
+)
+def test_trend(slope, low, high, means, words):
+  row = pd.Series({"slope": slope, "low": low, "high": high, "misfit": 0.0})
+  gains = pd.DataFrame({"mean": means, "size": (1e6, 1e7)})
+  assert trend(row, gains).startswith(words)
+
+
+def test_a_crooked_trend_is_called_so():
+  row = pd.Series({"slope": 0.02, "low": 0.01, "high": 0.03, "misfit": 0.02})
+  gains = pd.DataFrame({"mean": (0.0, 0.04, 0.02), "size": (1e6, 3e6, 1e7)})
+  assert trend(row, gains).endswith("not along a straight line")
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+  return ladder_of(tmp_path_factory.mktemp("growing"))
+
+
+def test_a_tuned_ladder_counts_and_its_planted_gain_is_found(growing):
+  check = check_ladder(growing)
+  assert check.ladder == ()
+  assert check.counts(METHOD)
+  words = words_of(growing)
+  assert "This ladder counts" in words
+  assert "does not count" not in words
+  assert "worse at 13k, better at" in words
+  assert "the gain grows with size" in words
+  assert "The fitted line crosses zero at" in words
+  slopes = growing.slopes[growing.slopes["metric"] == "main_loss"]
+  slope = slopes[slopes["comparison"] == TOKENS].iloc[0]
+  # 0.04 per factor of ten in width squared; parameters grow a little slower.
+  assert slope["slope"] == pytest.approx(0.04, rel=0.1)
+
+
+def test_equal_flops_costs_the_planted_worth_of_longer_training(growing):
+  gains = growing.gains[growing.gains["metric"] == "main_loss"]
+  at = gains.set_index(["comparison", "size"])
+  trials = growing.trials[growing.trials["arm"] == "flops"]
+  for size, cell in trials[trials["chosen"]].groupby("size"):
+    worth = 0.3 * np.log10(cell["num_steps"].iloc[0] / 100)
+    cost = at.loc[(TOKENS, size), "mean"] - at.loc[(FLOPS, size), "mean"]
+    assert cost == pytest.approx(worth, abs=0.003)
+    assert at.loc[(FLOPS, size), "bound"] == ""
+
+
+def test_no_effect_is_said(tmp_path):
+  words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (0.0, 0.0)})))
+  assert f"{METHOD}: at equal tokens no effect found at each of 3 sizes" in words
+  assert "no trend with size found" in words
+
+
+def test_worse_is_said(tmp_path):
+  words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (-0.1, 0.0)})))
+  assert f"{METHOD}: at equal tokens worse at each of 3 sizes" in words
+
+
+def test_learning_rate_at_the_edge_does_not_count(tmp_path):
+  ladder = ladder_of(tmp_path, rates=(BEST_RATE / 2, BEST_RATE / 4))
+  check = check_ladder(ladder)
+  assert not check.counts(METHOD)
+  (reason,) = check.ladder
+  assert reason.startswith("NTP: no higher learning rate was tried at 13k, 49k, 190k")
+  assert "used 0.001, tried 0.00025, 0.0005, 0.001" in reason
+  words = words_of(ladder)
+  assert "This ladder does not count" in words
+  assert "the gain grows with size" in words  # Said, and said not to be evidence.
+  assert "No evidence about size" in words
+
+
+def test_a_better_rate_that_was_not_used_does_not_count(tmp_path):
+  world = dataclasses.replace(GROWS, best_rate=2 * BEST_RATE)
+  check = check_ladder(ladder_of(tmp_path, world))
+  (reason,) = check.ladder
+  assert "the learning rate used is not the best of those tried" in reason
+  assert "the loss at 0.002 is lower than at 0.001 by" in reason
+  (reason,) = check.methods[METHOD]
+  assert "another learning rate is better beyond seed noise" in reason
+
+
+def test_a_far_neighbour_does_not_count(tmp_path):
+  ladder = ladder_of(tmp_path, rates=(BEST_RATE / 10, 10 * BEST_RATE))
+  (reason,) = check_ladder(ladder).ladder
+  assert "more than 4 times away" in reason
+
+
+def test_larger_models_that_are_not_better_do_not_count(tmp_path):
+  world = dataclasses.replace(GROWS, size_step=0.0)
+  check = check_ladder(ladder_of(tmp_path, world))
+  assert not check.counts(METHOD)
+  assert len(check.ladder) == len(WIDTHS) - 1
+  assert "is not better than at 13k" in check.ladder[0]
+  assert "beyond seed noise" in check.ladder[0]
+
+
+def test_larger_models_have_to_be_better_beyond_seed_noise(tmp_path):
+  world = dataclasses.replace(GROWS, size_step=0.1)
+  ladder = ladder_of(tmp_path, world)
+  ntp = ladder.levels[ladder.levels["metric"] == "main_loss"]
+  ntp = ntp[ntp["method"] == "NTP"].sort_values("size")
+  assert (ntp["mean"].diff().dropna() < 0).all()  # Better each time, by the means.
+  assert any("beyond seed noise" in reason for reason in check_ladder(ladder).ladder)
+
+
+def test_one_seed_does_not_count_and_has_no_interval(tmp_path):
+  ladder = ladder_of(tmp_path, seeds=(0,))
+  assert not check_ladder(ladder).counts(METHOD)
+  assert ladder.gains["low"].isna().all()
+  words = words_of(ladder)
+  assert "no verdict from one pair of seeds" in words
+  assert "share 1 seed(s)" in words
+
+
+def test_an_arm_whose_rate_was_not_checked_does_not_count(tmp_path):
+  world = World(gain={("sequential", 1): (0.0, 0.04), ("parallel", 1): (0.0, 0.04)})
+  write_ladder(tmp_path, world)
+  for seed in (0, 1, 2):  # A second weight, at one learning rate.
+    for width in WIDTHS:
+      config = trial_config(width, "parallel", 1, seed, overrides={"mtp.weight": 1.0})
+      write_trial(tmp_path, world, config)
+  ladder = analyse(load(tmp_path))
+  check = check_ladder(ladder)
+  assert check.counts("parallel D=1 λ=0.3")
+  assert not check.counts("parallel D=1 λ=1")
+  (reason,) = check.methods["parallel D=1 λ=1"]
+  assert "no lower and no higher learning rate was tried" in reason
+  assert "This ladder counts for parallel D=1 λ=0.3, sequential D=1 only" in words_of(
+    ladder
+  )
+
+
+def test_one_size_is_no_ladder(tmp_path):
+  words = words_of(ladder_of(tmp_path, widths=(16,)))
+  assert "No ladder" in words
+  assert "says nothing about how gains change with size" in words
+  assert "No evidence about size" not in words
+
+
+def test_without_longer_ntp_runs_equal_flops_is_only_a_bound(tmp_path):
+  words = words_of(ladder_of(tmp_path, arms=("added",)))
+  assert "at equal FLOPs worse at 13k, no verdict from a bound at" in words
+  assert "at most" in words
+  assert "no finished NTP run reaches" in words
+
+
+def test_a_rough_clock_is_said(tmp_path):
+  write_ladder(tmp_path, GROWS)
+  slow = dataclasses.replace(GROWS, speed=GROWS.speed / 2)
+  config = trial_config(16, "sequential", 1, 9)
+  write_trial(tmp_path, slow, config)
+  write_trial(tmp_path, slow, trial_config(16, seed=9))
+  words = words_of(analyse(load(tmp_path)))
+  assert "by a rough clock (equal runs differ by up to 100%)" in words
+  assert "Wall clock is rough here" in words
+
+
+def test_an_even_clock_is_not_called_rough(growing):
+  assert "rough" not in words_of(growing)
+
+
+def test_rates_tried_on_other_seeds_only_are_no_check(tmp_path):
+  write_ladder(tmp_path, GROWS, rates=())
+  for width in WIDTHS:
+    for kind, depth in (("none", 0), ("sequential", 1)):
+      for rate in (BEST_RATE / 2, BEST_RATE * 2):
+        write_trial(tmp_path, GROWS, trial_config(width, kind, depth, 9, rate))
+  (reason,) = check_ladder(analyse(load(tmp_path))).ladder
+  assert "no lower and no higher learning rate was tried" in reason
+
+
+@pytest.mark.parametrize(
+  "kinds, words",
+  [
+    ([("none", 0)], "no MTP trial to compare"),
+    ([("sequential", 1)], "no finished NTP trial"),
+    ([], "No trial is finished"),
+  ],
+)
+def test_what_cannot_be_compared_is_said(tmp_path, kinds, words):
+  write_trial(tmp_path, GROWS, trial_config(32, seed=9), finished=False)
+  for kind, depth in kinds:
+    write_trial(tmp_path, GROWS, trial_config(16, kind, depth))
+  assert words in words_of(analyse(load(tmp_path)))

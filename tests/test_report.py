@@ -1,0 +1,148 @@
+"""The report as a reader gets it: files, words on the terminal, refusals."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from launch import cli, report
+from mtp_jax.analysis import figures
+from mtp_jax.analysis.gains import analyse
+from mtp_jax.analysis.report import write_report
+from mtp_jax.analysis.runs import load
+from tests.synthetic_runs import World, trial_config, write_ladder, write_trial
+
+WORLD = World(gain={("sequential", 1): (-0.02, 0.04), ("parallel", 3): (-0.05, 0.02)})
+RUN_JSON = {
+  "commit": "0123abc", "hardware": "1 x <chip>", "versions": {"jax": "0.10"}
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A tuned ladder, two more weights at one size, and a trial that is not finished."""
+  root = write_ladder(tmp_path_factory.mktemp("runs"), WORLD)
+  for weight in (0.1, 1.0):
+    for seed in (0, 1):
+      config = trial_config(16, "sequential", 1, seed, overrides={"mtp.weight": weight})
+      write_trial(root, WORLD, config, run_json=RUN_JSON)
+      config = trial_config(16, "sequential", 2, seed, overrides={"mtp.weight": weight})
+      write_trial(root, WORLD, config)
+  write_trial(
+    root, WORLD, trial_config(32, "parallel", 3, 9), name="late one", finished=False
+  )
+  return root
+
+
+@pytest.fixture(scope="module")
+def written(folder, tmp_path_factory):
+  output = tmp_path_factory.mktemp("report")
+  return write_report(folder, output, "python -m launch.report x"), output
+
+
+def test_every_figure_has_its_numbers(written):
+  result, output = written
+  names = {path.name for path in result.paths}
+  for plot in figures.PLOTS:
+    assert {f"{plot.stem}.png", f"{plot.stem}.csv"} <= names
+    assert (output / f"{plot.stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pd.read_csv(output / f"{plot.stem}.csv"))
+  assert names == {path.name for path in output.iterdir()}
+
+
+def test_tables_hold_the_analysis(folder, written):
+  _, output = written
+  gains = analyse(load(folder)).gains
+  read = pd.read_csv(output / "all_gains.csv", keep_default_na=False)
+  np.testing.assert_allclose(read["mean"].astype(float), gains["mean"])
+  main = gains[gains["metric"] == "main_loss"]
+  figure = pd.read_csv(output / "gain_vs_size.csv")
+  np.testing.assert_allclose(figure["mean"], main["mean"])
+  np.testing.assert_allclose(figure["low"], main["low"])
+
+
+def test_the_page_stands_alone(written):
+  result, _ = written
+  text = result.paths[0].read_text()
+  sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
+  assert len(sources) == len(figures.PLOTS)
+  assert all(source.startswith("data:image/png;base64,") for source in sources)
+  assert not re.search(r"<script|<link|@import|url\(", text)
+
+
+def test_the_page_says_what_a_reader_needs(written):
+  result, _ = written
+  text = result.paths[0].read_text()
+  for words in (
+    "<h3>This ladder counts</h3>",
+    "the gain grows with size",
+    "late one (step 50 of 100)",
+    "0123abc",
+    "1 x &lt;chip&gt;",
+    "jax 0.10",
+    "(0, 0), (1, 1), (2, 2), (9, 9)",
+    "python -m launch.report x",
+    "table S7",
+    "is not used: its learning rate",
+    "lacks seed 2 (data 2)",
+  ):
+    assert words in text, words
+
+
+def test_sweeps_show_what_varies(written):
+  _, output = written
+  weights = pd.read_csv(output / "weight_sweep.csv")
+  assert set(weights["family"]) == {"sequential D=1", "sequential D=2"}
+  one = weights[(weights["family"] == "sequential D=1") & (weights["size"] < 20_000)]
+  assert sorted(one["weight"].unique()) == [0.1, 0.3, 1.0]
+  depths = pd.read_csv(output / "depth_sweep.csv")
+  assert set(depths["family"]) == {"sequential λ=0.1", "sequential λ=1"}
+  assert set(depths["depth"]) == {1, 2}
+  assert (depths["ntp_loss"] > 2).all()
+
+
+@pytest.fixture
+def one_figure(monkeypatch):
+  monkeypatch.setattr(figures, "PLOTS", figures.PLOTS[:1])
+
+
+def test_command_prints_the_verdict_and_what_it_wrote(tmp_path, capsys, one_figure):
+  """One seed, one size, nothing but what a first try leaves."""
+  for kind, depth in (("none", 0), ("sequential", 1)):
+    write_trial(tmp_path, WORLD, trial_config(16, kind, depth))
+  assert report.main([str(tmp_path)]) == 0
+  out = capsys.readouterr().out
+  assert "no verdict from one pair of seeds at 13k" in out
+  assert "2 of 2 trials below the folder are finished" in out
+  assert f"{tmp_path}/report/report.html" in out
+  assert report.main([str(tmp_path)]) == 0  # Its own output is not taken for runs.
+
+
+def test_ladders_that_cannot_be_compared_stand_apart(tmp_path, one_figure):
+  for source in ("stdlib", "site_packages"):
+    for kind, depth in (("none", 0), ("sequential", 1)):
+      config = trial_config(16, kind, depth, overrides={"data.source": source})
+      write_trial(tmp_path, WORLD, config, name=f"{source}-{kind}")
+  result = write_report(tmp_path, tmp_path / "out")
+  assert "== data.source=site_packages" in result.text
+  assert "== data.source=stdlib" in result.text
+  names = {path.name for path in result.paths}
+  assert {"gain_vs_size_1.png", "gain_vs_size_2.png"} <= names
+
+
+def test_nothing_finished_is_said_and_still_a_report(tmp_path):
+  write_trial(tmp_path, WORLD, trial_config(16), name="only", finished=False)
+  text = write_report(tmp_path, tmp_path / "out").text
+  assert "No trial is finished: nothing can be said." in text
+  assert "Not finished: only (step 50 of 100)." in text
+
+
+def test_bad_input_is_refused(tmp_path, capsys):
+  assert report.main([str(tmp_path / "nowhere")]) == cli.BAD_INPUT
+  assert "nowhere: no such folder" in capsys.readouterr().err
+  run = write_trial(tmp_path, WORLD, trial_config(16), name="damaged")
+  (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nnonsense\n')
+  assert report.main([str(tmp_path)]) == cli.BAD_INPUT
+  assert f"error: {run}/metrics.jsonl, line 2: not a record" in capsys.readouterr().err
+  assert not (tmp_path / "report").exists()
