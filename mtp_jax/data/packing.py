@@ -1,7 +1,8 @@
 """Documents to rows: an endless stream cut into rows, without padding or loss.
 
 Pure index arithmetic on top of a token store; reading it is the best way to learn what
-a `Batch` holds. Legend: N documents, T sequence, M = 1 + mtp.depth tokens after the row.
+a `Batch` holds. Legend: N documents, B batch, T sequence, M = 1 + mtp.depth tokens
+after the row.
 
   stream     a0 a1 a2 a3 | b0 b1 b2 b3 | a0 ...     (T = 5, M = 2; a0, b0 = bos)
   row 0      a0 a1 a2 a3 b0 | b1 b2       row 1      b1 b2 b3 a0 a1 | a2 a3
@@ -9,7 +10,7 @@ a `Batch` holds. Legend: N documents, T sequence, M = 1 + mtp.depth tokens after
   position    0  1  2  3  0 |                         0  1  2  0  1 |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -103,7 +104,7 @@ def eval_batches(
   rows_per_document: int,
   batch_size: int,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-  """Yields `(Batch, document_B)`: held-out documents one by one, each on rows of its own.
+  """Yields `(Batch, document_B)`: held-out documents, each on rows of its own.
 
   Documents come in the given order, at most `rows_per_document` consecutive rows of
   each, until there are `num_rows`. A row holds one document as segment 1 and is padded
@@ -121,12 +122,12 @@ def eval_batches(
     rows.append(_one_row(store.read(document, begin, end), seq_len, num_extra))
     owners.append(owner)
     if len(rows) == batch_size:
-      yield _stack(rows), np.array(owners, np.int32)
+      yield stack_rows(rows), np.array(owners, np.int32)
       rows, owners = [], []
   if rows:
     missing = batch_size - len(rows)
     rows += [_one_row(np.zeros(0, np.int32), seq_len, num_extra)] * missing
-    yield _stack(rows), np.array(owners + [-1] * missing, np.int32)
+    yield stack_rows(rows), np.array(owners + [-1] * missing, np.int32)
 
 
 def _eval_positions(
@@ -157,5 +158,6 @@ def _one_row(tokens: np.ndarray, seq_len: int, num_extra: int) -> Batch:
   return Batch(padded[:T], segments[:T], positions[:T], padded[T:], segments[T:])
 
 
-def _stack(rows: list[Batch]) -> Batch:
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+  """Returns rows without a leading axis as one Batch [B, ...]."""
   return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))

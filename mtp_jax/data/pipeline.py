@@ -14,11 +14,18 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
+from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import packing, prepared, sources
+from mtp_jax.data import packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
+
+# The tokenizer library's encodings take far more memory than the ids in them.
+_BATCH_TEXTS = 256
+# Elements are whole batches: grain's default would keep 500 of them in memory.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
 class MemoryStore:
@@ -34,10 +41,10 @@ class MemoryStore:
     self.hashes_NX = documents.hashes_NX
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     bos, eos = (np.array([i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
-    parts = [
-      np.concatenate([bos, ids.astype(dtype), eos])
-      for ids in tokenizer.encode_batch(documents.texts)
-    ]
+    parts = []
+    for begin in range(0, len(documents.texts), _BATCH_TEXTS):
+      batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
+      parts += [np.concatenate([bos, ids.astype(dtype), eos]) for ids in batch]
     self.lengths_N = np.array([len(part) for part in parts], np.int64)
     self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
     self._tokens = np.concatenate(parts)
@@ -121,7 +128,9 @@ def load_corpus(config: Config) -> Corpus:
   data, tokenizer_config = config.data, config.tokenizer
   same_text = dataclasses.replace(data, seq_len=0, batch_size=0, seed=0, num_workers=0)
   if data.source == "array_record":
-    store, tokenizer, stats = _open_prepared(data.path, tokenizer_config.kind)
+    store, folder = _open_prepared(data.path)
+    _check_prepared(folder, config)
+    tokenizer, stats = folder.tokenizer, folder.source
   else:
     # Only BPE is trained to a size; the others have one, checked below.
     size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
@@ -171,29 +180,41 @@ def _tokenized(
 
 @functools.lru_cache(maxsize=2)
 def _open_prepared(
-  path: str, tokenizer_kind: str
-) -> tuple[prepared.ArrayRecordStore, tokenizers_lib.Tokenizer, dict[str, Any]]:
+  path: str,
+) -> tuple[prepared.ArrayRecordStore, prepared.PreparedFolder]:
   folder = prepared.open_folder(path)
-  kind = folder.manifest["tokenizer"]["kind"]
-  if kind != tokenizer_kind:
-    raise sources.DataError(
-      f"tokenizer.kind must be {kind!r}, with which {path!r} was prepared, got "
-      f"{tokenizer_kind!r}."
-    )
   identity = {
-    "manifest": folder.manifest["source"]["manifest"],
+    "manifest": folder.source["manifest"],
     "tokenizer": hashlib.sha256(folder.tokenizer.to_json().encode()).hexdigest(),
   }
-  store = prepared.ArrayRecordStore(folder.shards, folder.index_N, identity)
-  return store, folder.tokenizer, folder.manifest["source"]
+  return prepared.ArrayRecordStore(folder.shards, folder.index_N, identity), folder
+
+
+def _check_prepared(folder: prepared.PreparedFolder, config: Config) -> None:
+  """Refuses a config that says otherwise about how the folder's tokens came to be."""
+  # A BPE tokenizer has seen the train split: with another split, held-out text too.
+  values = config_lib.flatten(config_lib.to_dict(config))
+  for key in ("tokenizer.kind", "data.validation_fraction", "data.test_fraction"):
+    if key in folder.settings and folder.settings[key] != values[key]:
+      raise sources.DataError(
+        f"{key} must be {folder.settings[key]!r}, with which {str(folder.path)!r} was "
+        f"prepared, got {values[key]!r}."
+      )
+  if config.tokenizer.kind == "file":
+    given = tokenizers_lib.load_tokenizer(config.tokenizer.path)
+    if given.to_json() != folder.tokenizer.to_json():
+      raise sources.DataError(
+        f"tokenizer.path must name the tokenizer with which {str(folder.path)!r} was "
+        f"prepared ({prepared.TOKENIZER} in it), got {config.tokenizer.path!r}."
+      )
 
 
 class TrainLoader:
   """Endless batches of this host's rows, shuffled anew every epoch.
 
-  Host h of H takes every H-th row of the one global order, so the hosts together see
-  each row of an epoch exactly once. The state is the number of batches taken: every
-  batch can be computed from its number, by any number of workers.
+  The batches of all hosts, one below the other, are the batch that a single host would
+  get; so each row of an epoch is read exactly once. The state is the number of batches
+  taken: every batch can be computed from its number, by any number of workers.
   """
 
   def __init__(
@@ -212,25 +233,33 @@ class TrainLoader:
         f"data.batch_size must be divisible by the number of hosts ({num_hosts}), "
         f"got {batch_size}."
       )
-    self._identity = rows.store.identity | {"seq_len": rows.seq_len, "seed": seed}
+    self._identity = rows.store.identity | {
+      "seq_len": rows.seq_len,
+      "batch_size": batch_size,
+      "num_tokens": rows.num_tokens,
+      "seed": seed,
+    }
     self._num_workers = num_workers
-    num_rows = len(rows)
-    shuffled = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-    # The number of the epoch moves the cuts between rows: see `PackedRows`.
-    read = shuffled.map_with_index(
-      lambda index, row: rows[index // num_rows * num_rows + row]
-    )
-    mine = read[host_index::num_hosts]
-    self._batches = mine.batch(batch_size // num_hosts, batch_fn=_stack)
-    self._start(0)
+    share = batch_size // num_hosts
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    read = functools.partial(_read_rows, rows)
+    # There is no remainder, but without the flag grain's length of batches of 1 row
+    # overflows.
+    batches = order.batch(share, drop_remainder=True).map_with_index(read)
+    self._batches = batches[host_index::num_hosts]
+    self._taken = 0
+    self._iterator: Iterator[Batch] | None = None
 
   def __iter__(self) -> "TrainLoader":
     return self
 
   def __next__(self) -> Batch:
+    if self._iterator is None:
+      self._iterator = self._start()
     batch = next(self._iterator)
     self._taken += 1
-    return batch
+    # Workers hand arrays over in shared memory, which lives no longer than they do.
+    return Batch(*map(np.array, batch)) if self._num_workers else batch
 
   def get_state(self) -> dict[str, Any]:
     """Returns what `set_state` needs to go on with the next batch (JSON values)."""
@@ -254,16 +283,33 @@ class TrainLoader:
         + "; ".join(differing)
         + "."
       )
-    self._start(state["batches"])
+    self.close()
+    self._taken = state["batches"]
 
-  def _start(self, batches: int) -> None:
-    self._taken = batches
-    rest = self._batches[batches:].to_iter_dataset()
+  def close(self) -> None:
+    """Ends threads and worker processes; the next batch would start them again."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+  def _start(self) -> Iterator[Batch]:
+    rest = self._batches[self._taken :].to_iter_dataset(_READ_OPTIONS)
     if self._num_workers:
+      if not flags.FLAGS.is_parsed():  # Outside of a command; grain reads its flags.
+        flags.FLAGS.mark_as_parsed()
       options = grain.multiprocessing.MultiprocessingOptions(self._num_workers)
-      rest = rest.mp_prefetch(options)
-    self._iterator = iter(rest)
+      rest = rest.mp_prefetch(options, worker_init_fn=workers.serve_training)
+    return iter(rest)
 
 
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+def _read_rows(
+  rows: packing.PackedRows, index: int, rows_of_epoch: np.ndarray
+) -> Batch:
+  """Returns the index-th group of rows of the shuffled order.
+
+  The number of the epoch moves the cuts between rows: see `PackedRows`.
+  """
+  group = len(rows_of_epoch)
+  epochs = (index * group + np.arange(group)) // len(rows)
+  numbers = epochs * len(rows) + rows_of_epoch
+  return packing.stack_rows([rows[int(number)] for number in numbers])

@@ -14,8 +14,8 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import zstandard
@@ -48,7 +48,7 @@ class SourceStats:
   num_bytes:       their UTF-8 bytes.
   num_empty:       texts left out because they are white space only.
   num_duplicates:  texts left out because their bytes were already there.
-  encoding_errors: names of the texts left out because they are not UTF-8.
+  encoding_errors: names of the texts left out because they have no UTF-8 form.
   manifest:        sha256 over the sorted content hashes: equal means equal corpus.
   """
 
@@ -84,9 +84,9 @@ class DocumentReader:
   how far through the input files the current one is.
 
   Raises:
-    DataError: at construction if no input file exists; while iterating on a damaged
-      file or a line that is not a JSON object with the text field; at the end if not
-      one document was found.
+    DataError: at construction if no input file exists; while iterating on a damaged or
+      unreadable file or a line that is not a JSON object with the text field; at the
+      end if not one document was found.
   """
 
   def __init__(self, source: str, path: str, text_field: str):
@@ -137,14 +137,17 @@ class DocumentReader:
     self, name: str, file: str, base: int
   ) -> Iterator[tuple[str, bytes | None]]:
     """Yields (name, UTF-8 bytes or None where the text has no UTF-8 form)."""
-    if not self._is_jsonl:
+    try:
       with open(file, "rb") as handle:
-        yield name, handle.read()
-      return
-    with open(file, "rb") as handle:
-      for number, line in enumerate(_lines(_chunks(handle, file)), start=1):
-        self.done_bytes = base + handle.tell()
-        yield f"{name}:{number}", _text_of_line(line, number, file, self._text_field)
+        if not self._is_jsonl:
+          yield name, handle.read()
+          return
+        for number, line in enumerate(_lines(_chunks(handle, file)), start=1):
+          self.done_bytes = base + handle.tell()
+          text = _text_of_line(line, number, file, self._text_field)
+          yield f"{name}:{number}", text
+    except OSError as error:
+      raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
   def _accept(self, name: str, data: bytes | None) -> Document | None:
     try:
@@ -164,6 +167,20 @@ class DocumentReader:
     self._seen.add(content_hash)
     self._num_bytes += len(data)
     return Document(name, text, content_hash)
+
+
+def describe(stats: Mapping[str, Any]) -> str:
+  """Returns one line on the fields of a `SourceStats`: what was read and left out."""
+  left_out = (
+    f"{stats['num_duplicates']:,} duplicate, {stats['num_empty']:,} empty, "
+    f"{len(stats['encoding_errors']):,} not UTF-8"
+  )
+  if stats["encoding_errors"]:
+    left_out += f" ({stats['encoding_errors'][0]}, ...)"
+  return (
+    f"{stats['num_documents']:,} documents ({stats['num_bytes'] / 1e6:,.1f} MB) from "
+    f"{stats['num_files']:,} file(s) in {stats['where']}; left out: {left_out}"
+  )
 
 
 def load_documents(source: str, path: str, text_field: str) -> Documents:
@@ -253,7 +270,8 @@ def _find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
     )
   if not files:
     kind = "a file or glob" if source == "jsonl" else "a folder, file or glob"
-    rule = f"data.path must be {kind} that names" if path else "there must be"
+    has_path = source in ("files", "jsonl")
+    rule = f"data.path must be {kind} that names" if has_path else "there must be"
     raise DataError(
       f"{rule} at least one file for data.source {source!r}; looked in {where!r} "
       "and found none."
@@ -264,16 +282,28 @@ def _find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
 def _walk(
   folders: list[str], suffix: str, skip: tuple[str, ...]
 ) -> list[tuple[str, str]]:
+  """Returns [(path within its folder, file)] of the text files below some folders."""
   files = []
-  for folder in folders:
-    for root, subfolders, names in os.walk(folder):
-      subfolders[:] = [s for s in subfolders if s not in skip and s != "__pycache__"]
+  seen: set[str] = set()
+  for folder in filter(os.path.isdir, folders):
+    walk = os.walk(folder, onerror=_refuse_folder, followlinks=True)
+    for root, subfolders, names in walk:
+      real = os.path.realpath(root)
+      if real in seen:  # A link to where we have been, in a circle perhaps.
+        subfolders.clear()
+        continue
+      seen.add(real)
+      subfolders[:] = sorted(set(subfolders).difference(skip))
       for name in names:
         file = os.path.join(root, name)
         # A dangling link, socket or pipe has no text.
         if name.endswith(suffix) and os.path.isfile(file):
           files.append((os.path.relpath(file, folder), file))
   return files
+
+
+def _refuse_folder(error: OSError) -> None:
+  raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
 
 
 def _text_of_line(line: bytes, number: int, file: str, field: str) -> bytes | None:
@@ -284,7 +314,8 @@ def _text_of_line(line: bytes, number: int, file: str, field: str) -> bytes | No
     record = json.loads(line.decode("utf-8"))
   except UnicodeDecodeError:
     return None
-  except json.JSONDecodeError as error:
+  # ValueError: bad JSON, or a number with too many digits for Python.
+  except (ValueError, RecursionError) as error:
     raise DataError(f"{file}:{number}: not valid JSON ({error}).") from error
   if not isinstance(record, dict):
     raise DataError(
@@ -338,12 +369,12 @@ def _zstd_chunks(handle: BinaryIO) -> Iterator[bytes]:
   """Yields all frames; the library's own stream reader stops in silence after the
   first one, and at the end of a file that was cut short.
   """
-  frame = zstandard.ZstdDecompressor().decompressobj()
+  frame = _zstd_frame()
   started = False
   while data := handle.read(_CHUNK_BYTES):
     while data:
       if frame.eof:
-        frame = zstandard.ZstdDecompressor().decompressobj()
+        frame = _zstd_frame()
       started = True
       chunk = frame.decompress(data)
       if chunk:
@@ -351,3 +382,8 @@ def _zstd_chunks(handle: BinaryIO) -> Iterator[bytes]:
       data = frame.unused_data if frame.eof else b""
   if started and not frame.eof:
     raise EOFError("the last zstd frame has no end")
+
+
+def _zstd_frame() -> Any:
+  # Large corpora are often compressed with `--long=31`.
+  return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

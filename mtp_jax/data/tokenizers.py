@@ -8,14 +8,14 @@ saved as a Hugging Face `tokenizer.json`, which other tools open.
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mtp_jax import config as config_lib
-from mtp_jax.data import sources
+from mtp_jax.data import files, sources
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # What well-known tokenizers call them, in the order in which they are looked for.
@@ -67,7 +67,7 @@ class ByteTokenizer:
   vocab_size = 258
 
   def __init__(self):
-    self.token_bytes_V = np.array([1] * 256 + [0, 0])
+    self.token_bytes_V = np.array([1] * 256 + [0, 0], np.int64)
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -99,8 +99,9 @@ class SubwordTokenizer:
   encoded as plain text, so no document can forge a document boundary.
 
   Raises:
-    DataError: the tokenizer loses text (unknown tokens, lower case, white space): its
-      bits per byte and completions would mean nothing.
+    DataError: the tokenizer loses text (unknown tokens, lower case, white space), so
+      that its bits per byte and completions would mean nothing; or it makes a document
+      boundary of text that merely looks like one.
   """
 
   def __init__(self, model: tokenizers.Tokenizer, name: str):
@@ -114,6 +115,7 @@ class SubwordTokenizer:
     self.vocab_size = 1 + max(vocab.values())
     self.token_bytes_V = self._count_bytes(vocab)
     self._check_lossless(name)
+    self._check_unforgeable(name)
 
   def encode(self, text: str) -> np.ndarray:
     return self.encode_batch([text])[0]
@@ -156,15 +158,35 @@ class SubwordTokenizer:
     return counts_V
 
   def _check_lossless(self, name: str) -> None:
-    ids = self.encode(_PROBE)
-    num_bytes = int(self.token_bytes_V[ids].sum())
-    extra = num_bytes - len(_PROBE.encode())
-    if self.decode(ids) != _PROBE or extra not in (0, 1):
-      raise sources.DataError(
-        f"tokenizer.path must be a tokenizer that loses no text, got {name!r}: it "
-        f"turns {_PROBE!r} into {self.decode(ids)!r} ({num_bytes} bytes by its tokens, "
-        f"{len(_PROBE.encode())} in the text)."
-      )
+    added = self._model.get_added_tokens_decoder().values()
+    for text in (_PROBE, *(f"a{x.content}b" for x in added if not x.special)):
+      try:
+        ids = self.encode(text)
+      # The library raises plain Exception for text without a token.
+      except Exception as error:
+        raise sources.DataError(
+          f"tokenizer.path must be a tokenizer that encodes any text, {name!r} does "
+          f"not encode {text!r} ({error})."
+        ) from error
+      num_bytes, expected = int(self.token_bytes_V[ids].sum()), len(text.encode())
+      if self.decode(ids) != text or num_bytes - expected not in (0, 1):
+        raise sources.DataError(
+          f"tokenizer.path must be a tokenizer that loses no text, got {name!r}: it "
+          f"turns {text!r} into {self.decode(ids)!r} ({num_bytes} bytes by its tokens, "
+          f"{expected} in the text)."
+        )
+
+  def _check_unforgeable(self, name: str) -> None:
+    # A Unigram model, for one, finds the names among its own pieces.
+    added = self._model.get_added_tokens_decoder()
+    for special in (self.bos_id, self.eos_id):
+      text = f"a{added[special].content}b"
+      if special in self.encode(text):
+        raise sources.DataError(
+          "tokenizer.path must be a tokenizer that encodes the names of its special "
+          f"tokens as plain text, {name!r} makes token {special} of "
+          f"{added[special].content!r}."
+        )
 
 
 def make_tokenizer(
@@ -198,12 +220,7 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
   """Writes `tokenizer.json`; whole or not at all."""
-  temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
-  with open(temporary, "w", encoding="utf-8") as handle:
-    handle.write(tokenizer.to_json())
-    handle.flush()
-    os.fsync(handle.fileno())
-  os.replace(temporary, path)
+  files.write_whole(path, tokenizer.to_json().encode())
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -225,8 +242,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
   """Inverse of `Tokenizer.to_json`; `name` is for the error message."""
   try:
-    model = json.loads(text)["model"]
-    if model.get("vocab") == _byte_vocab() and model.get("merges") == []:
+    if _is_bytes(json.loads(text)):
       return ByteTokenizer()
     loaded = tokenizers.Tokenizer.from_str(text)
   # The library raises plain Exception for every content that it cannot parse.
@@ -246,12 +262,22 @@ def _train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=[BOS, EOS],
-    # The library hands the alphabet over in an order that differs between processes.
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
   model.train_from_iterator(train_texts, trainer)
   return SubwordTokenizer(model, "BPE trained on the corpus")
+
+
+def _is_bytes(values: dict[str, Any]) -> bool:
+  """Whether the parsed `tokenizer.json` is what `ByteTokenizer.to_json` returns."""
+  added = {token["content"]: token["id"] for token in values.get("added_tokens", ())}
+  return (
+    values.get("normalizer") is None
+    and values["model"].get("vocab") == _byte_vocab()
+    and values["model"].get("merges") == []
+    and added == {BOS: ByteTokenizer.bos_id, EOS: ByteTokenizer.eos_id}
+  )
 
 
 def _byte_vocab() -> dict[str, int]:

@@ -1,0 +1,34 @@
+"""Files that are there whole or not at all, whatever kills the writer."""
+
+import os
+
+
+def write_whole(file: str | os.PathLike, content: bytes) -> None:
+  """Writes a file; a reader sees the old content or the new one.
+
+  Raises:
+    OSError: the content could not be written in full; nothing is left of it.
+  """
+  temporary = temporary_name(file)
+  try:
+    with open(temporary, "wb") as handle:
+      handle.write(content)
+    commit(temporary, file)
+  finally:
+    if os.path.exists(temporary):
+      os.unlink(temporary)
+
+
+def temporary_name(file: str | os.PathLike) -> str:
+  """Returns the name beside `file` under which this process writes it."""
+  return f"{os.fspath(file)}.tmp-{os.getpid()}"
+
+
+def commit(temporary: str | os.PathLike, file: str | os.PathLike) -> None:
+  """Renames after the bytes are on the disk: a rename must not overtake them."""
+  descriptor = os.open(temporary, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+  os.replace(temporary, file)

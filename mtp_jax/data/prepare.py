@@ -1,0 +1,357 @@
+"""Text to a prepared folder (`prepared.py`): in parallel, and resumable after a kill.
+
+One process reads the source, drops duplicates and cuts the stream of documents into
+shards; worker processes tokenize and write them. What a shard holds depends on the
+source and the settings alone, so finished shards of an earlier run are checked against
+the documents and kept, and the result does not depend on when or how often the work
+was stopped, nor on the number of workers.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from mtp_jax.config import Config, ConfigError
+from mtp_jax.data import files, prepared, sources, workers
+from mtp_jax.data import tokenizers as tokenizers_lib
+
+# Told the phase and how many of how many bytes of input it has done.
+Progress = Callable[[str, int, int], None]
+
+
+def prepare_folder(
+  config: Config,
+  output: str | os.PathLike,
+  *,
+  num_workers: int,
+  shard_size: int,
+  progress: Progress = lambda phase, done, total: None,
+) -> prepared.PreparedFolder:
+  """Tokenizes the source of a config into a folder, or finishes doing so.
+
+  Args:
+    config: `data` and `tokenizer` say what is read and how it becomes tokens.
+    output: the folder; new, empty, or left by an earlier call.
+    num_workers: processes that tokenize and write.
+    shard_size: bytes of text after which a shard ends, with the document they are in.
+    progress: called often; done bytes are those of the (compressed) input files.
+
+  Raises:
+    ConfigError: the folder was begun with other settings, or the source or tokenizer
+      cannot be used.
+    DataError: the source cannot be read, or is not what finished shards came from.
+    OSError: the folder cannot be written, on a full disk for instance.
+  """
+  for name, value in (("num_workers", num_workers), ("shard_size", shard_size)):
+    if value < 1:
+      raise ConfigError(f"{name} must be at least 1, got {value}.")
+  if config.data.source == "array_record":
+    raise ConfigError("data.source must name texts to prepare, got 'array_record'.")
+  reader = sources.DocumentReader(
+    config.data.source, config.data.path, config.data.text_field
+  )
+  folder = Path(os.path.expanduser(output))
+  folder.mkdir(parents=True, exist_ok=True)
+  with _locked(folder):
+    settings = _claim(folder, _settings(config, shard_size))
+    if not (folder / prepared.MANIFEST).is_file():
+      for leftover in folder.glob("*.tmp-*"):
+        leftover.unlink()
+      tokenizer = _tokenizer(config, folder, reader, progress)
+      num_shards = _write_shards(
+        folder, reader, tokenizer, num_workers, shard_size, progress
+      )
+      _finish(folder, settings, reader.stats(), num_shards)
+  return prepared.open_folder(folder)
+
+
+def write_shard(
+  folder: Path,
+  number: int,
+  documents: Sequence[sources.Document],
+  tokenizer: tokenizers_lib.Tokenizer,
+) -> None:
+  """Tokenizes and writes one shard, then its index.
+
+  The shard is written beside its name, closed, reopened and counted, and only then
+  renamed; its index follows in the same way. A kill or a full disk at any point leaves
+  no shard that looks finished.
+
+  Raises:
+    OSError: the shard could not be written in full.
+  """
+  index_N = np.zeros(len(documents), prepared.INDEX_DTYPE)
+  file = _shard_file(folder, number)
+  temporary = Path(files.temporary_name(file))
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for entry, document in zip(index_N, documents, strict=True):
+      ids = tokenizer.encode(document.text)
+      tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
+      tokens = tokens.astype("<i4")
+      for begin in range(0, len(tokens), prepared.RECORD_TOKENS):
+        writer.write(tokens[begin : begin + prepared.RECORD_TOKENS].tobytes())
+      entry["hash"] = np.frombuffer(document.content_hash, np.uint8)
+      entry["num_tokens"] = len(tokens)
+      entry["num_bytes"] = len(document.text.encode("utf-8"))
+    writer.close()
+    # The library's writer can lose records on a full disk without raising.
+    found, expected = _count_records(temporary), _expected_records(index_N)
+    if found != expected:
+      raise OSError(f"{file} holds {found} of {expected} records: is the disk full?")
+    files.commit(temporary, file)
+  except RuntimeError as error:  # What the ArrayRecord library raises for I/O errors.
+    raise OSError(f"{file} could not be written ({error}).") from error
+  finally:
+    temporary.unlink(missing_ok=True)
+  _write_index(file.with_suffix(".npy"), index_N)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Keeps other processes out; the lock ends with the process, however it ends."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    _lock(descriptor, folder)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise ConfigError(
+      f"output {str(folder)!r} is being written by another process."
+    ) from error
+  except OSError:  # Some network file systems have no locks.
+    pass
+
+
+def _settings(config: Config, shard_size: int) -> dict[str, Any]:
+  """Returns everything but the texts that the content of the folder depends on."""
+  data, tokenizer = config.data, config.tokenizer
+  settings = {"format": prepared.FORMAT, "data.source": data.source}
+  if data.source in ("files", "jsonl"):
+    settings["data.path"] = data.path
+  if data.source == "jsonl":
+    settings["data.text_field"] = data.text_field
+  settings["tokenizer.kind"] = tokenizer.kind
+  if tokenizer.kind == "bpe":  # Trained on the train split alone.
+    settings["tokenizer.vocab_size"] = tokenizer.vocab_size
+    settings["data.validation_fraction"] = data.validation_fraction
+    settings["data.test_fraction"] = data.test_fraction
+  return settings | {"shard_size": shard_size}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+  """Writes the settings, or checks that the folder was begun with the same ones."""
+  file = folder / prepared.SETTINGS
+  if not file.is_file():
+    others = [x.name for x in sorted(folder.iterdir()) if ".tmp-" not in x.name]
+    if others:
+      raise ConfigError(
+        f"output must be a new or empty folder or one begun by launch.prepare, "
+        f"{str(folder)!r} holds {others[0]!r}."
+      )
+    files.write_whole(file, _json(settings))
+    return settings
+  try:
+    begun = json.loads(file.read_text())
+  except ValueError as error:
+    raise ConfigError(f"output {str(folder)!r}: {file.name} is damaged.") from error
+  differing = [
+    f"{key} is {settings.get(key)!r} now and was {begun.get(key)!r} there"
+    for key in begun | settings
+    if settings.get(key) != begun.get(key)
+  ]
+  if differing:
+    raise ConfigError(
+      f"output {str(folder)!r} was begun with other settings: {'; '.join(differing)}. "
+      "Use them, or another folder."
+    )
+  return begun
+
+
+def _tokenizer(
+  config: Config, folder: Path, reader: sources.DocumentReader, progress: Progress
+) -> tokenizers_lib.Tokenizer:
+  """Returns the folder's tokenizer; a trained one is trained once."""
+  file = folder / prepared.TOKENIZER
+  if config.tokenizer.kind == "bpe" and file.is_file():
+    return tokenizers_lib.load_tokenizer(file)
+  tokenizer = tokenizers_lib.make_tokenizer(
+    config.tokenizer, _train_texts(config, reader, progress)
+  )
+  tokenizers_lib.check_vocab_size(tokenizer, config.tokenizer.vocab_size)
+  if file.is_file() and file.read_text("utf-8") != tokenizer.to_json():
+    raise ConfigError(
+      f"output {str(folder)!r} was begun with another tokenizer: the content of "
+      f"tokenizer.path {config.tokenizer.path!r} has changed."
+    )
+  tokenizers_lib.save_tokenizer(tokenizer, file)
+  return tokenizer
+
+
+def _train_texts(
+  config: Config, reader: sources.DocumentReader, progress: Progress
+) -> Iterator[str]:
+  data = config.data
+  for document in reader:
+    progress("training the tokenizer", reader.done_bytes, reader.total_bytes)
+    hashes_NX = sources.hash_array([document.content_hash])
+    if sources.split_of(hashes_NX, data.validation_fraction, data.test_fraction) == 0:
+      yield document.text
+
+
+def _write_shards(
+  folder: Path,
+  reader: sources.DocumentReader,
+  tokenizer: tokenizers_lib.Tokenizer,
+  num_workers: int,
+  shard_size: int,
+  progress: Progress,
+) -> int:
+  """Writes the shards that are not there yet and returns how many there are."""
+  pool = concurrent.futures.ProcessPoolExecutor(
+    num_workers,
+    # Forking a process with threads, as the tokenizer library has, can deadlock.
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_start_worker,
+    initargs=(tokenizer.to_json(),),
+  )
+  pending = collections.deque()
+  number = -1
+
+  def wait_for_one() -> None:
+    future, done = pending.popleft()
+    future.result()
+    progress("tokenizing", done, reader.total_bytes)
+
+  try:
+    for number, documents in enumerate(_shards(reader, shard_size)):
+      if _is_finished(folder, number, documents):
+        progress("checking finished shards", reader.done_bytes, reader.total_bytes)
+        continue
+      with workers.shielded_from_interrupts():  # The first one starts the processes.
+        future = pool.submit(_work, folder, number, documents)
+      pending.append((future, reader.done_bytes))
+      if len(pending) >= 2 * num_workers:  # Bounds the texts in memory.
+        wait_for_one()
+    while pending:
+      wait_for_one()
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise OSError(
+      "a worker process died, perhaps for want of memory; the finished shards are "
+      "kept, and the same command continues."
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+  return number + 1
+
+
+def _shards(
+  reader: sources.DocumentReader, shard_size: int
+) -> Iterator[list[sources.Document]]:
+  documents, size = [], 0
+  for document in reader:
+    documents.append(document)
+    size += len(document.text.encode("utf-8"))
+    if size >= shard_size:
+      yield documents
+      documents, size = [], 0
+  if documents:
+    yield documents
+
+
+def _is_finished(
+  folder: Path, number: int, documents: Sequence[sources.Document]
+) -> bool:
+  """Whether an earlier run wrote this shard whole.
+
+  Raises:
+    DataError: it did, from other documents.
+  """
+  file = _shard_file(folder, number)
+  try:
+    index_N = np.load(file.with_suffix(".npy"))
+    if _count_records(file) != _expected_records(index_N):
+      return False
+  except (OSError, ValueError, RuntimeError):  # Missing or damaged: written again.
+    return False
+  hashes_NX = sources.hash_array(document.content_hash for document in documents)
+  if not np.array_equal(index_N["hash"], hashes_NX):
+    raise sources.DataError(
+      f"{file} was made of other documents: the source has changed since. Use another "
+      "folder."
+    )
+  return True
+
+
+def _finish(
+  folder: Path, settings: dict[str, Any], stats: sources.SourceStats, num_shards: int
+) -> None:
+  shards = [_shard_file(folder, number) for number in range(num_shards)]
+  index_N = np.concatenate([np.load(file.with_suffix(".npy")) for file in shards])
+  _write_index(folder / prepared.INDEX, index_N)
+  manifest = {
+    "format": prepared.FORMAT,
+    "settings": settings,
+    "source": dataclasses.asdict(stats),
+    "num_tokens": int(index_N["num_tokens"].sum()),
+    "shards": [{"name": file.name, "size": file.stat().st_size} for file in shards],
+  }
+  files.write_whole(folder / prepared.MANIFEST, _json(manifest))
+
+
+_worker_tokenizer: tokenizers_lib.Tokenizer
+
+
+def _start_worker(tokenizer: str) -> None:
+  global _worker_tokenizer
+  workers.follow_parent()
+  # The processes are the parallelism; threads of each would only compete.
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  _worker_tokenizer = tokenizers_lib.tokenizer_from_json(tokenizer)
+
+
+def _work(folder: Path, number: int, documents: Sequence[sources.Document]) -> None:
+  write_shard(folder, number, documents, _worker_tokenizer)
+
+
+def _shard_file(folder: Path, number: int) -> Path:
+  return folder / f"shard-{number:05d}.array_record"
+
+
+def _count_records(file: Path) -> int:
+  reader = array_record_module.ArrayRecordReader(str(file))
+  count = reader.num_records()
+  reader.close()
+  return count
+
+
+def _expected_records(index_N: np.ndarray) -> int:
+  return int(prepared.num_records(index_N["num_tokens"]).sum())
+
+
+def _write_index(file: Path, index_N: np.ndarray) -> None:
+  content = io.BytesIO()
+  np.save(content, index_N)
+  files.write_whole(file, content.getvalue())
+
+
+def _json(values: dict[str, Any]) -> bytes:
+  return (json.dumps(values, indent=2) + "\n").encode()
