@@ -1,6 +1,6 @@
 # make reproduce   set up, train the CPU ladder, write the report (resumable)
 # make test        set up, lint, run the tests
-# make test-all    the slow ones too
+# make test-all    the slow ones too (make test-slow: those alone)
 # make bench       the training benchmark against PyTorch
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ RUNS ?= runs/gains_with_scale
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: reproduce test test-all lint bench setup setup-dev
+.PHONY: reproduce test test-slow test-all lint bench setup setup-dev
 
 reproduce: setup
 	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
@@ -18,8 +18,10 @@ reproduce: setup
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
-	$(BIN)/python -m pytest
+test-slow: setup-dev
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -5,9 +5,18 @@ by a rename, so a killed save leaves nothing that looks finished. Beside the arr
 fingerprint of every leaf, taken on the device before the save: after a restore it is
 computed again, on whatever mesh, so silent damage is found too. `restore` walks from
 the newest checkpoint back until one is whole.
+
+  checkpoints/STEP/state   the TrainState
+  checkpoints/STEP/meta    config, contract, tokenizer, data iterator, progress (JSON)
+  damaged_checkpoints/     what was found damaged, out of the way of later saves
 """
 
+import contextlib
+import hashlib
+import json
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict, to_dict
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
+# Paths may: the state of the data iterator says whether they hold the same text.
 RESUMABLE = (
-  "name", "mesh.", "checkpoint.", "eval.", "data.num_workers", "train.log_every",
-  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
-  "trunk.remat", "trunk.scan_layers", "trunk.attention", "loss.block_tokens",
+  "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.num_workers",
+  "tokenizer.path", "train.log_every", "train.eval_every", "train.diagnostics_every",
+  "train.max_nonfinite_steps", "trunk.remat", "trunk.scan_layers", "trunk.attention",
+  "loss.block_tokens",
 )
 
 # Keys that change the parameter tree or what its numbers mean.
@@ -33,6 +45,10 @@ ARCHITECTURE = (
   "trunk.norm_eps", "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written, or there are some and none is whole."""
 
 
 class Restored(NamedTuple):
@@ -93,20 +109,25 @@ def check_resumable(saved: Config, config: Config) -> None:
 
 
 @jax.jit
-def fingerprint(state: Any) -> list[jax.Array]:
+def fingerprint(state: Any) -> jax.Array:
   """Returns one uint32 per leaf, the same on every mesh, changed by any changed bit."""
 
   def leaf(x: jax.Array) -> jax.Array:
-    x = jnp.ravel(x)
     if x.dtype == jnp.bool_:
       x = x.astype(jnp.uint8)
     width = jnp.dtype(x.dtype).itemsize
     word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
-    bits = jax.lax.bitcast_convert_type(x, word).ravel().astype(jnp.uint32)
-    odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # So that order counts.
-    return jnp.sum(bits * odd, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    # Odd factors, so that no bit is lost; all different, so that order counts. They
+    # are formed axis by axis, because flattening would move sharded arrays about.
+    factor, stride = jnp.uint32(1), 2
+    for axis in reversed(range(bits.ndim)):
+      index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+      factor += index * jnp.uint32(stride % 2**32)
+      stride *= bits.shape[axis]
+    return jnp.sum(bits * factor, dtype=jnp.uint32)
 
-  return [leaf(x) for x in jax.tree.leaves(state)]
+  return jnp.stack([leaf(x) for x in jax.tree.leaves(state)])
 
 
 class Checkpointer:
@@ -114,7 +135,13 @@ class Checkpointer:
 
   def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
     self.directory = (workdir / "checkpoints").resolve()
-    self._damaged: set[int] = set()
+    self._read_only = read_only
+    # Finished ones are named by their step alone. Seen before the manager removes them.
+    self._unfinished = sorted(
+      path.name.partition(".")[0]
+      for path in self.directory.glob("*")
+      if not path.name.isdigit()
+    )
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -124,6 +151,7 @@ class Checkpointer:
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=not read_only,
       ),
+      item_handlers={"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()},
     )
 
   def save(
@@ -134,7 +162,9 @@ class Checkpointer:
     data: dict[str, Any],
     progress: dict[str, Any],
   ) -> None:
-    """Starts saving; returns once the device arrays are copied.
+    """Starts saving; returns once the arrays may be donated.
+
+    Does nothing where the step is already saved.
 
     Args:
       state: the TrainState; its `step` names the checkpoint.
@@ -142,57 +172,81 @@ class Checkpointer:
       tokenizer: the tokenizer as JSON text.
       data: state of the data iterator.
       progress: host-side counters, JSON-able (training seconds so far, say).
+
+    Raises:
+      CheckpointError: this or an earlier save could not be written.
     """
     step = int(state.step)
-    if step in self._damaged:
-      self._manager.delete(step)
-      self._damaged.remove(step)
-    if step in self._manager.all_steps():
-      return
-    # A copy of our own: training donates the original while the save is under way.
-    state = jax.tree.map(jnp.copy, state)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        meta=ocp.args.JsonSave(
-          {
-            "config": to_dict(config),
-            "contract": contract(config),
-            "tokenizer": tokenizer,
-            "data": data,
-            "progress": progress,
-            "fingerprint": [int(x) for x in fingerprint(state)],
-          }
+    meta = {
+      "config": to_dict(config),
+      "contract": contract(config),
+      "tokenizer": tokenizer,
+      "data": data,
+      "progress": progress,
+      "fingerprint": fingerprint(state).tolist(),
+    }
+    with self._write_errors():
+      if step in self._manager.all_steps():
+        return
+      # No copy is needed: Orbax holds host copies of arrays on an accelerator, and
+      # references to those on a CPU, which keep their memory from being donated.
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(state),
+          meta=ocp.args.JsonSave(meta | {"sha256": _sha256(meta)}),
         ),
-      ),
-      force=True,
-    )
+        force=True,
+      )
 
   def steps(self) -> list[int]:
     """Returns the steps with a finished checkpoint, oldest first."""
     return sorted(self._manager.all_steps())
 
   def meta(self, step: int) -> dict[str, Any]:
-    """Returns config, contract, tokenizer, data, progress and fingerprint of a step."""
+    """Returns config, contract, tokenizer, data, progress and fingerprint of a step.
+
+    Raises:
+      ValueError: it is not what was saved.
+    """
     restored = self._manager.restore(
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     )
-    return restored["meta"]
+    meta = dict(restored["meta"])
+    if meta.pop("sha256", None) != _sha256(meta):
+      raise ValueError("checksum mismatch in meta")
+    return meta
 
-  def restore(self, abstract_state: Any, config: Config) -> Restored | None:
+  def restore(
+    self, abstract_state: Any, config: Config, step: int | None = None
+  ) -> Restored | None:
     """Returns the newest whole checkpoint laid out as `abstract_state`, or None.
 
-    A damaged one is reported and the one before it is used.
+    A damaged or unfinished one is reported and the one before it is used. Unless this
+    is read-only, damaged ones are then moved to `damaged_checkpoints`. With `step`,
+    that checkpoint alone will do.
 
     Raises:
       ConfigError: the checkpoint belongs to another architecture or training.
-      RuntimeError: there are checkpoints, and none is whole.
+      CheckpointError: there are checkpoints, and none is whole; none of `step`.
     """
     steps = self.steps()
+    if step is not None:
+      if step not in steps:
+        raise CheckpointError(
+          f"no checkpoint of step {step} in {self.directory}; there are {steps}."
+        )
+      steps = [step]
+    for name in self._unfinished:
+      warnings.warn(
+        f"checkpoint {self.directory / name} was not finished; using the one before "
+        "it, if any.",
+        stacklevel=2,
+      )
+    damaged = []
     for step in reversed(steps):
       try:
-        return self._restore(step, abstract_state, config)
+        restored = self._restore(step, abstract_state, config)
       except ConfigError:
         raise
       # Orbax reports damage as errors of many libraries: JSON, zarr, the file system.
@@ -203,9 +257,12 @@ class Checkpointer:
           f"({type(error).__name__}: {reason}); trying the one before it.",
           stacklevel=2,
         )
-        self._damaged.add(step)
+        damaged.append(step)
+      else:
+        self._move_aside(damaged)
+        return restored
     if steps:
-      raise RuntimeError(
+      raise CheckpointError(
         f"no whole checkpoint in {self.directory} (tried steps {steps[::-1]}); "
         "move the folder away to start again."
       )
@@ -214,22 +271,79 @@ class Checkpointer:
   def _restore(self, step: int, abstract_state: Any, config: Config) -> Restored:
     meta = self.meta(step)
     check_resumable(from_config_dict(meta["config"]), config)
+    if meta["contract"] != contract(config):
+      raise ConfigError(
+        f"checkpoint {self.directory / str(step)} was written by code with another "
+        f"contract: {meta['contract']} there, {contract(config)} now."
+      )
     restored = self._manager.restore(
       step,
-      args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        )
+      ),
     )
     state = restored["state"]
-    found = [int(x) for x in fingerprint(state)]
+    found = fingerprint(state).tolist()
     if found != meta["fingerprint"]:
       wrong = np.flatnonzero(np.array(found) != np.array(meta["fingerprint"]))
       raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
     return Restored(state, meta["data"], meta["progress"])
 
+  def _move_aside(self, damaged: list[int]) -> None:
+    """Keeps damaged checkpoints from counting among the `keep` newest."""
+    if not damaged or self._read_only:
+      return
+    if jax.process_index() == 0:
+      aside = self.directory.parent / "damaged_checkpoints"
+      aside.mkdir(exist_ok=True)
+      for step in damaged:
+        # The time keeps a second one of the same step from colliding with the first.
+        (self.directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
+    multihost_utils.sync_global_devices("damaged checkpoints moved")
+    self._manager.reload()
+
   def wait(self) -> None:
-    """Returns when the save in the background is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the save in the background is on disk.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with self._write_errors():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Finishes the save under way and frees the manager."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _write_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Of the file system, or of TensorStore.
+      reason = str(error).splitlines()[0][:300] if str(error) else ""
+      self._manager.reload()
+      raise CheckpointError(
+        f"could not write a checkpoint to {self.directory} ({type(error).__name__}: "
+        f"{reason}). Finished there: steps {self.steps()}."
+      ) from error
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+  """Returns Orbax's handler of arrays, which shares out the copies of large ones only.
+
+  By default every device writes its part of every replicated array, and one program is
+  compiled to cut out each part: seconds of work to save the norms of a small model.
+  """
+  handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+  text = json.dumps(meta, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

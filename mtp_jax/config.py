@@ -8,6 +8,7 @@ for the model (`resolve`). Every error names the dotted key, the rule and the va
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from typing import Any, Literal
@@ -219,16 +220,40 @@ def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
   """Sets `values["a"]["b"] = value` for `key = "a.b"`; an unknown key raises."""
+  type_name(key)
   *sections, leaf = key.split(".")
-  node = values
   for section in sections:
-    child = node.get(section)
-    if not isinstance(child, dict):
-      raise ConfigError(f"{key}: unknown key{_nearest(key, _dotted_keys(Config))}.")
-    node = child
-  if leaf not in node:
-    raise ConfigError(f"{key}: unknown key{_nearest(key, _dotted_keys(Config))}.")
-  node[leaf] = value
+    values = values[section]
+  values[leaf] = value
+
+
+def type_name(key: str) -> str:
+  """Returns what messages call the type of a dotted key: `int`, `section`, ...
+
+  Raises:
+    ConfigError: there is no such key; names the nearest one.
+  """
+  kind: Any = Config
+  for part in key.split("."):
+    fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    if part not in fields:
+      raise ConfigError(_unknown_key(key))
+    kind = fields[part]
+  if dataclasses.is_dataclass(kind):
+    return "section"
+  if typing.get_origin(kind) is tuple:
+    return f"sequence of {typing.get_args(kind)[0].__name__}"
+  return "str" if typing.get_origin(kind) is Literal else kind.__name__
+
+
+def dotted_keys(section: type = Config, prefix: str = "") -> list[str]:
+  """Returns every dotted key, those of sections included."""
+  keys = []
+  for name, kind in typing.get_type_hints(section).items():
+    keys.append(prefix + name)
+    if dataclasses.is_dataclass(kind):
+      keys += dotted_keys(kind, f"{prefix}{name}.")
+  return keys
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -283,72 +308,117 @@ def validate(config: Config, num_devices: int | None = None) -> None:
   Raises:
     ConfigError: with all broken rules, one per line.
   """
-  errors: list[str] = []
+  rules = _Rules(config)
+  _check_ranges(rules)
+  rules.raise_if_broken()  # The rules below divide by and compare these values.
+  _check_trunk(rules)
+  _check_mtp(rules)
+  _check_data(rules)
+  _check_training(rules)
+  _check_sharding(rules)
+  if num_devices is not None:
+    rules.raise_if_broken()
+    _check_devices(rules, num_devices)
+  rules.raise_if_broken()
 
-  def rule(ok: bool, key: str, text: str, context: str = "") -> None:
-    if not ok:
-      value = _get_dotted(config, key)
-      errors.append(f"{key} must be {text}, got {value!r}{context}.")
 
-  for key in (
-    "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
-    "trunk.num_kv_heads", "loss.block_tokens", "data.seq_len", "data.batch_size",
-    "optimizer.base_width", "train.num_steps", "train.accumulation_steps",
-    "train.log_every", "train.max_nonfinite_steps", "mesh.fsdp", "mesh.tensor",
-    "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
-    "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
-  ):
-    rule(_get_dotted(config, key) >= 1, key, "at least 1")
-  for key in (
-    "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
-    "eval.line_prompts", "eval.function_prompts",
-  ):
-    rule(_get_dotted(config, key) >= 0, key, "at least 0")
-  for key in ("mtp.weight", "mtp.final_weight", "optimizer.weight_decay"):
-    value = _get_dotted(config, key)
-    rule(math.isfinite(value) and value >= 0, key, "finite and not negative")
-  for key in (
-    "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
-    "trunk.rope_theta", "trunk.norm_eps",
-  ):
-    value = _get_dotted(config, key)
-    rule(math.isfinite(value) and value > 0, key, "finite and positive")
+class _Rules:
+  """Collects the broken rules of one config."""
+
+  def __init__(self, config: Config):
+    self.config = config
+    self._broken: list[str] = []
+
+  def __call__(self, holds: bool, key: str, text: str) -> None:
+    """Notes that the value of `key` must be `text`, unless it `holds`."""
+    if not holds:
+      value = _get_dotted(self.config, key)
+      if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+      self._broken.append(f"{key} must be {text}, got {value!r}.")
+
+  def divisible(self, key: str, by: str) -> None:
+    divisor = _get_dotted(self.config, by)
+    holds = _get_dotted(self.config, key) % divisor == 0
+    self(holds, key, f"divisible by {by} ({divisor})")
+
+  def raise_if_broken(self) -> None:
+    if self._broken:
+      raise ConfigError("\n".join(self._broken))
+
+
+_AT_LEAST_1 = (
+  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
+  "trunk.num_kv_heads", "loss.block_tokens", "tokenizer.vocab_size", "data.seq_len",
+  "data.batch_size", "optimizer.base_width", "train.num_steps",
+  "train.accumulation_steps", "train.log_every", "train.max_nonfinite_steps",
+  "mesh.fsdp", "mesh.tensor", "mesh.context", "checkpoint.every_steps",
+  "checkpoint.keep", "eval.num_rows", "eval.rows_per_document", "eval.batch_size",
+  "eval.max_new_tokens",
+)
+_AT_LEAST_0 = (
+  "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
+  "eval.line_prompts", "eval.function_prompts",
+)
+_FINITE_NOT_NEGATIVE = ("mtp.weight", "mtp.final_weight", "optimizer.weight_decay")
+_FINITE_POSITIVE = (
+  "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
+  "trunk.rope_theta", "trunk.norm_eps",
+)
+_FRACTIONS = (
+  "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
+  "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
+)
+
+
+def _check_ranges(rule: _Rules) -> None:
+  """Values that are out of range whatever the other values are (NaN included)."""
+  get = functools.partial(_get_dotted, rule.config)
+  for key in _AT_LEAST_1:
+    rule(get(key) >= 1, key, "at least 1")
+  for key in _AT_LEAST_0:
+    rule(get(key) >= 0, key, "at least 0")
+  for key in _FINITE_NOT_NEGATIVE:
+    rule(math.isfinite(get(key)) and get(key) >= 0, key, "finite and not negative")
+  for key in _FINITE_POSITIVE:
+    rule(math.isfinite(get(key)) and get(key) > 0, key, "finite and positive")
   for key in ("optimizer.beta1", "optimizer.beta2"):
-    rule(0 <= _get_dotted(config, key) < 1, key, "in [0, 1)")
-  for key in (
-    "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
-    "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
-  ):
-    rule(0 <= _get_dotted(config, key) <= 1, key, "in [0, 1]")
-  if errors:  # The rules below divide by and compare the values checked above.
-    raise ConfigError("\n".join(errors))
+    rule(0 <= get(key) < 1, key, "in [0, 1)")
+  for key in _FRACTIONS:
+    rule(0 <= get(key) <= 1, key, "in [0, 1]")
+  for key in ("seed", "data.seed"):
+    rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
+  data = get("mesh.data")
+  rule(data == -1 or data >= 1, "mesh.data", "-1 (the rest) or at least 1")
 
-  trunk, mtp, data, mesh = config.trunk, config.mtp, config.data, config.mesh
-  rule(
-    trunk.embed_dim % trunk.num_heads == 0, "trunk.embed_dim",
-    f"divisible by trunk.num_heads ({trunk.num_heads})",
-  )
-  rule(
-    trunk.num_heads % trunk.num_kv_heads == 0, "trunk.num_heads",
-    f"divisible by trunk.num_kv_heads ({trunk.num_kv_heads})",
-  )
+
+def _check_trunk(rule: _Rules) -> None:
+  trunk = rule.config.trunk
+  rule.divisible("trunk.embed_dim", "trunk.num_heads")
+  rule.divisible("trunk.num_heads", "trunk.num_kv_heads")
   if trunk.kind == "llama":
     rule(
       trunk.head_dim % 2 == 0, "trunk.embed_dim",
       f"such that embed_dim / num_heads is even for RoPE (it is {trunk.head_dim})",
     )
-  if trunk.kind == "gpt2":
+  else:
     rule(
       trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
-      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind {trunk.kind!r}",
     )
+  layers, mtp = num_trunk_layers(rule.config), rule.config.mtp
+  rule(
+    layers >= 1, "trunk.num_layers",
+    f"large enough to leave a trunk of at least 1 layer (mtp.kind {mtp.kind!r}, depth "
+    f"{mtp.depth}, arm {mtp.arm!r} leave {layers})",
+  )
 
+
+def _check_mtp(rule: _Rules) -> None:
+  mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
   if mtp.kind == "none":
     rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
-  rule(
-    mtp.depth < data.seq_len, "mtp.depth",
-    f"less than data.seq_len ({data.seq_len})",
-  )
+  rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
   rule(
     len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
     f"empty or of length mtp.depth ({mtp.depth})",
@@ -360,7 +430,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
   if mtp.share_modules:
     rule(
       mtp.kind == "sequential", "mtp.share_modules",
-      f"false unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
+      f"False unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
     )
   if mtp.arm == "shortened":
     rule(
@@ -372,89 +442,95 @@ def validate(config: Config, num_devices: int | None = None) -> None:
       mtp.depth > 0, "mtp.arm",
       "'added' at mtp.depth 0: there are no extra FLOPs to match",
     )
-  rule(
-    num_trunk_layers(config) >= 1, "trunk.num_layers",
-    f"large enough to leave a trunk of at least 1 layer "
-    f"(kind {mtp.kind!r}, depth {mtp.depth}, arm {mtp.arm!r} leave "
-    f"{num_trunk_layers(config)})",
-  )
 
-  rule(
-    data.batch_size % config.train.accumulation_steps == 0, "data.batch_size",
-    f"divisible by train.accumulation_steps ({config.train.accumulation_steps})",
-  )
-  rule(
-    data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
-    f"such that validation and test ({data.test_fraction}) leave text to train on",
-  )
+
+def _check_data(rule: _Rules) -> None:
+  data, tokenizer, limits = rule.config.data, rule.config.tokenizer, rule.config.eval
   if data.source in ("files", "jsonl", "array_record"):
     rule(bool(data.path), "data.path", f"set for data.source {data.source!r}")
-  minimum = {"bytes": 258, "bpe": 260, "file": 1}[config.tokenizer.kind]
+  if data.source == "jsonl":
+    rule(bool(data.text_field), "data.text_field", "set for data.source 'jsonl'")
   rule(
-    config.tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
-    f"at least {minimum} for tokenizer.kind {config.tokenizer.kind!r}",
+    data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
+    f"such that it and data.test_fraction ({data.test_fraction}) leave text to train "
+    "on",
   )
-  if config.tokenizer.kind == "file":
-    rule(bool(config.tokenizer.path), "tokenizer.path", "set for kind 'file'")
+  split = f"data.{limits.split}_fraction"
   rule(
-    config.optimizer.warmup_fraction + (
-      config.optimizer.decay_fraction if config.optimizer.schedule == "wsd" else 0
-    ) <= 1,
-    "optimizer.warmup_fraction", "such that warm-up and decay fit into training",
+    _get_dotted(rule.config, split) > 0, split,
+    f"positive: the evaluation reads it (eval.split {limits.split!r})",
   )
-
-  rule(mesh.data == -1 or mesh.data >= 1, "mesh.data", "-1 (the rest) or at least 1")
-  if num_devices is not None and not errors:
-    fixed = mesh.fsdp * mesh.tensor * mesh.context
-    if mesh.data == -1:
-      rule(
-        num_devices % fixed == 0, "mesh",
-        f"such that fsdp * tensor * context ({fixed}) divides the {num_devices} "
-        f"device(s)",
-      )
-    else:
-      rule(
-        fixed * mesh.data == num_devices, "mesh",
-        f"such that data * fsdp * tensor * context ({fixed * mesh.data}) equals the "
-        f"{num_devices} device(s)",
-      )
-    if not errors:
-      rows = mesh.fsdp * (num_devices // fixed if mesh.data == -1 else mesh.data)
-      micro = data.batch_size // config.train.accumulation_steps
-      rule(
-        micro % rows == 0, "data.batch_size",
-        f"such that a microbatch ({micro} rows) divides over mesh data * fsdp ({rows})",
-      )
+  minimum = {"bytes": 258, "bpe": 258, "file": 1}[tokenizer.kind]
   rule(
-    data.seq_len % mesh.context == 0, "data.seq_len",
-    f"divisible by mesh.context ({mesh.context})",
+    tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
+    f"at least {minimum} for tokenizer.kind {tokenizer.kind!r}",
   )
-  for key in ("trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim"):
+  if tokenizer.kind == "file":
+    rule(bool(tokenizer.path), "tokenizer.path", "set for tokenizer.kind 'file'")
+  if limits.line_prompts or limits.function_prompts:
     rule(
-      _get_dotted(config, key) % mesh.tensor == 0, key,
-      f"divisible by mesh.tensor ({mesh.tensor})",
+      limits.max_new_tokens < data.seq_len, "eval.max_new_tokens",
+      f"less than data.seq_len ({data.seq_len}), to leave room for a prompt",
     )
+
+
+def _check_training(rule: _Rules) -> None:
+  optimizer = rule.config.optimizer
+  rule.divisible("data.batch_size", "train.accumulation_steps")
+  if optimizer.schedule == "wsd":
+    rule(
+      optimizer.warmup_fraction + optimizer.decay_fraction <= 1,
+      "optimizer.warmup_fraction",
+      f"such that it and optimizer.decay_fraction ({optimizer.decay_fraction}) fit "
+      "into training",
+    )
+
+
+def _check_sharding(rule: _Rules) -> None:
+  """Sharded dimensions divide evenly."""
+  rule.divisible("data.seq_len", "mesh.context")
+  for key in (
+    "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "tokenizer.vocab_size"
+  ):
+    rule.divisible(key, "mesh.tensor")
+  rule.divisible("trunk.embed_dim", "mesh.fsdp")
+
+
+def _check_devices(rule: _Rules, num_devices: int) -> None:
+  """The mesh fills the devices, and the rows divide over it."""
+  config, mesh = rule.config, rule.config.mesh
+  fixed = mesh.fsdp * mesh.tensor * mesh.context
+  data = num_devices // fixed if mesh.data == -1 else mesh.data
+  product = "fsdp * tensor * context" if mesh.data == -1 else (
+    "data * fsdp * tensor * context"
+  )
+  verb = "divides" if mesh.data == -1 else "equals"
   rule(
-    config.tokenizer.vocab_size % mesh.tensor == 0, "tokenizer.vocab_size",
-    f"divisible by mesh.tensor ({mesh.tensor})",
+    data * fixed == num_devices, "mesh",
+    f"such that {product} {verb} the number of devices ({num_devices})",
+  )
+  rule.raise_if_broken()
+  shards = data * mesh.fsdp
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  rule(
+    microbatch % shards == 0, "data.batch_size",
+    f"such that a microbatch ({microbatch} rows) divides over mesh data * fsdp "
+    f"({shards})",
   )
   rule(
-    trunk.embed_dim % mesh.fsdp == 0, "trunk.embed_dim",
-    f"divisible by mesh.fsdp ({mesh.fsdp})",
+    config.eval.batch_size % shards == 0, "eval.batch_size",
+    f"divisible by mesh data * fsdp ({shards})",
   )
-  if errors:
-    raise ConfigError("\n".join(errors))
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
   if not isinstance(values, dict):
-    raise ConfigError(f"{prefix.rstrip('.')} must be a section, got {values!r}.")
+    section = prefix.rstrip(".") or "config"
+    raise ConfigError(f"{section} must be a section, got {values!r}.")
   fields = typing.get_type_hints(cls)
   for key in values:
     if key not in fields:
-      raise ConfigError(
-        f"{prefix}{key}: unknown key{_nearest(prefix + key, _dotted_keys(Config))}."
-      )
+      raise ConfigError(_unknown_key(f"{prefix}{key}"))
   missing = [key for key in fields if key not in values]
   if missing:
     raise ConfigError(f"{prefix}{missing[0]}: missing key.")
@@ -474,7 +550,7 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
   if typing.get_origin(kind) is tuple:
     (item, _) = typing.get_args(kind)
     if not isinstance(value, (list, tuple)):
-      raise ConfigError(f"{key} must be a sequence of {item.__name__}, got {value!r}.")
+      raise ConfigError(f"{key} must be a {type_name(key)}, got {value!r}.")
     return tuple(_coerce(item, v, f"{key}[{i}]") for i, v in enumerate(value))
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
@@ -490,19 +566,9 @@ def _get_dotted(config: Any, key: str) -> Any:
   return node
 
 
-def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
-  keys = []
-  for name, kind in typing.get_type_hints(cls).items():
-    if dataclasses.is_dataclass(kind):
-      keys += [prefix + name, *_dotted_keys(kind, f"{prefix}{name}.")]
-    else:
-      keys.append(prefix + name)
-  return keys
-
-
-def _nearest(key: str, valid: list[str]) -> str:
-  matches = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-  return f"; did you mean {matches[0]!r}?" if matches else ""
+def _unknown_key(key: str) -> str:
+  matches = difflib.get_close_matches(key, dotted_keys(), n=1, cutoff=0.5)
+  return f"{key}: unknown key" + (f"; did you mean {matches[0]!r}?" if matches else ".")
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
@@ -30,6 +31,7 @@ from mtp_jax.losses import token_stats
 from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
+from mtp_jax.train_step import shape_of
 
 
 def row_sums(
@@ -92,8 +94,8 @@ def document_sums(
   table[: len(token_bytes_V)] = token_bytes_V
   rows, documents = [], []
   for batch, document_B in batches:
-    sums = program(params, put_batch(mesh, batch), table)
-    rows.append(jax.tree.map(np.asarray, sums))
+    sums = program(params, put_batch(mesh, batch, is_whole=True), table)
+    rows.append(multihost_utils.process_allgather(sums, tiled=True))
     documents.append(document_B)
   document = np.concatenate(documents)
   real = document >= 0
@@ -234,12 +236,17 @@ def generative_metrics(
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), tokenizer.eos_id)
 
-  def complete(prompts: list[str], stop_ids: tuple[int, ...]) -> list[str]:
-    ids = [tokenizer.encode(p)[-prompt_length:] for p in prompts]
-    done = generate(
-      params, plain, ids, limits.max_new_tokens, stop_ids, prompt_length
+  def complete(prompts: list[str], stop_ids: tuple[int, int]) -> list[str]:
+    completions = generate(
+      params,
+      shape_of(plain),
+      [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
+      max_new_tokens=limits.max_new_tokens,
+      stop_ids=stop_ids,
+      prompt_length=prompt_length,
+      batch_size=limits.batch_size,
     )
-    return [tokenizer.decode(x) for x in done]
+    return [tokenizer.decode(ids) for ids in completions]
 
   pairs = line_prompts(
     texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
@@ -249,7 +256,7 @@ def generative_metrics(
   exact = [x.split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)]
 
   headers = function_prompts(texts, limits.function_prompts, prompt_length)
-  bodies = complete(headers, (tokenizer.eos_id,))
+  bodies = complete(headers, (tokenizer.eos_id, tokenizer.eos_id))
   sources = [completed_function(h, b) for h, b in zip(headers, bodies, strict=True)]
   parses = [source is not None and _parses(source) for source in sources]
   return {

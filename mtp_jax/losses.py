@@ -40,8 +40,8 @@ def loss_coefficients(weights_M: jax.Array, mask_MBT: jax.Array) -> jax.Array:
   `mask_MBT` covers the whole optimizer step (all microbatches may be stacked in B), so
   that this is the only division. A depth without any valid token contributes 0.
   """
-  counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
-  return weights_M / jnp.maximum(counts_M, 1.0)
+  counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=weights_M.dtype)
+  return weights_M / jnp.maximum(counts_M, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

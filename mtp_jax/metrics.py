@@ -1,15 +1,17 @@
 """Where numbers go: metrics.jsonl, TensorBoard, the terminal; and how fast we are."""
 
 import json
+import math
+import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 # Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets.
@@ -47,21 +49,26 @@ class MetricsWriter:
   """Appends records to metrics.jsonl and TensorBoard; only process 0 writes.
 
   A resumed run continues the file: records after `step` were written by work that is
-  done again, and are dropped first.
+  done again, and are dropped first; so is half a line that a killed run left.
   """
 
   def __init__(self, workdir: Path, step: int):
     self._file = self._tensorboard = None
     if jax.process_index() != 0:
       return
+    # Imported here because it imports PyTorch, where there is one, which takes seconds.
+    from tensorboardX import SummaryWriter
+
     path = workdir / "metrics.jsonl"
-    kept = [line for line in _complete_lines(path) if _precedes(json.loads(line), step)]
     replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
+    replacement.write_bytes(_lines_before(path, step))
     replacement.replace(path)
     self._file = path.open("a")
     self._tensorboard = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+      str(workdir / "tensorboard"),
+      purge_step=step + 1 if step else 0,
+      # The library tells files of one folder apart by the second they were opened.
+      filename_suffix=f".{os.getpid()}.{step}",
     )
 
   def write(self, record: dict[str, Any]) -> None:
@@ -72,14 +79,16 @@ class MetricsWriter:
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
     for key, value in record.items():
-      if key in ("kind", "step") or value is None:
+      if key in ("kind", "step"):
         continue
-      name = f"{record['kind']}/{key}"
+      scalars = {key: value}
       if isinstance(value, list):
-        for depth, entry in enumerate(value):
-          self._tensorboard.add_scalar(f"{name}/{depth}", entry, record["step"])
-      else:
-        self._tensorboard.add_scalar(name, value, record["step"])
+        scalars = {f"{key}/{depth}": entry for depth, entry in enumerate(value)}
+      for name, scalar in scalars.items():
+        if scalar is not None:
+          tag = f"{record['kind']}/{name}"
+          self._tensorboard.add_scalar(tag, scalar, record["step"])
+    self._tensorboard.flush()
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -98,14 +107,21 @@ class MetricsWriter:
 class Progress:
   """A bar with loss and time left on a terminal, a plain line per report elsewhere."""
 
-  def __init__(self, name: str, num_steps: int, start: int, enabled: bool):
-    self._name, self._num_steps, self._start = name, num_steps, start
+  def __init__(self, name: str, num_steps: int, enabled: bool):
+    self._name, self._num_steps = name, num_steps
     self._enabled = enabled and jax.process_index() == 0
-    self._began = time.monotonic()
     self._bar = None
+
+  def start(self, step: int) -> None:
+    """Starts the clock at `step`; compilation does not count as its time."""
+    self._first, self._began = step, time.monotonic()
     if self._enabled and sys.stderr.isatty():
       self._bar = tqdm(
-        total=num_steps, initial=start, desc=name, unit="step", dynamic_ncols=True
+        total=self._num_steps,
+        initial=step,
+        desc=self._name,
+        unit="step",
+        dynamic_ncols=True,
       )
 
   def advance(self, step: int) -> None:
@@ -120,8 +136,8 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
       return
-    done = max(step - self._start, 1)
-    left = (time.monotonic() - self._began) / done * (self._num_steps - step)
+    per_step = (time.monotonic() - self._began) / (step - self._first)
+    left = per_step * (self._num_steps - step)
     print(
       f"{self._name}: step {step}/{self._num_steps}, loss {loss:.4f}, "
       f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left",
@@ -140,13 +156,15 @@ class Progress:
 
 
 def plain(value: Any) -> Any:
-  """Returns arrays and numpy scalars as lists and Python numbers, for JSON."""
+  """Returns arrays as lists and numbers as Python's, for JSON; NaN becomes None."""
   if isinstance(value, dict):
     return {k: plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [plain(v) for v in value]
   if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-    return np.asarray(value).tolist()
+    return plain(np.asarray(value).tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
   return value
 
 
@@ -165,8 +183,16 @@ def _precedes(record: dict[str, Any], step: int) -> bool:
   return record["step"] < step + (record["kind"] != "diagnostics")
 
 
-def _complete_lines(path: Path) -> list[str]:
-  """The lines that were written to their end; a killed run may leave half a line."""
-  if not path.exists():
-    return []
-  return [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+def _lines_before(path: Path, step: int) -> bytes:
+  """Returns the whole lines that `_precedes` keeps; reports those that are damaged."""
+  kept = []
+  content = path.read_bytes() if path.exists() else b""
+  for number, line in enumerate(content.splitlines(keepends=True), start=1):
+    if not line.endswith(b"\n"):
+      break
+    try:
+      if _precedes(json.loads(line), step):
+        kept.append(line)
+    except (ValueError, KeyError, TypeError):
+      warnings.warn(f"{path}, line {number} is damaged and dropped.", stacklevel=3)
+  return b"".join(kept)

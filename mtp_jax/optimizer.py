@@ -6,8 +6,10 @@ embeddings, norms and biases use it as it is. With initial variance 1 / fan_in f
 hidden and 1 / fan_in^2 for output matrices this is muP for Adam (Yang et al. 2022,
 arXiv 2203.03466, table 3) at a fixed head size. Muon (Jordan et al. 2024)
 orthogonalises the hidden matrices, its updates scaled to an RMS of 0.2 (Liu et al.
-2025, arXiv 2502.16982) so that the same learning rates and width rule serve; all else
-gets AdamW.
+2025, arXiv 2502.16982) so that learning rates of AdamW serve. Such an update has a
+spectral norm of 0.2 sqrt(width), hence the factor of these matrices is the square root,
+`sqrt(base_width / embed_dim)`: the spectral condition of Yang et al. 2023 (arXiv
+2310.17813). All else gets AdamW, with Nesterov momentum (optax has one switch for both).
 
 The learning rate itself is traced: the optax chain yields the update per unit of
 learning rate, and `apply` multiplies.
@@ -46,50 +48,44 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
   """Returns the chain: clip, then AdamW or Muon, per unit of learning rate.
 
   `axes` is the tree of logical axes of the parameters. Weight decay acts on matrices
-  (embeddings included), not on norms and biases.
+  (embeddings included), not on norms and biases, whichever of the two updates them.
   """
-  decayed = jax.tree.map(_is_matrix, axes, is_leaf=_is_axes)
-  chain = [optax.clip_by_global_norm(config.clip_norm)]
   if config.kind == "adamw":
-    chain.append(
-      optax.adamw(
-        1.0,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-      )
-    )
+    direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
   else:
     numbers = jax.tree_util.tree_map_with_path(
       lambda path, names: _muon_axes(names) if _is_hidden(path, names) else None,
       axes,
       is_leaf=_is_axes,
     )
-    chain.append(
-      optax.contrib.muon(
-        1.0,
-        beta=0.95,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=numbers,
-      )
+    direction = optax.contrib.muon(
+      -1.0,  # Its sign: the direction alone, turned around below with the decay.
+      beta=0.95,
+      eps=config.eps,
+      adam_b1=config.beta1,
+      adam_b2=config.beta2,
+      consistent_rms=0.2,
+      muon_weight_dimension_numbers=numbers,
     )
-  return optax.chain(*chain)
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    direction,
+    optax.add_decayed_weights(
+      config.weight_decay, jax.tree.map(_is_matrix, axes, is_leaf=_is_axes)
+    ),
+    optax.scale(-1.0),
+  )
 
 
 def learning_rate_scales(config: Config, axes: Any) -> Any:
   """Returns each parameter's factor on the learning rate (see the module docstring)."""
-  scale = config.optimizer.base_width / config.trunk.embed_dim
+  ratio = config.optimizer.base_width / config.trunk.embed_dim
+  hidden = ratio**0.5 if config.optimizer.kind == "muon" else ratio
 
   def factor(path: Any, names: tuple[str, ...]) -> float:
-    return scale if _is_hidden(path, names) or path[0].key == "unembed" else 1.0
+    if _is_hidden(path, names):
+      return hidden
+    return ratio if path[0].key == "unembed" else 1.0
 
   return jax.tree_util.tree_map_with_path(factor, axes, is_leaf=_is_axes)
 

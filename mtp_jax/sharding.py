@@ -93,6 +93,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return x if _current_mesh() is None else jax.lax.with_sharding_constraint(x, spec)
 
 
+def _token_axes() -> tuple[str, ...]:
+  """The axes of the mesh in use that hold different tokens on their devices."""
+  mesh = _current_mesh()
+  carriers = ("data", "fsdp", "context")
+  return () if mesh is None else tuple(a for a in carriers if mesh.shape[a] > 1)
+
+
 def map_over_tokens(
   function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
@@ -101,14 +108,15 @@ def map_over_tokens(
   `in_axes` and `out_axes` are (pytrees of) tuples of logical axes. Only the axes that
   carry tokens (batch, seq) are split; vocabulary shards stay with the compiler.
   """
-  mesh = _current_mesh()
-  if mesh is None:
+  token_axes = _token_axes()
+  if not token_axes:
     return function
-  token_axes = frozenset(("data", "fsdp", "context"))
 
   def token_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    # Mapped axes of size 1 are left out: XLA's partitioner fails on them.
     spec = partition_spec(tuple(a if a in ("batch", "seq") else None for a in axes))
-    return spec
+    kept = (tuple(a for a in np.atleast_1d(e) if a in token_axes) for e in spec)
+    return PartitionSpec(*(names or None for names in kept))
 
   is_axes = lambda node: isinstance(node, tuple) and not any(  # noqa: E731
     isinstance(child, tuple) for child in node
@@ -117,16 +125,15 @@ def map_over_tokens(
     function,
     in_specs=jax.tree.map(token_spec, in_axes, is_leaf=is_axes),
     out_specs=jax.tree.map(token_spec, out_axes, is_leaf=is_axes),
-    axis_names=token_axes,
+    axis_names=frozenset(token_axes),
     check_vma=False,
   )
 
 
 def psum_tokens(x: Any) -> Any:
   """Sums over the devices that hold different tokens, inside `map_over_tokens`."""
-  if _current_mesh() is None:
-    return x
-  return jax.lax.psum(x, ("data", "fsdp", "context"))
+  token_axes = _token_axes()
+  return jax.lax.psum(x, token_axes) if token_axes else x
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -153,19 +160,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(mesh: Mesh, batch: Any, leading: tuple[str, ...] = ()) -> Any:
+def put_batch(
+  mesh: Mesh, batch: Any, leading: tuple[str, ...] = (), is_whole: bool = False
+) -> Any:
   """Returns the global device arrays of this process's rows of a `Batch`.
 
   Rows lie on `batch`; the row axis of `tokens`, `segment_ids` and `positions` on `seq`.
   `leading` names axes before the batch axis (`("microbatch",)` under accumulation).
+  `is_whole`: every process has all rows, the same ones.
   """
 
-  def put(name: str, value: np.ndarray) -> jax.Array:
+  def sharding(name: str) -> NamedSharding:
     last = None if name.startswith("next_") else "seq"
-    spec = partition_spec((*leading, "batch", last))
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), value)
+    return NamedSharding(mesh, partition_spec((*leading, "batch", last)))
 
-  return type(batch)(**{k: put(k, v) for k, v in batch._asdict().items()})
+  arrays = batch._asdict()
+  shapes = {name: value.shape if is_whole else None for name, value in arrays.items()}
+  # All in one call: each one takes as long as all together.
+  arrays = jax.make_array_from_process_local_data(
+    {name: sharding(name) for name in arrays}, arrays, shapes
+  )
+  return type(batch)(**arrays)
 
 
 def _is_box(node: Any) -> bool:

@@ -12,24 +12,27 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mtp_jax import accounting, checkpoint, evaluate
-from mtp_jax.checkpoint import Checkpointer
+from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, from_config_dict, to_dict, validate
-from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus
+from mtp_jax.data.pipeline import TrainLoader, load_corpus
+from mtp_jax.data.sources import describe
 from mtp_jax.data.tokenizers import save_tokenizer
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
   model_flop_utilisation,
+  plain,
   write_json,
 )
 from mtp_jax.sharding import make_mesh, put_batch
@@ -62,117 +65,159 @@ def fit(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, An
 
   Raises:
     ConfigError: the config cannot work, or the folder holds another run.
+    DataError: the corpus cannot be used, or is not that of the run.
+    CheckpointError: no checkpoint of the folder is whole, or one cannot be written.
     Diverged: see `train.max_nonfinite_steps`.
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved.
   """
   validate(config, jax.device_count())
   workdir = Path(workdir)
   _claim(workdir, config)
-  resolved = accounting.resolve(config)
-  mesh = make_mesh(resolved.mesh)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    corpus = load_corpus(resolved)
-    run = _Run(config, resolved, workdir, mesh, corpus)
+  with contextlib.ExitStack() as stack:
+    run = _Run(accounting.resolve(config), workdir)
     stack.callback(run.checkpointer.close)
-    loader, state, seconds = run.start()
     _write_run_json(run)
-    writer = stack.enter_context(MetricsWriter(workdir, int(state.step)))
-    bar = Progress(
-      config.name, resolved.train.num_steps, int(state.step), enabled=progress
-    )
-    stack.callback(bar.close)
-    interrupt = stack.enter_context(_catch_signals())
-    if int(state.step):
-      bar.say(f"resumed at step {int(state.step)}")
-    state, seconds = _train(run, loader, state, seconds, writer, bar, interrupt)
-    result = _final_evaluation(run, state, seconds)
-    bar.say(
-      f"done: main loss {result['main_loss']['mean']:.4f} "
-      f"+- {result['main_loss']['stderr']:.4f} nats per token"
-    )
-  if jax.process_index() == 0:
-    write_json(workdir / "eval.json", result)
-    (workdir / "DONE").write_text("")
-  return result
+    loader = run.loader()
+    stack.callback(loader.close)
+    with jax.set_mesh(run.mesh):
+      state, seconds = run.start(loader)
+      start = int(state.step)
+      writer = stack.enter_context(MetricsWriter(workdir, start))
+      bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
+      stack.callback(bar.close)
+      bar.say(describe(run.corpus.stats))
+      if start:
+        bar.say(f"resumed at step {start}")
+      interrupt = stack.enter_context(_Interrupt())
+      state, seconds = _train(run, loader, state, seconds, writer, bar, interrupt)
+    interrupt.raises_at_once(int(state.step))
+    result = _evaluate(run, state, seconds)
+    run.checkpointer.wait()
+    main, error = result["main_loss"].values()
+    bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
+    if jax.process_index() == 0:
+      write_json(workdir / "eval.json", result)
+      (workdir / "DONE").write_text("")
+  return plain(result)
 
 
-@dataclasses.dataclass
+def evaluate_run(
+  config: Config, workdir: Path, step: int | None = None
+) -> dict[str, Any]:
+  """Evaluates a checkpoint of a run folder, as `fit` does at its end.
+
+  Writes nothing. `config` may differ from the run's own where
+  `checkpoint.RESUMABLE` says: what is evaluated, and on which mesh. The rows of
+  training need not divide over it, those of the evaluation must. `step` names the
+  checkpoint; None is the newest whole one.
+
+  Raises:
+    ConfigError: the config cannot work, or the folder holds another run.
+    CheckpointError: the folder has no such whole checkpoint.
+    DataError: the corpus or tokenizer here is not that of the run.
+  """
+  validate(config)
+  run = _Run(accounting.resolve(config), Path(workdir), read_only=True)
+  with contextlib.closing(run.checkpointer):
+    with jax.set_mesh(run.mesh):
+      restored = run.restore(step)
+    if restored is None:
+      raise CheckpointError(f"no checkpoint in {run.checkpointer.directory}.")
+    run.loader().set_state(restored.data)  # Refuses another corpus.
+    return plain(_evaluate(run, restored.state, restored.progress["seconds"]))
+
+
+# Forgotten with their program.
+_executables: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
 class _Run:
   """The parts of one run, built once."""
 
-  config: Config
-  resolved: Config
-  workdir: Path
-  mesh: jax.sharding.Mesh
-  corpus: Corpus
-
-  def __post_init__(self):
-    self.checkpointer = Checkpointer(self.workdir, self.resolved.checkpoint.keep)
-    self.flops_per_token = accounting.train_flops_per_token(self.resolved)
+  def __init__(self, config: Config, workdir: Path, read_only: bool = False):
+    """Args: `config` is resolved."""
+    self.config = config
+    self.workdir = workdir
+    self.mesh = make_mesh(config.mesh)
+    self.corpus = load_corpus(config)
+    self.checkpointer = Checkpointer(workdir, config.checkpoint.keep, read_only)
+    self.flops_per_token = accounting.train_flops_per_token(config)
+    self.tokens_per_step = config.data.batch_size * config.data.seq_len
 
   @functools.cached_property
   def programs(self) -> Programs:
-    return programs(shape_of(self.resolved), self.mesh)
+    return programs(shape_of(self.config), self.mesh)
 
-  @property
+  @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:
-    c = self.resolved
+    c = self.config
     values = (c.optimizer.learning_rate, c.mtp.weight, c.train.num_steps)
-    return Hyperparameters(*(jnp.float32(x) for x in values))
+    return jax.device_put(Hyperparameters(*(np.float32(x) for x in values)))
 
-  @property
-  def tokens_per_step(self) -> int:
-    return self.resolved.data.batch_size * self.resolved.data.seq_len
+  def compiled_step(self, state: TrainState, batch: Any) -> Any:
+    """Compiles before the clock starts; trials of one shape share the executable."""
+    program = self.programs.step
+    if program not in _executables:
+      lowered = program.lower(state, batch, self.hyperparameters, np.bool_(True))
+      _executables[program] = lowered.compile()
+    return _executables[program]
 
-  def start(self) -> tuple[TrainLoader, TrainState, float]:
-    """Returns loader, state and training seconds so far: restored, or fresh."""
-    c = self.resolved
-    loader = TrainLoader(
-      self.corpus.train_rows(1 + c.mtp.depth),
-      batch_size=c.data.batch_size,
-      seed=c.data.seed,
+  def loader(self) -> TrainLoader:
+    data = self.config.data
+    return TrainLoader(
+      self.corpus.train_rows(1 + self.config.mtp.depth),
+      batch_size=data.batch_size,
+      seed=data.seed,
       host_index=jax.process_index(),
       num_hosts=jax.process_count(),
-      num_workers=c.data.num_workers,
+      num_workers=data.num_workers,
     )
-    seed = jnp.int32(c.seed)
+
+  def start(self, loader: TrainLoader) -> tuple[TrainState, float]:
+    """Returns state and training seconds so far: restored, `loader` too, or fresh."""
+    restored = self.restore()
+    if restored is None:
+      return self.programs.init(np.int32(self.config.seed)), 0.0
+    loader.set_state(restored.data)
+    return restored.state, restored.progress["seconds"]
+
+  def restore(self, step: int | None = None) -> Restored | None:
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
       ),
-      jax.eval_shape(self.programs.init, seed),
+      jax.eval_shape(self.programs.init, np.int32(0)),
       self.programs.shardings,
     )
-    restored = self.checkpointer.restore(abstract, c)
-    if restored is None:
-      return loader, self.programs.init(seed), 0.0
-    loader.set_state(restored.data)
-    return loader, restored.state, restored.progress["seconds"]
+    return self.checkpointer.restore(abstract, self.config, step)
 
-  def save(self, state: TrainState, loader: TrainLoader, seconds: float) -> None:
+  def save(self, state: TrainState, data: dict[str, Any], seconds: float) -> None:
     self.checkpointer.save(
       state,
-      self.resolved,
+      self.config,
       self.corpus.tokenizer.to_json(),
-      loader.get_state(),
+      data,
       {"seconds": seconds},
     )
 
   def put(self, batch: Any) -> Any:
     """Returns rows as global arrays [A, B / A, ...] for A microbatches."""
-    microbatches = self.resolved.train.accumulation_steps
+    microbatches = self.config.train.accumulation_steps
     split = lambda x: x.reshape(microbatches, -1, x.shape[-1])  # noqa: E731
     return put_batch(self.mesh, jax.tree.map(split, batch), ("microbatch",))
 
-  def eval_sums(self, params: Any) -> dict[str, np.ndarray]:
-    c = self.resolved
-    return evaluate.document_sums(
-      shape_of(c),
-      params,
-      self.corpus.eval_batches(1 + c.mtp.depth),
-      self.corpus.tokenizer.token_bytes_V,
-      self.mesh,
-    )
+  def likelihood(self, params: Any) -> dict[str, Any]:
+    """Returns `evaluate.summarize` of the held-out rows."""
+    c = self.config
+    with jax.set_mesh(self.mesh):
+      sums = evaluate.document_sums(
+        shape_of(c),
+        params,
+        self.corpus.eval_batches(1 + c.mtp.depth),
+        self.corpus.tokenizer.token_bytes_V,
+        self.mesh,
+      )
+    return evaluate.summarize(sums)
 
 
 def _train(
@@ -182,31 +227,32 @@ def _train(
   seconds: float,
   writer: MetricsWriter,
   bar: Progress,
-  interrupt: list[int],
+  interrupt: "_Interrupt",
 ) -> tuple[TrainState, float]:
   """Runs the remaining steps; returns the final state and the training seconds."""
-  c, hyper = run.resolved.train, run.hyperparameters
-  depth = run.resolved.mtp.depth
-  step, last_saved = int(state.step), int(state.step)
+  config, hyper = run.config, run.hyperparameters
+  c, every_steps = config.train, config.checkpoint.every_steps
+  diagnostics_every = c.diagnostics_every if config.mtp.depth else 0
+  step = int(state.step)
   if step >= c.num_steps:
     return state, seconds
   batch = run.put(next(loader))
-  step_program = _compiled(run.programs.step, state, batch, hyper, jnp.bool_(True))
+  step_program = run.compiled_step(state, batch)
+  bar.start(step)
   clock, seconds_at_log, step_at_log = time.monotonic(), seconds, step
   previous = None
   while step < c.num_steps:
-    if depth and c.diagnostics_every and step % c.diagnostics_every == 0:
+    if diagnostics_every and step % diagnostics_every == 0:
       seconds += time.monotonic() - clock
-      measured = run.programs.diagnostics(state.params, batch, hyper, state.step)
-      writer.write({"kind": "diagnostics", "step": step} | jax.device_get(measured))
+      writer.write(_diagnostics_record(run, state, batch, step))
       clock = time.monotonic()
-    starts_interval = jnp.bool_(step % c.log_every == 0)
+    starts_interval = np.bool_(step % c.log_every == 0)
     state, report = step_program(state, batch, hyper, starts_interval)
     step += 1
+    is_last = step == c.num_steps
     # The device works on this step while the host prepares the next batch; waiting for
     # the step before it bounds the queue, so that a signal is answered at once.
     data_state = loader.get_state()
-    is_last = step == c.num_steps
     if not is_last:
       batch = run.put(next(loader))
     if previous is not None:
@@ -223,41 +269,23 @@ def _train(
       record = _train_record(run, step, seconds, rate, report)
       writer.write(record)
       bar.report(step, record["loss_total"], rate)
-      _stop_if_diverged(run, report, step, last_saved)
-    is_due = step % run.resolved.checkpoint.every_steps == 0 or is_last
-    if is_due or interrupt or (c.eval_every and step % c.eval_every == 0):
+      _stop_if_diverged(run, report, step)
+    is_validated = c.eval_every and step % c.eval_every == 0
+    signum = interrupt.received(step)
+    if is_validated or is_last or signum or step % every_steps == 0:
       jax.block_until_ready(state)
       seconds += time.monotonic() - clock
-      if c.eval_every and step % c.eval_every == 0:
+      if is_validated:
         writer.write(_validation_record(run, state, step, seconds))
-      if is_due or interrupt:
-        run.save(state, _At(data_state), seconds)
-        last_saved = step
-      if interrupt:
+      # Amid skipped updates nothing is saved unless it must: the newest checkpoint
+      # stays one from which training went on.
+      if is_last or signum or (step % every_steps == 0 and not state.nonfinite_run):
+        run.save(state, data_state, seconds)
+      if signum:
         run.checkpointer.wait()
-        raise Interrupted(interrupt[0], step)
+        raise Interrupted(signum, step)
       clock = time.monotonic()
   return state, seconds
-
-
-@dataclasses.dataclass
-class _At:
-  """An iterator position taken before the next batch was fetched ahead."""
-
-  state: dict[str, Any]
-
-  def get_state(self) -> dict[str, Any]:
-    return self.state
-
-
-_executables: dict[Any, Any] = {}
-
-
-def _compiled(program: Any, *args: Any) -> Any:
-  """Compiles before the clock starts; trials of one shape share the executable."""
-  if program not in _executables:
-    _executables[program] = program.lower(*args).compile()
-  return _executables[program]
 
 
 def _train_record(
@@ -266,35 +294,50 @@ def _train_record(
   """Returns the log line of the interval that ended at `step`: means over its steps.
 
   `loss_total` is the sum of `weighted_loss`, whose entries are w_k L_k of each step,
-  averaged; the averages of w and L themselves stand beside it.
+  averaged; the averages of w and L themselves stand beside it. Steps whose update was
+  skipped do not count; a mean over nothing is NaN, and null in the file.
   """
-  steps = max(int(report["steps"]), 1)
   with np.errstate(invalid="ignore", divide="ignore"):
+    mean = {
+      name: report[name] / np.float32(report["steps"])
+      for name in ("loss_total", "weighted_loss_M", "weight_M", "grad_norm")
+    }
+    has_targets = report["count_M"] > 0
+    loss = np.where(has_targets, report["loss_M"] / np.float32(report["steps"]), np.nan)
     accuracy = report["correct_M"] / report["count_M"]
   return {
     "kind": "train",
     "step": step,
     "tokens": step * run.tokens_per_step,
     "seconds": seconds,
-    "loss_total": report["loss_total"] / steps,
-    "loss": report["loss_M"] / steps,
-    "weighted_loss": report["weighted_loss_M"] / steps,
-    "weight": report["weight_M"] / steps,
-    "accuracy": np.nan_to_num(accuracy),
+    "loss_total": mean["loss_total"],
+    "loss": loss,
+    "weighted_loss": mean["weighted_loss_M"],
+    "weight": mean["weight_M"],
+    "accuracy": accuracy,
     "count": report["count_M"],
     "lambda": report["lambda"],
     "learning_rate": report["learning_rate"],
-    "grad_norm": report["grad_norm"] / steps,
+    "grad_norm": mean["grad_norm"],
     "tokens_per_second": rate,
     "mfu": model_flop_utilisation(run.flops_per_token, rate),
     "nonfinite_steps": report["nonfinite_total"],
   }
 
 
+def _diagnostics_record(
+  run: _Run, state: TrainState, batch: Any, step: int
+) -> dict[str, Any]:
+  measured = run.programs.diagnostics(
+    state.params, batch, run.hyperparameters, state.step
+  )
+  return {"kind": "diagnostics", "step": step} | jax.device_get(measured)
+
+
 def _validation_record(
   run: _Run, state: TrainState, step: int, seconds: float
 ) -> dict[str, Any]:
-  summary = evaluate.summarize(run.eval_sums(state.params))
+  summary = run.likelihood(state.params)
   return {
     "kind": "validation",
     "step": step,
@@ -305,10 +348,8 @@ def _validation_record(
   }
 
 
-def _stop_if_diverged(
-  run: _Run, report: dict[str, Any], step: int, last_saved: int
-) -> None:
-  limit = run.resolved.train.max_nonfinite_steps
+def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
+  limit = run.config.train.max_nonfinite_steps
   if report["longest_nonfinite_run"] < limit:
     return
   run.checkpointer.wait()
@@ -318,25 +359,24 @@ def _stop_if_diverged(
     f"loss or gradient was not finite for {int(report['longest_nonfinite_run'])} steps "
     f"in a row (train.max_nonfinite_steps = {limit}) before step {step}. Their updates "
     f"were skipped. Last good checkpoint: {where}. Lower optimizer.learning_rate "
-    f"({run.resolved.optimizer.learning_rate}) or look at the data."
+    f"({run.config.optimizer.learning_rate}) or look at the data."
   )
 
 
-def _final_evaluation(run: _Run, state: TrainState, seconds: float) -> dict[str, Any]:
+def _evaluate(run: _Run, state: TrainState, seconds: float) -> dict[str, Any]:
   """Returns eval.json: see `evaluate` for the definitions."""
   step = int(state.step)
   tokens = step * run.tokens_per_step
-  run.checkpointer.wait()
-  texts = run.corpus.texts(run.resolved.eval.split)
+  split = run.config.eval.split
   return {
     "step": step,
     "tokens": tokens,
     "train_seconds": seconds,
     "train_flops": tokens * run.flops_per_token,
-    "split": run.resolved.eval.split,
-    **evaluate.summarize(run.eval_sums(state.params)),
+    "split": split,
+    **run.likelihood(state.params),
     **evaluate.generative_metrics(
-      run.resolved, state.params, run.corpus.tokenizer, texts
+      run.config, state.params, run.corpus.tokenizer, run.corpus.texts(split)
     ),
   }
 
@@ -354,7 +394,7 @@ def _claim(workdir: Path, config: Config) -> None:
 def _write_run_json(run: _Run) -> None:
   if jax.process_index() != 0:
     return
-  counts = dataclasses.asdict(accounting.count(run.resolved))
+  counts = dataclasses.asdict(accounting.count(run.config))
   flops = counts.pop("train_flops_per_token")
   save_tokenizer(run.corpus.tokenizer, run.workdir / "tokenizer.json")
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -364,8 +404,8 @@ def _write_run_json(run: _Run) -> None:
       "parameters": counts,
       "train_flops_per_token": flops,
       "tokens_per_step": run.tokens_per_step,
-      "num_steps": run.resolved.train.num_steps,
-      "seq_len": run.resolved.data.seq_len,
+      "num_steps": run.config.train.num_steps,
+      "seq_len": run.config.data.seq_len,
       "hardware": _hardware(),
       "versions": {"python": platform.python_version()}
       | {name: importlib.metadata.version(name) for name in packages},
@@ -379,7 +419,10 @@ def _hardware() -> str:
   device = jax.devices()[0]
   name = f"{jax.device_count()} x {device.device_kind}"
   if device.platform == "cpu":
-    name += f", {len(os.sched_getaffinity(0))} core(s) {platform.machine()}"
+    # Not every system can pin processes to cores.
+    pins = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if pins else os.cpu_count()
+    name += f", {cores} core(s) {platform.machine()}"
   return name
 
 
@@ -398,26 +441,44 @@ def _commit() -> str:
   return commit + ("+changes" if dirty.strip() else "")
 
 
-@contextlib.contextmanager
-def _catch_signals() -> Iterator[list[int]]:
-  """Yields a list that receives the first SIGTERM or SIGINT; a second one kills.
+class _Interrupt:
+  """Notes SIGTERM and SIGINT while it is entered; a second one acts as it always did.
 
-  Outside the main thread nothing can be caught, and nothing is.
+  Outside the main thread nothing can be caught, and nothing is. Where several processes
+  train together, JAX's preemption service has the SIGTERM: it picks one step for all.
   """
-  received: list[int] = []
 
-  def handle(signum: int, frame: Any) -> None:
-    received.append(signum)
-    signal.signal(signum, old[signum])
+  def __init__(self):
+    self._received: int | None = None
+    self._saved_at: int | None = None
+    self._old: dict[int, Any] = {}
 
-  old: dict[int, Any] = {}
-  try:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-      old[signum] = signal.signal(signum, handle)
-  except ValueError:  # Not the main thread.
-    pass
-  try:
-    yield received
-  finally:
-    for signum, handler in old.items():
+  def received(self, step: int) -> int | None:
+    """Returns the signal that asks for an end after `step`, if there is one."""
+    if jax.process_count() == 1:
+      return self._received
+    is_time = multihost_utils.reached_preemption_sync_point(step)
+    return signal.SIGTERM if is_time else None
+
+  def raises_at_once(self, step: int) -> None:
+    """Makes a signal raise `Interrupted` where it hits: `step` is saved."""
+    self._saved_at = step
+    if self._received is not None:
+      raise Interrupted(self._received, step)
+
+  def __enter__(self) -> "_Interrupt":
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and jax.process_count() == 1:
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        self._old[signum] = signal.signal(signum, self._handle)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for signum, handler in self._old.items():
       signal.signal(signum, handler)
+
+  def _handle(self, signum: int, _: Any) -> None:
+    self._received = signum
+    signal.signal(signum, self._old[signum])
+    if self._saved_at is not None:
+      raise Interrupted(signum, self._saved_at)

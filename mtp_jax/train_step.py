@@ -107,7 +107,7 @@ def train_step(
   progress = state.step / hyper.num_steps
   weights_M, mtp_lambda = depth_weights(config.mtp, hyper.mtp_weight, progress)
   sums, counts_M, grads = loss_and_grads(config, state.params, batch, weights_M)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(sums.total) & jnp.isfinite(grad_norm)
 
   # The schedule is read at the end of the step, so that the first one moves.
@@ -177,9 +177,9 @@ def gradient_diagnostics(
   _, _, ntp = loss_and_grads(config, params, batch, main_M)
   _, _, mtp = loss_and_grads(config, params, batch, weights_M - main_M)
   ntp, mtp = ntp["trunk"], mtp["trunk"]
-  ntp_norm, mtp_norm = optax.global_norm(ntp), optax.global_norm(mtp)
+  ntp_norm, mtp_norm = optax.tree.norm(ntp), optax.tree.norm(mtp)
   tiny = jnp.finfo(jnp.float32).tiny
-  dot = optax.tree_utils.tree_vdot(ntp, mtp)
+  dot = optax.tree.vdot(ntp, mtp)
   return {
     "mtp_grad_share": mtp_norm / jnp.maximum(ntp_norm + mtp_norm, tiny),
     "mtp_grad_cosine": dot / jnp.maximum(ntp_norm * mtp_norm, tiny),
@@ -209,7 +209,10 @@ def shape_of(config: Config) -> Config:
       max_nonfinite_steps=1,
     ),
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
-    eval=replace(config.eval, split="validation", num_rows=1, rows_per_document=1),
+    eval=replace(
+      config.eval, split="validation", num_rows=1, rows_per_document=1, batch_size=1,
+      line_prompts=0, function_prompts=0, max_new_tokens=1,
+    ),
   )
 
 
@@ -219,9 +222,14 @@ def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
   axes = logical_axes(accounting.abstract_params(shape))
   chain = optimizer.make_optimizer(shape.optimizer, axes)
   shardings = state_shardings(shape, chain, mesh)
+  # Initialisation runs once, so what counts is the time to compile it: without LLVM's
+  # optimisations that is a third.
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
   return Programs(
     init=jax.jit(
-      functools.partial(init_state, shape, chain), out_shardings=shardings
+      functools.partial(init_state, shape, chain),
+      out_shardings=shardings,
+      compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
     ),
     step=jax.jit(
       functools.partial(train_step, shape),

@@ -1,14 +1,23 @@
-"""Tiny configs and packed batches that the tests share."""
+"""Tiny configs, parameters and packed batches that the tests share."""
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments import base
+from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
+from mtp_jax.sharding import unbox
+from mtp_jax.train_step import loss_and_grads
+
+# Tiny programs take longer to compile than to run: this halves the time of both.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 VOCAB = 40
 TINY = {
@@ -28,7 +37,9 @@ GPT2 = {
   "trunk.num_kv_heads": 4,
   "trunk.tie_embeddings": True,
 }
+TRUNKS = {"llama": {}, "gpt2": GPT2}
 KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
+SHARED = {"mtp.share_modules": True}
 
 
 def tiny_config(
@@ -38,6 +49,24 @@ def tiny_config(
   values = TINY | {"mtp.kind": kind, "mtp.depth": depth} | (overrides or {})
   default = config_lib.from_config_dict(base.get_config())
   return config_lib.with_overrides(default, values)
+
+
+def random_params(config: Config, seed: int = 0) -> Any:
+  """Returns parameters of which none is 0 and no norm scale is 1."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    centre = 1.0 if path[-1].key == "scale" else 0.0
+    return (centre + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+  shapes = unbox(accounting.abstract_params(config))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def gradient_program(config: Config) -> Any:
+  """Returns the jitted `loss_and_grads`, one for all tests that use this config."""
+  return quick_jit(functools.partial(loss_and_grads, config))
 
 
 def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:

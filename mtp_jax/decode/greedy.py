@@ -4,13 +4,16 @@ Legend: B batch, P padded prompt length, S cache slots, V vocab.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config
+from mtp_jax.model.attention import KVCache
 from mtp_jax.model.lm import MtpLm, empty_cache, unembed_matrix
 
 
@@ -18,68 +21,80 @@ class _State(NamedTuple):
   tokens_BS: jax.Array
   length_B: jax.Array
   done_B: jax.Array
-  cache: Any
+  cache: KVCache
 
 
 def generate(
   params: Any,
   config: Config,
-  prompts: list[np.ndarray],
+  prompts: Sequence[np.ndarray],
+  *,
   max_new_tokens: int,
-  stop_ids: tuple[int, ...],
+  stop_ids: Sequence[int],
   prompt_length: int,
+  batch_size: int,
 ) -> list[np.ndarray]:
   """Returns the greedy completion of every prompt, its stop token left out.
+
+  Calls that agree in the keyword sizes, the number of stop ids and `config` share one
+  compiled program.
 
   Args:
     params, config: a plain NTP model; see `model.lm.deployed`.
     prompts: token ids, each of length 1 to `prompt_length`.
     max_new_tokens: longest completion.
     stop_ids: tokens that end a completion.
-    prompt_length: prompts are padded to it, so that one program serves all.
+    prompt_length: prompts are padded to it.
+    batch_size: prompts decoded at once.
 
   Raises:
     ValueError: an empty or too long prompt, or more slots than learned positions.
   """
-  lengths = np.array([len(prompt) for prompt in prompts])
-  if len(prompts) == 0:
-    return []
-  if lengths.min() < 1 or lengths.max() > prompt_length:
-    raise ValueError(
-      f"prompts must have 1 to {prompt_length} tokens, got {lengths.min()} to "
-      f"{lengths.max()}."
-    )
   slots = prompt_length + max_new_tokens
   if config.trunk.kind == "gpt2" and slots > config.data.seq_len:
     raise ValueError(
       f"prompt_length + max_new_tokens must be at most data.seq_len "
       f"({config.data.seq_len}) with learned positions, got {slots}."
     )
-  tokens = np.zeros((len(prompts), slots), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  state = _run(config, max_new_tokens, prompt_length, stop_ids, params, tokens, lengths)
-  tokens, ends = np.asarray(state.tokens_BS), np.asarray(state.length_B)
+  for prompt in prompts:
+    if not 1 <= len(prompt) <= prompt_length:
+      raise ValueError(
+        f"prompts must have 1 to {prompt_length} tokens, got {len(prompt)}."
+      )
+  stops = np.asarray(stop_ids, np.int32)
   completions = []
-  for row, begin, end in zip(tokens, lengths, ends, strict=True):
-    new = row[begin:end]
-    completions.append(new[:-1] if len(new) and new[-1] in stop_ids else new)
+  for first in range(0, len(prompts), batch_size):
+    batch = prompts[first : first + batch_size]
+    lengths = np.array([len(prompt) for prompt in batch], np.int32)
+    tokens = np.zeros((len(batch), slots), np.int32)
+    for row, prompt in zip(tokens, batch, strict=True):
+      row[: len(prompt)] = prompt
+    # Copies of the last prompt fill up the last batch, and are not read.
+    missing = ((0, batch_size - len(batch)),)
+    lengths = np.pad(lengths, missing, "edge")
+    tokens = np.pad(tokens, (*missing, (0, 0)), "edge")
+    tokens, ends = multihost_utils.process_allgather(
+      _run(config, max_new_tokens, params, tokens, lengths, stops), tiled=True
+    )
+    for i in range(len(batch)):
+      new = tokens[i, lengths[i] : ends[i]]
+      completions.append(new[:-1] if new[-1] in stop_ids else new)
   return completions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
   config: Config,
   max_new_tokens: int,
-  prompt_length: int,
-  stop_ids: tuple[int, ...],
   params: Any,
   tokens_BS: jax.Array,
   prompt_length_B: jax.Array,
-) -> _State:
+  stop_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `(tokens_BS, length_B)` with the completions, stop tokens included."""
   model, unembed_DV = MtpLm(config), unembed_matrix(params, config)
   rows_B = jnp.arange(tokens_BS.shape[0])
-  stops = jnp.asarray(stop_ids, jnp.int32)
+  prompt_length = tokens_BS.shape[1] - max_new_tokens
 
   def forward(tokens_BT, positions_BT, cache):
     return model.apply(
@@ -91,13 +106,13 @@ def _run(
       "BD,DV->BV", hidden_BD, unembed_DV, preferred_element_type=jnp.float32
     )
     next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    slot_B = jnp.where(state.done_B, state.tokens_BS.shape[1], state.length_B)
     length_B = state.length_B + ~state.done_B
     return _State(
-      state.tokens_BS.at[rows_B, slot_B].set(next_B, mode="drop"),
+      # After its end a row goes on to write one slot, which nobody reads.
+      state.tokens_BS.at[rows_B, state.length_B].set(next_B, mode="drop"),
       length_B,
       state.done_B
-      | jnp.isin(next_B, stops)
+      | jnp.isin(next_B, stop_ids)
       | (length_B - prompt_length_B >= max_new_tokens),
       state.cache,
     )
@@ -113,12 +128,7 @@ def _run(
     empty_cache(config, *tokens_BS.shape),
   )
   state = append(
-    _State(
-      jnp.asarray(tokens_BS),
-      jnp.asarray(prompt_length_B, jnp.int32),
-      jnp.zeros(tokens_BS.shape[0], bool),
-      cache,
-    ),
+    _State(tokens_BS, prompt_length_B, jnp.zeros_like(rows_B, bool), cache),
     hidden_BPD[rows_B, prompt_length_B - 1],
   )
 
@@ -128,4 +138,5 @@ def _run(
     hidden_B1D, cache = forward(tokens_B1, last_B1, state.cache)
     return append(state._replace(cache=cache), hidden_B1D[:, 0])
 
-  return jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), step, state)
+  state = jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), step, state)
+  return state.tokens_BS, state.length_B

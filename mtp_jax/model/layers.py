@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import TrunkConfig
+from mtp_jax.sharding import constrain
 
 
 def compute_dtype(trunk: TrunkConfig) -> Any:
@@ -83,7 +84,10 @@ class Embedding(nn.Module):
       partitioned(nn.initializers.normal(self.stddev), self.axis, "embed"),
       (self.num_entries, self.dim),
     )
-    return jnp.take(table.astype(self.dtype), ids, axis=0)
+    # Gathered whole like any weight; a look-up in a table split along its vectors is
+    # one that XLA's partitioner copies to every device.
+    table = constrain(table.astype(self.dtype), self.axis, "act_embed")
+    return constrain(jnp.take(table, ids, axis=0), "batch", "seq", "act_embed")
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:

@@ -64,6 +64,8 @@ class LinearHeads(nn.Module):
     del embed_ahead, positions_BT, segment_ids_BT
     depth, dim = self.mtp.depth, self.trunk.embed_dim
     hidden_BTD = final_norm(residual_BTD)
+    if depth == 0:
+      return hidden_BTD[None]
     maps = self.param(
       "maps",
       partitioned(fan_in_normal(dim), "depths", "embed", "embed_out"),
@@ -107,7 +109,8 @@ class ParallelHeads(nn.Module):
       unroll=1 if self.trunk.scan_layers else num_heads,
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(rematted(Block, self.trunk)(self.trunk, name="heads"), residual_BTD, None)
-    return final_norm(heads_MBTD)
+    # One head at a time: a leading axis of 1 would sum in another order at D = 0.
+    return jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD])
 
 
 class SequentialModule(nn.Module):

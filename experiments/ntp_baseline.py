@@ -1,0 +1,25 @@
+"""What does plain next-token prediction reach, and how far apart do seeds land?
+
+  python -m launch.sweep --config=experiments/ntp_baseline.py --workdir=runs/ntp
+
+Every other experiment is read against this spread: a gain that is smaller than the
+difference between two seeds is not one.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+
+def get_config() -> ConfigDict:
+  config = base.get_config()
+  config.name = "ntp_baseline"
+  config.mtp.update(kind="none", depth=0)
+  return config
+
+
+def sweep_seed() -> Iterator[dict]:
+  for seed in range(5):
+    yield {"seed": seed}

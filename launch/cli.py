@@ -1,0 +1,233 @@
+"""What the commands share: flags, messages, exit codes, the compilation cache.
+
+A command is a module whose docstring is its `--help`, whose flags stand at the top, and
+whose last line is `cli.run(main)`. Bad flags, configs and data end in one message and
+exit code 2, before any work.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import glob
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mtp_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  TokenizerConfig,
+  from_config_dict,
+  type_name,
+)
+from mtp_jax.data import prepared, sources, tokenizers
+
+# Flags that are defined here belong to the command that asked for them, in its --help.
+flags.disclaim_key_flags()
+
+BAD_INPUT = 2
+LOCK = ".lock"
+_HELP = {"--help", "-help", "-h", "--helpshort"}
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
+
+
+def define_config() -> None:
+  """Defines `--config=FILE.py[:preset]` and `--config.KEY=VALUE`."""
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "experiment file, with a preset perhaps (experiments/smoke.py, or "
+    "experiments/gains_with_scale.py:cpu). --config.KEY=VALUE overrides one value "
+    "(--config.mtp.depth=2); every key is in experiments/base.py.",
+  )
+  flags.mark_flag_as_required("config")
+
+
+def define_workdir(text: str, required: bool = True) -> flags.FlagHolder[str | None]:
+  """Defines `--workdir`; `text` says what it is to the command."""
+  holder = flags.DEFINE_string("workdir", None, text)
+  if required:
+    flags.mark_flag_as_required("workdir")
+  return holder
+
+
+def define_compilation_cache() -> flags.FlagHolder[str]:
+  """Defines `--compilation_cache`; see `default_compilation_cache`."""
+  return flags.DEFINE_string(
+    "compilation_cache",
+    default_compilation_cache(),
+    "folder in which compiled programs are kept for the next run; empty for none. The "
+    "default follows JAX_COMPILATION_CACHE_DIR and XDG_CACHE_HOME.",
+  )
+
+
+def default_compilation_cache() -> str:
+  """Returns JAX's own setting, or a folder in the user's cache."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+  default = os.path.expanduser(os.path.join(cache, "mtp_jax", "xla"))
+  return os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+
+
+def use_compilation_cache(folder: str) -> None:
+  """Makes JAX keep compiled programs in `folder`, if one is named."""
+  if folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def load_config() -> Config:
+  """Returns the typed config of `--config` with its overrides.
+
+  Raises:
+    ConfigError: see `from_config_dict`.
+  """
+  return from_config_dict(flags.FLAGS.config)
+
+
+def config_overrides() -> dict[str, object]:
+  """Returns the `--config.KEY=VALUE` of the command line by dotted key."""
+  return dict(flags.FLAGS["config"].override_values)
+
+
+def config_file() -> tuple[Path, str | None]:
+  """Returns the experiment file and the preset, None where none is named."""
+  file, _, preset = flags.FLAGS["config"].config_filename.partition(":")
+  return Path(file), preset or None
+
+
+def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
+  """Checks that the files a config names are there; reads no text.
+
+  Raises:
+    DataError: says where it looked.
+  """
+  if data.source == "array_record":
+    prepared.open_folder(data.path)
+  else:
+    sources.DocumentReader(data.source, data.path, data.text_field)
+  if tokenizer.kind == "file":
+    tokenizers.load_tokenizer(tokenizer.path)
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+  """Holds the run folder: two processes in one would overwrite each other's files.
+
+  Raises:
+    ConfigError: another process holds it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / LOCK).open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(f"{workdir} is in use by another process.") from error
+    yield
+
+
+def is_in_use(workdir: Path) -> bool:
+  """Returns whether a process holds the run folder; see `exclusive`."""
+  try:
+    with (workdir / LOCK).open() as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
+  return False
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  """Returns aligned columns: the first to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+  lines = []
+  for row in (header, *rows):
+    first, *rest = zip(row, widths, strict=True)
+    cells = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the flags, runs a command and exits with what it returns.
+
+  ConfigError and DataError end in their message and exit code 2, without a traceback.
+  """
+
+  def guarded(_: list[str]) -> int | None:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.ERROR)  # Else absl shows what libraries log.
+    try:
+      return main()
+    except (ConfigError, sources.DataError) as error:
+      return fail(str(error), BAD_INPUT)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def fail(message: str, code: int) -> int:
+  """Prints why a command ends early and returns its exit code."""
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  return code
+
+
+def _parse(argv: list[str]) -> list[str]:
+  if _HELP.intersection(argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+  try:
+    _check_arguments(argv)
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ConfigError(f"{rest[1]!r}: arguments must be flags (--name=value).")
+    return rest
+  except (ConfigError, flags.Error) as error:
+    sys.exit(fail(f"{_explain(error)}\nSee --help.", BAD_INPUT))
+
+
+def _check_arguments(argv: list[str]) -> None:
+  """Refuses what config_flags would answer with a traceback."""
+  if "config" not in flags.FLAGS:
+    return
+  for argument in argv[1:]:
+    if override := _OVERRIDE.match(argument):
+      if type_name(override[1]) == "section":
+        raise ConfigError(
+          f"{override[1]} is a section; set one of its keys (--config.mtp.depth=2)."
+        )
+    elif re.match(r"--?config=", argument):
+      file = argument.partition("=")[2].partition(":")[0]
+      if not os.path.isfile(file):
+        raise ConfigError(
+          f"--config must name an experiment file, got {file!r}{_nearest_file(file)}"
+        )
+
+
+def _explain(error: Exception) -> str:
+  """Puts the errors of absl and config_flags in our words: key, rule, value."""
+  text = str(error)
+  if wrong := re.match(r"flag --config\.([^=]+)=(.*?): ", text, re.DOTALL):
+    return f"{wrong[1]} must be of type {type_name(wrong[1])}, got {wrong[2]!r}."
+  if failed := re.match(r"flag --config=(.*?): Error whilst parsing", text):
+    reason = text.strip().splitlines()[-1]
+    if "get_config() takes 0 positional arguments" in reason:
+      file, _, preset = failed[1].partition(":")
+      return f"--config: {file} has no presets, got {preset!r}."
+    # A ValueError is the experiment's own message; all else is a fault in its code.
+    if reason.startswith("ValueError: "):
+      return f"--config={failed[1]}: {reason.removeprefix('ValueError: ')}"
+  if required := re.search(r"Flag (--\w+) must have a value", text):
+    return f"{required[1]} is required."
+  return text
+
+
+def _nearest_file(file: str) -> str:
+  folder = os.path.dirname(file) or "experiments"
+  matches = difflib.get_close_matches(file, glob.glob(f"{folder}/*.py"), n=1)
+  return f"; did you mean {matches[0]!r}?" if matches else ": there is no such file."

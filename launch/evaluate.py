@@ -1,0 +1,102 @@
+r"""Evaluates a checkpoint of a run again: other text, another step, other devices.
+
+  python -m launch.evaluate --workdir=runs/smoke --split=test
+  python -m launch.evaluate --workdir=runs/smoke --step=50
+
+The run folder says how the model was trained. Its mesh is used where it fits the
+devices; where it does not, rows are spread over all of them. The table is also written
+to eval_<split>.json in the run folder (eval_<split>_step<N>.json with --step), beside
+the eval.json of training, which is not touched; launch/README.md describes the fields.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from launch import cli
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import Config, ConfigError, MeshConfig, from_config_dict
+from mtp_jax.metrics import write_json
+from mtp_jax.train import evaluate_run
+
+_WORKDIR = cli.define_workdir("run folder")
+_SPLIT = flags.DEFINE_enum(
+  "split", "test", ["validation", "test"], "which held-out documents"
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
+)
+_COMPILATION_CACHE = cli.define_compilation_cache()
+
+
+def main() -> int:
+  workdir, split = Path(_WORKDIR.value), _SPLIT.value
+  config = load_run_config(workdir)
+  limits = dataclasses.replace(config.eval, split=split)
+  config = dataclasses.replace(config, eval=limits)
+  cli.use_compilation_cache(_COMPILATION_CACHE.value)
+  try:
+    result = evaluate_run(
+      fit_to_devices(config, jax.device_count()), workdir, _STEP.value
+    )
+  except CheckpointError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  suffix = "" if _STEP.value is None else f"_step{_STEP.value}"
+  path = workdir / f"eval_{split}{suffix}.json"
+  write_json(path, result)
+  print(f"{workdir}: step {result['step']:,}, {split} split")
+  print(result_table(result))
+  print(f"written to {path}")
+  return 0
+
+
+def load_run_config(workdir: Path) -> Config:
+  """Returns the config with which a run folder was started.
+
+  Raises:
+    ConfigError: it is no run folder.
+  """
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise ConfigError(
+      f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
+    )
+  return from_config_dict(json.loads(path.read_text()))
+
+
+def fit_to_devices(config: Config, num_devices: int) -> Config:
+  """Returns the config with a mesh and an evaluation batch for so many devices."""
+  mesh = dataclasses.replace(config.mesh, data=-1)
+  if num_devices % (mesh.fsdp * mesh.tensor * mesh.context):
+    mesh = MeshConfig(data=-1, fsdp=1, tensor=1, context=1)
+  shards = num_devices // (mesh.tensor * mesh.context)
+  batch_size = -(-config.eval.batch_size // shards) * shards
+  limits = dataclasses.replace(config.eval, batch_size=batch_size)
+  return dataclasses.replace(config, mesh=mesh, eval=limits)
+
+
+def result_table(result: dict[str, Any]) -> str:
+  """Returns a row for every mean in an eval.json, depths numbered from 0 or 1."""
+  rows = []
+  for name, value in result.items():
+    entries = {name: value}
+    if isinstance(value, list):  # Agreement is that of the extra depths.
+      first = 1 if name.endswith("agreement") else 0
+      entries = {f"{name}, depth {first + i}": x for i, x in enumerate(value)}
+    for label, entry in entries.items():
+      if isinstance(entry, dict) and "mean" in entry:
+        mean, error = (_number(entry[key]) for key in ("mean", "stderr"))
+        rows.append((label, mean, error))
+  return cli.table(("", "mean", "standard error"), rows)
+
+
+def _number(value: float | None) -> str:
+  return "" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+  cli.run(main)

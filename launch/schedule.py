@@ -1,0 +1,265 @@
+"""Which worker trains which trial, what the user sees, and how a sweep ends."""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from launch import trials, workers
+from launch.trials import Trial
+from launch.workers import Event, Worker, WorkerError
+from mtp_jax.config import Config, ConfigError, validate
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_LINES = 60.0
+
+
+def next_trial(waiting: list[Trial], worker: Worker, busy: Iterable[Worker]) -> Trial:
+  """Returns what a free worker trains next.
+
+  First a trial of the shape that it has compiled; then one of a shape that no other
+  worker is at; among those the shape with the most work left. Long trials come before
+  short ones, so that the sweep does not end with one worker busy and the others idle.
+  """
+  taken = {other.shape for other in busy}
+  choice = [trial for trial in waiting if trial.shape == worker.shape]
+  if not choice:
+    choice = [trial for trial in waiting if trial.shape not in taken] or waiting
+  work: dict[Config, float] = {}
+  for trial in choice:
+    work[trial.shape] = work.get(trial.shape, 0.0) + trial.flops
+  return max(choice, key=lambda trial: (work[trial.shape], trial.flops))
+
+
+def seconds_of(flops: float, cost: float, speeds: dict[float, float]) -> float:
+  """Returns how long `flops` take in a worker, as far as is known.
+
+  `cost` is FLOPs per token. `speeds` holds the measured FLOPs per second by cost: small
+  models are slower for their FLOPs, so the nearest cost counts. Nothing is known
+  before the first measurement: NaN.
+  """
+  if not speeds:
+    return math.nan
+  nearest = min(speeds, key=lambda other: abs(math.log(other / cost)))
+  return flops / speeds[nearest]
+
+
+class Sweep:
+  """One pass over the trials of a sweep; see `run`.
+
+  Args:
+    planned: the trials, those that are done among them.
+    root: the sweep folder.
+    compilation_cache: folder of compiled programs; empty for none.
+  """
+
+  def __init__(self, planned: list[Trial], root: Path, compilation_cache: str):
+    self._planned = planned
+    self._root = root
+    self._compilation_cache = compilation_cache
+    self._states = {trial.name: trials.read_state(trial) for trial in planned}
+    kind = {name: state.kind for name, state in self._states.items()}
+    self._waiting = [t for t in planned if kind[t.name] not in ("done", "running")]
+    self._failed = {
+      t.name: "another process trains it" for t in planned if kind[t.name] == "running"
+    }
+    self._workers: list[Worker] = []
+    self._signum: int | None = None
+    self._stopped_at = 0.0
+    # Of this pass: when each running trial was given out and its step then; FLOPs and
+    # seconds of the finished ones by their cost (FLOPs per token).
+    self._given: dict[str, tuple[float, int]] = {}
+    self._measured: dict[float, tuple[float, float]] = {}
+    self._bar: tqdm | None = None
+    self._last_line = time.monotonic()
+
+  def run(self, shares: list[list[int] | None]) -> int:
+    """Trains what is not done, with a worker for each of the `shares` of CPU cores.
+
+    Returns:
+      The exit code of the command.
+
+    Raises:
+      ConfigError: a trial does not fit the devices that the workers found.
+      WorkerError: a worker could not start.
+    """
+    shares = shares[: len(self._waiting)]
+    if shares:
+      self._root.mkdir(parents=True, exist_ok=True)
+      self._say(
+        f"{len(self._waiting)} of {len(self._planned)} trial(s) to train with "
+        f"{len(shares)} worker(s), {sum(t.flops for t in self._waiting):.3g} FLOPs, in "
+        f"{self._root}"
+      )
+      if sys.stderr.isatty():
+        layout = "{percentage:3.0f}%|{bar:20}| {desc}"
+        self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True)
+    old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+      self._workers = [Worker(cores, self._compilation_cache) for cores in shares]
+      while self._workers:
+        for worker in workers.wait(self._workers, _SECONDS_BETWEEN_LOOKS):
+          self._answer(worker, worker.event())
+        self._show()
+    finally:
+      for worker in self._workers:
+        worker.close()
+      if self._bar is not None:
+        self._bar.close()
+      for signum, handler in old.items():
+        signal.signal(signum, handler)
+    return self._summary()
+
+  def _answer(self, worker: Worker, event: Event) -> None:
+    """Notes what happened in a worker and gives it what comes next."""
+    if event.kind == "warning":
+      where = worker.trial.name if worker.trial else "worker"
+      self._say(f"{where}: warning: {event.text}")
+      return
+    trial, worker.trial = worker.trial, None
+    if event.kind == "ready":
+      self._check_devices(event)
+    elif trial is not None:
+      self._note(trial, event)
+    elif self._signum is None:
+      raise WorkerError(f"a worker could not start: {event.text}.")
+    goes_on = bool(self._waiting) and self._signum is None
+    if goes_on and event.kind != "died":
+      self._give(worker)
+      return
+    self._workers.remove(worker)
+    worker.close()
+    if goes_on:
+      self._workers.append(Worker(worker.cores, self._compilation_cache))
+
+  def _give(self, worker: Worker) -> None:
+    busy = [other for other in self._workers if other.trial is not None]
+    trial = next_trial(self._waiting, worker, busy)
+    self._waiting.remove(trial)
+    step = self._states[trial.name].step
+    self._given[trial.name] = time.monotonic(), step
+    (trial.workdir / "error.txt").unlink(missing_ok=True)
+    worker.give(trial)
+    self._say(f"{trial.name}: " + (f"continues near step {step}" if step else "starts"))
+
+  def _note(self, trial: Trial, event: Event) -> None:
+    """Notes the end of a trial, for better or worse."""
+    self._states[trial.name] = state = trials.read_state(trial)
+    began, first_step = self._given.pop(trial.name)
+    elapsed = time.monotonic() - began
+    if event.kind == "done":
+      flops, seconds = self._measured.get(trial.cost, (0.0, 0.0))
+      flops += self._work(trial, first_step)
+      self._measured[trial.cost] = flops, seconds + elapsed
+      loss = math.nan if state.eval_loss is None else state.eval_loss
+      self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
+    elif self._signum is not None:
+      self._say(f"{trial.name}: stopped near step {state.step}")
+    else:
+      text = event.text or "the worker was told to stop (SIGTERM)"
+      self._failed[trial.name] = text
+      trial.workdir.mkdir(parents=True, exist_ok=True)
+      (trial.workdir / "error.txt").write_text(text + "\n")
+      self._say(f"{trial.name}: FAILED: {text.splitlines()[0]}", True)
+
+  def _check_devices(self, event: Event) -> None:
+    if event.platform != "cpu" and len(self._workers) > 1:
+      raise ConfigError(
+        f"--parallel must be 1 on {event.platform}: workers share CPU cores, not "
+        f"accelerators; got {len(self._workers)}."
+      )
+    for trial in self._waiting:
+      try:
+        validate(trial.config, event.num_devices)
+      except ConfigError as error:
+        raise ConfigError(f"{trial.name}: {error}") from error
+
+  def _stop(self, signum: int, _: Any) -> None:
+    """Saves the running trials on the first signal, ends at once on the second."""
+    now = time.monotonic()
+    if self._signum is not None:
+      # Some tools signal a process and its group at once: that is one signal, not two.
+      if now - self._stopped_at > _SECONDS_BETWEEN_LOOKS:
+        raise SystemExit(128 + signum)
+      return
+    self._signum, self._stopped_at = signum, now
+    for worker in self._workers:
+      worker.stop()
+    os.write(1, b"saving; a second signal ends at once\n")  # Printing is not safe here.
+
+  def _work(self, trial: Trial, first_step: int = 0) -> float:
+    """FLOPs of a trial since `first_step`."""
+    state = self._states[trial.name]
+    step = trial.num_steps if state.kind == "done" else state.step
+    return trial.flops * max(0, step - first_step) / trial.num_steps
+
+  def _progress(self) -> tuple[float, str]:
+    """Returns the share of FLOPs done and a line that says so."""
+    running = [worker.trial for worker in self._workers if worker.trial is not None]
+    speeds = {cost: flops / s for cost, (flops, s) in self._measured.items()}
+    for trial in running:
+      self._states[trial.name] = trials.read_state(trial)
+      began, first_step = self._given[trial.name]
+      if work := self._work(trial, first_step):
+        speeds.setdefault(trial.cost, work / (time.monotonic() - began))
+    left = sum(
+      seconds_of(trial.flops - self._work(trial), trial.cost, speeds)
+      for trial in (*running, *self._waiting)
+    )
+    share = sum(self._work(trial) for trial in self._planned)
+    share /= sum(trial.flops for trial in self._planned)
+    finished = sum(self._states[t.name].kind == "done" for t in self._planned)
+    text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
+    if speeds and self._workers:
+      text += f", about {_duration(left / len(self._workers))} left"
+    return share, text
+
+  def _show(self) -> None:
+    """Shows the overall progress: always on a terminal, else now and then."""
+    if self._signum is not None:
+      return
+    if self._bar is None:
+      if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        self._say(self._progress()[1])
+      return
+    self._bar.n, text = self._progress()
+    self._bar.set_description_str(text)
+
+  def _say(self, text: str, progress: bool = False) -> None:
+    """Prints one line above the bar, with the overall progress where there is none."""
+    if progress and self._bar is None:
+      text += f" [{self._progress()[1]}]"
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+    self._last_line = time.monotonic()
+
+  def _summary(self) -> int:
+    """Says how the sweep ended; returns the exit code."""
+    if self._signum is not None:
+      name = signal.Signals(self._signum).name
+      print(f"{name}: the sweep has stopped; the same command continues it.")
+      return 128 + self._signum
+    if self._failed:
+      print(f"{len(self._failed)} of {len(self._planned)} trial(s) failed:")
+      for name, text in self._failed.items():
+        print(f"  {name}: {text.splitlines()[0]}")
+      print(
+        f"{self._root}/<trial>/error.txt has more; the same command tries them again."
+      )
+      return 1
+    print(f"all {len(self._planned)} trial(s) are done in {self._root}.")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  if seconds < 6000:
+    return f"{seconds / 60:.0f} min"
+  return f"{seconds / 3600:.1f} h"

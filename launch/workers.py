@@ -1,0 +1,204 @@
+"""Worker processes that train the trials of a sweep, one at a time each.
+
+A worker has its own share of the CPU cores (XLA starts as many threads) or, alone, the
+accelerators. It keeps corpora and compiled programs from trial to trial, so trials of
+one shape compile once. What a trial prints goes to `log.txt` in its run folder; what
+becomes of it comes back as an `Event`. A worker that is killed is an event too.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from launch import cli
+from launch.trials import Trial
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import Config, ConfigError
+from mtp_jax.data.sources import DataError
+from mtp_jax.train import Diverged, Interrupted, fit
+
+# What these say is meant for the user: no traceback.
+_EXPLAINED = (ConfigError, DataError, Diverged, CheckpointError)
+_SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
+
+
+class WorkerError(RuntimeError):
+  """A worker process ended before it could train anything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """What happened in a worker.
+
+  kind: ready | done | failed | stopped (saved after SIGTERM) | warning | died.
+  text: why it failed or died, or the warning; its first line is a summary.
+  platform, num_devices: of a worker that is ready.
+  """
+
+  kind: Literal["ready", "done", "failed", "stopped", "warning", "died"]
+  text: str = ""
+  platform: str = ""
+  num_devices: int = 0
+
+
+class Worker:
+  """The sweep's end of one worker process.
+
+  trial: the one it trains, None while it is idle or starting.
+  shape: that of the last trial it was given.
+  """
+
+  def __init__(self, cores: list[int] | None, compilation_cache: str):
+    self.cores = cores
+    self.trial: Trial | None = None
+    self.shape: Config | None = None
+    self._connection, theirs = _SPAWN.Pipe()
+    self._process = _SPAWN.Process(
+      target=_serve, args=(theirs, cores, compilation_cache)
+    )
+    # Ctrl-C reaches every process of the terminal; the sweep alone is to answer it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    self._process.start()
+    signal.signal(signal.SIGINT, handler)
+    theirs.close()
+
+  def fileno(self) -> int:
+    """For `multiprocessing.connection.wait`: readable when there is an event."""
+    return self._connection.fileno()
+
+  def give(self, trial: Trial) -> None:
+    """Starts training a trial."""
+    self.trial, self.shape = trial, trial.shape
+    with contextlib.suppress(BrokenPipeError):  # It died: the next event says so.
+      self._connection.send((trial.config, trial.workdir))
+
+  def event(self) -> Event:
+    """Returns the next event; waits for it."""
+    try:
+      return self._connection.recv()
+    except (EOFError, OSError):
+      self._process.join()
+      code = self._process.exitcode
+      if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory, perhaps)" if -code == signal.SIGKILL else ""
+        return Event("died", f"the worker was ended by {name}{hint}")
+      return Event("died", f"the worker ended with exit code {code}")
+
+  def stop(self) -> None:
+    """Asks it to save and end."""
+    self._process.terminate()
+
+  def close(self) -> None:
+    """Ends it at once if it is at work, and waits."""
+    self._connection.close()
+    if self.trial is not None:
+      self._process.kill()
+    self._process.join()
+
+
+def wait(workers: list[Worker], seconds: float) -> list[Worker]:
+  """Returns the workers that have an event, at the latest after `seconds`."""
+  return multiprocessing.connection.wait(workers, seconds)
+
+
+def shares(num_workers: int) -> list[list[int] | None]:
+  """Returns the CPU cores of each worker, None where a process cannot be pinned.
+
+  Raises:
+    ConfigError: there are fewer cores than workers.
+  """
+  pins = hasattr(os, "sched_setaffinity")
+  cores = sorted(os.sched_getaffinity(0)) if pins else range(os.cpu_count() or 1)
+  if not 1 <= num_workers <= len(cores):
+    raise ConfigError(
+      f"--parallel must be from 1 to the number of CPU cores ({len(cores)}), got "
+      f"{num_workers}."
+    )
+  if not pins:
+    return [None] * num_workers
+  bounds = [len(cores) * i // num_workers for i in range(num_workers + 1)]
+  return [cores[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _serve(
+  connection: multiprocessing.connection.Connection,
+  cores: list[int] | None,
+  compilation_cache: str,
+) -> None:
+  """Trains what comes over `connection` until it ends: the life of a worker."""
+  os.setpgrp()  # See `Worker`: Ctrl-C stays with the sweep.
+  if cores is not None:
+    os.sched_setaffinity(0, cores)
+  # While `fit` trains, a handler of its own saves first.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  cli.use_compilation_cache(compilation_cache)
+  warnings.showwarning = lambda message, category, filename, *_: _report(
+    connection, message, filename
+  )
+  # The sweep closes its end when there is nothing left to do.
+  with contextlib.suppress(EOFError, OSError):
+    platform, num_devices = jax.default_backend(), jax.device_count()
+    connection.send(Event("ready", platform=platform, num_devices=num_devices))
+    while True:
+      config, workdir = connection.recv()
+      connection.send(train(config, workdir))
+
+
+def train(config: Config, workdir: Path) -> Event:
+  """Trains one trial and returns what became of it; raises nothing but SystemExit."""
+  try:
+    with cli.exclusive(workdir), _output_to(workdir / "log.txt"):
+      fit(config, workdir, progress=False)
+  except Interrupted:
+    return Event("stopped")
+  except _EXPLAINED as error:
+    return Event("failed", f"{type(error).__name__}: {error}")
+  except Exception as error:
+    summary = traceback.format_exception_only(error)[-1].strip()
+    return Event("failed", f"{summary}\n\n{traceback.format_exc()}")
+  return Event("done")
+
+
+def _report(connection: Any, message: Warning | str, filename: str) -> None:
+  """Sends the warnings that speak of the run (a damaged checkpoint); logs all."""
+  print(f"warning: {message}", file=sys.stderr, flush=True)
+  if "mtp_jax" in Path(filename).parts:
+    connection.send(Event("warning", str(message)))
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+  """Appends what is written to stdout and stderr, by libraries in C++ too."""
+  saved = [os.dup(fd) for fd in (1, 2)]
+  with path.open("ab") as log:
+    for fd in (1, 2):
+      os.dup2(log.fileno(), fd)
+  try:
+    yield
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for fd, old in zip((1, 2), saved, strict=True):
+      os.dup2(old, fd)
+      os.close(old)
+
+
+def _end_with_parent() -> None:
+  """Saves and ends when the sweep is gone, however it went."""
+  multiprocessing.parent_process().join()
+  os.kill(os.getpid(), signal.SIGTERM)
