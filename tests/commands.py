@@ -1,0 +1,87 @@
+"""Runs `python -m MODULE ...` many times for the price of one import.
+
+A server process imports what takes long, and forks for every command. Nothing has
+started a JAX backend by then, so that a command can also be asked whether it did.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_SERVER = textwrap.dedent("""
+  import json, os, runpy, sys, traceback
+  import launch.schedule
+  from jax._src import xla_bridge
+
+  def command(module, arguments):
+    sys.argv = [module, *arguments]
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+      return end.code or 0
+    except BaseException:
+      traceback.print_exc()
+      return 1
+
+  for line in sys.stdin:
+    output, to_output = os.pipe()
+    touched, to_touched = os.pipe()
+    if not (child := os.fork()):
+      os.dup2(to_output, 1), os.dup2(to_output, 2)
+      code = command(*json.loads(line))
+      sys.stdout.flush(), sys.stderr.flush()
+      os.write(to_touched, b"01"[xla_bridge.backends_are_initialized():][:1])
+      os._exit(code)
+    os.close(to_output), os.close(to_touched)
+    text = os.fdopen(output).read()
+    has_touched = os.fdopen(touched).read() == "1"
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, text, has_touched]), flush=True)
+""")
+
+
+class Result(NamedTuple):
+  """How a command ended; `output` is stdout and stderr together."""
+
+  code: int
+  output: str
+  touched_backend: bool
+
+
+class Commands:
+  """A server of commands on one CPU device; a context manager."""
+
+  def __enter__(self) -> "Commands":
+    self._server = subprocess.Popen(
+      [sys.executable, "-c", _SERVER],
+      cwd=ROOT,
+      env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._server.stdin.close()
+    self._server.wait()
+
+  def __call__(self, module: str, *arguments: str) -> Result:
+    """Runs `python -m module arguments...` and waits for it."""
+    print(json.dumps([module, arguments]), file=self._server.stdin, flush=True)
+    return Result(*json.loads(self._server.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Commands]:
+  with Commands() as commands:
+    yield commands

@@ -1,0 +1,190 @@
+"""Bad input ends in one clear message and exit code 2, before anything is started."""
+
+import pytest
+
+pytest_plugins = ("tests.commands",)
+
+BASE = "--config=experiments/base.py"
+LADDER = "experiments/gains_with_scale.py"
+
+CONFIGS = {
+  "unknown key": (
+    [BASE, "--config.mtp.dept=2"],
+    "mtp.dept: unknown key; did you mean 'mtp.depth'?",
+  ),
+  "unknown section": (
+    [BASE, "--config.mpt.depth=2"],
+    "mpt.depth: unknown key; did you mean 'mtp.depth'?",
+  ),
+  "unknown key of a flag without dashes": (
+    [BASE, "-config.sed", "2"], "sed: unknown key; did you mean 'seed'?"
+  ),
+  "section": (
+    [BASE, "--config.mtp={}"],
+    "mtp is a section; set one of its keys (--config.mtp.depth=2).",
+  ),
+  "wrong type": (
+    [BASE, "--config.mtp.depth=two"], "mtp.depth must be of type int, got 'two'."
+  ),
+  "float for int": (
+    [BASE, "--config.data.seq_len", "64.0"],
+    "data.seq_len must be of type int, got '64.0'.",
+  ),
+  "not a bool": (
+    [BASE, "--config.mtp.share_modules=maybe"],
+    "mtp.share_modules must be of type bool, got 'maybe'.",
+  ),
+  "not a sequence of numbers": (
+    [BASE, "--config.mtp.depth_weights=(1,'x')"],
+    "mtp.depth_weights[1] must be of type float, got 'x'.",
+  ),
+  "choice": (
+    [BASE, "--config.mtp.kind=medusa"],
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', got 'medusa'.",
+  ),
+  "heads": (
+    [BASE, "--config.trunk.num_heads=3", "--config.trunk.num_kv_heads=3"],
+    "trunk.embed_dim must be divisible by trunk.num_heads (3), got 128.",
+  ),
+  "short rows": (
+    [BASE, "--config.mtp.kind=linear", "--config.mtp.depth=8",
+     "--config.data.seq_len=8", "--config.eval.max_new_tokens=4"],
+    "mtp.depth must be less than data.seq_len (8), got 8.",
+  ),
+  "negative lambda": (
+    [BASE, "--config.mtp.weight=-1"],
+    "mtp.weight must be finite and not negative, got -1.0.",
+  ),
+  "lambda is NaN": (
+    [BASE, "--config.mtp.weight=nan"],
+    "mtp.weight must be finite and not negative, got nan.",
+  ),
+  "two rules": (
+    [BASE, "--config.mtp.weight=nan", "--config.seed=-1"],
+    "mtp.weight must be finite and not negative, got nan.\n"
+    "seed must be in [0, 2^31), got -1.",
+  ),
+  "no such experiment": (
+    ["--config=experiments/smok.py"],
+    "--config must name an experiment file, got 'experiments/smok.py'; did you mean "
+    "'experiments/smoke.py'?",
+  ),
+  "no config": ([], "--config is required."),
+  "no presets": (
+    [f"{BASE}:cpu"], "--config: experiments/base.py has no presets, got 'cpu'."
+  ),
+  "unknown preset": (
+    [f"--config={LADDER}:tpu"],
+    f"--config={LADDER}:tpu: preset must be one of cpu, gpu, cluster, got 'tpu'.",
+  ),
+  "unknown flag": ([BASE, "--workdri=x"], "Unknown command line flag 'workdri'."),
+  "no flag": ([BASE, "smoke"], "'smoke': arguments must be flags (--name=value)."),
+}
+FILES = {
+  "missing folder": (
+    ["--config.data.source=files", "--config.data.path=no/such/folder"],
+    "data.path must be a folder, file or glob that names at least one file for "
+    "data.source 'files'; looked in 'no/such/folder' and found none.",
+  ),
+  "missing tokenizer": (
+    ["--config.tokenizer.kind=file", "--config.tokenizer.path=no.json"],
+    "tokenizer.path must be a readable tokenizer.json, got 'no.json'",
+  ),
+  "missing prepared text": (
+    ["--config.data.source=array_record", "--config.data.path=no/such"],
+    "data.path must be a folder written by `python -m launch.prepare`; 'no/such'",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bad_configs(command, name, tmp_path):
+  arguments, message = CONFIGS[name]
+  result = command("launch.train", f"--workdir={tmp_path / 'run'}", *arguments)
+  assert result.output.startswith(f"error: {message}")
+  assert "Traceback" not in result.output
+  assert result.code == 2
+  assert not result.touched_backend
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("module", ["launch.train", "launch.sweep"])
+def test_missing_files(command, module, name, tmp_path):
+  arguments, message = FILES[name]
+  result = command(module, BASE, f"--workdir={tmp_path / 'run'}", *arguments)
+  prefix = "base: " if module == "launch.sweep" else ""
+  assert result.output.startswith(f"error: {prefix}{message}")
+  assert result.code == 2
+  assert not result.touched_backend
+  assert not (tmp_path / "run").exists()
+
+
+def test_mesh_that_does_not_fit_the_devices(command, tmp_path):
+  result = command(
+    "launch.train", BASE, f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=2"
+  )
+  assert result.output == (
+    "error: mesh must be such that fsdp * tensor * context divides the number of "
+    "devices (1), got {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1}.\n"
+  )
+  assert result.code == 2
+  assert not (tmp_path / "run").exists()
+
+
+SWEEPS = {
+  "bad trial": (
+    ["--config=experiments/depth_sweep.py", "--config.data.seq_len=4",
+     "--config.eval.max_new_tokens=2"],
+    "depth=4,seed=0 and 2 more: mtp.depth must be less than data.seq_len (4), got 4.",
+  ),
+  "unknown sweep": (
+    ["--config=experiments/depth_sweep.py", "--sweep=width"],
+    "--sweep must name some of depth, seed, got 'width'.",
+  ),
+  "set twice": (
+    ["--config=experiments/depth_sweep.py", "--config.seed=1"],
+    "depth=0,seed=0 and 14 more: seed: set by the sweep; choose what varies with "
+    "--sweep.",
+  ),
+  "no match": (
+    ["--config=experiments/ntp_baseline.py", "--only=seed=9"],
+    "--only: no trial matches 'seed=9'; there are\n  seed=0\n",
+  ),
+  "too many workers": (
+    ["--config=experiments/ntp_baseline.py", "--parallel=100000"],
+    "--parallel must be from 1 to the number of CPU cores",
+  ),
+  "bad preset": (
+    [f"--config={LADDER}:tpu"], f"--config={LADDER}:tpu: preset must be one of cpu"
+  ),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_bad_sweeps(command, name, tmp_path):
+  arguments, message = SWEEPS[name]
+  result = command("launch.sweep", f"--workdir={tmp_path / 'runs'}", *arguments)
+  assert result.output.startswith(f"error: {message}")
+  assert result.code == 2
+  assert not result.touched_backend
+  assert not (tmp_path / "runs").exists()
+
+
+def test_sweep_needs_a_folder(command):
+  result = command("launch.sweep", "--config=experiments/ntp_baseline.py")
+  assert (result.code, result.output) == (
+    2, "error: --workdir is required, but for --dry_run.\n"
+  )
+
+
+@pytest.mark.parametrize("arguments, message", [
+  (["--workdir=no/such/run"], "--workdir must be a run folder, got 'no/such/run'"),
+  ([], "--workdir is required."),
+  (["--workdir=x", "--split=train"], "flag --split=train: value should be one of"),
+])
+def test_bad_evaluations(command, arguments, message):
+  result = command("launch.evaluate", *arguments)
+  assert result.output.startswith(f"error: {message}")
+  assert result.code == 2
+  assert not result.touched_backend

@@ -1,0 +1,332 @@
+"""Every rule of the config, by its message: dotted key, rule, value."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from experiments import base
+from mtp_jax import config as config_lib
+from mtp_jax.config import ConfigError
+
+NAN, INF = float("nan"), float("inf")
+
+
+def make(**overrides):
+  """Returns the base config; `mtp__depth=2` sets `mtp.depth`."""
+  values = {key.replace("__", "."): value for key, value in overrides.items()}
+  default = config_lib.from_config_dict(base.get_config())
+  return config_lib.with_overrides(default, values)
+
+
+def error_of(config, num_devices=None):
+  with pytest.raises(ConfigError) as caught:
+    config_lib.validate(config, num_devices)
+  return str(caught.value)
+
+
+def test_base_is_valid_on_one_and_on_eight_devices():
+  config_lib.validate(make())
+  config_lib.validate(make(), 1)
+  config_lib.validate(make(), 8)
+
+
+@pytest.mark.parametrize("key, value, message", [
+  ("mtp.dept", 1, "mtp.dept: unknown key; did you mean 'mtp.depth'?"),
+  ("depth", 1, "depth: unknown key; did you mean 'mtp.depth'?"),
+  ("mtp.depth.k", 1, "mtp.depth.k: unknown key; did you mean 'mtp.depth'?"),
+  ("qqqq", 1, "qqqq: unknown key."),
+  ("mtp.depth", 2.0, "mtp.depth must be of type int, got 2.0."),
+  ("mtp.depth", True, "mtp.depth must be of type int, got True."),
+  ("mtp.depth", None, "mtp.depth must be of type int, got None."),
+  ("mtp.weight", "0.3", "mtp.weight must be of type float, got '0.3'."),
+  ("mtp.share_modules", 1, "mtp.share_modules must be of type bool, got 1."),
+  ("name", 3, "name must be of type str, got 3."),
+  ("mtp", 3, "mtp must be a section, got 3."),
+  (
+    "mtp.kind", "medusa",
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', got 'medusa'.",
+  ),
+  (
+    "mtp.depth_weights", 1.0,
+    "mtp.depth_weights must be a sequence of float, got 1.0.",
+  ),
+  (
+    "mtp.depth_weights", (1.0, "x"),
+    "mtp.depth_weights[1] must be of type float, got 'x'.",
+  ),
+])
+def test_keys_and_types(key, value, message):
+  with pytest.raises(ConfigError) as caught:
+    make(**{key: value})
+  assert str(caught.value) == message
+
+
+def test_whole_numbers_serve_as_floats():
+  config = make(mtp__weight=1, mtp__depth_weights=[1, 0.5])
+  assert config.mtp.weight == 1.0 and type(config.mtp.weight) is float
+  assert config.mtp.depth_weights == (1.0, 0.5)
+
+
+def test_unknown_and_missing_keys_of_a_config_dict():
+  unknown = base.get_config()
+  unknown.data.batchsize = 8
+  with pytest.raises(ConfigError, match=r"data.batchsize: unknown.*'data.batch_size'"):
+    config_lib.from_config_dict(unknown)
+  missing = base.get_config()
+  del missing.mtp.depth
+  with pytest.raises(ConfigError, match=r"^mtp.depth: missing key.$"):
+    config_lib.from_config_dict(missing)
+
+
+@pytest.mark.parametrize("key", config_lib._AT_LEAST_1)
+def test_at_least_1(key):
+  assert f"{key} must be at least 1, got 0." in error_of(make(**{key: 0}))
+
+
+@pytest.mark.parametrize("key", config_lib._AT_LEAST_0)
+def test_at_least_0(key):
+  assert f"{key} must be at least 0, got -1." in error_of(make(**{key: -1}))
+
+
+@pytest.mark.parametrize("key", config_lib._FINITE_NOT_NEGATIVE)
+@pytest.mark.parametrize("value", [-0.1, NAN, INF])
+def test_finite_and_not_negative(key, value):
+  message = f"{key} must be finite and not negative, got {value}."
+  assert error_of(make(**{key: value})) == message
+
+
+@pytest.mark.parametrize("key", config_lib._FINITE_POSITIVE)
+@pytest.mark.parametrize("value", [0.0, NAN, INF])
+def test_finite_and_positive(key, value):
+  message = f"{key} must be finite and positive, got {value}."
+  assert error_of(make(**{key: value})) == message
+
+
+@pytest.mark.parametrize("key", config_lib._FRACTIONS)
+@pytest.mark.parametrize("value", [-0.1, 1.1, NAN])
+def test_fractions(key, value):
+  assert error_of(make(**{key: value})) == f"{key} must be in [0, 1], got {value}."
+
+
+RULES = {
+  "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
+  "data seed": (
+    {"data.seed": 2**31}, "data.seed must be in [0, 2^31), got 2147483648."
+  ),
+  "beta": ({"optimizer.beta2": 1.0}, "optimizer.beta2 must be in [0, 1), got 1.0."),
+  "mesh data": (
+    {"mesh.data": 0}, "mesh.data must be -1 (the rest) or at least 1, got 0."
+  ),
+  "heads": (
+    {"trunk.num_heads": 3, "trunk.num_kv_heads": 3},
+    "trunk.embed_dim must be divisible by trunk.num_heads (3), got 128.",
+  ),
+  "kv heads": (
+    {"trunk.num_kv_heads": 3},
+    "trunk.num_heads must be divisible by trunk.num_kv_heads (3), got 4.",
+  ),
+  "rope": (
+    {"trunk.embed_dim": 12},
+    "trunk.embed_dim must be such that embed_dim / num_heads is even for RoPE (it is "
+    "3), got 12.",
+  ),
+  "gpt2 kv heads": (
+    {"trunk.kind": "gpt2"},
+    "trunk.num_kv_heads must be equal to trunk.num_heads (4) for trunk.kind 'gpt2', "
+    "got 2.",
+  ),
+  "shortened trunk": (
+    {"mtp.kind": "parallel", "mtp.depth": 3, "mtp.arm": "shortened"},
+    "trunk.num_layers must be large enough to leave a trunk of at least 1 layer "
+    "(mtp.kind 'parallel', depth 3, arm 'shortened' leave 0), got 4.",
+  ),
+  "one parallel layer": (
+    {"mtp.kind": "parallel", "trunk.num_layers": 1},
+    "trunk.num_layers must be large enough to leave a trunk of at least 1 layer "
+    "(mtp.kind 'parallel', depth 0, arm 'added' leave 0), got 1.",
+  ),
+  "depth without kind": (
+    {"mtp.depth": 2}, "mtp.depth must be 0 for mtp.kind 'none', got 2."
+  ),
+  "seq_len too short for D": (
+    {"mtp.kind": "linear", "mtp.depth": 8, "data.seq_len": 8, "eval.line_prompts": 0,
+     "eval.function_prompts": 0},
+    "mtp.depth must be less than data.seq_len (8), got 8.",
+  ),
+  "number of depth weights": (
+    {"mtp.kind": "linear", "mtp.depth": 2, "mtp.depth_weights": (1.0,)},
+    "mtp.depth_weights must be empty or of length mtp.depth (2), got (1.0,).",
+  ),
+  "NaN depth weight": (
+    {"mtp.kind": "linear", "mtp.depth": 1, "mtp.depth_weights": (NAN,)},
+    "mtp.depth_weights must be finite and not negative, got (nan,).",
+  ),
+  "shared modules": (
+    {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.share_modules": True},
+    "mtp.share_modules must be False unless mtp.kind is 'sequential' (it is "
+    "'parallel'), got True.",
+  ),
+  "nothing to shorten": (
+    {"mtp.kind": "linear", "mtp.depth": 1, "mtp.arm": "shortened"},
+    "mtp.arm must be 'added' or 'flops': kind 'linear' at depth 1 adds no layer, got "
+    "'shortened'.",
+  ),
+  "no FLOPs to match": (
+    {"mtp.arm": "flops"},
+    "mtp.arm must be 'added' at mtp.depth 0: there are no extra FLOPs to match, got "
+    "'flops'.",
+  ),
+  "path of files": (
+    {"data.source": "files"}, "data.path must be set for data.source 'files', got ''."
+  ),
+  "path of array_record": (
+    {"data.source": "array_record"},
+    "data.path must be set for data.source 'array_record', got ''.",
+  ),
+  "text field": (
+    {"data.source": "jsonl", "data.path": "x", "data.text_field": ""},
+    "data.text_field must be set for data.source 'jsonl', got ''.",
+  ),
+  "nothing to train on": (
+    {"data.validation_fraction": 0.6, "data.test_fraction": 0.4},
+    "data.validation_fraction must be such that it and data.test_fraction (0.4) leave "
+    "text to train on, got 0.6.",
+  ),
+  "nothing to evaluate": (
+    {"eval.split": "test", "data.test_fraction": 0.0},
+    "data.test_fraction must be positive: the evaluation reads it (eval.split 'test'), "
+    "got 0.0.",
+  ),
+  "byte vocabulary": (
+    {"tokenizer.vocab_size": 256},
+    "tokenizer.vocab_size must be at least 258 for tokenizer.kind 'bytes', got 256.",
+  ),
+  "tokenizer file": (
+    {"tokenizer.kind": "file"},
+    "tokenizer.path must be set for tokenizer.kind 'file', got ''.",
+  ),
+  "no room for a prompt": (
+    {"eval.max_new_tokens": 128},
+    "eval.max_new_tokens must be less than data.seq_len (128), to leave room for a "
+    "prompt, got 128.",
+  ),
+  "accumulation": (
+    {"train.accumulation_steps": 3},
+    "data.batch_size must be divisible by train.accumulation_steps (3), got 16.",
+  ),
+  "wsd": (
+    {"optimizer.schedule": "wsd", "optimizer.warmup_fraction": 0.9},
+    "optimizer.warmup_fraction must be such that it and optimizer.decay_fraction (0.2) "
+    "fit into training, got 0.9.",
+  ),
+  "context": (
+    {"mesh.context": 3},
+    "data.seq_len must be divisible by mesh.context (3), got 128.",
+  ),
+  "tensor kv heads": (
+    {"mesh.tensor": 4},
+    "trunk.num_kv_heads must be divisible by mesh.tensor (4), got 2.",
+  ),
+  "tensor mlp": (
+    {"mesh.tensor": 2, "trunk.mlp_dim": 353},
+    "trunk.mlp_dim must be divisible by mesh.tensor (2), got 353.",
+  ),
+  "tensor vocabulary": (
+    {"mesh.tensor": 2, "tokenizer.vocab_size": 263},
+    "tokenizer.vocab_size must be divisible by mesh.tensor (2), got 263.",
+  ),
+  "fsdp": (
+    {"mesh.fsdp": 3}, "trunk.embed_dim must be divisible by mesh.fsdp (3), got 128."
+  ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+  overrides, message = RULES[name]
+  assert error_of(make(**overrides)) == message
+
+
+DEVICE_RULES = {
+  "fixed axes": (
+    {"mesh.fsdp": 4},
+    "mesh must be such that fsdp * tensor * context divides the number of devices (6), "
+    "got {'data': -1, 'fsdp': 4, 'tensor': 1, 'context': 1}.",
+  ),
+  "all axes": (
+    {"mesh.data": 4},
+    "mesh must be such that data * fsdp * tensor * context equals the number of "
+    "devices (6), got {'data': 4, 'fsdp': 1, 'tensor': 1, 'context': 1}.",
+  ),
+  "microbatch": (
+    {"train.accumulation_steps": 2, "eval.batch_size": 36},
+    "data.batch_size must be such that a microbatch (8 rows) divides over mesh data * "
+    "fsdp (6), got 16.",
+  ),
+  "evaluation batch": (
+    {"data.batch_size": 12},
+    "eval.batch_size must be divisible by mesh data * fsdp (6), got 32.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_RULES)
+def test_rules_of_devices(name):
+  overrides, message = DEVICE_RULES[name]
+  config = make(**overrides)
+  config_lib.validate(config)
+  assert error_of(config, num_devices=6) == message
+
+
+def test_all_broken_rules_are_named_at_once():
+  lines = error_of(make(mtp__weight=-1.0, mtp__depth=-1, data__seq_len=0)).splitlines()
+  assert [re.match(r"[\w.]+", line)[0] for line in lines] == [
+    "data.seq_len", "mtp.depth", "mtp.weight"
+  ]
+
+
+def test_json_and_back():
+  config = make(mtp__kind="linear", mtp__depth=2, mtp__depth_weights=(1.0, 0.5))
+  text = json.dumps(config_lib.to_dict(config))
+  assert config_lib.from_config_dict(json.loads(text)) == config
+
+
+def test_difference_names_dotted_keys():
+  found = config_lib.difference(make(), make(mtp__weight=0.5, seed=3))
+  assert found == {"seed": (0, 3), "mtp.weight": (0.3, 0.5)}
+
+
+def test_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    make().seed = 1
+
+
+@pytest.mark.parametrize("key, name", [
+  ("seed", "int"), ("trunk", "section"), ("mtp.weight", "float"), ("mtp.kind", "str"),
+  ("mtp.depth_weights", "sequence of float"),
+])
+def test_type_name(key, name):
+  assert config_lib.type_name(key) == name
+
+
+def test_dotted_keys_hold_sections_and_values():
+  keys = config_lib.dotted_keys()
+  assert {"seed", "mtp", "mtp.depth", "eval.max_new_tokens"} <= set(keys)
+  assert len(keys) == len(set(keys))
+
+
+def test_layers_of_the_trunk_by_kind_and_arm():
+  def layers(**mtp):
+    return config_lib.num_trunk_layers(make(trunk__num_layers=8, **mtp))
+
+  assert layers() == 8
+  assert layers(mtp__kind="sequential", mtp__depth=2) == 8
+  assert layers(mtp__kind="sequential", mtp__depth=2, mtp__arm="shortened") == 6
+  assert layers(
+    mtp__kind="sequential", mtp__depth=2, mtp__arm="shortened", mtp__share_modules=True
+  ) == 7
+  assert layers(mtp__kind="parallel", mtp__depth=2) == 7
+  assert layers(mtp__kind="parallel", mtp__depth=2, mtp__arm="shortened") == 5
+  assert layers(mtp__kind="linear", mtp__depth=2) == 8

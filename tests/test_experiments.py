@@ -1,0 +1,160 @@
+"""Every shipped experiment: its trials are valid and a train step of each traces."""
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import gains_with_scale
+from launch import trials
+from mtp_jax import accounting, optimizer
+from mtp_jax import config as config_lib
+from mtp_jax.batch import Batch
+from mtp_jax.model.lm import zeros_batch
+from mtp_jax.sharding import MESH_AXES, logical_axes
+from mtp_jax.train_state import Hyperparameters, init_state
+from mtp_jax.train_step import train_step
+
+SMALL = ("smoke", "ntp_baseline", "depth_sweep", "loss_weight", "head_design")
+PRESETS = tuple(gains_with_scale.LADDERS)
+EXPERIMENTS = [
+  *((name, None) for name in SMALL),
+  *(("gains_with_scale", preset) for preset in PRESETS),
+]
+
+
+@functools.cache
+def planned(name, preset=None):
+  experiment = importlib.import_module(f"experiments.{name}")
+  base = experiment.get_config(*(() if preset is None else (preset,)))
+  return trials.plan(
+    config_lib.from_config_dict(base), {}, trials.points(experiment, preset), Path(".")
+  )
+
+
+def ladder(preset):
+  return planned("gains_with_scale", preset)
+
+
+def mesh_sizes(config):
+  """Returns devices along each axis; one where the config takes what there is."""
+  return tuple(abs(getattr(config.mesh, axis)) for axis in MESH_AXES)
+
+
+def check_traces(shapes):
+  """Traces one train step of every shape under its own mesh; takes no memory."""
+  assert shapes
+  for shape in shapes:
+    # On accelerators `auto` is not the unrolled attention of a CPU, slow to trace.
+    trunk = dataclasses.replace(shape.trunk, attention="xla")
+    before, after, report = trace_step(dataclasses.replace(shape, trunk=trunk))
+    assert jax.tree.map(spec, before) == jax.tree.map(spec, after)
+    assert report["loss_M"].shape == (1 + shape.mtp.depth,)
+
+
+def trace_step(shape):
+  axes = logical_axes(accounting.abstract_params(shape))
+  chain = optimizer.make_optimizer(shape.optimizer, axes)
+  microbatches = shape.train.accumulation_steps
+  rows = jax.eval_shape(
+    lambda: zeros_batch(shape, shape.data.batch_size // microbatches)
+  )
+  scalar = jax.ShapeDtypeStruct((), np.float32)
+  mesh = jax.sharding.AbstractMesh(mesh_sizes(shape), MESH_AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    state = jax.eval_shape(functools.partial(init_state, shape, chain), np.int32(0))
+    return state, *jax.eval_shape(
+      functools.partial(train_step, shape),
+      state,
+      Batch(*(jax.ShapeDtypeStruct((microbatches, *x.shape), x.dtype) for x in rows)),
+      Hyperparameters(scalar, scalar, scalar),
+      jax.ShapeDtypeStruct((), np.bool_),
+    )
+
+
+def spec(leaf):
+  return leaf.shape, leaf.dtype
+
+
+@pytest.mark.parametrize("name, preset", EXPERIMENTS)
+def test_trials_are_valid_on_their_devices(name, preset):
+  for trial in planned(name, preset):
+    for config in (trial.config, trial.resolved):
+      config_lib.validate(config, int(np.prod(mesh_sizes(config))))
+
+
+def test_small_experiments_trace():
+  check_traces({trial.shape for name in SMALL for trial in planned(name)})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_largest_models_of_the_ladders_trace(preset):
+  largest = gains_with_scale.LADDERS[preset][-1].embed_dim
+  check_traces({t.shape for t in ladder(preset) if t.shape.trunk.embed_dim == largest})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_models_of_the_ladders_trace(preset):
+  check_traces({trial.shape for trial in ladder(preset)})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_learning_rate_is_checked_on_both_sides_for_every_arm_and_size(preset):
+  rates = {}
+  for trial in ladder(preset):
+    config = trial.config
+    if config.mtp.arm != "flops" and ",weight=" not in trial.name:
+      rates.setdefault((config.trunk.embed_dim, config.mtp), set()).add(
+        config.optimizer.learning_rate
+      )
+  for size in gains_with_scale.LADDERS[preset]:
+    chosen = size.learning_rate
+    found = [rates[key] for key in rates if key[0] == size.embed_dim]
+    assert len(found) >= 1 + 2 * len(gains_with_scale.DEPTHS)  # NTP and two kinds.
+    assert all(r == {chosen / 2, chosen, chosen * 2} for r in found)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ntp_is_trained_for_the_flops_of_the_added_arms(preset):
+  for size in gains_with_scale.LADDERS[preset]:
+    trials_of = {"flops": {}, "added": {}}
+    for trial in ladder(preset):
+      mtp = trial.config.mtp
+      if mtp.arm in trials_of and trial.config.trunk.embed_dim == size.embed_dim:
+        trials_of[mtp.arm][mtp.kind, mtp.depth] = trial
+    for key, trial in trials_of["flops"].items():
+      assert trial.resolved.mtp.depth == 0
+      one_step = trial.flops / trial.num_steps  # Steps are whole numbers.
+      assert abs(trial.flops - trials_of["added"][key].flops) <= one_step
+    largest = max(trial.flops for trial in trials_of["flops"].values())
+    for trial in trials_of["added"].values():  # Budgets in between are interpolated.
+      assert trial.flops <= largest * 1.001
+
+
+def test_arms_of_one_size_share_data_and_seeds():
+  for preset in PRESETS:
+    for size in gains_with_scale.LADDERS[preset]:
+      configs = [trial.config for trial in ladder(preset)]
+      of_size = [c for c in configs if c.trunk.embed_dim == size.embed_dim]
+      assert len({(config.data, config.trunk) for config in of_size}) == 1
+      assert {config.seed for config in of_size} == set(gains_with_scale.SEEDS[preset])
+
+
+def test_cluster_ladder_is_that_of_the_paper():
+  """Gloeckle et al. 2024, tables S13 and S14; 12 L d^2 parameters in the blocks."""
+  ntp = {
+    t.config.trunk.embed_dim: t for t in ladder("cluster") if t.config.mtp.depth == 0
+  }
+  for trial in ntp.values():
+    trunk, data = trial.config.trunk, trial.config.data
+    assert data.batch_size * data.seq_len == 8 * 2**20
+    nominal = 12 * trunk.num_layers * trunk.embed_dim**2
+    assert trial.counts.trunk == pytest.approx(nominal, rel=0.05)
+  tokens = [trial.num_tokens / 1e9 for trial in ntp.values()]
+  np.testing.assert_allclose(tokens, [91.0] * 4 + [209.7] * 2, rtol=1e-3)

@@ -1,0 +1,358 @@
+"""Sweeps: names, plans and schedules as functions; the rest with real workers.
+
+The trials are so small that starting workers and compiling is nearly all that the tests
+of `Sweep` take: each of them does several things in one sweep.
+"""
+
+import json
+import os
+import signal
+import textwrap
+import types
+
+import pytest
+
+from experiments import base
+from launch import schedule, trials, workers
+from launch.schedule import Sweep
+from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
+
+TINY = {
+  "trunk.num_layers": 1,
+  "trunk.embed_dim": 8,
+  "trunk.mlp_dim": 8,
+  "trunk.num_heads": 1,
+  "trunk.num_kv_heads": 1,
+  "data.source": "files",
+  "data.seq_len": 16,
+  "data.batch_size": 2,
+  "data.validation_fraction": 0.4,
+  "loss.block_tokens": 64,
+  "train.num_steps": 40,
+  "train.log_every": 10,
+  "train.max_nonfinite_steps": 1,
+  "eval.num_rows": 4,
+  "eval.batch_size": 4,
+  "eval.line_prompts": 0,
+  "eval.function_prompts": 0,
+}
+SEEDS = [{"name": f"seed={seed}", "seed": seed} for seed in (0, 1)]
+DIVERGES = {"name": "diverges", "optimizer.learning_rate": 1e30}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("corpus")
+  for i in range(20):
+    (folder / f"{i}.txt").write_text(f"document {i} says {i * i}\n" * 10)
+  return folder
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Workers take the environment of this process, which asks for eight devices."""
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def tiny(corpus, **overrides):
+  values = TINY | {"data.path": str(corpus)} | overrides
+  return with_overrides(from_config_dict(base.get_config()), values)
+
+
+def plan(corpus, root, swept, **overrides):
+  return trials.plan(tiny(corpus, **overrides), {}, swept, root)
+
+
+def kinds(planned):
+  return {trial.name: trials.read_state(trial).kind for trial in planned}
+
+
+def metrics(trial):
+  lines = (trial.workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+# Names and points
+
+
+def experiment(source):
+  module = types.ModuleType("experiment")
+  exec(textwrap.dedent(source), vars(module))
+  return module
+
+
+CROSSED = experiment("""
+  def sweep_depth():
+    yield {"mtp.depth": 0}
+    yield {"mtp.depth": 2, "mtp.weight": 0.5}
+  def sweep_seed():
+    for seed in (0, 1):
+      yield {"seed": seed}
+  def sweep_seed_of_data():
+    yield {"seed": 7}
+""")
+
+
+def names(points):
+  return [point["name"] for point in points]
+
+
+def test_generators_are_crossed_by_name():
+  found = trials.points(CROSSED, None, ["seed", "depth"])
+  assert names(found) == [
+    "seed=0,depth=0",
+    "seed=0,depth=2,weight=0.5",
+    "seed=1,depth=0",
+    "seed=1,depth=2,weight=0.5",
+  ]
+  assert found[3] == {
+    "seed": 1, "mtp.depth": 2, "mtp.weight": 0.5, "name": "seed=1,depth=2,weight=0.5"
+  }
+  assert names(trials.points(CROSSED, None, ["depth"])) == [
+    "depth=0", "depth=2,weight=0.5"
+  ]
+
+
+def test_clashing_and_unknown_sweeps_are_refused():
+  with pytest.raises(ConfigError, match=r"^seed: set by two of the sweeps; choose"):
+    trials.points(CROSSED, None)
+  with pytest.raises(ConfigError, match=r"--sweep must name some of depth, .*'x'"):
+    trials.points(CROSSED, None, ["x"])
+
+
+def test_sweep_function_names_its_trials_and_gets_the_preset():
+  module = experiment("""
+    def sweep(preset):
+      yield {"name": preset + ",a", "seed": 1}
+      yield {"seed": 2}
+  """)
+  assert trials.points(module, "cpu") == [
+    {"name": "cpu,a", "seed": 1}, {"name": "seed=2", "seed": 2}
+  ]
+
+
+@pytest.mark.parametrize("overrides, name", [
+  ({"mtp.kind": "parallel"}, "kind=parallel"),
+  ({"trunk.kind": "gpt2"}, "trunk.kind=gpt2"),
+  ({"trunk.embed_dim": 64}, "embed_dim=64"),
+  ({"data.seed": 1}, "data.seed=1"),
+  ({"optimizer.learning_rate": 0.00003}, "learning_rate=3e-05"),
+  ({"mtp.share_modules": True}, "share_modules=True"),
+  ({"mtp.depth_weights": (1.0, 0.5)}, "depth_weights=1+0.5"),
+  ({"data.path": "a b/c:d"}, "data.path=a-b-c-d"),
+  ({}, "default"),
+])
+def test_names_depend_on_what_is_set_alone(overrides, name):
+  assert trials._named([overrides])["name"] == name
+
+
+# Plans
+
+
+def test_plan_names_every_trial_that_cannot_run(corpus, tmp_path):
+  swept = [*SEEDS, *({"name": f"d{d}", "mtp.depth": d} for d in (1, 2))]
+  with pytest.raises(ConfigError) as caught:
+    plan(corpus, tmp_path, [*swept, {"name": "x/y"}, {"name": "z", "seed": "0"}])
+  assert str(caught.value).splitlines() == [
+    "d1: mtp.depth must be 0 for mtp.kind 'none', got 1.",
+    "d2: mtp.depth must be 0 for mtp.kind 'none', got 2.",
+    "x/y: name must be 1 to 200 letters, digits or any of '=,._+-', got 'x/y'.",
+    "z: seed must be of type int, got '0'.",
+  ]
+
+
+def test_command_line_wins_but_for_what_names_the_trials(corpus, tmp_path):
+  config = tiny(corpus)
+  swept = [point | {"train.num_steps": 5} for point in SEEDS]
+  planned = trials.plan(config, {"train.num_steps": 7}, swept, tmp_path)
+  assert [trial.num_steps for trial in planned] == [7, 7]
+  with pytest.raises(ConfigError, match=r"^seed=0 and 1 more: seed: set by the sweep"):
+    trials.plan(config, {"seed": 3}, swept, tmp_path)
+
+
+def test_names_are_distinct(corpus, tmp_path):
+  config = tiny(corpus)
+  with pytest.raises(ConfigError, match=r"name must be different .* got 'a' 2 times"):
+    trials.plan(config, {}, [{"name": "a", "seed": s} for s in (0, 1)], tmp_path)
+
+
+def test_an_experiment_without_sweeps_is_one_trial(corpus, tmp_path):
+  (trial,) = plan(corpus, tmp_path, [])
+  assert trial.workdir == tmp_path / "base"
+
+
+def test_missing_files_are_named_once(corpus, tmp_path):
+  planned = plan(corpus, tmp_path, SEEDS, **{"data.path": str(tmp_path / "nothing")})
+  with pytest.raises(ConfigError, match=r"^seed=0 and 1 more: data.path must be"):
+    trials.check_folders(planned)
+
+
+def test_a_folder_with_another_run_is_refused(corpus, tmp_path):
+  (trial,) = plan(corpus, tmp_path, SEEDS[:1])
+  trial.workdir.mkdir()
+  saved = with_overrides(trial.config, {"train.num_steps": 41, "eval.num_rows": 5})
+  write_config(trial, saved)
+  with pytest.raises(ConfigError, match=r"train.num_steps: 41 there, 40 now"):
+    trials.check_folders([trial])
+  write_config(trial, with_overrides(trial.config, {"eval.num_rows": 5}))
+  trials.check_folders([trial])
+  (trial.workdir / "DONE").touch()
+  with pytest.raises(ConfigError, match=r"seed=0: eval.num_rows must be 5, .* got 4;"):
+    trials.check_folders([trial])
+
+
+def write_config(trial, config):
+  values = to_dict(config)
+  (trial.workdir / "config.json").write_text(json.dumps(values))
+
+
+def test_only_selects_by_parts_of_the_name(corpus, tmp_path):
+  swept = trials.points(experiment("""
+    def sweep_weight():
+      for weight in (0.1, 0.5):
+        yield {"mtp.weight": weight}
+    def sweep_seed():
+      for seed in (1, 10):
+        yield {"seed": seed}
+  """), None)
+  planned = plan(corpus, tmp_path, swept)
+
+  def only(pattern):
+    return [trial.name for trial in trials.select(planned, pattern)]
+
+  assert len(only(None)) == 4
+  assert only("seed=1") == ["weight=0.1,seed=1", "weight=0.5,seed=1"]
+  assert only("weight=0.5,seed=1*") == ["weight=0.5,seed=1", "weight=0.5,seed=10"]
+  with pytest.raises(ConfigError, match="no trial matches 'seed=2'; there are"):
+    only("seed=2")
+
+
+# Schedules
+
+
+def trial_of(name, shape, flops):
+  return types.SimpleNamespace(name=name, shape=shape, flops=flops)
+
+
+def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
+  waiting = [
+    trial_of("a1", "a", 1), trial_of("a2", "a", 2), trial_of("b", "b", 2.5),
+    trial_of("c", "c", 9),
+  ]
+  fresh = types.SimpleNamespace(shape=None)
+
+  def pick(shape, *busy):
+    worker = types.SimpleNamespace(shape=shape)
+    others = [types.SimpleNamespace(shape=other) for other in busy]
+    return schedule.next_trial(waiting, worker, others).name
+
+  assert pick("b") == "b"
+  assert pick("a") == "a2"
+  assert pick(fresh.shape) == "c"
+  assert pick(None, "c") == "a2"
+  assert pick("gone", "a", "c") == "b"
+  assert pick(None, "a", "b", "c") == "c"
+
+
+def test_time_left_follows_the_nearest_measured_cost():
+  speeds = {100.0: 10.0, 10_000.0: 50.0}
+  assert schedule.seconds_of(500.0, 200.0, speeds) == 50.0
+  assert schedule.seconds_of(500.0, 5_000.0, speeds) == 10.0
+  assert str(schedule.seconds_of(500.0, 1.0, {})) == "nan"
+
+
+def test_workers_share_the_cores(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5, 7})
+  assert workers.shares(2) == [[0, 2], [3, 5, 7]]
+  assert workers.shares(1) == [[0, 2, 3, 5, 7]]
+  for number in (0, 6):
+    with pytest.raises(ConfigError, match=rf"from 1 to .* \(5\), got {number}\."):
+      workers.shares(number)
+
+
+# Real workers
+
+
+def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
+  corpus, tmp_path, one_device, monkeypatch, capfd
+):
+  monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into each trial's log.txt.
+  planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
+  assert Sweep(planned, tmp_path, "").run([None]) == 1
+  assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
+  shown = capfd.readouterr().out
+  assert "diverges: FAILED: Diverged: loss or gradient was not finite" in shown
+  assert "1 of 3 trial(s) failed:\n  diverges: Diverged: loss" in shown
+  error = (tmp_path / "diverges" / "error.txt").read_text()
+  assert "Lower optimizer.learning_rate (1e+30)" in error
+
+  compiled = [
+    log.read_text().count("Finished XLA compilation of jit(train_step)")
+    for log in tmp_path.glob("*/log.txt")
+  ]
+  assert sorted(compiled) == [0, 0, 1]  # Three trials of one shape, one worker.
+
+  done = [planned[0], planned[2]]
+  assert Sweep(done, tmp_path, "").run([None]) == 0
+  assert capfd.readouterr().out == f"all 2 trial(s) are done in {tmp_path}.\n"
+
+
+class Meddled(Sweep):
+  """A sweep to which things are done while it runs: each until it returns True."""
+
+  def __init__(self, *args, steps):
+    super().__init__(*args)
+    self.steps = list(steps)
+
+  def _show(self):
+    super()._show()
+    pids = {w.trial.name: w._process.pid for w in self._workers if w.trial}
+    if self.steps and self.steps[0](pids):
+      self.steps.pop(0)
+
+
+def test_killed_worker_and_stopped_sweep_are_continued(
+  corpus, tmp_path, one_device, monkeypatch, capfd
+):
+  monkeypatch.setattr(schedule, "_SECONDS_BETWEEN_LOOKS", 0.05)
+  steps = {"train.num_steps": 2000, "train.log_every": 100}
+  long = steps | {"checkpoint.every_steps": 500}
+  planned = plan(corpus, tmp_path, [point | long for point in SEEDS])
+  held = set()
+
+  def hold_both_at_work(pids):
+    for trial in planned:
+      state = trials.read_state(trial)
+      if trial.name not in held and state.kind == "running" and state.step:
+        os.kill(pids[trial.name], signal.SIGSTOP)
+        held.add(trial.name)
+    return len(held) == 2
+
+  def kill_one(pids):
+    os.kill(pids["seed=0"], signal.SIGKILL)
+    return True
+
+  def stop_the_sweep(pids):
+    if kinds(planned) == {"seed=0": "failed", "seed=1": "running"}:
+      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(pids["seed=1"], signal.SIGCONT)
+      return True
+
+  cache = str(tmp_path / "cache")
+  both = workers.shares(2) if (os.cpu_count() or 1) > 1 else [None, None]
+  steps = [hold_both_at_work, kill_one, stop_the_sweep]
+  assert Meddled(planned, tmp_path, cache, steps=steps).run(both) == 143
+  assert kinds(planned) == {"seed=0": "failed", "seed=1": "stopped"}
+  shown = capfd.readouterr().out
+  assert "seed=0: FAILED: the worker was ended by SIGKILL (out of memory" in shown
+  assert "SIGTERM: the sweep has stopped; the same command continues it." in shown
+  assert list((tmp_path / "seed=1" / "checkpoints").iterdir())
+
+  assert Sweep(planned, tmp_path, cache).run(both) == 0
+  assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
+  assert not (tmp_path / "seed=0" / "error.txt").exists()
+  assert "seed=1: continues near step" in capfd.readouterr().out
+  for trial in planned:
+    steps = [line["step"] for line in metrics(trial) if line["kind"] == "train"]
+    assert steps == list(range(100, trial.num_steps + 1, 100))
