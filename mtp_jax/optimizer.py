@@ -7,9 +7,10 @@ hidden and 1 / fan_in^2 for output matrices this is muP for Adam (Yang et al. 20
 arXiv 2203.03466, table 3) at a fixed head size. Muon (Jordan et al. 2024)
 orthogonalises the hidden matrices, its updates scaled to an RMS of 0.2 (Liu et al.
 2025, arXiv 2502.16982) so that learning rates of AdamW serve. Such an update has a
-spectral norm of 0.2 sqrt(width), hence the factor of these matrices is the square root,
-`sqrt(base_width / embed_dim)`: the spectral condition of Yang et al. 2023 (arXiv
-2310.17813). All else gets AdamW, with Nesterov momentum (optax has one switch for both).
+spectral norm of 0.2 sqrt(width), hence the factor of these matrices is the square
+root, `sqrt(base_width / embed_dim)`: the spectral condition of Yang et al. 2023 (arXiv
+2310.17813). All else gets AdamW, with Nesterov momentum as optax has one switch for
+both.
 
 The learning rate itself is traced: the optax chain yields the update per unit of
 learning rate, and `apply` multiplies.
@@ -107,7 +108,7 @@ def _own_axes(names: tuple[str, ...]) -> list[int]:
 
 
 def _is_matrix(names: tuple[str, ...]) -> bool:
-  return "norm" not in names and ("embed" in names or "concat" in names)
+  return "embed" in names or "concat" in names
 
 
 def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:

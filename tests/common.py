@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import base
 from mtp_jax import accounting
@@ -12,7 +13,7 @@ from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.sharding import unbox
-from mtp_jax.train_step import loss_and_grads
+from mtp_jax.train_step import Programs, loss_and_grads, programs, shape_of
 
 # Tiny programs take longer to compile than to run: this halves the time of both.
 quick_jit = functools.partial(
@@ -67,6 +68,13 @@ def random_params(config: Config, seed: int = 0) -> Any:
 def gradient_program(config: Config) -> Any:
   """Returns the jitted `loss_and_grads`, one for all tests that use this config."""
   return quick_jit(functools.partial(loss_and_grads, config))
+
+
+def quick_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
+  """Returns `programs` of the config's shape, compiled by `quick_jit`."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "jit", quick_jit)
+    return programs(shape_of(config), mesh)
 
 
 def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:

@@ -1,0 +1,234 @@
+"""What the training benchmark compares: each contestant is a process of its own.
+
+A process per contestant keeps thread pools, allocators and failures apart, and makes
+its memory its own. Only one works at a time; the others wait at their pipe.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.batch import Batch
+from mtp_jax.config import Config
+from mtp_jax.sharding import make_mesh, put_batch
+from mtp_jax.train_state import Hyperparameters
+from mtp_jax.train_step import programs, shape_of
+
+NAMES = ("jax", "torch eager", "torch.compile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+  """What a contestant says once it is compiled and warm; sizes in bytes.
+
+  peak_memory: what one warm step needs at most, model and optimizer state included:
+    allocator peak on a GPU, growth of the resident set on a CPU; None if unknown.
+  xla_memory: arguments and temporaries by XLA's own analysis; None for torch.
+  """
+
+  hardware: str
+  threads: int
+  build_seconds: float
+  peak_memory: int | None
+  xla_memory: int | None
+
+
+class Failed(RuntimeError):
+  """A contestant could not be built or run; the message is its own last line."""
+
+
+class Contestant:
+  """A train step that runs in another process, one at a time."""
+
+  def __init__(self, name: str, config: Config):
+    self.name = name
+    context = multiprocessing.get_context("spawn")
+    self._pipe, theirs = context.Pipe()
+    self._process = context.Process(target=_serve, args=(theirs, name, config))
+    self._process.start()
+    theirs.close()
+
+  def wait_ready(self) -> Ready:
+    """Returns when the step is compiled and warm.
+
+    Raises:
+      Failed: it could not be built.
+    """
+    return self._receive()
+
+  def run(self, num_steps: int) -> list[float]:
+    """Returns the seconds of each of `num_steps` steps."""
+    self._pipe.send(num_steps)
+    return self._receive()
+
+  def close(self) -> None:
+    """Ends the process."""
+    with contextlib.suppress(OSError):
+      self._pipe.send(None)
+    self._process.join(timeout=10)
+    if self._process.is_alive():
+      self._process.kill()
+
+  def _receive(self) -> Any:
+    try:
+      result = self._pipe.recv()
+    except EOFError:
+      self._process.join()
+      raise Failed(f"process ended with code {self._process.exitcode}") from None
+    if isinstance(result, Exception):
+      raise result
+    return result
+
+
+def one_document_batch(config: Config, seed: int = 0) -> Batch:
+  """Returns rows [B, ...] of random tokens, each row one document without an end."""
+  rng = np.random.default_rng(seed)
+  rows, length = config.data.batch_size, config.data.seq_len
+  extra = 1 + config.mtp.depth
+  ids = rng.integers(0, config.tokenizer.vocab_size, (rows, length + extra), np.int32)
+  ones = np.ones_like(ids)
+  positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+  return Batch(
+    ids[:, :length], ones[:, :length], positions, ids[:, length:], ones[:, length:]
+  )
+
+
+def _serve(pipe: Any, name: str, config: Config) -> None:
+  """Builds the contestant, then runs as many steps as each message asks for."""
+  try:
+    build = _build_jax if name == "jax" else _build_torch
+    step, ready = build(config, compiled=name == "torch.compile")
+    pipe.send(ready)
+    while (num_steps := pipe.recv()) is not None:
+      seconds = []
+      for _ in range(num_steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+      pipe.send(seconds)
+  except EOFError:  # The benchmark has gone.
+    return
+  except Exception:
+    last_line = traceback.format_exc().strip().splitlines()[-1]
+    pipe.send(Failed(last_line))
+
+
+def _build_jax(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
+  del compiled
+  start = time.perf_counter()
+  device = jax.devices()[0]
+  before = _resident()
+  mesh = make_mesh(config.mesh, [device])
+  jax.set_mesh(mesh)
+  train = programs(shape_of(config), mesh)
+  state = train.init(jnp.int32(0))
+  batch = jax.tree.map(lambda x: x[None], one_document_batch(config))
+  batch = put_batch(mesh, batch, ("microbatch",))
+  hyper = Hyperparameters(*(jnp.float32(x) for x in (1e-3, config.mtp.weight, 1e4)))
+  arguments = (batch, hyper, jnp.bool_(True))
+  program = train.step.lower(state, *arguments).compile()
+
+  def step() -> None:
+    nonlocal state
+    state, report = program(state, *arguments)
+    jax.block_until_ready((state, report))
+
+  step()
+  seconds = time.perf_counter() - start
+  if device.platform == "cpu":
+    peak = _peak_growth(step, before)
+  else:
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+  analysis = program.memory_analysis()
+  return step, Ready(
+    hardware=device.device_kind,
+    threads=len(os.sched_getaffinity(0)),
+    build_seconds=seconds,
+    peak_memory=peak,
+    xla_memory=analysis.temp_size_in_bytes + analysis.argument_size_in_bytes,
+  )
+
+
+def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
+  from launch import torch_peer  # Torch is optional, and only this process needs it.
+
+  torch = torch_peer.torch
+  start = time.perf_counter()
+  cuda = torch.cuda.is_available()
+  device = torch.device("cuda" if cuda else "cpu")
+  before = _resident()
+  torch.set_float32_matmul_precision("high")
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.manual_seed(0)
+  model = torch_peer.Peer(config).to(device)
+  optimizer = torch_peer.make_optimizer(model, config)
+  fields = one_document_batch(config)._asdict()
+  batch = {k: torch.tensor(v, dtype=torch.int64).to(device) for k, v in fields.items()}
+  forward = torch.compile(model) if compiled else model
+
+  def step() -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+      losses_M = forward(**batch, one_document=True)
+    torch_peer.total_loss(losses_M, config.mtp.weight).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+    optimizer.step()
+    if cuda:
+      torch.cuda.synchronize()
+
+  step()
+  seconds = time.perf_counter() - start
+  if cuda:
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated()
+  else:
+    peak = _peak_growth(step, before)
+  return step, Ready(
+    hardware=torch.cuda.get_device_name() if cuda else "cpu",
+    threads=torch.get_num_threads(),
+    build_seconds=seconds,
+    peak_memory=peak,
+    xla_memory=None,
+  )
+
+
+def _resident() -> int | None:
+  return _status_bytes("VmRSS")
+
+
+def _peak_growth(step: Callable[[], None], before: int | None) -> int | None:
+  """Peak resident set of one warm step, over what was resident before the model.
+
+  The kernel's high-water mark is set back first, so that memory which compilation
+  needed and returned does not count.
+  """
+  gc.collect()
+  try:
+    Path("/proc/self/clear_refs").write_text("5")
+  except OSError:
+    return None
+  step()
+  peak = _status_bytes("VmHWM")
+  return None if peak is None or before is None else peak - before
+
+
+def _status_bytes(key: str) -> int | None:
+  """A size from /proc/self/status; None where the system has no such file."""
+  try:
+    lines = Path("/proc/self/status").read_text().splitlines()
+  except OSError:
+    return None
+  kilobytes = next(line for line in lines if line.startswith(key)).split()[1]
+  return int(kilobytes) * 1024

@@ -1,0 +1,368 @@
+"""`launch.benchmark train`: our train step against a plain PyTorch one.
+
+A step is forward, backward, clipping and AdamW, on random tokens, one document per row.
+The contestants of one trunk and vocabulary, all depths together, take turns for several
+rounds; every ratio is formed within a round, so that a machine that is busy for a while
+slows both of its sides.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import base
+from launch.benchmarks.contestants import NAMES, Contestant, Failed
+from mtp_jax.accounting import train_flops_per_token
+from mtp_jax.config import Config, from_config_dict, validate, with_overrides
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
+
+_QUICK = {
+  "trunks": ["llama"], "vocabs": [264], "depths": [0, 1], "embed_dim": 64,
+  "num_layers": 2, "seq_len": 64, "batch_size": 4, "rounds": 2,
+  "contestants": ["jax", "torch eager"],
+}
+
+
+def add_parser(commands: Any) -> None:
+  """Adds the `train` subcommand to the subparsers of `launch.benchmark`."""
+  parser = commands.add_parser(
+    "train",
+    help="our train step against PyTorch: time, cost of depth, memory",
+    description=__doc__,
+    epilog=(
+      "Examples:\n"
+      "  python -m launch.benchmark train --quick        a check that takes seconds\n"
+      "  python -m launch.benchmark train                the published table\n"
+      "  python -m launch.benchmark train --trunks gpt2 --vocabs 264 --depths 0 1\n"
+    ),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--trunks", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
+  add("--vocabs", nargs="+", type=int, default=[264, 50304], metavar="V")
+  add("--depths", nargs="+", type=int, default=[0, 1, 3], metavar="D")
+  add(
+    "--kind", default="sequential", choices=["sequential", "parallel", "linear"],
+    help="predictors at D > 0; D = 0 is plain next-token prediction",
+  )
+  add("--embed_dim", type=int, default=256)
+  add("--num_layers", type=int, default=6)
+  add("--num_heads", type=int, default=4, help="Llama has half as many kv heads")
+  add("--seq_len", type=int, default=256)
+  add("--batch_size", type=int, default=16)
+  add("--rounds", type=int, default=7, help="turns of every contestant")
+  add("--steps_per_round", type=int, default=2)
+  add(
+    "--contestants", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME",
+    help=f"of {', '.join(map(repr, NAMES))}",
+  )
+  add(
+    "--output", type=Path, default=RESULTS, metavar="FOLDER",
+    help="where the table (.md) and the figures (.json) go",
+  )
+  add(
+    "--quick", action="store_true",
+    help="tiny sizes, two rounds, no torch.compile; says that it works, not how fast",
+  )
+  parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Measures, prints the table, writes it and its figures."""
+  if args.quick:
+    vars(args).update(_QUICK)
+  groups = [(trunk, vocab) for trunk in args.trunks for vocab in args.vocabs]
+  cases = {
+    group: [(d, make_config(args, *group, depth=d)) for d in args.depths]
+    for group in groups
+  }
+  for configs in cases.values():
+    for _, config in configs:
+      validate(config)
+  say = _Progress(len(groups) * (len(args.depths) * len(args.contestants)), args.rounds)
+  rows = [row for group in groups for row in _measure_group(args, cases[group], say)]
+  record = {
+    "command": " ".join(["python -m launch.benchmark", *sys.argv[1:]]),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    **environment(),
+    "settings": {k: v for k, v in vars(args).items() if k not in ("run", "output")},
+    "rows": rows,
+  }
+  table = markdown(record)
+  print(table)
+  name = "train-quick" if args.quick else f"train-{_slug(rows[0]['hardware'])}"
+  args.output.mkdir(parents=True, exist_ok=True)
+  (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+  (args.output / f"{name}.md").write_text(table)
+  print(f"Written to {args.output / name}.md and .json")
+
+
+def make_config(
+  args: argparse.Namespace, trunk: str, vocab: int, depth: int
+) -> Config:
+  """Returns the config of one row of the table."""
+  dim, heads = args.embed_dim, args.num_heads
+  shape = {
+    "gpt2": {"trunk.mlp_dim": 4 * dim, "trunk.num_kv_heads": heads},
+    # 8/3 of the width (Touvron et al. 2023), rounded up to a multiple of 64.
+    "llama": {
+      "trunk.mlp_dim": -(-8 * dim // 3 // 64) * 64,
+      "trunk.num_kv_heads": max(1, heads // 2),
+    },
+  }[trunk]
+  return with_overrides(
+    from_config_dict(base.get_config()),
+    {
+      "trunk.kind": trunk,
+      "trunk.tie_embeddings": trunk == "gpt2",
+      "trunk.embed_dim": dim,
+      "trunk.num_layers": args.num_layers,
+      "trunk.num_heads": heads,
+      **shape,
+      "mtp.kind": args.kind if depth else "none",
+      "mtp.depth": depth,
+      "tokenizer.vocab_size": vocab,
+      "data.seq_len": args.seq_len,
+      "data.batch_size": args.batch_size,
+      "mesh.data": 1,
+    },
+  )
+
+
+def _measure_group(
+  args: argparse.Namespace, configs: list[tuple[int, Config]], say: "_Progress"
+) -> list[dict[str, Any]]:
+  """Returns the table rows of one trunk and vocabulary, all contestants in turns."""
+  rows, running = [], []
+  try:
+    for _, config in configs:
+      row = {
+        "trunk": config.trunk.kind,
+        "vocab": config.tokenizer.vocab_size,
+        "kind": config.mtp.kind,
+        "depth": config.mtp.depth,
+        "flops_per_token": train_flops_per_token(config),
+        "contestants": {},
+      }
+      rows.append(row)
+      for name in args.contestants:
+        label = f"{row['trunk']} V={row['vocab']} D={row['depth']} {name}"
+        contestant = Contestant(name, config)
+        try:
+          ready = contestant.wait_ready()
+        except Failed as error:
+          say(f"{label}: {error}", args.rounds + 1)
+          row["contestants"][name] = {"error": str(error)}
+          contestant.close()
+          continue
+        row["hardware"] = ready.hardware
+        figures = dataclasses.asdict(ready) | {"seconds": []}
+        row["contestants"][name] = figures
+        running.append((label, contestant, figures))
+        say(f"{label}: built in {ready.build_seconds:.1f} s")
+    for round_index in range(args.rounds):
+      # Every other round backwards, so that no contestant always follows the same one.
+      for label, contestant, figures in running[:: 1 if round_index % 2 == 0 else -1]:
+        figures["seconds"].append(contestant.run(args.steps_per_round))
+        step = min(figures["seconds"][-1])
+        say(f"{label}: round {round_index + 1}, {step * 1e3:.0f} ms")
+  finally:
+    for _, contestant, _ in running:
+      contestant.close()
+  return rows
+
+
+class _Progress:
+  """Prints what was done, and after the first turns the time that is left.
+
+  Every contestant has one unit of work to be built and one per round.
+  """
+
+  def __init__(self, num_contestants: int, rounds: int):
+    self._total = num_contestants * (rounds + 1)
+    self._done = 0
+    self._start = time.monotonic()
+
+  def __call__(self, text: str, units: int = 1) -> None:
+    self._done += units
+    rate = (time.monotonic() - self._start) / self._done
+    left = datetime.timedelta(seconds=round(rate * (self._total - self._done)))
+    print(f"[{self._done}/{self._total}, about {left} left] {text}", flush=True)
+
+
+def markdown(record: dict[str, Any]) -> str:
+  """Returns the tables of a benchmark record, with what is needed to read them."""
+  rows, settings = record["rows"], record["settings"]
+  plain = {(r["trunk"], r["vocab"]): r for r in rows if r["depth"] == 0}
+  parts = [
+    "# Train step: JAX against PyTorch",
+    "",
+    f"`{record['command']}`",
+    "",
+    f"{record['date']}, commit {record['commit']}, {record['hardware']}; "
+    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    + f"; {_threads(rows)} threads each.",
+    "",
+    f"d={settings['embed_dim']}, {settings['num_layers']} layers, "
+    f"{settings['num_heads']} heads, T={settings['seq_len']}, "
+    f"B={settings['batch_size']}, kind {settings['kind']} at D > 0. "
+    f"{settings['rounds']} interleaved rounds of {settings['steps_per_round']} steps. "
+    "Times: median over rounds. Ratios: median over rounds [least, greatest]; "
+    "below 1 the JAX step is the faster.",
+    "",
+  ]
+  parts += _table(
+    ("trunk", "vocab", "D", *(f"{n} ms" for n in NAMES), "jax / faster torch"),
+    [
+      (
+        r["trunk"], r["vocab"], r["depth"],
+        *(_milliseconds(r, n) for n in NAMES),
+        _spread(_against_torch(r)),
+      )
+      for r in rows
+    ],
+  )
+  parts += ["", "Cost of depth: step time over that of D = 0, against model FLOPs.", ""]
+  parts += _table(
+    (
+      "trunk", "vocab", "D", "FLOP ratio", *(f"{n} D/0" for n in NAMES),
+      "jax D/0 over FLOP ratio",
+    ),
+    [
+      _depth_row(r, plain[r["trunk"], r["vocab"]])
+      for r in rows
+      if r["depth"] and (r["trunk"], r["vocab"]) in plain
+    ],
+  )
+  parts += [
+    "",
+    "Peak memory of one warm step, model and optimizer state included, in MB: on a CPU "
+    "the growth of the resident set, on a GPU the allocator's peak. Last column: "
+    "arguments and temporaries of the compiled JAX step by XLA's own analysis.",
+    "",
+  ]
+  parts += _table(
+    ("trunk", "vocab", "D", *NAMES, "jax (XLA)"),
+    [
+      (
+        r["trunk"], r["vocab"], r["depth"],
+        *(_megabytes(r, n, "peak_memory") for n in NAMES),
+        _megabytes(r, "jax", "xla_memory"),
+      )
+      for r in rows
+    ],
+  )
+  failures = [
+    f"- {r['trunk']}, vocabulary {r['vocab']}, D={r['depth']}, {name}: {c['error']}"
+    for r in rows
+    for name, c in r["contestants"].items()
+    if "error" in c
+  ]
+  if failures:
+    parts += ["", "Failed:", "", *failures]
+  return "\n".join(parts) + "\n"
+
+
+def environment() -> dict[str, Any]:
+  """Returns hardware, versions and commit, for the head of a results file."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+  found = subprocess.run(
+    command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+  )
+  versions = {"python": platform.python_version()}
+  for package in ("jax", "torch"):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "missing"
+  cores = len(os.sched_getaffinity(0))
+  return {
+    "commit": found.stdout.strip() or "unknown",
+    "hardware": f"{cores} x {_cpu_model()}",
+    "versions": versions,
+  }
+
+
+def _cpu_model() -> str:
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+  return next(names, platform.machine())
+
+
+def _against_torch(row: dict[str, Any]) -> list[float]:
+  """Per round: our time over that of the torch contestant with the lower median."""
+  peers = [n for n in NAMES if n != "jax" and _rounds(row, n)]
+  if not peers or not _rounds(row, "jax"):
+    return []
+  faster = min(peers, key=lambda n: statistics.median(_rounds(row, n)))
+  return _ratios(_rounds(row, "jax"), _rounds(row, faster))
+
+
+def _depth_row(row: dict[str, Any], plain: dict[str, Any]) -> tuple[Any, ...]:
+  floor = row["flops_per_token"] / plain["flops_per_token"]
+  measured = {n: _ratios(_rounds(row, n), _rounds(plain, n)) for n in NAMES}
+  return (
+    row["trunk"], row["vocab"], row["depth"], f"{floor:.2f}",
+    *(_spread(measured[n]) for n in NAMES),
+    _spread([ratio / floor for ratio in measured["jax"]]),
+  )
+
+
+def _rounds(row: dict[str, Any], name: str) -> list[float]:
+  """The median step time of every round; empty if the contestant has none."""
+  seconds = row["contestants"].get(name, {}).get("seconds", [])
+  return [statistics.median(steps) for steps in seconds]
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+  return [a / b for a, b in zip(above, below, strict=True)] if above and below else []
+
+
+def _spread(values: list[float]) -> str:
+  if not values:
+    return "-"
+  middle = statistics.median(values)
+  return f"{middle:.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def _milliseconds(row: dict[str, Any], name: str) -> str:
+  rounds = _rounds(row, name)
+  return f"{statistics.median(rounds) * 1e3:.0f}" if rounds else "-"
+
+
+def _megabytes(row: dict[str, Any], name: str, key: str) -> str:
+  size = row["contestants"].get(name, {}).get(key)
+  return "-" if size is None else f"{size / 1e6:.0f}"
+
+
+def _threads(rows: list[dict[str, Any]]) -> str:
+  contestants = [c for row in rows for c in row["contestants"].values()]
+  counts = {c["threads"] for c in contestants if "threads" in c}
+  return " or ".join(map(str, sorted(counts)))
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+  line: Callable[[Iterable[Any]], str] = lambda cells: (  # noqa: E731
+    "| " + " | ".join(map(str, cells)) + " |"
+  )
+  header = list(header)
+  return [line(header), line(["---"] * len(header)), *map(line, rows)]
+
+
+def _slug(name: str) -> str:
+  return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,0 +1,312 @@
+"""The same language models in plain PyTorch, written from the published equations.
+
+The peer of `launch.benchmark` and the oracle of the parity test: it shares no code with
+`mtp_jax.model` and takes its parameters through one function, `export_params`. Sources:
+Llama (Touvron et al. 2023, arXiv 2302.13971) with grouped-query attention (Ainslie et
+al. 2023, arXiv 2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeckle et
+al. 2024, arXiv 2404.19737), sequential modules (DeepSeek-V3, arXiv 2412.19437,
+equations 21 to 25).
+
+Legend: B batch, T sequence, D embed, F mlp, N query heads, K kv heads, H head dim,
+V vocab, M = 1 + depth.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+
+
+class Context(NamedTuple):
+  """What attention needs besides x: positions, and who may see whom.
+
+  `mask_B1TT` is None where every row is one document: plain causal attention then.
+  """
+
+  positions_BT: Tensor
+  mask_B1TT: Tensor | None
+
+
+class Attention(nn.Module):
+  def __init__(self, trunk: TrunkConfig):
+    super().__init__()
+    self.trunk = trunk
+    bias = trunk.kind == "gpt2"
+    heads = trunk.num_heads + 2 * trunk.num_kv_heads
+    self.qkv = nn.Linear(trunk.embed_dim, heads * trunk.head_dim, bias)
+    self.out = nn.Linear(trunk.num_heads * trunk.head_dim, trunk.embed_dim, bias)
+
+  def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    c = self.trunk
+    heads_BTNH = self.qkv(x_BTD).unflatten(-1, (-1, c.head_dim))
+    q, k, v = (
+      part.transpose(1, 2)
+      for part in heads_BTNH.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 2)
+    )
+    if c.kind == "llama":
+      angles = rope_angles(context.positions_BT, c, x_BTD.dtype)
+      q, k = rotate(q, *angles), rotate(k, *angles)
+    out_BNTH = F.scaled_dot_product_attention(
+      q, k, v,
+      attn_mask=context.mask_B1TT,
+      is_causal=context.mask_B1TT is None,
+      enable_gqa=c.num_kv_heads != c.num_heads,
+    )
+    return self.out(out_BNTH.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+  def __init__(self, trunk: TrunkConfig):
+    super().__init__()
+    bias = trunk.kind == "gpt2"
+    self.gate = None
+    if trunk.kind == "llama":
+      self.gate = nn.Linear(trunk.embed_dim, trunk.mlp_dim, False)
+    self.up = nn.Linear(trunk.embed_dim, trunk.mlp_dim, bias)
+    self.down = nn.Linear(trunk.mlp_dim, trunk.embed_dim, bias)
+
+  def forward(self, x_BTD: Tensor) -> Tensor:
+    if self.gate is None:
+      return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+    return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nn.Module):
+  def __init__(self, trunk: TrunkConfig):
+    super().__init__()
+    self.attention_norm = make_norm(trunk)
+    self.attention = Attention(trunk)
+    self.mlp_norm = make_norm(trunk)
+    self.mlp = Mlp(trunk)
+
+  def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class SequentialModule(nn.Module):
+  """DeepSeek-V3 equations 21 and 22, and the norm before the shared output head."""
+
+  def __init__(self, trunk: TrunkConfig):
+    super().__init__()
+    self.hidden_norm = make_norm(trunk)
+    self.embed_norm = make_norm(trunk)
+    self.projection = nn.Linear(2 * trunk.embed_dim, trunk.embed_dim, bias=False)
+    self.block = Block(trunk)
+    self.out_norm = make_norm(trunk)
+
+  def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, context: Context) -> Tensor:
+    joined = torch.cat([self.hidden_norm(hidden_BTD), self.embed_norm(ahead_BTD)], -1)
+    return self.out_norm(self.block(self.projection(joined), context))
+
+
+class Peer(nn.Module):
+  """Trunk, predictors and losses of one config."""
+
+  def __init__(self, config: Config):
+    super().__init__()
+    trunk, mtp = config.trunk, config.mtp
+    vocab, dim = config.tokenizer.vocab_size, trunk.embed_dim
+    self.config = config
+    self.embed = nn.Embedding(vocab, dim)
+    if trunk.kind == "gpt2":
+      self.position_embed = nn.Embedding(config.data.seq_len, dim)
+    self.blocks = nn.ModuleList(Block(trunk) for _ in range(num_trunk_layers(config)))
+    self.final_norm = make_norm(trunk)
+    if mtp.kind == "parallel":
+      self.heads = nn.ModuleList(Block(trunk) for _ in range(1 + mtp.depth))
+    elif mtp.kind == "sequential":
+      count = 1 if mtp.share_modules else mtp.depth
+      self.modules_ = nn.ModuleList(SequentialModule(trunk) for _ in range(count))
+    elif mtp.kind == "linear":
+      self.maps = nn.ModuleList(nn.Linear(dim, dim, False) for _ in range(mtp.depth))
+    self.unembed = nn.Linear(dim, vocab, bias=False)
+    if trunk.tie_embeddings:
+      self.unembed.weight = self.embed.weight
+
+  def forward(
+    self,
+    tokens: Tensor,
+    segment_ids: Tensor,
+    positions: Tensor,
+    next_tokens: Tensor,
+    next_segment_ids: Tensor,
+    one_document: bool = False,
+  ) -> Tensor:
+    """Returns losses_M: each depth's mean cross-entropy over its own valid tokens.
+
+    The tensors are the fields of `mtp_jax.batch.Batch`, as int64; `one_document` says
+    that every row is a single document, so that no mask is needed.
+    """
+    length, num_predictors = tokens.shape[1], 1 + self.config.mtp.depth
+    stream = torch.cat([tokens, next_tokens], 1)
+    documents = torch.cat([segment_ids, next_segment_ids], 1)
+    mask_B1TT = None
+    if not one_document:
+      same_BTT = segment_ids[:, :, None] == segment_ids[:, None, :]
+      mask_B1TT = same_BTT.tril()[:, None]
+    context = Context(positions, mask_B1TT)
+    losses = []
+    for m, hidden_BTD in enumerate(self.hidden_states(tokens, stream, context)):
+      ahead = slice(1 + m, 1 + m + length)
+      valid_BT = (documents[:, ahead] == segment_ids) & (segment_ids != 0)
+      targets_BT = stream[:, ahead].masked_fill(~valid_BT, -100)
+      logits_BTV = self.unembed(hidden_BTD)
+      # The loss is at least float32, whatever the compute dtype.
+      logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+      nll = F.cross_entropy(
+        logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum"
+      )
+      losses.append(nll / valid_BT.sum().clamp(min=1))
+    assert len(losses) == num_predictors
+    return torch.stack(losses)
+
+  def hidden_states(
+    self, tokens: Tensor, stream: Tensor, context: Context
+  ) -> list[Tensor]:
+    """Returns the normed state of every depth, each [B, T, D]."""
+    mtp = self.config.mtp
+    x_BTD = self.embed(tokens)
+    if self.config.trunk.kind == "gpt2":
+      x_BTD = x_BTD + self.position_embed(context.positions_BT)
+    for block in self.blocks:
+      x_BTD = block(x_BTD, context)
+    if mtp.kind == "parallel":
+      return [self.final_norm(head(x_BTD, context)) for head in self.heads]
+    states = [self.final_norm(x_BTD)]
+    if mtp.kind == "linear":
+      return states + [linear(states[0]) for linear in self.maps]
+    for k in range(1, 1 + mtp.depth):
+      module = self.modules_[0 if mtp.share_modules else k - 1]
+      ahead_BTD = self.embed(stream[:, k : k + tokens.shape[1]])
+      states.append(module(states[-1], ahead_BTD, context))
+    return states
+
+
+def make_norm(trunk: TrunkConfig) -> nn.Module:
+  """Returns RMSNorm for Llama, LayerNorm for GPT-2."""
+  kind = nn.RMSNorm if trunk.kind == "llama" else nn.LayerNorm
+  return kind(trunk.embed_dim, eps=trunk.norm_eps)
+
+
+def rope_angles(
+  positions_BT: Tensor, trunk: TrunkConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+  """Returns cos and sin [B, 1, T, H / 2] of rotary embedding (arXiv 2104.09864)."""
+  wide = torch.promote_types(dtype, torch.float32)
+  half = trunk.head_dim // 2
+  exponents = torch.arange(half, dtype=wide, device=positions_BT.device) / half
+  angles = positions_BT[:, None, :, None].to(wide) / trunk.rope_theta**exponents
+  return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+  """Rotates the pairs (h, h + H / 2) of every head."""
+  first, second = x_BNTH.chunk(2, -1)
+  rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+  return rotated.to(x_BNTH.dtype)
+
+
+def total_loss(losses_M: Tensor, mtp_weight: float) -> Tensor:
+  """Returns `L_0 + lambda / D * sum_k L_k` (DeepSeek-V3, equation 25)."""
+  return losses_M[0] + mtp_weight * losses_M[1:].mean() if len(losses_M) > 1 else (
+    losses_M[0]
+  )
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+  """Returns fused AdamW that decays matrices only, as in nanoGPT."""
+  c = config.optimizer
+  matrices = [p for p in model.parameters() if p.ndim > 1]
+  vectors = [p for p in model.parameters() if p.ndim == 1]
+  groups = [
+    {"params": matrices, "weight_decay": c.weight_decay},
+    {"params": vectors, "weight_decay": 0.0},
+  ]
+  return torch.optim.AdamW(
+    groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+  )
+
+
+def export_params(params: Any, config: Config) -> dict[str, np.ndarray]:
+  """Returns the state dict of `Peer(config)` for our parameter tree.
+
+  Only names and layouts change, so the same function turns our gradients into the
+  gradients that the peer should have.
+  """
+  state: dict[str, np.ndarray] = {"embed.weight": _array(params["embed"]["embedding"])}
+  if config.trunk.kind == "gpt2":
+    state["position_embed.weight"] = _array(params["position_embed"]["embedding"])
+  if not config.trunk.tie_embeddings:
+    state["unembed.weight"] = _array(params["unembed"]["kernel"]).T
+  state |= _norm("final_norm", params["final_norm"])
+  blocks = params["trunk"]["blocks"]
+  for i in range(num_trunk_layers(config)):
+    state |= _block(f"blocks.{i}", _entry(blocks, i))
+  mtp = config.mtp
+  if mtp.kind == "parallel":
+    for i in range(1 + mtp.depth):
+      state |= _block(f"heads.{i}", _entry(params["mtp"]["heads"], i))
+  elif mtp.kind == "sequential" and mtp.depth:
+    modules = params["mtp"]["modules"]
+    for i in range(1 if mtp.share_modules else mtp.depth):
+      module = modules if mtp.share_modules else _entry(modules, i)
+      name = f"modules_.{i}"
+      for norm in ("hidden_norm", "embed_norm", "out_norm"):
+        state |= _norm(f"{name}.{norm}", module[norm])
+      state[f"{name}.projection.weight"] = _array(module["projection"]).T
+      state |= _block(f"{name}.block", module["block"])
+  elif mtp.kind == "linear":
+    for i in range(mtp.depth):
+      state[f"maps.{i}.weight"] = _array(params["mtp"]["maps"])[i].T
+  return state
+
+
+def load_params(model: Peer, state: dict[str, np.ndarray]) -> None:
+  """Fills the model; every parameter must be named, a tied one once."""
+  tensors = {name: torch.tensor(value) for name, value in state.items()}
+  if model.config.trunk.tie_embeddings:
+    tensors["unembed.weight"] = tensors["embed.weight"]
+  model.load_state_dict(tensors)
+
+
+def _block(name: str, tree: Any) -> dict[str, np.ndarray]:
+  attention, mlp = tree["attention"], tree["mlp"]
+  names = ("query", "key", "value")
+  flat = [_array(attention[n]).reshape(len(attention[n]), -1).T for n in names]
+  out = _array(attention["out"])
+  state = {
+    f"{name}.attention.qkv.weight": np.concatenate(flat),
+    f"{name}.attention.out.weight": out.reshape(-1, out.shape[-1]).T,
+  }
+  if "out_bias" in attention:
+    biases = [_array(attention[f"{n}_bias"]).ravel() for n in names]
+    state[f"{name}.attention.qkv.bias"] = np.concatenate(biases)
+    state[f"{name}.attention.out.bias"] = _array(attention["out_bias"])
+  for key, value in mlp.items():
+    layer, is_bias = key.removesuffix("_bias"), key.endswith("_bias")
+    kind = "bias" if is_bias else "weight"
+    state[f"{name}.mlp.{layer}.{kind}"] = _array(value).T
+  for norm in ("attention_norm", "mlp_norm"):
+    state |= _norm(f"{name}.{norm}", tree[norm])
+  return state
+
+
+def _norm(name: str, tree: Any) -> dict[str, np.ndarray]:
+  names = {"scale": "weight", "bias": "bias"}
+  return {f"{name}.{names[key]}": _array(value) for key, value in tree.items()}
+
+
+def _entry(tree: Any, index: int) -> Any:
+  """One layer of a tree of stacked parameters."""
+  if isinstance(tree, dict):
+    return {key: _entry(value, index) for key, value in tree.items()}
+  return tree[index]
+
+
+def _array(value: Any) -> np.ndarray:
+  return np.asarray(value)

@@ -1,0 +1,141 @@
+"""Parameters by formulas worked out by hand, FLOPs by XLA's count, fair arms."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import accounting
+from mtp_jax.sharding import unbox
+from mtp_jax.train_step import loss_and_grads
+from tests.common import (
+  GPT2,
+  KINDS,
+  SHARED,
+  TRUNKS,
+  microbatches,
+  packed_batch,
+  quick_jit,
+  tiny_config,
+)
+
+L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
+CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
+
+
+def by_hand(kind, trunk, layers, modules, depth):
+  """Returns `(total, trunk, deployed)` for `layers` trunk layers below the heads."""
+  if trunk == "llama":  # 4 query heads, 2 kv heads of size 4; no biases; untied.
+    norm, around = D, 2 * V * D
+    block = D * 16 + 2 * D * 8 + 16 * D + 3 * D * F + 2 * norm
+  else:  # Biases everywhere, norms with two vectors, positions; tied.
+    norm, around = 2 * D, V * D + T * D
+    block = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * norm
+  around += norm
+  if kind == "parallel":
+    extra, head = depth * block, block
+  elif kind == "sequential":
+    extra, head = modules * (2 * D * D + block + 3 * norm), 0
+  else:
+    extra, head = depth * D * D, 0
+  deployed = around + layers * block + head
+  return deployed + extra, layers * block, deployed
+
+
+@pytest.mark.parametrize(
+  "kind, depth, options, arm",
+  [(*case, "added") for case in CASES]
+  + [(*case, "shortened") for case in CASES if case[0] in ("parallel", "sequential")],
+)
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_parameters_equal_the_formulas(kind, depth, options, arm, trunk):
+  values = TRUNKS[trunk] | options | {"trunk.num_layers": L, "mtp.arm": arm}
+  found = accounting.count(tiny_config(kind, depth, values))
+  modules = 1 if options else depth
+  layers = L - (kind == "parallel") - (modules if arm == "shortened" else 0)
+  expected = by_hand(kind, trunk, layers, modules, depth)
+  assert (found.total, found.trunk, found.deployed) == expected
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_shortened_models_have_the_parameters_of_the_baseline(trunk):
+  layers = {"trunk.num_layers": L}
+  baseline = accounting.count(tiny_config("none", 0, TRUNKS[trunk] | layers)).total
+
+  def excess(kind, options):
+    values = TRUNKS[trunk] | layers | options | {"mtp.arm": "shortened"}
+    return accounting.count(tiny_config(kind, 3, values)).total - baseline
+
+  # A sequential module is a block plus its projection 2d -> d and three norms.
+  norm = D if trunk == "llama" else 2 * D
+  assert excess("parallel", {}) == 0
+  assert excess("sequential", {}) == 3 * (2 * D * D + 3 * norm)
+  assert excess("sequential", SHARED) == 2 * D * D + 3 * norm
+
+
+@pytest.mark.parametrize(
+  "kind, depth, options", [*((*k, {}) for k in KINDS), ("sequential", 3, GPT2)]
+)
+def test_training_flops_are_within_5_percent_of_the_count_of_xla(
+  kind, depth, options, monkeypatch
+):
+  # XLA counts the body of a loop once, so every loop is unrolled here. The sizes are
+  # those where matrix products dominate: XLA counts the rest too.
+  monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+  config = tiny_config(
+    kind,
+    depth,
+    options
+    | {
+      "trunk.num_layers": 2,
+      "trunk.embed_dim": 128,
+      "trunk.mlp_dim": 352,
+      "trunk.attention": "xla",
+      "trunk.remat": "none",
+      "trunk.scan_layers": False,
+      "tokenizer.vocab_size": 512,
+      "data.seq_len": 64,
+      "data.batch_size": 4,
+      "loss.block_tokens": 256,
+    },
+  )
+  program = quick_jit(functools.partial(loss_and_grads, config))
+  compiled = program.lower(
+    unbox(accounting.abstract_params(config)),
+    microbatches(packed_batch(config)),
+    np.ones(1 + depth, np.float32),
+  ).compile()
+  counted = compiled.cost_analysis()["flops"] / (4 * 64)
+  found = accounting.train_flops_per_token(config, attention_pairs="full")
+  assert found == pytest.approx(counted, rel=0.05)
+  # A causal mask leaves (T + 1) / 2 of T keys: forward, scores and values take 4 FLOPs
+  # per key and embedding coordinate in each of the blocks, and three times that with
+  # the backward pass.
+  blocks = {"none": 2, "parallel": 5, "sequential": 5, "linear": 2}[kind]
+  skipped = 3 * blocks * 4 * 128 * (64 - 65 / 2)
+  assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)
+
+
+def test_sharing_modules_saves_parameters_but_no_flops():
+  own, shared = (tiny_config("sequential", 3, o) for o in ({}, SHARED))
+  assert accounting.count(shared).total < accounting.count(own).total
+  flops = accounting.train_flops_per_token
+  assert flops(shared) == flops(own)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear"])
+def test_flops_arm_trains_plain_ntp_for_the_same_flops(kind):
+  steps = {"train.num_steps": 1000}
+  added = tiny_config(kind, 3, steps)
+  resolved = accounting.resolve(tiny_config(kind, 3, steps | {"mtp.arm": "flops"}))
+  assert (resolved.mtp.kind, resolved.mtp.depth) == ("none", 0)
+  per_step = accounting.train_flops_per_token(resolved)
+  budget = 1000 * accounting.train_flops_per_token(added)
+  assert abs(resolved.train.num_steps * per_step - budget) <= per_step / 2
+  assert resolved.train.num_steps > 1000
+
+
+def test_other_arms_resolve_to_themselves():
+  config = tiny_config("sequential", 2)
+  assert accounting.resolve(config) is config

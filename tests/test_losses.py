@@ -1,0 +1,161 @@
+"""The blockwise loss against all logits at once: values, gradients, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import base
+from mtp_jax.losses import loss_coefficients, loss_sums, token_stats
+from tests.common import assert_trees_close, quick_jit
+
+M, B, T, D, V = 4, 2, 9, 6, 11
+
+
+def plain_loss(hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M):
+  """Returns `(total, (nll_M, correct_M))` straight from the definition."""
+  logits = (hidden_MBTD @ unembed_DV).astype(jnp.promote_types(hidden_MBTD.dtype, "f4"))
+  picked = jnp.take_along_axis(logits, targets_MBT[..., None], -1)[..., 0]
+  nll = jax.nn.logsumexp(logits, -1) - picked
+  nll_M = jnp.where(mask_MBT, nll, 0).sum((1, 2))
+  correct_M = (mask_MBT & (logits.argmax(-1) == targets_MBT)).sum((1, 2))
+  return coefficients_M @ nll_M, (nll_M, correct_M)
+
+
+def blockwise_loss(block_tokens, *args):
+  sums = loss_sums(*args, block_tokens)
+  return sums.total, (sums.nll_M, sums.correct_M)
+
+
+def inputs(seed=0, dtype=np.float64, empty_depth=False, valid=0.7):
+  rng = np.random.default_rng(seed)
+  hidden = rng.standard_normal((M, B, T, D)).astype(dtype)
+  unembed = rng.standard_normal((D, V)).astype(dtype)
+  targets = rng.integers(0, V, (M, B, T))
+  mask = rng.random((M, B, T)) < valid
+  if empty_depth:
+    mask[2] = False
+  weights = np.array([1, 0.3, 0.2, 0.5], np.promote_types(dtype, np.float32))
+  return hidden, unembed, targets, mask, loss_coefficients(weights, mask)
+
+
+def value_and_gradients(function, args):
+  differentiated = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+  return quick_jit(differentiated)(*args)
+
+
+@pytest.mark.parametrize(
+  "block_tokens",
+  [1, 5, 7, 9, 18, 1000],  # 18 tokens a depth: 5 and 7 do not divide them.
+)
+def test_equals_all_logits_at_once_in_float64(block_tokens):
+  with jax.enable_x64(True):
+    args = inputs(empty_depth=block_tokens == 7)
+    found = value_and_gradients(functools.partial(blockwise_loss, block_tokens), args)
+    expected = value_and_gradients(plain_loss, args)
+    assert found[1][0].dtype == np.float64
+    assert_trees_close(found, expected, rtol=1e-12, atol=1e-14)
+    value_only = quick_jit(functools.partial(blockwise_loss, block_tokens))(*args)
+    assert_trees_close(value_only, expected[0], rtol=1e-12, atol=1e-14)
+
+
+def test_gradient_of_a_multiple_is_the_multiple_of_the_gradient():
+  args = inputs(dtype=np.float32)
+
+  def scaled(hidden, unembed):
+    return -2.5 * loss_sums(hidden, unembed, *args[2:], 4).total + 3.0
+
+  found = quick_jit(jax.grad(scaled, argnums=(0, 1)))(*args[:2])
+  _, expected = value_and_gradients(plain_loss, args)
+  expected = jax.tree.map(lambda g: -2.5 * g, expected)
+  assert_trees_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_depth_without_valid_tokens_adds_nothing():
+  args = inputs(dtype=np.float32, empty_depth=True)
+  (_, (nll_M, correct_M)), (d_hidden, _) = value_and_gradients(
+    functools.partial(blockwise_loss, 5), args
+  )
+  assert nll_M[2] == correct_M[2] == 0 and not d_hidden[2].any()
+  assert all(d_hidden[m].any() for m in (0, 1, 3))
+
+
+def test_nothing_valid_gives_0_and_no_nan():
+  args = inputs(dtype=np.float32, valid=0)
+  found = value_and_gradients(functools.partial(blockwise_loss, 5), args)
+  assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(found))
+
+
+def test_masked_positions_may_hold_anything_finite():
+  hidden, unembed, targets, mask, coefficients = inputs(dtype=np.float32)
+  function = functools.partial(blockwise_loss, 5)
+  expected = value_and_gradients(
+    function, (hidden, unembed, targets, mask, coefficients)
+  )
+  hidden = np.where(mask[..., None], hidden, 1e4).astype(np.float32)
+  targets = np.where(mask, targets, 0)
+  found = value_and_gradients(function, (hidden, unembed, targets, mask, coefficients))
+  assert_trees_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_coefficients_divide_each_depth_by_its_own_count():
+  mask_MBT = np.zeros((3, 2, 4), bool)
+  mask_MBT[0, :, :3] = mask_MBT[1, 0, :2] = True
+  found = loss_coefficients(jnp.float32([1.0, 0.5, 0.25]), mask_MBT)
+  np.testing.assert_allclose(found, [1 / 6, 0.5 / 2, 0.25])
+
+
+def test_bfloat16_states_give_float32_sums_near_the_float32_loss():
+  hidden, unembed, *rest = inputs(dtype=np.float32)
+  rounded = jnp.bfloat16(hidden), jnp.bfloat16(unembed)
+  found = value_and_gradients(
+    functools.partial(blockwise_loss, 5), (*rounded, *rest)
+  )
+  (total, (nll_M, _)), gradients = found
+  assert total.dtype == nll_M.dtype == np.float32
+  assert all(g.dtype == jnp.bfloat16 for g in gradients)
+  # Same rounded inputs in float32: what is left is the rounding of d logits.
+  wide = tuple(x.astype(np.float32) for x in rounded)
+  (exact, _), exact_gradients = value_and_gradients(plain_loss, (*wide, *rest))
+  np.testing.assert_allclose(total, exact, rtol=1e-5)
+  for found_g, exact_g in zip(gradients, exact_gradients, strict=True):
+    atol = 0.01 * np.abs(exact_g).max()
+    np.testing.assert_allclose(np.float32(found_g), exact_g, rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize("block_tokens", [5, 1000])
+def test_token_stats_are_those_of_all_logits(block_tokens):
+  hidden, unembed, targets, *_ = inputs(dtype=np.float32)
+  stats = quick_jit(functools.partial(token_stats, block_tokens=block_tokens))(
+    hidden, unembed, targets
+  )
+  log_probs = jax.nn.log_softmax(hidden @ unembed)
+  expected = -np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(stats.nll_MBT, expected, 1e-5, 1e-6)
+  np.testing.assert_array_equal(stats.argmax_MBT, np.argmax(log_probs, -1))
+
+
+def temporary_bytes(function, depth):
+  """Temporary memory of value and gradient at B = 8, T = 512, D = 256, V = 32768."""
+  spec = jax.ShapeDtypeStruct
+  tokens = (1 + depth, 8, 512)
+  program = jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))
+  compiled = program.lower(
+    spec((*tokens, 256), np.float32),
+    spec((256, 32768), np.float32),
+    spec(tokens, np.int32),
+    spec(tokens, np.bool_),
+    spec((1 + depth,), np.float32),
+  ).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_follows_the_block_not_the_depth():
+  blockwise = functools.partial(blockwise_loss, base.get_config().loss.block_tokens)
+  at_depth_3 = temporary_bytes(blockwise, 3)
+  assert at_depth_3 <= 1.3 * temporary_bytes(blockwise, 0)
+  assert 4 * at_depth_3 <= temporary_bytes(plain_loss, 3)
+  small_blocks = temporary_bytes(functools.partial(blockwise_loss, 512), 3)
+  assert 4 * small_blocks <= at_depth_3

@@ -1,0 +1,180 @@
+"""Records, TensorBoard events, the terminal, and model FLOP utilisation."""
+
+import json
+import math
+import os
+import pty
+import struct
+import sys
+import termios
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mtp_jax import metrics
+from mtp_jax.metrics import MetricsWriter, Progress
+
+
+def read_records(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def read_events(folder):
+  """Every scalar event as (tag, step) -> value, and the steps purged at each start."""
+  scalars, purged = {}, []
+  for file in sorted((folder / "tensorboard").iterdir()):
+    data = file.read_bytes()
+    while data:
+      # A record is its length, a checksum of that, the event, and its checksum.
+      (length,) = struct.unpack("<Q", data[:8])
+      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
+      if event.HasField("session_log"):
+        purged.append(event.step)
+      for value in event.summary.value:
+        scalars[value.tag, event.step] = value.simple_value
+  return scalars, purged
+
+
+def train_record(step, **values):
+  return {"kind": "train", "step": step} | values
+
+
+def test_records_are_strict_json(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    writer.write(
+      train_record(
+        np.int32(1),
+        scalar=np.float32(0.5),
+        per_depth=np.array([1.0, np.nan]),
+        device=jax.numpy.arange(2),
+        none=None,
+        infinite=math.inf,
+      )
+    )
+  assert read_records(tmp_path) == [
+    train_record(
+      1, scalar=0.5, per_depth=[1.0, None], device=[0, 1], none=None, infinite=None
+    )
+  ]
+
+
+def test_tensorboard_holds_the_same_values(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    for step in (1, 2):
+      writer.write(train_record(step, loss=[step + 0.5, math.nan], rate=step, mfu=None))
+    writer.write({"kind": "validation", "step": 2, "bits_per_byte": 3.0})
+  scalars, _ = read_events(tmp_path)
+  assert scalars == {
+    ("train/loss/0", 1): 1.5,
+    ("train/loss/0", 2): 2.5,
+    ("train/rate", 1): 1.0,
+    ("train/rate", 2): 2.0,
+    ("validation/bits_per_byte", 2): 3.0,
+  }
+
+
+def test_a_resumed_run_drops_what_will_be_done_again(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    for step in range(0, 6):
+      writer.write({"kind": "diagnostics", "step": step})
+      writer.write(train_record(step + 1))
+  path = tmp_path / "metrics.jsonl"
+  before = path.read_text().splitlines()
+  with path.open("a") as file:
+    file.write('{"kind": "train", "st')
+  with MetricsWriter(tmp_path, 4) as writer:
+    pass
+  # Diagnostics of step 4 are measured after the checkpoint of step 4.
+  assert path.read_text().splitlines() == before[:8]
+  assert json.loads(before[7]) == train_record(4)
+  assert read_events(tmp_path)[1] == [0, 5]
+  with MetricsWriter(tmp_path, 0):
+    pass
+  assert path.read_text() == ""
+
+
+def test_a_damaged_line_is_reported(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  whole = [json.dumps(train_record(step)) for step in (1, 2)]
+  path.write_text(f"{whole[0]}\n\0\0\0\n{whole[1]}\n")
+  with pytest.warns(UserWarning, match="line 2 is damaged"), MetricsWriter(tmp_path, 9):
+    pass
+  assert read_records(tmp_path) == [train_record(1), train_record(2)]
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(capsys, monkeypatch):
+  clock = iter([100.0, 104.0])
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+  bar = Progress("run", num_steps=50, enabled=True)
+  bar.say("resumed at step 10")
+  bar.start(10)
+  for step in range(11, 21):
+    bar.advance(step)
+  bar.report(20, 1.23456, 9876.5)
+  bar.close()
+  assert capsys.readouterr().out == (
+    "run: resumed at step 10\n"
+    "run: step 20/50, loss 1.2346, 9,876 tokens/s, 12 s left\n"
+  )
+
+
+def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
+  reader, terminal = pty.openpty()
+  termios.tcsetwinsize(terminal, (24, 120))
+  with os.fdopen(terminal, "w") as stderr:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    bar = Progress("run", num_steps=50, enabled=True)
+    bar.start(10)
+    for step in range(11, 21):
+      bar.advance(step)
+    bar.report(20, 1.23456, 9876.5)
+    bar.close()
+    shown = os.read(reader, 1 << 16).decode()
+  os.close(reader)
+  assert "run:" in shown
+  assert "20/50" in shown
+  assert "loss 1.235, 9,876 tokens/s" in shown
+  assert "<" in shown, "tqdm writes elapsed<left"
+
+
+def test_progress_can_be_silent(capsys):
+  bar = Progress("run", num_steps=2, enabled=False)
+  bar.say("x")
+  bar.start(0)
+  bar.advance(1)
+  bar.report(1, 1.0, 1.0)
+  bar.close()
+  assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("TPU v5 lite", 197e12),  # Not "TPU v5", which is a prefix of it.
+    ("TPU v5", 459e12),
+    ("cpu", None),
+  ],
+)
+def test_peak_of_known_chips(kind, peak):
+  assert metrics.peak_flops(kind) == peak
+
+
+def test_model_flop_utilisation(monkeypatch):
+  assert metrics.model_flop_utilisation(1e9, 1e3) is None
+  monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
+  # 8 devices could do 8e12 FLOP/s.
+  assert metrics.model_flop_utilisation(2e9, 1e3) == pytest.approx(0.25)
+
+
+def test_json_files_are_replaced_in_one_piece(tmp_path):
+  path = tmp_path / "x.json"
+  metrics.write_json(path, {"a": np.float32(1), "b": [np.nan]})
+  assert json.loads(path.read_text()) == {"a": 1.0, "b": [None]}
+  with pytest.raises(TypeError):
+    metrics.write_json(path, {"a": object()})
+  assert json.loads(path.read_text())["a"] == 1.0

@@ -1,0 +1,203 @@
+"""The predictors against their definitions, and what must not change a loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import config as config_lib
+from mtp_jax.model.block import Block
+from mtp_jax.model.layers import make_norm
+from mtp_jax.model.lm import MtpLm
+from mtp_jax.model.mtp import SequentialModule
+from tests.common import (
+  SHARED,
+  TRUNKS,
+  assert_trees_close,
+  batch_of,
+  gradient_program,
+  microbatches,
+  packed_batch,
+  quick_jit,
+  random_params,
+  tiny_config,
+)
+
+# Documents of a row of 16 tokens and the 4 after it; the last goes on after the row.
+DOCUMENTS = ((0, 7), (7, 12), (12, 20))
+WEIGHTS_M = np.float32([1, 0.5, 0.7, 0.3])
+
+
+def one_row():
+  tokens = np.random.default_rng(1).integers(0, 40, (1, 20))
+  segments = np.repeat([1, 2, 3], [end - start for start, end in DOCUMENTS])
+  return batch_of(tokens, segments[None], 16)
+
+
+def hidden_states(config, params, batch):
+  return quick_jit(MtpLm(config).apply)({"params": params}, batch)
+
+
+def sliced_chain(config, params, hidden_TD, batch):
+  """The published form: depth k runs on the positions of a document that have a target.
+
+  Returns `{(depth, document): hidden}`, from the trunk's states and each module alone.
+  """
+  tokens = np.concatenate([batch.tokens, batch.next_tokens], axis=1)[0]
+  embedded = jnp.asarray(params["embed"]["embedding"])[tokens]
+  module, found = SequentialModule(config.trunk), {}
+  for start, end in DOCUMENTS:
+    h_1TD = hidden_TD[None, start:end]
+    for k in (1, 2, 3):
+      layer = () if config.mtp.share_modules else k - 1
+      own = jax.tree.map(lambda x: x[layer], params["mtp"]["modules"])  # noqa: B023
+      length = min(end - 1 - k, 16) - start
+      h_1TD = module.apply(
+        {"params": own},
+        h_1TD[:, :length],
+        embedded[None, start + k : start + k + length],
+        jnp.arange(length)[None],
+        jnp.ones((1, length), int),
+      )
+      found[k, (start, end)] = h_1TD[0]
+  return found
+
+
+@pytest.mark.parametrize("options", [{}, SHARED], ids=["own", "shared"])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_masked_chain_equals_slicing_each_document(trunk, options):
+  config = tiny_config("sequential", 3, TRUNKS[trunk] | options)
+  params, batch = random_params(config), one_row()
+  hidden_MTD = hidden_states(config, params, batch)[:, 0]
+  sliced = quick_jit(lambda p, h: sliced_chain(config, p, h, batch))
+  for (k, (start, _)), expected in sliced(params, hidden_MTD[0]).items():
+    found = hidden_MTD[k, start : start + len(expected)]
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
+
+
+def test_parallel_heads_are_one_block_each_on_the_trunk_state():
+  config = tiny_config("parallel", 3)
+  params, batch = random_params(config), one_row()
+  hidden_MBTD = hidden_states(config, params, batch)
+  residual_BTD = quick_jit(
+    lambda p: MtpLm(config).apply(
+      {"params": p}, batch.tokens, batch.positions, batch.segment_ids,
+      method="_trunk",
+    )[0]
+  )(params)
+  final_norm = make_norm(config.trunk)
+  for m in range(4):
+    head = jax.tree.map(lambda x: x[m], params["mtp"]["heads"])  # noqa: B023
+    out_BTD, _ = Block(config.trunk).apply(
+      {"params": head}, residual_BTD, batch.positions, batch.segment_ids
+    )
+    expected = final_norm.apply({"params": params["final_norm"]}, out_BTD)
+    np.testing.assert_allclose(hidden_MBTD[m], expected, 1e-4, 1e-5)
+
+
+def test_linear_heads_multiply_the_normed_state():
+  config = tiny_config("linear", 3)
+  params, batch = random_params(config), one_row()
+  hidden_MBTD = hidden_states(config, params, batch)
+  for k in (1, 2, 3):
+    expected = hidden_MBTD[0] @ params["mtp"]["maps"][k - 1]
+    np.testing.assert_allclose(hidden_MBTD[k], expected, 1e-4, 1e-5)
+
+
+def test_unit_rms_of_what_the_unembedding_reads():
+  # Every depth ends in a norm: with scale 1 the mean square of a state is 1.
+  for kind in ("none", "parallel", "sequential"):
+    config = tiny_config(kind, 0 if kind == "none" else 2)
+    params = random_params(config)
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, x: np.ones_like(x) if path[-1].key == "scale" else x, params
+    )
+    states = hidden_states(config, params, packed_batch(config))
+    np.testing.assert_allclose(np.mean(np.square(states), -1), 1, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def chain():
+  """The sequential model at D = 3: config, parameters, compiled loss and gradient."""
+  config = tiny_config("sequential", 3)
+  return config, random_params(config), gradient_program(config)
+
+
+def rows_of(documents, order, gaps=(0, 0, 0, 0)):
+  """One row of 20 tokens: documents in the given order, each after its gap."""
+  tokens, segments = np.full(20, 39), np.zeros(20, int)
+  place = 0
+  for count, (index, gap) in enumerate(zip(order, gaps, strict=False)):
+    place += gap
+    document = documents[index]
+    tokens[place : place + len(document)] = document
+    segments[place : place + len(document)] = count + 1
+    place += len(document)
+  return tokens, segments
+
+
+def test_order_of_documents_and_padding_between_them_change_nothing(chain):
+  _, params, program = chain
+  rng = np.random.default_rng(2)
+  packs = [[rng.integers(0, 38, n) for n in (5, 1, 4, 3)] for _ in range(8)]
+
+  def run(order, gaps=(0, 0, 0, 0)):
+    rows = [rows_of(pack, order, gaps) for pack in packs]
+    tokens, segments = (np.stack(x) for x in zip(*rows, strict=True))
+    return program(params, microbatches(batch_of(tokens, segments, 16)), WEIGHTS_M)
+
+  expected = run((0, 1, 2, 3))
+  assert expected[1].tolist() == [8 * n for n in (9, 6, 3, 1)]
+  assert_trees_close(run((3, 0, 2, 1)), expected, 1e-4, 1e-5)
+  assert_trees_close(run((0, 1, 2, 3), (1, 0, 1, 1)), expected, 1e-4, 1e-5)
+
+
+def test_tokens_of_the_padding_change_nothing(chain):
+  config, params, program = chain
+  batch = packed_batch(config, seed=3, padding=True)
+  other = batch._replace(
+    tokens=np.where(batch.segment_ids == 0, 7, batch.tokens),
+    next_tokens=np.where(batch.next_segment_ids == 0, 8, batch.next_tokens),
+  )
+  assert (other.tokens != batch.tokens).any()
+  expected = program(params, microbatches(batch), WEIGHTS_M)
+  assert_trees_close(
+    program(params, microbatches(other), WEIGHTS_M), expected, 1e-6, 1e-7
+  )
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"trunk.remat": "none"},
+    {"trunk.remat": "full"},
+    {"trunk.scan_layers": False},
+    {"trunk.scan_layers": False, "trunk.remat": "none"},
+  ],
+  ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_remat_and_unrolling_change_nothing(chain, options):
+  config, params, program = chain
+  batch = microbatches(packed_batch(config))
+  changed = config_lib.with_overrides(config, options)
+  assert changed != config
+  assert_trees_close(
+    gradient_program(changed)(params, batch, WEIGHTS_M),
+    program(params, batch, WEIGHTS_M),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def test_accumulation_with_uneven_masks_changes_nothing():
+  config = tiny_config("linear", 3, {"trunk.num_layers": 1, "trunk.remat": "none"})
+  params, program = random_params(config), gradient_program(config)
+  batch = packed_batch(config, padding=True)
+  # The last rows have no valid target at all: a mean of means would halve the loss.
+  batch.segment_ids[-4:] = 0
+  expected = program(params, microbatches(batch), WEIGHTS_M)
+  for count in (2, 4):
+    split = microbatches(batch, count)
+    valid = (split.segment_ids > 0).sum((1, 2))
+    assert len(set(valid)) > 1 and valid[-1] == 0
+    assert_trees_close(program(params, split, WEIGHTS_M), expected, 1e-4, 1e-5)

@@ -1,0 +1,203 @@
+"""Faults that implementations of multi-token prediction really have had: each, planted
+into a copy of the code, must make the named test fail.
+
+The fragments are looked up in the sources, so a mutant whose place has changed is
+reported instead of passing in silence.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+PARITY = "test_torch_parity.py::test_losses_and_gradients_equal_torch"
+SEES = (
+  "test_causality.py::test_a_loss_sees_its_document_up_to_its_place_and_nothing_else"
+)
+
+
+class Mutant(NamedTuple):
+  """`old` stands exactly once in the file; `new` is the fault."""
+
+  file: str
+  old: str
+  new: str
+  test: str
+
+
+MUTANTS = {
+  "every depth predicts the next token": Mutant(
+    "targets.py",
+    "shifted_tokens(batch, 1 + m) for m",
+    "shifted_tokens(batch, 1) for m",
+    "test_targets.py::test_two_packed_documents_depth_0_to_3_written_out",
+  ),
+  "document mask of the targets dropped": Mutant(
+    "targets.py",
+    "(ids == batch.segment_ids) & (batch.segment_ids != 0)",
+    "(batch.segment_ids != 0)",
+    "test_targets.py::test_two_packed_documents_depth_0_to_3_written_out",
+  ),
+  "padding counts as a document": Mutant(
+    "targets.py",
+    "(ids == batch.segment_ids) & (batch.segment_ids != 0)",
+    "(ids == batch.segment_ids)",
+    "test_targets.py::test_padding_is_neither_source_nor_target",
+  ),
+  "embedding of the following token zeroed": Mutant(
+    "model/mtp.py",
+    'make_norm(self.trunk, "embed_norm")(embedding_BTD),',
+    'make_norm(self.trunk, "embed_norm")(0 * embedding_BTD),',
+    f"{SEES}[sequential-options2-llama]",
+  ),
+  "chain is given the token that it predicts": Mutant(
+    "model/mtp.py",
+    "embed_ahead(k) for k in range(1, 1 + depth)",
+    "embed_ahead(1 + k) for k in range(1, 1 + depth)",
+    f"{SEES}[sequential-options2-llama]",
+  ),
+  "every module is given the same token": Mutant(
+    "model/mtp.py",
+    "embed_ahead(k) for k in range(1, 1 + depth)",
+    "embed_ahead(1) for k in range(1, 1 + depth)",
+    f"{SEES}[sequential-options2-llama]",
+  ),
+  "concat order swapped": Mutant(
+    "model/mtp.py",
+    """        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
+        make_norm(self.trunk, "embed_norm")(embedding_BTD),
+""",
+    """        make_norm(self.trunk, "embed_norm")(embedding_BTD),
+        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
+""",
+    f"{PARITY}[llama-sequential-False]",
+  ),
+  "no gradient from module to module": Mutant(
+    "model/mtp.py",
+    "      return h_BTD, h_BTD\n",
+    "      return jax.lax.stop_gradient(h_BTD), h_BTD\n",
+    f"{PARITY}[llama-sequential-False]",
+  ),
+  "no gradient from the modules to the trunk": Mutant(
+    "model/mtp.py",
+    "      hidden_BTD,\n      ahead_kBTD,\n",
+    "      jax.lax.stop_gradient(hidden_BTD),\n      ahead_kBTD,\n",
+    f"{PARITY}[llama-sequential-False]",
+  ),
+  "module's own output norm left out": Mutant(
+    "model/mtp.py",
+    'return make_norm(self.trunk, "out_norm")(x_BTD)',
+    'return x_BTD + 0 * make_norm(self.trunk, "out_norm")(x_BTD)',
+    f"{PARITY}[llama-sequential-False]",
+  ),
+  "final norm of the parallel heads left out": Mutant(
+    "model/mtp.py",
+    "jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD])",
+    "jnp.stack([head_BTD for head_BTD in heads_MBTD])",
+    f"{PARITY}[llama-parallel-False]",
+  ),
+  "lambda not divided by depth": Mutant(
+    "depth_weights.py",
+    'scale / mtp.depth if mtp.weighting == "mean" else scale',
+    "scale",
+    "test_depth_weights.py::test_mean_divides_lambda_by_depth_and_sum_does_not",
+  ),
+  "piecewise schedule the wrong way round": Mutant(
+    "depth_weights.py",
+    "jnp.where(progress < mtp.schedule_fraction, weight, mtp.final_weight)",
+    "jnp.where(progress > mtp.schedule_fraction, weight, mtp.final_weight)",
+    "test_depth_weights.py::test_schedules",
+  ),
+  "curriculum ignored": Mutant(
+    "depth_weights.py",
+    "extra = jnp.where(active, per_depth * relative, 0.0)",
+    "extra = per_depth * relative",
+    "test_depth_weights.py::test_curricula_switch_depths_on_and_off_one_by_one",
+  ),
+  "every depth divided by the count of the main loss": Mutant(
+    "losses.py",
+    "return weights_M / jnp.maximum(counts_M, 1)",
+    "return weights_M / jnp.maximum(counts_M[0], 1)",
+    "test_losses.py::test_coefficients_divide_each_depth_by_its_own_count",
+  ),
+  "mean of means over microbatches": Mutant(
+    "train_step.py",
+    "sums = batch_loss(config, p, microbatch, coefficients_M)",
+    "own = future_targets(microbatch, config.mtp.depth)[1]\n"
+    "      sums = batch_loss(config, p, microbatch, "
+    "loss_coefficients(weights_M / batch.tokens.shape[0], own))",
+    "test_model.py::test_accumulation_with_uneven_masks_changes_nothing",
+  ),
+  "gradient of masked tokens kept": Mutant(
+    "losses.py",
+    "scale_N1 = jnp.where(mask_N, coefficient, 0.0)",
+    "scale_N1 = jnp.where(True | mask_N, coefficient, 0.0)",
+    "test_losses.py::test_equals_all_logits_at_once_in_float64",
+  ),
+  "attention across documents": Mutant(
+    "model/attention_ops.py",
+    "mask = (same_BTS & causal_TS)[:, None, None]",
+    "mask = (same_BTS | causal_TS)[:, None, None] & causal_TS",
+    f"{SEES}[none-options0-llama]",
+  ),
+  "attention to the next token": Mutant(
+    "model/attention_ops.py",
+    "causal_TS = jnp.arange(S)[None, :] <= rows_T1",
+    "causal_TS = jnp.arange(S)[None, :] <= rows_T1 + 1",
+    f"{SEES}[none-options0-llama]",
+  ),
+  "deployed model takes the second head": Mutant(
+    "model/lm.py",
+    "jnp.concatenate([trunk, heads[:1]])",
+    "jnp.concatenate([trunk, heads[1:2]])",
+    "test_evaluate.py::test_main_loss_is_that_of_the_deployed_model",
+  ),
+  "agreement compared one token off": Mutant(
+    "evaluate.py",
+    "jnp.roll(trunk_BT, -m, axis=1)",
+    "jnp.roll(trunk_BT, 1 - m, axis=1)",
+    "test_evaluate.py::test_agreement_matches_a_loop_over_prefixes",
+  ),
+  "tokens after the row belong to the last document": Mutant(
+    "data/packing.py",
+    "      at, segment = stop, segment + 1\n",
+    "      at, segment = stop, segment + (stop < begin + T)\n",
+    "test_packing.py::test_rows_equal_the_stream_cut_by_hand",
+  ),
+  "checkpoint holds the iterator one batch ahead": Mutant(
+    "train.py",
+    "        run.save(state, data_state, seconds)\n",
+    "        run.save(state, loader.get_state(), seconds)\n",
+    "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, tmp_path):
+  mutant = MUTANTS[name]
+  for folder in ("mtp_jax", "experiments", "launch", "tests"):
+    ignored = shutil.ignore_patterns("__pycache__", "results", "notebooks")
+    shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+  shutil.copy(ROOT / "pyproject.toml", tmp_path)
+  path = tmp_path / "mtp_jax" / mutant.file
+  source = path.read_text()
+  assert source.count(mutant.old) == 1, f"the place of this mutant in {mutant.file}"
+  path.write_text(source.replace(mutant.old, mutant.new))
+  command = ["-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/{mutant.test}"]
+  result = subprocess.run(
+    [sys.executable, "-B", *command],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+  )
+  # 1: tests ran and failed; any other code means that they did not run as they should.
+  assert result.returncode == 1, f"{mutant.test} does not catch it:\n{result.stdout}"
+  assert f"FAILED tests/{mutant.test.split('[')[0]}" in result.stdout

@@ -1,0 +1,80 @@
+"""Our model, losses and gradients equal an independent PyTorch implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.depth_weights import depth_weights
+from mtp_jax.model.lm import MtpLm
+from mtp_jax.sharding import unbox
+from mtp_jax.train_step import loss_and_grads
+from tests import common
+
+torch = pytest.importorskip("torch", reason="the parity test needs torch")
+torch_peer = pytest.importorskip("launch.torch_peer")
+
+LAMBDA = 0.375  # lambda / 3 is exact in float32, in which schedules are computed.
+CASES = [
+  ("llama", "none", False),
+  ("llama", "parallel", False),
+  ("llama", "sequential", False),
+  ("llama", "sequential", True),
+  ("llama", "linear", False),
+  ("gpt2", "none", False),
+  ("gpt2", "sequential", False),
+]
+
+
+def _config(trunk: str, kind: str, shared: bool):
+  overrides = {
+    "trunk.compute_dtype": "float64",
+    "trunk.num_layers": 2,
+    "mtp.share_modules": shared,
+    "data.batch_size": 4,
+  }
+  if trunk == "gpt2":
+    overrides |= common.GPT2
+  return common.tiny_config(kind, 0 if kind == "none" else 3, overrides)
+
+
+def _random_params(config, batch):
+  """Every parameter random, norms and biases too: nothing hides behind a 0 or a 1."""
+  shapes = unbox(
+    jax.eval_shape(lambda: MtpLm(config).init(jax.random.key(0), batch))["params"]
+  )
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape)), shapes)
+
+
+@pytest.mark.parametrize("trunk, kind, shared", CASES)
+def test_losses_and_gradients_equal_torch(trunk, kind, shared):
+  config = _config(trunk, kind, shared)
+  batch = common.packed_batch(config, padding=True)
+  with jax.enable_x64(True):
+    params = _random_params(config, batch)
+    weights_M = depth_weights(config.mtp, LAMBDA, 0.0)[0].astype(jnp.float64)
+    step = jax.jit(
+      lambda p, b: loss_and_grads(config, p, b, weights_M),
+      compiler_options={"xla_backend_optimization_level": 0},  # Compiles faster.
+    )
+    sums, counts_M, grads = step(params, common.microbatches(batch))
+    losses_M = np.asarray(sums.nll_M / counts_M)
+    expected = torch_peer.export_params(grads, config)
+    state = torch_peer.export_params(params, config)
+
+  peer = torch_peer.Peer(config).double()
+  torch_peer.load_params(peer, state)
+  fields = {k: torch.tensor(v, dtype=torch.int64) for k, v in batch._asdict().items()}
+  peer_losses_M = peer(**fields)
+  torch_peer.total_loss(peer_losses_M, LAMBDA).backward()
+
+  np.testing.assert_allclose(losses_M, peer_losses_M.detach().numpy(), rtol=1e-9)
+  found = {name: p.grad.numpy() for name, p in peer.named_parameters()}
+  assert found.keys() == expected.keys()
+  for name, grad in found.items():
+    scale = np.abs(grad).max()
+    assert scale > 0, name
+    np.testing.assert_allclose(
+      expected[name], grad, rtol=0, atol=1e-9 * scale, err_msg=name
+    )

@@ -1,0 +1,402 @@
+"""The training loop: what it writes, refuses, survives and shares."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import accounting, train
+from mtp_jax.checkpoint import Checkpointer, CheckpointError
+from mtp_jax.config import ConfigError, with_overrides
+from mtp_jax.data.sources import DataError
+from tests.test_metrics import read_events
+from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
+
+MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2}
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  return write_texts(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="module")
+def config(texts):
+  return run_config(texts, MESH)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """The folder of a finished run, and what `fit` returned."""
+  workdir = tmp_path_factory.mktemp("finished")
+  return workdir, train.fit(config, workdir, progress=False)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """A copy that was stopped after step 8, when its last record was of step 9."""
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / "12")
+  for name in ("DONE", "eval.json"):
+    (workdir / name).unlink()
+  return workdir
+
+
+@pytest.fixture
+def num_compiled():
+  """The names of what is compiled while the test runs."""
+  events = []
+
+  def note(event, duration, **_):
+    events.extend([event] if event == COMPILED else [])
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_the_folder_holds_what_the_contract_says(finished, config):
+  workdir, result = finished
+  assert {path.name for path in workdir.iterdir()} == {
+    "config.json", "run.json", "tokenizer.json", "metrics.jsonl", "tensorboard",
+    "checkpoints", "eval.json", "DONE",
+  }
+  assert json.loads((workdir / "eval.json").read_text()) == result
+  run = json.loads((workdir / "run.json").read_text())
+  assert run["parameters"]["total"] == accounting.count(config).total
+  assert run["num_steps"] == 12
+  assert run["data"]["num_documents"] == 24
+  assert {"jax", "flax", "optax", "python"} <= run["versions"].keys()
+  reader = Checkpointer(workdir, read_only=True)
+  assert reader.steps() == [8, 12]
+  meta = reader.meta(12)
+  reader.close()
+  assert meta["data"]["batches"] == 12
+  assert meta["tokenizer"] == (workdir / "tokenizer.json").read_text().strip()
+  assert meta["config"]["mtp"]["depth"] == 2
+
+
+def test_every_field_of_the_log(finished, config):
+  records = read_metrics(finished[0], "train")
+  assert [x["step"] for x in records] == [3, 6, 9, 12]
+  for record in records:
+    assert record["tokens"] == record["step"] * 8 * 64
+    assert record["loss_total"] == pytest.approx(sum(record["weighted_loss"]), rel=1e-6)
+    # Constant weights: the means may be multiplied.
+    product = np.dot(record["weight"], record["loss"])
+    assert record["loss_total"] == pytest.approx(product, rel=1e-6)
+    assert record["weight"] == pytest.approx([1.0, 0.15, 0.15])
+    assert record["lambda"] == pytest.approx(0.3)
+    assert all(0 <= x <= 1 for x in record["accuracy"])
+    main, *extra = record["count"]
+    assert 3 * 8 * 64 >= main > extra[0] > extra[1] > 0
+    assert record["grad_norm"] > 0
+    assert record["tokens_per_second"] > 0
+    assert record["mfu"] is None, "the peak of a CPU is not known"
+    assert record["nonfinite_steps"] == 0
+  rates = [x["learning_rate"] for x in records]
+  final = config.optimizer.learning_rate * config.optimizer.final_fraction
+  assert rates == sorted(rates, reverse=True)
+  assert rates[-1] == pytest.approx(final)
+  seconds = [x["seconds"] for x in records]
+  assert seconds == sorted(seconds)
+  assert records[-1]["loss_total"] < records[0]["loss_total"]
+
+
+def test_diagnostics_and_validation_are_logged(finished):
+  workdir, result = finished
+  diagnostics = read_metrics(workdir, "diagnostics")
+  assert [x["step"] for x in diagnostics] == [0, 6]
+  for record in diagnostics:
+    assert 0 < record["mtp_grad_share"] < 1
+    assert -1 <= record["mtp_grad_cosine"] <= 1
+  validation = read_metrics(workdir, "validation")
+  assert [x["step"] for x in validation] == [6, 12]
+  assert validation[-1]["loss"] == [x["mean"] for x in result["depth_loss"]]
+  assert validation[-1]["bits_per_byte"] == result["bits_per_byte"]["mean"]
+
+
+def test_tensorboard_agrees_with_the_records(finished):
+  workdir, _ = finished
+  scalars, _ = read_events(workdir)
+  for record in read_metrics(workdir):
+    for key, value in record.items():
+      if key in ("kind", "step") or value is None:
+        continue
+      named = {key: value}
+      if isinstance(value, list):
+        named = {f"{key}/{depth}": x for depth, x in enumerate(value)}
+      for name, x in named.items():
+        found = scalars.pop((f"{record['kind']}/{name}", record["step"]))
+        assert found == pytest.approx(x, rel=1e-6)
+  assert scalars == {}
+
+
+def test_the_evaluation_is_complete(finished):
+  _, result = finished
+  assert result["step"] == 12
+  assert result["tokens"] == 12 * 8 * 64
+  assert result["split"] == "validation"
+  assert result["num_documents"] > 1
+  assert len(result["depth_loss"]) == 3
+  assert len(result["teacher_forced_agreement"]) == 2
+  assert result["next_line_exact_match"]["count"] == 2
+  assert result["function_parses"]["count"] == 2
+  assert 1 <= result["simulated_accepted_length"]["mean"] <= 3
+
+
+def test_trials_of_one_shape_compile_once(finished, config, tmp_path, num_compiled):
+  other = {
+    "name": "other",
+    "seed": 5,
+    "data.seed": 5,
+    "optimizer.learning_rate": 1e-3,
+    "mtp.weight": 0.7,
+    "train.num_steps": 4,
+  }
+  result = train.fit(with_overrides(config, other), tmp_path, progress=False)
+  assert num_compiled == []
+  assert result["main_loss"] != finished[1]["main_loss"]
+  (record,) = read_metrics(tmp_path, "train")[-1:]
+  assert record["lambda"] == pytest.approx(0.7)
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(finished, config):
+  workdir, result = finished
+  before = (workdir / "metrics.jsonl").read_text()
+  again = train.fit(config, workdir, progress=False)
+  assert again == result
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_ends_where_the_run_ended(finished, config, copy, capsys):
+  result = train.fit(config, copy)
+  assert "tiny: resumed at step 8" in capsys.readouterr().out
+  assert without_wall_clock(result) == without_wall_clock(finished[1])
+  found, expected = (
+    [without_wall_clock(x) for x in read_metrics(folder)]
+    for folder in (copy, finished[0])
+  )
+  assert found == expected
+
+
+def test_resuming_on_another_mesh_goes_on(finished, config, copy):
+  other = with_overrides(config, {"mesh.data": 8, "mesh.fsdp": 1, "mesh.context": 1})
+  result = train.fit(other, copy, progress=False)
+  assert result["main_loss"]["mean"] == pytest.approx(
+    finished[1]["main_loss"]["mean"], rel=1e-5
+  )
+
+
+def test_evaluate_run_repeats_the_evaluation(finished, config):
+  workdir, result = finished
+  before = sorted(path for path in workdir.rglob("*"))
+  assert train.evaluate_run(config, workdir) == result
+  other = train.evaluate_run(
+    with_overrides(config, {"eval.num_rows": 3, "eval.line_prompts": 0}), workdir
+  )
+  assert other["next_line_exact_match"] is None
+  assert other["main_loss"] != result["main_loss"]
+  assert sorted(path for path in workdir.rglob("*")) == before
+
+
+def test_evaluate_run_needs_a_checkpoint(config, tmp_path):
+  with pytest.raises(CheckpointError, match="no checkpoint in"):
+    train.evaluate_run(config, tmp_path)
+
+
+def test_another_run_may_not_use_the_folder(copy, config):
+  with pytest.raises(ConfigError, match=r"(?s)architecture.*mtp.depth: 2 there"):
+    train.fit(with_overrides(config, {"mtp.depth": 1}), copy, progress=False)
+  with pytest.raises(ConfigError, match=r"(?s)training.*seed: 0 there, 1 now"):
+    train.fit(with_overrides(config, {"seed": 1}), copy, progress=False)
+
+
+def test_other_text_may_not_continue_a_run(copy, config, tmp_path):
+  other = with_overrides(config, {"data.path": str(write_texts(tmp_path / "t", 20))})
+  with pytest.raises(DataError, match=r"must be the corpus of the saved run.*manifest"):
+    train.fit(other, copy, progress=False)
+  with pytest.raises(DataError, match=r"must be the corpus of the saved run.*manifest"):
+    train.evaluate_run(other, copy)
+
+
+def test_text_may_move(finished, copy, config, texts, tmp_path):
+  moved = shutil.copytree(texts, tmp_path / "moved")
+  result = train.fit(
+    with_overrides(config, {"data.path": str(moved)}), copy, progress=False
+  )
+  assert without_wall_clock(result) == without_wall_clock(finished[1])
+
+
+def test_a_bad_config_is_refused_before_the_folder_is_made(config, tmp_path):
+  with pytest.raises(ConfigError, match=r"mtp\.weight must be"):
+    train.fit(with_overrides(config, {"mtp.weight": -1.0}), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def poison(monkeypatch):
+  """A function that makes lambda, and so the loss, NaN at given steps.
+
+  Whether every poisoned step left parameters and moments alone is noted in `kept`.
+  """
+  compiled_step = train._Run.compiled_step
+  kept = []
+
+  def install(steps):
+    def poisoned(run, state, batch):
+      program = compiled_step(run, state, batch)
+
+      def step(state, batch, hyper, starts_interval):
+        if int(state.step) not in steps:
+          return program(state, batch, hyper, starts_interval)
+        before = jax.device_get((state.params, state.opt_state))
+        hyper = hyper._replace(mtp_weight=jnp.float32(np.nan))
+        state, report = program(state, batch, hyper, starts_interval)
+        after = jax.device_get((state.params, state.opt_state))
+        kept.append(jax.tree.all(jax.tree.map(np.array_equal, before, after)))
+        return state, report
+
+      return step
+
+    monkeypatch.setattr(train._Run, "compiled_step", poisoned)
+    return kept
+
+  return install
+
+
+def test_nonfinite_steps_are_skipped_counted_and_not_saved(
+  finished, config, tmp_path, poison
+):
+  kept = poison({3, 4, 5, 7})
+  train.fit(config, tmp_path, progress=False)
+  assert kept == [True] * 4
+  records = read_metrics(tmp_path, "train")
+  assert [x["nonfinite_steps"] for x in records] == [0, 3, 4, 4]
+  # An interval without a step that counts has no loss, not a loss of 0.
+  for key in ("loss_total", "grad_norm"):
+    assert records[1][key] is None
+  assert records[1]["loss"] == records[1]["accuracy"] == [None] * 3
+  assert records[1]["count"] == [0.0] * 3
+  assert records[2]["loss_total"] == pytest.approx(sum(records[2]["weighted_loss"]))
+  assert records[2]["count"][0] < records[0]["count"][0]
+  # Steps 4 and 8 ended a skipped update.
+  assert finished_steps(tmp_path) == [12]
+
+
+def finished_steps(workdir):
+  reader = Checkpointer(workdir, read_only=True)
+  steps = reader.steps()
+  reader.close()
+  return steps
+
+
+def test_too_many_in_a_row_end_the_run(finished, config, tmp_path, poison):
+  poison(range(5, 99))
+  strict = with_overrides(config, {"train.max_nonfinite_steps": 4})
+  with pytest.raises(train.Diverged) as error:
+    train.fit(strict, tmp_path, progress=False)
+  message = str(error.value)
+  assert "not finite for 4 steps in a row (train.max_nonfinite_steps = 4)" in message
+  assert "before step 9" in message
+  assert f"Last good checkpoint: {tmp_path / 'checkpoints' / '4'}" in message
+  assert finished_steps(tmp_path) == [4]
+  assert not (tmp_path / "DONE").exists()
+
+
+def test_divergence_from_the_start_names_no_checkpoint(
+  finished, config, tmp_path, poison
+):
+  poison(range(99))
+  strict = with_overrides(config, {"train.max_nonfinite_steps": 3})
+  with pytest.raises(train.Diverged, match="none was saved yet"):
+    train.fit(strict, tmp_path, progress=False)
+
+
+def test_a_huge_learning_rate_diverges(finished, config, tmp_path):
+  huge = with_overrides(
+    config, {"optimizer.learning_rate": 1e30, "train.max_nonfinite_steps": 2}
+  )
+  with pytest.raises(train.Diverged, match=r"Lower optimizer.learning_rate \(1e\+30\)"):
+    train.fit(huge, tmp_path, progress=False)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+  finished, config, copy, monkeypatch
+):
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+  with pytest.raises(CheckpointError, match=r"No space left on device.*steps \[8\]"):
+    train.fit(config, copy, progress=False)
+  monkeypatch.undo()
+  result = train.fit(config, copy, progress=False)
+  assert without_wall_clock(result) == without_wall_clock(finished[1])
+
+
+def test_a_damaged_checkpoint_is_reported_and_training_goes_on(finished, config, copy):
+  shutil.copytree(copy / "checkpoints" / "8", copy / "checkpoints" / "10")
+  (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
+  with pytest.warns(UserWarning, match="checkpoints/10 is damaged"):
+    result = train.fit(config, copy, progress=False)
+  assert without_wall_clock(result) == without_wall_clock(finished[1])
+
+
+def test_lines_and_time_left_where_there_is_no_terminal(
+  finished, config, tmp_path, capsys
+):
+  train.fit(with_overrides(config, {"train.num_steps": 6}), tmp_path)
+  first, second, done = capsys.readouterr().out.splitlines()
+  assert first.startswith("tiny: step 3/6, loss ")
+  assert first.endswith(" s left")
+  assert second.endswith(" tokens/s, 0 s left")
+  assert done.startswith("tiny: done: main loss ")
+
+
+def test_a_signal_during_evaluation_ends_it_at_once():
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(train.Interrupted, match="SIGTERM at step 7"):
+    with train._Interrupt() as interrupt:
+      assert interrupt.received(6) is None
+      interrupt.raises_at_once(7)
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(5)
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_acts_as_ever():
+  with pytest.raises(KeyboardInterrupt), train._Interrupt() as interrupt:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.received(1) == signal.SIGINT
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+
+def test_a_signal_before_evaluation_is_not_lost():
+  with pytest.raises(train.Interrupted, match="SIGTERM at step 9"):
+    with train._Interrupt() as interrupt:
+      os.kill(os.getpid(), signal.SIGTERM)
+      interrupt.raises_at_once(9)
+
+
+def test_outside_the_main_thread_nothing_is_caught():
+  before = signal.getsignal(signal.SIGTERM)
+  seen = []
+
+  def work():
+    with train._Interrupt() as interrupt:
+      seen.append((signal.getsignal(signal.SIGTERM), interrupt.received(1)))
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert seen == [(before, None)]
