@@ -193,11 +193,14 @@ def shape_of(config: Config) -> Config:
   steps, names and intervals are traced or live on the host.
   """
   replace = dataclasses.replace
+  mtp = replace(config.mtp, weight=1.0)
+  if mtp.depth == 0:
+    mtp = replace(mtp, weighting="mean")
   return replace(
     config,
     name="",
     seed=0,
-    mtp=replace(config.mtp, weight=1.0),
+    mtp=mtp,
     optimizer=replace(config.optimizer, learning_rate=1.0),
     data=replace(
       config.data, source="stdlib", path="", text_field="", seed=0, num_workers=0,

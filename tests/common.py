@@ -15,10 +15,13 @@ from mtp_jax.config import Config
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import Programs, loss_and_grads, programs, shape_of
 
-# Tiny programs take longer to compile than to run: this halves the time of both.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+# Tiny programs take far longer to compile than to run; with these XLA for CPU compiles
+# them in a third of the time.
+QUICK_OPTIONS = {
+  "xla_backend_optimization_level": 0,
+  "xla_cpu_use_fusion_emitters": False,
+}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
 
 VOCAB = 40
 TINY = {

@@ -312,7 +312,7 @@ def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
   programs = []
   for kind, overrides in (
     ("sequential", {}),
-    ("linear", {"seed": 1, "name": "other", "optimizer.learning_rate": 1.0}),
+    ("linear", {"seed": 1, "mtp.weighting": "sum", "optimizer.learning_rate": 1.0}),
   ):
     overrides = overrides | GENERATING | {"tokenizer.vocab_size": 258}
     config = tiny_config(kind, 1, overrides)

@@ -5,13 +5,16 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 
 import jax
 import pytest
 
 from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
+from mtp_jax.config import with_overrides
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
 # A server that has imported JAX, but not started it, forks every process: one import.
@@ -27,6 +30,8 @@ def stop_after_step(step, signum):
     advance(bar, now)
     if now == step:
       os.kill(os.getpid(), signum)
+    if now >= step and jax.process_count() > 1:
+      time.sleep(1)  # JAX tells the other processes within a second or so.
 
   train.Progress.advance = advance_and_stop
 
@@ -44,12 +49,19 @@ def kill_while_saving(step):
   Checkpointer.save = save_and_die
 
 
-def child(config, workdir, cache, fault):
-  """Trains on one device in a process of its own."""
-  # As in tests.common.quick_jit: most of the time would go into compiling.
-  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+def child(config, cache, workdir, fault, team=None):
+  """Trains on one device in a process of its own; `team`: port and rank, if of two."""
+  # As in tests.common.quick_jit: most of the time would go into compiling. With the
+  # other scheduler, collectives of two processes may wait for each other for ever.
+  os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+  )
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  if team is not None:
+    port, rank = team
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
   if fault is not None:
     fault()
   try:
@@ -59,25 +71,42 @@ def child(config, workdir, cache, fault):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """A function that trains in a child and returns its exit code; and the texts."""
+def tiny(tmp_path_factory):
+  """A config, and the folder of compiled programs that all processes share."""
   folder = tmp_path_factory.mktemp("resume")
-  config = run_config(write_texts(folder / "texts"))
+  return run_config(write_texts(folder / "texts")), folder / "cache"
 
-  def run(workdir, fault=None):
-    args = (config, workdir, folder / "cache", fault)
-    process = PROCESSES.Process(target=child, args=args)
+
+def run(tiny, workdir, fault=None):
+  """Returns the exit code of a process that trains."""
+  process = PROCESSES.Process(target=child, args=(*tiny, workdir, fault))
+  process.start()
+  process.join()
+  return process.exitcode
+
+
+def run_two(tiny, workdir, fault=None):
+  """Returns the exit codes of two that train together; only the second has a fault."""
+  config, cache = tiny
+  config = with_overrides(config, {"mesh.fsdp": 2})
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes = [
+    PROCESSES.Process(target=child, args=(config, cache, workdir, own, (port, rank)))
+    for rank, own in enumerate((None, fault))
+  ]
+  for process in processes:
     process.start()
+  for process in processes:
     process.join()
-    return process.exitcode
-
-  return run
+  return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
-def never_stopped(runs, tmp_path_factory):
+def never_stopped(tiny, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("never_stopped")
-  assert runs(workdir) == 0
+  assert run(tiny, workdir) == 0
   return workdir
 
 
@@ -113,7 +142,7 @@ def assert_same_run(workdir, expected):
   assert metas[0] == metas[1]
 
 
-def test_killed_at_any_step(runs, never_stopped, tmp_path):
+def test_killed_at_any_step(tiny, never_stopped, tmp_path):
   # Before the first checkpoint, amid a log interval, during a save, near the end.
   during_save = functools.partial(kill_while_saving, 8)
   for fault in (
@@ -122,21 +151,35 @@ def test_killed_at_any_step(runs, never_stopped, tmp_path):
     during_save,
     functools.partial(stop_after_step, 11, signal.SIGKILL),
   ):
-    assert runs(tmp_path, fault) == -signal.SIGKILL
+    assert run(tiny, tmp_path, fault) == -signal.SIGKILL
     if fault is during_save:
       assert finished_steps(tmp_path) == [4]
     # A kill amid a write leaves half a record.
     with (tmp_path / "metrics.jsonl").open("a") as file:
       file.write('{"kind": "train", "st')
   assert not (tmp_path / "DONE").exists()
-  assert runs(tmp_path) == 0
+  assert run(tiny, tmp_path) == 0
   assert_same_run(tmp_path, never_stopped)
 
 
-def test_signals_save_at_once_and_the_run_goes_on(runs, never_stopped, tmp_path):
+def test_signals_save_at_once_and_the_run_goes_on(tiny, never_stopped, tmp_path):
   for step, signum in ((5, signal.SIGTERM), (10, signal.SIGINT)):
     fault = functools.partial(stop_after_step, step, signum)
-    assert runs(tmp_path, fault) == 128 + signum
+    assert run(tiny, tmp_path, fault) == 128 + signum
     assert finished_steps(tmp_path)[-1] == step
-  assert runs(tmp_path) == 0
+  assert run(tiny, tmp_path) == 0
   assert_same_run(tmp_path, never_stopped)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_one_step_and_go_on(tiny, never_stopped, tmp_path):
+  fault = functools.partial(stop_after_step, 5, signal.SIGTERM)
+  assert run_two(tiny, tmp_path, fault) == [128 + signal.SIGTERM] * 2
+  assert 5 <= finished_steps(tmp_path)[-1] < 12
+  assert run_two(tiny, tmp_path) == [0, 0]
+  found, expected = (
+    json.loads((folder / "eval.json").read_text())
+    for folder in (tmp_path, never_stopped)
+  )
+  for key in ("main_loss", "bits_per_byte", "next_line_exact_match"):
+    assert found[key]["mean"] == pytest.approx(expected[key]["mean"], rel=1e-5)

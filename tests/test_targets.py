@@ -43,8 +43,9 @@ def test_documents_of_one_token_have_no_target():
 @settings(deadline=None, max_examples=60)
 @given(
   lengths=st.lists(st.integers(1, 6), min_size=1, max_size=12),
-  length=st.integers(1, 9),
-  depth=st.integers(0, 4),
+  # Few shapes: each one is compiled.
+  length=st.sampled_from([1, 4, 9]),
+  depth=st.sampled_from([0, 1, 4]),
   padding=st.integers(0, 5),
 )
 def test_equals_a_double_loop(lengths, length, depth, padding):

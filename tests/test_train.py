@@ -189,7 +189,9 @@ def test_resuming_ends_where_the_run_ended(finished, config, copy, capsys):
 
 
 def test_resuming_on_another_mesh_goes_on(finished, config, copy):
-  other = with_overrides(config, {"mesh.data": 8, "mesh.fsdp": 1, "mesh.context": 1})
+  # Diagnostics are off because they would be compiled again.
+  mesh = {"mesh.data": 8, "mesh.fsdp": 1, "mesh.context": 1}
+  other = with_overrides(config, mesh | {"train.diagnostics_every": 0})
   result = train.fit(other, copy, progress=False)
   assert result["main_loss"]["mean"] == pytest.approx(
     finished[1]["main_loss"]["mean"], rel=1e-5
@@ -355,7 +357,8 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   finished, config, tmp_path, capsys
 ):
   train.fit(with_overrides(config, {"train.num_steps": 6}), tmp_path)
-  first, second, done = capsys.readouterr().out.splitlines()
+  corpus, first, second, done = capsys.readouterr().out.splitlines()
+  assert corpus.startswith("tiny: 24 documents ")
   assert first.startswith("tiny: step 3/6, loss ")
   assert first.endswith(" s left")
   assert second.endswith(" tokens/s, 0 s left")
