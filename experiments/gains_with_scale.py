@@ -39,9 +39,9 @@ class Size(NamedTuple):
 # The head size is fixed within a ladder, and the learning rate is that of
 # optimizer.base_width: see mtp_jax/optimizer.py for how it follows the width.
 CPU = (
-  Size(16, 4, 1, 6e-3, 800),
-  Size(32, 4, 2, 3.5e-3, 800),
-  Size(64, 4, 4, 4.5e-3, 800),
+  Size(16, 4, 1, 6e-3, 1000),
+  Size(32, 4, 2, 3.5e-3, 1000),
+  Size(64, 4, 4, 4.5e-3, 1000),
 )
 GPU = (
   Size(128, 5, 2, 3e-3, 2_000),
