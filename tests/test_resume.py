@@ -49,13 +49,14 @@ def kill_while_saving(step):
   Checkpointer.save = save_and_die
 
 
-def child(config, cache, workdir, fault, team=None):
-  """Trains on one device in a process of its own; `team`: port and rank, if of two."""
+def child(config, cache, workdir, fault, num_devices=1, team=None):
+  """Trains in a process of its own, or in one of two; `team`: their port, its rank."""
   # As in tests.common.quick_jit: most of the time would go into compiling. With the
   # other scheduler, collectives of two processes may wait for each other for ever.
   os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 "
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
+    f"--xla_force_host_platform_device_count={num_devices}"
   )
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -77,9 +78,10 @@ def tiny(tmp_path_factory):
   return run_config(write_texts(folder / "texts")), folder / "cache"
 
 
-def run(tiny, workdir, fault=None):
+def run(tiny, workdir, fault=None, num_devices=1):
   """Returns the exit code of a process that trains."""
-  process = PROCESSES.Process(target=child, args=(*tiny, workdir, fault))
+  args = (*tiny, workdir, fault, num_devices)
+  process = PROCESSES.Process(target=child, args=args)
   process.start()
   process.join()
   return process.exitcode
@@ -93,7 +95,7 @@ def run_two(tiny, workdir, fault=None):
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   processes = [
-    PROCESSES.Process(target=child, args=(config, cache, workdir, own, (port, rank)))
+    PROCESSES.Process(target=child, args=(config, cache, workdir, own, 1, (port, rank)))
     for rank, own in enumerate((None, fault))
   ]
   for process in processes:
@@ -171,15 +173,27 @@ def test_signals_save_at_once_and_the_run_goes_on(tiny, never_stopped, tmp_path)
   assert_same_run(tmp_path, never_stopped)
 
 
+def assert_close_evaluation(workdir, expected):
+  found, wanted = (
+    json.loads((folder / "eval.json").read_text()) for folder in (workdir, expected)
+  )
+  for key in ("main_loss", "bits_per_byte", "next_line_exact_match"):
+    assert found[key]["mean"] == pytest.approx(wanted[key]["mean"], rel=1e-5)
+
+
+def test_a_run_may_go_on_on_another_mesh(tiny, never_stopped, tmp_path):
+  config, cache = tiny
+  sharded = with_overrides(config, {"mesh.fsdp": 2}), cache
+  fault = functools.partial(stop_after_step, 10, signal.SIGTERM)
+  assert run(sharded, tmp_path, fault, num_devices=2) == 128 + signal.SIGTERM
+  assert run(tiny, tmp_path) == 0
+  assert_close_evaluation(tmp_path, never_stopped)
+
+
 @pytest.mark.slow
 def test_two_processes_stop_at_one_step_and_go_on(tiny, never_stopped, tmp_path):
   fault = functools.partial(stop_after_step, 5, signal.SIGTERM)
   assert run_two(tiny, tmp_path, fault) == [128 + signal.SIGTERM] * 2
   assert 5 <= finished_steps(tmp_path)[-1] < 12
   assert run_two(tiny, tmp_path) == [0, 0]
-  found, expected = (
-    json.loads((folder / "eval.json").read_text())
-    for folder in (tmp_path, never_stopped)
-  )
-  for key in ("main_loss", "bits_per_byte", "next_line_exact_match"):
-    assert found[key]["mean"] == pytest.approx(expected[key]["mean"], rel=1e-5)
+  assert_close_evaluation(tmp_path, never_stopped)

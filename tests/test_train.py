@@ -188,7 +188,8 @@ def test_resuming_ends_where_the_run_ended(finished, config, copy, capsys):
   assert found == expected
 
 
-def test_resuming_on_another_mesh_goes_on(finished, config, copy):
+@pytest.mark.slow
+def test_resuming_on_another_mesh_of_eight_goes_on(finished, config, copy):
   # Diagnostics are off because they would be compiled again.
   mesh = {"mesh.data": 8, "mesh.fsdp": 1, "mesh.context": 1}
   other = with_overrides(config, mesh | {"train.diagnostics_every": 0})
