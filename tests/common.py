@@ -15,13 +15,36 @@ from mtp_jax.config import Config
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import Programs, loss_and_grads, programs, shape_of
 
-# Tiny programs take far longer to compile than to run; with these XLA for CPU compiles
-# them in a third of the time.
-QUICK_OPTIONS = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": False,
-}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
+
+@functools.cache
+def quick_options() -> dict[str, Any]:
+  """Returns the compiler options with which tiny programs compile fastest.
+
+  They take far longer to compile than to run; with these XLA for CPU needs a third of
+  the time. Not every version knows every option.
+  """
+  options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+  return {key: value for key, value in options.items() if _is_known(key, value)}
+
+
+def quick_jit(function: Any, **keywords: Any) -> Any:
+  """Returns `jax.jit(function, ...)` compiled with `quick_options`."""
+  options = quick_options() | (keywords.pop("compiler_options", None) or {})
+  return _jit(function, compiler_options=options, **keywords)
+
+
+_jit = jax.jit  # `quick_programs` replaces the name in its module by `quick_jit`.
+
+
+def _is_known(option: str, value: Any) -> bool:
+  try:
+    _jit(lambda x: x + 1, compiler_options={option: value})(0)
+  except jax.errors.JaxRuntimeError as error:
+    if "No such compile option" not in str(error):
+      raise
+    return False
+  return True
+
 
 VOCAB = 40
 TINY = {

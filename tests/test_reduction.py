@@ -12,7 +12,6 @@ from mtp_jax.sharding import unbox
 from mtp_jax.train_step import loss_and_grads
 from tests.common import (
   KINDS,
-  QUICK_OPTIONS,
   SHARED,
   TRUNKS,
   assert_trees_close,
@@ -26,9 +25,8 @@ from tests.common import (
 # Fusion and algebraic rewriting round differently around other code; without them every
 # operation of two programs is the same, and so is every bit.
 exact_jit = functools.partial(
-  jax.jit,
-  compiler_options=QUICK_OPTIONS
-  | {"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion,algsimp"},
+  quick_jit,
+  compiler_options={"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion,algsimp"},
 )
 MAIN_ONLY = np.float32([1, 0, 0, 0])
 
