@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -49,20 +48,15 @@ def kill_while_saving(step):
   Checkpointer.save = save_and_die
 
 
-def child(config, cache, workdir, fault, num_devices=1, team=None):
-  """Trains in a process of its own, or in one of two; `team`: their port, its rank."""
-  # As in tests.common.quick_jit: most of the time would go into compiling. With the
-  # other scheduler, collectives of two processes may wait for each other for ever.
+def child(config, cache, workdir, fault, num_devices=1):
+  """Trains in a process of its own."""
+  # As in tests.common.quick_jit: most of the time would go into compiling.
   os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 "
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
     f"--xla_force_host_platform_device_count={num_devices}"
   )
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  if team is not None:
-    port, rank = team
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
   if fault is not None:
     fault()
   try:
@@ -85,24 +79,6 @@ def run(tiny, workdir, fault=None, num_devices=1):
   process.start()
   process.join()
   return process.exitcode
-
-
-def run_two(tiny, workdir, fault=None):
-  """Returns the exit codes of two that train together; only the second has a fault."""
-  config, cache = tiny
-  config = with_overrides(config, {"mesh.fsdp": 2})
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  processes = [
-    PROCESSES.Process(target=child, args=(config, cache, workdir, own, 1, (port, rank)))
-    for rank, own in enumerate((None, fault))
-  ]
-  for process in processes:
-    process.start()
-  for process in processes:
-    process.join()
-  return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +163,4 @@ def test_a_run_may_go_on_on_another_mesh(tiny, never_stopped, tmp_path):
   fault = functools.partial(stop_after_step, 10, signal.SIGTERM)
   assert run(sharded, tmp_path, fault, num_devices=2) == 128 + signal.SIGTERM
   assert run(tiny, tmp_path) == 0
-  assert_close_evaluation(tmp_path, never_stopped)
-
-
-@pytest.mark.slow
-def test_two_processes_stop_at_one_step_and_go_on(tiny, never_stopped, tmp_path):
-  fault = functools.partial(stop_after_step, 5, signal.SIGTERM)
-  assert run_two(tiny, tmp_path, fault) == [128 + signal.SIGTERM] * 2
-  assert 5 <= finished_steps(tmp_path)[-1] < 12
-  assert run_two(tiny, tmp_path) == [0, 0]
   assert_close_evaluation(tmp_path, never_stopped)
