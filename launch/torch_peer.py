@@ -213,9 +213,9 @@ def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def total_loss(losses_M: Tensor, mtp_weight: float) -> Tensor:
   """Returns `L_0 + lambda / D * sum_k L_k` (DeepSeek-V3, equation 25)."""
-  return losses_M[0] + mtp_weight * losses_M[1:].mean() if len(losses_M) > 1 else (
-    losses_M[0]
-  )
+  if len(losses_M) == 1:
+    return losses_M[0]
+  return losses_M[0] + mtp_weight * losses_M[1:].mean()
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -5,13 +5,13 @@ its memory its own. Only one works at a time; the others wait at their pipe.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import multiprocessing
 import os
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from mtp_jax.train_state import Hyperparameters
 from mtp_jax.train_step import programs, shape_of
 
 NAMES = ("jax", "torch eager", "torch.compile")
+
+# glibc reads it when a process starts: large allocations get huge pages. A step
+# allocates hundreds of megabytes anew, and the kernel clears them page by page.
+HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +49,19 @@ class Ready:
 
 
 class Failed(RuntimeError):
-  """A contestant could not be built or run; the message is its own last line."""
+  """A contestant could not be built or run; the message is the first line it gave."""
 
 
 class Contestant:
   """A train step that runs in another process, one at a time."""
 
-  def __init__(self, name: str, config: Config):
+  def __init__(self, name: str, config: Config, huge_pages: bool):
     self.name = name
     context = multiprocessing.get_context("spawn")
     self._pipe, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs, name, config))
-    self._process.start()
+    with _environment(*HUGE_PAGES) if huge_pages else contextlib.nullcontext():
+      self._process.start()
     theirs.close()
 
   def wait_ready(self) -> Ready:
@@ -91,6 +96,20 @@ class Contestant:
     return result
 
 
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+  """Sets an environment variable for the processes started inside."""
+  before = os.environ.get(name)
+  os.environ[name] = value
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[name]
+    else:
+      os.environ[name] = before
+
+
 def one_document_batch(config: Config, seed: int = 0) -> Batch:
   """Returns rows [B, ...] of random tokens, each row one document without an end."""
   rng = np.random.default_rng(seed)
@@ -119,15 +138,18 @@ def _serve(pipe: Any, name: str, config: Config) -> None:
       pipe.send(seconds)
   except EOFError:  # The benchmark has gone.
     return
-  except Exception:
-    last_line = traceback.format_exc().strip().splitlines()[-1]
-    pipe.send(Failed(last_line))
+  except Exception as error:
+    message = (str(error).strip() or "no message").splitlines()[0]
+    pipe.send(Failed(f"{type(error).__name__}: {message}"))
 
 
 def _build_jax(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
   del compiled
+  # Contestants share the GPU: none may reserve most of its memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   start = time.perf_counter()
   device = jax.devices()[0]
+  jax.block_until_ready(jnp.ones(()) + 1)  # Loads what any program needs.
   before = _resident()
   mesh = make_mesh(config.mesh, [device])
   jax.set_mesh(mesh)
@@ -167,6 +189,7 @@ def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Re
   start = time.perf_counter()
   cuda = torch.cuda.is_available()
   device = torch.device("cuda" if cuda else "cpu")
+  torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1))
   before = _resident()
   torch.set_float32_matmul_precision("high")
   torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -211,13 +234,14 @@ def _resident() -> int | None:
 def _peak_growth(step: Callable[[], None], before: int | None) -> int | None:
   """Peak resident set of one warm step, over what was resident before the model.
 
-  The kernel's high-water mark is set back first, so that memory which compilation
-  needed and returned does not count.
+  What compilation needed and freed does not count: it is returned to the kernel and
+  the kernel's high-water mark is set back. None where the system offers neither.
   """
   gc.collect()
   try:
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-  except OSError:
+  except (AttributeError, OSError):
     return None
   step()
   peak = _status_bytes("VmHWM")

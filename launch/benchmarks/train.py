@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import base
-from launch.benchmarks.contestants import NAMES, Contestant, Failed
+from launch.benchmarks.contestants import HUGE_PAGES, NAMES, Contestant, Failed
 from mtp_jax.accounting import train_flops_per_token
 from mtp_jax.config import Config, from_config_dict, validate, with_overrides
 
@@ -67,6 +67,10 @@ def add_parser(commands: Any) -> None:
   add(
     "--contestants", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME",
     help=f"of {', '.join(map(repr, NAMES))}",
+  )
+  add(
+    "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
+    help=f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)",
   )
   add(
     "--output", type=Path, default=RESULTS, metavar="FOLDER",
@@ -137,6 +141,7 @@ def make_config(
       "data.seq_len": args.seq_len,
       "data.batch_size": args.batch_size,
       "mesh.data": 1,
+      "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
     },
   )
 
@@ -154,12 +159,13 @@ def _measure_group(
         "kind": config.mtp.kind,
         "depth": config.mtp.depth,
         "flops_per_token": train_flops_per_token(config),
+        "hardware": "unknown",
         "contestants": {},
       }
       rows.append(row)
       for name in args.contestants:
         label = f"{row['trunk']} V={row['vocab']} D={row['depth']} {name}"
-        contestant = Contestant(name, config)
+        contestant = Contestant(name, config, args.huge_pages)
         try:
           ready = contestant.wait_ready()
         except Failed as error:
@@ -205,7 +211,7 @@ class _Progress:
 def markdown(record: dict[str, Any]) -> str:
   """Returns the tables of a benchmark record, with what is needed to read them."""
   rows, settings = record["rows"], record["settings"]
-  plain = {(r["trunk"], r["vocab"]): r for r in rows if r["depth"] == 0}
+  no_depth = {(r["trunk"], r["vocab"]): r for r in rows if r["depth"] == 0}
   parts = [
     "# Train step: JAX against PyTorch",
     "",
@@ -220,7 +226,8 @@ def markdown(record: dict[str, Any]) -> str:
     f"B={settings['batch_size']}, kind {settings['kind']} at D > 0. "
     f"{settings['rounds']} interleaved rounds of {settings['steps_per_round']} steps. "
     "Times: median over rounds. Ratios: median over rounds [least, greatest]; "
-    "below 1 the JAX step is the faster.",
+    "below 1 the JAX step is the faster. "
+    + _page_note(settings["huge_pages"]),
     "",
   ]
   parts += _table(
@@ -241,9 +248,9 @@ def markdown(record: dict[str, Any]) -> str:
       "jax D/0 over FLOP ratio",
     ),
     [
-      _depth_row(r, plain[r["trunk"], r["vocab"]])
+      _depth_row(r, no_depth[r["trunk"], r["vocab"]])
       for r in rows
-      if r["depth"] and (r["trunk"], r["vocab"]) in plain
+      if r["depth"] and (r["trunk"], r["vocab"]) in no_depth
     ],
   )
   parts += [
@@ -354,6 +361,12 @@ def _threads(rows: list[dict[str, Any]]) -> str:
   contestants = [c for row in rows for c in row["contestants"].values()]
   counts = {c["threads"] for c in contestants if "threads" in c}
   return " or ".join(map(str, sorted(counts)))
+
+
+def _page_note(huge_pages: bool) -> str:
+  if huge_pages:
+    return f"Every contestant was started with `{'='.join(HUGE_PAGES)}`."
+  return "Huge pages were left as the system has them."
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

@@ -1,9 +1,8 @@
-"""Matrix products and activations whose derivative is worth writing by hand.
+"""Matrix products, whose derivative is written by hand on CPU, and activations.
 
-On CPU the derivatives here keep XLA from fusing cheap operations into matrix products,
-which would make it leave its fast kernels; elsewhere it is left alone.
-
-Legend: D contracted dimension, F outputs.
+XLA on CPU is slow at a product whose transposed operand is the wide one, and leaves its
+fast kernels where it fuses cheap operations into a product. The derivative here gives
+it neither; on other platforms plain autodiff is used.
 """
 
 import jax
@@ -36,7 +35,7 @@ def _dense_cpu_bwd(saved, d_out):
   d_out = jax.lax.optimization_barrier(d_out)
   outputs = tuple(range(x.ndim - 1, d_out.ndim))
   d_x = jax.lax.dot_general(d_out, w, ((outputs, tuple(range(1, w.ndim))), ((), ())))
-  # The narrow operand goes first: only then the transposed product is fast.
+  # The operand that comes first is transposed: let that be the narrow one.
   tokens = tuple(range(x.ndim - 1))
   if w.shape[0] <= w[0].size:
     d_w = _barrier_dot(x, d_out, tokens)

@@ -1,0 +1,148 @@
+"""Every implementation of attention is the same function; the choice follows rules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.config import MeshConfig
+from mtp_jax.model import attention_ops
+from mtp_jax.model.attention_ops import attention, choose_implementation
+from mtp_jax.sharding import make_mesh
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks of 4 tokens, so that short rows have several."""
+  monkeypatch.setattr(attention_ops, "_BLOCK", 4)
+
+
+def _inputs(T: int, N: int, K: int, dtype=np.float64):
+  """Random q, k, v, d_out and documents of 1 to 6 tokens, the last row half padding."""
+  rng = np.random.default_rng(T)
+  B, H = 3, 8
+  shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
+  arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+  ends = np.cumsum(rng.integers(1, 7, (B, T)), axis=1)
+  segments = 1 + np.stack([np.searchsorted(e, np.arange(T), "right") for e in ends])
+  segments[-1, T // 2 :] = 0
+  return arrays, jnp.asarray(segments, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_grads(implementation, arrays, segments):
+  q, k, v, d_out = arrays
+  out, pullback = jax.vjp(
+    lambda q, k, v: attention(q, k, v, segments, implementation=implementation), q, k, v
+  )
+  return out, *pullback(d_out)
+
+
+def _loops(arrays, segments):
+  """The definition, one query at a time."""
+  q, k, v, _ = (np.asarray(x) for x in arrays)
+  segments = np.asarray(segments)
+  B, T, N, H = q.shape
+  group = N // k.shape[2]
+  out = np.zeros_like(q)
+  for b, t, n in np.ndindex(B, T, N):
+    seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+    scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(H)
+    weights = np.exp(scores - scores.max())
+    out[b, t, n] = (weights / weights.sum()) @ v[b, seen, n // group]
+  return out
+
+
+def test_plain_attention_is_the_definition():
+  with jax.enable_x64(True):
+    arrays, segments = _inputs(9, 4, 2)
+    out = attention(*arrays[:3], segments, implementation="xla")
+    np.testing.assert_allclose(out, _loops(arrays, segments), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("T, N, K", [(12, 2, 2), (11, 4, 2), (3, 4, 1), (70, 2, 1)])
+def test_blocked_equals_plain(small_blocks, T, N, K):
+  with jax.enable_x64(True):
+    arrays, segments = _inputs(T, N, K)
+    blocked = _value_and_grads("blocked", arrays, segments)
+    plain = _value_and_grads("xla", arrays, segments)
+    for name, a, b in zip(("out", "q", "k", "v"), blocked, plain, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11, err_msg=name)
+
+
+def test_blocked_works_under_vmap(small_blocks):
+  with jax.enable_x64(True):
+    (q, k, v, _), segments = _inputs(10, 4, 2)
+    stacked = [jnp.stack([x, 2 * x]) for x in (q, k, v)]
+
+    def loss(q, k, v, implementation):
+      out = attention(q, k, v, segments, implementation=implementation)
+      return jnp.sum(out**2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def grads(implementation, q, k, v):
+      one = lambda *x: jax.grad(loss, (0, 1, 2))(*x, implementation)  # noqa: E731
+      return jax.vmap(one)(q, k, v)
+
+    for a, b in zip(grads("blocked", *stacked), grads("xla", *stacked), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_bfloat16_keeps_its_dtype_and_stays_near_float32(small_blocks):
+  arrays, segments = _inputs(18, 4, 2, np.float32)
+  expected = _value_and_grads("xla", arrays, segments)
+  half = [x.astype(jnp.bfloat16) for x in arrays]
+  for implementation in ("blocked", "xla"):
+    found = _value_and_grads(implementation, half, segments)
+    for a, b in zip(found, expected, strict=True):
+      assert a.dtype == jnp.bfloat16
+      # bfloat16 has 8 bits of mantissa; inputs, weights and results are rounded to it.
+      np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.05, atol=0.05)
+
+
+def test_blocks_cover_the_row_and_are_bounded_in_number():
+  for length in (1, 63, 64, 65, 1024, 1025, 5000):
+    blocks = attention_ops._blocks(length)
+    assert [start for start, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
+    assert blocks[-1][1] == length
+    assert len(blocks) <= attention_ops._MAX_BLOCKS
+
+
+def test_heads_that_do_not_divide_are_refused():
+  (q, k, v, _), segments = _inputs(4, 4, 2, np.float32)
+  with pytest.raises(ValueError, match=r"num_heads must be a multiple.*got 3 and 2"):
+    attention(q[:, :, :3], k, v, segments, implementation="xla")
+
+
+@pytest.mark.parametrize(
+  "platform, dtype, head_dim, seq_len, expected",
+  [
+    ("cpu", jnp.float32, 64, 256, "blocked"),
+    ("gpu", jnp.bfloat16, 64, 256, "cudnn"),
+    ("cuda", jnp.float16, 128, 256, "cudnn"),
+    ("gpu", jnp.float32, 64, 256, "xla"),
+    ("gpu", jnp.bfloat16, 60, 256, "xla"),
+    ("gpu", jnp.bfloat16, 136, 256, "xla"),
+    ("gpu", jnp.bfloat16, 64, 255, "xla"),
+    ("tpu", jnp.bfloat16, 64, 256, "xla"),
+  ],
+)
+def test_automatic_choice(platform, dtype, head_dim, seq_len, expected):
+  assert choose_implementation("auto", platform, dtype, head_dim, seq_len) == expected
+
+
+def test_cudnn_is_not_chosen_where_the_sequence_is_split():
+  arguments = ("auto", "gpu", jnp.bfloat16, 64, 256)
+  for context, expected in ((1, "cudnn"), (2, "xla")):
+    config = MeshConfig(data=-1, fsdp=1, tensor=1, context=context)
+    with jax.set_mesh(make_mesh(config)):
+      assert choose_implementation(*arguments) == expected
+
+
+def test_a_named_implementation_is_kept_and_an_unknown_one_refused():
+  arguments = ("cpu", jnp.float32, 64, 256)
+  assert choose_implementation("xla", *arguments) == "xla"
+  with pytest.raises(ValueError, match=r"trunk\.attention must be one of.*got 'flash'"):
+    choose_implementation("flash", *arguments)
