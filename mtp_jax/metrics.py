@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from mtp_jax import files
+
 # Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
   "NVIDIA A100": 312e12,
@@ -170,9 +172,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON in one piece: a reader sees the old file or the new one."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
-  temporary.replace(path)
+  files.write_whole(path, (json.dumps(plain(value), indent=1) + "\n").encode())
 
 
 def _precedes(record: dict[str, Any], step: int) -> bool:

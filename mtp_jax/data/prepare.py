@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from mtp_jax import files
 from mtp_jax.config import Config, ConfigError
-from mtp_jax.data import files, prepared, sources, workers
+from mtp_jax.data import prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
 
 # Told the phase and how many of how many bytes of input it has done.

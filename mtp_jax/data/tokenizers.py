@@ -15,7 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mtp_jax import config as config_lib
-from mtp_jax.data import files, sources
+from mtp_jax import files
+from mtp_jax.data import sources
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # What well-known tokenizers call them, in the order in which they are looked for.
