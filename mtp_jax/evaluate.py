@@ -26,9 +26,10 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
-from mtp_jax.decode.greedy import generate
+from mtp_jax.decode.generate import Completion, generate
+from mtp_jax.decode.network import unstack
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
+from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -225,28 +226,35 @@ def completed_function(prompt: str, completion: str) -> str | None:
 def generative_metrics(
   config: Config, params: Any, tokenizer: Any, texts: list[str]
 ) -> dict[str, Any]:
-  """Returns next-line exact match and the share of completed functions that parse.
+  """Returns next-line exact match, the share of functions that parse, and acceptance.
 
-  Both decode greedily with the deployed model, extra heads deleted. Errors are binomial
-  (one prompt per document). An entry is None where it is off or no text suits it.
+  The model decodes greedily with all its extra predictors as drafters, which changes
+  nothing in what is said; `decoded_*` says what share of their drafts was accepted, see
+  `acceptance_rates`. Errors are binomial (one prompt per document). An entry is None
+  where it is off or no text suits it.
   """
-  params, plain = deployed(params, config)
   limits = config.eval
   prompt_length = config.data.seq_len - limits.max_new_tokens
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), tokenizer.eos_id)
+  weights, shape = unstack(params, shape_of(config)), shape_of(config)
+  decoded = []
 
   def complete(prompts: list[str], stop_ids: tuple[int, int]) -> list[str]:
     completions = generate(
-      params,
-      shape_of(plain),
+      shape,
+      weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       max_new_tokens=limits.max_new_tokens,
       stop_ids=stop_ids,
       prompt_length=prompt_length,
       batch_size=limits.batch_size,
     )
-    return [tokenizer.decode(ids) for ids in completions]
+    decoded.extend(completions)
+    return [
+      tokenizer.decode(x.tokens[:-1] if x.is_stopped else x.tokens)
+      for x in completions
+    ]
 
   pairs = line_prompts(
     texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
@@ -262,6 +270,34 @@ def generative_metrics(
   return {
     "next_line_exact_match": _proportion(exact),
     "function_parses": _proportion(parses),
+    **acceptance_rates(decoded),
+  }
+
+
+def acceptance_rates(completions: list[Completion]) -> dict[str, Any]:
+  """Returns what was accepted while decoding, errors over prompts by linearisation.
+
+  decoded_tokens_per_round: committed tokens per verification, tau; 1 without drafts.
+  decoded_survival:   per draft k, rounds that committed it over all rounds, S_k.
+  decoded_acceptance: per draft k, rounds that committed it over those in which the
+                      drafts before it were accepted and it had room, alpha_k.
+
+  All are None where no round was run.
+  """
+  rounds = np.array([x.rounds for x in completions])
+  if not rounds.any():
+    names = ("decoded_tokens_per_round", "decoded_survival", "decoded_acceptance")
+    return dict.fromkeys(names)
+  # The first token of a completion is the prefill's.
+  tokens = np.array([len(x.tokens) - 1 for x in completions])
+  accepted, reached = (
+    np.stack([getattr(x, name) for x in completions], axis=1)
+    for name in ("accepted", "reached")
+  )
+  return {
+    "decoded_tokens_per_round": ratio(tokens, rounds),
+    "decoded_survival": [ratio(x, rounds) for x in accepted],
+    "decoded_acceptance": [ratio(*x) for x in zip(accepted, reached, strict=True)],
   }
 
 

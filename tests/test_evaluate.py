@@ -9,7 +9,8 @@ import pytest
 
 from mtp_jax import evaluate
 from mtp_jax.data.tokenizers import ByteTokenizer
-from mtp_jax.decode import greedy
+from mtp_jax.decode import loop
+from mtp_jax.decode.generate import Completion
 from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.sharding import make_mesh
 from tests.common import TRUNKS, packed_batch, quick_jit, random_params, tiny_config
@@ -261,6 +262,30 @@ def test_completed_function_ends_where_indentation_does(completion, added):
   assert evaluate.completed_function(HEADER, completion) == expected
 
 
+def completion(ids, is_stopped=False, rounds=0, accepted=(0,), reached=(0,)):
+  counts = (np.array(x) for x in (accepted, reached, ()))
+  accepted, reached, histogram = counts
+  ids = np.asarray(ids)
+  return Completion(ids, 0 * ids, is_stopped, rounds, reached, accepted, histogram)
+
+
+def test_acceptance_rates_are_ratios_of_sums_over_prompts():
+  rates = evaluate.acceptance_rates(
+    [
+      completion(range(11), rounds=5, accepted=(4, 1), reached=(5, 4)),
+      completion(range(6), rounds=5, accepted=(0, 0), reached=(5, 0)),
+    ]
+  )
+  # By the formula of the linearised ratio for two equal denominators of 5.
+  assert rates["decoded_tokens_per_round"] == {
+    "mean": 1.5, "stderr": pytest.approx(0.5)
+  }
+  assert [x["mean"] for x in rates["decoded_survival"]] == [0.4, 0.1]
+  assert [x["mean"] for x in rates["decoded_acceptance"]] == [0.4, 0.25]
+  assert set(evaluate.acceptance_rates([]).values()) == {None}
+  assert set(evaluate.acceptance_rates([completion([1])]).values()) == {None}
+
+
 GENERATING = {"data.seq_len": 96, "eval.max_new_tokens": 40, "eval.batch_size": 4}
 
 
@@ -269,13 +294,12 @@ def scripted_metrics(monkeypatch, line, body, texts=(TEXT,), overrides=None):
   config = tiny_config("sequential", 1, GENERATING | (overrides or {}))
   tokenizer = ByteTokenizer()
 
-  def generate(params, config, prompts, *, stop_ids, max_new_tokens, **sizes):
-    assert config.mtp.depth == 0
-    assert "mtp" not in params
+  def generate(config, weights, prompts, *, stop_ids, max_new_tokens, **sizes):
     assert all(len(x) <= sizes["prompt_length"] for x in prompts)
     assert tokenizer.eos_id in stop_ids
-    answer = line if ord("\n") in stop_ids else body
-    return [tokenizer.encode(answer)[:max_new_tokens]] * len(prompts)
+    stop = "\n" if ord("\n") in stop_ids else ""
+    ids = tokenizer.encode((line if stop else body) + stop)[:max_new_tokens]
+    return [completion(ids, is_stopped=bool(stop))] * len(prompts)
 
   monkeypatch.setattr(evaluate, "generate", generate)
   params = random_params(config)
@@ -303,6 +327,7 @@ def test_a_token_may_hold_more_than_the_newline(monkeypatch):
 def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
   off = {"eval.line_prompts": 0, "eval.function_prompts": 0}
   nothing = {"next_line_exact_match": None, "function_parses": None}
+  nothing |= evaluate.acceptance_rates([])
   assert scripted_metrics(monkeypatch, "", "", overrides=off) == nothing
   assert scripted_metrics(monkeypatch, "", "", texts=["x"]) == nothing
 
@@ -310,16 +335,16 @@ def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
 def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
   texts = [TEXT, TEXT.replace("first", "third"), TEXT.replace("b", "c")]
   programs = []
-  for kind, overrides in (
-    ("sequential", {}),
-    ("linear", {"seed": 1, "mtp.weighting": "sum", "optimizer.learning_rate": 1.0}),
+  for overrides in (
+    {}, {"seed": 1, "mtp.weighting": "sum", "optimizer.learning_rate": 1.0}
   ):
     overrides = overrides | GENERATING | {"tokenizer.vocab_size": 258}
-    config = tiny_config(kind, 1, overrides)
+    config = tiny_config("sequential", 1, overrides)
     result = evaluate.generative_metrics(
       config, random_params(config), ByteTokenizer(), texts
     )
     assert result["next_line_exact_match"]["count"] == 3
     assert result["function_parses"]["count"] == 3
-    programs.append(greedy._run._cache_size())
+    assert result["decoded_tokens_per_round"]["mean"] >= 1
+    programs.append(loop.finish._cache_size())
   assert programs[0] == programs[1]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from mtp_jax import config as config_lib
+from mtp_jax.config import num_trunk_layers
 from mtp_jax.model.block import Block
 from mtp_jax.model.layers import make_norm
 from mtp_jax.model.lm import MtpLm
 from mtp_jax.model.mtp import SequentialModule
+from mtp_jax.model.trunk import Trunk
 from tests.common import (
   SHARED,
   TRUNKS,
@@ -52,7 +54,7 @@ def sliced_chain(config, params, hidden_TD, batch):
       layer = () if config.mtp.share_modules else k - 1
       own = jax.tree.map(lambda x: x[layer], params["mtp"]["modules"])  # noqa: B023
       length = min(end - 1 - k, 16) - start
-      h_1TD = module.apply(
+      h_1TD, _ = module.apply(
         {"params": own},
         h_1TD[:, :length],
         embedded[None, start + k : start + k + length],
@@ -79,12 +81,10 @@ def test_parallel_heads_are_one_block_each_on_the_trunk_state():
   config = tiny_config("parallel", 3)
   params, batch = random_params(config), one_row()
   hidden_MBTD = hidden_states(config, params, batch)
-  residual_BTD = quick_jit(
-    lambda p: MtpLm(config).apply(
-      {"params": p}, batch.tokens, batch.positions, batch.segment_ids,
-      method="_trunk",
-    )[0]
-  )(params)
+  embedded_BTD = params["embed"]["embedding"][batch.tokens]
+  residual_BTD = quick_jit(Trunk(config.trunk, num_trunk_layers(config)).apply)(
+    {"params": params["trunk"]}, embedded_BTD, batch.positions, batch.segment_ids
+  )
   final_norm = make_norm(config.trunk)
   for m in range(4):
     head = jax.tree.map(lambda x: x[m], params["mtp"]["heads"])  # noqa: B023

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, num_trunk_layers
-from mtp_jax.model.attention import KVCache
 from mtp_jax.model.layers import Embedding, compute_dtype, make_norm, partitioned
 from mtp_jax.model.mtp import KINDS
 from mtp_jax.model.trunk import Trunk
@@ -46,7 +45,10 @@ class MtpLm(nn.Module):
     """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m."""
     if not self.config.trunk.tie_embeddings:
       self.unembed()  # Creates the parameter; the loss reads it from the tree.
-    residual_BTD, _ = self._trunk(batch.tokens, batch.positions, batch.segment_ids)
+    x_BTD = self.embed(batch.tokens)
+    if self.config.trunk.kind == "gpt2":
+      x_BTD += self.position_embed(batch.positions)
+    residual_BTD = self.trunk(x_BTD, batch.positions, batch.segment_ids)
     hidden_MBTD = self.mtp(
       residual_BTD,
       self.final_norm,
@@ -55,23 +57,6 @@ class MtpLm(nn.Module):
       batch.segment_ids,
     )
     return constrain(hidden_MBTD, None, "batch", "seq", "act_embed")
-
-  def decode(
-    self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
-  ) -> tuple[jax.Array, KVCache]:
-    """Runs the plain NTP model on T new tokens; see `deployed` and `empty_cache`.
-
-    Returns `(hidden_BTD, cache)` with the new tokens' keys written at their positions.
-    """
-    ones_BT = jnp.ones_like(tokens_BT)
-    residual_BTD, cache = self._trunk(tokens_BT, positions_BT, ones_BT, cache)
-    return self.final_norm(residual_BTD), cache
-
-  def _trunk(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
-    x_BTD = self.embed(tokens_BT)
-    if self.config.trunk.kind == "gpt2":
-      x_BTD += self.position_embed(positions_BT)
-    return self.trunk(x_BTD, positions_BT, segment_ids_BT, cache)
 
 
 class Unembed(nn.Module):
@@ -114,14 +99,6 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
     )
     kept["trunk"] = {"blocks": blocks}
   return kept, dataclasses.replace(config, mtp=plain, trunk=trunk)
-
-
-def empty_cache(config: Config, rows: int, slots: int) -> KVCache:
-  """Returns zeroed keys and values [L, B, S, K, H] for a plain NTP config."""
-  trunk = config.trunk
-  shape = (num_trunk_layers(config), rows, slots, trunk.num_kv_heads, trunk.head_dim)
-  zeros = jnp.zeros(shape, compute_dtype(trunk))
-  return KVCache(zeros, zeros)
 
 
 def zeros_batch(config: Config, rows: int = 1) -> Batch:

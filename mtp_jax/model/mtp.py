@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import MtpConfig, TrunkConfig
+from mtp_jax.model.attention import KVCache
 from mtp_jax.model.block import Block, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
@@ -125,8 +126,9 @@ class SequentialModule(nn.Module):
     embedding_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-  ) -> jax.Array:
-    """Returns the normed state of this depth from that of the one before."""
+    cache: KVCache | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Returns `(hidden_BTD, cache)`: this depth's normed state from the last one's."""
     dim, dtype = self.trunk.embed_dim, compute_dtype(self.trunk)
     joined = jnp.concatenate(
       [
@@ -141,8 +143,9 @@ class SequentialModule(nn.Module):
       (2 * dim, dim),
     )
     x_BTD = dense(joined, projection.astype(dtype))
-    x_BTD, _ = Block(self.trunk, name="block")(x_BTD, positions_BT, segment_ids_BT)
-    return make_norm(self.trunk, "out_norm")(x_BTD)
+    block = Block(self.trunk, name="block")
+    x_BTD, cache = block(x_BTD, positions_BT, segment_ids_BT, cache)
+    return make_norm(self.trunk, "out_norm")(x_BTD), cache
 
 
 class SequentialModules(nn.Module):
@@ -173,7 +176,7 @@ class SequentialModules(nn.Module):
 
     def step(module: nn.Module, h_BTD: jax.Array, embedding_BTD: jax.Array):
       embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
-      h_BTD = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
+      h_BTD, _ = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
       return h_BTD, h_BTD
 
     _, chain = nn.scan(

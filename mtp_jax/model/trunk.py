@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention import KVCache
 from mtp_jax.model.block import Block, rematted
 
 
@@ -23,23 +22,15 @@ class Trunk(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
-    """Returns `(residual_BTD, cache)`; cache leaves have a leading `layers` axis."""
+    self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+  ) -> jax.Array:
     blocks = nn.scan(
       rematted(Block, self.trunk),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, 0),
-      out_axes=0,
+      in_axes=nn.broadcast,
       length=self.num_layers,
       unroll=1 if self.trunk.scan_layers else self.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return blocks(self.trunk, name="blocks")(
-      x_BTD, positions_BT, segment_ids_BT, cache
-    )
+    return blocks(self.trunk, name="blocks")(x_BTD, positions_BT, segment_ids_BT)[0]

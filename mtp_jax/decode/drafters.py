@@ -1,0 +1,191 @@
+"""Drafters: the extra predictors of a trained model, nothing, and given tokens.
+
+At the newest position whose feature is known, `length - 2`, predictor k says what comes
+k + 1 places on, which is draft k.
+
+Legend: B batch, S slots, W rows of the window, D embed, K drafts.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.decode import network
+from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
+from mtp_jax.decode.network import Weights
+from mtp_jax.model.mtp import SequentialModule
+
+
+def plain() -> Drafter:
+  """Returns the drafter of plain decoding: it drafts nothing."""
+  return given(0)
+
+
+def own_predictors(
+  config: Config, num_drafts: int | None = None, recurse: bool = False
+) -> Drafter:
+  """Returns the drafter that a model was trained with.
+
+  Args:
+    config: of the model.
+    num_drafts: K; None takes all D predictors.
+    recurse: let the last sequential module go on from its own output where K > D.
+
+  Raises:
+    ValueError: more drafts than there are predictors.
+  """
+  depth, kind = config.mtp.depth, config.mtp.kind
+  num_drafts = depth if num_drafts is None else num_drafts
+  if num_drafts < 0:
+    raise ValueError(f"num_drafts must be at least 0, got {num_drafts}.")
+  if num_drafts > depth and not (recurse and kind == "sequential" and depth):
+    hint = "; or set recurse=True" if kind == "sequential" and depth else ""
+    raise ValueError(
+      f"num_drafts must be at most the model's {depth} extra predictor(s) "
+      f"(mtp.kind {kind!r}){hint}; got {num_drafts}."
+    )
+  if num_drafts == 0:
+    return plain()
+  if kind == "parallel":
+    return _parallel_heads(config.trunk, num_drafts)
+  if kind == "linear":
+    return _linear_heads(config.trunk, num_drafts)
+  return _sequential_modules(config.trunk, depth, num_drafts)
+
+
+@functools.cache
+def given(num_drafts: int) -> Drafter:
+  """Returns a drafter of known tokens; its weights are drafts_BS by position.
+
+  With the tokens that the target will choose it is an oracle, with others it is always
+  wrong: both ends of what a drafter can be.
+  """
+
+  def propose(drafts_BS, cache, carry, window: Window, choose: Choose):
+    del carry, choose
+    ahead_BK = window.length_B[:, None] + jnp.arange(num_drafts)
+    return cache, drafts_BS.at[_rows(ahead_BK), ahead_BK].get(mode="clip")
+
+  nothing = lambda *_: ()  # noqa: E731
+  if num_drafts == 0:
+    propose = lambda weights, cache, carry, window, choose: (  # noqa: E731
+      cache, jnp.zeros((window.tokens_BS.shape[0], 0), jnp.int32)
+    )
+  return Drafter(
+    num_drafts=num_drafts, context=0, has_distribution=False, init=nothing,
+    catch_up=lambda weights, cache, window: (cache, ()), propose=propose,
+  )
+
+
+@functools.cache
+def _linear_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
+  """One linear map per draft on the last normed feature; no cache."""
+
+  def catch_up(weights: Weights, cache, window: Window):
+    feature_BD = take_rows(window.feature_BWD, window.last_B)
+    return cache, network.final_norm(trunk, weights, feature_BD)
+
+  def propose(weights: Weights, cache, hidden_BD, window: Window, choose: Choose):
+    del window
+    maps = weights.predictors[:num_drafts]
+    drafts = [
+      choose(network.unembed(weights, hidden_BD @ map_DD), k)
+      for k, map_DD in enumerate(maps, start=1)
+    ]
+    return cache, jnp.stack(drafts, axis=1)
+
+  return Drafter(num_drafts, 0, True, lambda rows, slots: (), catch_up, propose)
+
+
+@functools.cache
+def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
+  """One layer per draft on the trunk's features; its cache never holds a draft."""
+  def init(rows: int, slots: int):
+    return network.empty_caches(trunk, num_drafts, rows, slots)
+
+  def catch_up(weights: Weights, caches, window: Window):
+    written, last = [], []
+    for head, cache in zip(weights.predictors, caches, strict=False):
+      x_BWD, cache = network.run_block(
+        trunk, head, window.feature_BWD, window.position_BW, cache
+      )
+      written.append(cache)
+      last.append(take_rows(x_BWD, window.last_B))
+    return tuple(written), last
+
+  def propose(weights: Weights, caches, last, window: Window, choose: Choose):
+    del window
+    drafts = []
+    for k, x_BD in enumerate(last, start=1):
+      hidden_BD = network.final_norm(trunk, weights, x_BD)
+      drafts.append(choose(network.unembed(weights, hidden_BD), k))
+    return caches, jnp.stack(drafts, axis=1)
+
+  return Drafter(num_drafts, 0, True, init, catch_up, propose)
+
+
+@functools.cache
+def _sequential_modules(
+  trunk: TrunkConfig, depth: int, num_drafts: int
+) -> Drafter:
+  """The causal chain, module k fed with the token k places on: committed or drafted.
+
+  Row i of module k depends on token i + k, so that the last k - 1 rows hold drafts.
+  The window of the next round repeats them with the tokens that were committed. Past
+  the last module, the last one goes on at the next position from its own output, which
+  has seen as many tokens as what it was trained on; those rows are rewritten too.
+  """
+  chained = min(num_drafts, depth)
+  module = SequentialModule(trunk)
+
+  def init(rows: int, slots: int):
+    return network.empty_caches(trunk, chained, rows, slots)
+
+  def run(weights: Weights, k: int, cache, hidden_BWD, position_BW, tokens_BS):
+    """Module k (from 1) at the given positions."""
+    ahead_BW = position_BW + k
+    token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
+    return module.apply(
+      {"params": weights.predictors[k - 1]},
+      hidden_BWD,
+      network.embed(weights, token_BW),
+      position_BW,
+      jnp.zeros_like(position_BW),
+      cache,
+    )
+
+  def catch_up(weights: Weights, caches, window: Window):
+    hidden_BWD = network.final_norm(trunk, weights, window.feature_BWD)
+    hidden_BWD, first = run(
+      weights, 1, caches[0], hidden_BWD, window.position_BW, window.tokens_BS
+    )
+    return (first, *caches[1:]), hidden_BWD
+
+  def propose(weights: Weights, caches, hidden_BWD, window: Window, choose: Choose):
+    caches, tokens_BS, drafts = list(caches), window.tokens_BS, []
+    position_BW, last_B = window.position_BW, window.last_B
+    rows_B = jnp.arange(tokens_BS.shape[0])
+    for k in range(1, 1 + num_drafts):
+      if k > 1:
+        number = min(k, depth)
+        if k > depth:
+          hidden_BWD = take_rows(hidden_BWD, last_B)[:, None]
+          position_BW = (window.length_B - 2 + k - depth)[:, None]
+          last_B = jnp.zeros_like(last_B)
+        hidden_BWD, caches[number - 1] = run(
+          weights, number, caches[number - 1], hidden_BWD, position_BW, tokens_BS
+        )
+      logits_BV = network.unembed(weights, take_rows(hidden_BWD, last_B))
+      drafts.append(choose(logits_BV, k))
+      slot_B = window.length_B + k - 1
+      tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
+    return tuple(caches), jnp.stack(drafts, axis=1)
+
+  return Drafter(num_drafts, chained - 1, True, init, catch_up, propose)
+
+
+def _rows(index_BX: jax.Array) -> Any:
+  return jnp.arange(index_BX.shape[0])[:, None]

@@ -1,0 +1,299 @@
+"""Text out of a trained model, with its own predictors as drafters.
+
+    generate -> loop.prefill, loop.finish -> loop.run_round -> verify
+
+Prompts of one bucket (padded length, new tokens, batch size) share compiled programs.
+
+Legend: B batch, S slots, K drafts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mtp_jax.config import Config
+from mtp_jax.decode import drafters, loop, network
+from mtp_jax.decode.interface import Drafter
+from mtp_jax.decode.verify import RULES
+from mtp_jax.decode.warp import Warp
+
+PROPOSALS = ("auto", "argmax", "sample", "coupled")
+
+_SMALLEST_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """What one prompt was continued with.
+
+  tokens: [n] the new tokens; a stop token, if one ended it, is the last.
+  source: [n] where each is from: k >= 1 accepted draft of depth k; `loop.OWN` the
+    target's own after all drafts were accepted (or none made); `loop.CORRECTION` its
+    own in place of a rejected draft.
+  is_stopped: a stop token ended it, not the limit.
+  rounds, reached, accepted, histogram: see `loop.Stats`.
+  """
+
+  tokens: np.ndarray
+  source: np.ndarray
+  is_stopped: bool
+  rounds: int
+  reached: np.ndarray
+  accepted: np.ndarray
+  histogram: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How to decode.
+
+  rule: greedy | match (sampling; equals plain sampling with the same seed token for
+    token) | leviathan | block (sampling, equal in distribution); see `verify`.
+  warp: temperature and the like for the rules that sample; None for greedy.
+  proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
+    use the distribution and drafts depend on each other (sequential modules), and else
+    takes the arg max: parallel heads sampled one by one do not fit together.
+  num_drafts: K; None takes all of the model's predictors.
+  recurse: allows K > D, see `drafters.own_predictors`.
+  """
+
+  rule: str = "greedy"
+  warp: Warp | None = None
+  proposal: str = "auto"
+  num_drafts: int | None = None
+  recurse: bool = False
+
+
+def make_plan(
+  config: Config, decoding: Decoding, drafter: Drafter | None = None
+) -> loop.Plan:
+  """Returns the plan of a model and a way to decode; checks that they fit.
+
+  Raises:
+    ValueError: names the setting, the rule that it breaks, and its value.
+  """
+  rule, proposal = decoding.rule, decoding.proposal
+  for name, value, choices in (
+    ("rule", rule, RULES), ("proposal", proposal, PROPOSALS)
+  ):
+    if value not in choices:
+      known = ", ".join(map(repr, choices))
+      raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+  if rule == "greedy" and decoding.warp is not None:
+    raise ValueError(
+      "rule 'greedy' takes the arg max and no temperature, top_k, top_p or min_p; use "
+      "rule 'match', 'leviathan' or 'block' to sample."
+    )
+  if rule != "greedy" and decoding.warp is None:
+    raise ValueError(
+      f"rule {rule!r} samples and must have a positive temperature, got none; use rule "
+      "'greedy' for temperature 0."
+    )
+  if drafter is None:
+    drafter = drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
+  if proposal == "auto":
+    uses_q = rule == "block" or (
+      rule == "leviathan" and config.mtp.kind == "sequential"
+    )
+    proposal = "sample" if uses_q and drafter.has_distribution else "argmax"
+  if drafter.num_drafts:
+    if proposal in ("sample", "coupled") and not drafter.has_distribution:
+      raise ValueError(
+        f"proposal {proposal!r} needs a drafter with a distribution, and this one "
+        "gives tokens only; use proposal 'argmax'."
+      )
+    if rule == "block" and proposal != "sample":
+      raise ValueError(
+        "rule 'block' must have the distribution q of sampled drafts (proposal "
+        f"'sample'), got proposal {decoding.proposal!r}"
+        + ("" if drafter.has_distribution else " and a drafter that gives tokens only")
+      )
+    if proposal == "coupled" and rule != "match":
+      raise ValueError(
+        "proposal 'coupled' draws drafts with the target's own noise, which only rule "
+        f"'match' may use, got rule {rule!r}."
+      )
+    if rule == "greedy" and proposal != "argmax":
+      raise ValueError(f"rule 'greedy' must have proposal 'argmax', got {proposal!r}.")
+  return loop.Plan(network.target(config), drafter, rule, proposal)
+
+
+def generate(
+  config: Config,
+  weights: network.Weights,
+  prompts: Sequence[np.ndarray],
+  *,
+  max_new_tokens: int,
+  stop_ids: Sequence[int] = (),
+  decoding: Decoding = Decoding(),
+  seed: int = 0,
+  batch_size: int | None = None,
+  prompt_length: int | None = None,
+  batch_sharding: Any = None,
+) -> list[Completion]:
+  """Returns the completion of every prompt.
+
+  Args:
+    config: of the model.
+    weights: `network.unstack` of its parameters, on any mesh.
+    prompts: token ids, each with at least one.
+    max_new_tokens: longest completion; completions of fewer share compiled programs
+      with it up to the next power of two.
+    stop_ids: tokens that end a completion.
+    decoding: how.
+    seed: of sampling; sequence i uses its own key, whatever the batch.
+    batch_size: prompts decoded at once; None takes all.
+    prompt_length: prompts are padded to it; None takes a power of two.
+    batch_sharding: of arrays with a leading batch axis; None leaves them where JAX puts
+      them (copies on every device that has weights).
+
+  Raises:
+    ValueError: a prompt that is empty, too long or has unknown ids, or settings that do
+      not fit the model.
+  """
+  if not prompts:
+    return []
+  plan = make_plan(config, decoding)
+  sizes = _Sizes(config, plan, prompts, max_new_tokens, prompt_length)
+  batch_size = len(prompts) if batch_size is None else batch_size
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+  inputs = _inputs(weights, decoding, stop_ids)
+  completions = []
+  for first in range(0, len(prompts), batch_size):
+    batch = prompts[first : first + batch_size]
+    # Copies of the last prompt fill up the last batch, and are not read.
+    filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+    state = _prefill(plan, inputs, sizes, filled, seed, first, batch_sharding)
+    state = loop.finish(plan, inputs, state)
+    completions += _completions(state, batch, stop_ids)
+  return completions
+
+
+def stream(
+  config: Config,
+  weights: network.Weights,
+  prompt: np.ndarray,
+  *,
+  max_new_tokens: int,
+  stop_ids: Sequence[int] = (),
+  decoding: Decoding = Decoding(),
+  seed: int = 0,
+) -> Iterator[Completion]:
+  """Yields the completion of one prompt so far, after the prefill and every round.
+
+  The last one is what `generate` returns for the prompt alone.
+  """
+  plan = make_plan(config, decoding)
+  sizes = _Sizes(config, plan, [prompt], max_new_tokens, None)
+  inputs = _inputs(weights, decoding, stop_ids)
+  state = _prefill(plan, inputs, sizes, [prompt], seed, 0, None)
+  yield _completions(state, [prompt], stop_ids)[0]
+  while not bool(state.done_B[0]):
+    state = loop.step(plan, inputs, state)
+    yield _completions(state, [prompt], stop_ids)[0]
+
+
+class _Sizes:
+  """The bucket that a call falls into, checked against the model and the prompts."""
+
+  def __init__(
+    self,
+    config: Config,
+    plan: loop.Plan,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    prompt_length: int | None,
+  ):
+    if max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    longest = max(len(prompt) for prompt in prompts)
+    bucket = _power_of_two(longest) if prompt_length is None else prompt_length
+    vocab_size = config.tokenizer.vocab_size
+    for i, prompt in enumerate(prompts):
+      if not 1 <= len(prompt) <= bucket:
+        raise ValueError(
+          f"prompts must have 1 to {bucket} tokens, prompt {i} has {len(prompt)}."
+        )
+      ids = np.asarray(prompt)
+      if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise ValueError(
+          f"token ids must be in [0, {vocab_size}), prompt {i} has {wrong}."
+        )
+    most = config.data.seq_len
+    if config.trunk.kind == "gpt2" and longest + max_new_tokens > most:
+      raise ValueError(
+        f"prompt and max_new_tokens must be at most {most} tokens together: the model "
+        f"has so many learned positions (data.seq_len); got {longest} + "
+        f"{max_new_tokens}."
+      )
+    self.prompt_slots = bucket
+    self.max_new_tokens = max_new_tokens
+    self.slots = loop.slots_for(
+      bucket + _power_of_two(max_new_tokens), plan.drafter.num_drafts
+    )
+
+
+def _power_of_two(size: int) -> int:
+  return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+
+
+def _inputs(
+  weights: network.Weights, decoding: Decoding, stop_ids: Sequence[int]
+) -> loop.Inputs:
+  stops = np.asarray(stop_ids, np.int32).reshape(-1)
+  return loop.Inputs(weights, weights, decoding.warp, stops)
+
+
+def _prefill(
+  plan: loop.Plan,
+  inputs: loop.Inputs,
+  sizes: _Sizes,
+  prompts: Sequence[np.ndarray],
+  seed: int,
+  first: int,
+  sharding: Any,
+) -> loop.DecodeState:
+  lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens_BS = np.zeros((len(prompts), sizes.slots), np.int32)
+  for row, prompt in zip(tokens_BS, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  limits_B = lengths_B + np.int32(sizes.max_new_tokens)
+  sequence_B = first + np.arange(len(prompts), dtype=np.int32)
+  rows = (tokens_BS, lengths_B, limits_B, sequence_B)
+  if sharding is not None:
+    rows = jax.device_put(rows, sharding)
+  *rows, sequence_B = rows
+  return loop.prefill(
+    plan, sizes.prompt_slots, inputs, *rows, np.uint32(seed), sequence_B
+  )
+
+
+def _completions(
+  state: loop.DecodeState, prompts: Sequence[np.ndarray], stop_ids: Sequence[int]
+) -> list[Completion]:
+  kept = (state.tokens_BS, state.source_BS, state.length_B, state.stats)
+  tokens_BS, source_BS, length_B, stats = multihost_utils.process_allgather(
+    kept, tiled=True
+  )
+  completions = []
+  for i, prompt in enumerate(prompts):
+    new = slice(len(prompt), int(length_B[i]))
+    tokens = tokens_BS[i, new]
+    completions.append(
+      Completion(
+        tokens,
+        source_BS[i, new],
+        bool(len(tokens)) and int(tokens[-1]) in set(map(int, stop_ids)),
+        int(stats.rounds_B[i]),
+        stats.reached_BK[i],
+        stats.accepted_BK[i],
+        stats.histogram_BR[i],
+      )
+    )
+  return completions

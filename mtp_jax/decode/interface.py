@@ -1,0 +1,76 @@
+"""What the decoding loop asks of a target model and of a drafter: pure functions.
+
+The loop in `loop.py` knows no network. A `Target` turns tokens into next-token logits
+and a *feature* of every position; a `Drafter` proposes K tokens from features. Each is
+a tuple of pure functions over pytrees, so that any predictor (or a table, in the tests)
+plugs in and one compiled program runs the whole generation.
+
+Legend: B batch, T new tokens, S slots of a sequence, W rows of a window, D feature,
+K drafted tokens, V vocab.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Target(NamedTuple):
+  """The model whose output is to be reproduced. Hashable: it keys compiled programs.
+
+  init(rows, slots) -> cache.
+  forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
+    runs T new tokens and caches them at their positions. A position of `slots` or more
+    marks a row that is not there: what is returned for it is not read.
+  unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
+  """
+
+  init: Callable[..., Any]
+  forward: Callable[..., Any]
+  unembed: Callable[..., Any]
+
+
+class Window(NamedTuple):
+  """Consecutive positions whose features have just become known, or changed.
+
+  tokens_BS: all tokens; the first `length_B` are committed.
+  feature_BWD, position_BW: the rows; a position of S marks one that is not there. The
+    last one that is there is `length - 2`, the position before the newest token.
+  last_B: the row of that position.
+  """
+
+  tokens_BS: jax.Array
+  length_B: jax.Array
+  feature_BWD: jax.Array
+  position_BW: jax.Array
+  last_B: jax.Array
+
+
+# (logits_BV, k) -> token_B: chooses draft number k = 1..K, and notes its distribution.
+Choose = Callable[[jax.Array, int], jax.Array]
+
+
+class Drafter(NamedTuple):
+  """What proposes tokens. Hashable: it keys compiled programs.
+
+  num_drafts: K; 0 is plain decoding.
+  context: how many rows before the newly verified ones a window has to repeat, because
+    their draft caches may hold rejected tokens.
+  has_distribution: whether tokens come from logits, through `choose`, or are given.
+  init(rows, slots) -> cache.
+  catch_up(weights, cache, window) -> (cache, carry): writes what the new features say.
+  propose(weights, cache, carry, window, choose) -> (cache, drafts_BK).
+  """
+
+  num_drafts: int
+  context: int
+  has_distribution: bool
+  init: Callable[..., Any]
+  catch_up: Callable[..., Any]
+  propose: Callable[..., Any]
+
+
+def take_rows(x_BT___: jax.Array, index_B: jax.Array) -> jax.Array:
+  """Returns x[b, index[b]] for every b."""
+  return x_BT___[jnp.arange(x_BT___.shape[0]), index_B]

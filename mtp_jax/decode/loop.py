@@ -1,0 +1,383 @@
+"""Self-speculative decoding: draft, verify, commit, in one jitted while loop.
+
+A round runs the target on the newest token and K drafts, keeps the longest prefix of
+the drafts that the acceptance rule allows, adds one token of the target's own, and
+drafts again from the features that became known. So a round commits 1 to K + 1 tokens.
+Rejected tokens leave stale entries in the caches, always at the positions that are
+written next, so that no query ever sees them and nothing has to be rolled back.
+
+Randomness is a function of (sequence, absolute position, role), so that a result does
+not depend on what else is in the batch; under rule `match` it does not depend on the
+drafter either. Rule `block` looks at later drafts when it rejects an earlier one, hence
+its draft and accept noise is drawn anew each round (keyed by the round's start too):
+reused noise would be biased by the rejection.
+
+Legend: B batch, S slots, P padded prompt length, R = K + 1 rows of a verification,
+K drafts, C context rows, W window rows, D feature, V vocab.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.decode.interface import Drafter, Target, Window, take_rows
+from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
+from mtp_jax.decode.warp import Warp, warp
+
+# What `DecodeState.source_BS` says of a committed token; k >= 1: accepted draft k.
+PROMPT, CORRECTION, OWN = -2, -1, 0
+
+_TARGET, _DRAFT, _ACCEPT = range(3)  # Roles of noise.
+
+
+class Plan(NamedTuple):
+  """What a compiled program is for; hashable.
+
+  rule: see `verify.RULES`.
+  proposal: how drafts are chosen from a drafter's logits: argmax (q is one-hot), sample
+    (from the warped q), or coupled (with the noise of the target's own choice; for rule
+    `match` only, whose output does not depend on drafts).
+  """
+
+  target: Target
+  drafter: Drafter
+  rule: str
+  proposal: str
+
+
+class Inputs(NamedTuple):
+  """What programs of one `Plan` may differ in without being compiled again."""
+
+  weights: Any
+  draft_weights: Any
+  warp: Warp | None
+  stop_ids: jax.Array
+
+
+class Stats(NamedTuple):
+  """Counts per sequence; the prefill's token is not in them.
+
+  rounds: verifications of a sequence that was not done.
+  reached: rounds in which draft k could be emitted: those before it were accepted, none
+    of them ended the sequence, and the limit left room for it.
+  accepted: rounds in which draft k was emitted.
+  histogram: rounds by number of drafts emitted.
+  """
+
+  rounds_B: jax.Array
+  reached_BK: jax.Array
+  accepted_BK: jax.Array
+  histogram_BR: jax.Array
+
+
+class DecodeState(NamedTuple):
+  """Everything between two rounds.
+
+  tokens_BS, source_BS: the first `length_B` are committed; see `OWN` and its likes.
+  limit_B: greatest length. done_B: a stop token was committed or the limit reached.
+  cache, draft_cache: of target and drafter.
+  context_BCD: features of the C positions before `length - 1`.
+  drafts_BK, log_q_BKV: proposed next; the latter None unless they were sampled.
+  """
+
+  tokens_BS: jax.Array
+  source_BS: jax.Array
+  length_B: jax.Array
+  limit_B: jax.Array
+  done_B: jax.Array
+  key_B: jax.Array
+  cache: Any
+  draft_cache: Any
+  context_BCD: jax.Array
+  drafts_BK: jax.Array
+  log_q_BKV: jax.Array | None
+  stats: Stats
+
+
+def slots_for(limit: int, num_drafts: int) -> int:
+  """Returns the slots a sequence of at most `limit` tokens needs: drafts overrun it."""
+  return limit + num_drafts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+  plan: Plan,
+  prompt_slots: int,
+  inputs: Inputs,
+  tokens_BS: jax.Array,
+  prompt_length_B: jax.Array,
+  limit_B: jax.Array,
+  seed: jax.Array,
+  sequence_B: jax.Array,
+) -> DecodeState:
+  """Reads the prompts, commits the first new token and drafts what may follow it.
+
+  Args:
+    plan, inputs: see there.
+    prompt_slots: P; the first P of the S slots hold the prompts, padded on the right.
+    tokens_BS: S >= `slots_for(limit, K)`.
+    prompt_length_B: 1 to P each.
+    limit_B: more than the prompt each.
+    seed, sequence_B: the noise of a sequence depends on the seed and on its number.
+  """
+  target, drafter = plan.target, plan.drafter
+  rows, slots = tokens_BS.shape
+  tokens_BP = tokens_BS[:, :prompt_slots]
+  positions_BP = jnp.broadcast_to(jnp.arange(prompt_slots), tokens_BP.shape)
+  # Pad tokens are cached too, where the real tokens of those positions come later.
+  hidden_BPD, feature_BPD, cache = target.forward(
+    inputs.weights, tokens_BP, positions_BP, target.init(rows, slots)
+  )
+  last_B = prompt_length_B - 1
+  logits_BV = target.unembed(inputs.weights, take_rows(hidden_BPD, last_B))
+  K = drafter.num_drafts
+  is_prompt_BS = jnp.arange(slots) < prompt_length_B[:, None]
+  counts = lambda *shape: jnp.zeros((rows, *shape), jnp.int32)  # noqa: E731
+  state = DecodeState(
+    tokens_BS,
+    jnp.where(is_prompt_BS, PROMPT, OWN).astype(jnp.int8),
+    prompt_length_B,
+    limit_B,
+    jnp.zeros(rows, bool),
+    jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sequence_B),
+    cache,
+    drafter.init(rows, slots),
+    _context(feature_BPD, last_B + 1, drafter.context),
+    counts(K),
+    None,
+    Stats(counts(), counts(K), counts(K), counts(1 + K)),
+  )
+  first_B1 = _own_tokens(plan, inputs, state, logits_BV[:, None])
+  state = _commit(state, inputs.stop_ids, first_B1, counts(), counts())[0]
+  return _draft(plan, inputs, state, feature_BPD, counts())
+
+
+def run_round(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
+  """Verifies the drafts, commits what is accepted and one token more, drafts again."""
+  target, drafter = plan.target, plan.drafter
+  K, n_B = drafter.num_drafts, state.length_B
+  newest_B1 = take_rows(state.tokens_BS, n_B - 1)[:, None]
+  hidden_BRD, feature_BRD, cache = target.forward(
+    inputs.weights,
+    jnp.concatenate([newest_B1, state.drafts_BK], axis=1),
+    n_B[:, None] - 1 + jnp.arange(1 + K),
+    state.cache,
+  )
+  logits_BRV = target.unembed(inputs.weights, hidden_BRD)
+  accepted_B, next_B = _judge(plan, inputs, state, logits_BRV)
+  offsets_R = jnp.arange(1 + K)
+  emitted_BR = jnp.where(
+    offsets_R < accepted_B[:, None],
+    jnp.pad(state.drafts_BK, ((0, 0), (0, 1))),
+    next_B[:, None],
+  )
+  origin_B = jnp.where(accepted_B == K, OWN, CORRECTION)
+  committed, count_B, before_stop_BR = _commit(
+    state._replace(cache=cache), inputs.stop_ids, emitted_BR, accepted_B, origin_B
+  )
+  window_BWD = jnp.concatenate([state.context_BCD, feature_BRD], axis=1)
+  committed = committed._replace(
+    stats=_count(state, accepted_B, count_B, before_stop_BR),
+    context_BCD=_context(
+      window_BWD, count_B + drafter.context, drafter.context
+    ),
+  )
+  return _draft(plan, inputs, committed, window_BWD, n_B - 1 - drafter.context)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def finish(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
+  """Runs rounds until every sequence is done; the state given is used up."""
+  return jax.lax.while_loop(
+    lambda state: ~jnp.all(state.done_B),
+    functools.partial(run_round, plan, inputs),
+    state,
+  )
+
+
+# One round of `finish`, for streaming and debugging.
+step = jax.jit(run_round, static_argnums=0, donate_argnums=2)
+
+
+def _judge(
+  plan: Plan, inputs: Inputs, state: DecodeState, logits_BRV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the number of accepted drafts and the target's own token after them."""
+  if plan.rule in ("greedy", "match"):
+    own_BR = _own_tokens(plan, inputs, state, logits_BRV)
+    return match_tokens(own_BR, state.drafts_BK)
+  position_BK = state.length_B[:, None] + jnp.arange(plan.drafter.num_drafts)
+  uniform_BK = _per_key(jax.random.uniform)(
+    _keys(plan, state, position_BK, _ACCEPT)
+  )
+  accepted_B, log_weights_BV = verify_sampled(
+    plan.rule, warp(logits_BRV, inputs.warp), state.log_q_BKV, state.drafts_BK,
+    uniform_BK,
+  )
+  position_B1 = (state.length_B + accepted_B)[:, None]
+  gumbel_B1V = _gumbel(plan, state, position_B1, _TARGET, log_weights_BV)
+  return accepted_B, sample_tokens(log_weights_BV, gumbel_B1V[:, 0])
+
+
+def _own_tokens(
+  plan: Plan, inputs: Inputs, state: DecodeState, logits_BRV: jax.Array
+) -> jax.Array:
+  """Returns what the target says for the positions from `length` on, by itself."""
+  if plan.rule == "greedy":
+    return jnp.argmax(logits_BRV, axis=-1).astype(jnp.int32)
+  position_BR = state.length_B[:, None] + jnp.arange(logits_BRV.shape[1])
+  log_p_BRV = warp(logits_BRV, inputs.warp)
+  gumbel_BRV = _gumbel(plan, state, position_BR, _TARGET, log_p_BRV)
+  return sample_tokens(log_p_BRV, gumbel_BRV)
+
+
+def _commit(
+  state: DecodeState,
+  stop_ids: jax.Array,
+  emitted_BR: jax.Array,
+  accepted_B: jax.Array,
+  origin_B: jax.Array,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+  """Appends up to and with the first stop token, and up to the limit.
+
+  Returns `(state, count_B, before_stop_BR)`: how many tokens were appended, and which
+  of the emitted have no stop token before them.
+  """
+  offsets_R = jnp.arange(emitted_BR.shape[1])
+  is_stop_BR = jnp.isin(emitted_BR, stop_ids)
+  stops_before_BR = jnp.cumsum(is_stop_BR, axis=1) - is_stop_BR
+  before_stop_BR = stops_before_BR == 0
+  kept_BR = (
+    (offsets_R <= accepted_B[:, None])
+    & before_stop_BR
+    & (offsets_R < (state.limit_B - state.length_B)[:, None])
+    & ~state.done_B[:, None]
+  )
+  count_B = jnp.sum(kept_BR, axis=1, dtype=jnp.int32)
+  slots = state.tokens_BS.shape[1]
+  slot_BR = jnp.where(kept_BR, state.length_B[:, None] + offsets_R, slots)
+  rows_B1 = jnp.arange(emitted_BR.shape[0])[:, None]
+  put = lambda old, new: old.at[rows_B1, slot_BR].set(  # noqa: E731
+    new.astype(old.dtype), mode="drop"
+  )
+  is_draft_BR = offsets_R < accepted_B[:, None]
+  source_BR = jnp.where(is_draft_BR, 1 + offsets_R, origin_B[:, None])
+  length_B = state.length_B + count_B
+  done_B = (
+    state.done_B | jnp.any(is_stop_BR & kept_BR, axis=1) | (length_B >= state.limit_B)
+  )
+  state = state._replace(
+    tokens_BS=put(state.tokens_BS, emitted_BR),
+    source_BS=put(state.source_BS, source_BR),
+    length_B=length_B,
+    done_B=done_B,
+  )
+  return state, count_B, before_stop_BR
+
+
+def _count(
+  state: DecodeState,
+  accepted_B: jax.Array,
+  count_B: jax.Array,
+  before_stop_BR: jax.Array,
+) -> Stats:
+  stats, active_B = state.stats, ~state.done_B
+  K = state.drafts_BK.shape[1]
+  offsets_K = jnp.arange(K)
+  reached_BK = (
+    (offsets_K <= accepted_B[:, None])
+    & before_stop_BR[:, :K]
+    & (offsets_K < (state.limit_B - state.length_B)[:, None])
+    & active_B[:, None]
+  )
+  accepted_BK = reached_BK & (offsets_K < accepted_B[:, None])
+  emitted_B = jnp.minimum(accepted_B, count_B)
+  is_bin_BR = (jnp.arange(1 + K) == emitted_B[:, None]) & active_B[:, None]
+  return Stats(
+    stats.rounds_B + active_B,
+    stats.reached_BK + reached_BK,
+    stats.accepted_BK + accepted_BK,
+    stats.histogram_BR + is_bin_BR,
+  )
+
+
+def _draft(
+  plan: Plan,
+  inputs: Inputs,
+  state: DecodeState,
+  feature_BWD: jax.Array,
+  start_B: jax.Array,
+) -> DecodeState:
+  """Returns the state with new drafts; row w of the features is position start + w."""
+  drafter, n_B = plan.drafter, state.length_B
+  if drafter.num_drafts == 0:
+    return state
+  slots = state.tokens_BS.shape[1]
+  position_BW = start_B[:, None] + jnp.arange(feature_BWD.shape[1])
+  is_there_BW = (position_BW >= 0) & (position_BW <= n_B[:, None] - 2)
+  window = Window(
+    state.tokens_BS,
+    n_B,
+    feature_BWD,
+    jnp.where(is_there_BW, position_BW, slots),
+    jnp.maximum(n_B - 2 - start_B, 0),  # A done sequence may have no new row.
+  )
+  log_q = []
+
+  def choose(logits_BV: jax.Array, k: int) -> jax.Array:
+    if plan.proposal == "argmax":
+      return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    log_q_BV = warp(logits_BV, inputs.warp)
+    role = _TARGET if plan.proposal == "coupled" else _DRAFT
+    position_B1 = (n_B + k - 1)[:, None]
+    gumbel_B1V = _gumbel(plan, state, position_B1, role, log_q_BV)
+    log_q.append(log_q_BV)
+    return sample_tokens(log_q_BV, gumbel_B1V[:, 0])
+
+  cache, carry = drafter.catch_up(inputs.draft_weights, state.draft_cache, window)
+  cache, drafts_BK = drafter.propose(
+    inputs.draft_weights, cache, carry, window, choose
+  )
+  keeps_q = plan.proposal == "sample" and plan.rule != "match"
+  return state._replace(
+    draft_cache=cache,
+    drafts_BK=drafts_BK,
+    log_q_BKV=jnp.stack(log_q, axis=1) if keeps_q else None,
+  )
+
+
+def _context(feature_BWD: jax.Array, end_B: jax.Array, context: int) -> jax.Array:
+  """Returns the `context` rows before row `end`; what lies before row 0 is not used."""
+  index_BC = end_B[:, None] - context + jnp.arange(context)
+  rows_B1 = jnp.arange(feature_BWD.shape[0])[:, None]
+  return feature_BWD[rows_B1, jnp.maximum(index_BC, 0)]
+
+
+def _keys(
+  plan: Plan, state: DecodeState, position_BX: jax.Array, role: int
+) -> jax.Array:
+  """Returns one random key per sequence and position."""
+
+  def fold(key: jax.Array, length: jax.Array, position_X: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(key, role)
+    if plan.rule == "block" and role != _TARGET:
+      key = jax.random.fold_in(key, length)
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(position_X)
+
+  return jax.vmap(fold)(state.key_B, state.length_B, position_BX)
+
+
+def _gumbel(
+  plan: Plan, state: DecodeState, position_BX: jax.Array, role: int, like: jax.Array
+) -> jax.Array:
+  """Returns gumbel_BXV with the vocabulary and dtype of `like`."""
+  draw = functools.partial(
+    jax.random.gumbel, shape=like.shape[-1:], dtype=like.dtype
+  )
+  return _per_key(draw)(_keys(plan, state, position_BX, role))
+
+
+def _per_key(draw: Any) -> Any:
+  return jax.vmap(jax.vmap(draw))

@@ -1,0 +1,134 @@
+"""The trained network in the form that decoding wants: per-layer weights and caches.
+
+Training stacks the parameters of equal layers and loops over them. A decoding step is
+bound by reading weights, and taking a layer out of a stack would copy it every time;
+`unstack` does that once.
+
+Legend: B batch, T new tokens, S slots, D embed, V vocab.
+"""
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.decode.interface import Target
+from mtp_jax.model.attention import KVCache
+from mtp_jax.model.block import Block
+from mtp_jax.model.layers import compute_dtype, make_norm
+from mtp_jax.model.lm import unembed_matrix
+
+
+class Weights(NamedTuple):
+  """Parameters of an `MtpLm`, matrices in the compute dtype.
+
+  blocks: the trunk's layers, and the first head of parallel heads.
+  predictors: what depth 1, 2, ... D adds: a head, a module or a linear map.
+  """
+
+  embedding_VD: jax.Array
+  position_PD: jax.Array | None
+  blocks: tuple[Any, ...]
+  final_norm: Any
+  unembed_DV: jax.Array
+  predictors: tuple[Any, ...]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def unstack(params: Any, config: Config) -> Weights:
+  """Returns the `Weights` of a parameter tree; shardings are kept."""
+  dtype = compute_dtype(config.trunk)
+  # Norm scales stay wide: they multiply float32 statistics.
+  params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+  layers = lambda stack, count: [  # noqa: E731
+    jax.tree.map(operator.itemgetter(i), stack) for i in range(count)
+  ]
+  blocks = layers(params["trunk"]["blocks"], num_trunk_layers(config))
+  depth, kind = config.mtp.depth, config.mtp.kind
+  predictors = []
+  if kind == "parallel":
+    first, *predictors = layers(params["mtp"]["heads"], 1 + depth)
+    blocks.append(first)
+  elif kind == "linear" and depth:
+    predictors = layers(params["mtp"]["maps"], depth)
+  elif kind == "sequential" and depth:
+    stack = params["mtp"]["modules"]
+    shared = config.mtp.share_modules
+    predictors = [stack] * depth if shared else layers(stack, depth)
+  is_learned = config.trunk.kind == "gpt2"
+  return Weights(
+    params["embed"]["embedding"],
+    params["position_embed"]["embedding"] if is_learned else None,
+    tuple(blocks),
+    params["final_norm"],
+    unembed_matrix(params, config),
+    tuple(predictors),
+  )
+
+
+def target(config: Config) -> Target:
+  """Returns the next-token model inside an MTP model as a decoding target.
+
+  Its feature is the trunk's un-normed residual stream, which is what every kind of
+  predictor starts from. Parallel heads predict the next token by their first head.
+  """
+  tapped = num_trunk_layers(config)
+  return _target(config.trunk, tapped, tapped + (config.mtp.kind == "parallel"))
+
+
+@functools.cache
+def _target(trunk: TrunkConfig, tapped: int, num_blocks: int) -> Target:
+  def init(rows: int, slots: int) -> tuple[KVCache, ...]:
+    return empty_caches(trunk, num_blocks, rows, slots)
+
+  def forward(weights: Weights, tokens_BT, positions_BT, caches):
+    x_BTD = embed(weights, tokens_BT)
+    if weights.position_PD is not None:
+      # Drafts may run over the end; they are never committed, but must stay finite.
+      x_BTD += jnp.take(weights.position_PD, positions_BT, axis=0, mode="clip")
+    feature_BTD, caches = x_BTD, list(caches)
+    for i, block in enumerate(weights.blocks):
+      x_BTD, caches[i] = run_block(trunk, block, x_BTD, positions_BT, caches[i])
+      if i == tapped - 1:
+        feature_BTD = x_BTD
+    return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
+
+  return Target(init, forward, unembed)
+
+
+def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
+  return jnp.take(weights.embedding_VD, tokens, axis=0)
+
+
+def unembed(weights: Weights, hidden: jax.Array) -> jax.Array:
+  """Returns logits in at least float32."""
+  return jnp.einsum(
+    "...D,DV->...V",
+    hidden,
+    weights.unembed_DV,
+    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+  )
+
+
+def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:
+  return make_norm(trunk).apply({"params": weights.final_norm}, x)
+
+
+def run_block(
+  trunk: TrunkConfig, params: Any, x_BTD: jax.Array, positions_BT: jax.Array,
+  cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+  no_segments = jnp.zeros_like(positions_BT)  # A cache holds one document per row.
+  block = Block(trunk)
+  return block.apply({"params": params}, x_BTD, positions_BT, no_segments, cache)
+
+
+def empty_caches(
+  trunk: TrunkConfig, count: int, rows: int, slots: int
+) -> tuple[KVCache, ...]:
+  shape = (rows, slots, trunk.num_kv_heads, trunk.head_dim)
+  zeros = lambda: jnp.zeros(shape, compute_dtype(trunk))  # noqa: E731
+  return tuple(KVCache(zeros(), zeros()) for _ in range(count))

@@ -1,0 +1,408 @@
+"""Decoding with drafts says what plain decoding says, for every model and drafter."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import accounting
+from mtp_jax.decode import drafters, generate, loop, network
+from mtp_jax.decode.generate import Decoding
+from mtp_jax.decode.interface import Window
+from mtp_jax.decode.warp import Warp
+from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
+from tests.common import (
+  SHARED,
+  TRUNKS,
+  batch_of,
+  quick_jit,
+  random_params,
+  tiny_config,
+)
+
+PROMPT_SLOTS, NEW, DEPTH = 9, 13, 3
+SEQ_LEN = PROMPT_SLOTS + NEW  # Prompt and completion fill it to the last position.
+LENGTHS = (1, 4, PROMPT_SLOTS, 2, PROMPT_SLOTS - 1)
+MODELS = {
+  f"{trunk}-{kind}": (trunk, kind, depth, more)
+  for trunk in TRUNKS
+  for kind, depth, more in (
+    ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
+    ("linear", DEPTH, {}),
+  )
+} | {"llama-shared": ("llama", "sequential", 2, SHARED)}
+
+
+class Model:
+  """A model whose drafts are right at times, prompts, and what greedy says to them."""
+
+  def __init__(self, trunk, kind, depth, more):
+    untied = {"trunk.tie_embeddings": False, "data.seq_len": SEQ_LEN}
+    self.config = tiny_config(kind, depth, TRUNKS[trunk] | untied | more)
+    self.params = random_params(self.config, seed=1)
+    # Quiet layers and modules that say the same: random ones would agree on nothing.
+    self.params = jax.tree_util.tree_map_with_path(_quieten, self.params)
+    self.weights = network.unstack(self.params, self.config)
+    rng = np.random.default_rng(0)
+    vocab = self.config.tokenizer.vocab_size
+    self.prompts = [rng.integers(0, vocab, n) for n in LENGTHS]
+    self.expected = uncached(self.config, self.params, self.prompts)
+
+  def generate(self, prompts=None, decoding=Decoding(), **keywords):  # noqa: B008
+    settings = {"max_new_tokens": NEW, "prompt_length": PROMPT_SLOTS}
+    prompts = self.prompts if prompts is None else prompts
+    return generate.generate(
+      self.config, self.weights, prompts, decoding=decoding, **settings | keywords
+    )
+
+
+def _quieten(path, leaf):
+  names, eye = [key.key for key in path], np.eye(16, dtype=np.float32)
+  if "out" in names or "down" in names:
+    return 0.3 * leaf
+  if "scale" in names:
+    return 1 + 0.3 * (leaf - 1)
+  if "maps" in names:
+    return 0.2 * leaf + eye
+  if "projection" in names:  # Passes on the embedding, as the trunk does.
+    return 0.2 * leaf + np.concatenate([0 * eye, eye])
+  return leaf
+
+
+def uncached(config, params, prompts):
+  """The definition: each new token is the arg max after a pass over all before it."""
+  length = config.data.seq_len
+
+  @quick_jit
+  def next_tokens(params, batch):
+    hidden_BTD = MtpLm(config).apply({"params": params}, batch)[0]
+    return (hidden_BTD @ unembed_matrix(params, config)).argmax(-1)
+
+  rows = [list(prompt) for prompt in prompts]
+  for _ in range(NEW):
+    # What stands after the tokens so far cannot matter: attention is causal.
+    total = length + 1 + config.mtp.depth
+    padded = [row + [0] * (total - len(row)) for row in rows]
+    argmax_BT = next_tokens(params, batch_of(padded, np.ones_like(padded), length))
+    for row, argmax_T in zip(rows, np.asarray(argmax_BT), strict=True):
+      row.append(int(argmax_T[len(row) - 1]))
+  return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_loop():
+  """Compiles the loop's programs the quick way."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, static in (("prefill", (0, 1)), ("finish", 0), ("step", 0)):
+      program = getattr(loop, name).__wrapped__
+      donated = () if name == "prefill" else 2
+      quick = quick_jit(program, static_argnums=static, donate_argnums=donated)
+      patch.setattr(loop, name, quick)
+    yield
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+  return Model(*MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def sequential():
+  return Model(*MODELS["llama-sequential"])
+
+
+def tokens(completions):
+  return [x.tokens.tolist() for x in completions]
+
+
+def test_greedy_says_what_whole_forward_passes_say(model):
+  # Five prompts, two at a time: the last batch is filled up.
+  completions = model.generate(batch_size=2)
+  assert tokens(completions) == model.expected
+  assert not any(x.is_stopped for x in completions)
+  if model.config.mtp.depth:
+    # Rejections, acceptances and full rounds, so that every path was taken.
+    histogram = sum(x.histogram for x in completions)
+    assert histogram[0] > 0 and histogram[1:].sum() > 0, histogram
+
+
+def test_provenance_and_counts_agree_with_the_tokens(model):
+  for x in model.generate(batch_size=2):
+    assert len(x.source) == len(x.tokens) == NEW
+    assert x.source[0] == loop.OWN  # The prefill's.
+    drafted = np.array([np.sum(x.source == k + 1) for k in range(len(x.accepted))])
+    np.testing.assert_array_equal(drafted, x.accepted)
+    assert np.all(x.accepted <= x.reached)
+    assert x.rounds == x.histogram.sum() and x.rounds <= NEW - 1
+    assert x.histogram @ np.arange(len(x.histogram)) == x.accepted.sum()
+    # A draft of depth k comes right after one of depth k - 1.
+    for before, source in zip(x.source, x.source[1:], strict=False):
+      assert source <= 1 or before == source - 1
+
+
+def test_fewer_drafts_say_the_same(sequential):
+  for num_drafts in (0, 1, 2):
+    completions = sequential.generate(decoding=Decoding(num_drafts=num_drafts))
+    assert tokens(completions) == sequential.expected
+
+
+def test_a_completion_ends_with_the_first_stop_token(sequential):
+  expected = sequential.expected
+  stops = (expected[0][3], expected[2][0])
+  completions = sequential.generate(stop_ids=stops)
+  lengths = set()
+  for x, whole in zip(completions, expected, strict=True):
+    end = next((i + 1 for i, token in enumerate(whole) if token in stops), NEW)
+    assert x.tokens.tolist() == whole[:end]
+    assert x.is_stopped == (whole[end - 1] in stops)
+    lengths.add(end)
+  assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("new", [1, 2, 5])
+def test_any_number_of_new_tokens(sequential, new):
+  completions = sequential.generate(max_new_tokens=new)
+  assert tokens(completions) == [x[:new] for x in sequential.expected]
+
+
+def test_recursion_past_the_last_module(sequential):
+  decoding = Decoding(num_drafts=DEPTH + 2, recurse=True)
+  assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
+
+
+def forced(model, offset):
+  """Decodes with a drafter of the right tokens, plus an offset, and returns stats."""
+  K, config = 4, model.config
+  plan = generate.make_plan(config, Decoding(), drafters.given(K))
+  slots = loop.slots_for(PROMPT_SLOTS + NEW, K)
+  tokens_BS = np.zeros((len(LENGTHS), slots), np.int32)
+  forced_BS = np.zeros_like(tokens_BS)
+  for i, (prompt, new) in enumerate(zip(model.prompts, model.expected, strict=True)):
+    tokens_BS[i, : len(prompt)] = prompt
+    forced_BS[i, len(prompt) : len(prompt) + NEW] = new
+  forced_BS = (forced_BS + offset) % config.tokenizer.vocab_size
+  inputs = loop.Inputs(model.weights, forced_BS, None, np.array([-1], np.int32))
+  lengths_B = np.array(LENGTHS, np.int32)
+  state = loop.prefill(
+    plan, PROMPT_SLOTS, inputs, tokens_BS, lengths_B, lengths_B + NEW, np.uint32(0),
+    np.arange(len(LENGTHS)),
+  )
+  state = jax.device_get(loop.finish(plan, inputs, state)._replace(key_B=None))
+  for i, new in enumerate(model.expected):
+    assert state.tokens_BS[i, LENGTHS[i] : LENGTHS[i] + NEW].tolist() == new
+  return state.stats
+
+
+def test_an_oracle_is_always_right(sequential):
+  stats = forced(sequential, offset=0)
+  assert set(stats.rounds_B) == {math.ceil((NEW - 1) / (4 + 1))}
+  np.testing.assert_array_equal(stats.accepted_BK, stats.reached_BK)
+
+
+def test_an_always_wrong_drafter_costs_rounds_and_nothing_else(sequential):
+  stats = forced(sequential, offset=1)
+  assert set(stats.rounds_B) == {NEW - 1}
+  assert stats.accepted_BK.sum() == 0
+
+
+def ends(model, decoding):
+  """Returns the plan, its inputs and the state after a whole generation."""
+  plan = generate.make_plan(model.config, decoding)
+  inputs = generate._inputs(model.weights, decoding, ())
+  sizes = generate._Sizes(model.config, plan, model.prompts, NEW, PROMPT_SLOTS)
+  state = generate._prefill(plan, inputs, sizes, model.prompts, 0, 0, None)
+  return plan, inputs, loop.finish(plan, inputs, state)
+
+
+def test_caches_after_many_rounds_are_those_of_one_pass(model):
+  """One pass over the tokens that were committed: a prefill with them as the prompt."""
+  plan, inputs, state = ends(model, Decoding())
+  slots = state.tokens_BS.shape[1]
+  passed = loop.prefill(
+    plan, slots, inputs, np.asarray(state.tokens_BS), state.length_B,
+    state.length_B + 1, np.uint32(0), np.arange(len(LENGTHS)),
+  )
+  newest_B = np.asarray(state.length_B) - 1
+
+  def compare(rounds, once, missing):
+    # The newest token is not cached yet; the k - 1 rows before it of module k have
+    # only seen drafts.
+    for leaf, reference in zip(
+      jax.tree.leaves(rounds), jax.tree.leaves(once), strict=True
+    ):
+      for row, newest in enumerate(newest_B):
+        known = slice(0, newest - missing)
+        np.testing.assert_allclose(
+          leaf[row, known], reference[row, known], rtol=2e-4, atol=2e-5
+        )
+
+  compare(state.cache, passed.cache, 0)
+  is_chain = model.config.mtp.kind == "sequential"
+  for k, (rounds, once) in enumerate(
+    zip(state.draft_cache, passed.draft_cache, strict=True)
+  ):
+    compare(rounds, once, k if is_chain else 0)
+
+
+def test_depths_say_in_decoding_what_they_say_in_training(model):
+  """Drafts replaced by the true tokens, every depth's logits are those of training."""
+  config, depth = model.config, model.config.mtp.depth
+  if depth == 0:
+    pytest.skip("no extra depth")
+  T = 12
+  rng = np.random.default_rng(3)
+  rows = rng.integers(0, config.tokenizer.vocab_size, (2, SEQ_LEN + 1 + depth))
+  batch = batch_of(rows, np.ones_like(rows), SEQ_LEN)
+  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
+  expected_MBTV = hidden_MBTD @ unembed_matrix(model.params, config)
+
+  drafter = drafters.own_predictors(config)
+  target = network.target(config)
+  length_B = jnp.array([T, T - 5])
+  seen = []
+
+  @quick_jit
+  def run(weights, tokens_BS):
+    positions_BT = jnp.broadcast_to(jnp.arange(SEQ_LEN), tokens_BS.shape)
+    hidden, feature, _ = target.forward(
+      weights, tokens_BS, positions_BT, target.init(*tokens_BS.shape)
+    )
+    there = positions_BT <= length_B[:, None] - 2
+    window = Window(
+      tokens_BS, length_B, feature, jnp.where(there, positions_BT, SEQ_LEN),
+      length_B - 2,
+    )
+    cache, carry = drafter.catch_up(weights, drafter.init(2, SEQ_LEN), window)
+    logits = []
+
+    def choose(logits_BV, k):
+      logits.append(logits_BV)
+      return tokens_BS[jnp.arange(2), length_B + k - 1]
+
+    drafter.propose(weights, cache, carry, window, choose)
+    return target.unembed(weights, hidden), logits
+
+  own, seen = run(model.weights, jnp.asarray(rows[:, :SEQ_LEN], jnp.int32))
+  np.testing.assert_allclose(own, expected_MBTV[0], rtol=2e-4, atol=2e-5)
+  for k, logits_BV in enumerate(seen, start=1):
+    expected_BV = expected_MBTV[k][jnp.arange(2), length_B - 2]
+    np.testing.assert_allclose(logits_BV, expected_BV, rtol=2e-4, atol=2e-5)
+  assert len(seen) == depth
+
+
+def test_streaming_says_the_same(sequential):
+  prompt, whole = sequential.prompts[1], sequential.generate()[1]
+  parts = list(
+    generate.stream(
+      sequential.config, sequential.weights, prompt, max_new_tokens=NEW
+    )
+  )
+  assert len(parts) == 1 + whole.rounds
+  assert [len(x.tokens) for x in parts] == sorted({len(x.tokens) for x in parts})
+  np.testing.assert_array_equal(parts[-1].tokens, whole.tokens)
+  np.testing.assert_array_equal(parts[-1].source, whole.source)
+
+
+SAMPLING = Warp(0.8, None, 0.95)
+
+
+def test_match_says_what_plain_sampling_says(sequential):
+  plain = sequential.generate(decoding=Decoding("match", SAMPLING, num_drafts=0))
+  assert tokens(plain) != sequential.expected
+  for proposal in ("argmax", "coupled"):
+    decoding = Decoding("match", SAMPLING, proposal)
+    assert tokens(sequential.generate(decoding=decoding)) == tokens(plain)
+  other = sequential.generate(decoding=Decoding("match", SAMPLING), seed=1)
+  assert tokens(other) != tokens(plain)
+
+
+@pytest.mark.parametrize("rule", ["leviathan", "block"])
+def test_sampling_does_not_depend_on_the_batch(sequential, rule):
+  decoding = Decoding(rule, SAMPLING)
+  together = sequential.generate(decoding=decoding)
+  apart = sequential.generate(decoding=decoding, batch_size=2)
+  assert tokens(together) == tokens(apart)
+
+
+def test_other_prompts_and_settings_of_a_bucket_compile_nothing(sequential):
+  decode = lambda prompts, settings, new: sequential.generate(  # noqa: E731
+    prompts, Decoding("match", settings), batch_size=2, max_new_tokens=new
+  )
+  decode(sequential.prompts, Warp(0.5), 9)
+  before = loop.prefill._cache_size(), loop.finish._cache_size()
+  decode(sequential.prompts[::-1][:3], Warp(1.5), 12)
+  assert (loop.prefill._cache_size(), loop.finish._cache_size()) == before
+
+
+@pytest.mark.parametrize("is_batch_sharded", [False, True])
+def test_on_a_mesh(sequential, is_batch_sharded):
+  sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+  mesh = make_mesh(tiny_config(overrides=sizes).mesh)
+  axes = logical_axes(accounting.abstract_params(sequential.config))
+  sharded = jax.device_put(sequential.params, tree_shardings(mesh, axes))
+  weights = network.unstack(sharded, sequential.config)
+  rows = tree_shardings(mesh, ("batch",)) if is_batch_sharded else None
+  completions = generate.generate(
+    sequential.config, weights, sequential.prompts[:4], max_new_tokens=NEW,
+    prompt_length=PROMPT_SLOTS, batch_sharding=rows,
+  )
+  assert tokens(completions) == sequential.expected[:4]
+
+
+def test_no_prompt_needs_no_work(sequential):
+  assert sequential.generate([]) == []
+
+
+@pytest.mark.parametrize(
+  "change,message",
+  [
+    ({"prompts": [[]]}, r"prompts must have 1 to 9 tokens, prompt 0 has 0"),
+    ({"prompts": [[1], [1] * 10]}, r"1 to 9 tokens, prompt 1 has 10"),
+    ({"prompts": [[1, 40]]}, r"token ids must be in \[0, 40\), prompt 0 has 40"),
+    ({"prompts": [[-1]]}, r"token ids must be in \[0, 40\), prompt 0 has -1"),
+    ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1, got 0"),
+    ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+    ({"num_drafts": 4}, r"at most the model's 3 extra.*recurse=True; got 4"),
+    ({"num_drafts": -1}, r"num_drafts must be at least 0, got -1"),
+    ({"rule": "typical"}, r"rule must be one of 'greedy'.*got 'typical'"),
+    ({"proposal": "best"}, r"proposal must be one of.*got 'best'"),
+    ({"rule": "match"}, r"rule 'match' samples and must have a positive temperature"),
+    ({"warp": Warp(1.0)}, r"rule 'greedy' takes the arg max and no temperature"),
+    ({"proposal": "sample"}, r"rule 'greedy' must have proposal 'argmax'"),
+    (
+      {"rule": "block", "warp": Warp(1.0), "proposal": "argmax"},
+      r"rule 'block' must have the distribution q.*got proposal 'argmax'",
+    ),
+    (
+      {"rule": "leviathan", "warp": Warp(1.0), "proposal": "coupled"},
+      r"only rule 'match' may use, got rule 'leviathan'",
+    ),
+  ],
+)
+def test_bad_input_is_refused(sequential, change, message):
+  fields = {field.name for field in dataclasses.fields(Decoding)}
+  decoding = Decoding(**{k: v for k, v in change.items() if k in fields})
+  keywords = {k: v for k, v in change.items() if k not in fields}
+  with pytest.raises(ValueError, match=message):
+    sequential.generate(decoding=decoding, **keywords)
+
+
+def test_a_drafter_without_a_distribution_cannot_be_sampled_from(sequential):
+  for proposal, rule in (("sample", "leviathan"), ("auto", "block")):
+    with pytest.raises(ValueError, match=r"(needs|must have).*distribution"):
+      generate.make_plan(
+        sequential.config, Decoding(rule, SAMPLING, proposal), drafters.given(2)
+      )
+
+
+def test_heads_cannot_recurse_and_learned_positions_bound_the_length():
+  config = tiny_config("parallel", 2)
+  with pytest.raises(ValueError, match=r"2 extra predictor.*'parallel'\); got 3"):
+    drafters.own_predictors(config, 3, recurse=True)
+  model = Model(*MODELS["gpt2-none"])
+  with pytest.raises(ValueError, match=r"at most 22 tokens together.*got 9 \+ 14"):
+    model.generate(max_new_tokens=NEW + 1)

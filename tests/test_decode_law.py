@@ -1,0 +1,233 @@
+"""The whole decoding loop has the target's law: a table as the trunk, many samples.
+
+The target is a table of logits looked up by the whole prefix, so its law of four new
+tokens can be written down. 200,000 sequences with prompts of five lengths are decoded
+as one batch, and their counts are compared by a chi-square test with a fixed seed. The
+faults at the end must make it fail.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from mtp_jax.decode import loop
+from mtp_jax.decode.interface import Drafter, Target
+from mtp_jax.decode.warp import Warp, warp
+from tests.common import quick_jit
+
+VOCAB, NEW, TABLE = 4, 4, 211
+SAMPLES = 200_000
+PROMPTS = ((1,), (3, 0), (2, 2, 1), (0, 1, 2, 3), (3,))
+PROMPT_SLOTS = 4
+
+_RNG = np.random.default_rng(0)
+TARGET_LOGITS = 1.5 * _RNG.standard_normal((TABLE, VOCAB)).astype(np.float32)
+# Alike enough that drafts are often accepted, and often not.
+DRAFT_LOGITS = TARGET_LOGITS + _RNG.standard_normal((TABLE, VOCAB)).astype(np.float32)
+
+
+def code(tokens_BS):
+  """Returns for every position the row of the table that its prefix selects."""
+  powers = [pow(7, i, TABLE) for i in range(tokens_BS.shape[1])]
+  return jnp.cumsum((tokens_BS + 1) * jnp.array(powers), axis=1) % TABLE
+
+
+def table_target():
+  def forward(weights, tokens_BT, positions_BT, cache_BS):
+    del weights
+    rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
+    cache_BS = cache_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop")
+    hidden_BT1 = code(cache_BS)[rows_B1, positions_BT][..., None]
+    return hidden_BT1, hidden_BT1, cache_BS
+
+  return Target(
+    init=lambda rows, slots: jnp.zeros((rows, slots), jnp.int32),
+    forward=forward,
+    unembed=lambda weights, hidden: weights[hidden[..., 0]],
+  )
+
+
+def table_drafter(num_drafts):
+  def propose(weights, cache, carry, window, choose):
+    tokens_BS, drafts = window.tokens_BS, []
+    rows_B = jnp.arange(tokens_BS.shape[0])
+    for k in range(1, 1 + num_drafts):
+      row_B = code(tokens_BS)[rows_B, window.length_B + k - 2]
+      drafts.append(choose(weights[row_B], k))
+      slot_B = window.length_B + k - 1
+      tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
+    return cache, jnp.stack(drafts, axis=1)
+
+  return Drafter(
+    num_drafts, 0, True, lambda rows, slots: (),
+    lambda weights, cache, window: (cache, ()), propose,
+  )
+
+
+def sample(rule, proposal, settings, num_drafts=2, seed=0):
+  """Returns new tokens [SAMPLES, NEW] and the share of accepted drafts."""
+  plan = loop.Plan(table_target(), table_drafter(num_drafts), rule, proposal)
+  slots = loop.slots_for(PROMPT_SLOTS + NEW, num_drafts)
+  tokens_BS = np.zeros((SAMPLES, slots), np.int32)
+  lengths_B = np.zeros(SAMPLES, np.int32)
+  for i, prompt in enumerate(PROMPTS):
+    tokens_BS[i :: len(PROMPTS), : len(prompt)] = prompt
+    lengths_B[i :: len(PROMPTS)] = len(prompt)
+  inputs = loop.Inputs(TARGET_LOGITS, DRAFT_LOGITS, settings, np.array([-1], np.int32))
+
+  @quick_jit
+  def run(inputs, tokens_BS, lengths_B):
+    # The bodies as they are when called, so that a planted fault takes part.
+    state = loop.prefill.__wrapped__(
+      plan, PROMPT_SLOTS, inputs, tokens_BS, lengths_B, lengths_B + NEW, seed,
+      jnp.arange(SAMPLES),
+    )
+    state = loop.finish.__wrapped__(plan, inputs, state)
+    new_BN = lengths_B[:, None] + jnp.arange(NEW)
+    tokens_BN = state.tokens_BS[jnp.arange(SAMPLES)[:, None], new_BN]
+    return tokens_BN, state.stats
+
+  tokens_BN, stats = jax.device_get(run(inputs, tokens_BS, lengths_B))
+  return tokens_BN, stats.accepted_BK.sum() / stats.reached_BK.sum()
+
+
+@functools.cache
+def law(settings):
+  """Returns the probability of every sequence of NEW tokens, per prompt."""
+  log_p = np.asarray(
+    jax.jit(warp)(TARGET_LOGITS.astype(np.float64), Warp(*settings)), np.float64
+  )
+  probability = np.exp(log_p)
+  laws = []
+  for prompt in PROMPTS:
+    laws.append([])
+    for new in itertools.product(range(VOCAB), repeat=NEW):
+      tokens, p = list(prompt), 1.0
+      for token in new:
+        row = sum((t + 1) * pow(7, i, TABLE) for i, t in enumerate(tokens)) % TABLE
+        p *= probability[row, token]
+        tokens.append(token)
+      laws[-1].append(p)
+  return np.array(laws)
+
+
+def p_value(tokens_BN, settings):
+  """Returns the chi-square p-value of the counts, 0 where the impossible happened."""
+  index_B = np.ravel_multi_index(tokens_BN.T, (VOCAB,) * NEW)
+  statistic, freedom = 0.0, 0
+  for i, probability in enumerate(law(tuple(settings))):
+    counts = np.bincount(index_B[i :: len(PROMPTS)], minlength=len(probability))
+    expected = probability * counts.sum()
+    if counts[expected == 0].any():
+      return 0.0
+    # Rare sequences are pooled: the test needs a handful of each.
+    rare = expected < 10
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic += np.sum((counts - expected) ** 2 / expected)
+    freedom += len(expected) - 1
+  return chi2.sf(statistic, freedom)
+
+
+CASES = (
+  ("leviathan", "sample", Warp(1.0), 2),
+  ("leviathan", "sample", Warp(0.7, None, 0.9), 3),
+  ("leviathan", "argmax", Warp(0.7), 2),
+  ("block", "sample", Warp(1.0), 3),
+  ("block", "sample", Warp(0.7, None, 0.9), 2),
+  ("match", "argmax", Warp(0.7, None, 0.9), 2),
+  ("match", "coupled", Warp(1.0, 3), 2),
+)
+
+
+@pytest.mark.parametrize(
+  "rule,proposal,settings,num_drafts", CASES,
+  ids=[f"{c[0]}-{c[1]}-{'cut' if any(c[2][1:]) else 'full'}-{c[3]}" for c in CASES],
+)
+def test_the_law_is_that_of_the_target(rule, proposal, settings, num_drafts):
+  tokens_BN, accepted = sample(rule, proposal, settings, num_drafts)
+  assert 0.2 < accepted < 0.95  # Both outcomes of a verification are exercised.
+  assert p_value(tokens_BN, settings) > 1e-4
+
+
+def test_plain_sampling_has_the_law_and_match_reproduces_it_token_for_token():
+  settings = Warp(0.7, None, 0.9)
+  plain_BN, _ = sample("match", "argmax", settings, num_drafts=1)
+  assert p_value(plain_BN, settings) > 1e-4
+  for proposal, num_drafts in (("argmax", 3), ("coupled", 2)):
+    tokens_BN, _ = sample("match", proposal, settings, num_drafts)
+    np.testing.assert_array_equal(tokens_BN, plain_BN)
+
+
+def _reused_noise(patch):
+  """Block: the noise of positions instead of rounds, biased by the rejection."""
+  keys = loop._keys
+  patch.setattr(
+    loop, "_keys",
+    lambda plan, *args: keys(plan._replace(rule="leviathan"), *args),
+  )
+
+
+def _one_role(patch):
+  """Drafts are drawn with the noise of the correction that replaces them."""
+  patch.setattr(loop, "_DRAFT", loop._TARGET)
+
+
+def _constant_noise(patch):
+  """The target's noise does not depend on the position."""
+  gumbel = loop._gumbel
+
+  def wrong(plan, state, position_BX, role, like):
+    if role == loop._TARGET:
+      position_BX = 0 * position_BX
+    return gumbel(plan, state, position_BX, role, like)
+
+  patch.setattr(loop, "_gumbel", wrong)
+
+
+def _unwarped_draft(patch):
+  """q is what the drafter says before temperature and cuts, not what it drew from."""
+  verify = loop.verify_sampled
+  patch.setattr(
+    loop, "verify_sampled",
+    lambda rule, p, q, *args: verify(rule, p, jax.nn.log_softmax(0.7 * q), *args),
+  )
+
+
+def _draft_for_granted(patch):
+  """One draft more than the rule allows is kept, at times."""
+  verify = loop.verify_sampled
+
+  def wrong(rule, p, q, drafts_BK, uniform_BK):
+    return verify(rule, p, q, drafts_BK, 0.97 * uniform_BK)
+
+  patch.setattr(loop, "verify_sampled", wrong)
+
+
+@pytest.mark.parametrize(
+  "fault,rule",
+  [
+    (_reused_noise, "block"),
+    (_one_role, "leviathan"),
+    *(
+      pytest.param(fault, rule, marks=pytest.mark.slow)
+      for fault, rule in (
+        (_constant_noise, "leviathan"),
+        (_unwarped_draft, "leviathan"),
+        (_unwarped_draft, "block"),
+        (_draft_for_granted, "leviathan"),
+      )
+    ),
+  ],
+  ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_fault_changes_the_law(fault, rule, monkeypatch):
+  fault(monkeypatch)
+  tokens_BN, _ = sample(rule, "sample", Warp(0.8), 3)
+  assert p_value(tokens_BN, Warp(0.8)) < 1e-6
