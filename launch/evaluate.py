@@ -84,8 +84,8 @@ def result_table(result: dict[str, Any]) -> str:
   rows = []
   for name, value in result.items():
     entries = {name: value}
-    if isinstance(value, list):  # Agreement is that of the extra depths.
-      first = 1 if name.endswith("agreement") else 0
+    if isinstance(value, list):  # Drafts are those of the extra depths.
+      first = 0 if name.startswith("depth") else 1
       entries = {f"{name}, depth {first + i}": x for i, x in enumerate(value)}
     for label, entry in entries.items():
       if isinstance(entry, dict) and "mean" in entry:

@@ -171,27 +171,35 @@ def depth_losses(ladder: Analysis) -> Drawing:
 
 
 def acceptance(ladder: Analysis) -> Drawing:
-  names = ("simulated_accepted_length", "teacher_forced_agreement")
+  lengths = {
+    "decoded_tokens_per_round": "decoded: tokens per verification",
+    "simulated_accepted_length": "simulated accepted length",
+  }
+  shares = {
+    "decoded_acceptance": "drafts accepted when reached",
+    "teacher_forced_agreement": "agreement with the trunk",
+  }
   rows = ladder.levels[
-    ladder.levels["metric"].isin(names) & (ladder.levels["depth"] > 0)
+    ladder.levels["metric"].isin([*lengths, *shares]) & (ladder.levels["depth"] > 0)
   ]
   if not len(rows):
     return None
-  depths = sorted(rows.loc[rows["metric"] == names[1], "at_depth"].unique())
-  figure, axes = panels(1, 1 + len(depths))
+  depths = sorted(rows.loc[rows["metric"].isin(shares), "at_depth"].unique())
+  figure, axes = panels(2, 1 + len(depths), sharex=True, height=5.2)
   styles = method_styles(rows)
-  length, *agreements = axes.flat
-  level_lines(length, rows[rows["metric"] == names[0]], styles)
-  length.set_title("simulated accepted length")
-  length.set_ylabel("tokens per verification")
-  for ax, depth in zip(agreements, depths, strict=True):
-    level_lines(
-      ax, rows[(rows["metric"] == names[1]) & (rows["at_depth"] == depth)], styles
-    )
-    ax.set_title(f"agreement with the trunk, depth {depth}")
-    ax.set_ylabel("share of positions")
-    ax.sharey(agreements[0])
-  for ax in axes.flat:
+  for row_axes, length, share in zip(axes, lengths, shares, strict=True):
+    first, *others = row_axes
+    level_lines(first, rows[rows["metric"] == length], styles)
+    first.set_title(lengths[length])
+    first.set_ylabel("tokens")
+    first.sharey(axes[0, 0])
+    for ax, depth in zip(others, depths, strict=True):
+      chosen = (rows["metric"] == share) & (rows["at_depth"] == depth)
+      level_lines(ax, rows[chosen], styles)
+      ax.set_title(f"{shares[share]}, depth {depth}")
+      ax.set_ylabel("share")
+      ax.sharey(axes[0, 1])
+  for ax in axes[1]:
     size_axis(ax, rows["size"])
   legend_below(figure, axes.flat)
   return figure, rows
@@ -331,10 +339,12 @@ PLOTS = (
   ),
   Plot(
     "acceptance",
-    "Simulated accepted length and agreement against size",
-    "Agreement: how often depth m, on true prefixes, picks the token that the trunk "
-    "itself picks. Simulated accepted length: one plus the mean number of depths that "
-    "agree in a row. Neither is a speed measured while decoding.",
+    "Drafts accepted, while decoding and by teacher forcing, against size",
+    "Above, measured while decoding the prompts of the generative metrics greedily "
+    "with all D predictors as drafters: tokens per verification (tau, the token of the "
+    "trunk's own included), and how often draft k was accepted once those before it "
+    "were. Below, on true prefixes: one plus the mean number of depths that agree with "
+    "the trunk in a row, and how often depth k does. Neither is a speed.",
     acceptance,
   ),
   Plot(

@@ -20,9 +20,13 @@ from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, MtpConfig, from_config_dict
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
-GENERATIVE = ("next_line_exact_match", "function_parses")
+GENERATIVE = ("next_line_exact_match", "function_parses", "decoded_tokens_per_round")
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
-PER_DRAFT = ("teacher_forced_agreement", "joint_prefix_agreement")  # From depth 1.
+# From depth 1; the decoded ones are null where nothing was decoded.
+PER_DRAFT = (
+  "teacher_forced_agreement", "joint_prefix_agreement", "decoded_survival",
+  "decoded_acceptance",
+)
 
 
 class RunsError(ValueError):
@@ -173,7 +177,7 @@ def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]
       yield row(metric, 0, value)
   for metrics, first in ((PER_DEPTH, 0), (PER_DRAFT, 1)):
     for metric in metrics:
-      for depth, value in enumerate(_require(evaluation, metric, path), start=first):
+      for depth, value in enumerate(_require(evaluation, metric, path) or (), first):
         yield row(metric, depth, value)
 
 
