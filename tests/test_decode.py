@@ -174,8 +174,8 @@ def test_recursion_past_the_last_module(sequential):
   assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
 
 
-def forced(model, offset):
-  """Decodes with a drafter of the right tokens, plus an offset, and returns stats."""
+def forced(model, offset, stop_id=-1):
+  """Decodes with a drafter of the right tokens, plus an offset; returns the state."""
   K, config = 4, model.config
   plan = generate.make_plan(config, Decoding(), drafters.given(K))
   slots = loop.slots_for(PROMPT_SLOTS + NEW, K)
@@ -185,7 +185,7 @@ def forced(model, offset):
     tokens_BS[i, : len(prompt)] = prompt
     forced_BS[i, len(prompt) : len(prompt) + NEW] = new
   forced_BS = (forced_BS + offset) % config.tokenizer.vocab_size
-  inputs = loop.Inputs(model.weights, forced_BS, None, np.array([-1], np.int32))
+  inputs = loop.Inputs(model.weights, forced_BS, None, np.array([stop_id], np.int32))
   lengths_B = np.array(LENGTHS, np.int32)
   state = loop.prefill(
     plan, PROMPT_SLOTS, inputs, tokens_BS, lengths_B, lengths_B + NEW, np.uint32(0),
@@ -193,18 +193,30 @@ def forced(model, offset):
   )
   state = jax.device_get(loop.finish(plan, inputs, state)._replace(key_B=None))
   for i, new in enumerate(model.expected):
-    assert state.tokens_BS[i, LENGTHS[i] : LENGTHS[i] + NEW].tolist() == new
-  return state.stats
+    end = new.index(stop_id) + 1 if stop_id in new else NEW
+    assert state.length_B[i] == LENGTHS[i] + end
+    assert state.tokens_BS[i, LENGTHS[i] : state.length_B[i]].tolist() == new[:end]
+  return state
 
 
 def test_an_oracle_is_always_right(sequential):
-  stats = forced(sequential, offset=0)
+  stats = forced(sequential, offset=0).stats
   assert set(stats.rounds_B) == {math.ceil((NEW - 1) / (4 + 1))}
   np.testing.assert_array_equal(stats.accepted_BK, stats.reached_BK)
 
 
+def test_a_stop_token_ends_a_run_of_accepted_drafts(sequential):
+  # The third new token of the first prompt is the second draft of its first round.
+  first, stop_id = sequential.expected[0], sequential.expected[0][2]
+  assert stop_id not in first[:2]
+  stats = forced(sequential, 0, stop_id).stats
+  assert stats.rounds_B[0] == 1
+  assert stats.reached_BK[0].tolist() == stats.accepted_BK[0].tolist() == [1, 1, 0, 0]
+  assert stats.histogram_BR[0].tolist() == [0, 0, 1, 0, 0]
+
+
 def test_an_always_wrong_drafter_costs_rounds_and_nothing_else(sequential):
-  stats = forced(sequential, offset=1)
+  stats = forced(sequential, offset=1).stats
   assert set(stats.rounds_B) == {NEW - 1}
   assert stats.accepted_BK.sum() == 0
 

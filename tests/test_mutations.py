@@ -21,6 +21,9 @@ SEES = (
   "test_causality.py::test_a_loss_sees_its_document_up_to_its_place_and_nothing_else"
 )
 
+CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
+DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
+
 
 class Mutant(NamedTuple):
   """`old` stands exactly once in the file; `new` is the fault."""
@@ -175,6 +178,48 @@ MUTANTS = {
     "        run.save(state, data_state, seconds)\n",
     "        run.save(state, loader.get_state(), seconds)\n",
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
+  ),
+  "rows of the draft cache that saw rejected drafts are kept": Mutant(
+    "decode/drafters.py",
+    "Drafter(num_drafts, chained - 1, True",
+    "Drafter(num_drafts, 0, True",
+    f"{CACHES}[llama-sequential]",
+  ),
+  "accepted rows of the draft cache are not written": Mutant(
+    "decode/loop.py",
+    "(position_BW <= n_B[:, None] - 2)",
+    "(position_BW <= start_B[:, None] + drafter.context)",
+    f"{CACHES}[llama-parallel]",
+  ),
+  "every module is given the same token in decoding": Mutant(
+    "decode/drafters.py",
+    "ahead_BW = position_BW + k\n",
+    "ahead_BW = position_BW + 1\n",
+    f"{DEPTHS}[llama-sequential]",
+  ),
+  "heads are fed the state after the first head": Mutant(
+    "decode/network.py",
+    "if i == tapped - 1:",
+    "if i == num_blocks - 1:",
+    f"{DEPTHS}[llama-parallel]",
+  ),
+  "verification one position late": Mutant(
+    "decode/loop.py",
+    "n_B[:, None] - 1 + jnp.arange(1 + K),",
+    "n_B[:, None] + jnp.arange(1 + K),",
+    "test_decode.py::test_greedy_says_what_whole_forward_passes_say[llama-parallel]",
+  ),
+  "tokens after a stop token are kept": Mutant(
+    "decode/loop.py",
+    "    & before_stop_BR\n    & (offsets_R < (state.limit_B",
+    "    & (offsets_R < (state.limit_B",
+    "test_decode.py::test_a_stop_token_ends_a_run_of_accepted_drafts",
+  ),
+  "noise depends on where the round began": Mutant(
+    "decode/loop.py",
+    'if plan.rule == "block" and role != _TARGET:',
+    "if True:",
+    "test_decode.py::test_match_says_what_plain_sampling_says",
   ),
 }
 
