@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,10 +212,7 @@ class Checkpointer:
     restored = self._manager.restore(
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     )
-    meta = dict(restored["meta"])
-    if meta.pop("sha256", None) != _sha256(meta):
-      raise ValueError("checksum mismatch in meta")
-    return meta
+    return _checked(restored["meta"])
 
   def restore(
     self, abstract_state: Any, config: Config, step: int | None = None
@@ -251,10 +248,9 @@ class Checkpointer:
         raise
       # Orbax reports damage as errors of many libraries: JSON, zarr, the file system.
       except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else ""
         warnings.warn(
           f"checkpoint {self.directory / str(step)} is damaged "
-          f"({type(error).__name__}: {reason}); trying the one before it.",
+          f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
           stacklevel=2,
         )
         damaged.append(step)
@@ -271,11 +267,7 @@ class Checkpointer:
   def _restore(self, step: int, abstract_state: Any, config: Config) -> Restored:
     meta = self.meta(step)
     check_resumable(from_config_dict(meta["config"]), config)
-    if meta["contract"] != contract(config):
-      raise ConfigError(
-        f"checkpoint {self.directory / str(step)} was written by code with another "
-        f"contract: {meta['contract']} there, {contract(config)} now."
-      )
+    _check_contract(self.directory / str(step), meta, config)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -285,10 +277,7 @@ class Checkpointer:
       ),
     )
     state = restored["state"]
-    found = fingerprint(state).tolist()
-    if found != meta["fingerprint"]:
-      wrong = np.flatnonzero(np.array(found) != np.array(meta["fingerprint"]))
-      raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
+    _check_fingerprint(state, meta["fingerprint"])
     return Restored(state, meta["data"], meta["progress"])
 
   def _move_aside(self, damaged: list[int]) -> None:
@@ -325,12 +314,84 @@ class Checkpointer:
     try:
       yield
     except Exception as error:  # Of the file system, or of TensorStore.
-      reason = str(error).splitlines()[0][:300] if str(error) else ""
       self._manager.reload()
       raise CheckpointError(
         f"could not write a checkpoint to {self.directory} ({type(error).__name__}: "
-        f"{reason}). Finished there: steps {self.steps()}."
+        f"{_first_line(error, 300)}). Finished there: steps {self.steps()}."
       ) from error
+
+
+def finished_steps(directory: Path) -> list[int]:
+  """Returns the steps with a finished checkpoint in a folder of them, oldest first."""
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def restore_params(
+  folder: Path, layout: Callable[[Config], tuple[Any, Any]]
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+  """Returns `(step, params, meta)` of one checkpoint, without the optimizer state.
+
+  Args:
+    folder: checkpoints/STEP, or a copy of it anywhere.
+    layout: config -> step and parameters as ShapeDtypeStructs with shardings.
+
+  Raises:
+    ConfigError: the code has no such config any more, or another contract.
+    CheckpointError: damaged, or no checkpoint.
+  """
+  folder = folder.resolve()
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
+    config = from_config_dict(meta["config"])
+    _check_contract(folder, meta, config)
+    step, params = layout(config)
+    wanted = {"step": step, "params": params}
+    with ocp.Checkpointer(_state_handler()) as reader:
+      args = ocp.args.PyTreeRestore(
+        wanted,
+        ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+      )
+      restored = reader.restore(folder / "state", args=args)
+    # A TrainState begins with these two.
+    first = (restored["step"], restored["params"])
+    _check_fingerprint(first, meta["fingerprint"][: len(jax.tree.leaves(first))])
+  except ConfigError:
+    raise
+  # As in `Checkpointer.restore`: damage is reported as errors of many libraries.
+  except Exception as error:
+    raise CheckpointError(
+      f"checkpoint {folder} is damaged ({type(error).__name__}: {_first_line(error)})."
+    ) from error
+  return *first, meta
+
+
+def _checked(meta: Any) -> dict[str, Any]:
+  """Returns a restored meta without its checksum; ValueError if that is not right."""
+  meta = dict(meta)
+  if meta.pop("sha256", None) != _sha256(meta):
+    raise ValueError("checksum mismatch in meta")
+  return meta
+
+
+def _check_contract(folder: Path, meta: dict[str, Any], config: Config) -> None:
+  if meta["contract"] != contract(config):
+    raise ConfigError(
+      f"checkpoint {folder} was written by code with another contract: "
+      f"{meta['contract']} there, {contract(config)} now."
+    )
+
+
+def _check_fingerprint(tree: Any, expected: list[int]) -> None:
+  found = fingerprint(tree).tolist()
+  if found != expected:
+    wrong = np.flatnonzero(np.array(found) != np.array(expected))
+    raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
+
+
+def _first_line(error: Exception, limit: int = 200) -> str:
+  return str(error).splitlines()[0][:limit] if str(error) else ""
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

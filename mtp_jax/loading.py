@@ -1,0 +1,379 @@
+"""A trained model in one call, for notebooks: `mtp_jax.load(folder)`.
+
+A checkpoint holds all that is needed (parameters, config, tokenizer), so that its
+folder alone, copied anywhere, will do. The optimizer state is not read.
+
+Legend: T tokens of a text, B rows, P padded length, D embed, V vocab, M = 1 + depth.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import accounting, checkpoint
+from mtp_jax.batch import Batch
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import Config, MeshConfig, from_config_dict
+from mtp_jax.data.tokenizers import Tokenizer, tokenizer_from_json
+from mtp_jax.decode import generate as decoding
+from mtp_jax.decode import network
+from mtp_jax.decode.provenance import Generation
+from mtp_jax.decode.warp import check_warp
+from mtp_jax.losses import token_stats
+from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.sharding import (
+  logical_axes,
+  make_mesh,
+  put_batch,
+  replicated,
+  tree_shardings,
+  unbox,
+)
+from mtp_jax.targets import future_targets
+from mtp_jax.train_step import shape_of
+
+Text = str | Sequence[int] | np.ndarray
+
+_ID = int | np.integer
+_SMALLEST_BUCKET = 16  # Texts are padded to powers of two, so that they share programs.
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainedModel:
+  """A model as training left it; `load` returns one. No method changes anything.
+
+  A *text* is a string or token ids [T]. A string gets a begin-of-document token in
+  front, as every training document has; `encode(text, bos=False)` gives the ids without
+  it. Results have a row per token. Texts longer than the rows of training are allowed
+  where positions are rotary; what a model says there, it was not trained for.
+
+  config: as trained, with the attention implementation that suits this platform.
+  params: the tree of arrays, on `mesh`. folder: of the checkpoint.
+  """
+
+  config: Config
+  params: Any
+  tokenizer: Tokenizer
+  step: int
+  folder: Path
+  mesh: jax.sharding.Mesh
+
+  def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
+    """Returns token ids [T]; with `eos`, the text is a whole document."""
+    before, after = [self.tokenizer.bos_id] * bos, [self.tokenizer.eos_id] * eos
+    return np.concatenate([before, self.tokenizer.encode(text), after]).astype(np.int32)
+
+  def hidden(self, text: Text) -> np.ndarray:
+    """Returns hidden_MTD, float32: the normed states that logits are made from.
+
+    A sequential module m at row i reads the tokens up to i + m. Where the text ends
+    before that, the row is NaN.
+    """
+    tokens_T, _, hidden_MBPD = self._run(text)
+    hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
+    if self.config.mtp.kind == "sequential":
+      for m in range(1, len(hidden_MTD)):
+        hidden_MTD[m, -m:] = np.nan
+    return hidden_MTD
+
+  def logits(self, text: Text, depth: int = 0) -> np.ndarray:
+    """Returns logits_TV of one depth: row i is about token i + 1 + depth.
+
+    Rows that a sequential module has no input for are NaN; see `hidden`. The last row
+    of every depth of parallel and linear heads is about tokens after the text.
+
+    Raises:
+      ValueError: bad text, or a depth that the model does not have.
+    """
+    deepest = self.config.mtp.depth
+    if not 0 <= depth <= deepest:
+      raise ValueError(f"depth must be in [0, {deepest}] for this model, got {depth}.")
+    tokens_T, _, hidden_MBPD = self._run(text)
+    with jax.set_mesh(self.mesh):
+      logits_PV = _logits(self._shape, self.params, hidden_MBPD, depth)
+    logits_TV = np.array(logits_PV)[: len(tokens_T)]
+    if depth and self.config.mtp.kind == "sequential":
+      logits_TV[-depth:] = np.nan
+    return logits_TV
+
+  def losses(self, text: Text) -> np.ndarray:
+    """Returns nll_MT in nats: at [m, i], of token i + 1 + m given those up to it.
+
+    NaN where the text ends before that token. The same as in training for a document
+    that begins so and fits into one row.
+    """
+    tokens_T, batch, hidden_MBPD = self._run(text)
+    with jax.set_mesh(self.mesh):
+      nll_MBP, mask_MBP = _losses(self._shape, self.params, batch, hidden_MBPD)
+    nll_MBP = np.where(mask_MBP, nll_MBP, np.nan)
+    return nll_MBP[:, 0, : len(tokens_T)]
+
+  def generate(
+    self,
+    prompt: Text | Sequence[Text],
+    max_new_tokens: int = 64,
+    *,
+    num_drafts: int | None = None,
+    rule: str = "greedy",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    proposal: str = "auto",
+    recurse: bool = False,
+    seed: int = 0,
+    stop: Sequence[str | int] | None = None,
+    stream: bool = False,
+  ) -> Generation | list[Generation] | Iterator[Generation]:
+    """Continues a prompt, or each of a list of prompts, drafting with the predictors.
+
+    Args:
+      prompt: a text, or a list of texts; an empty string begins a document.
+      max_new_tokens: longest completion.
+      num_drafts: K; None takes one per extra predictor, 0 is plain decoding.
+      rule: `greedy`, or match | leviathan | block to sample; see `generate.Decoding`.
+      temperature, top_k, top_p, min_p: for the rules that sample; a temperature of None
+        is 1.
+      proposal: how drafts are chosen; see `generate.Decoding`.
+      recurse: lets the last sequential module go on where K is more than there are.
+      seed: of sampling.
+      stop: what ends a completion: ids, or strings of one token; None is the end of the
+        document.
+      stream: return an iterator over the growing Generation of one prompt instead.
+
+    Raises:
+      ValueError: names the setting, the rule that it breaks, and its value.
+    """
+    is_one = isinstance(prompt, str) or not len(prompt) or isinstance(prompt[0], _ID)
+    prompts = [self._ids(text) for text in ([prompt] if is_one else prompt)]
+    settings = (temperature, top_k, top_p, min_p)
+    warp = None
+    if rule != "greedy" or any(x is not None for x in settings):
+      warp = check_warp(1.0 if temperature is None else temperature, *settings[1:])
+    how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse)
+    limits = {
+      "max_new_tokens": max_new_tokens,
+      "stop_ids": self._stop_ids(stop),
+      "decoding": how,
+      "seed": seed,
+    }
+    if stream:
+      if len(prompts) != 1:
+        raise ValueError(f"stream=True takes one prompt, got {len(prompts)}.")
+      so_far = decoding.stream(self._shape, self._weights, prompts[0], **limits)
+      return (Generation(prompts[0], x, self.tokenizer) for x in so_far)
+    completions = decoding.generate(self._shape, self._weights, prompts, **limits)
+    results = [
+      Generation(ids, completion, self.tokenizer)
+      for ids, completion in zip(prompts, completions, strict=True)
+    ]
+    return results[0] if is_one else results
+
+  def __repr__(self) -> str:
+    mtp, size = self.config.mtp, accounting.count(self.config).total
+    predictors = f"{mtp.kind}, D = {mtp.depth}" if mtp.depth else "next token only"
+    return (
+      f"<TrainedModel {self.config.name!r}: {predictors}, {size:,} parameters, step "
+      f"{self.step:,}>"
+    )
+
+  @functools.cached_property
+  def _shape(self) -> Config:
+    """What compiled programs depend on, so that models of one shape share them."""
+    return shape_of(self.config)
+
+  @functools.cached_property
+  def _weights(self) -> network.Weights:
+    return network.unstack(self.params, self._shape)
+
+  def _run(self, text: Text) -> tuple[np.ndarray, Batch, jax.Array]:
+    """Returns `(tokens_T, batch, hidden_MBPD)`; row 0 of the batch is the text."""
+    tokens_T = self._ids(text)
+    most = self.config.data.seq_len
+    if self.config.trunk.kind == "gpt2" and len(tokens_T) > most:
+      raise ValueError(
+        f"text must have at most {most} tokens: the model has so many learned "
+        f"positions (data.seq_len); got {len(tokens_T)}."
+      )
+    batch = put_batch(self.mesh, self._batch(tokens_T), is_whole=True)
+    with jax.set_mesh(self.mesh):
+      return tokens_T, batch, _hidden(self._shape, self.params, batch)
+
+  def _batch(self, tokens_T: np.ndarray) -> Batch:
+    """Returns the text as one document of a padded row, and as many as a mesh needs."""
+    num_tokens, num_extra = len(tokens_T), 1 + self.config.mtp.depth
+    shards = self.mesh.shape["context"]
+    length = max(_SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length())
+    length = -(-length // shards) * shards
+    rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    tokens, segments, positions = np.zeros((3, rows, length + num_extra), np.int32)
+    tokens[0, :num_tokens] = tokens_T
+    segments[0, :num_tokens] = 1
+    positions[0, :num_tokens] = np.arange(num_tokens)
+    return Batch(
+      tokens[:, :length], segments[:, :length], positions[:, :length],
+      tokens[:, length:], segments[:, length:],
+    )
+
+  def _ids(self, text: Text) -> np.ndarray:
+    """Returns the token ids of a text, checked."""
+    if isinstance(text, str):
+      return self.encode(text)
+    ids, size = np.asarray(text), self.config.tokenizer.vocab_size
+    if ids.size == 0:
+      raise ValueError("text must have at least one token, got none.")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(
+        "text must be a string or a sequence of token ids, got "
+        f"{type(text).__name__} of shape {ids.shape} and type {ids.dtype}."
+      )
+    if ids.min() < 0 or ids.max() >= size:
+      wrong = int(ids[(ids < 0) | (ids >= size)][0])
+      raise ValueError(f"token ids must be in [0, {size}), got {wrong}.")
+    return ids.astype(np.int32)
+
+  def _stop_ids(self, stop: Sequence[str | int] | None) -> tuple[int, ...]:
+    if stop is None:
+      return (self.tokenizer.eos_id,)
+    found = []
+    for token in stop:
+      ids = self.tokenizer.encode(token) if isinstance(token, str) else [token]
+      if len(ids) != 1:
+        raise ValueError(
+          f"stop must be token ids, or strings of one token, got {token!r}, which has "
+          f"{len(ids)}."
+        )
+      found.append(int(self._ids(ids)[0]))
+    return tuple(found)
+
+
+def load(
+  path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> TrainedModel:
+  """Returns the model of a checkpoint, on whatever devices there are.
+
+  Args:
+    path: a run folder, its `checkpoints`, or one checkpoint (checkpoints/STEP or a copy
+      of it).
+    step: which checkpoint of a run; None is the newest whole one, damaged ones are
+      reported.
+    mesh: from `sharding.make_mesh`, to spread the parameters; None is the first device.
+
+  Raises:
+    CheckpointError: the folder is none of these, has no checkpoint of that step, or
+      what was asked for is damaged.
+    ConfigError: the checkpoint was written by code with other settings.
+  """
+  candidates = _checkpoint_folders(Path(path).expanduser(), step)
+  mesh = _one_device() if mesh is None else mesh
+  for folder in candidates:
+    try:
+      return _load(folder, mesh)
+    except CheckpointError as error:
+      if folder == candidates[-1]:
+        raise
+      warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
+  raise AssertionError("unreachable")
+
+
+def _load(folder: Path, mesh: jax.sharding.Mesh) -> TrainedModel:
+  def layout(config: Config) -> tuple[Any, Any]:
+    boxed = accounting.abstract_params(_portable(config))
+    params = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      unbox(boxed),
+      tree_shardings(mesh, logical_axes(boxed)),
+    )
+    return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)), params
+
+  step, params, meta = checkpoint.restore_params(folder, layout)
+  return TrainedModel(
+    config=_portable(from_config_dict(meta["config"])),
+    params=params,
+    tokenizer=tokenizer_from_json(meta["tokenizer"], f"{folder}/meta"),
+    step=int(step),
+    folder=folder,
+    mesh=mesh,
+  )
+
+
+def _portable(config: Config) -> Config:
+  """Returns the config without a choice that only the training's platform may have."""
+  trunk = dataclasses.replace(config.trunk, attention="auto")
+  return dataclasses.replace(config, trunk=trunk)
+
+
+def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
+  """Returns the checkpoints that a path may mean, the most wanted first."""
+  if not path.is_dir():
+    raise CheckpointError(f"{path} must be a folder, and there is none.")
+  if (path / "meta").is_dir() and (path / "state").is_dir():
+    if step is not None and path.name != str(step):
+      raise CheckpointError(f"{path} is one checkpoint; step {step} was asked for.")
+    return [path]
+  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  steps = checkpoint.finished_steps(directory)
+  if not steps:
+    raise CheckpointError(f"{path} {_why_not(path)}")
+  if step is None:
+    return [directory / str(s) for s in reversed(steps)]
+  if step not in steps:
+    raise CheckpointError(
+      f"no checkpoint of step {step} in {directory}; there are {steps}."
+    )
+  return [directory / str(step)]
+
+
+def _why_not(path: Path) -> str:
+  """Says why no checkpoint was found in a folder."""
+  if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
+    return "is a run folder without a finished checkpoint."
+  runs = sorted(x.parent.name for x in path.glob("*/config.json"))
+  if runs:
+    return f"holds {len(runs)} run folder(s); load one of them, such as {runs[0]!r}."
+  return (
+    "must be a run folder (with checkpoints/STEP), a folder of checkpoints (with STEP, "
+    "a number) or a checkpoint (with state/ and meta/), and has nothing of these."
+  )
+
+
+def _one_device() -> jax.sharding.Mesh:
+  sizes = MeshConfig(data=1, fsdp=1, tensor=1, context=1)
+  return make_mesh(sizes, jax.local_devices()[:1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(config: Config, params: Any, batch: Batch) -> jax.Array:
+  return MtpLm(config).apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+  config: Config, params: Any, hidden_MBPD: jax.Array, depth: jax.Array
+) -> jax.Array:
+  """Returns logits_PV of the first row, float32 or wider."""
+  return jnp.einsum(
+    "PD,DV->PV",
+    hidden_MBPD[depth, 0],
+    unembed_matrix(params, config),
+    preferred_element_type=jnp.promote_types(hidden_MBPD.dtype, jnp.float32),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+  config: Config, params: Any, batch: Batch, hidden_MBPD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `(nll_MBP, mask_MBP)`, as the evaluation computes them."""
+  targets_MBP, mask_MBP = future_targets(batch, config.mtp.depth)
+  stats = token_stats(
+    hidden_MBPD, unembed_matrix(params, config), targets_MBP, config.loss.block_tokens
+  )
+  return stats.nll_MBT, mask_MBP
