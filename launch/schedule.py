@@ -202,7 +202,8 @@ class Sweep:
   def _progress(self) -> tuple[float, str]:
     """Returns the share of FLOPs done and a line that says so."""
     running = [worker.trial for worker in self._workers if worker.trial is not None]
-    speeds = {cost: flops / s for cost, (flops, s) in self._measured.items()}
+    measured = self._measured.items()  # Of trials that only had to be evaluated: 0.
+    speeds = {cost: flops / s for cost, (flops, s) in measured if flops}
     for trial in running:
       self._states[trial.name] = trials.read_state(trial)
       began, first_step = self._given[trial.name]

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import time
 import warnings
 
 import jax
@@ -292,6 +293,12 @@ def test_a_save_that_was_killed_is_reported(copy):
   assert made.steps() == [8, 12]
 
 
+def wait_until_still(folder):
+  listing = None
+  while listing != (listing := sorted(folder.rglob("*"))):
+    time.sleep(0.3)
+
+
 def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(copy):
   made = Checkpointer(copy)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -303,6 +310,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(copy):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   made.close()
+  wait_until_still(copy)  # Writes of the failed save go on in the background.
   after = Checkpointer(copy)
   with pytest.warns(UserWarning, match="not finished"):
     assert_is_step(after.restore(layout(), CONFIG), 8)
