@@ -1,7 +1,7 @@
 # make reproduce   set up, train the CPU ladder, write the report (resumable)
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
-# make bench       the training benchmark against PyTorch
+# make bench       the benchmarks of training and decoding against PyTorch
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs/gains_with_scale
@@ -29,6 +29,7 @@ lint: setup-dev
 
 bench: setup-dev
 	$(BIN)/python -m launch.benchmark train
+	$(BIN)/python -m launch.benchmark decode
 
 setup: $(VENV)/.requirements
 setup-dev: $(VENV)/.requirements-dev

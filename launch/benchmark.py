@@ -1,11 +1,14 @@
 """Benchmarks that anyone can rerun; their tables go to experiments/results/benchmarks.
 
     python -m launch.benchmark train --help
+    python -m launch.benchmark decode --help
 """
 
 import argparse
 
-from launch.benchmarks import train
+from launch.benchmarks import decode, train
+from mtp_jax.config import ConfigError
+from mtp_jax.data.sources import DataError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,8 +19,12 @@ def main(argv: list[str] | None = None) -> None:
   )
   commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
   train.add_parser(commands)
+  decode.add_parser(commands)
   args = parser.parse_args(argv)
-  args.run(args)
+  try:
+    args.run(args)
+  except (ConfigError, DataError) as error:
+    parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 
 from launch import cli
+from launch.huge_pages import start_with_huge_pages
 from launch.trials import Trial
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
@@ -71,7 +72,8 @@ class Worker:
     )
     # Ctrl-C reaches every process of the terminal; the sweep alone is to answer it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    self._process.start()
+    with start_with_huge_pages():
+      self._process.start()
     signal.signal(signal.SIGINT, handler)
     theirs.close()
 

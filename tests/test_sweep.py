@@ -7,6 +7,7 @@ of `Sweep` take: each of them does several things in one sweep.
 import json
 import os
 import signal
+import sys
 import textwrap
 import types
 
@@ -269,6 +270,28 @@ def test_workers_share_the_cores(monkeypatch):
   for number in (0, 6):
     with pytest.raises(ConfigError, match=rf"from 1 to .* \(5\), got {number}\."):
       workers.shares(number)
+
+
+@pytest.mark.parametrize("platform, before, at_start", [
+  ("linux", None, "glibc.malloc.hugetlb=1"),
+  ("linux", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+  ("darwin", None, None),
+])
+def test_workers_start_with_huge_pages(monkeypatch, platform, before, at_start):
+  class Process:
+    def __init__(self, **_):
+      pass
+
+    def start(self):
+      assert os.environ.get("GLIBC_TUNABLES") == at_start
+
+  monkeypatch.setattr(workers._SPAWN, "Process", Process)
+  monkeypatch.setattr(sys, "platform", platform)
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  if before is not None:
+    monkeypatch.setenv("GLIBC_TUNABLES", before)
+  workers.Worker(None, "")
+  assert os.environ.get("GLIBC_TUNABLES") == before
 
 
 # Real workers

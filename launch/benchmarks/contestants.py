@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.huge_pages import start_with_huge_pages
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.sharding import make_mesh, put_batch
@@ -26,10 +27,6 @@ from mtp_jax.train_state import Hyperparameters
 from mtp_jax.train_step import programs, shape_of
 
 NAMES = ("jax", "torch eager", "torch.compile")
-
-# glibc reads it when a process starts: large allocations get huge pages. A step
-# allocates hundreds of megabytes anew, and the kernel clears them page by page.
-HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +49,28 @@ class Failed(RuntimeError):
   """A contestant could not be built or run; the message is the first line it gave."""
 
 
-class Contestant:
-  """A train step that runs in another process, one at a time."""
+# (config, name) -> (step, what `Contestant.wait_ready` returns).
+Build = Callable[[Config, str], tuple[Callable[[], None], Any]]
 
-  def __init__(self, name: str, config: Config, huge_pages: bool):
+
+class Contestant:
+  """A step that runs in another process, one at a time."""
+
+  def __init__(
+    self, name: str, config: Config, huge_pages: bool, build: Build | None = None
+  ):
+    """Args: `build(config, name)` runs in the process; by default a train step."""
     self.name = name
     context = multiprocessing.get_context("spawn")
     self._pipe, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, name, config))
-    with _environment(*HUGE_PAGES) if huge_pages else contextlib.nullcontext():
+    build = build or build_train_step
+    self._process = context.Process(target=_serve, args=(theirs, build, name, config))
+    with start_with_huge_pages() if huge_pages else contextlib.nullcontext():
       self._process.start()
     theirs.close()
 
-  def wait_ready(self) -> Ready:
-    """Returns when the step is compiled and warm.
+  def wait_ready(self) -> Any:
+    """Returns when the step is compiled and warm; a `Ready` for a train step.
 
     Raises:
       Failed: it could not be built.
@@ -96,20 +101,6 @@ class Contestant:
     return result
 
 
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-  """Sets an environment variable for the processes started inside."""
-  before = os.environ.get(name)
-  os.environ[name] = value
-  try:
-    yield
-  finally:
-    if before is None:
-      del os.environ[name]
-    else:
-      os.environ[name] = before
-
-
 def one_document_batch(config: Config, seed: int = 0) -> Batch:
   """Returns rows [B, ...] of random tokens, each row one document without an end."""
   rng = np.random.default_rng(seed)
@@ -123,11 +114,17 @@ def one_document_batch(config: Config, seed: int = 0) -> Batch:
   )
 
 
-def _serve(pipe: Any, name: str, config: Config) -> None:
+def build_train_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
+  """Returns the train step of one of `NAMES`, compiled and warm."""
+  if name == "jax":
+    return _build_jax(config)
+  return _build_torch(config, compiled=name == "torch.compile")
+
+
+def _serve(pipe: Any, build: Build, name: str, config: Config) -> None:
   """Builds the contestant, then runs as many steps as each message asks for."""
   try:
-    build = _build_jax if name == "jax" else _build_torch
-    step, ready = build(config, compiled=name == "torch.compile")
+    step, ready = build(config, name)
     pipe.send(ready)
     while (num_steps := pipe.recv()) is not None:
       seconds = []
@@ -143,8 +140,7 @@ def _serve(pipe: Any, name: str, config: Config) -> None:
     pipe.send(Failed(f"{type(error).__name__}: {message}"))
 
 
-def _build_jax(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
-  del compiled
+def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
   # Contestants share the GPU: none may reserve most of its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   start = time.perf_counter()

@@ -8,25 +8,25 @@ slows both of its sides.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import base
-from launch.benchmarks.contestants import HUGE_PAGES, NAMES, Contestant, Failed
+from launch.benchmarks.contestants import NAMES, Contestant, Failed
+from launch.benchmarks.records import (
+  RESULTS,
+  Progress,
+  header,
+  make_config,
+  ratios,
+  slug,
+  spread,
+  table,
+  write,
+)
+from launch.huge_pages import HUGE_PAGES
 from mtp_jax.accounting import train_flops_per_token
-from mtp_jax.config import Config, from_config_dict, validate, with_overrides
-
-RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
+from mtp_jax.config import Config, validate
 
 _QUICK = {
   "trunks": ["llama"], "vocabs": [264], "depths": [0, 1], "embed_dim": 64,
@@ -95,59 +95,15 @@ def run(args: argparse.Namespace) -> None:
   for configs in cases.values():
     for _, config in configs:
       validate(config)
-  say = _Progress(len(groups) * (len(args.depths) * len(args.contestants)), args.rounds)
+  say = Progress(len(groups) * (len(args.depths) * len(args.contestants)), args.rounds)
   rows = [row for group in groups for row in _measure_group(args, cases[group], say)]
-  record = {
-    "command": " ".join(["python -m launch.benchmark", *sys.argv[1:]]),
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    **environment(),
-    "settings": {k: v for k, v in vars(args).items() if k not in ("run", "output")},
-    "rows": rows,
-  }
-  table = markdown(record)
-  print(table)
-  name = "train-quick" if args.quick else f"train-{_slug(rows[0]['hardware'])}"
-  args.output.mkdir(parents=True, exist_ok=True)
-  (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-  (args.output / f"{name}.md").write_text(table)
-  print(f"Written to {args.output / name}.md and .json")
-
-
-def make_config(
-  args: argparse.Namespace, trunk: str, vocab: int, depth: int
-) -> Config:
-  """Returns the config of one row of the table."""
-  dim, heads = args.embed_dim, args.num_heads
-  shape = {
-    "gpt2": {"trunk.mlp_dim": 4 * dim, "trunk.num_kv_heads": heads},
-    # 8/3 of the width (Touvron et al. 2023), rounded up to a multiple of 64.
-    "llama": {
-      "trunk.mlp_dim": -(-8 * dim // 3 // 64) * 64,
-      "trunk.num_kv_heads": max(1, heads // 2),
-    },
-  }[trunk]
-  return with_overrides(
-    from_config_dict(base.get_config()),
-    {
-      "trunk.kind": trunk,
-      "trunk.tie_embeddings": trunk == "gpt2",
-      "trunk.embed_dim": dim,
-      "trunk.num_layers": args.num_layers,
-      "trunk.num_heads": heads,
-      **shape,
-      "mtp.kind": args.kind if depth else "none",
-      "mtp.depth": depth,
-      "tokenizer.vocab_size": vocab,
-      "data.seq_len": args.seq_len,
-      "data.batch_size": args.batch_size,
-      "mesh.data": 1,
-      "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
-    },
-  )
+  record = header(args) | {"rows": rows}
+  name = "train-quick" if args.quick else f"train-{slug(rows[0]['hardware'])}"
+  write(args.output, name, record, markdown(record))
 
 
 def _measure_group(
-  args: argparse.Namespace, configs: list[tuple[int, Config]], say: "_Progress"
+  args: argparse.Namespace, configs: list[tuple[int, Config]], say: Progress
 ) -> list[dict[str, Any]]:
   """Returns the table rows of one trunk and vocabulary, all contestants in turns."""
   rows, running = [], []
@@ -190,24 +146,6 @@ def _measure_group(
   return rows
 
 
-class _Progress:
-  """Prints what was done, and after the first turns the time that is left.
-
-  Every contestant has one unit of work to be built and one per round.
-  """
-
-  def __init__(self, num_contestants: int, rounds: int):
-    self._total = num_contestants * (rounds + 1)
-    self._done = 0
-    self._start = time.monotonic()
-
-  def __call__(self, text: str, units: int = 1) -> None:
-    self._done += units
-    rate = (time.monotonic() - self._start) / self._done
-    left = datetime.timedelta(seconds=round(rate * (self._total - self._done)))
-    print(f"[{self._done}/{self._total}, about {left} left] {text}", flush=True)
-
-
 def markdown(record: dict[str, Any]) -> str:
   """Returns the tables of a benchmark record, with what is needed to read them."""
   rows, settings = record["rows"], record["settings"]
@@ -230,19 +168,19 @@ def markdown(record: dict[str, Any]) -> str:
     + _page_note(settings["huge_pages"]),
     "",
   ]
-  parts += _table(
+  parts += table(
     ("trunk", "vocab", "D", *(f"{n} ms" for n in NAMES), "jax / faster torch"),
     [
       (
         r["trunk"], r["vocab"], r["depth"],
         *(_milliseconds(r, n) for n in NAMES),
-        _spread(_against_torch(r)),
+        spread(_against_torch(r)),
       )
       for r in rows
     ],
   )
   parts += ["", "Cost of depth: step time over that of D = 0, against model FLOPs.", ""]
-  parts += _table(
+  parts += table(
     (
       "trunk", "vocab", "D", "FLOP ratio", *(f"{n} D/0" for n in NAMES),
       "jax D/0 over FLOP ratio",
@@ -260,7 +198,7 @@ def markdown(record: dict[str, Any]) -> str:
     "arguments and temporaries of the compiled JAX step by XLA's own analysis.",
     "",
   ]
-  parts += _table(
+  parts += table(
     ("trunk", "vocab", "D", *NAMES, "jax (XLA)"),
     [
       (
@@ -282,51 +220,22 @@ def markdown(record: dict[str, Any]) -> str:
   return "\n".join(parts) + "\n"
 
 
-def environment() -> dict[str, Any]:
-  """Returns hardware, versions and commit, for the head of a results file."""
-  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-  found = subprocess.run(
-    command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-  )
-  versions = {"python": platform.python_version()}
-  for package in ("jax", "torch"):
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = "missing"
-  cores = len(os.sched_getaffinity(0))
-  return {
-    "commit": found.stdout.strip() or "unknown",
-    "hardware": f"{cores} x {_cpu_model()}",
-    "versions": versions,
-  }
-
-
-def _cpu_model() -> str:
-  try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    lines = []
-  names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-  return next(names, platform.machine())
-
-
 def _against_torch(row: dict[str, Any]) -> list[float]:
   """Per round: our time over that of the torch contestant with the lower median."""
   peers = [n for n in NAMES if n != "jax" and _rounds(row, n)]
   if not peers or not _rounds(row, "jax"):
     return []
   faster = min(peers, key=lambda n: statistics.median(_rounds(row, n)))
-  return _ratios(_rounds(row, "jax"), _rounds(row, faster))
+  return ratios(_rounds(row, "jax"), _rounds(row, faster))
 
 
 def _depth_row(row: dict[str, Any], plain: dict[str, Any]) -> tuple[Any, ...]:
   floor = row["flops_per_token"] / plain["flops_per_token"]
-  measured = {n: _ratios(_rounds(row, n), _rounds(plain, n)) for n in NAMES}
+  measured = {n: ratios(_rounds(row, n), _rounds(plain, n)) for n in NAMES}
   return (
     row["trunk"], row["vocab"], row["depth"], f"{floor:.2f}",
-    *(_spread(measured[n]) for n in NAMES),
-    _spread([ratio / floor for ratio in measured["jax"]]),
+    *(spread(measured[n]) for n in NAMES),
+    spread([ratio / floor for ratio in measured["jax"]]),
   )
 
 
@@ -334,17 +243,6 @@ def _rounds(row: dict[str, Any], name: str) -> list[float]:
   """The median step time of every round; empty if the contestant has none."""
   seconds = row["contestants"].get(name, {}).get("seconds", [])
   return [statistics.median(steps) for steps in seconds]
-
-
-def _ratios(above: list[float], below: list[float]) -> list[float]:
-  return [a / b for a, b in zip(above, below, strict=True)] if above and below else []
-
-
-def _spread(values: list[float]) -> str:
-  if not values:
-    return "-"
-  middle = statistics.median(values)
-  return f"{middle:.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def _milliseconds(row: dict[str, Any], name: str) -> str:
@@ -367,15 +265,3 @@ def _page_note(huge_pages: bool) -> str:
   if huge_pages:
     return f"Every contestant was started with `{'='.join(HUGE_PAGES)}`."
   return "Huge pages were left as the system has them."
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
-  line: Callable[[Iterable[Any]], str] = lambda cells: (  # noqa: E731
-    "| " + " | ".join(map(str, cells)) + " |"
-  )
-  header = list(header)
-  return [line(header), line(["---"] * len(header)), *map(line, rows)]
-
-
-def _slug(name: str) -> str:
-  return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,0 +1,143 @@
+"""What a round of decoding consists of, each part repeated in a program of its own.
+
+A part runs many times within one compiled loop, on the same pure functions, caches and
+shapes as in `mtp_jax.decode.loop`, so that what is measured is its work and not the
+dispatch of programs. What it computes is carried into its next turn, as in decoding,
+and so cannot be left out or taken out of the loop by the compiler.
+
+Legend: B batch, S slots, R = K + 1 rows of a verification, W rows of the window,
+D feature.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.decode import loop
+from mtp_jax.decode.interface import Drafter, Window
+
+_MOST_TURNS = 1 << 14
+
+
+class Part:
+  """A piece of work that can be timed again and again."""
+
+  def __init__(self, body: Callable[[Any, Any], Any], inputs: Any, carry: Any):
+    """Args: `body(inputs, carry) -> carry` is one turn; the carry is used up."""
+
+    def turns(inputs: Any, carry: Any, count: jax.Array) -> Any:
+      return jax.lax.fori_loop(0, count, lambda _, c: body(inputs, c), carry)
+
+    self._program = jax.jit(turns, donate_argnums=1)
+    self._inputs, self._carry = inputs, carry
+    self._count = 1
+
+  def warm_up(self, least_seconds: float) -> None:
+    """Compiles, and finds how many turns take `least_seconds`."""
+    self.seconds()
+    self._count = 4
+    turn = min(self.seconds(), self.seconds())
+    self._count = min(max(math.ceil(least_seconds / turn), 4), _MOST_TURNS)
+
+  def seconds(self) -> float:
+    """Returns the time of one turn, as a mean over the turns of one run."""
+    start = time.perf_counter()
+    self._carry = self._program(self._inputs, self._carry, self._count)
+    jax.block_until_ready(self._carry)
+    return (time.perf_counter() - start) / self._count
+
+
+def forward_rows(
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState, rows: int
+) -> Part:
+  """Runs the target on the next `rows` tokens of every sequence, up to its choices.
+
+  With one row it is the least that decoding can do for a token; with R the
+  verification.
+  """
+  target, slots = plan.target, state.tokens_BS.shape[1]
+
+  def body(inputs: loop.Inputs, carry: Any) -> Any:
+    tokens_BR, position_BR, cache = carry
+    hidden_BRD, _, cache = target.forward(
+      inputs.weights, tokens_BR, position_BR, cache
+    )
+    logits_BRV = target.unembed(inputs.weights, hidden_BRD)
+    tokens_BR = jnp.argmax(logits_BRV, axis=-1).astype(jnp.int32)
+    return tokens_BR, (position_BR + 1) % slots, cache
+
+  position_BR = state.length_B[:, None] - 1 + jnp.arange(rows)
+  cache = jax.tree.map(jnp.copy, state.cache)
+  return Part(body, inputs, (jnp.zeros_like(position_BR), position_BR, cache))
+
+
+def draft(
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState, feature_size: int
+) -> Part:
+  """Catches up with a window that is all new, then proposes K drafts, greedily."""
+  drafter = plan.drafter
+  rows = drafter.context + 1 + drafter.num_drafts
+  length_B = jnp.maximum(state.length_B, 1 + rows)
+  position_BW = length_B[:, None] - 1 - rows + jnp.arange(rows)
+  last_B = jnp.full_like(length_B, rows - 1)
+  shape = (*position_BW.shape, feature_size)
+  feature_BWD = jax.random.normal(
+    jax.random.key(0), shape, jax.tree.leaves(state.cache)[0].dtype
+  )
+  fixed = (inputs.draft_weights, state.tokens_BS, length_B, position_BW, last_B)
+
+  def body(fixed: Any, carry: Any) -> Any:
+    weights, tokens_BS, length_B, position_BW, last_B = fixed
+    drafts_BK, feature_BWD, cache = carry
+    # Hardly a change, but one that depends on the turn before.
+    drift = 1e-9 * drafts_BK[:, :1, None].astype(feature_BWD.dtype)
+    window = Window(tokens_BS, length_B, feature_BWD + drift, position_BW, last_B)
+    cache, found = drafter.catch_up(weights, cache, window)
+    cache, drafts_BK = drafter.propose(weights, cache, found, window, most_likely)
+    return drafts_BK, window.feature_BWD, cache
+
+  cache = jax.tree.map(jnp.copy, state.draft_cache)
+  return Part(body, fixed, (jnp.zeros_like(state.drafts_BK), feature_BWD, cache))
+
+
+def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
+  """The `interface.Choose` of greedy decoding."""
+  del k
+  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def whole_round(
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
+) -> Part:
+  """Runs `loop.run_round`; a round of sequences that are done is as much work."""
+
+  def body(inputs: loop.Inputs, state: loop.DecodeState) -> loop.DecodeState:
+    return loop.run_round(plan, inputs, state)
+
+  return Part(body, inputs, jax.tree.map(jnp.copy, state))
+
+
+def forced(drafter: Drafter) -> Drafter:
+  """Returns a drafter that does the work of `drafter` and then gives known tokens.
+
+  Its weights are `(weights of drafter, drafts_BS)`, the latter as in `drafters.given`.
+  """
+
+  def propose(weights, cache, carry, window: Window, choose):
+    own, drafts_BS = weights
+    cache, found_BK = drafter.propose(own, cache, carry, window, choose)
+    ahead_BK = window.length_B[:, None] + jnp.arange(drafter.num_drafts)
+    rows_B1 = jnp.arange(len(ahead_BK))[:, None]
+    given_BK = drafts_BS.at[rows_B1, ahead_BK].get(mode="clip")
+    # Tokens are never negative, which the compiler does not know.
+    return cache, jnp.where(found_BK < 0, found_BK, given_BK)
+
+  return drafter._replace(
+    has_distribution=False,
+    catch_up=lambda weights, cache, window: drafter.catch_up(weights[0], cache, window),
+    propose=propose,
+  )

@@ -1,0 +1,144 @@
+"""What the benchmarks share: sizes of models, the head of a record, tables, ratios."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import base
+from mtp_jax.config import Config, from_config_dict, with_overrides
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
+
+
+def make_config(
+  args: argparse.Namespace, trunk: str, vocab: int, depth: int
+) -> Config:
+  """Returns the config of one row of the table."""
+  dim, heads = args.embed_dim, args.num_heads
+  shape = {
+    "gpt2": {"trunk.mlp_dim": 4 * dim, "trunk.num_kv_heads": heads},
+    # 8/3 of the width (Touvron et al. 2023), rounded up to a multiple of 64.
+    "llama": {
+      "trunk.mlp_dim": -(-8 * dim // 3 // 64) * 64,
+      "trunk.num_kv_heads": max(1, heads // 2),
+    },
+  }[trunk]
+  return with_overrides(
+    from_config_dict(base.get_config()),
+    {
+      "trunk.kind": trunk,
+      "trunk.tie_embeddings": trunk == "gpt2",
+      "trunk.embed_dim": dim,
+      "trunk.num_layers": args.num_layers,
+      "trunk.num_heads": heads,
+      **shape,
+      "mtp.kind": args.kind if depth else "none",
+      "mtp.depth": depth,
+      "tokenizer.vocab_size": vocab,
+      "data.seq_len": args.seq_len,
+      "data.batch_size": args.batch_size,
+      "mesh.data": 1,
+      "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
+    },
+  )
+
+
+class Progress:
+  """Prints what was done, and after the first turns the time that is left.
+
+  Every contestant has one unit of work to be built and one per round.
+  """
+
+  def __init__(self, num_contestants: int, rounds: int):
+    self._total = num_contestants * (rounds + 1)
+    self._done = 0
+    self._start = time.monotonic()
+
+  def __call__(self, text: str, units: int = 1) -> None:
+    self._done += units
+    rate = (time.monotonic() - self._start) / self._done
+    left = datetime.timedelta(seconds=round(rate * (self._total - self._done)))
+    print(f"[{self._done}/{self._total}, about {left} left] {text}", flush=True)
+
+
+def header(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns the head of a results file: command, date, environment, settings."""
+  hidden = ("run", "output")
+  settings = {k: v for k, v in vars(args).items() if k not in hidden}
+  return {
+    "command": " ".join(["python -m launch.benchmark", *sys.argv[1:]]),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    **environment(),
+    "settings": settings,
+  }
+
+
+def write(folder: Path, name: str, record: dict[str, Any], text: str) -> None:
+  """Prints the tables, and writes them and the figures."""
+  print(text)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+  (folder / f"{name}.md").write_text(text)
+  print(f"Written to {folder / name}.md and .json")
+
+
+def environment() -> dict[str, Any]:
+  """Returns hardware, versions and commit, for the head of a results file."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+  found = subprocess.run(
+    command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+  )
+  versions = {"python": platform.python_version()}
+  for package in ("jax", "torch"):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "missing"
+  cores = len(os.sched_getaffinity(0))
+  return {
+    "commit": found.stdout.strip() or "unknown",
+    "hardware": f"{cores} x {_cpu_model()}",
+    "versions": versions,
+  }
+
+
+def _cpu_model() -> str:
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+  return next(names, platform.machine())
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+  return [a / b for a, b in zip(above, below, strict=True)] if above and below else []
+
+
+def spread(values: list[float]) -> str:
+  if not values:
+    return "-"
+  middle = statistics.median(values)
+  return f"{middle:.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+  line: Callable[[Iterable[Any]], str] = lambda cells: (  # noqa: E731
+    "| " + " | ".join(map(str, cells)) + " |"
+  )
+  header = list(header)
+  return [line(header), line(["---"] * len(header)), *map(line, rows)]
+
+
+def slug(name: str) -> str:
+  return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

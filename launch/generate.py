@@ -1,0 +1,243 @@
+r"""Continues a prompt with a trained model, its extra predictors drafting ahead.
+
+  python -m launch.generate --workdir=runs/seq2 --prompt="def "
+  python -m launch.generate --workdir=runs/seq2 --prompt_file=start.py --stream
+  python -m launch.generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
+
+The model's own next-token predictor decides every token: extra predictors make it
+faster, not different. Greedy text and text of rule `match` equal plain decoding token
+for token (checked here, unless --nocompare); rules `leviathan` and `block` equal plain
+sampling in distribution.
+
+The text goes to stdout, coloured by who proposed each token if that is a terminal; what
+was accepted, and the time against plain decoding, to stderr.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+import mtp_jax
+from launch import cli
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import ConfigError
+from mtp_jax.decode.generate import PROPOSALS
+from mtp_jax.decode.provenance import Generation
+from mtp_jax.decode.verify import RULES
+
+_WORKDIR = cli.define_workdir("run folder")
+_STEP = flags.DEFINE_integer(
+  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "file that holds the text to go on from (UTF-8)"
+)
+_BOS = flags.DEFINE_bool(
+  "bos", True, "the prompt begins a document; --nobos: it is from amid one"
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "longest continuation; the end of the document ends it too"
+)
+_DRAFTS = flags.DEFINE_integer(
+  "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 is "
+  "plain decoding"
+)
+_RECURSE = flags.DEFINE_bool(
+  "recurse", False, "let the last sequential module go on from its own output where "
+  "--drafts is more than there are modules"
+)
+_RULE = flags.DEFINE_enum(
+  "rule", None, RULES, "how drafts are accepted: greedy takes the most likely tokens, "
+  "the others sample. By default greedy, or match where a temperature or cut is given"
+)
+_PROPOSAL = flags.DEFINE_enum(
+  "proposal", "auto", PROPOSALS, "how drafts are chosen; auto fits rule and predictors"
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", None, "divides the logits before sampling; 1 by default, 0 is greedy"
+)
+_TOP_K = flags.DEFINE_integer("top_k", None, "sample among the k most likely tokens")
+_TOP_P = flags.DEFINE_float(
+  "top_p", None, "sample among the most likely tokens that have this mass together"
+)
+_MIN_P = flags.DEFINE_float(
+  "min_p", None, "sample among tokens at least so likely, relative to the most likely"
+)
+_SEED = flags.DEFINE_integer("seed", 0, "of sampling")
+_STREAM = flags.DEFINE_bool(
+  "stream", False, "print the text round by round, without colours"
+)
+_COLOR = flags.DEFINE_enum(
+  "color", "auto", ("auto", "always", "never"), "show who proposed each token; auto: "
+  "if stdout is a terminal and NO_COLOR is not set"
+)
+_COMPARE = flags.DEFINE_bool(
+  "compare", True, "decode without drafts too: same text? how much slower?"
+)
+_COMPILATION_CACHE = cli.define_compilation_cache()
+
+# Time is taken three times or more: a second in all if it takes no longer; less often
+# where it takes more than ten.
+_TIMINGS, _SHORT_SECONDS, _LONG_SECONDS = 3, 1.0, 10.0
+
+
+def main() -> int:
+  text, how = _prompt(), _decoding()
+  cli.use_compilation_cache(_COMPILATION_CACHE.value)
+  try:
+    model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
+  except CheckpointError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  prompt = model.encode(text, bos=_BOS.value)
+  limits = {"max_new_tokens": _MAX_NEW_TOKENS.value, "seed": _SEED.value}
+
+  def complete(**how: Any) -> Generation:
+    return model.generate(prompt, **limits, **how)
+
+  # Settings and prompts that do not fit the model raise before any work.
+  try:
+    if _STREAM.value:
+      generation = _show_stream(complete(stream=True, **how))
+    else:
+      generation = complete(**how)
+      _show(generation)
+  except ValueError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  report = [describe(generation)]
+  if not generation.acceptance["num_drafts"]:
+    report.append("plain decoding: nothing was drafted")
+  elif _COMPARE.value:
+    report += compare(complete, how)
+  print("\n".join(report), file=sys.stderr, flush=True)
+  return 0
+
+
+def describe(generation: Generation) -> str:
+  """Returns in words how much of what was drafted was kept."""
+  figures = generation.acceptance
+  words = f"{figures['tokens']} tokens, the first by the prefill, the others in "
+  words += f"{figures['rounds']} rounds"
+  if figures["tau"]["mean"] is not None:
+    words += f": tau = {figures['tau']['mean']:.2f} tokens per round"
+  kept = [
+    f"draft {k} never" if x["mean"] is None else f"draft {k} {x['mean']:.0%}"
+    for k, x in enumerate(figures["conditional"], start=1)
+  ]
+  return words + ("\naccepted where reached: " + ", ".join(kept) if kept else "")
+
+
+def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[str]:
+  """Returns in words the times, and whether the text is that of plain decoding.
+
+  Both ways are compiled first, then take turns; times are medians, prefill included.
+  """
+  plain = how | {"num_drafts": 0, "proposal": "auto", "recurse": False}
+  if how["rule"] != "greedy":
+    plain["rule"] = "match"  # With nothing to match: plain sampling.
+  ways = (how, plain)
+  ours, theirs = (complete(**way).tokens for way in ways)
+  seconds: tuple[list[float], list[float]] = ([], [])
+  total = 0.0
+  while total < _SHORT_SECONDS or (
+    len(seconds[0]) < _TIMINGS and total < _LONG_SECONDS
+  ):
+    for way, times in zip(ways, seconds, strict=True):
+      start = time.perf_counter()
+      complete(**way)
+      times.append(time.perf_counter() - start)
+      total += times[-1]
+  fast, slow = map(statistics.median, seconds)
+  words = f"{fast:.3f} s, plain decoding {slow:.3f} s: {slow / fast:.2f} times as fast"
+  if how["rule"] not in ("greedy", "match"):
+    same = "equal to plain sampling in distribution"
+  elif np.array_equal(ours, theirs):
+    same = "identical to plain decoding: yes"
+  else:
+    shorter = min(len(ours), len(theirs))
+    differs = np.append(ours[:shorter] != theirs[:shorter], True)
+    same = f"identical to plain decoding: no, from new token {1 + differs.argmax()} on"
+  return [words, same]
+
+
+def _show(generation: Generation) -> None:
+  is_terminal = sys.stdout.isatty()
+  is_colored = _COLOR.value == "always" or (
+    _COLOR.value == "auto" and is_terminal and "NO_COLOR" not in os.environ
+  )
+  if is_colored:
+    print(generation.to_ansi(), flush=True)
+  else:
+    print(_printed(generation.prompt + generation.text), flush=True)
+
+
+def _show_stream(so_far: Iterator[Generation]) -> Generation:
+  """Prints what is new after every round; returns the whole generation."""
+  shown = ""
+  for generation in so_far:
+    # A character of which tokens are missing waits for them.
+    text = (generation.prompt + generation.text).rstrip("\ufffd")
+    print(_printed(text[len(shown) :]), end="", flush=True)
+    shown = text
+  text = generation.prompt + generation.text
+  print(_printed(text[len(shown) :]), flush=True)
+  return generation
+
+
+def _printed(text: str) -> str:
+  """A model of bytes may say anything: no control characters to a terminal."""
+  if not sys.stdout.isatty():
+    return text
+  return "".join(c if c.isprintable() or c in "\t\n" else "\ufffd" for c in text)
+
+
+def _prompt() -> str:
+  """Returns the text of --prompt or --prompt_file.
+
+  Raises:
+    ConfigError: both or neither, a file that cannot be read, or no text.
+  """
+  text, path = _PROMPT.value, _PROMPT_FILE.value
+  if (text is None) == (path is None):
+    raise ConfigError("one of --prompt and --prompt_file is required.")
+  name = "--prompt" if path is None else "--prompt_file"
+  if path is not None:
+    try:
+      text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(
+        f"--prompt_file must be a readable text file, got {path!r} ({error})."
+      ) from error
+  if not text:
+    got = "''" if path is None else f"{path!r}, which is empty"
+    raise ConfigError(f"{name} must have at least one character, got {got}.")
+  return text
+
+
+def _decoding() -> dict[str, Any]:
+  """Returns what the flags say about how to decode, for `TrainedModel.generate`."""
+  cuts = {"top_k": _TOP_K.value, "top_p": _TOP_P.value, "min_p": _MIN_P.value}
+  temperature, rule = _TEMPERATURE.value, _RULE.value
+  has_cut = any(cut is not None for cut in cuts.values())
+  if temperature == 0 and not has_cut and rule in (None, "greedy"):
+    temperature = None
+  if rule is None:
+    rule = "greedy" if temperature is None and not has_cut else "match"
+  return cuts | {
+    "rule": rule,
+    "temperature": temperature,
+    "num_drafts": _DRAFTS.value,
+    "proposal": _PROPOSAL.value,
+    "recurse": _RECURSE.value,
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main)

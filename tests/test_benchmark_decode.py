@@ -1,0 +1,117 @@
+"""The decoding benchmark: its programs, its arithmetic, its tables, its refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import benchmark
+from launch.benchmarks import decode, decode_parts
+from mtp_jax.decode import loop, network
+from mtp_jax.metrics import write_json
+from tests import tiny_runs
+from tests.common import quick_jit
+from tests.untrained_runs import save_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name, options in (
+      (loop, "prefill", {"static_argnums": (0, 1)}),
+      (loop, "finish", {"static_argnums": 0, "donate_argnums": 2}),
+      (network, "unstack", {"static_argnums": 1}),
+    ):
+      program = getattr(module, name).__wrapped__
+      patch.setattr(module, name, quick_jit(program, **options))
+    patch.setattr(jax, "jit", quick_jit)
+    yield
+
+
+def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
+  benchmark.main(["decode", "--quick", "--no-torch", "--output", str(tmp_path)])
+  assert "left] llama V=264 sequential D=2 B=2: round 2" in capsys.readouterr().out
+  record = json.loads((tmp_path / "decode-sizes-quick.json").read_text())
+  assert (tmp_path / "decode-sizes-quick.md").read_text() == decode.markdown(record)
+  forced, oracle = record["rows"]
+  assert (forced["drafter"], oracle["drafter"]) == ("forced, K=2", "oracle, K=2")
+  for row in record["rows"]:
+    # 11 tokens after the prefill's, by threes.
+    assert row["plain_rounds"] == 11 and row["rounds"] == 4
+    assert row["tau"] == row["batch_tau"] == 11 / 4
+    assert row["identical"] == row["num_prompts"] == 2
+    seconds = {name: np.array(x) for name, x in row["seconds"].items()}
+    assert all(len(x) == 2 and np.all(x > 0) for x in seconds.values())
+    np.testing.assert_allclose(row["v"], seconds["verify"] / seconds["step"])
+    np.testing.assert_allclose(row["measured"], seconds["plain"] / seconds["drafted"])
+    costs = np.add(row["v"], row["sum_c"])
+    np.testing.assert_allclose(row["predicted"], row["batch_tau"] / costs)
+  np.testing.assert_allclose(forced["sum_c"], [
+    a / b for a, b in zip(
+      forced["seconds"]["draft"], forced["seconds"]["step"], strict=True
+    )
+  ])
+  assert oracle["sum_c"] == [0, 0] and "overhead" not in oracle
+  used = {"v", "sum_c", "predicted", "measured", "overhead", "plain_overhead"}
+  assert used <= forced.keys() and used <= record["definitions"].keys()
+
+
+def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
+  texts = tiny_runs.write_texts(tmp_path / "texts")
+  shape = {"trunk.num_layers": 1, "trunk.embed_dim": 8, "mtp.depth": 1}
+  workdir = save_run(tmp_path / "run", tiny_runs.run_config(texts, shape))
+  agreement = [{"mean": 0.25, "stderr": 0.01}]
+  write_json(
+    workdir / "eval.json",
+    {
+      "split": "validation", "teacher_forced_agreement": agreement,
+      "simulated_accepted_length": {"mean": 1.25, "stderr": 0.01},
+    },
+  )
+  start = ["decode", "--quick", "--runs", str(workdir), "--output", str(tmp_path)]
+  benchmark.main([*start, "--split", "validation", "--name", "found"])
+  record = json.loads((tmp_path / "found.json").read_text())
+  (entry,), (row,) = record["acceptance"], record["rows"]
+  assert entry["teacher_forced_agreement"] == agreement
+  figures = entry["decoding"]
+  assert figures["num_prompts"] == row["num_prompts"] == 4
+  # The acceptance that is reported is that of the decoding that is timed.
+  assert row["tau"] == pytest.approx(figures["tau"]["mean"])
+  assert sum(figures["histogram"]) == figures["rounds"]
+  assert record["definitions"].keys() > {"tau", "batch tau", "survival", "v"}
+  assert "| 1 | " in capsys.readouterr().out
+
+  for flags, message in (
+    (["--prompts=1", "--drafts=2"], "num_drafts must be at most the model's 1 extra"),
+    (["--prompts=99"], "--prompts must be at most 4, as many as the test split of "),
+    (["--prompts=9", "--batch_sizes=2"], "--prompts must be divisible by every one of"),
+  ):
+    with pytest.raises(SystemExit) as error:
+      small = ["--batch_sizes=1", "--prompt_tokens=8", *flags]
+      benchmark.main(["decode", f"--runs={workdir}", *small])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+  (["--runs", "no/run"], "--runs must name run folders, 'no/run' is none."),
+  (["--runs", "a", "--sizes"], "--runs and --sizes write files of their own"),
+  (["--rounds", "0"], "--rounds must be at least 1, got 0."),
+  (["--batch_sizes", "4", "0"], "--batch_sizes must be at least 1, got [4, 0]."),
+])
+def test_bad_settings_are_refused(flags, message, capsys):
+  with pytest.raises(SystemExit) as error:
+    benchmark.main(["decode", *flags])
+  assert error.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+def test_a_part_does_as_many_turns_as_fill_its_time(monkeypatch):
+  clock = iter(np.cumsum([0.0, 9.0, 0.0, 0.4, 0.0, 0.8, 0.0, 2.0]))
+  monkeypatch.setattr(decode_parts.time, "perf_counter", lambda: next(clock))
+  part = decode_parts.Part(lambda step, x: x + step, jnp.int32(2), jnp.int32(0))
+  part.warm_up(least_seconds=1.0)  # 9 s with compilation; 4 turns in 0.4 s, 0.8 s.
+  assert part.seconds() == pytest.approx(2.0 / 10)
+  assert int(part._carry) == 2 * (1 + 4 + 4 + 10)
