@@ -328,6 +328,9 @@ def test_match_says_what_plain_sampling_says(sequential):
   for proposal in ("argmax", "coupled"):
     decoding = Decoding("match", SAMPLING, proposal)
     assert tokens(sequential.generate(decoding=decoding)) == tokens(plain)
+  for rule in ("leviathan", "block"):  # Without drafts they are plain sampling too.
+    alone = sequential.generate(decoding=Decoding(rule, SAMPLING, num_drafts=0))
+    assert tokens(alone) == tokens(plain)
   other = sequential.generate(decoding=Decoding("match", SAMPLING), seed=1)
   assert tokens(other) != tokens(plain)
 

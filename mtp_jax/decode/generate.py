@@ -95,6 +95,8 @@ def make_plan(
     )
   if drafter is None:
     drafter = drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
+  if drafter.num_drafts == 0 and rule != "greedy":
+    rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
     uses_q = rule == "block" or (
       rule == "leviathan" and config.mtp.kind == "sequential"
