@@ -129,6 +129,4 @@ def run_block(
 def empty_caches(
   trunk: TrunkConfig, count: int, rows: int, slots: int
 ) -> tuple[KVCache, ...]:
-  shape = (rows, slots, trunk.num_kv_heads, trunk.head_dim)
-  zeros = lambda: jnp.zeros(shape, compute_dtype(trunk))  # noqa: E731
-  return tuple(KVCache(zeros(), zeros()) for _ in range(count))
+  return tuple(KVCache.zeros(trunk, rows, slots) for _ in range(count))

@@ -18,10 +18,23 @@ from mtp_jax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one sequence per row; slot s holds position s."""
+  """Keys and values of one sequence per row; slot s holds position s.
 
-  key_BSKH: jax.Array
-  value_BSKH: jax.Array
+  The axes are in the order in which a query reads them: XLA on CPU would otherwise
+  transpose the whole cache at every step.
+  """
+
+  key_BKHS: jax.Array
+  value_BKSH: jax.Array
+
+  @classmethod
+  def zeros(cls, trunk: TrunkConfig, rows: int, slots: int) -> "KVCache":
+    """Returns the cache of one layer before any token, in the compute dtype."""
+    shape, dtype = (rows, trunk.num_kv_heads), compute_dtype(trunk)
+    return cls(
+      jnp.zeros((*shape, trunk.head_dim, slots), dtype),
+      jnp.zeros((*shape, slots, trunk.head_dim), dtype),
+    )
 
 
 class Attention(nn.Module):
@@ -96,24 +109,51 @@ class Attention(nn.Module):
 def _write(
   cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array
 ) -> KVCache:
+  """Returns the cache with the new tokens in their slots; no slot, no write."""
+  if positions_BT.size == 1:
+    # XLA makes a slice update of a write to one slot, for which it copies the cache; a
+    # second write that is dropped keeps it a scatter in place.
+    pad = lambda x_BTKH: jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0)))  # noqa: E731
+    key_BTKH, value_BTKH = pad(key_BTKH), pad(value_BTKH)
+    slots = cache.value_BKSH.shape[2]
+    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, 1)), constant_values=slots)
   rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-
-  def put(old_BSKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-    new_BTKH = new_BTKH.astype(old_BSKH.dtype)
-    return old_BSKH.at[rows_B1, positions_BT].set(new_BTKH, mode="drop")
-
-  return KVCache(put(cache.key_BSKH, key_BTKH), put(cache.value_BSKH, value_BTKH))
+  key_BKHS, value_BKSH = cache
+  return KVCache(
+    key_BKHS.at[rows_B1, :, :, positions_BT].set(
+      key_BTKH.astype(key_BKHS.dtype), mode="drop"
+    ),
+    value_BKSH.at[rows_B1, :, positions_BT].set(
+      value_BTKH.astype(value_BKSH.dtype), mode="drop"
+    ),
+  )
 
 
 def _attend_to_cache(
   query_BTNH: jax.Array, cache: KVCache, positions_BT: jax.Array
 ) -> jax.Array:
-  slots_S = jnp.arange(cache.key_BSKH.shape[1])
-  mask_B1TS = (slots_S[None, None, :] <= positions_BT[:, :, None])[:, None]
-  return jax.nn.dot_product_attention(
-    query_BTNH,
-    cache.key_BSKH.astype(query_BTNH.dtype),
-    cache.value_BSKH.astype(query_BTNH.dtype),
-    mask=mask_B1TS,
-    implementation="xla",
+  """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
+  B, T, N, H = query_BTNH.shape
+  K, S = cache.value_BKSH.shape[1:3]
+  dtype = query_BTNH.dtype
+  wide = jnp.promote_types(dtype, jnp.float32)
+  # Queries that share a key head are rows of one product; its rows are (G, T).
+  query_BKGTH = query_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  scores_BKQS = jnp.einsum(
+    "BKQH,BKHS->BKQS",
+    query_BKGTH.reshape(B, K, N // K * T, H),
+    cache.key_BKHS.astype(dtype),
+    preferred_element_type=wide,
   )
+  visible_BTS = jnp.arange(S) <= positions_BT[:, :, None]
+  visible_B1QS = jnp.tile(visible_BTS, (1, N // K, 1))[:, None]
+  scores_BKQS = jnp.where(visible_B1QS, scores_BKQS * H**-0.5, jnp.finfo(wide).min / 2)
+  weights_BKQS = jax.nn.softmax(scores_BKQS, axis=-1)
+  out_BKQH = jnp.einsum(
+    "BKQS,BKSH->BKQH",
+    weights_BKQS.astype(dtype),
+    cache.value_BKSH.astype(dtype),
+    preferred_element_type=wide,
+  )
+  out_BKGTH = out_BKQH.astype(dtype).reshape(B, K, N // K, T, H)
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
