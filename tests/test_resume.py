@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
@@ -19,6 +20,8 @@ from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_
 # A server that has imported JAX, but not started it, forks every process: one import.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["mtp_jax.train", "tensorboardX"])
+
+NUM_STEPS, SAVE_EVERY = 12, 4
 
 
 def stop_after_step(step, signum):
@@ -69,7 +72,8 @@ def child(config, cache, workdir, fault, num_devices=1):
 def tiny(tmp_path_factory):
   """A config, and the folder of compiled programs that all processes share."""
   folder = tmp_path_factory.mktemp("resume")
-  return run_config(write_texts(folder / "texts")), folder / "cache"
+  steps = {"train.num_steps": NUM_STEPS, "checkpoint.every_steps": SAVE_EVERY}
+  return run_config(write_texts(folder / "texts"), steps), folder / "cache"
 
 
 def run(tiny, workdir, fault=None, num_devices=1):
@@ -111,7 +115,7 @@ def assert_same_run(workdir, expected):
   states, metas = [], []
   for folder in (workdir, expected):
     reader = Checkpointer(folder, read_only=True)
-    meta = reader.meta(12)
+    meta = reader.meta(NUM_STEPS)
     states.append(meta.pop("fingerprint"))  # Of parameters, moments and the rest.
     del meta["progress"]  # Seconds.
     metas.append(meta)
@@ -120,18 +124,30 @@ def assert_same_run(workdir, expected):
   assert metas[0] == metas[1]
 
 
-def test_killed_at_any_step(tiny, never_stopped, tmp_path):
-  # Before the first checkpoint, amid a log interval, during a save, near the end.
-  during_save = functools.partial(kill_while_saving, 8)
-  for fault in (
-    functools.partial(stop_after_step, 2, signal.SIGKILL),
-    functools.partial(stop_after_step, 7, signal.SIGKILL),
-    during_save,
-    functools.partial(stop_after_step, 11, signal.SIGKILL),
-  ):
+def draw_kills():
+  """Returns [(step, during_save)], in order; prints what repeats the draw.
+
+  RESUME_SEED fixes it. A step may be drawn twice: before its save and during it.
+  """
+  seed = int(os.environ.get("RESUME_SEED") or random.SystemRandom().randrange(10**6))
+  rng = random.Random(seed)
+  kills = [(step, False) for step in rng.sample(range(1, NUM_STEPS + 1), 3)]
+  kills.append((rng.randrange(SAVE_EVERY, NUM_STEPS + 1, SAVE_EVERY), True))
+  kills.sort()
+  print(f"RESUME_SEED={seed} repeats this draw of (step, during_save): {kills}")
+  return kills
+
+
+def test_killed_at_random_steps_and_during_a_save(tiny, never_stopped, tmp_path):
+  # Every process goes on before the step at which it is killed: they are in order.
+  for step, during_save in draw_kills():
+    if during_save:
+      fault = functools.partial(kill_while_saving, step)
+    else:
+      fault = functools.partial(stop_after_step, step, signal.SIGKILL)
     assert run(tiny, tmp_path, fault) == -signal.SIGKILL
-    if fault is during_save:
-      assert finished_steps(tmp_path) == [4]
+    if during_save:
+      assert finished_steps(tmp_path) == list(range(SAVE_EVERY, step, SAVE_EVERY))
     # A kill amid a write leaves half a record.
     with (tmp_path / "metrics.jsonl").open("a") as file:
       file.write('{"kind": "train", "st')
