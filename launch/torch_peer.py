@@ -7,8 +7,8 @@ al. 2023, arXiv 2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeck
 al. 2024, arXiv 2404.19737), sequential modules (DeepSeek-V3, arXiv 2412.19437,
 equations 21 to 25).
 
-Legend: B batch, T sequence, D embed, F mlp, N query heads, K kv heads, H head dim,
-V vocab, M = 1 + depth.
+Legend: B batch, T sequence, S cache slots, D embed, F mlp, N query heads, K kv heads,
+H head dim, V vocab, M = 1 + depth.
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +24,39 @@ from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
 class Context(NamedTuple):
   """What attention needs besides x: positions, and who may see whom.
 
-  `mask_B1TT` is None where every row is one document: plain causal attention then.
+  `angles` are the cos and sin of the positions, None for learned positions. `mask` is
+  [B, 1, T, T], None where every row is one document: plain causal attention then.
+  With a cache it is [T, S], None where all that is cached or causal may be seen.
   """
 
-  positions_BT: Tensor
-  mask_B1TT: Tensor | None
+  angles: tuple[Tensor, Tensor] | None
+  mask: Tensor | None
+
+
+class KVCache(NamedTuple):
+  """Keys and values of every layer, written in place, and the angles of every slot.
+
+  Slot s holds position s. The rows of a batch are in step: all have the same length.
+  """
+
+  keys_BKSH: list[Tensor]
+  values_BKSH: list[Tensor]
+  angles: tuple[Tensor, Tensor] | None
+
+
+class Slots(NamedTuple):
+  """One layer's cache, and the slot of the first new token."""
+
+  key_BKSH: Tensor
+  value_BKSH: Tensor
+  start: int
+
+  def extend(self, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the new tokens; returns the keys and values of all tokens so far."""
+    end = self.start + key_BKTH.shape[2]
+    self.key_BKSH[:, :, self.start : end] = key_BKTH
+    self.value_BKSH[:, :, self.start : end] = value_BKTH
+    return self.key_BKSH[:, :, :end], self.value_BKSH[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -40,20 +68,24 @@ class Attention(nn.Module):
     self.qkv = nn.Linear(trunk.embed_dim, heads * trunk.head_dim, bias)
     self.out = nn.Linear(trunk.num_heads * trunk.head_dim, trunk.embed_dim, bias)
 
-  def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+  def forward(
+    self, x_BTD: Tensor, context: Context, slots: Slots | None = None
+  ) -> Tensor:
     c = self.trunk
     heads_BTNH = self.qkv(x_BTD).unflatten(-1, (-1, c.head_dim))
     q, k, v = (
       part.transpose(1, 2)
       for part in heads_BTNH.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 2)
     )
-    if c.kind == "llama":
-      angles = rope_angles(context.positions_BT, c, x_BTD.dtype)
-      q, k = rotate(q, *angles), rotate(k, *angles)
+    if context.angles is not None:
+      q, k = rotate(q, *context.angles), rotate(k, *context.angles)
+    if slots is not None:
+      k, v = slots.extend(k, v)
     out_BNTH = F.scaled_dot_product_attention(
       q, k, v,
-      attn_mask=context.mask_B1TT,
-      is_causal=context.mask_B1TT is None,
+      attn_mask=context.mask,
+      # A single new token sees all that is cached, itself included.
+      is_causal=context.mask is None and q.shape[2] > 1,
       enable_gqa=c.num_kv_heads != c.num_heads,
     )
     return self.out(out_BNTH.transpose(1, 2).flatten(2))
@@ -83,8 +115,10 @@ class Block(nn.Module):
     self.mlp_norm = make_norm(trunk)
     self.mlp = Mlp(trunk)
 
-  def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-    x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+  def forward(
+    self, x_BTD: Tensor, context: Context, slots: Slots | None = None
+  ) -> Tensor:
+    x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context, slots)
     return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -149,9 +183,13 @@ class Peer(nn.Module):
     if not one_document:
       same_BTT = segment_ids[:, :, None] == segment_ids[:, None, :]
       mask_B1TT = same_BTT.tril()[:, None]
-    context = Context(positions, mask_B1TT)
+    angles = None
+    if self.config.trunk.kind == "llama":
+      angles = rope_angles(positions, self.config.trunk, self.embed.weight.dtype)
+    context = Context(angles, mask_B1TT)
+    states = self.hidden_states(tokens, stream, positions, context)
     losses = []
-    for m, hidden_BTD in enumerate(self.hidden_states(tokens, stream, context)):
+    for m, hidden_BTD in enumerate(states):
       ahead = slice(1 + m, 1 + m + length)
       valid_BT = (documents[:, ahead] == segment_ids) & (segment_ids != 0)
       targets_BT = stream[:, ahead].masked_fill(~valid_BT, -100)
@@ -166,13 +204,13 @@ class Peer(nn.Module):
     return torch.stack(losses)
 
   def hidden_states(
-    self, tokens: Tensor, stream: Tensor, context: Context
+    self, tokens: Tensor, stream: Tensor, positions: Tensor, context: Context
   ) -> list[Tensor]:
     """Returns the normed state of every depth, each [B, T, D]."""
     mtp = self.config.mtp
     x_BTD = self.embed(tokens)
     if self.config.trunk.kind == "gpt2":
-      x_BTD = x_BTD + self.position_embed(context.positions_BT)
+      x_BTD = x_BTD + self.position_embed(positions)
     for block in self.blocks:
       x_BTD = block(x_BTD, context)
     if mtp.kind == "parallel":
@@ -185,6 +223,48 @@ class Peer(nn.Module):
       ahead_BTD = self.embed(stream[:, k : k + tokens.shape[1]])
       states.append(module(states[-1], ahead_BTD, context))
     return states
+
+  def empty_cache(self, rows: int, slots: int) -> KVCache:
+    """Returns the cache with which `decode_step` starts."""
+    trunk, like = self.config.trunk, self.embed.weight
+    shape = (rows, trunk.num_kv_heads, slots, trunk.head_dim)
+    zeros = lambda: [  # noqa: E731
+      torch.zeros(shape, dtype=like.dtype, device=like.device)
+      for _ in self._next_token_blocks()
+    ]
+    angles = None
+    if trunk.kind == "llama":
+      positions_1S = torch.arange(slots, device=like.device)[None]
+      angles = rope_angles(positions_1S, trunk, like.dtype)
+    return KVCache(zeros(), zeros(), angles)
+
+  def decode_step(self, tokens_BT: Tensor, position: int, cache: KVCache) -> Tensor:
+    """Returns logits_BTV of the token after each of T new ones, by the plain NTP model.
+
+    The new tokens stand at `position`, `position` + 1, ... in every row. Parallel heads
+    predict the next token by their first head; other predictors are left out.
+    """
+    new = slice(position, position + tokens_BT.shape[1])
+    x_BTD = self.embed(tokens_BT)
+    if self.config.trunk.kind == "gpt2":
+      x_BTD = x_BTD + self.position_embed.weight[new]
+    angles, mask_TS = cache.angles, None
+    if angles is not None:
+      angles = (angles[0][:, :, new], angles[1][:, :, new])
+    if position and tokens_BT.shape[1] > 1:
+      shape = (tokens_BT.shape[1], new.stop)
+      ones_TS = torch.ones(shape, dtype=torch.bool, device=tokens_BT.device)
+      mask_TS = ones_TS.tril(position)
+    context = Context(angles, mask_TS)
+    for block, key, value in zip(
+      self._next_token_blocks(), cache.keys_BKSH, cache.values_BKSH, strict=True
+    ):
+      x_BTD = block(x_BTD, context, Slots(key, value, position))
+    return self.unembed(self.final_norm(x_BTD))
+
+  def _next_token_blocks(self) -> list[Block]:
+    heads = self.heads[:1] if self.config.mtp.kind == "parallel" else []
+    return [*self.blocks, *heads]
 
 
 def make_norm(trunk: TrunkConfig) -> nn.Module:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.decode import network
 from mtp_jax.depth_weights import depth_weights
 from mtp_jax.model.lm import MtpLm
 from mtp_jax.sharding import unbox
@@ -78,3 +79,38 @@ def test_losses_and_gradients_equal_torch(trunk, kind, shared):
     np.testing.assert_allclose(
       expected[name], grad, rtol=0, atol=1e-9 * scale, err_msg=name
     )
+
+
+@pytest.mark.parametrize("trunk, kind", [
+  ("llama", "none"), ("llama", "parallel"), ("gpt2", "sequential"),
+])
+def test_cached_decoding_equals_torch(trunk, kind):
+  config = _config(trunk, kind, shared=False)
+  batch = common.packed_batch(config)
+  tokens_BT = batch.tokens
+  rows, slots = tokens_BT.shape
+  target = network.target(config)
+
+  @common.quick_jit
+  def forward(weights, tokens_BT, positions_BT, caches):
+    hidden_BTD, _, caches = target.forward(weights, tokens_BT, positions_BT, caches)
+    return target.unembed(weights, hidden_BTD), caches
+
+  with jax.enable_x64(True):
+    params = _random_params(config, batch)
+    peer = torch_peer.Peer(config).double()
+    torch_peer.load_params(peer, torch_peer.export_params(params, config))
+    weights = network.unstack(params, config)
+    cache, peer_cache = target.init(rows, slots), peer.empty_cache(rows, slots)
+    # A prompt, one token, several tokens: the three shapes of a decoding loop.
+    for start, end in ((0, 6), (6, 7), (7, 11)):
+      new_BT = tokens_BT[:, start:end]
+      positions_BT = np.broadcast_to(np.arange(start, end), new_BT.shape)
+      logits_BTV, cache = forward(weights, new_BT, positions_BT, cache)
+      with torch.inference_mode():
+        expected_BTV = peer.decode_step(
+          torch.tensor(new_BT, dtype=torch.int64), start, peer_cache
+        )
+      np.testing.assert_allclose(
+        logits_BTV, expected_BTV.numpy(), rtol=1e-9, atol=1e-9
+      )
