@@ -64,7 +64,7 @@ def table_drafter(num_drafts):
     return cache, jnp.stack(drafts, axis=1)
 
   return Drafter(
-    num_drafts, 0, True, lambda rows, slots: (),
+    num_drafts, True, lambda rows, slots: (),
     lambda weights, cache, window: (cache, ()), propose,
   )
 

@@ -181,14 +181,20 @@ MUTANTS = {
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(
     "decode/drafters.py",
-    "Drafter(num_drafts, chained - 1, True",
-    "Drafter(num_drafts, 0, True",
+    "jnp.where(before_B >= 0, before_B, slots)",
+    "jnp.where(before_B >= 0, slots, slots)",
+    f"{CACHES}[llama-sequential]",
+  ),
+  "a module begins with what the one before said too early": Mutant(
+    "decode/drafters.py",
+    "edges[k - 2] = jnp.where(has_new_B1, final_BD, edge_BD)",
+    "edges[k - 2] = jnp.where(has_new_B1, hidden_BWD[:, 0], edge_BD)",
     f"{CACHES}[llama-sequential]",
   ),
   "accepted rows of the draft cache are not written": Mutant(
     "decode/loop.py",
-    "(position_BW <= n_B[:, None] - 2)",
-    "(position_BW <= start_B[:, None] + drafter.context)",
+    "jnp.where(position_BW <= n_B[:, None] - 2, position_BW, slots)",
+    "jnp.where(position_BW <= start_B[:, None], position_BW, slots)",
     f"{CACHES}[llama-parallel]",
   ),
   "every module is given the same token in decoding": Mutant(

@@ -80,22 +80,24 @@ def draft(
 ) -> Part:
   """Catches up with a window that is all new, then proposes K drafts, greedily."""
   drafter = plan.drafter
-  rows = drafter.context + 1 + drafter.num_drafts
+  rows = 1 + drafter.num_drafts
   length_B = jnp.maximum(state.length_B, 1 + rows)
-  position_BW = length_B[:, None] - 1 - rows + jnp.arange(rows)
+  start_B = length_B - 1 - rows
+  position_BW = start_B[:, None] + jnp.arange(rows)
   last_B = jnp.full_like(length_B, rows - 1)
   shape = (*position_BW.shape, feature_size)
   feature_BWD = jax.random.normal(
     jax.random.key(0), shape, jax.tree.leaves(state.cache)[0].dtype
   )
-  fixed = (inputs.draft_weights, state.tokens_BS, length_B, position_BW, last_B)
+  places = (position_BW, start_B, last_B)
+  fixed = (inputs.draft_weights, state.tokens_BS, length_B, places)
 
   def body(fixed: Any, carry: Any) -> Any:
-    weights, tokens_BS, length_B, position_BW, last_B = fixed
+    weights, tokens_BS, length_B, places = fixed
     drafts_BK, feature_BWD, cache = carry
     # Hardly a change, but one that depends on the turn before.
     drift = 1e-9 * drafts_BK[:, :1, None].astype(feature_BWD.dtype)
-    window = Window(tokens_BS, length_B, feature_BWD + drift, position_BW, last_B)
+    window = Window(tokens_BS, length_B, feature_BWD + drift, *places)
     cache, found = drafter.catch_up(weights, cache, window)
     cache, drafts_BK = drafter.propose(weights, cache, found, window, most_likely)
     return drafts_BK, window.feature_BWD, cache

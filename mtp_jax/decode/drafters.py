@@ -16,6 +16,7 @@ from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.decode import network
 from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
 from mtp_jax.decode.network import Weights
+from mtp_jax.model.layers import compute_dtype
 from mtp_jax.model.mtp import SequentialModule
 
 
@@ -75,7 +76,7 @@ def given(num_drafts: int) -> Drafter:
       cache, jnp.zeros((window.tokens_BS.shape[0], 0), jnp.int32)
     )
   return Drafter(
-    num_drafts=num_drafts, context=0, has_distribution=False, init=nothing,
+    num_drafts=num_drafts, has_distribution=False, init=nothing,
     catch_up=lambda weights, cache, window: (cache, ()), propose=propose,
   )
 
@@ -97,7 +98,7 @@ def _linear_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
     ]
     return cache, jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, 0, True, lambda rows, slots: (), catch_up, propose)
+  return Drafter(num_drafts, True, lambda rows, slots: (), catch_up, propose)
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
       drafts.append(choose(network.unembed(weights, hidden_BD), k))
     return caches, jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, 0, True, init, catch_up, propose)
+  return Drafter(num_drafts, True, init, catch_up, propose)
 
 
 @functools.cache
@@ -133,16 +134,20 @@ def _sequential_modules(
 ) -> Drafter:
   """The causal chain, module k fed with the token k places on: committed or drafted.
 
-  Row i of module k depends on token i + k, so that the last k - 1 rows hold drafts.
-  The window of the next round repeats them with the tokens that were committed. Past
-  the last module, the last one goes on at the next position from its own output, which
-  has seen as many tokens as what it was trained on; those rows are rewritten too.
+  Row i of module k depends on token i + k, so that its last k - 1 rows hold drafts and
+  are run again in the next round, with the tokens that were committed. The rows of
+  module k so begin one before those of module k - 1; what that module said there is
+  final, and kept (`edges`). Past the last module, the last one goes on at the next
+  position from its own output, which has seen as many tokens as what it was trained
+  on; those rows are rewritten too.
   """
   chained = min(num_drafts, depth)
   module = SequentialModule(trunk)
 
   def init(rows: int, slots: int):
-    return network.empty_caches(trunk, chained, rows, slots)
+    edge_BD = jnp.zeros((rows, trunk.embed_dim), compute_dtype(trunk))
+    caches = network.empty_caches(trunk, chained, rows, slots)
+    return caches, (edge_BD,) * (chained - 1)
 
   def run(weights: Weights, k: int, cache, hidden_BWD, position_BW, tokens_BS):
     """Module k (from 1) at the given positions."""
@@ -157,24 +162,37 @@ def _sequential_modules(
       cache,
     )
 
-  def catch_up(weights: Weights, caches, window: Window):
+  def catch_up(weights: Weights, cache, window: Window):
+    (first, *caches), edges = cache
     hidden_BWD = network.final_norm(trunk, weights, window.feature_BWD)
     hidden_BWD, first = run(
-      weights, 1, caches[0], hidden_BWD, window.position_BW, window.tokens_BS
+      weights, 1, first, hidden_BWD, window.position_BW, window.tokens_BS
     )
-    return (first, *caches[1:]), hidden_BWD
+    return ((first, *caches), edges), hidden_BWD
 
-  def propose(weights: Weights, caches, hidden_BWD, window: Window, choose: Choose):
-    caches, tokens_BS, drafts = list(caches), window.tokens_BS, []
-    position_BW, last_B = window.position_BW, window.last_B
+  def propose(weights: Weights, cache, hidden_BWD, window: Window, choose: Choose):
+    caches, edges = map(list, cache)
+    tokens_BS, slots = window.tokens_BS, window.tokens_BS.shape[1]
+    position_BW, last_B, drafts = window.position_BW, window.last_B, []
     rows_B = jnp.arange(tokens_BS.shape[0])
+    has_new_B1 = (window.last_B >= 0)[:, None]
     for k in range(1, 1 + num_drafts):
+      if 1 < k <= depth:
+        edge_BD = edges[k - 2]
+        # In the next round module k begins where module k - 1 is final now.
+        final_BD = take_rows(hidden_BWD, window.last_B)
+        edges[k - 2] = jnp.where(has_new_B1, final_BD, edge_BD)
+        before_B = window.start_B - (k - 1)
+        before_B = jnp.where(before_B >= 0, before_B, slots)
+        position_BW = jnp.concatenate([before_B[:, None], position_BW], axis=1)
+        hidden_BWD = jnp.concatenate([edge_BD[:, None], hidden_BWD], axis=1)
+        last_B = last_B + 1
+      elif k > depth:
+        hidden_BWD = take_rows(hidden_BWD, last_B)[:, None]
+        position_BW = (window.length_B - 2 + k - depth)[:, None]
+        last_B = jnp.zeros_like(last_B)
       if k > 1:
         number = min(k, depth)
-        if k > depth:
-          hidden_BWD = take_rows(hidden_BWD, last_B)[:, None]
-          position_BW = (window.length_B - 2 + k - depth)[:, None]
-          last_B = jnp.zeros_like(last_B)
         hidden_BWD, caches[number - 1] = run(
           weights, number, caches[number - 1], hidden_BWD, position_BW, tokens_BS
         )
@@ -182,9 +200,9 @@ def _sequential_modules(
       drafts.append(choose(logits_BV, k))
       slot_B = window.length_B + k - 1
       tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
-    return tuple(caches), jnp.stack(drafts, axis=1)
+    return (tuple(caches), tuple(edges)), jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, chained - 1, True, init, catch_up, propose)
+  return Drafter(num_drafts, True, init, catch_up, propose)
 
 
 def _rows(index_BX: jax.Array) -> Any:

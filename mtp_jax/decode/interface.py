@@ -32,18 +32,20 @@ class Target(NamedTuple):
 
 
 class Window(NamedTuple):
-  """Consecutive positions whose features have just become known, or changed.
+  """Consecutive positions whose features have just become known.
 
   tokens_BS: all tokens; the first `length_B` are committed.
-  feature_BWD, position_BW: the rows; a position of S marks one that is not there. The
-    last one that is there is `length - 2`, the position before the newest token.
-  last_B: the row of that position.
+  feature_BWD, position_BW: the rows, from `start_B` on. A position of S marks a row
+    that is not there: what was verified in it was rejected, or it is padding.
+  last_B: the last row that is there, of position `length - 2`; -1 where there is none,
+    in a sequence that is done.
   """
 
   tokens_BS: jax.Array
   length_B: jax.Array
   feature_BWD: jax.Array
   position_BW: jax.Array
+  start_B: jax.Array
   last_B: jax.Array
 
 
@@ -55,8 +57,6 @@ class Drafter(NamedTuple):
   """What proposes tokens. Hashable: it keys compiled programs.
 
   num_drafts: K; 0 is plain decoding.
-  context: how many rows before the newly verified ones a window has to repeat, because
-    their draft caches may hold rejected tokens.
   has_distribution: whether tokens come from logits, through `choose`, or are given.
   init(rows, slots) -> cache.
   catch_up(weights, cache, window) -> (cache, carry): writes what the new features say.
@@ -64,7 +64,6 @@ class Drafter(NamedTuple):
   """
 
   num_drafts: int
-  context: int
   has_distribution: bool
   init: Callable[..., Any]
   catch_up: Callable[..., Any]
@@ -72,5 +71,5 @@ class Drafter(NamedTuple):
 
 
 def take_rows(x_BT___: jax.Array, index_B: jax.Array) -> jax.Array:
-  """Returns x[b, index[b]] for every b."""
-  return x_BT___[jnp.arange(x_BT___.shape[0]), index_B]
+  """Returns x[b, index[b]] for every b; an index of -1 takes row 0."""
+  return x_BT___[jnp.arange(x_BT___.shape[0]), jnp.maximum(index_B, 0)]

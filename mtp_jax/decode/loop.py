@@ -13,7 +13,7 @@ its draft and accept noise is drawn anew each round (keyed by the round's start 
 reused noise would be biased by the rejection.
 
 Legend: B batch, S slots, P padded prompt length, R = K + 1 rows of a verification,
-K drafts, C context rows, W window rows, D feature, V vocab.
+K drafts, W window rows, D feature, V vocab.
 """
 
 import functools
@@ -78,7 +78,6 @@ class DecodeState(NamedTuple):
   tokens_BS, source_BS: the first `length_B` are committed; see `OWN` and its likes.
   limit_B: greatest length. done_B: a stop token was committed or the limit reached.
   cache, draft_cache: of target and drafter.
-  context_BCD: features of the C positions before `length - 1`.
   drafts_BK, log_q_BKV: proposed next; the latter None unless they were sampled.
   """
 
@@ -90,7 +89,6 @@ class DecodeState(NamedTuple):
   key_B: jax.Array
   cache: Any
   draft_cache: Any
-  context_BCD: jax.Array
   drafts_BK: jax.Array
   log_q_BKV: jax.Array | None
   stats: Stats
@@ -144,7 +142,6 @@ def prefill(
     jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sequence_B),
     cache,
     drafter.init(rows, slots),
-    _context(feature_BPD, last_B + 1, drafter.context),
     counts(K),
     None,
     Stats(counts(), counts(K), counts(K), counts(1 + K)),
@@ -177,14 +174,10 @@ def run_round(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
   committed, count_B, before_stop_BR = _commit(
     state._replace(cache=cache), inputs.stop_ids, emitted_BR, accepted_B, origin_B
   )
-  window_BWD = jnp.concatenate([state.context_BCD, feature_BRD], axis=1)
   committed = committed._replace(
-    stats=_count(state, accepted_B, count_B, before_stop_BR),
-    context_BCD=_context(
-      window_BWD, count_B + drafter.context, drafter.context
-    ),
+    stats=_count(state, accepted_B, count_B, before_stop_BR)
   )
-  return _draft(plan, inputs, committed, window_BWD, n_B - 1 - drafter.context)
+  return _draft(plan, inputs, committed, feature_BRD, n_B - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -316,13 +309,13 @@ def _draft(
     return state
   slots = state.tokens_BS.shape[1]
   position_BW = start_B[:, None] + jnp.arange(feature_BWD.shape[1])
-  is_there_BW = (position_BW >= 0) & (position_BW <= n_B[:, None] - 2)
   window = Window(
     state.tokens_BS,
     n_B,
     feature_BWD,
-    jnp.where(is_there_BW, position_BW, slots),
-    jnp.maximum(n_B - 2 - start_B, 0),  # A done sequence may have no new row.
+    jnp.where(position_BW <= n_B[:, None] - 2, position_BW, slots),
+    start_B,
+    n_B - 2 - start_B,
   )
   log_q = []
 
@@ -346,13 +339,6 @@ def _draft(
     drafts_BK=drafts_BK,
     log_q_BKV=jnp.stack(log_q, axis=1) if keeps_q else None,
   )
-
-
-def _context(feature_BWD: jax.Array, end_B: jax.Array, context: int) -> jax.Array:
-  """Returns the `context` rows before row `end`; what lies before row 0 is not used."""
-  index_BC = end_B[:, None] - context + jnp.arange(context)
-  rows_B1 = jnp.arange(feature_BWD.shape[0])[:, None]
-  return feature_BWD[rows_B1, jnp.maximum(index_BC, 0)]
 
 
 def _keys(
