@@ -26,8 +26,9 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
-from mtp_jax.decode.generate import Completion, generate
+from mtp_jax.decode.generate import GREEDY, Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
+from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import put_batch
@@ -230,75 +231,85 @@ def generative_metrics(
 
   The model decodes greedily with all its extra predictors as drafters, which changes
   nothing in what is said; `decoded_*` says what share of their drafts was accepted, see
-  `acceptance_rates`. Errors are binomial (one prompt per document). An entry is None
-  where it is off or no text suits it.
+  `acceptance_rates`. `sampled_*` says so of functions sampled at temperature 1 (rule
+  leviathan): a small model soon repeats itself greedily, and then every draft is right.
+  Errors are binomial (one prompt per document). An entry is None where it is off or no
+  text suits it.
   """
   limits = config.eval
   prompt_length = config.data.seq_len - limits.max_new_tokens
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), tokenizer.eos_id)
+  stop_at_end = (tokenizer.eos_id, tokenizer.eos_id)
   weights, shape = unstack(params, shape_of(config)), shape_of(config)
-  decoded = []
 
-  def complete(prompts: list[str], stop_ids: tuple[int, int]) -> list[str]:
-    completions = generate(
+  def complete(
+    prompts: list[str], stop_ids: tuple[int, int], decoding: Decoding = GREEDY
+  ) -> list[Completion]:
+    return generate(
       shape,
       weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       max_new_tokens=limits.max_new_tokens,
       stop_ids=stop_ids,
+      decoding=decoding,
       prompt_length=prompt_length,
       batch_size=limits.batch_size,
     )
-    decoded.extend(completions)
-    return [
-      tokenizer.decode(x.tokens[:-1] if x.is_stopped else x.tokens)
-      for x in completions
-    ]
+
+  def text(x: Completion) -> str:
+    return tokenizer.decode(x.tokens[:-1] if x.is_stopped else x.tokens)
 
   pairs = line_prompts(
     texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
   )
   lines = complete([prompt for prompt, _ in pairs], stop_at_line)
   # A BPE token may hold the newline and more; the line is what comes before it.
-  exact = [x.split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)]
+  exact = [
+    text(x).split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)
+  ]
 
   headers = function_prompts(texts, limits.function_prompts, prompt_length)
-  bodies = complete(headers, (tokenizer.eos_id, tokenizer.eos_id))
-  sources = [completed_function(h, b) for h, b in zip(headers, bodies, strict=True)]
+  bodies = complete(headers, stop_at_end)
+  sources = [
+    completed_function(header, text(body))
+    for header, body in zip(headers, bodies, strict=True)
+  ]
   parses = [source is not None and _parses(source) for source in sources]
+  sampled = []
+  if config.mtp.depth:
+    sampled = complete(headers, stop_at_end, Decoding("leviathan", check_warp(1.0)))
   return {
     "next_line_exact_match": _proportion(exact),
     "function_parses": _proportion(parses),
-    **acceptance_rates(decoded),
+    **acceptance_rates("decoded", [*lines, *bodies]),
+    **acceptance_rates("sampled", sampled),
   }
 
 
-def acceptance_rates(completions: list[Completion]) -> dict[str, Any]:
+def acceptance_rates(name: str, completions: list[Completion]) -> dict[str, Any]:
   """Returns what was accepted while decoding, errors over prompts by linearisation.
 
-  decoded_tokens_per_round: committed tokens per verification, tau; 1 without drafts.
-  decoded_survival:   per draft k, rounds that committed it over all rounds, S_k.
-  decoded_acceptance: per draft k, rounds that committed it over those in which the
-                      drafts before it were accepted and it had room, alpha_k.
+  NAME_tokens_per_round: committed tokens per verification, tau; 1 without drafts.
+  NAME_survival:   per draft k, rounds that committed it over all rounds, S_k.
+  NAME_acceptance: per draft k, rounds that committed it over those in which the drafts
+                   before it were accepted and it had room, alpha_k.
 
   All are None where no round was run.
   """
+  keys = [f"{name}_{x}" for x in ("tokens_per_round", "survival", "acceptance")]
   rounds = np.array([x.rounds for x in completions])
   if not rounds.any():
-    names = ("decoded_tokens_per_round", "decoded_survival", "decoded_acceptance")
-    return dict.fromkeys(names)
+    return dict.fromkeys(keys)
   # The first token of a completion is the prefill's.
   tokens = np.array([len(x.tokens) - 1 for x in completions])
   accepted, reached = (
     np.stack([getattr(x, name) for x in completions], axis=1)
     for name in ("accepted", "reached")
   )
-  return {
-    "decoded_tokens_per_round": ratio(tokens, rounds),
-    "decoded_survival": [ratio(x, rounds) for x in accepted],
-    "decoded_acceptance": [ratio(*x) for x in zip(accepted, reached, strict=True)],
-  }
+  survival = [ratio(x, rounds) for x in accepted]
+  conditional = [ratio(*x) for x in zip(accepted, reached, strict=True)]
+  return dict(zip(keys, (ratio(tokens, rounds), survival, conditional), strict=True))
 
 
 def _proportion(outcomes: list[bool]) -> dict[str, float] | None:

@@ -146,7 +146,13 @@ def _evaluation(loss: float, depth: int) -> dict[str, Any]:
     "simulated_accepted_length": value(sum(share**m for m in range(1 + depth))),
     "next_line_exact_match": value(share / 4) | {"count": 64},
     "function_parses": None,
-    "decoded_tokens_per_round": value(sum(share**m for m in range(1 + depth))),
-    "decoded_survival": [value(share**m) for m in range(1, 1 + depth)],
-    "decoded_acceptance": [value(share)] * depth,
+    **{
+      f"{name}_{key}": x
+      for name in ("decoded", "sampled")
+      for key, x in (
+        ("tokens_per_round", value(sum(share**m for m in range(1 + depth)))),
+        ("survival", [value(share**m) for m in range(1, 1 + depth)]),
+        ("acceptance", [value(share)] * depth),
+      )
+    },
   }

@@ -50,7 +50,8 @@ def test_reads_what_evaluation_writes(tmp_path, run):
   rest = {
     "step": 1, "tokens": 2, "train_flops": 3.0, "train_seconds": 4.0,
     "next_line_exact_match": None, "function_parses": None,
-    **evaluate.acceptance_rates([]),
+    **evaluate.acceptance_rates("decoded", []),
+    **evaluate.acceptance_rates("sampled", []),
   }
   write_json(run / "eval.json", rest | summary)
   metrics = load(tmp_path).metrics.set_index(["metric", "at_depth"])

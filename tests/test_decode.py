@@ -52,7 +52,7 @@ class Model:
     self.prompts = [rng.integers(0, vocab, n) for n in LENGTHS]
     self.expected = uncached(self.config, self.params, self.prompts)
 
-  def generate(self, prompts=None, decoding=Decoding(), **keywords):  # noqa: B008
+  def generate(self, prompts=None, decoding=generate.GREEDY, **keywords):
     settings = {"max_new_tokens": NEW, "prompt_length": PROMPT_SLOTS}
     prompts = self.prompts if prompts is None else prompts
     return generate.generate(

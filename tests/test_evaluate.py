@@ -271,10 +271,11 @@ def completion(ids, is_stopped=False, rounds=0, accepted=(0,), reached=(0,)):
 
 def test_acceptance_rates_are_ratios_of_sums_over_prompts():
   rates = evaluate.acceptance_rates(
+    "decoded",
     [
       completion(range(11), rounds=5, accepted=(4, 1), reached=(5, 4)),
       completion(range(6), rounds=5, accepted=(0, 0), reached=(5, 0)),
-    ]
+    ],
   )
   # By the formula of the linearised ratio for two equal denominators of 5.
   assert rates["decoded_tokens_per_round"] == {
@@ -282,8 +283,8 @@ def test_acceptance_rates_are_ratios_of_sums_over_prompts():
   }
   assert [x["mean"] for x in rates["decoded_survival"]] == [0.4, 0.1]
   assert [x["mean"] for x in rates["decoded_acceptance"]] == [0.4, 0.25]
-  assert set(evaluate.acceptance_rates([]).values()) == {None}
-  assert set(evaluate.acceptance_rates([completion([1])]).values()) == {None}
+  assert set(evaluate.acceptance_rates("decoded", []).values()) == {None}
+  assert set(evaluate.acceptance_rates("decoded", [completion([1])]).values()) == {None}
 
 
 GENERATING = {"data.seq_len": 96, "eval.max_new_tokens": 40, "eval.batch_size": 4}
@@ -327,7 +328,8 @@ def test_a_token_may_hold_more_than_the_newline(monkeypatch):
 def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
   off = {"eval.line_prompts": 0, "eval.function_prompts": 0}
   nothing = {"next_line_exact_match": None, "function_parses": None}
-  nothing |= evaluate.acceptance_rates([])
+  for name in ("decoded", "sampled"):
+    nothing |= evaluate.acceptance_rates(name, [])
   assert scripted_metrics(monkeypatch, "", "", overrides=off) == nothing
   assert scripted_metrics(monkeypatch, "", "", texts=["x"]) == nothing
 
@@ -346,5 +348,6 @@ def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
     assert result["next_line_exact_match"]["count"] == 3
     assert result["function_parses"]["count"] == 3
     assert result["decoded_tokens_per_round"]["mean"] >= 1
+    assert result["sampled_tokens_per_round"]["mean"] >= 1
     programs.append(loop.finish._cache_size())
   assert programs[0] == programs[1]

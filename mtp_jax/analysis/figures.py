@@ -172,11 +172,13 @@ def depth_losses(ladder: Analysis) -> Drawing:
 
 def acceptance(ladder: Analysis) -> Drawing:
   lengths = {
-    "decoded_tokens_per_round": "decoded: tokens per verification",
+    "sampled_tokens_per_round": "sampled: tokens per verification",
+    "decoded_tokens_per_round": "greedy: tokens per verification",
     "simulated_accepted_length": "simulated accepted length",
   }
   shares = {
-    "decoded_acceptance": "drafts accepted when reached",
+    "sampled_acceptance": "sampled: accepted when reached",
+    "decoded_acceptance": "greedy: accepted when reached",
     "teacher_forced_agreement": "agreement with the trunk",
   }
   rows = ladder.levels[
@@ -185,7 +187,7 @@ def acceptance(ladder: Analysis) -> Drawing:
   if not len(rows):
     return None
   depths = sorted(rows.loc[rows["metric"].isin(shares), "at_depth"].unique())
-  figure, axes = panels(2, 1 + len(depths), sharex=True, height=5.2)
+  figure, axes = panels(3, 1 + len(depths), sharex=True, height=7.6)
   styles = method_styles(rows)
   for row_axes, length, share in zip(axes, lengths, shares, strict=True):
     first, *others = row_axes
@@ -199,7 +201,7 @@ def acceptance(ladder: Analysis) -> Drawing:
       ax.set_title(f"{shares[share]}, depth {depth}")
       ax.set_ylabel("share")
       ax.sharey(axes[0, 1])
-  for ax in axes[1]:
+  for ax in axes[-1]:
     size_axis(ax, rows["size"])
   legend_below(figure, axes.flat)
   return figure, rows
@@ -340,11 +342,13 @@ PLOTS = (
   Plot(
     "acceptance",
     "Drafts accepted, while decoding and by teacher forcing, against size",
-    "Above, measured while decoding the prompts of the generative metrics greedily "
-    "with all D predictors as drafters: tokens per verification (tau, the token of the "
-    "trunk's own included), and how often draft k was accepted once those before it "
-    "were. Below, on true prefixes: one plus the mean number of depths that agree with "
-    "the trunk in a row, and how often depth k does. Neither is a speed.",
+    "Measured while decoding the prompts of the generative metrics with all D "
+    "predictors as drafters, sampled at temperature 1 (first row) and greedily "
+    "(second): tokens per verification (tau, the token of the trunk's own included), "
+    "and how often draft k was accepted once those before it were. A model that "
+    "repeats itself greedily is easy to draft for. Last row, on true prefixes: one "
+    "plus the mean number of depths that agree with the trunk in a row, and how often "
+    "depth k does. None of these is a speed.",
     acceptance,
   ),
   Plot(

@@ -20,12 +20,15 @@ from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, MtpConfig, from_config_dict
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
-GENERATIVE = ("next_line_exact_match", "function_parses", "decoded_tokens_per_round")
+GENERATIVE = (
+  "next_line_exact_match", "function_parses", "decoded_tokens_per_round",
+  "sampled_tokens_per_round",
+)
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
-# From depth 1; the decoded ones are null where nothing was decoded.
+# From depth 1; those of decoding are null where nothing was decoded.
 PER_DRAFT = (
   "teacher_forced_agreement", "joint_prefix_agreement", "decoded_survival",
-  "decoded_acceptance",
+  "decoded_acceptance", "sampled_survival", "sampled_acceptance",
 )
 
 

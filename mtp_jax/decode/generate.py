@@ -68,6 +68,9 @@ class Decoding:
   recurse: bool = False
 
 
+GREEDY = Decoding()
+
+
 def make_plan(
   config: Config, decoding: Decoding, drafter: Drafter | None = None
 ) -> loop.Plan:
@@ -131,7 +134,7 @@ def generate(
   *,
   max_new_tokens: int,
   stop_ids: Sequence[int] = (),
-  decoding: Decoding = Decoding(),
+  decoding: Decoding = GREEDY,
   seed: int = 0,
   batch_size: int | None = None,
   prompt_length: int | None = None,
@@ -183,7 +186,7 @@ def stream(
   *,
   max_new_tokens: int,
   stop_ids: Sequence[int] = (),
-  decoding: Decoding = Decoding(),
+  decoding: Decoding = GREEDY,
   seed: int = 0,
 ) -> Iterator[Completion]:
   """Yields the completion of one prompt so far, after the prefill and every round.
