@@ -177,8 +177,8 @@ def acceptance(ladder: Analysis) -> Drawing:
     "simulated_accepted_length": "simulated accepted length",
   }
   shares = {
-    "sampled_acceptance": "sampled: accepted when reached",
-    "decoded_acceptance": "greedy: accepted when reached",
+    "sampled_acceptance": "sampled: accepted",
+    "decoded_acceptance": "greedy: accepted",
     "teacher_forced_agreement": "agreement with the trunk",
   }
   rows = ladder.levels[
