@@ -14,18 +14,16 @@ was accepted, and the time against plain decoding, to stderr.
 """
 
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 import mtp_jax
 from launch import cli
+from launch.comparison import compare, describe
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.decode.generate import PROPOSALS
@@ -84,10 +82,6 @@ _COMPARE = flags.DEFINE_bool(
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
 
-# Time is taken three times or more: a second in all if it takes no longer; less often
-# where it takes more than ten.
-_TIMINGS, _SHORT_SECONDS, _LONG_SECONDS = 3, 1.0, 10.0
-
 
 def main() -> int:
   text, how = _prompt(), _decoding()
@@ -118,53 +112,6 @@ def main() -> int:
     report += compare(complete, how)
   print("\n".join(report), file=sys.stderr, flush=True)
   return 0
-
-
-def describe(generation: Generation) -> str:
-  """Returns in words how much of what was drafted was kept."""
-  figures = generation.acceptance
-  words = f"{figures['tokens']} tokens, the first by the prefill, the others in "
-  words += f"{figures['rounds']} rounds"
-  if figures["tau"]["mean"] is not None:
-    words += f": tau = {figures['tau']['mean']:.2f} tokens per round"
-  kept = [
-    f"draft {k} never" if x["mean"] is None else f"draft {k} {x['mean']:.0%}"
-    for k, x in enumerate(figures["conditional"], start=1)
-  ]
-  return words + ("\naccepted where reached: " + ", ".join(kept) if kept else "")
-
-
-def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[str]:
-  """Returns in words the times, and whether the text is that of plain decoding.
-
-  Both ways are compiled first, then take turns; times are medians, prefill included.
-  """
-  plain = how | {"num_drafts": 0, "proposal": "auto", "recurse": False}
-  if how["rule"] != "greedy":
-    plain["rule"] = "match"  # With nothing to match: plain sampling.
-  ways = (how, plain)
-  ours, theirs = (complete(**way).tokens for way in ways)
-  seconds: tuple[list[float], list[float]] = ([], [])
-  total = 0.0
-  while total < _SHORT_SECONDS or (
-    len(seconds[0]) < _TIMINGS and total < _LONG_SECONDS
-  ):
-    for way, times in zip(ways, seconds, strict=True):
-      start = time.perf_counter()
-      complete(**way)
-      times.append(time.perf_counter() - start)
-      total += times[-1]
-  fast, slow = map(statistics.median, seconds)
-  words = f"{fast:.3f} s, plain decoding {slow:.3f} s: {slow / fast:.2f} times as fast"
-  if how["rule"] not in ("greedy", "match"):
-    same = "equal to plain sampling in distribution"
-  elif np.array_equal(ours, theirs):
-    same = "identical to plain decoding: yes"
-  else:
-    shorter = min(len(ours), len(theirs))
-    differs = np.append(ours[:shorter] != theirs[:shorter], True)
-    same = f"identical to plain decoding: no, from new token {1 + differs.argmax()} on"
-  return [words, same]
 
 
 def _show(generation: Generation) -> None:

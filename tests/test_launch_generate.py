@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from launch import comparison
 from tests import tiny_runs
 from tests.untrained_runs import save_run
 
@@ -97,13 +98,11 @@ def test_help_has_examples_and_needs_no_backend(command):
 
 
 def test_words_about_the_text_of_plain_decoding(monkeypatch):
-  from launch import generate
-
   class Fake:
     def __init__(self, tokens):
       self.tokens = np.array(tokens)
 
-  monkeypatch.setattr(generate, "_SHORT_SECONDS", 0.0)
+  monkeypatch.setattr(comparison, "_SHORT_SECONDS", 0.0)
   asked = []
 
   def words(rule, ours, theirs):
@@ -112,7 +111,7 @@ def test_words_about_the_text_of_plain_decoding(monkeypatch):
       return Fake(theirs if how["num_drafts"] == 0 else ours)
 
     how = {"rule": rule, "num_drafts": None}
-    times, same = generate.compare(complete, how)
+    times, same = comparison.compare(complete, how)
     assert times.endswith(" times as fast")
     return same
 
