@@ -27,7 +27,7 @@ from launch.comparison import compare, describe
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.decode.generate import PROPOSALS
-from mtp_jax.decode.provenance import Generation
+from mtp_jax.decode.provenance import Generation, visible
 from mtp_jax.decode.verify import RULES
 
 _WORKDIR = cli.define_workdir("run folder")
@@ -140,9 +140,7 @@ def _show_stream(so_far: Iterator[Generation]) -> Generation:
 
 def _printed(text: str) -> str:
   """A model of bytes may say anything: no control characters to a terminal."""
-  if not sys.stdout.isatty():
-    return text
-  return "".join(c if c.isprintable() or c in "\t\n" else "\ufffd" for c in text)
+  return visible(text) if sys.stdout.isatty() else text
 
 
 def _prompt() -> str:

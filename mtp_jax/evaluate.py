@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
+from mtp_jax.decode.acceptance import counts
 from mtp_jax.decode.generate import GREEDY, Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
@@ -290,6 +291,8 @@ def generative_metrics(
 def acceptance_rates(name: str, completions: list[Completion]) -> dict[str, Any]:
   """Returns what was accepted while decoding, errors over prompts by linearisation.
 
+  The figures of `decode.acceptance`, with the standard errors of this module:
+
   NAME_tokens_per_round: committed tokens per verification, tau; 1 without drafts.
   NAME_survival:   per draft k, rounds that committed it over all rounds, S_k.
   NAME_acceptance: per draft k, rounds that committed it over those in which the drafts
@@ -298,18 +301,13 @@ def acceptance_rates(name: str, completions: list[Completion]) -> dict[str, Any]
   All are None where no round was run.
   """
   keys = [f"{name}_{x}" for x in ("tokens_per_round", "survival", "acceptance")]
-  rounds = np.array([x.rounds for x in completions])
-  if not rounds.any():
+  if not any(x.rounds for x in completions):
     return dict.fromkeys(keys)
-  # The first token of a completion is the prefill's.
-  tokens = np.array([len(x.tokens) - 1 for x in completions])
-  accepted, reached = (
-    np.stack([getattr(x, name) for x in completions], axis=1)
-    for name in ("accepted", "reached")
-  )
-  survival = [ratio(x, rounds) for x in accepted]
-  conditional = [ratio(*x) for x in zip(accepted, reached, strict=True)]
-  return dict(zip(keys, (ratio(tokens, rounds), survival, conditional), strict=True))
+  tokens_N, rounds_N, accepted_NK, reached_NK = counts(completions)
+  survival = [ratio(x_N, rounds_N) for x_N in accepted_NK.T]
+  conditional = [ratio(*x) for x in zip(accepted_NK.T, reached_NK.T, strict=True)]
+  tau = ratio(tokens_N, rounds_N)
+  return dict(zip(keys, (tau, survival, conditional), strict=True))
 
 
 def _proportion(outcomes: list[bool]) -> dict[str, float] | None:

@@ -42,7 +42,6 @@ from mtp_jax.train_step import shape_of
 Text = str | Sequence[int] | np.ndarray
 
 _ID = int | np.integer
-_SMALLEST_BUCKET = 16  # Texts are padded to powers of two, so that they share programs.
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -210,7 +209,7 @@ class TrainedModel:
     """Returns the text as one document of a padded row, and as many as a mesh needs."""
     num_tokens, num_extra = len(tokens_T), 1 + self.config.mtp.depth
     shards = self.mesh.shape["context"]
-    length = max(_SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length())
+    length = decoding.bucket_size(num_tokens)
     length = -(-length // shards) * shards
     rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     tokens, segments, positions = np.zeros((3, rows, length + num_extra), np.int32)
@@ -234,9 +233,7 @@ class TrainedModel:
         "text must be a string or a sequence of token ids, got "
         f"{type(text).__name__} of shape {ids.shape} and type {ids.dtype}."
       )
-    if ids.min() < 0 or ids.max() >= size:
-      wrong = int(ids[(ids < 0) | (ids >= size)][0])
-      raise ValueError(f"token ids must be in [0, {size}), got {wrong}.")
+    decoding.check_ids(ids, size, "got")
     return ids.astype(np.int32)
 
   def _stop_ids(self, stop: Sequence[str | int] | None) -> tuple[int, ...]:
@@ -271,16 +268,14 @@ def load(
       what was asked for is damaged.
     ConfigError: the checkpoint was written by code with other settings.
   """
-  candidates = _checkpoint_folders(Path(path).expanduser(), step)
+  *candidates, oldest = _checkpoint_folders(Path(path).expanduser(), step)
   mesh = _one_device() if mesh is None else mesh
   for folder in candidates:
     try:
       return _load(folder, mesh)
     except CheckpointError as error:
-      if folder == candidates[-1]:
-        raise
       warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
-  raise AssertionError("unreachable")
+  return _load(oldest, mesh)
 
 
 def _load(folder: Path, mesh: jax.sharding.Mesh) -> TrainedModel:

@@ -57,12 +57,8 @@ def summarize(
       f"{len(completions)} with {sorted(drafts)}."
     )
   (K,) = drafts
-  rounds_N = np.array([completion.rounds for completion in completions])
-  tokens_N = np.array([len(completion.tokens) for completion in completions])
-  stack = lambda name: np.stack(  # noqa: E731
-    [getattr(completion, name) for completion in completions]
-  ).astype(np.int64)
-  accepted_NK, reached_NK = stack("accepted"), stack("reached")
+  tokens_N, rounds_N, accepted_NK, reached_NK = counts(completions)
+  histogram_NR = np.stack([completion.histogram for completion in completions])
   # How often each prompt is drawn: a figure of all resamples is one product then.
   count = len(completions)
   generator = np.random.default_rng(seed)
@@ -71,20 +67,34 @@ def summarize(
   def mean(above_N: np.ndarray, below_N: np.ndarray) -> dict[str, float | None]:
     return _ratio_of_sums(above_N, below_N, draws_ZN)
 
-  # The prefill commits a token, always one.
   return {
     "definitions": DEFINITIONS,
     "bootstrap": {"seed": seed, "num_resamples": num_resamples, "level": _LEVEL},
     "num_prompts": count,
     "num_drafts": K,
-    "tokens": int(tokens_N.sum()),
+    "tokens": int(tokens_N.sum()) + count,  # The prefill commits one each.
     "rounds": int(rounds_N.sum()),
-    "tau": mean(tokens_N - 1, rounds_N),
+    "tau": mean(tokens_N, rounds_N),
     "survival": [mean(accepted_NK[:, k], rounds_N) for k in range(K)],
     "conditional": [mean(accepted_NK[:, k], reached_NK[:, k]) for k in range(K)],
     "accepted_per_drafted": mean(accepted_NK.sum(axis=1), rounds_N * K),
-    "histogram": stack("histogram").sum(axis=0).tolist(),
+    "histogram": histogram_NR.sum(axis=0, dtype=np.int64).tolist(),
   }
+
+
+def counts(
+  completions: Sequence[Completion],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Returns `(tokens_N, rounds_N, accepted_NK, reached_NK)`, all figures' ingredients.
+
+  The token of the prefill is left out, so that tokens / rounds is tau.
+  """
+  tokens_N = np.array([len(completion.tokens) - 1 for completion in completions])
+  rounds_N = np.array([completion.rounds for completion in completions])
+  stack = lambda name: np.stack(  # noqa: E731
+    [getattr(completion, name) for completion in completions]
+  ).astype(np.int64)
+  return tokens_N, rounds_N, stack("accepted"), stack("reached")
 
 
 def _ratio_of_sums(

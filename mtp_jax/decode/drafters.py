@@ -20,11 +20,6 @@ from mtp_jax.model.layers import compute_dtype
 from mtp_jax.model.mtp import SequentialModule
 
 
-def plain() -> Drafter:
-  """Returns the drafter of plain decoding: it drafts nothing."""
-  return given(0)
-
-
 def own_predictors(
   config: Config, num_drafts: int | None = None, recurse: bool = False
 ) -> Drafter:
@@ -49,7 +44,7 @@ def own_predictors(
       f"(mtp.kind {kind!r}){hint}; got {num_drafts}."
     )
   if num_drafts == 0:
-    return plain()
+    return given(0)  # Plain decoding; nothing of a drafter is called then.
   if kind == "parallel":
     return _parallel_heads(config.trunk, num_drafts)
   if kind == "linear":
@@ -70,14 +65,12 @@ def given(num_drafts: int) -> Drafter:
     ahead_BK = window.length_B[:, None] + jnp.arange(num_drafts)
     return cache, drafts_BS.at[_rows(ahead_BK), ahead_BK].get(mode="clip")
 
-  nothing = lambda *_: ()  # noqa: E731
-  if num_drafts == 0:
-    propose = lambda weights, cache, carry, window, choose: (  # noqa: E731
-      cache, jnp.zeros((window.tokens_BS.shape[0], 0), jnp.int32)
-    )
   return Drafter(
-    num_drafts=num_drafts, has_distribution=False, init=nothing,
-    catch_up=lambda weights, cache, window: (cache, ()), propose=propose,
+    num_drafts,
+    has_distribution=False,
+    init=lambda rows, slots: (),
+    catch_up=lambda weights, cache, window: (cache, ()),
+    propose=propose,
   )
 
 
@@ -104,6 +97,7 @@ def _linear_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
 @functools.cache
 def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
   """One layer per draft on the trunk's features; its cache never holds a draft."""
+
   def init(rows: int, slots: int):
     return network.empty_caches(trunk, num_drafts, rows, slots)
 
@@ -152,9 +146,10 @@ def _sequential_modules(
   def run(weights: Weights, k: int, cache, hidden_BWD, position_BW, tokens_BS):
     """Module k (from 1) at the given positions."""
     ahead_BW = position_BW + k
+    which = min(k, len(weights.predictors)) - 1  # One serves all depths if shared.
     token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
     return module.apply(
-      {"params": weights.predictors[k - 1]},
+      {"params": weights.predictors[which]},
       hidden_BWD,
       network.embed(weights, token_BW),
       position_BW,

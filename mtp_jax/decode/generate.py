@@ -217,19 +217,14 @@ class _Sizes:
     if max_new_tokens < 1:
       raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     longest = max(len(prompt) for prompt in prompts)
-    bucket = _power_of_two(longest) if prompt_length is None else prompt_length
+    bucket = bucket_size(longest) if prompt_length is None else prompt_length
     vocab_size = config.tokenizer.vocab_size
     for i, prompt in enumerate(prompts):
       if not 1 <= len(prompt) <= bucket:
         raise ValueError(
           f"prompts must have 1 to {bucket} tokens, prompt {i} has {len(prompt)}."
         )
-      ids = np.asarray(prompt)
-      if ids.min() < 0 or ids.max() >= vocab_size:
-        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-        raise ValueError(
-          f"token ids must be in [0, {vocab_size}), prompt {i} has {wrong}."
-        )
+      check_ids(np.asarray(prompt), vocab_size, f"prompt {i} has")
     most = config.data.seq_len
     if config.trunk.kind == "gpt2" and longest + max_new_tokens > most:
       raise ValueError(
@@ -240,11 +235,21 @@ class _Sizes:
     self.prompt_slots = bucket
     self.max_new_tokens = max_new_tokens
     self.slots = loop.slots_for(
-      bucket + _power_of_two(max_new_tokens), plan.drafter.num_drafts
+      bucket + bucket_size(max_new_tokens), plan.drafter.num_drafts
     )
 
 
-def _power_of_two(size: int) -> int:
+def check_ids(ids: np.ndarray, vocab_size: int, found: str) -> None:
+  """Raises ValueError if there is an id that the model does not know."""
+  unknown = ids[(ids < 0) | (ids >= vocab_size)]
+  if unknown.size:
+    raise ValueError(
+      f"token ids must be in [0, {vocab_size}), {found} {int(unknown[0])}."
+    )
+
+
+def bucket_size(size: int) -> int:
+  """Returns the padded length, a power of two, with which texts share programs."""
   return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
 
 

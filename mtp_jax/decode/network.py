@@ -26,7 +26,8 @@ class Weights(NamedTuple):
   """Parameters of an `MtpLm`, matrices in the compute dtype.
 
   blocks: the trunk's layers, and the first head of parallel heads.
-  predictors: what depth 1, 2, ... D adds: a head, a module or a linear map.
+  predictors: what depth 1, 2, ... D adds: a head, a module or a linear map; one module
+    where it is shared.
   """
 
   embedding_VD: jax.Array
@@ -56,8 +57,7 @@ def unstack(params: Any, config: Config) -> Weights:
     predictors = layers(params["mtp"]["maps"], depth)
   elif kind == "sequential" and depth:
     stack = params["mtp"]["modules"]
-    shared = config.mtp.share_modules
-    predictors = [stack] * depth if shared else layers(stack, depth)
+    predictors = [stack] if config.mtp.share_modules else layers(stack, depth)
   is_learned = config.trunk.kind == "gpt2"
   return Weights(
     params["embed"]["embedding"],

@@ -23,10 +23,12 @@ _DEPTH_COLOURS = ("#deebf7", "#b5d4ec", "#8fbfe0", "#66a9d3", "#4a95c7")
 _CORRECTION_COLOUR = "#fdd0a2"
 _ANSI_DEPTH_COLOURS = (195, 153, 117, 75, 39)
 _ANSI_CORRECTION_COLOUR = 223
-# A model of bytes may say anything, escape sequences for the terminal included.
-_VISIBLE = {
-  i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"
-}
+# A model of bytes may say anything: escape sequences for the terminal, and marks that
+# turn the direction of writing around.
+_CONTROLS = (
+  *range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A),
+)
+_VISIBLE = {i: "\ufffd" for i in _CONTROLS if chr(i) not in "\t\n"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ class Generation:
 
   def to_ansi(self, legend: bool = True) -> str:
     """Returns the text for a terminal of 256 colours, coloured by source."""
-    parts = [f"\x1b[2m{_visible(self.prompt)}\x1b[0m"]
+    parts = [f"\x1b[2m{visible(self.prompt)}\x1b[0m"]
     for source, text in self._runs():
       parts.append(_ansi(source, text))
     if legend:
@@ -85,7 +87,7 @@ class Generation:
         f"{_ansi(source, ' a ')} {name}: {count}"
         for source, name, count in self._legend()
       )
-      parts.append("\n\n" + "   ".join(marks) + "\n" + self._summary())
+      parts.append("\n\n" + "   ".join(marks))
     return "".join(parts)
 
   def __repr__(self) -> str:
@@ -93,7 +95,7 @@ class Generation:
 
   def _repr_html_(self) -> str:
     """Returns the text as HTML that needs nothing else."""
-    prompt = html.escape(_visible(self.prompt))
+    prompt = html.escape(visible(self.prompt))
     spans = "".join(_span(source, text) for source, text in self._runs())
     legend = " &nbsp; ".join(
       f"{_span(source, ' a ')} {html.escape(name)}: {count}"
@@ -170,12 +172,12 @@ def _span(source: int, text: str) -> str:
     style += "text-decoration:underline dotted;"
   return (
     f'<span title="{_name(source)}" style="white-space:pre-wrap;{style}">'
-    f"{html.escape(_visible(text))}</span>"
+    f"{html.escape(visible(text))}</span>"
   )
 
 
 def _ansi(source: int, text: str) -> str:
-  text = _visible(text)
+  text = visible(text)
   if source == OWN:
     return text
   if source == CORRECTION:
@@ -191,5 +193,6 @@ def _shade(colours: tuple, depth: int):
   return colours[min(depth, len(colours)) - 1]
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+  """Returns the text with what a terminal might obey replaced by U+FFFD."""
   return text.translate(_VISIBLE)
