@@ -4,13 +4,11 @@
   python -m launch.generate --workdir=runs/draft3 --prompt="def "
   python -m launch.benchmark decode --runs runs/draft3
 
-Hardware and time: a few minutes on two CPU cores. Width 256, 6 layers, D = 3: the
-smallest shape of which reading the weights is what a token costs, so that four rows
-cost little more than one. (The models of `gains_with_scale:cpu` are too small for it.)
-The learning rate was not tuned: this says what drafts are worth, not what MTP is.
+Hardware and time: a few minutes on two CPU cores. Width 256, 6 layers, D = 3, a step up
+from the models of `gains_with_scale:cpu`, which are too small for drafts to pay. The
+learning rate was not tuned: this says what drafts are worth, not what MTP is.
 Expected before the first run: text identical to plain decoding, 1.3 to 1.8 times as
-fast at batch 1. So far only run once, with other programs on both cores: identical, and
-0.5 to 0.7 times as fast. It has not been measured on an idle machine.
+fast at batch 1. Found: identical, and not faster; see the log in `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict
