@@ -8,7 +8,7 @@ Hardware and time: a few minutes on two CPU cores. Width 256, 6 layers, D = 3, a
 from the models of `gains_with_scale:cpu`, which are too small for drafts to pay. The
 learning rate was not tuned: this says what drafts are worth, not what MTP is.
 Expected before the first run: text identical to plain decoding, 1.3 to 1.8 times as
-fast at batch 1. Found: identical, and not faster; see the log in `experiments/README.md`.
+fast at batch 1. Found: identical, and not faster; see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict
