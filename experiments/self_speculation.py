@@ -1,15 +1,15 @@
 """Does a model with sequential modules decode faster on a CPU, with its own drafts?
 
-  python -m launch.train --config=experiments/self_speculation.py --workdir=runs/draft3
-  python -m launch.generate --workdir=runs/draft3 --prompt="def "
-  python -m launch.benchmark decode --runs runs/draft3
+  python -m launch.train --config=experiments/self_speculation.py --workdir=runs/drafts
+  python -m launch.generate --workdir=runs/drafts --prompt="def "
+  python -m launch.benchmark decode --runs runs/drafts
 
-Hardware and time: about 8 minutes on two CPU cores. Width 512, 8 layers, D = 3: the
+Hardware and time: about 7 minutes on two CPU cores. Width 512, 8 layers, D = 3: the
 models of `gains_with_scale:cpu` (width 64) and a first try at width 256 are too small
 for drafts to pay on a CPU, see `experiments/README.md`. The learning rate was not
 tuned: this says what drafts are worth, not what MTP is.
 Expected before the run: text identical to plain decoding, 1.2 to 1.6 times as fast at
-batch 1.
+batch 1. Found: identical, and 1.94 times as fast; see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict
