@@ -20,8 +20,38 @@ def get_config() -> ConfigDict:
       mlp_dim=352,
       num_heads=4,
       num_kv_heads=2,
+      attention_dim=0,
+      attention_kind="grouped",
+      latent=dict(query_rank=96, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32),
+      moe=dict(
+        num_experts=0,
+        experts_per_token=2,
+        expert_dim=128,
+        num_shared=1,
+        dense_layers=1,
+        num_groups=1,
+        groups_per_token=1,
+        route_scale=1.0,
+        bias_rate=0.001,
+        bias_until=0.97,
+        balance_weight=1e-4,
+        grouped_matmul="auto",
+      ),
+      qkv_bias=False,
+      qk_norm=False,
       tie_embeddings=False,
       rope_theta=10_000.0,
+      rope_scaling=dict(
+        kind="none",
+        factor=1.0,
+        original_length=128,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=0.0,
+      ),
       norm_eps=1e-6,
       scan_layers=True,
       remat="names",
@@ -42,6 +72,7 @@ def get_config() -> ConfigDict:
       depth_weights=(),
       curriculum="none",
       share_modules=False,
+      dense_blocks=False,
       arm="added",
     )
   )
@@ -89,10 +120,11 @@ def get_config() -> ConfigDict:
       eval_every=0,
       diagnostics_every=100,
       max_nonfinite_steps=10,
+      freeze_trunk=False,
     )
   )
 
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1, context=1))
 
   config.checkpoint = ConfigDict(dict(every_steps=250, keep=2))
 

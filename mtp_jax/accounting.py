@@ -5,24 +5,37 @@ forward pass); rematerialisation, norms and the optimizer are not counted.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import (
+  Config,
+  TrunkConfig,
+  next_token_only,
+  num_trunk_layers,
+  predictor_trunk,
+)
 from mtp_jax.model.lm import MtpLm, deployed, zeros_batch
 from mtp_jax.sharding import unbox
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """total: all trained parameters. trunk: blocks of the trunk. deployed: what remains
-  for next-token prediction when the extra predictors are deleted."""
+  """Numbers of parameters, and training FLOPs.
+
+  total: all. trunk: blocks of the trunk. deployed: what remains for next-token
+  prediction when the extra predictors are deleted. active: of the deployed ones, those
+  that one token meets: of the routed experts only its own; embedding and unembedding
+  count whole.
+  """
 
   total: int
   trunk: int
   deployed: int
+  active: int
   train_flops_per_token: float
 
 
@@ -42,6 +55,7 @@ def count(config: Config) -> Counts:
     total=_size(params),
     trunk=_size(params["trunk"]),
     deployed=_size(kept),
+    active=_size(kept) - _idle_experts(kept, config.trunk),
     train_flops_per_token=train_flops_per_token(config),
   )
 
@@ -56,8 +70,12 @@ def train_flops_per_token(
   """
   trunk, mtp = config.trunk, config.mtp
   dim, num_predictors = trunk.embed_dim, 1 + mtp.depth
-  block = _block_flops(trunk, config.data.seq_len, attention_pairs)
-  forward = num_trunk_layers(config) * block
+  flops = functools.partial(
+    _block_flops, seq_len=config.data.seq_len, attention_pairs=attention_pairs
+  )
+  forward = trunk.dense_prefix * flops(trunk.dense())
+  forward += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
+  block = flops(predictor_trunk(config))
   forward += num_predictors * 2 * dim * config.tokenizer.vocab_size
   if mtp.kind == "parallel":
     forward += num_predictors * block
@@ -77,10 +95,7 @@ def resolve(config: Config) -> Config:
   if config.mtp.arm != "flops":
     return config
   added = dataclasses.replace(config.mtp, arm="added")
-  plain = dataclasses.replace(
-    added, kind="none", depth=0, depth_weights=(), share_modules=False
-  )
-  baseline = dataclasses.replace(config, mtp=plain)
+  baseline = dataclasses.replace(config, mtp=next_token_only(config.mtp))
   ratio = train_flops_per_token(dataclasses.replace(config, mtp=added))
   ratio /= train_flops_per_token(baseline)
   train = dataclasses.replace(
@@ -90,13 +105,44 @@ def resolve(config: Config) -> Config:
 
 
 def _block_flops(trunk: TrunkConfig, seq_len: int, attention_pairs: str) -> float:
-  """Forward FLOPs per token of one block."""
-  heads = trunk.num_heads * trunk.head_dim
-  kv_heads = trunk.num_kv_heads * trunk.head_dim
-  weights = trunk.embed_dim * (2 * heads + 2 * kv_heads)
-  weights += trunk.embed_dim * trunk.mlp_dim * (3 if trunk.kind == "llama" else 2)
+  """Forward FLOPs per token of one block; of the experts, those a token uses."""
+  dim, moe = trunk.embed_dim, trunk.moe
+  if trunk.attention_kind == "latent":
+    weights, per_key = _latent_attention(trunk)
+  else:
+    heads = trunk.num_heads * trunk.head_dim
+    kv_heads = trunk.num_kv_heads * trunk.head_dim
+    weights, per_key = dim * (2 * heads + 2 * kv_heads), 2 * heads
+  if moe.num_experts:
+    weights += dim * moe.num_experts
+    weights += (moe.experts_per_token + moe.num_shared) * 3 * dim * moe.expert_dim
+  else:
+    weights += dim * trunk.mlp_dim * (3 if trunk.kind == "llama" else 2)
   keys = (seq_len + 1) / 2 if attention_pairs == "causal" else seq_len
-  return 2.0 * weights + 2 * 2.0 * heads * keys
+  return 2.0 * weights + 2.0 * per_key * keys
+
+
+def _latent_attention(trunk: TrunkConfig) -> tuple[int, int]:
+  """Returns the entries of all matrices, and the products per query and key."""
+  sizes, dim, heads = trunk.latent, trunk.embed_dim, trunk.num_heads
+  query_dim = sizes.nope_dim + sizes.rope_dim
+  if sizes.query_rank:
+    weights = sizes.query_rank * (dim + heads * query_dim)
+  else:
+    weights = dim * heads * query_dim
+  weights += dim * (sizes.kv_rank + sizes.rope_dim)
+  weights += sizes.kv_rank * heads * (sizes.nope_dim + sizes.value_dim)
+  weights += heads * sizes.value_dim * dim
+  return weights, heads * (query_dim + sizes.value_dim)
+
+
+def _idle_experts(params: Any, trunk: TrunkConfig) -> int:
+  """The parameters of the routed experts that a token does not meet."""
+  if not trunk.moe.num_experts:
+    return 0
+  experts = _size(params["trunk"]["blocks"]["moe"]["experts"])
+  used = trunk.moe.experts_per_token / trunk.moe.num_experts
+  return round(experts * (1 - used))
 
 
 def _size(tree: Any) -> int:

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict, to_dict
 
@@ -35,16 +34,25 @@ RESUMABLE = (
   "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.num_workers",
   "tokenizer.path", "train.log_every", "train.eval_every", "train.diagnostics_every",
   "train.max_nonfinite_steps", "trunk.remat", "trunk.scan_layers", "trunk.attention",
-  "loss.block_tokens",
+  "trunk.moe.grouped_matmul", "loss.block_tokens",
 )
 
 # Keys that change the parameter tree or what its numbers mean.
 ARCHITECTURE = (
   "trunk.kind", "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim",
-  "trunk.num_heads", "trunk.num_kv_heads", "trunk.tie_embeddings", "trunk.rope_theta",
-  "trunk.norm_eps", "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.arm",
+  "trunk.num_heads", "trunk.num_kv_heads", "trunk.attention_dim",
+  "trunk.attention_kind", "trunk.qkv_bias", "trunk.qk_norm", "trunk.tie_embeddings",
+  "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.num_experts",
+  "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_shared",
+  "trunk.moe.dense_layers", "trunk.moe.num_groups", "trunk.moe.groups_per_token",
+  "trunk.moe.route_scale", "mtp.kind", "mtp.depth", "mtp.share_modules",
+  "mtp.dense_blocks", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
+
+
+# What a process meets in Orbax when another one is gone or waits for something else.
+_PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
 
 
 class CheckpointError(RuntimeError):
@@ -223,9 +231,14 @@ class Checkpointer:
     is read-only, damaged ones are then moved to `damaged_checkpoints`. With `step`,
     that checkpoint alone will do.
 
+    Of several processes one alone may meet the damage, while the others wait for it.
+    It does not try the one before: it moves the damaged one aside, if there is another,
+    and raises; the next start does the rest.
+
     Raises:
       ConfigError: the checkpoint belongs to another architecture or training.
-      CheckpointError: there are checkpoints, and none is whole; none of `step`.
+      CheckpointError: there are checkpoints, and none is whole; none of `step`; one of
+        several processes found damage.
     """
     steps = self.steps()
     if step is not None:
@@ -248,6 +261,10 @@ class Checkpointer:
         raise
       # Orbax reports damage as errors of many libraries: JSON, zarr, the file system.
       except Exception as error:
+        if jax.process_count() > 1:
+          if isinstance(error, _PEER_ERRORS):
+            raise
+          raise self._given_up(step, is_last=step == steps[0], error=error) from error
         warnings.warn(
           f"checkpoint {self.directory / str(step)} is damaged "
           f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
@@ -280,18 +297,31 @@ class Checkpointer:
     _check_fingerprint(state, meta["fingerprint"])
     return Restored(state, meta["data"], meta["progress"])
 
+  def _given_up(self, step: int, is_last: bool, error: Exception) -> CheckpointError:
+    """Returns what to raise where one process of several cannot read a checkpoint."""
+    advice = "move it away to start again"
+    if not (is_last or self._read_only):
+      with contextlib.suppress(FileNotFoundError):  # Another process was faster.
+        self._rename(step)
+      advice = "it was moved aside; start again to go on from the one before it"
+    return CheckpointError(
+      f"checkpoint {self.directory / str(step)} is damaged "
+      f"({type(error).__name__}: {_first_line(error)}); {advice}."
+    )
+
   def _move_aside(self, damaged: list[int]) -> None:
     """Keeps damaged checkpoints from counting among the `keep` newest."""
     if not damaged or self._read_only:
       return
-    if jax.process_index() == 0:
-      aside = self.directory.parent / "damaged_checkpoints"
-      aside.mkdir(exist_ok=True)
-      for step in damaged:
-        # The time keeps a second one of the same step from colliding with the first.
-        (self.directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
-    multihost_utils.sync_global_devices("damaged checkpoints moved")
+    for step in damaged:
+      self._rename(step)
     self._manager.reload()
+
+  def _rename(self, step: int) -> None:
+    aside = self.directory.parent / "damaged_checkpoints"
+    aside.mkdir(exist_ok=True)
+    # The time keeps a second one of the same step from colliding with the first.
+    (self.directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
 
   def wait(self) -> None:
     """Returns when the save in the background is on disk.

@@ -19,8 +19,84 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+  """How rotary frequencies change for texts longer than `original_length`.
+
+  kind: none | linear | llama3 (`low_freq_factor`, `high_freq_factor`) | yarn
+        (`beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`); see model/rotary.py.
+  """
+
+  kind: Literal["none", "linear", "llama3", "yarn"]
+  factor: float
+  original_length: int
+  low_freq_factor: float
+  high_freq_factor: float
+  beta_fast: float
+  beta_slow: float
+  mscale: float
+  mscale_all_dim: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+  """Sizes of multi-head latent attention (DeepSeek-V3, equations 1 to 11).
+
+  query_rank: of the compressed query; 0 projects queries directly.
+  kv_rank:    of the compressed vector that keys and values are made from.
+  nope_dim, rope_dim: per head, the part of query and key without and with rotation; the
+              rotated key is shared by all heads.
+  value_dim:  per head.
+  """
+
+  query_rank: int
+  kv_rank: int
+  nope_dim: int
+  rope_dim: int
+  value_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+  """Mixture of experts (DeepSeek-V3, equations 12 to 20); no expert is a dense model.
+
+  num_experts:  routed experts per layer; 0 makes every layer dense.
+  experts_per_token, expert_dim: of the routed ones, each a SwiGLU of this width.
+  num_shared:   experts that see every token, merged into one SwiGLU.
+  dense_layers: so many first layers of the trunk stay dense (`trunk.mlp_dim`).
+  num_groups, groups_per_token: experts are chosen within the best groups (nodes).
+  route_scale:  factor on the normalised gates.
+  bias_rate:    gamma, the step of the balancing bias; 0 keeps it at zero.
+  bias_until:   fraction of training after which gamma is 0.
+  balance_weight: alpha of the sequence-wise balance loss.
+  grouped_matmul: auto | ragged (`jax.lax.ragged_dot`) | blocked; see
+                model/grouped_matmul.py.
+  """
+
+  num_experts: int
+  experts_per_token: int
+  expert_dim: int
+  num_shared: int
+  dense_layers: int
+  num_groups: int
+  groups_per_token: int
+  route_scale: float
+  bias_rate: float
+  bias_until: float
+  balance_weight: float
+  grouped_matmul: Literal["auto", "ragged", "blocked"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrunkConfig:
-  """The shared trunk. `num_layers` counts the layers of the deployed NTP model."""
+  """The shared trunk. `num_layers` counts the layers of the deployed NTP model.
+
+  kind:           llama (RMSNorm, RoPE, SwiGLU) | gpt2 (LayerNorm, learned positions,
+                  GELU, biases).
+  attention_dim:  num_heads * head_dim of grouped attention; 0 is `embed_dim`.
+  attention_kind: grouped | latent (sizes in `latent`; needs kind `llama`).
+  qkv_bias, qk_norm: biases of query, key and value (Qwen2); RMSNorm of every query and
+                  key head (Qwen3); both for grouped attention of kind `llama`.
+  """
 
   kind: Literal["llama", "gpt2"]
   num_layers: int
@@ -28,8 +104,15 @@ class TrunkConfig:
   mlp_dim: int
   num_heads: int
   num_kv_heads: int
+  attention_dim: int
+  attention_kind: Literal["grouped", "latent"]
+  latent: LatentConfig
+  moe: MoeConfig
+  qkv_bias: bool
+  qk_norm: bool
   tie_embeddings: bool
   rope_theta: float
+  rope_scaling: RopeScalingConfig
   norm_eps: float
   scan_layers: bool
   remat: Literal["none", "names", "full"]
@@ -38,7 +121,18 @@ class TrunkConfig:
 
   @property
   def head_dim(self) -> int:
-    return self.embed_dim // self.num_heads
+    return (self.attention_dim or self.embed_dim) // self.num_heads
+
+  @property
+  def dense_prefix(self) -> int:
+    """How many layers come before the first with experts, where there are any."""
+    return self.moe.dense_layers if self.moe.num_experts else 0
+
+  def dense(self) -> "TrunkConfig":
+    """Returns the trunk that its dense layers see: the same without experts."""
+    return dataclasses.replace(
+      self, moe=dataclasses.replace(self.moe, num_experts=0, dense_layers=0)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +147,7 @@ class MtpConfig:
               `schedule_fraction`).
   depth_weights: relative weight of each depth; empty means all equal.
   curriculum: none | forward (depths switched on one by one) | reverse (switched off).
+  dense_blocks: sequential modules have dense blocks where the trunk has experts.
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).
@@ -68,6 +163,7 @@ class MtpConfig:
   depth_weights: tuple[float, ...]
   curriculum: Literal["none", "forward", "reverse"]
   share_modules: bool
+  dense_blocks: bool
   arm: Literal["added", "shortened", "flops"]
 
 
@@ -132,7 +228,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """`diagnostics_every`: steps between comparisons of MTP and NTP gradient; 0 = off."""
+  """How long to train, what, and how often to look.
+
+  diagnostics_every: steps between comparisons of MTP and NTP gradient; 0 = off.
+  freeze_trunk: only the extra predictors (`mtp` in the parameter tree) learn; the rest
+    stays as it is, bit for bit.
+  """
 
   num_steps: int
   accumulation_steps: int
@@ -140,14 +241,19 @@ class TrainConfig:
   eval_every: int
   diagnostics_every: int
   max_nonfinite_steps: int
+  freeze_trunk: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices along each mesh axis; `data = -1` takes all that are left."""
+  """Devices along each mesh axis; `data = -1` takes all that are left.
+
+  `expert` splits the experts, and the rows of a batch like `data` does.
+  """
 
   data: int
   fsdp: int
+  expert: int
   tensor: int
   context: int
 
@@ -282,6 +388,35 @@ def num_added_layers(mtp: MtpConfig) -> int:
   return mtp.depth
 
 
+def next_token_only(mtp: MtpConfig) -> MtpConfig:
+  """Returns the section without any extra predictor, on top of the whole trunk."""
+  return dataclasses.replace(
+    mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
+    dense_blocks=False, arm="added",
+  )
+
+
+def routed_layers(config: Config) -> dict[str, int]:
+  """Returns how many layers with experts there are in the `trunk` and in `mtp`.
+
+  These are the routings of one forward pass: a shared module counts once per depth.
+  A part without any is left out.
+  """
+  mtp, moe = config.mtp, config.trunk.moe
+  if moe.num_experts == 0:
+    return {}
+  in_mtp = {"parallel": 1 + mtp.depth, "sequential": mtp.depth}.get(mtp.kind, 0)
+  if mtp.dense_blocks:
+    in_mtp = 0
+  in_trunk = num_trunk_layers(config) - moe.dense_layers
+  return {"trunk": in_trunk} | ({"mtp": in_mtp} if in_mtp else {})
+
+
+def predictor_trunk(config: Config) -> TrunkConfig:
+  """Returns the trunk that the blocks of the extra predictors are built from."""
+  return config.trunk.dense() if config.mtp.dense_blocks else config.trunk
+
+
 def num_trunk_layers(config: Config) -> int:
   """Layers of the shared trunk, given the kind of predictor and the fairness arm.
 
@@ -312,6 +447,8 @@ def validate(config: Config, num_devices: int | None = None) -> None:
   _check_ranges(rules)
   rules.raise_if_broken()  # The rules below divide by and compare these values.
   _check_trunk(rules)
+  _check_attention(rules)
+  _check_experts(rules)
   _check_mtp(rules)
   _check_data(rules)
   _check_training(rules)
@@ -352,22 +489,34 @@ _AT_LEAST_1 = (
   "trunk.num_kv_heads", "loss.block_tokens", "tokenizer.vocab_size", "data.seq_len",
   "data.batch_size", "optimizer.base_width", "train.num_steps",
   "train.accumulation_steps", "train.log_every", "train.max_nonfinite_steps",
-  "mesh.fsdp", "mesh.tensor", "mesh.context", "checkpoint.every_steps",
-  "checkpoint.keep", "eval.num_rows", "eval.rows_per_document", "eval.batch_size",
-  "eval.max_new_tokens",
+  "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_groups",
+  "trunk.moe.groups_per_token", "trunk.latent.kv_rank", "trunk.latent.nope_dim",
+  "trunk.latent.rope_dim", "trunk.latent.value_dim",
+  "trunk.rope_scaling.original_length", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+  "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
+  "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
 )
 _AT_LEAST_0 = (
   "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
-  "eval.line_prompts", "eval.function_prompts",
+  "eval.line_prompts", "eval.function_prompts", "trunk.attention_dim",
+  "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
+  "trunk.latent.query_rank",
 )
-_FINITE_NOT_NEGATIVE = ("mtp.weight", "mtp.final_weight", "optimizer.weight_decay")
+_FINITE_NOT_NEGATIVE = (
+  "mtp.weight", "mtp.final_weight", "optimizer.weight_decay", "trunk.moe.bias_rate",
+  "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
+  "trunk.rope_scaling.mscale_all_dim",
+)
 _FINITE_POSITIVE = (
   "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
-  "trunk.rope_theta", "trunk.norm_eps",
+  "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.route_scale",
+  "trunk.rope_scaling.low_freq_factor", "trunk.rope_scaling.high_freq_factor",
+  "trunk.rope_scaling.beta_fast", "trunk.rope_scaling.beta_slow",
 )
 _FRACTIONS = (
   "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
   "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
+  "trunk.moe.bias_until",
 )
 
 
@@ -388,29 +537,107 @@ def _check_ranges(rule: _Rules) -> None:
     rule(0 <= get(key) <= 1, key, "in [0, 1]")
   for key in ("seed", "data.seed"):
     rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
+  factor = get("trunk.rope_scaling.factor")
+  rule(
+    math.isfinite(factor) and factor >= 1, "trunk.rope_scaling.factor",
+    "finite and at least 1",
+  )
   data = get("mesh.data")
   rule(data == -1 or data >= 1, "mesh.data", "-1 (the rest) or at least 1")
 
 
 def _check_trunk(rule: _Rules) -> None:
   trunk = rule.config.trunk
-  rule.divisible("trunk.embed_dim", "trunk.num_heads")
-  rule.divisible("trunk.num_heads", "trunk.num_kv_heads")
-  if trunk.kind == "llama":
-    rule(
-      trunk.head_dim % 2 == 0, "trunk.embed_dim",
-      f"such that embed_dim / num_heads is even for RoPE (it is {trunk.head_dim})",
-    )
-  else:
+  if trunk.kind == "gpt2":
     rule(
       trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
-      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind {trunk.kind!r}",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
     )
+    for key, plain in (
+      ("attention_kind", "grouped"), ("qkv_bias", False), ("qk_norm", False),
+      ("moe.num_experts", 0), ("rope_scaling.kind", "none"),
+    ):
+      rule(
+        _get_dotted(trunk, key) == plain, f"trunk.{key}",
+        f"{plain!r} for trunk.kind 'gpt2'",
+      )
   layers, mtp = num_trunk_layers(rule.config), rule.config.mtp
   rule(
     layers >= 1, "trunk.num_layers",
     f"large enough to leave a trunk of at least 1 layer (mtp.kind {mtp.kind!r}, depth "
     f"{mtp.depth}, arm {mtp.arm!r} leave {layers})",
+  )
+
+
+def _check_attention(rule: _Rules) -> None:
+  trunk = rule.config.trunk
+  if trunk.attention_kind == "latent":
+    rule(
+      trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for latent attention",
+    )
+    rule(trunk.latent.rope_dim % 2 == 0, "trunk.latent.rope_dim", "even")
+    for key, plain in (("qkv_bias", False), ("qk_norm", False), ("attention_dim", 0)):
+      rule(
+        getattr(trunk, key) == plain, f"trunk.{key}", f"{plain!r} for latent attention"
+      )
+  else:
+    of = "trunk.attention_dim" if trunk.attention_dim else "trunk.embed_dim"
+    rule.divisible(of, "trunk.num_heads")
+    rule.divisible("trunk.num_heads", "trunk.num_kv_heads")
+    if trunk.kind == "llama":
+      rule(
+        trunk.head_dim % 2 == 0, of,
+        f"such that {of.removeprefix('trunk.')} / num_heads is even for RoPE (it is "
+        f"{trunk.head_dim})",
+      )
+  scaling = trunk.rope_scaling
+  if scaling.kind == "llama3":
+    rule(
+      scaling.high_freq_factor > scaling.low_freq_factor,
+      "trunk.rope_scaling.high_freq_factor",
+      f"larger than low_freq_factor ({scaling.low_freq_factor})",
+    )
+  if scaling.kind == "yarn":
+    rule(
+      scaling.beta_fast > scaling.beta_slow, "trunk.rope_scaling.beta_fast",
+      f"larger than beta_slow ({scaling.beta_slow})",
+    )
+
+
+def _check_experts(rule: _Rules) -> None:
+  moe, mtp = rule.config.trunk.moe, rule.config.mtp
+  if mtp.dense_blocks:
+    rule(
+      moe.num_experts > 0 and mtp.kind == "sequential", "mtp.dense_blocks",
+      f"False unless the trunk has experts and mtp.kind is 'sequential' (it is "
+      f"{mtp.kind!r} with {moe.num_experts} experts)",
+    )
+  if moe.num_experts == 0:
+    rule(
+      rule.config.mesh.expert == 1, "mesh.expert",
+      "1 without experts (trunk.moe.num_experts 0)",
+    )
+    return
+  rule(
+    moe.dense_layers < num_trunk_layers(rule.config), "trunk.moe.dense_layers",
+    f"less than the layers of the trunk ({num_trunk_layers(rule.config)})",
+  )
+  rule.divisible("trunk.moe.num_experts", "trunk.moe.num_groups")
+  rule.divisible("trunk.moe.num_experts", "mesh.expert")
+  rule(
+    moe.groups_per_token <= moe.num_groups, "trunk.moe.groups_per_token",
+    f"at most trunk.moe.num_groups ({moe.num_groups})",
+  )
+  group = moe.num_experts // moe.num_groups
+  rule(
+    moe.num_groups == 1 or group >= 2, "trunk.moe.num_groups",
+    "such that a group has at least 2 experts: its score is the sum of the best two",
+  )
+  available = group * moe.groups_per_token
+  rule(
+    moe.experts_per_token <= available, "trunk.moe.experts_per_token",
+    f"at most the experts of groups_per_token groups ({available})",
   )
 
 
@@ -475,6 +702,11 @@ def _check_data(rule: _Rules) -> None:
 
 
 def _check_training(rule: _Rules) -> None:
+  if rule.config.train.freeze_trunk:
+    rule(
+      rule.config.mtp.depth > 0, "train.freeze_trunk",
+      "False at mtp.depth 0: there would be nothing to train",
+    )
   optimizer = rule.config.optimizer
   rule.divisible("data.batch_size", "train.accumulation_steps")
   if optimizer.schedule == "wsd":
@@ -493,33 +725,35 @@ def _check_sharding(rule: _Rules) -> None:
     "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "tokenizer.vocab_size"
   ):
     rule.divisible(key, "mesh.tensor")
+  if rule.config.trunk.moe.num_experts:
+    rule.divisible("trunk.moe.expert_dim", "mesh.tensor")
   rule.divisible("trunk.embed_dim", "mesh.fsdp")
 
 
 def _check_devices(rule: _Rules, num_devices: int) -> None:
   """The mesh fills the devices, and the rows divide over it."""
   config, mesh = rule.config, rule.config.mesh
-  fixed = mesh.fsdp * mesh.tensor * mesh.context
+  fixed = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
   data = num_devices // fixed if mesh.data == -1 else mesh.data
-  product = "fsdp * tensor * context" if mesh.data == -1 else (
-    "data * fsdp * tensor * context"
-  )
+  product = "fsdp * expert * tensor * context"
+  if mesh.data != -1:
+    product = f"data * {product}"
   verb = "divides" if mesh.data == -1 else "equals"
   rule(
     data * fixed == num_devices, "mesh",
     f"such that {product} {verb} the number of devices ({num_devices})",
   )
   rule.raise_if_broken()
-  shards = data * mesh.fsdp
+  shards = data * mesh.fsdp * mesh.expert
   microbatch = config.data.batch_size // config.train.accumulation_steps
   rule(
     microbatch % shards == 0, "data.batch_size",
-    f"such that a microbatch ({microbatch} rows) divides over mesh data * fsdp "
-    f"({shards})",
+    f"such that a microbatch ({microbatch} rows) divides over mesh data * fsdp * "
+    f"expert ({shards})",
   )
   rule(
     config.eval.batch_size % shards == 0, "eval.batch_size",
-    f"divisible by mesh data * fsdp ({shards})",
+    f"divisible by mesh data * fsdp * expert ({shards})",
   )
 
 

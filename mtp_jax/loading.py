@@ -31,6 +31,7 @@ from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import (
   logical_axes,
   make_mesh,
+  num_row_shards,
   put_batch,
   replicated,
   tree_shardings,
@@ -211,7 +212,7 @@ class TrainedModel:
     shards = self.mesh.shape["context"]
     length = decoding.bucket_size(num_tokens)
     length = -(-length // shards) * shards
-    rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    rows = num_row_shards(self.mesh)
     tokens, segments, positions = np.zeros((3, rows, length + num_extra), np.int32)
     tokens[0, :num_tokens] = tokens_T
     segments[0, :num_tokens] = 1
@@ -300,8 +301,9 @@ def _load(folder: Path, mesh: jax.sharding.Mesh) -> TrainedModel:
 
 
 def _portable(config: Config) -> Config:
-  """Returns the config without a choice that only the training's platform may have."""
-  trunk = dataclasses.replace(config.trunk, attention="auto")
+  """Returns the config without choices that only the training's platform may have."""
+  moe = dataclasses.replace(config.trunk.moe, grouped_matmul="auto")
+  trunk = dataclasses.replace(config.trunk, attention="auto", moe=moe)
   return dataclasses.replace(config, trunk=trunk)
 
 
@@ -340,7 +342,7 @@ def _why_not(path: Path) -> str:
 
 
 def _one_device() -> jax.sharding.Mesh:
-  sizes = MeshConfig(data=1, fsdp=1, tensor=1, context=1)
+  sizes = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, context=1)
   return make_mesh(sizes, jax.local_devices()[:1])
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,7 +75,7 @@ class MetricsWriter:
     )
 
   def write(self, record: dict[str, Any]) -> None:
-    """Writes one record; lists become one TensorBoard scalar per depth."""
+    """Writes one record; every entry of a list becomes a TensorBoard scalar."""
     if self._file is None:
       return
     record = plain(record)
@@ -83,13 +84,9 @@ class MetricsWriter:
     for key, value in record.items():
       if key in ("kind", "step"):
         continue
-      scalars = {key: value}
-      if isinstance(value, list):
-        scalars = {f"{key}/{depth}": entry for depth, entry in enumerate(value)}
-      for name, scalar in scalars.items():
-        if scalar is not None:
-          tag = f"{record['kind']}/{name}"
-          self._tensorboard.add_scalar(tag, scalar, record["step"])
+      for name, scalar in _scalars(key, value):
+        tag = f"{record['kind']}/{name}"
+        self._tensorboard.add_scalar(tag, scalar, record["step"])
     self._tensorboard.flush()
 
   def __enter__(self) -> "MetricsWriter":
@@ -168,6 +165,16 @@ def plain(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+  """Yields the numbers in nested lists and dicts, named by the way to them."""
+  if isinstance(value, (dict, list)):
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in items:
+      yield from _scalars(f"{name}/{key}", entry)
+  elif value is not None:
+    yield name, value
 
 
 def write_json(path: Path, value: Any) -> None:

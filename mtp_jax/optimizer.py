@@ -24,7 +24,8 @@ import optax
 
 from mtp_jax.config import Config, OptimizerConfig
 
-_STACKED = ("layers", "depths")
+_STACKED = ("layers", "depths", "experts")
+_INPUTS = ("embed", "concat", "rank")
 
 
 def schedule_at(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
@@ -78,6 +79,11 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
   )
 
 
+def trainable(config: Config, tree: Any) -> Any:
+  """Returns the part of a parameter tree (or one like it) that training changes."""
+  return {"mtp": tree["mtp"]} if config.train.freeze_trunk else tree
+
+
 def learning_rate_scales(config: Config, axes: Any) -> Any:
   """Returns each parameter's factor on the learning rate (see the module docstring)."""
   ratio = config.optimizer.base_width / config.trunk.embed_dim
@@ -103,12 +109,12 @@ def _is_axes(node: Any) -> bool:
 
 
 def _own_axes(names: tuple[str, ...]) -> list[int]:
-  """The dimensions that are not a stack of layers or depths."""
+  """The dimensions that are not a stack of layers, depths or experts."""
   return [i for i, name in enumerate(names) if name not in _STACKED]
 
 
 def _is_matrix(names: tuple[str, ...]) -> bool:
-  return "embed" in names or "concat" in names
+  return any(name in names for name in _INPUTS)
 
 
 def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:
@@ -119,5 +125,5 @@ def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:
 def _muon_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
   """Inputs and outputs of a matrix, heads perhaps split: [D, N, H], [N, H, D]."""
   own = _own_axes(names)
-  split = 1 if names[own[0]] in ("embed", "concat") else len(own) - 1
+  split = 1 if names[own[0]] in _INPUTS else len(own) - 1
   return optax.contrib.MuonDimensionNumbers(tuple(own[:split]), tuple(own[split:]))

@@ -5,17 +5,19 @@ mesh axis that lies on, and is the only one with a `PartitionSpec`. An unknown n
 raises: Flax on its own would quietly replicate it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax.config import ConfigError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 # Logical axis -> mesh axis or axes. Parameters use the first block, activations both.
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -25,14 +27,17 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
+  "rank": None,  # The compressed query, key and value of latent attention.
   "mlp": "tensor",
+  "experts": "expert",
+  "router": None,  # The experts as outputs of the router: few, and needed by all.
   "vocab": "tensor",
   "position": None,
   "norm": None,
   "layers": None,
   "depths": None,
   "microbatch": None,
-  "batch": ("data", "fsdp"),
+  "batch": ("data", "fsdp", "expert"),
   "seq": "context",
   "kv_seq": None,  # Keys and values are gathered over the sequence for attention.
   "act_embed": None,
@@ -64,25 +69,48 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     ConfigError: the mesh does not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  fixed = config.fsdp * config.tensor * config.context
+  fixed = config.fsdp * config.expert * config.tensor * config.context
   data = len(devices) // fixed if config.data == -1 else config.data
   if data * fixed != len(devices):
     raise ConfigError(
       f"mesh must fill the {len(devices)} device(s): data={config.data}, "
-      f"fsdp={config.fsdp}, tensor={config.tensor}, context={config.context}."
+      f"fsdp={config.fsdp}, expert={config.expert}, tensor={config.tensor}, "
+      f"context={config.context}."
     )
   return jax.make_mesh(
-    (data, config.fsdp, config.tensor, config.context),
+    (data, config.fsdp, config.expert, config.tensor, config.context),
     MESH_AXES,
     axis_types=(AxisType.Auto,) * len(MESH_AXES),
     devices=devices,
   )
 
 
+def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+  """Returns over how many devices the rows of a batch are spread."""
+  return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
 def _current_mesh() -> jax.sharding.AbstractMesh | None:
   """The mesh set by `jax.set_mesh`, or None where there is nothing to distribute."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+  """Returns the platform that programs are made for: `cpu`, `gpu`, `tpu`, ...
+
+  That of JAX's default backend, but for a mesh in use of TPUs: programs for those can
+  be compiled on machines without any.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  is_tpu = device is not None and device.device_kind.startswith("TPU")
+  return "tpu" if is_tpu else jax.default_backend()
+
+
+def fewest_rows() -> int:
+  """Returns how many rows a batch must have at least for the mesh in use."""
+  mesh = _current_mesh()
+  return 1 if mesh is None else num_row_shards(mesh)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -96,7 +124,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def _token_axes() -> tuple[str, ...]:
   """The axes of the mesh in use that hold different tokens on their devices."""
   mesh = _current_mesh()
-  carriers = ("data", "fsdp", "context")
+  carriers = ("data", "fsdp", "expert", "context")
   return () if mesh is None else tuple(a for a in carriers if mesh.shape[a] > 1)
 
 
@@ -108,14 +136,39 @@ def map_over_tokens(
   `in_axes` and `out_axes` are (pytrees of) tuples of logical axes. Only the axes that
   carry tokens (batch, seq) are split; vocabulary shards stay with the compiler.
   """
-  token_axes = _token_axes()
-  if not token_axes:
+  is_token_axis = lambda name: name in ("batch", "seq")  # noqa: E731
+  keep = lambda axes: tuple(a if is_token_axis(a) else None for a in axes)  # noqa: E731
+  return _map_over_devices(function, in_axes, out_axes, _token_axes(), keep)
+
+
+def map_over_shards(
+  function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+  """Runs `function` on every device's own part of every array, as the table splits it.
+
+  The function joins parts itself, with `gather_shards` and the sums below it. What
+  `out_axes` does not split must be equal on the devices.
+  """
+  mesh = _current_mesh()
+  split = () if mesh is None else tuple(a for a in MESH_AXES if mesh.shape[a] > 1)
+  return _map_over_devices(function, in_axes, out_axes, split, lambda axes: axes)
+
+
+def _map_over_devices(
+  function: Callable[..., Any],
+  in_axes: tuple[Any, ...],
+  out_axes: Any,
+  mesh_axes: tuple[str, ...],
+  keep: Callable[[tuple[str | None, ...]], tuple[str | None, ...]],
+) -> Callable[..., Any]:
+  """Maps over `mesh_axes`, with the arrays split along the logical axes that remain."""
+  if not mesh_axes:
     return function
 
-  def token_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+  def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     # Mapped axes of size 1 are left out: XLA's partitioner fails on them.
-    spec = partition_spec(tuple(a if a in ("batch", "seq") else None for a in axes))
-    kept = (tuple(a for a in np.atleast_1d(e) if a in token_axes) for e in spec)
+    entries = partition_spec(keep(axes))
+    kept = (tuple(a for a in np.atleast_1d(e) if a in mesh_axes) for e in entries)
     return PartitionSpec(*(names or None for names in kept))
 
   is_axes = lambda node: isinstance(node, tuple) and not any(  # noqa: E731
@@ -123,9 +176,9 @@ def map_over_tokens(
   )
   return jax.shard_map(
     function,
-    in_specs=jax.tree.map(token_spec, in_axes, is_leaf=is_axes),
-    out_specs=jax.tree.map(token_spec, out_axes, is_leaf=is_axes),
-    axis_names=frozenset(token_axes),
+    in_specs=jax.tree.map(spec, in_axes, is_leaf=is_axes),
+    out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
+    axis_names=frozenset(mesh_axes),
     check_vma=False,
   )
 
@@ -134,6 +187,40 @@ def psum_tokens(x: Any) -> Any:
   """Sums over the devices that hold different tokens, inside `map_over_tokens`."""
   token_axes = _token_axes()
   return jax.lax.psum(x, token_axes) if token_axes else x
+
+
+def gather_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """Joins along `dim` the parts that a logical axis splits, in `map_over_shards`."""
+  names = _split_axes(axis)
+  return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+
+
+def sum_shards(x: jax.Array, axis: str) -> jax.Array:
+  """Sums over the devices that a logical axis is split over, in `map_over_shards`."""
+  names = _split_axes(axis)
+  return jax.lax.psum(x, names) if names else x
+
+
+def scatter_sum_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """As `sum_shards`, but every device keeps only its own part of `dim`."""
+  names = _split_axes(axis)
+  if not names:
+    return x
+  return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
+
+
+def shard_index(axis: str) -> jax.Array | int:
+  """Returns which part of a logical axis this device has, in `map_over_shards`."""
+  names = _split_axes(axis)
+  return jax.lax.axis_index(names) if names else 0
+
+
+def _split_axes(axis: str) -> tuple[str, ...]:
+  """The axes of the mesh in use that a logical axis is really split over."""
+  mesh, (entry,) = _current_mesh(), partition_spec((axis,))
+  if mesh is None or entry is None:
+    return ()
+  return tuple(str(a) for a in np.atleast_1d(entry) if mesh.shape[a] > 1)
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -160,27 +247,84 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shardings(
+  mesh: Mesh, names: tuple[str, ...], leading: tuple[str, ...] = ()
+) -> dict[str, NamedSharding]:
+  """Returns how the fields of a `Batch` lie; `leading` names axes before the batch.
+
+  Rows lie on `batch`; the row axis of `tokens`, `segment_ids` and `positions` on `seq`.
+  """
+  last = lambda name: None if name.startswith("next_") else "seq"  # noqa: E731
+  return {
+    name: NamedSharding(mesh, partition_spec((*leading, "batch", last(name))))
+    for name in names
+  }
+
+
 def put_batch(
   mesh: Mesh, batch: Any, leading: tuple[str, ...] = (), is_whole: bool = False
 ) -> Any:
   """Returns the global device arrays of this process's rows of a `Batch`.
 
-  Rows lie on `batch`; the row axis of `tokens`, `segment_ids` and `positions` on `seq`.
   `leading` names axes before the batch axis (`("microbatch",)` under accumulation).
   `is_whole`: every process has all rows, the same ones.
   """
 
-  def sharding(name: str) -> NamedSharding:
-    last = None if name.startswith("next_") else "seq"
-    return NamedSharding(mesh, partition_spec((*leading, "batch", last)))
+  def shape(x: np.ndarray) -> tuple[int, ...]:
+    axis, count = len(leading), 1 if is_whole else row_share(mesh)[1]
+    return (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
 
   arrays = batch._asdict()
-  shapes = {name: value.shape if is_whole else None for name, value in arrays.items()}
+  shapes = {name: shape(value) for name, value in arrays.items()}
   # All in one call: each one takes as long as all together.
   arrays = jax.make_array_from_process_local_data(
-    {name: sharding(name) for name in arrays}, arrays, shapes
+    batch_shardings(mesh, tuple(arrays), leading), arrays, shapes
   )
   return type(batch)(**arrays)
+
+
+@functools.cache
+def row_share(mesh: Mesh) -> tuple[int, int]:
+  """Returns `(index, count)`: a batch has `count` parts, and this process needs one.
+
+  Processes whose devices work on the same rows need the same part: those of one row of
+  the mesh that is split by `tensor` or `context`.
+
+  Raises:
+    ConfigError: some processes share a part of their rows, but not all.
+  """
+  num_rows = num_row_shards(mesh)
+  sharding = NamedSharding(mesh, partition_spec(("batch",)))
+  rows: dict[int, set[int]] = {}
+  for device, (index,) in sharding.devices_indices_map((num_rows,)).items():
+    rows.setdefault(device.process_index, set()).add(index.start or 0)
+  parts = sorted({tuple(sorted(x)) for x in rows.values()})
+  if len(parts) * len(parts[0]) != num_rows or len({len(x) for x in parts}) > 1:
+    raise ConfigError(
+      "mesh must be such that two processes work on the same rows of a batch or on "
+      f"none in common, and all on as many; got {dict(mesh.shape)} over "
+      f"{len(rows)} processes."
+    )
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
+def max_over_processes(value: int) -> jax.Array:
+  """Returns, on every process, the largest of the processes' values.
+
+  Every process must call it at the same place between its other programs. It does not
+  wait for the answer; whoever reads it does.
+  """
+  mesh, program = _max_over_devices()
+  values = np.full(jax.local_device_count(), value, np.int32)
+  sharding = NamedSharding(mesh, PartitionSpec("device"))
+  with jax.set_mesh(mesh):
+    return program(jax.make_array_from_process_local_data(sharding, values))
+
+
+@functools.cache
+def _max_over_devices() -> tuple[Mesh, Any]:
+  mesh = Mesh(np.array(jax.devices()), ("device",))
+  return mesh, jax.jit(jnp.max, out_shardings=replicated(mesh))
 
 
 def _is_box(node: Any) -> bool:

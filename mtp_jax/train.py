@@ -15,16 +15,17 @@ import subprocess
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mtp_jax import accounting, checkpoint, evaluate
+from mtp_jax.balancing import violation
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
-from mtp_jax.config import Config, from_config_dict, to_dict, validate
+from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict, validate
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tokenizers import save_tokenizer
@@ -35,7 +36,13 @@ from mtp_jax.metrics import (
   plain,
   write_json,
 )
-from mtp_jax.sharding import make_mesh, put_batch
+from mtp_jax.sharding import (
+  make_mesh,
+  max_over_processes,
+  put_batch,
+  replicated,
+  row_share,
+)
 from mtp_jax.train_state import Hyperparameters, TrainState
 from mtp_jax.train_step import Programs, programs, shape_of
 
@@ -52,13 +59,36 @@ class Diverged(RuntimeError):
   """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-def fit(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
+class Observer:
+  """What `fit` tells while it works, in every process; does nothing by itself."""
+
+  def pauses(self, activity: str) -> None:
+    """No step will end for a while: starting, compiling or evaluating."""
+
+  def stepped(self, step: int) -> None:
+    """The step before `step` has ended, and `step` is on its way."""
+
+  def logged(self, record: dict[str, Any]) -> None:
+    """A `train` record of metrics.jsonl."""
+
+
+def fit(
+  config: Config,
+  workdir: Path,
+  *,
+  progress: bool = True,
+  observer: Observer | None = None,
+) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
+
+  Several processes that called `jax.distributed.initialize` train together: all call
+  this with the same config and a folder that they share.
 
   Args:
     config: see `config.validate`; arm `flops` is resolved here.
     workdir: the run folder (its contract is in launch/README.md).
     progress: show a bar or lines.
+    observer: is told how far it is.
 
   Returns:
     What is in eval.json.
@@ -68,14 +98,16 @@ def fit(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, An
     DataError: the corpus cannot be used, or is not that of the run.
     CheckpointError: no checkpoint of the folder is whole, or one cannot be written.
     Diverged: see `train.max_nonfinite_steps`.
-    Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved.
+    Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
+      one had a signal.
   """
   validate(config, jax.device_count())
-  workdir = Path(workdir)
+  workdir, observer = Path(workdir), observer or Observer()
+  observer.pauses("starting")
   _claim(workdir, config)
   with contextlib.ExitStack() as stack:
     run = _Run(accounting.resolve(config), workdir)
-    stack.callback(run.checkpointer.close)
+    stack.push(run.close)
     _write_run_json(run)
     loader = run.loader()
     stack.callback(loader.close)
@@ -89,9 +121,12 @@ def fit(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, An
       if start:
         bar.say(f"resumed at step {start}")
       interrupt = stack.enter_context(_Interrupt())
-      state, seconds = _train(run, loader, state, seconds, writer, bar, interrupt)
+      state, seconds = _train(
+        run, loader, state, seconds, writer, bar, interrupt, observer
+      )
+    observer.pauses("evaluating")
     interrupt.raises_at_once(int(state.step))
-    result = _evaluate(run, state, seconds)
+    result = _evaluate(run, state, seconds, interrupt)
     run.checkpointer.wait()
     main, error = result["main_loss"].values()
     bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
@@ -99,6 +134,41 @@ def fit(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, An
       write_json(workdir / "eval.json", result)
       (workdir / "DONE").write_text("")
   return plain(result)
+
+
+def start_run(
+  config: Config, workdir: Path, load_params: Callable[[jax.sharding.Mesh], Any]
+) -> None:
+  """Fills a new run folder with a checkpoint of step 0 that has given parameters.
+
+  `fit` goes on from it. Subtrees that are not given are initialised as always.
+
+  Args:
+    config: of the run, see `fit`.
+    workdir: a folder without a run.
+    load_params: mesh -> the given subtrees of the parameters by top-level name, in the
+      layout of the mesh.
+
+  Raises:
+    ConfigError: the config cannot work, or the folder holds a run.
+    DataError: the corpus cannot be used.
+    CheckpointError: the checkpoint could not be written.
+  """
+  validate(config, jax.device_count())
+  workdir = Path(workdir)
+  if (workdir / "config.json").exists():
+    raise ConfigError(f"{workdir} holds a run already; name a new folder.")
+  given = load_params(make_mesh(config.mesh))  # Nothing is written if this fails.
+  run = _Run(accounting.resolve(config), workdir)
+  with contextlib.ExitStack() as stack:
+    stack.callback(run.checkpointer.close)
+    loader = run.loader()
+    stack.callback(loader.close)
+    with jax.set_mesh(run.mesh):
+      run.save(run.initial_state(given), loader.get_state(), 0.0)
+    run.checkpointer.wait()
+    _claim(workdir, config)
+    _write_run_json(run)
 
 
 def evaluate_run(
@@ -127,6 +197,8 @@ def evaluate_run(
     return plain(_evaluate(run, restored.state, restored.progress["seconds"]))
 
 
+_ONE_SIGNAL_SECONDS = 5.0
+
 # Forgotten with their program.
 _executables: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -144,6 +216,12 @@ class _Run:
     self.flops_per_token = accounting.train_flops_per_token(config)
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
 
+  def close(self, kind: type[BaseException] | None, *_: object) -> None:
+    """Finishes the save under way, unless a process may be gone that it waits for."""
+    is_agreed = kind is None or issubclass(kind, (Interrupted, Diverged))
+    if is_agreed or jax.process_count() == 1:
+      self.checkpointer.close()
+
   @functools.cached_property
   def programs(self) -> Programs:
     return programs(shape_of(self.config), self.mesh)
@@ -152,7 +230,8 @@ class _Run:
   def hyperparameters(self) -> Hyperparameters:
     c = self.config
     values = (c.optimizer.learning_rate, c.mtp.weight, c.train.num_steps)
-    return jax.device_put(Hyperparameters(*(np.float32(x) for x in values)))
+    values = Hyperparameters(*(np.float32(x) for x in values))
+    return jax.device_put(values, replicated(self.mesh))
 
   def compiled_step(self, state: TrainState, batch: Any) -> Any:
     """Compiles before the clock starts; trials of one shape share the executable."""
@@ -164,12 +243,13 @@ class _Run:
 
   def loader(self) -> TrainLoader:
     data = self.config.data
+    index, count = row_share(self.mesh)
     return TrainLoader(
       self.corpus.train_rows(1 + self.config.mtp.depth),
       batch_size=data.batch_size,
       seed=data.seed,
-      host_index=jax.process_index(),
-      num_hosts=jax.process_count(),
+      host_index=index,
+      num_hosts=count,
       num_workers=data.num_workers,
     )
 
@@ -180,6 +260,25 @@ class _Run:
       return self.programs.init(np.int32(self.config.seed)), 0.0
     loader.set_state(restored.data)
     return restored.state, restored.progress["seconds"]
+
+  def initial_state(self, given: dict[str, Any]) -> TrainState:
+    """Returns the state before the first step, with given parts of its parameters.
+
+    What is given is not initialised: there is never a second copy of it.
+    """
+    shardings = self.programs.shardings
+
+    def without(state: TrainState) -> TrainState:
+      kept = {name: x for name, x in state.params.items() if name not in given}
+      return state.replace(params=kept)
+
+    # Inlined in another program, what is not kept is never computed.
+    init = jax.jit(
+      lambda seed: without(self.programs.init.__wrapped__(seed)),
+      out_shardings=without(shardings),
+    )
+    state = init(np.int32(self.config.seed))
+    return state.replace(params=state.params | given)
 
   def restore(self, step: int | None = None) -> Restored | None:
     abstract = jax.tree.map(
@@ -206,14 +305,17 @@ class _Run:
     split = lambda x: x.reshape(microbatches, -1, x.shape[-1])  # noqa: E731
     return put_batch(self.mesh, jax.tree.map(split, batch), ("microbatch",))
 
-  def likelihood(self, params: Any) -> dict[str, Any]:
-    """Returns `evaluate.summarize` of the held-out rows."""
+  def likelihood(
+    self, params: Any, interrupt: "_Interrupt | None" = None
+  ) -> dict[str, Any]:
+    """Returns `evaluate.summarize` of the held-out rows; looks for signals between."""
     c = self.config
+    batches = self.corpus.eval_batches(1 + c.mtp.depth)
     with jax.set_mesh(self.mesh):
       sums = evaluate.document_sums(
         shape_of(c),
         params,
-        self.corpus.eval_batches(1 + c.mtp.depth),
+        batches if interrupt is None else interrupt.between(batches),
         self.corpus.tokenizer.token_bytes_V,
         self.mesh,
       )
@@ -228,6 +330,7 @@ def _train(
   writer: MetricsWriter,
   bar: Progress,
   interrupt: "_Interrupt",
+  observer: Observer,
 ) -> tuple[TrainState, float]:
   """Runs the remaining steps; returns the final state and the training seconds."""
   config, hyper = run.config, run.hyperparameters
@@ -237,6 +340,7 @@ def _train(
   if step >= c.num_steps:
     return state, seconds
   batch = run.put(next(loader))
+  observer.pauses("compiling")
   step_program = run.compiled_step(state, batch)
   bar.start(step)
   clock, seconds_at_log, step_at_log = time.monotonic(), seconds, step
@@ -244,6 +348,7 @@ def _train(
   while step < c.num_steps:
     if diagnostics_every and step % diagnostics_every == 0:
       seconds += time.monotonic() - clock
+      observer.pauses("evaluating")
       writer.write(_diagnostics_record(run, state, batch, step))
       clock = time.monotonic()
     starts_interval = np.bool_(step % c.log_every == 0)
@@ -259,6 +364,7 @@ def _train(
       jax.block_until_ready(previous)
     previous = report["loss_total"]
     bar.advance(step)
+    observer.stepped(step)
 
     if step % c.log_every == 0 or is_last:
       report = jax.device_get(report)
@@ -268,14 +374,16 @@ def _train(
       step_at_log, seconds_at_log = step, seconds
       record = _train_record(run, step, seconds, rate, report)
       writer.write(record)
+      observer.logged(record)
       bar.report(step, record["loss_total"], rate)
       _stop_if_diverged(run, report, step)
     is_validated = c.eval_every and step % c.eval_every == 0
-    signum = interrupt.received(step)
+    signum = interrupt.received()
     if is_validated or is_last or signum or step % every_steps == 0:
       jax.block_until_ready(state)
       seconds += time.monotonic() - clock
       if is_validated:
+        observer.pauses("evaluating")
         writer.write(_validation_record(run, state, step, seconds))
       # Amid skipped updates nothing is saved unless it must: the newest checkpoint
       # stays one from which training went on.
@@ -322,6 +430,25 @@ def _train_record(
     "tokens_per_second": rate,
     "mfu": model_flop_utilisation(run.flops_per_token, rate),
     "nonfinite_steps": report["nonfinite_total"],
+  } | _expert_record(report)
+
+
+def _expert_record(report: dict[str, Any]) -> dict[str, Any]:
+  """Returns what a log line says about experts; nothing of a dense model.
+
+  `load` is each expert's share of the choices of its layer.
+  """
+  if not report["load"]:
+    return {}
+  loads = report["load"].items()
+  with np.errstate(invalid="ignore", divide="ignore"):
+    share = {part: x / np.sum(x, axis=-1, keepdims=True) for part, x in loads}
+    balance = report["balance_loss"] / np.float32(report["steps"])
+  return {
+    "balance_loss": balance,
+    "dropped": report["dropped"],
+    "load": share,
+    "violation": {part: np.mean(violation(x)) for part, x in loads},
   }
 
 
@@ -363,7 +490,9 @@ def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
   )
 
 
-def _evaluate(run: _Run, state: TrainState, seconds: float) -> dict[str, Any]:
+def _evaluate(
+  run: _Run, state: TrainState, seconds: float, interrupt: "_Interrupt | None" = None
+) -> dict[str, Any]:
   """Returns eval.json: see `evaluate` for the definitions."""
   step = int(state.step)
   tokens = step * run.tokens_per_step
@@ -374,7 +503,7 @@ def _evaluate(run: _Run, state: TrainState, seconds: float) -> dict[str, Any]:
     "train_seconds": seconds,
     "train_flops": tokens * run.flops_per_token,
     "split": split,
-    **run.likelihood(state.params),
+    **run.likelihood(state.params, interrupt),
     **evaluate.generative_metrics(
       run.config, state.params, run.corpus.tokenizer, run.corpus.texts(split)
     ),
@@ -444,33 +573,52 @@ def _commit() -> str:
 class _Interrupt:
   """Notes SIGTERM and SIGINT while it is entered; a second one acts as it always did.
 
-  Outside the main thread nothing can be caught, and nothing is. Where several processes
-  train together, JAX's preemption service has the SIGTERM: it picks one step for all.
+  A cluster may send SIGTERM by several ways at once: that is one signal. Outside the
+  main thread nothing can be caught, and nothing is. Processes that train
+  together tell each other: all must ask at the same places, and all get the same
+  answer. A signal of one reaches the others with the answer after the next, so that
+  nobody waits for it. (JAX's own preemption service is not asked: Orbax reports the
+  steps of its saves to it from another thread, and then processes may stop at
+  different steps. It must be off, or SIGTERM would not reach Python.)
   """
 
   def __init__(self):
     self._received: int | None = None
+    self._received_at = 0.0
+    self._told: jax.Array | None = None
     self._saved_at: int | None = None
     self._old: dict[int, Any] = {}
 
-  def received(self, step: int) -> int | None:
-    """Returns the signal that asks for an end after `step`, if there is one."""
+  def received(self) -> int | None:
+    """Returns the signal that asks for an end, if there is one."""
     if jax.process_count() == 1:
       return self._received
-    is_time = multihost_utils.reached_preemption_sync_point(step)
-    return signal.SIGTERM if is_time else None
+    told, self._told = self._told, max_over_processes(self._received or 0)
+    return int(told) or None
 
   def raises_at_once(self, step: int) -> None:
-    """Makes a signal raise `Interrupted` where it hits: `step` is saved."""
+    """Makes a signal raise `Interrupted`: `step` is saved.
+
+    It is raised where it hits, or, with several processes, `between` batches.
+    """
     self._saved_at = step
-    if self._received is not None:
+    if jax.process_count() == 1 and self._received is not None:
       raise Interrupted(self._received, step)
 
+  def between(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields the batches; ends with `Interrupted` if a process had a signal."""
+    for batch in batches:
+      if jax.process_count() > 1 and (signum := self.received()):
+        raise Interrupted(signum, self._saved_at)
+      yield batch
+
   def __enter__(self) -> "_Interrupt":
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and jax.process_count() == 1:
+    if threading.current_thread() is threading.main_thread():
       for signum in (signal.SIGTERM, signal.SIGINT):
-        self._old[signum] = signal.signal(signum, self._handle)
+        # None stands for a handler that is not Python's.
+        self._old[signum] = signal.signal(signum, self._handle) or signal.SIG_DFL
+    if jax.process_count() > 1:
+      self._told = max_over_processes(0)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -478,7 +626,11 @@ class _Interrupt:
       signal.signal(signum, handler)
 
   def _handle(self, signum: int, _: Any) -> None:
-    self._received = signum
-    signal.signal(signum, self._old[signum])
-    if self._saved_at is not None:
-      raise Interrupted(signum, self._saved_at)
+    now = time.monotonic()
+    if self._received is None:
+      self._received, self._received_at = signum, now
+      if self._saved_at is not None and jax.process_count() == 1:
+        raise Interrupted(signum, self._saved_at)
+    elif signum == signal.SIGINT or now - self._received_at > _ONE_SIGNAL_SECONDS:
+      signal.signal(signum, self._old[signum])
+      signal.raise_signal(signum)

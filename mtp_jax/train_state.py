@@ -11,7 +11,8 @@ import optax
 from flax import struct
 
 from mtp_jax import accounting
-from mtp_jax.config import Config
+from mtp_jax import optimizer as optimizers
+from mtp_jax.config import Config, routed_layers
 from mtp_jax.model.lm import MtpLm, zeros_batch
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
@@ -26,7 +27,12 @@ class Hyperparameters(NamedTuple):
 
 class Interval(NamedTuple):
   """Sums over the finite steps since the last log line. They are part of the state, so
-  that a run resumed within an interval logs what an uninterrupted one logs."""
+  that a run resumed within an interval logs what an uninterrupted one logs.
+
+  Of the experts, by part (`config.routed_layers`) and summed over steps: load, tokens
+  per layer and expert; dropped, choices that no expert computed; balance_loss with its
+  weight alpha.
+  """
 
   steps: jax.Array
   loss_total: jax.Array
@@ -37,6 +43,9 @@ class Interval(NamedTuple):
   count_M: jax.Array
   grad_norm: jax.Array
   longest_nonfinite_run: jax.Array
+  balance_loss: jax.Array
+  dropped: jax.Array
+  load: dict[str, jax.Array]
 
 
 @struct.dataclass
@@ -49,19 +58,23 @@ class TrainState:
   nonfinite_total: jax.Array
 
 
-def empty_interval(depth: int) -> Interval:
+def empty_interval(config: Config) -> Interval:
   """Returns an interval with nothing in it."""
   per_depth = {f for f in Interval._fields if f.endswith("_M")}
   integers = ("steps", "longest_nonfinite_run")
-  return Interval(
-    **{
-      name: jnp.zeros(
-        (1 + depth,) if name in per_depth else (),
-        jnp.int32 if name in integers else jnp.float32,
-      )
-      for name in Interval._fields
-    }
-  )
+  experts = config.trunk.moe.num_experts
+  values = {
+    name: jnp.zeros(
+      (1 + config.mtp.depth,) if name in per_depth else (),
+      jnp.int32 if name in integers else jnp.float32,
+    )
+    for name in Interval._fields
+  }
+  load = {
+    part: jnp.zeros((layers, experts), jnp.float32)
+    for part, layers in routed_layers(config).items()
+  }
+  return Interval(**(values | {"load": load}))
 
 
 def init_state(
@@ -77,8 +90,8 @@ def init_state(
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
-    interval=empty_interval(config.mtp.depth),
+    opt_state=optimizer.init(optimizers.trainable(config, params)),
+    interval=empty_interval(config),
     nonfinite_run=jnp.zeros((), jnp.int32),
     nonfinite_total=jnp.zeros((), jnp.int32),
   )
@@ -104,13 +117,14 @@ def state_shardings(
     return next((by_path[keys] for keys in suffixes if keys in by_path), whole)
 
   opt_state = jax.tree_util.tree_map_with_path(
-    like_parameter, jax.eval_shape(optimizer.init, unbox(boxed))
+    like_parameter,
+    jax.eval_shape(optimizer.init, optimizers.trainable(config, unbox(boxed))),
   )
   return TrainState(
     step=whole,
     params=params,
     opt_state=opt_state,
-    interval=jax.tree.map(lambda _: whole, empty_interval(config.mtp.depth)),
+    interval=jax.tree.map(lambda _: whole, empty_interval(config)),
     nonfinite_run=whole,
     nonfinite_total=whole,
   )

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from mtp_jax import accounting, optimizer
+from mtp_jax.balancing import update_biases
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.depth_weights import depth_weights
-from mtp_jax.losses import LossSums, loss_coefficients, loss_sums
+from mtp_jax.losses import loss_coefficients, loss_sums
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import logical_axes
 from mtp_jax.targets import future_targets
@@ -38,13 +39,37 @@ class Programs(NamedTuple):
   shardings: TrainState
 
 
+class BatchSums(NamedTuple):
+  """What one (micro)batch contributes.
+
+  total:   the scalar that is differentiated, `sum_m c_m nll_m + balance`.
+  nll_M, correct_M: see `losses.LossSums`.
+  balance: the balance loss of the experts, with its weight; 0 without experts.
+  dropped: choices of experts that were not computed; 0.
+  load:    by part, tokens per layer and expert; see `config.routed_layers`.
+  """
+
+  total: jax.Array
+  nll_M: jax.Array
+  correct_M: jax.Array
+  balance: jax.Array
+  dropped: jax.Array
+  load: dict[str, jax.Array]
+
+
 def batch_loss(
-  config: Config, params: Any, batch: Batch, coefficients_M: jax.Array
-) -> LossSums:
+  config: Config,
+  params: Any,
+  batch: Batch,
+  coefficients_M: jax.Array,
+  balance_coefficient: jax.Array,
+) -> BatchSums:
   """Returns the weighted loss of a (micro)batch: model, then targets, then losses."""
-  hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
+  hidden_MBTD, routing = MtpLm(config).apply(
+    {"params": params}, batch, method="with_routing"
+  )
   targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
-  return loss_sums(
+  sums = loss_sums(
     hidden_MBTD,
     unembed_matrix(params, config),
     targets_MBT,
@@ -52,28 +77,45 @@ def batch_loss(
     coefficients_M,
     config.loss.block_tokens,
   )
+  zero = jnp.zeros((), jnp.float32)
+  parts = routing.values()
+  balance = balance_coefficient * sum((jnp.sum(r.balance) for r in parts), start=zero)
+  return BatchSums(
+    total=sums.total + balance if routing else sums.total,
+    nll_M=sums.nll_M,
+    correct_M=sums.correct_M,
+    balance=balance,
+    dropped=sum((jnp.sum(r.dropped) for r in parts), start=zero),
+    load={part: r.load_E for part, r in routing.items()},
+  )
 
 
 def loss_and_grads(
   config: Config, params: Any, batch: Batch, weights_M: jax.Array
-) -> tuple[LossSums, jax.Array, Any]:
+) -> tuple[BatchSums, jax.Array, Any]:
   """Returns `(sums, counts_M, grads)` of microbatches stacked as [A, B, ...].
 
   Masks depend on the data alone, so every depth's global count is known beforehand and
   each microbatch's gradient already carries the one division: the sum over microbatches
-  is the gradient of the whole batch, however its valid tokens are spread.
+  is the gradient of the whole batch, however its valid tokens are spread. `grads` is
+  that of `optimizer.trainable(config, params)`.
   """
   rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
   mask_MBT = future_targets(rows, config.mtp.depth)[1]
   counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
   coefficients_M = loss_coefficients(weights_M, mask_MBT)
+  num_rows = jnp.sum(jnp.any(rows.segment_ids != 0, axis=1), dtype=jnp.float32)
+  # The balance loss is a mean over the rows that have tokens.
+  balance_coefficient = config.trunk.moe.balance_weight / jnp.maximum(num_rows, 1.0)
 
   def value_and_grad(microbatch: Batch):
-    def loss(p: Any):
-      sums = batch_loss(config, p, microbatch, coefficients_M)
+    def loss(trained: Any):
+      p = params | trained
+      sums = batch_loss(config, p, microbatch, coefficients_M, balance_coefficient)
       return sums.total, sums
 
-    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    trained = optimizer.trainable(config, params)
+    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     return sums, grads
 
   if batch.tokens.shape[0] == 1:
@@ -115,12 +157,17 @@ def train_step(
     config.optimizer, (state.step + 1) / hyper.num_steps
   )
   learning_rate = hyper.learning_rate * rate
-  axes = logical_axes(accounting.abstract_params(config))
-  chain = optimizer.make_optimizer(config.optimizer, axes)
-  updates, opt_state = chain.update(grads, state.opt_state, state.params)
-  params = optimizer.apply(
-    state.params, updates, learning_rate, optimizer.learning_rate_scales(config, axes)
+  axes = optimizer.trainable(
+    config, logical_axes(accounting.abstract_params(config))
   )
+  chain = optimizer.make_optimizer(config.optimizer, axes)
+  trained = optimizer.trainable(config, state.params)
+  updates, opt_state = chain.update(grads, state.opt_state, trained)
+  trained = optimizer.apply(
+    trained, updates, learning_rate, optimizer.learning_rate_scales(config, axes)
+  )
+  trained = update_biases(config.trunk.moe, trained, sums.load, progress)
+  params = state.params | trained
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
   nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
 
@@ -135,10 +182,13 @@ def train_step(
     count_M=counts_M,
     grad_norm=grad_norm,
     longest_nonfinite_run=jnp.zeros((), jnp.int32),
+    balance_loss=sums.balance,
+    dropped=sums.dropped,
+    load=sums.load,
   )
   before = jax.tree.map(
     lambda zero, value: jnp.where(starts_interval, zero, value),
-    empty_interval(config.mtp.depth),
+    empty_interval(config),
     state.interval,
   )
   interval = jax.tree.map(
@@ -174,6 +224,13 @@ def gradient_diagnostics(
   """
   weights_M, _ = depth_weights(config.mtp, hyper.mtp_weight, step / hyper.num_steps)
   main_M = jnp.zeros_like(weights_M).at[0].set(1.0)
+  # Of the whole model, and without the balance loss, which is neither of the two.
+  moe = dataclasses.replace(config.trunk.moe, balance_weight=0.0)
+  config = dataclasses.replace(
+    config,
+    trunk=dataclasses.replace(config.trunk, moe=moe),
+    train=dataclasses.replace(config.train, freeze_trunk=False),
+  )
   _, _, ntp = loss_and_grads(config, params, batch, main_M)
   _, _, mtp = loss_and_grads(config, params, batch, weights_M - main_M)
   ntp, mtp = ntp["trunk"], mtp["trunk"]
@@ -223,7 +280,9 @@ def shape_of(config: Config) -> Config:
 def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
   """Returns the jitted functions for a shape of trial; `shape` is from `shape_of`."""
   axes = logical_axes(accounting.abstract_params(shape))
-  chain = optimizer.make_optimizer(shape.optimizer, axes)
+  chain = optimizer.make_optimizer(
+    shape.optimizer, optimizer.trainable(shape, axes)
+  )
   shardings = state_shardings(shape, chain, mesh)
   # Initialisation runs once, so what counts is the time to compile it: without LLVM's
   # optimisations that is a third.

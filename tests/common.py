@@ -3,7 +3,9 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from experiments import base
 from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config
+from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import Programs, loss_and_grads, programs, shape_of
 
@@ -64,6 +66,24 @@ GPT2 = {
   "trunk.num_kv_heads": 4,
   "trunk.tie_embeddings": True,
 }
+LATENT = {
+  "trunk.attention_kind": "latent",
+  "trunk.num_kv_heads": 4,
+  "trunk.latent.query_rank": 10,
+  "trunk.latent.kv_rank": 6,
+  "trunk.latent.nope_dim": 5,
+  "trunk.latent.rope_dim": 4,
+  "trunk.latent.value_dim": 3,
+}
+EXPERTS = {
+  "trunk.moe.num_experts": 8,
+  "trunk.moe.experts_per_token": 3,
+  "trunk.moe.expert_dim": 8,
+  "trunk.moe.dense_layers": 1,
+  "trunk.moe.num_groups": 4,
+  "trunk.moe.groups_per_token": 2,
+  "trunk.moe.route_scale": 2.5,
+}
 TRUNKS = {"llama": {}, "gpt2": GPT2}
 KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
 SHARED = {"mtp.share_modules": True}
@@ -80,13 +100,23 @@ def tiny_config(
 
 def random_params(config: Config, seed: int = 0) -> Any:
   """Returns parameters of which none is 0 and no norm scale is 1."""
+  return _drawn(unbox(accounting.abstract_params(config)), seed)
+
+
+def random_layer_params(layer: nn.Module, trunk: TrunkConfig) -> Any:
+  """Returns the same of one block or attention, in float64 where that is enabled."""
+  x_BTD, ids_BT = jnp.zeros((1, 2, trunk.embed_dim)), jnp.zeros((1, 2), int)
+  init = lambda: layer.init(jax.random.key(0), x_BTD, ids_BT, ids_BT)  # noqa: E731
+  return _drawn(unbox(jax.eval_shape(init)["params"]), seed=0)
+
+
+def _drawn(shapes: Any, seed: int) -> Any:
   rng = np.random.default_rng(seed)
 
   def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     centre = 1.0 if path[-1].key == "scale" else 0.0
     return (centre + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-  shapes = unbox(accounting.abstract_params(config))
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 

@@ -19,11 +19,11 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(attention_ops, "_BLOCK", 4)
 
 
-def _inputs(T: int, N: int, K: int, dtype=np.float64):
+def _inputs(T: int, N: int, K: int, dtype=np.float64, V: int = 8):
   """Random q, k, v, d_out and documents of 1 to 6 tokens, the last row half padding."""
   rng = np.random.default_rng(T)
   B, H = 3, 8
-  shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
+  shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, V), (B, T, N, V)]
   arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
   ends = np.cumsum(rng.integers(1, 7, (B, T)), axis=1)
   segments = 1 + np.stack([np.searchsorted(e, np.arange(T), "right") for e in ends])
@@ -31,25 +31,26 @@ def _inputs(T: int, N: int, K: int, dtype=np.float64):
   return arrays, jnp.asarray(segments, jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_grads(implementation, arrays, segments):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _value_and_grads(implementation, arrays, segments, scale=None):
+  def attend(q, k, v):
+    return attention(q, k, v, segments, implementation=implementation, scale=scale)
+
   q, k, v, d_out = arrays
-  out, pullback = jax.vjp(
-    lambda q, k, v: attention(q, k, v, segments, implementation=implementation), q, k, v
-  )
+  out, pullback = jax.vjp(attend, q, k, v)
   return out, *pullback(d_out)
 
 
-def _loops(arrays, segments):
+def _loops(arrays, segments, scale=8**-0.5):
   """The definition, one query at a time."""
   q, k, v, _ = (np.asarray(x) for x in arrays)
   segments = np.asarray(segments)
-  B, T, N, H = q.shape
+  B, T, N, _ = q.shape
   group = N // k.shape[2]
-  out = np.zeros_like(q)
+  out = np.zeros((B, T, N, v.shape[-1]))
   for b, t, n in np.ndindex(B, T, N):
     seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-    scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(H)
+    scores = scale * k[b, seen, n // group] @ q[b, t, n]
     weights = np.exp(scores - scores.max())
     out[b, t, n] = (weights / weights.sum()) @ v[b, seen, n // group]
   return out
@@ -60,6 +61,18 @@ def test_plain_attention_is_the_definition():
     arrays, segments = _inputs(9, 4, 2)
     out = attention(*arrays[:3], segments, implementation="xla")
     np.testing.assert_allclose(out, _loops(arrays, segments), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("V", [3, 12])
+def test_values_of_another_size_and_a_scale(small_blocks, V):
+  with jax.enable_x64(True):
+    arrays, segments = _inputs(9, 4, 2, V=V)
+    plain = _value_and_grads("xla", arrays, segments, 0.7)
+    expected = _loops(arrays, segments, 0.7)
+    np.testing.assert_allclose(plain[0], expected, rtol=1e-12, atol=1e-12)
+    blocked = _value_and_grads("blocked", arrays, segments, 0.7)
+    for name, a, b in zip(("out", "q", "k", "v"), blocked, plain, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("T, N, K", [(12, 2, 2), (11, 4, 2), (3, 4, 1), (70, 2, 1)])
@@ -136,9 +149,17 @@ def test_automatic_choice(platform, dtype, head_dim, seq_len, expected):
 def test_cudnn_is_not_chosen_where_the_sequence_is_split():
   arguments = ("auto", "gpu", jnp.bfloat16, 64, 256)
   for context, expected in ((1, "cudnn"), (2, "xla")):
-    config = MeshConfig(data=-1, fsdp=1, tensor=1, context=context)
+    config = MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, context=context)
     with jax.set_mesh(make_mesh(config)):
       assert choose_implementation(*arguments) == expected
+
+
+def test_cudnn_is_not_chosen_for_values_of_another_size():
+  arguments = ("gpu", jnp.bfloat16, 64, 256)
+  assert choose_implementation("auto", *arguments, 64) == "cudnn"
+  assert choose_implementation("auto", *arguments, 32) == "xla"
+  with pytest.raises(ValueError, match=r"must not be 'cudnn'.*heads of 32 and 64"):
+    choose_implementation("cudnn", *arguments, 32)
 
 
 def test_a_named_implementation_is_kept_and_an_unknown_one_refused():

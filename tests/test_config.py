@@ -110,6 +110,8 @@ def test_fractions(key, value):
   assert error_of(make(**{key: value})) == f"{key} must be in [0, 1], got {value}."
 
 
+LATENT = {"trunk.attention_kind": "latent", "trunk.num_kv_heads": 4}
+EXPERTS = {"trunk.moe.num_experts": 8}
 RULES = {
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -185,6 +187,85 @@ RULES = {
     {"data.source": "array_record"},
     "data.path must be set for data.source 'array_record', got ''.",
   ),
+  "attention dim": (
+    {"trunk.attention_dim": 90},
+    "trunk.attention_dim must be divisible by trunk.num_heads (4), got 90.",
+  ),
+  "odd head of its own size": (
+    {"trunk.attention_dim": 12},
+    "trunk.attention_dim must be such that attention_dim / num_heads is even for RoPE "
+    "(it is 3), got 12.",
+  ),
+  "latent heads": (
+    {"trunk.attention_kind": "latent"},
+    "trunk.num_kv_heads must be equal to trunk.num_heads (4) for latent attention, got "
+    "2.",
+  ),
+  "latent with biases": (
+    LATENT | {"trunk.qkv_bias": True},
+    "trunk.qkv_bias must be False for latent attention, got True.",
+  ),
+  "odd rotary part": (
+    LATENT | {"trunk.latent.rope_dim": 5},
+    "trunk.latent.rope_dim must be even, got 5.",
+  ),
+  "gpt2 with experts": (
+    {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4} | EXPERTS,
+    "trunk.moe.num_experts must be 0 for trunk.kind 'gpt2', got 8.",
+  ),
+  "rotary factor": (
+    {"trunk.rope_scaling.factor": 0.5},
+    "trunk.rope_scaling.factor must be finite and at least 1, got 0.5.",
+  ),
+  "llama3 bands": (
+    {"trunk.rope_scaling.kind": "llama3", "trunk.rope_scaling.high_freq_factor": 1.0},
+    "trunk.rope_scaling.high_freq_factor must be larger than low_freq_factor (1.0), "
+    "got 1.0.",
+  ),
+  "yarn bands": (
+    {"trunk.rope_scaling.kind": "yarn", "trunk.rope_scaling.beta_fast": 1.0},
+    "trunk.rope_scaling.beta_fast must be larger than beta_slow (1.0), got 1.0.",
+  ),
+  "only dense layers": (
+    EXPERTS | {"trunk.moe.dense_layers": 4},
+    "trunk.moe.dense_layers must be less than the layers of the trunk (4), got 4.",
+  ),
+  "groups": (
+    EXPERTS | {"trunk.moe.num_groups": 3},
+    "trunk.moe.num_experts must be divisible by trunk.moe.num_groups (3), got 8.",
+  ),
+  "groups of one": (
+    EXPERTS | {"trunk.moe.num_groups": 8, "trunk.moe.groups_per_token": 2},
+    "trunk.moe.num_groups must be such that a group has at least 2 experts: its score "
+    "is the sum of the best two, got 8.",
+  ),
+  "groups per token": (
+    EXPERTS | {"trunk.moe.num_groups": 2, "trunk.moe.groups_per_token": 3},
+    "trunk.moe.groups_per_token must be at most trunk.moe.num_groups (2), got 3.",
+  ),
+  "experts per token": (
+    EXPERTS | {"trunk.moe.num_groups": 4, "trunk.moe.experts_per_token": 3},
+    "trunk.moe.experts_per_token must be at most the experts of groups_per_token "
+    "groups (2), got 3.",
+  ),
+  "experts over devices": (
+    EXPERTS | {"mesh.expert": 3},
+    "trunk.moe.num_experts must be divisible by mesh.expert (3), got 8.",
+  ),
+  "no experts over devices": (
+    {"mesh.expert": 2},
+    "mesh.expert must be 1 without experts (trunk.moe.num_experts 0), got 2.",
+  ),
+  "dense blocks of a dense trunk": (
+    {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.dense_blocks": True},
+    "mtp.dense_blocks must be False unless the trunk has experts and mtp.kind is "
+    "'sequential' (it is 'sequential' with 0 experts), got True.",
+  ),
+  "nothing but a frozen trunk": (
+    {"train.freeze_trunk": True},
+    "train.freeze_trunk must be False at mtp.depth 0: there would be nothing to train, "
+    "got True.",
+  ),
   "text field": (
     {"data.source": "jsonl", "data.path": "x", "data.text_field": ""},
     "data.text_field must be set for data.source 'jsonl', got ''.",
@@ -252,22 +333,23 @@ def test_rules(name):
 DEVICE_RULES = {
   "fixed axes": (
     {"mesh.fsdp": 4},
-    "mesh must be such that fsdp * tensor * context divides the number of devices (6), "
-    "got {'data': -1, 'fsdp': 4, 'tensor': 1, 'context': 1}.",
+    "mesh must be such that fsdp * expert * tensor * context divides the number of "
+    "devices (6), got {'data': -1, 'fsdp': 4, 'expert': 1, 'tensor': 1, 'context': 1}.",
   ),
   "all axes": (
     {"mesh.data": 4},
-    "mesh must be such that data * fsdp * tensor * context equals the number of "
-    "devices (6), got {'data': 4, 'fsdp': 1, 'tensor': 1, 'context': 1}.",
+    "mesh must be such that data * fsdp * expert * tensor * context equals the number "
+    "of devices (6), got {'data': 4, 'fsdp': 1, 'expert': 1, 'tensor': 1, 'context': "
+    "1}.",
   ),
   "microbatch": (
     {"train.accumulation_steps": 2, "eval.batch_size": 36},
     "data.batch_size must be such that a microbatch (8 rows) divides over mesh data * "
-    "fsdp (6), got 16.",
+    "fsdp * expert (6), got 16.",
   ),
   "evaluation batch": (
     {"data.batch_size": 12},
-    "eval.batch_size must be divisible by mesh data * fsdp (6), got 32.",
+    "eval.batch_size must be divisible by mesh data * fsdp * expert (6), got 32.",
   ),
 }
 

@@ -16,6 +16,7 @@ from mtp_jax.decode.warp import Warp
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
+  LATENT,
   SHARED,
   TRUNKS,
   batch_of,
@@ -34,7 +35,10 @@ MODELS = {
     ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
     ("linear", DEPTH, {}),
   )
-} | {"llama-shared": ("llama", "sequential", 2, SHARED)}
+} | {
+  "llama-shared": ("llama", "sequential", 2, SHARED),
+  "latent-sequential": ("llama", "sequential", 2, LATENT),
+}
 
 
 class Model:

@@ -129,7 +129,7 @@ def test_sums_are_per_document_and_without_padding_rows():
   found = evaluate.document_sums(config, params, batches(), TOKEN_BYTES, mesh)
   for name, rows in sums.items():
     expected = [rows[documents == d].sum(0) for d in (0, 1, 2, 5, 7)]
-    np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(found[name], expected, rtol=5e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

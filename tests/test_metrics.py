@@ -1,5 +1,6 @@
 """Records, TensorBoard events, the terminal, and model FLOP utilisation."""
 
+import contextlib
 import json
 import math
 import os
@@ -132,8 +133,12 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
       bar.advance(step)
     bar.report(20, 1.23456, 9876.5)
     bar.close()
-    shown = os.read(reader, 1 << 16).decode()
+  written = b""
+  with contextlib.suppress(OSError):  # How a terminal says that nothing is left.
+    while chunk := os.read(reader, 1 << 16):
+      written += chunk
   os.close(reader)
+  shown = written.decode()
   assert "run:" in shown
   assert "20/50" in shown
   assert "loss 1.235, 9,876 tokens/s" in shown

@@ -131,10 +131,10 @@ MUTANTS = {
   ),
   "mean of means over microbatches": Mutant(
     "train_step.py",
-    "sums = batch_loss(config, p, microbatch, coefficients_M)",
+    "sums = batch_loss(config, p, microbatch, coefficients_M, balance_coefficient)",
     "own = future_targets(microbatch, config.mtp.depth)[1]\n"
     "      sums = batch_loss(config, p, microbatch, "
-    "loss_coefficients(weights_M / batch.tokens.shape[0], own))",
+    "loss_coefficients(weights_M / batch.tokens.shape[0], own), balance_coefficient)",
     "test_model.py::test_accumulation_with_uneven_masks_changes_nothing",
   ),
   "gradient of masked tokens kept": Mutant(

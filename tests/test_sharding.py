@@ -23,8 +23,10 @@ from mtp_jax.sharding import (
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters, state_shardings
 from tests.common import (
+  EXPERTS,
   GPT2,
   KINDS,
+  LATENT,
   TRUNKS,
   assert_trees_close,
   gradient_program,
@@ -138,7 +140,7 @@ def test_two_dimensions_on_one_mesh_axis_raise():
 
 def test_the_look_up_follows_the_table():
   assert partition_spec(("batch", "seq", None)) == PartitionSpec(
-    ("data", "fsdp"), "context", None
+    ("data", "fsdp", "expert"), "context", None
   )
   assert partition_spec(("embed", "heads", "head_dim")) == PartitionSpec(
     "fsdp", "tensor", None
@@ -164,7 +166,7 @@ def test_the_table_has_every_name_in_use_and_no_other(monkeypatch):
   monkeypatch.setattr(
     sharding, "partition_spec", lambda axes: used.update(axes) or look_up(axes)
   )
-  for trunk in TRUNKS.values():
+  for trunk in (*TRUNKS.values(), LATENT, EXPERTS):
     for kind, depth in KINDS:
       config = tiny_config(kind, depth, trunk)
       axes = logical_axes(accounting.abstract_params(config))

@@ -370,7 +370,7 @@ def test_a_signal_during_evaluation_ends_it_at_once():
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(train.Interrupted, match="SIGTERM at step 7"):
     with train._Interrupt() as interrupt:
-      assert interrupt.received(6) is None
+      assert interrupt.received() is None
       interrupt.raises_at_once(7)
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(5)
@@ -380,7 +380,7 @@ def test_a_signal_during_evaluation_ends_it_at_once():
 def test_a_second_signal_acts_as_ever():
   with pytest.raises(KeyboardInterrupt), train._Interrupt() as interrupt:
     os.kill(os.getpid(), signal.SIGINT)
-    assert interrupt.received(1) == signal.SIGINT
+    assert interrupt.received() == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)
 
@@ -398,7 +398,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
   def work():
     with train._Interrupt() as interrupt:
-      seen.append((signal.getsignal(signal.SIGTERM), interrupt.received(1)))
+      seen.append((signal.getsignal(signal.SIGTERM), interrupt.received()))
 
   thread = threading.Thread(target=work)
   thread.start()

@@ -137,6 +137,7 @@ def test_what_changes_the_program_changes_the_shape():
     ("mtp.weighting", "sum"),
     ("optimizer.kind", "muon"),
     ("trunk.num_layers", 2),
+    ("train.freeze_trunk", True),
     ("data.seq_len", 8),
   ):
     other = tiny_config("sequential", 2, flat_values(CONFIG) | {key: value})
@@ -294,3 +295,39 @@ def test_diagnostics_are_0_while_the_curriculum_has_no_depth_on(trial):
   state = state_with(compiled)
   found = compiled.diagnostics(state.params, batch, hyper(), state.step)
   assert found["mtp_grad_share"] == found["mtp_grad_cosine"] == 0
+
+
+def test_a_frozen_trunk_stays_as_it_is_while_the_predictors_learn(trial):
+  compiled, _, mesh, batch = trial
+  config = tiny_config(
+    "sequential", 2, flat_values(CONFIG) | {"train.freeze_trunk": True}
+  )
+  frozen = quick_programs(config, mesh)
+  start = random_params(CONFIG)
+  state = jax.device_put(
+    frozen.init(jnp.int32(0)).replace(params=start), frozen.shardings
+  )
+  free = state_with(compiled)
+  for _ in range(2):
+    state, report = frozen.step(state, batch, hyper(), START)
+  assert {"mtp"} == set(state.opt_state[1].mu)
+  for name, tree in jax.device_get(state.params).items():
+    is_same = jax.tree.map(np.array_equal, tree, start[name])
+    assert all(jax.tree.leaves(is_same)) == (name != "mtp"), name
+
+  # The gradient of the predictors is what it is without freezing.
+  weights_M = jnp.float32([1.0, 0.3, 0.2])
+  _, _, of_all = gradient_program(CONFIG)(start, batch, weights_M)
+  _, _, of_mtp = gradient_program(config)(start, batch, weights_M)
+  assert set(of_mtp) == {"mtp"}
+  assert_trees_close(of_mtp["mtp"], of_all["mtp"], 1e-5, 1e-7)
+  # What is compared is the whole gradient of the trunk, frozen or not.
+  same = (state_with(compiled).params, batch, hyper(), free.step)
+  np.testing.assert_allclose(
+    *(
+      np.array(list(jax.device_get(program.diagnostics(*same)).values()))
+      for program in (compiled, frozen)
+    ),
+    rtol=1e-4,
+  )
+  assert report["loss_M"].shape == (3,)

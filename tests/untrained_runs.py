@@ -18,7 +18,7 @@ def save_run(workdir: Path, config: Config) -> Path:
   """Fills a run folder with what decoding needs of it; returns the folder."""
   zero = jnp.zeros((), jnp.int32)
   params = jax.tree.map(jnp.asarray, common.random_params(config))
-  interval = empty_interval(config.mtp.depth)
+  interval = empty_interval(config)
   state = TrainState(zero, params, (), interval, zero, zero)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(

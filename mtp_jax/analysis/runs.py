@@ -17,7 +17,13 @@ from typing import Any
 import pandas as pd
 
 from mtp_jax import accounting
-from mtp_jax.config import Config, ConfigError, MtpConfig, from_config_dict
+from mtp_jax.config import (
+  Config,
+  ConfigError,
+  MtpConfig,
+  from_config_dict,
+  next_token_only,
+)
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
 GENERATIVE = (
@@ -82,10 +88,7 @@ def load(root: Path) -> Runs:
 
 def baseline(config: Config) -> Config:
   """Returns plain next-token prediction at the same model size."""
-  plain = dataclasses.replace(
-    config.mtp, kind="none", depth=0, depth_weights=(), share_modules=False, arm="added"
-  )
-  return dataclasses.replace(config, mtp=plain)
+  return dataclasses.replace(config, mtp=next_token_only(config.mtp))
 
 
 def counts(config: Config) -> accounting.Counts:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.config import Config, TrunkConfig, predictor_trunk
 from mtp_jax.decode import network
 from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
 from mtp_jax.decode.network import Weights
@@ -46,10 +46,10 @@ def own_predictors(
   if num_drafts == 0:
     return given(0)  # Plain decoding; nothing of a drafter is called then.
   if kind == "parallel":
-    return _parallel_heads(config.trunk, num_drafts)
+    return _parallel_heads(predictor_trunk(config), num_drafts)
   if kind == "linear":
     return _linear_heads(config.trunk, num_drafts)
-  return _sequential_modules(config.trunk, depth, num_drafts)
+  return _sequential_modules(predictor_trunk(config), depth, num_drafts)
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def _sequential_modules(
     ahead_BW = position_BW + k
     which = min(k, len(weights.predictors)) - 1  # One serves all depths if shared.
     token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
-    return module.apply(
+    hidden_BWD, cache, _ = module.apply(
       {"params": weights.predictors[which]},
       hidden_BWD,
       network.embed(weights, token_BW),
@@ -156,6 +156,7 @@ def _sequential_modules(
       jnp.zeros_like(position_BW),
       cache,
     )
+    return hidden_BWD, cache
 
   def catch_up(weights: Weights, cache, window: Window):
     (first, *caches), edges = cache

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
 from mtp_jax.decode.interface import Target
-from mtp_jax.model.attention import KVCache
-from mtp_jax.model.block import Block
+from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
 from mtp_jax.model.lm import unembed_matrix
 
@@ -42,12 +41,17 @@ class Weights(NamedTuple):
 def unstack(params: Any, config: Config) -> Weights:
   """Returns the `Weights` of a parameter tree; shardings are kept."""
   dtype = compute_dtype(config.trunk)
-  # Norm scales stay wide: they multiply float32 statistics.
-  params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+  # What norms and routers compute with in float32 stays as wide as in training.
+  is_wide = lambda path: path[-1].key in ("scale", "bias", "router")  # noqa: E731
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if is_wide(path) else x.astype(dtype), params
+  )
   layers = lambda stack, count: [  # noqa: E731
     jax.tree.map(operator.itemgetter(i), stack) for i in range(count)
   ]
-  blocks = layers(params["trunk"]["blocks"], num_trunk_layers(config))
+  num_dense = config.trunk.dense_prefix
+  blocks = layers(params["trunk"]["dense_blocks"], num_dense) if num_dense else []
+  blocks += layers(params["trunk"]["blocks"], num_trunk_layers(config) - num_dense)
   depth, kind = config.mtp.depth, config.mtp.kind
   predictors = []
   if kind == "parallel":
@@ -81,7 +85,9 @@ def target(config: Config) -> Target:
 
 @functools.cache
 def _target(trunk: TrunkConfig, tapped: int, num_blocks: int) -> Target:
-  def init(rows: int, slots: int) -> tuple[KVCache, ...]:
+  num_dense = trunk.dense_prefix
+
+  def init(rows: int, slots: int) -> tuple[Cache, ...]:
     return empty_caches(trunk, num_blocks, rows, slots)
 
   def forward(weights: Weights, tokens_BT, positions_BT, caches):
@@ -91,7 +97,9 @@ def _target(trunk: TrunkConfig, tapped: int, num_blocks: int) -> Target:
       x_BTD += jnp.take(weights.position_PD, positions_BT, axis=0, mode="clip")
     feature_BTD, caches = x_BTD, list(caches)
     for i, block in enumerate(weights.blocks):
-      x_BTD, caches[i] = run_block(trunk, block, x_BTD, positions_BT, caches[i])
+      x_BTD, caches[i] = run_block(
+        trunk.dense() if i < num_dense else trunk, block, x_BTD, positions_BT, caches[i]
+      )
       if i == tapped - 1:
         feature_BTD = x_BTD
     return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
@@ -119,14 +127,14 @@ def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:
 
 def run_block(
   trunk: TrunkConfig, params: Any, x_BTD: jax.Array, positions_BT: jax.Array,
-  cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+  cache: Cache,
+) -> tuple[jax.Array, Cache]:
   no_segments = jnp.zeros_like(positions_BT)  # A cache holds one document per row.
   block = Block(trunk)
-  return block.apply({"params": params}, x_BTD, positions_BT, no_segments, cache)
+  return block.apply({"params": params}, x_BTD, positions_BT, no_segments, cache)[:2]
 
 
 def empty_caches(
   trunk: TrunkConfig, count: int, rows: int, slots: int
-) -> tuple[KVCache, ...]:
-  return tuple(KVCache.zeros(trunk, rows, slots) for _ in range(count))
+) -> tuple[Cache, ...]:
+  return tuple(empty_cache(trunk, rows, slots) for _ in range(count))

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import attention
+from mtp_jax.model.attention_ops import attention, slot_weights, write_slots
 from mtp_jax.model.dense_ops import dense
-from mtp_jax.model.layers import compute_dtype, fan_in_normal, partitioned, rotate
+from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
+from mtp_jax.model.rotary import rotate
 from mtp_jax.sharding import constrain
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         (D, num_heads, H),
       )
       out = dense(x_BTD, kernel.astype(dtype))
-      if c.kind == "gpt2":
+      if c.kind == "gpt2" or c.qkv_bias:
         zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
         out += self.param(f"{name}_bias", zeros, (num_heads, H)).astype(dtype)
       return out
@@ -73,9 +74,12 @@ class Attention(nn.Module):
     query_BTNH = project("query", N, "heads")
     key_BTKH = project("key", K, "kv_heads")
     value_BTKH = project("value", K, "kv_heads")
+    if c.qk_norm:
+      query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
+      key_BTKH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTKH)
     if c.kind == "llama":
-      query_BTNH = rotate(query_BTNH, positions_BT, c.rope_theta)
-      key_BTKH = rotate(key_BTKH, positions_BT, c.rope_theta)
+      query_BTNH = rotate(query_BTNH, positions_BT, c)
+      key_BTKH = rotate(key_BTKH, positions_BT, c)
 
     if cache is None:
       query_BTNH = constrain(query_BTNH, "batch", "seq", "heads", "head_dim")
@@ -89,7 +93,10 @@ class Attention(nn.Module):
         implementation=c.attention,
       )
     else:
-      cache = _write(cache, key_BTKH, value_BTKH, positions_BT)
+      cache = KVCache(
+        write_slots(cache.key_BKHS, key_BTKH, positions_BT, slot_axis=3),
+        write_slots(cache.value_BKSH, value_BTKH, positions_BT, slot_axis=2),
+      )
       out_BTNH = _attend_to_cache(query_BTNH, cache, positions_BT)
 
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
@@ -106,35 +113,12 @@ class Attention(nn.Module):
     return out_BTD, cache
 
 
-def _write(
-  cache: KVCache, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array
-) -> KVCache:
-  """Returns the cache with the new tokens in their slots; no slot, no write."""
-  if positions_BT.size == 1:
-    # XLA makes a slice update of a write to one slot, for which it copies the cache; a
-    # second write that is dropped keeps it a scatter in place.
-    pad = lambda x_BTKH: jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0)))  # noqa: E731
-    key_BTKH, value_BTKH = pad(key_BTKH), pad(value_BTKH)
-    slots = cache.value_BKSH.shape[2]
-    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, 1)), constant_values=slots)
-  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-  key_BKHS, value_BKSH = cache
-  return KVCache(
-    key_BKHS.at[rows_B1, :, :, positions_BT].set(
-      key_BTKH.astype(key_BKHS.dtype), mode="drop"
-    ),
-    value_BKSH.at[rows_B1, :, positions_BT].set(
-      value_BTKH.astype(value_BKSH.dtype), mode="drop"
-    ),
-  )
-
-
 def _attend_to_cache(
   query_BTNH: jax.Array, cache: KVCache, positions_BT: jax.Array
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
   B, T, N, H = query_BTNH.shape
-  K, S = cache.value_BKSH.shape[1:3]
+  K = cache.value_BKSH.shape[1]
   dtype = query_BTNH.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
   # Queries that share a key head are rows of one product; its rows are (G, T).
@@ -145,10 +129,7 @@ def _attend_to_cache(
     cache.key_BKHS.astype(dtype),
     preferred_element_type=wide,
   )
-  visible_BTS = jnp.arange(S) <= positions_BT[:, :, None]
-  visible_B1QS = jnp.tile(visible_BTS, (1, N // K, 1))[:, None]
-  scores_BKQS = jnp.where(visible_B1QS, scores_BKQS * H**-0.5, jnp.finfo(wide).min / 2)
-  weights_BKQS = jax.nn.softmax(scores_BKQS, axis=-1)
+  weights_BKQS = slot_weights(scores_BKQS * H**-0.5, positions_BT)
   out_BKQH = jnp.einsum(
     "BKQS,BKSH->BKQH",
     weights_BKQS.astype(dtype),

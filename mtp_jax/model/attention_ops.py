@@ -4,18 +4,19 @@ A token attends to the tokens up to itself that share its segment id. Padding (s
 0) attends to padding, so every row has a key and stays finite. `blocked` is the
 flash-attention algorithm (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv
 2307.08691) written in plain JAX: it skips the upper triangle and keeps only the output
-and the log-sum-exp for the backward pass.
+and the log-sum-exp for the backward pass. Below are the two steps that all kinds of
+attention to a cache have in common.
 
-Legend: B batch, T sequence, S keys of a block, N query heads, K kv heads, G = N / K,
-H head dim.
+Legend: B batch, T sequence, S keys of a block or slots of a cache, N query heads,
+K kv heads, G = N / K, H head dim of queries and keys, V head dim of values.
 """
-
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.sharding import partition_spec
+from mtp_jax.sharding import partition_spec, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn")
 
@@ -28,18 +29,33 @@ _MAX_BLOCKS = 16  # The blocks are unrolled: bounds compile time at long sequenc
 
 
 def choose_implementation(
-  implementation: str, platform: str, dtype: jnp.dtype, head_dim: int, seq_len: int
+  implementation: str,
+  platform: str,
+  dtype: jnp.dtype,
+  head_dim: int,
+  seq_len: int,
+  value_dim: int | None = None,
 ) -> str:
   """Returns "xla", "blocked" or "cudnn"; the only place that looks at the platform.
 
   `auto` is `blocked` on CPU, cuDNN flash attention on GPU where its constraints hold
-  (16-bit floats, head size a multiple of 8 up to 128, even length, sequence not split
-  over devices), else `xla`.
+  (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
+  length, sequence not split over devices), else `xla`. `value_dim` is `head_dim` unless
+  given.
+
+  Raises:
+    ValueError: unknown implementation, or cuDNN asked for with values of another size.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"trunk.attention must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
       f"got {implementation!r}."
+    )
+  same_size = value_dim in (None, head_dim)
+  if implementation == "cudnn" and not same_size:
+    raise ValueError(
+      "trunk.attention must not be 'cudnn' where values differ in size from keys, got "
+      f"heads of {value_dim} and {head_dim}."
     )
   if implementation != "auto":
     return implementation
@@ -47,7 +63,8 @@ def choose_implementation(
     return "blocked"
   sixteen_bit = dtype in (jnp.bfloat16, jnp.float16)
   fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 128 and seq_len % 2 == 0
-  if platform in ("gpu", "cuda") and fits and not _sequence_is_split():
+  fits = fits and same_size and not _sequence_is_split()
+  if platform in ("gpu", "cuda") and fits:
     return "cudnn"
   return "xla"
 
@@ -55,106 +72,109 @@ def choose_implementation(
 def attention(
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
-  v_BTKH: jax.Array,
+  v_BTKV: jax.Array,
   segment_ids_BT: jax.Array,
   *,
   implementation: str,
+  scale: float | None = None,
 ) -> jax.Array:
-  """Returns out_BTNH: softmax(q k^T / sqrt(H)) v over earlier tokens of the document.
+  """Returns out_BTNV: softmax(scale q k^T) v over earlier tokens of the document.
 
-  Query head n uses key head n // (N / K). Softmax is in float32 (float64 for float64
-  input); the result has the dtype of the query.
+  Query head n uses key head n // (N / K). `scale` is 1 / sqrt(H) unless given. Softmax
+  is in float32 (float64 for float64 input); the result has the dtype of the query.
 
   Raises:
-    ValueError: unknown implementation, or N not a multiple of K.
+    ValueError: N not a multiple of K, or as `choose_implementation`.
   """
-  _, T, N, H = q_BTNH.shape
+  B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
   if N % K:
     raise ValueError(
       f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {K}."
     )
   chosen = choose_implementation(
-    implementation, jax.default_backend(), q_BTNH.dtype, H, T
+    implementation, platform(), q_BTNH.dtype, H, T, v_BTKV.shape[-1]
   )
+  scale = H**-0.5 if scale is None else scale
   if chosen == "cudnn":
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation="cudnn"
+      q_BTNH, k_BTKH, v_BTKV, mask=same_B1TT, is_causal=True, scale=scale,
+      implementation="cudnn",
     )
-  out_BKGTH = (_blocked if chosen == "blocked" else _plain)(
-    q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, H).transpose(0, 2, 3, 1, 4),
+  out_BKGTV = (_blocked if chosen == "blocked" else _plain)(
+    q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4),
     k_BTKH.transpose(0, 2, 1, 3),
-    v_BTKH.transpose(0, 2, 1, 3),
+    v_BTKV.transpose(0, 2, 1, 3),
     segment_ids_BT,
+    scale,
   )
-  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+  return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKV.shape[-1])
 
 
-def _plain(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+def _plain(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
   # jax.nn.dot_product_attention rounds float64 scores to float32, hence not used.
-  weights = jax.nn.softmax(_scores(q_BKGTH, k_BKSH, segments_BT, 0), axis=-1)
-  out = _einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH)
+  weights = jax.nn.softmax(_scores(q_BKGTH, k_BKSH, segments_BT, 0, scale), axis=-1)
+  out = _einsum("BKGTS,BKSV->BKGTV", weights.astype(v_BKSV.dtype), v_BKSV)
   return out.astype(q_BKGTH.dtype)
 
 
-@jax.custom_vjp
-def _blocked(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
-  return _blocked_fwd(q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
+  return _blocked_fwd(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale)[0]
 
 
-def _blocked_fwd(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+def _blocked_fwd(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
   outs, lses = [], []
   for start, end in _blocks(q_BKGTH.shape[3]):
     q = q_BKGTH[:, :, :, start:end]
-    k, v = k_BKSH[:, :, :end], v_BKSH[:, :, :end]
-    scores = _scores(q, k, segments_BT, start)
+    k, v = k_BKSH[:, :, :end], v_BKSV[:, :, :end]
+    scores = _scores(q, k, segments_BT, start, scale)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v) / total
+    out = _einsum("BKGTS,BKSV->BKGTV", weights.astype(v.dtype), v) / total
     outs.append(out.astype(q.dtype))
     lses.append(top + jnp.log(total))
-  out_BKGTH = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
+  out_BKGTV = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
   lse_BKGT1 = checkpoint_name(jnp.concatenate(lses, axis=3), "attention_lse")
-  return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH, lse_BKGT1)
+  return out_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, segments_BT, out_BKGTV, lse_BKGT1)
 
 
-def _blocked_bwd(saved, d_out_BKGTH):
-  q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH, lse_BKGT1 = saved
+def _blocked_bwd(scale, saved, d_out_BKGTV):
+  q_BKGTH, k_BKSH, v_BKSV, segments_BT, out_BKGTV, lse_BKGT1 = saved
   wide = lse_BKGT1.dtype
-  scale = q_BKGTH.shape[-1] ** -0.5
   # Row sums of weights * d_weights, from the output alone (Dao 2023, section 2.3).
   delta_BKGT1 = jnp.sum(
-    d_out_BKGTH.astype(wide) * out_BKGTH.astype(wide), axis=-1, keepdims=True
+    d_out_BKGTV.astype(wide) * out_BKGTV.astype(wide), axis=-1, keepdims=True
   )
   length = q_BKGTH.shape[3]
   d_q = []
   d_k = jnp.zeros(k_BKSH.shape, wide)
-  d_v = jnp.zeros(v_BKSH.shape, wide)
+  d_v = jnp.zeros(v_BKSV.shape, wide)
   for start, end in _blocks(length):
     rows = (slice(None), slice(None), slice(None), slice(start, end))
-    q, d_out = q_BKGTH[rows], d_out_BKGTH[rows]
-    k, v = k_BKSH[:, :, :end], v_BKSH[:, :, :end]
-    weights = jnp.exp(_scores(q, k, segments_BT, start) - lse_BKGT1[rows])
-    d_weights = _einsum("BKGTH,BKSH->BKGTS", d_out, v)
+    q, d_out = q_BKGTH[rows], d_out_BKGTV[rows]
+    k, v = k_BKSH[:, :, :end], v_BKSV[:, :, :end]
+    weights = jnp.exp(_scores(q, k, segments_BT, start, scale) - lse_BKGT1[rows])
+    d_weights = _einsum("BKGTV,BKSV->BKGTS", d_out, v)
     d_scores = (weights * (d_weights - delta_BKGT1[rows]) * scale).astype(q.dtype)
     weights = weights.astype(q.dtype)
     d_q.append(_einsum("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype))
     d_k = d_k.at[:, :, :end].add(_einsum("BKGTS,BKGTH->BKSH", d_scores, q))
-    d_v = d_v.at[:, :, :end].add(_einsum("BKGTS,BKGTH->BKSH", weights, d_out))
+    d_v = d_v.at[:, :, :end].add(_einsum("BKGTS,BKGTV->BKSV", weights, d_out))
   d_q_BKGTH = jnp.concatenate(d_q, axis=3)
-  return d_q_BKGTH, d_k.astype(k_BKSH.dtype), d_v.astype(v_BKSH.dtype), None
+  return d_q_BKGTH, d_k.astype(k_BKSH.dtype), d_v.astype(v_BKSV.dtype), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def _scores(q_BKGTH, k_BKSH, segments_BT, start):
+def _scores(q_BKGTH, k_BKSH, segments_BT, start, scale):
   """Scaled scores of queries `start`.. against all keys given; masked ones are huge."""
   T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
-  scores = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * q_BKGTH.shape[-1] ** -0.5
+  scores = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
   rows_T1 = start + jnp.arange(T)[:, None]
   causal_TS = jnp.arange(S)[None, :] <= rows_T1
   same_BTS = segments_BT[:, start : start + T, None] == segments_BT[:, None, :S]
@@ -177,3 +197,36 @@ def _sequence_is_split() -> bool:
   mesh = jax.sharding.get_abstract_mesh()
   axis = partition_spec(("seq",))[0]
   return not mesh.empty and axis is not None and mesh.shape[axis] > 1
+
+
+def write_slots(
+  cache: jax.Array, new_BT: jax.Array, positions_BT: jax.Array, slot_axis: int
+) -> jax.Array:
+  """Returns `cache` with new tokens in the slots of their positions; no slot, no write.
+
+  The cache has its rows first and its slots on `slot_axis`; `new_BT` has rows and
+  tokens first, then the other axes of the cache in their order.
+  """
+  if positions_BT.size == 1:
+    # XLA makes a slice update of a write to one slot, for which it copies the cache; a
+    # second write that is dropped keeps it a scatter in place.
+    new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
+    positions_BT = jnp.pad(
+      positions_BT, ((0, 0), (0, 1)), constant_values=cache.shape[slot_axis]
+    )
+  rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+  index = (rows_B1, *[slice(None)] * (slot_axis - 1), positions_BT)
+  return cache.at[index].set(new_BT.astype(cache.dtype), mode="drop")
+
+
+def slot_weights(scores_BKQS: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """Returns the softmax of scaled scores over the slots up to each token's own.
+
+  The rows Q are the tokens of one query head after the other; taken apart into two axes
+  they would cost XLA on CPU a copy of all scores.
+  """
+  rows, slots = scores_BKQS.shape[2:]
+  visible_BTS = jnp.arange(slots) <= positions_BT[:, :, None]
+  visible_BQS = jnp.tile(visible_BTS, (1, rows // positions_BT.shape[1], 1))
+  floor = jnp.finfo(scores_BKQS.dtype).min / 2
+  return jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BKQS, floor), axis=-1)

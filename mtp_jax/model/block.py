@@ -1,4 +1,4 @@
-"""One pre-norm transformer block, and a stack of them with stacked parameters.
+"""One pre-norm transformer block: which attention and feed-forward layer it has.
 
 Legend: B batch, T sequence, D embed.
 """
@@ -10,18 +10,39 @@ from jax.ad_checkpoint import checkpoint_name
 from mtp_jax.config import TrunkConfig
 from mtp_jax.model.attention import Attention, KVCache
 from mtp_jax.model.attention_ops import REMAT_NAMES
+from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.model.layers import make_norm
 from mtp_jax.model.mlp import Mlp
+from mtp_jax.model.moe import Moe, Routing
 from mtp_jax.sharding import constrain
 
 # What `remat="names"` keeps from the forward pass; the rest is cheap to recompute.
 SAVED_NAMES = (
-  "query", "key", "value", "mlp_gate", "mlp_up", "residual", *REMAT_NAMES,
+  "query", "key", "value", "mlp_gate", "mlp_up", "expert_rows", "residual",
+  *REMAT_NAMES,
 )
 
 
+Cache = KVCache | LatentCache
+
+
+def empty_cache(trunk: TrunkConfig, rows: int, slots: int) -> Cache:
+  """Returns the cache of one block before any token, in the compute dtype."""
+  kind = LatentCache if trunk.attention_kind == "latent" else KVCache
+  return kind.zeros(trunk, rows, slots)
+
+
+def cache_bytes_per_token(trunk: TrunkConfig) -> int:
+  """Returns the memory that one token takes in the cache of one block."""
+  cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+
+
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), which may be a mixture of experts.
+
+  Returns `(x_BTD, cache, routing)`; a dense block has no routing.
+  """
 
   trunk: TrunkConfig
 
@@ -31,20 +52,24 @@ class Block(nn.Module):
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, Cache | None, Routing | None]:
+    is_latent = self.trunk.attention_kind == "latent"
+    attention = LatentAttention if is_latent else Attention
     x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
-    attended_BTD, cache = Attention(self.trunk, name="attention")(
+    attended_BTD, cache = attention(self.trunk, name="attention")(
       make_norm(self.trunk, "attention_norm")(x_BTD),
       positions_BT,
       segment_ids_BT,
       cache,
     )
     x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
-    x_BTD = x_BTD + Mlp(self.trunk, name="mlp")(
-      make_norm(self.trunk, "mlp_norm")(x_BTD)
-    )
-    return constrain(x_BTD, "batch", "seq", "act_embed"), cache
+    normed_BTD = make_norm(self.trunk, "mlp_norm")(x_BTD)
+    if self.trunk.moe.num_experts:
+      added_BTD, routing = Moe(self.trunk, name="moe")(normed_BTD, segment_ids_BT)
+    else:
+      added_BTD, routing = Mlp(self.trunk, name="mlp")(normed_BTD), None
+    return constrain(x_BTD + added_BTD, "batch", "seq", "act_embed"), cache, routing
 
 
 def rematted(module: type[nn.Module], trunk: TrunkConfig) -> type[nn.Module]:

@@ -8,13 +8,15 @@ it neither; on other platforms plain autodiff is used.
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.sharding import platform
+
 _SQRT_2_OVER_PI = 0.7978845608028654
 _CUBIC = 0.044715
 
 
 def dense(x: jax.Array, w: jax.Array) -> jax.Array:
   """Contracts the last axis of x [..., D] with the first of w [D, ...]; dtype of x."""
-  return _dense_cpu(x, w) if jax.default_backend() == "cpu" else _dense(x, w)
+  return _dense_cpu(x, w) if platform() == "cpu" else _dense(x, w)
 
 
 def _dense(x, w):

@@ -1,6 +1,6 @@
-"""The small parts: norms, embeddings, rotary positions.
+"""The small parts: norms, embeddings.
 
-Legend: B batch, T sequence, D embed, N heads, H head dim, V vocab.
+Legend: D embed.
 """
 
 from typing import Any
@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, platform
 
 
 def compute_dtype(trunk: TrunkConfig) -> Any:
   """Returns the dtype of activations: bfloat16 on accelerators, float32 on CPU."""
   if trunk.compute_dtype == "auto":
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if platform() == "cpu" else jnp.bfloat16
   return jnp.dtype(trunk.compute_dtype)
 
 
@@ -88,17 +88,3 @@ class Embedding(nn.Module):
     # one that XLA's partitioner copies to every device.
     table = constrain(table.astype(self.dtype), self.axis, "act_embed")
     return constrain(jnp.take(table, ids, axis=0), "batch", "seq", "act_embed")
-
-
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-  """Applies rotary position embedding (Su et al. 2021), halves rotated as in Llama."""
-  half = x_BTNH.shape[-1] // 2
-  wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-  frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-  angle_BT1F = positions_BT[:, :, None, None].astype(wide) * frequency
-  cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
-  first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x_BTNH.dtype)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config, num_trunk_layers
+from mtp_jax.config import Config, next_token_only, num_trunk_layers
 from mtp_jax.model.layers import Embedding, compute_dtype, make_norm, partitioned
+from mtp_jax.model.moe import Routing
 from mtp_jax.model.mtp import KINDS
 from mtp_jax.model.trunk import Trunk
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, fewest_rows
 from mtp_jax.targets import shifted_tokens
 
 
@@ -43,20 +44,32 @@ class MtpLm(nn.Module):
 
   def __call__(self, batch: Batch) -> jax.Array:
     """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m."""
+    return self.with_routing(batch)[0]
+
+  def with_routing(self, batch: Batch) -> tuple[jax.Array, dict[str, Routing]]:
+    """Returns `(hidden_MBTD, routing)`: how the experts of `trunk` and `mtp` were used.
+
+    `config.routed_layers` says which parts there are and the length of their stacks.
+    """
     if not self.config.trunk.tie_embeddings:
       self.unembed()  # Creates the parameter; the loss reads it from the tree.
     x_BTD = self.embed(batch.tokens)
     if self.config.trunk.kind == "gpt2":
       x_BTD += self.position_embed(batch.positions)
-    residual_BTD = self.trunk(x_BTD, batch.positions, batch.segment_ids)
-    hidden_MBTD = self.mtp(
+    residual_BTD, in_trunk = self.trunk(x_BTD, batch.positions, batch.segment_ids)
+    hidden_MBTD, in_mtp = self.mtp(
       residual_BTD,
       self.final_norm,
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
       batch.positions,
       batch.segment_ids,
     )
-    return constrain(hidden_MBTD, None, "batch", "seq", "act_embed")
+    routing = {
+      part: found
+      for part, found in (("trunk", in_trunk), ("mtp", in_mtp))
+      if found is not None
+    }
+    return constrain(hidden_MBTD, None, "batch", "seq", "act_embed"), routing
 
 
 class Unembed(nn.Module):
@@ -86,8 +99,6 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
 
   The first parallel head becomes the last trunk layer, which is the same function.
   """
-  plain = dataclasses.replace(config.mtp, kind="none", depth=0, arm="added")
-  plain = dataclasses.replace(plain, share_modules=False, depth_weights=())
   layers = num_trunk_layers(config) + (config.mtp.kind == "parallel")
   trunk = dataclasses.replace(config.trunk, num_layers=layers)
   kept = {name: tree for name, tree in params.items() if name != "mtp"}
@@ -97,12 +108,16 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
       params["trunk"]["blocks"],
       params["mtp"]["heads"],
     )
-    kept["trunk"] = {"blocks": blocks}
-  return kept, dataclasses.replace(config, mtp=plain, trunk=trunk)
+    kept["trunk"] = params["trunk"] | {"blocks": blocks}
+  return kept, dataclasses.replace(config, mtp=next_token_only(config.mtp), trunk=trunk)
 
 
-def zeros_batch(config: Config, rows: int = 1) -> Batch:
-  """Returns an all-padding batch of the config's shape, to initialise with."""
+def zeros_batch(config: Config, rows: int | None = None) -> Batch:
+  """Returns an all-padding batch of the config's shape, to initialise with.
+
+  `rows`: None is the fewest that the mesh in use can spread.
+  """
+  rows = fewest_rows() if rows is None else rows
   shape, extra = (rows, config.data.seq_len), (rows, 1 + config.mtp.depth)
   zeros = lambda s: jnp.zeros(s, jnp.int32)  # noqa: E731
   return Batch(zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra))

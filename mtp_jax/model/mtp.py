@@ -2,10 +2,11 @@
 
 Each takes the trunk's un-normed residual stream, the trunk's final norm, the embeddings
 of the following tokens and the positions and documents, and returns the normed hidden
-state of every depth, [M, B, T, D], ready for the shared unembedding. Depth m predicts
-token i + 1 + m at position i. All run on all T positions; a position whose target lies
-in another document is masked in the loss, and because attention is causal within
-documents no valid position ever sees it.
+state of every depth, [M, B, T, D], ready for the shared unembedding, and the routing of
+its blocks where they have experts. Depth m predicts token i + 1 + m at position i. All
+run on all T positions; a position whose target lies in another document is masked in
+the loss, and because attention is causal within documents no valid position ever sees
+it.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import MtpConfig, TrunkConfig
-from mtp_jax.model.attention import KVCache
-from mtp_jax.model.block import Block, rematted
+from mtp_jax.model.block import Block, Cache, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
+from mtp_jax.model.moe import Routing
 from mtp_jax.sharding import constrain
 
 Norm = Callable[[jax.Array], jax.Array]
@@ -42,9 +43,9 @@ class NextToken(nn.Module):
     embed_ahead: EmbedAhead,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, Routing | None]:
     del embed_ahead, positions_BT, segment_ids_BT
-    return final_norm(residual_BTD)[None]
+    return final_norm(residual_BTD)[None], None
 
 
 class LinearHeads(nn.Module):
@@ -61,19 +62,19 @@ class LinearHeads(nn.Module):
     embed_ahead: EmbedAhead,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, Routing | None]:
     del embed_ahead, positions_BT, segment_ids_BT
     depth, dim = self.mtp.depth, self.trunk.embed_dim
     hidden_BTD = final_norm(residual_BTD)
     if depth == 0:
-      return hidden_BTD[None]
+      return hidden_BTD[None], None
     maps = self.param(
       "maps",
       partitioned(fan_in_normal(dim), "depths", "embed", "embed_out"),
       (depth, dim, dim),
     ).astype(hidden_BTD.dtype)
     heads = [dense(hidden_BTD, maps[k]) for k in range(depth)]
-    return jnp.stack([hidden_BTD, *heads])
+    return jnp.stack([hidden_BTD, *heads]), None
 
 
 class ParallelHeads(nn.Module):
@@ -95,14 +96,15 @@ class ParallelHeads(nn.Module):
     embed_ahead: EmbedAhead,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, Routing | None]:
     del embed_ahead
 
     def head(block: nn.Module, x_BTD: jax.Array, _: None):
-      return x_BTD, block(x_BTD, positions_BT, segment_ids_BT)[0]
+      head_BTD, _, routing = block(x_BTD, positions_BT, segment_ids_BT)
+      return x_BTD, (head_BTD, routing)
 
     num_heads = 1 + self.mtp.depth
-    _, heads_MBTD = nn.scan(
+    _, (heads_MBTD, routing) = nn.scan(
       head,
       variable_axes={"params": 0},
       split_rngs={"params": True},
@@ -111,7 +113,7 @@ class ParallelHeads(nn.Module):
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(rematted(Block, self.trunk)(self.trunk, name="heads"), residual_BTD, None)
     # One head at a time: a leading axis of 1 would sum in another order at D = 0.
-    return jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD])
+    return jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD]), routing
 
 
 class SequentialModule(nn.Module):
@@ -126,9 +128,9 @@ class SequentialModule(nn.Module):
     embedding_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
-    """Returns `(hidden_BTD, cache)`: this depth's normed state from the last one's."""
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, Cache | None, Routing | None]:
+    """Returns this depth's normed state from the last one's, cache and routing."""
     dim, dtype = self.trunk.embed_dim, compute_dtype(self.trunk)
     joined = jnp.concatenate(
       [
@@ -144,8 +146,8 @@ class SequentialModule(nn.Module):
     )
     x_BTD = dense(joined, projection.astype(dtype))
     block = Block(self.trunk, name="block")
-    x_BTD, cache = block(x_BTD, positions_BT, segment_ids_BT, cache)
-    return make_norm(self.trunk, "out_norm")(x_BTD), cache
+    x_BTD, cache, routing = block(x_BTD, positions_BT, segment_ids_BT, cache)
+    return make_norm(self.trunk, "out_norm")(x_BTD), cache, routing
 
 
 class SequentialModules(nn.Module):
@@ -167,19 +169,20 @@ class SequentialModules(nn.Module):
     embed_ahead: EmbedAhead,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, Routing | None]:
     depth, shared = self.mtp.depth, self.mtp.share_modules
     hidden_BTD = final_norm(residual_BTD)
     if depth == 0:
-      return hidden_BTD[None]
+      return hidden_BTD[None], None
     ahead_kBTD = jnp.stack([embed_ahead(k) for k in range(1, 1 + depth)])
 
     def step(module: nn.Module, h_BTD: jax.Array, embedding_BTD: jax.Array):
       embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
-      h_BTD, _ = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
-      return h_BTD, h_BTD
+      h_BTD, _, routing = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
+      return h_BTD, (h_BTD, routing)
 
-    _, chain = nn.scan(
+    trunk = self.trunk.dense() if self.mtp.dense_blocks else self.trunk
+    _, (chain, routing) = nn.scan(
       step,
       variable_broadcast="params" if shared else False,
       variable_axes={} if shared else {"params": 0},
@@ -188,11 +191,11 @@ class SequentialModules(nn.Module):
       unroll=1 if self.trunk.scan_layers else depth,
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(
-      rematted(SequentialModule, self.trunk)(self.trunk, name="modules"),
+      rematted(SequentialModule, trunk)(trunk, name="modules"),
       hidden_BTD,
       ahead_kBTD,
     )
-    return jnp.concatenate([hidden_BTD[None], chain])
+    return jnp.concatenate([hidden_BTD[None], chain]), routing
 
 
 KINDS: dict[str, type[nn.Module]] = {

@@ -1,0 +1,100 @@
+"""Rotary positions, and how their frequencies stretch for longer texts.
+
+Legend: B batch, T sequence, N heads, H head dim, F = H / 2 frequencies.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import TrunkConfig
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, trunk: TrunkConfig) -> jax.Array:
+  """Applies rotary position embedding, pairs being the halves of H as in Llama.
+
+  Pair f turns by `position * frequencies[f]` (Su et al. 2021, arXiv 2104.09864) and is
+  multiplied by `rotation_scale`. Angles are in float32, in float64 for float64 input;
+  the result has the dtype of x.
+  """
+  wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+  frequency_F = jnp.asarray(frequencies(trunk, x_BTNH.shape[-1]), wide)
+  angle_BT1F = positions_BT[:, :, None, None].astype(wide) * frequency_F
+  scale = rotation_scale(trunk)
+  cos, sin = scale * jnp.cos(angle_BT1F), scale * jnp.sin(angle_BT1F)
+  first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BTNH.dtype)
+
+
+def frequencies(trunk: TrunkConfig, width: int) -> np.ndarray:
+  """Returns the angle per position of each pair, [width / 2] in float64.
+
+  Plain: `theta^(-2 f / width)`. With a factor s by which texts are longer than the
+  `original_length` L of `trunk.rope_scaling`:
+
+  linear: all divided by s (Chen et al. 2023, arXiv 2306.15595).
+  llama3: divided by s where L holds fewer than `low_freq_factor` turns, as they are
+    above `high_freq_factor` turns, blended linearly in the turns between (the code
+    released with Llama 3.1).
+  yarn: divided by s where L holds fewer than `beta_slow` turns, as they are above
+    `beta_fast` turns (Peng et al. 2023, arXiv 2309.00071). Between them the blend is
+    linear in f, and the ends are rounded outwards to whole f, as in the code of the
+    paper and unlike its equation, which is linear in the turns.
+  """
+  scaling, L = trunk.rope_scaling, trunk.rope_scaling.original_length
+  index_F = np.arange(width // 2)
+  plain_F = trunk.rope_theta ** (-2.0 * index_F / width)
+  if scaling.kind == "none":
+    return plain_F
+  if scaling.kind == "linear":
+    return plain_F / scaling.factor
+  if scaling.kind == "llama3":
+    turns_F = L * plain_F / (2 * math.pi)
+    between = scaling.high_freq_factor - scaling.low_freq_factor
+    kept_F = np.clip((turns_F - scaling.low_freq_factor) / between, 0.0, 1.0)
+  else:
+    first = max(math.floor(_index_of_turns(trunk, width, scaling.beta_fast)), 0)
+    last = min(math.ceil(_index_of_turns(trunk, width, scaling.beta_slow)), width - 1)
+    # A ramp of no length is a step after `first`.
+    length = last - first if last != first else 0.001
+    kept_F = 1.0 - np.clip((index_F - first) / length, 0.0, 1.0)
+  return plain_F * (kept_F + (1.0 - kept_F) / scaling.factor)
+
+
+def rotation_scale(trunk: TrunkConfig) -> float:
+  """Returns the factor on what is rotated: 1 but for yarn.
+
+  It is `m(s, mscale) / m(s, mscale_all_dim)` with `m(s, c) = 0.1 c ln s + 1`: with
+  c = 1 and 0 the square root of the temperature of arXiv 2309.00071, equation 22.
+  """
+  scaling = trunk.rope_scaling
+  if scaling.kind != "yarn":
+    return 1.0
+  return _yarn_gain(scaling.factor, scaling.mscale) / softmax_gain(trunk)
+
+
+def softmax_gain(trunk: TrunkConfig) -> float:
+  """Returns `m(s, mscale_all_dim)`, 1 but for yarn; see `rotation_scale`.
+
+  DeepSeek multiplies the scale of the softmax by its square, so that the dimensions
+  that are not rotated are tempered too; others leave their softmax alone.
+  """
+  scaling = trunk.rope_scaling
+  if scaling.kind != "yarn":
+    return 1.0
+  return _yarn_gain(scaling.factor, scaling.mscale_all_dim)
+
+
+def _yarn_gain(factor: float, mscale: float) -> float:
+  return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _index_of_turns(trunk: TrunkConfig, width: int, turns: float) -> float:
+  """Returns the f, not rounded, of which `original_length` holds so many turns."""
+  ratio = trunk.rope_scaling.original_length / (2 * math.pi * turns)
+  return 0.5 * width * math.log(ratio) / math.log(trunk.rope_theta)
