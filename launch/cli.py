@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import fcntl
 import glob
+import json
 import os
 import re
 import sys
@@ -38,16 +39,17 @@ _HELP = {"--help", "-help", "-h", "--helpshort"}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
 
-def define_config() -> None:
+def define_config(default: str | None = None, required: bool = True) -> None:
   """Defines `--config=FILE.py[:preset]` and `--config.KEY=VALUE`."""
   config_flags.DEFINE_config_file(
     "config",
-    None,
+    default,
     "experiment file, with a preset perhaps (experiments/smoke.py, or "
     "experiments/gains_with_scale.py:cpu). --config.KEY=VALUE overrides one value "
     "(--config.mtp.depth=2); every key is in experiments/base.py.",
   )
-  flags.mark_flag_as_required("config")
+  if required and default is None:
+    flags.mark_flag_as_required("config")
 
 
 def define_workdir(text: str, required: bool = True) -> flags.FlagHolder[str | None]:
@@ -89,6 +91,20 @@ def load_config() -> Config:
     ConfigError: see `from_config_dict`.
   """
   return from_config_dict(flags.FLAGS.config)
+
+
+def load_run_config(workdir: Path) -> Config:
+  """Returns the config with which a run folder was started.
+
+  Raises:
+    ConfigError: it is no run folder.
+  """
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise ConfigError(
+      f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
+    )
+  return from_config_dict(json.loads(path.read_text()))
 
 
 def config_overrides() -> dict[str, object]:

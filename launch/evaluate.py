@@ -10,7 +10,6 @@ the eval.json of training, which is not touched; launch/README.md describes the 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from absl import flags
 
 from launch import cli
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import Config, ConfigError, MeshConfig, from_config_dict
+from mtp_jax.config import Config, MeshConfig
 from mtp_jax.metrics import write_json
 from mtp_jax.train import evaluate_run
 
@@ -35,7 +34,7 @@ _COMPILATION_CACHE = cli.define_compilation_cache()
 
 def main() -> int:
   workdir, split = Path(_WORKDIR.value), _SPLIT.value
-  config = load_run_config(workdir)
+  config = cli.load_run_config(workdir)
   limits = dataclasses.replace(config.eval, split=split)
   config = dataclasses.replace(config, eval=limits)
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
@@ -54,25 +53,11 @@ def main() -> int:
   return 0
 
 
-def load_run_config(workdir: Path) -> Config:
-  """Returns the config with which a run folder was started.
-
-  Raises:
-    ConfigError: it is no run folder.
-  """
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise ConfigError(
-      f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
-    )
-  return from_config_dict(json.loads(path.read_text()))
-
-
 def fit_to_devices(config: Config, num_devices: int) -> Config:
   """Returns the config with a mesh and an evaluation batch for so many devices."""
   mesh = dataclasses.replace(config.mesh, data=-1)
-  if num_devices % (mesh.fsdp * mesh.tensor * mesh.context):
-    mesh = MeshConfig(data=-1, fsdp=1, tensor=1, context=1)
+  if num_devices % (mesh.fsdp * mesh.expert * mesh.tensor * mesh.context):
+    mesh = MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, context=1)
   shards = num_devices // (mesh.tensor * mesh.context)
   batch_size = -(-config.eval.batch_size // shards) * shards
   limits = dataclasses.replace(config.eval, batch_size=batch_size)

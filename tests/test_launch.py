@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import base
-from launch.evaluate import fit_to_devices, load_run_config
+from launch.cli import load_run_config
+from launch.evaluate import fit_to_devices
 from mtp_jax.config import from_config_dict, validate, with_overrides
 from mtp_jax.train import evaluate_run
 

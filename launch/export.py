@@ -1,0 +1,80 @@
+r"""Writes a trained model as safetensors in a layout that other programs load.
+
+  python -m launch.export --workdir=runs/seq1
+  python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
+  python -m launch.export --workdir=runs/seq2 --layout=llama --trunk_only \
+      --output=exported/trunk
+
+Without --layout it says which layouts this model can be written in, and why not in the
+others. The folder gets config.json, model.safetensors (shards with an index if it is
+large), tokenizer.json and mtp_contract.json, which says what no config.json can: the
+order of concatenation, the hidden state that the predictors read, norms, positions.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+import mtp_jax
+from launch import cli
+from mtp_jax import interop
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import Config, ConfigError
+
+_WORKDIR = cli.define_workdir("run folder")
+_STEP = flags.DEFINE_integer(
+  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
+)
+_LAYOUT = flags.DEFINE_string("layout", None, "what the other program calls the model")
+_OUTPUT = flags.DEFINE_string("output", None, "folder to write, new or empty")
+_TRUNK_ONLY = flags.DEFINE_bool(
+  "trunk_only", False, "leave the extra predictors out: plain next-token prediction"
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "of the written weights"
+)
+
+
+def main() -> int:
+  try:
+    model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
+  except CheckpointError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  if _LAYOUT.value is None:
+    print(_list_layouts(model.config, _TRUNK_ONLY.value))
+    return 0
+  if _OUTPUT.value is None:
+    raise ConfigError("--output is required with --layout.")
+  output = Path(_OUTPUT.value)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    interop.export_params(
+      model.params,
+      model.config,
+      output,
+      _LAYOUT.value,
+      dtype=_DTYPE.value,
+      trunk_only=_TRUNK_ONLY.value,
+      token_ids=(model.tokenizer.bos_id, model.tokenizer.eos_id),
+      more_files={"tokenizer.json": model.tokenizer.to_json().encode()},
+    )
+  except interop.InteropError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  except OSError as error:
+    return cli.fail(f"{output} could not be written: {error}", 1)
+  print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
+  return 0
+
+
+def _list_layouts(config: Config, trunk_only: bool) -> str:
+  """Returns a line per layout: whether it has a place for the model."""
+  obstacles = interop.layouts_for(config, trunk_only)
+  return "\n".join(
+    f"{layout:12} {'no: ' + reason if reason else 'yes'}"
+    for layout, reason in obstacles.items()
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main)

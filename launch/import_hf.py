@@ -1,0 +1,104 @@
+r"""Makes a run folder out of Hugging Face weights, for launch.train to go on from.
+
+  python -m launch.import_hf --from=models/gpt2 --workdir=runs/gpt2_mtp
+  python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
+      --config.mtp.depth=2 --config.train.freeze_trunk=True --config.data.seq_len=1024
+  python -m launch.train --workdir=runs/gpt2_mtp
+
+Reads config.json and safetensors (one file, or shards with an index) of GPT-2, Llama,
+Qwen2, Qwen3, DeepSeek-V3 and MiMo models. The trunk of the config becomes that of the
+folder; all else (extra predictors, data, optimizer, mesh) is as --config says. New
+predictors begin at random, so the next-token logits of the run folder are those of the
+folder, until training moves them; with --config.train.freeze_trunk=True they stay. MTP
+layers that the folder has are taken over with their depth.
+
+The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
+otherwise. Weights that do not fit are refused by name; nothing is written then.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from launch import cli
+from mtp_jax import interop
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import Config, ConfigError, validate, with_overrides
+from mtp_jax.train import start_run
+
+cli.define_config(default="experiments/imported.py")
+_FROM = flags.DEFINE_string("from", None, "folder with config.json and safetensors")
+flags.mark_flag_as_required("from")
+_WORKDIR = cli.define_workdir("the new run folder")
+_COMPILATION_CACHE = cli.define_compilation_cache()
+
+
+def main() -> int:
+  folder, workdir = Path(_FROM.value), Path(_WORKDIR.value)
+  try:
+    model = interop.read_model(folder)
+    config = combine(cli.load_config(), cli.config_overrides(), model)
+    validate(config)
+    cli.check_files(config.data, config.tokenizer)
+    validate(config, jax.device_count())
+    cli.use_compilation_cache(_COMPILATION_CACHE.value)
+    start_run(config, workdir, lambda mesh: interop.load_params(model, config, mesh))
+  except interop.InteropError as error:
+    return cli.fail(str(error), cli.BAD_INPUT)
+  except CheckpointError as error:
+    return cli.fail(str(error), 1)
+  print(
+    f"{workdir}: {model.family} weights at step 0, mtp.kind {config.mtp.kind!r}, depth "
+    f"{config.mtp.depth}. Go on with: python -m launch.train --workdir={workdir}",
+    file=sys.stderr,
+  )
+  return 0
+
+
+def combine(
+  config: Config, overrides: dict[str, Any], model: interop.HfModel
+) -> Config:
+  """Returns the config with the trunk, tokenizer and MTP layers of the folder.
+
+  Args:
+    config: what --config says, overrides included.
+    overrides: what was set on the command line, by dotted key.
+    model: the folder.
+
+  Raises:
+    ConfigError: the command line sets what the folder decides, to another value; or
+      there is no tokenizer, or more positions than the folder has.
+  """
+  decided = dict(model.overrides)
+  for key, value in overrides.items():
+    if key in decided and decided[key] != value:
+      raise ConfigError(
+        f"{key} must be {decided[key]!r}, as {model.folder} has it, got {value!r}."
+      )
+  if not {"tokenizer.kind", "tokenizer.path"} & overrides.keys():
+    if model.tokenizer is None:
+      raise ConfigError(
+        f"{model.folder} has no tokenizer.json; name one "
+        "(--config.tokenizer.kind=file --config.tokenizer.path=FILE), or set "
+        "--config.tokenizer.kind=bytes."
+      )
+    decided |= {"tokenizer.kind": "file", "tokenizer.path": str(model.tokenizer)}
+  if "data.seq_len" not in overrides:
+    decided.setdefault("data.seq_len", min(config.data.seq_len, model.max_length))
+  if config.optimizer.base_width == config.trunk.embed_dim:
+    decided["optimizer.base_width"] = decided["trunk.embed_dim"]
+  combined = with_overrides(config, decided)
+  if combined.data.seq_len > model.max_length:
+    raise ConfigError(
+      f"data.seq_len must be at most {model.max_length}, the positions of "
+      f"{model.folder}, got {combined.data.seq_len}."
+    )
+  return dataclasses.replace(combined, name=config.name)
+
+
+if __name__ == "__main__":
+  cli.run(main)

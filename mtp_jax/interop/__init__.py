@@ -1,0 +1,23 @@
+"""Hugging Face model folders in and out, as safetensors; no pickle, no torch.
+
+  model = interop.read_model(folder)                  # config.json and headers only
+  config = with_overrides(config, model.overrides)
+  params = interop.load_params(model, config, mesh)   # into the sharded layout
+
+  interop.layouts_for(config)                         # {"llama": "", "gpt2": "why not"}
+  interop.export_params(params, config, folder, "llama")
+"""
+
+from mtp_jax.interop.errors import InteropError
+from mtp_jax.interop.exporting import export_params
+from mtp_jax.interop.hf_config import layouts_for
+from mtp_jax.interop.loading import HfModel, load_params, read_model
+
+__all__ = [
+  "HfModel",
+  "InteropError",
+  "export_params",
+  "layouts_for",
+  "load_params",
+  "read_model",
+]

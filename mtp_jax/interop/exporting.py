@@ -1,0 +1,166 @@
+"""Our parameters into model folders of other frameworks."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import files
+from mtp_jax.config import Config
+from mtp_jax.interop.errors import InteropError
+from mtp_jax.interop.hf_config import layouts_for, write_config
+from mtp_jax.interop.loading import CONTRACT, parameter_shapes
+from mtp_jax.interop.tensor_files import (
+  NewTensor,
+  write_bytes,
+  write_json,
+  write_tensors,
+)
+from mtp_jax.interop.tensor_table import CONCAT_ORDER, Entry, tensor_table
+from mtp_jax.model.lm import deployed
+
+_DTYPES = {
+  "float32": np.dtype(np.float32),
+  "bfloat16": np.dtype(jnp.bfloat16),
+}
+
+
+def export_params(
+  params: dict[str, Any],
+  config: Config,
+  folder: Path,
+  layout: str,
+  dtype: str = "float32",
+  max_shard_bytes: int = 5 * 10**9,
+  trunk_only: bool = False,
+  token_ids: tuple[int, int] | None = None,
+  more_files: dict[str, bytes] | None = None,
+) -> None:
+  """Writes config.json, safetensors and `mtp_contract.json` into a new folder.
+
+  The folder appears whole or not at all. One tensor is alive at a time.
+
+  Args:
+    params, config: as trained.
+    folder: does not exist yet, or is empty; the one above it exists.
+    layout: one of those that `layouts_for(config, trunk_only)` allows.
+    dtype: float32 | bfloat16; the balancing bias of experts stays float32.
+    max_shard_bytes: size from which there are several files and an index.
+    trunk_only: deletes the extra predictors (`model.lm.deployed`).
+    token_ids: begin and end of a document, for config.json.
+    more_files: by name, such as tokenizer.json.
+
+  Raises:
+    InteropError: the layout has no place for the model, or the folder is in use.
+    OSError: it could not be written in full; nothing is left of it.
+  """
+  folder = Path(folder)
+  _check_target(folder)
+  obstacles = layouts_for(config, trunk_only)
+  if layout not in obstacles:
+    raise InteropError(
+      f"layout must be one of {', '.join(map(repr, obstacles))}, got {layout!r}."
+    )
+  if obstacles[layout]:
+    possible = [name for name, obstacle in obstacles.items() if not obstacle]
+    raise InteropError(
+      f"this model has no place in the layout {layout!r}: {obstacles[layout]}. "
+      f"Possible: {', '.join(possible) or 'none'}."
+    )
+  if dtype not in _DTYPES:
+    raise InteropError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}.")
+  if trunk_only:
+    params, config = deployed(params, config)
+  leaves = flax.traverse_util.flatten_dict(params, sep="/")
+  shapes = parameter_shapes(config)
+  _check_params(leaves, shapes)
+  entries = tensor_table(config, layout, shapes)
+  own = {entry.name: entry for entry in entries if not entry.copy_of}
+  tensors = [
+    _new_tensor(entry, own.get(entry.copy_of, entry), leaves, _DTYPES[dtype])
+    for entry in entries
+    if entry.written
+  ]
+
+  temporary = Path(files.temporary_name(folder))
+  temporary.mkdir()
+  try:
+    write_tensors(temporary, tensors, max_shard_bytes)
+    write_json(
+      temporary / "config.json", write_config(config, layout, dtype, token_ids)
+    )
+    write_json(temporary / CONTRACT, _contract(config, layout))
+    for name, content in (more_files or {}).items():
+      write_bytes(temporary / name, content)
+    os.replace(temporary, folder)
+  finally:
+    if temporary.exists():
+      shutil.rmtree(temporary)
+
+
+def _check_target(folder: Path) -> None:
+  if not folder.parent.is_dir():
+    raise InteropError(f"the folder {folder.parent} does not exist.")
+  if folder.exists() and not folder.is_dir():
+    raise InteropError(f"{folder} is a file.")
+  if folder.is_dir() and any(folder.iterdir()):
+    raise InteropError(f"{folder} is not empty; choose a new folder.")
+
+
+def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+  for path in sorted(leaves.keys() ^ shapes.keys()):
+    verb = "has" if path in leaves else "lacks"
+    raise InteropError(f"the parameter tree {verb} {path!r}, unlike its config.")
+  for path, leaf in leaves.items():
+    if tuple(leaf.shape) != shapes[path]:
+      raise InteropError(
+        f"parameter {path!r} is {list(leaf.shape)}, and its config means "
+        f"{list(shapes[path])}."
+      )
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      raise InteropError(
+        f"parameter {path!r} is spread over several processes; export from one."
+      )
+
+
+def _new_tensor(
+  entry: Entry, source: Entry, leaves: dict[str, Any], dtype: np.dtype
+) -> NewTensor:
+  if entry.name.endswith("e_score_correction_bias"):
+    dtype = np.dtype(np.float32)
+
+  def make() -> np.ndarray:
+    if not source.pieces:
+      return np.zeros(entry.shape, dtype)
+    parts = [
+      piece.form.to_stored(np.asarray(leaves[piece.path][piece.index]))
+      for piece in source.pieces
+    ]
+    return np.concatenate(parts, axis=-1).astype(dtype)
+
+  return NewTensor(entry.name, dtype, entry.shape, make)
+
+
+def _contract(config: Config, layout: str) -> dict[str, Any]:
+  """What a reader must know about the MTP layers and no layout states."""
+  depth = config.mtp.depth
+  contract = {"kind": config.mtp.kind if depth else "none", "depth": depth}
+  if not depth:
+    return contract
+  return contract | {
+    "concat_order": list(CONCAT_ORDER[layout]),
+    "hidden_source": "trunk output after its final norm",
+    "norm_point": "each input of the projection, and the output, has its own norm",
+    "recycled_state": "layer k reads the normed output of layer k - 1",
+    "position_offset": 0,
+    "row": "layer k at position i reads the embedding of token i + k and predicts "
+    "token i + k + 1; k starts at 1",
+    "embedding_zeroed_at_position_0": False,
+    "embedding_shared": True,
+    "unembedding_shared": True,
+  }

@@ -1,0 +1,301 @@
+"""Which tensor of a file is which parameter of ours: one table for both directions.
+
+A line says how a tensor is called, which parameters it holds and in what form. Forms
+can be inverted, so that reading what was written gives back every bit.
+
+Legend: L layers, E experts, D embed, N heads, H head dim.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+
+Shapes = dict[str, tuple[int, ...]]  # Of our parameters, by path: "embed/embedding".
+
+
+class Form(NamedTuple):
+  """How one parameter lies in a file: flat, or as a matrix.
+
+  inputs:     so many of its first axes are inputs of a matrix product; 0 for a vector.
+  transposed: the matrix in the file is [outputs, inputs].
+  axis, order: entry i of ours along `axis` is entry order[i] of theirs.
+  """
+
+  inputs: int
+  transposed: bool = False
+  axis: int = 0
+  order: np.ndarray | None = None
+
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape in the file of a parameter of `shape`."""
+    if self.inputs == 0:
+      return (int(np.prod(shape)),)
+    split = shape[: self.inputs], shape[self.inputs :]
+    rows, columns = (int(np.prod(part)) for part in split)
+    return (columns, rows) if self.transposed else (rows, columns)
+
+  def to_ours(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the parameter of `shape`: a view, unless its entries are reordered."""
+    ours = (stored.T if self.transposed else stored).reshape(shape)
+    return ours if self.order is None else ours.take(self.order, self.axis)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    """Returns the inverse of `to_ours`."""
+    stored_shape = self.stored_shape(ours.shape)
+    if self.order is not None:
+      ours = ours.take(np.argsort(self.order), self.axis)
+    return ours.reshape(stored_shape[::-1]).T if self.transposed else (
+      ours.reshape(stored_shape)
+    )
+
+
+class Piece(NamedTuple):
+  """One parameter, or one entry of a stack of them: `shape` is without the stack."""
+
+  path: str
+  index: tuple[int, ...]
+  shape: tuple[int, ...]
+  form: Form
+
+
+class Entry(NamedTuple):
+  """One tensor of a file.
+
+  pieces:  what it holds, joined along its last axis; zeros where there is nothing.
+  copy_of: it only repeats that tensor. A folder need not have it; one that has it must
+           have the same values. `written` says whether we write it.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  pieces: tuple[Piece, ...] = ()
+  copy_of: str = ""
+  written: bool = True
+
+
+class _Line(NamedTuple):
+  """A tensor of a block; `{expert}` in its name stands for every expert.
+
+  `zeros`: its size where our block has no such parameter.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  form: Form
+  zeros: int = 0
+
+
+_VECTOR, _MATRIX = Form(0), Form(1)
+_LINEAR, _LINEAR_2 = Form(1, transposed=True), Form(2, transposed=True)
+
+_GPT2_BLOCK = (
+  _Line("ln_1.weight", ("attention_norm/scale",), _VECTOR),
+  _Line("ln_1.bias", ("attention_norm/bias",), _VECTOR),
+  _Line(
+    "attn.c_attn.weight",
+    ("attention/query", "attention/key", "attention/value"),
+    _MATRIX,
+  ),
+  _Line(
+    "attn.c_attn.bias",
+    ("attention/query_bias", "attention/key_bias", "attention/value_bias"),
+    _VECTOR,
+  ),
+  _Line("attn.c_proj.weight", ("attention/out",), Form(2)),
+  _Line("attn.c_proj.bias", ("attention/out_bias",), _VECTOR),
+  _Line("ln_2.weight", ("mlp_norm/scale",), _VECTOR),
+  _Line("ln_2.bias", ("mlp_norm/bias",), _VECTOR),
+  _Line("mlp.c_fc.weight", ("mlp/up",), _MATRIX),
+  _Line("mlp.c_fc.bias", ("mlp/up_bias",), _VECTOR),
+  _Line("mlp.c_proj.weight", ("mlp/down",), _MATRIX),
+  _Line("mlp.c_proj.bias", ("mlp/down_bias",), _VECTOR),
+)
+
+_NORMS = (
+  _Line("input_layernorm.weight", ("attention_norm/scale",), _VECTOR),
+  _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR),
+)
+
+_GROUPED_ATTENTION = (
+  _Line("self_attn.q_proj.weight", ("attention/query",), _LINEAR),
+  _Line("self_attn.k_proj.weight", ("attention/key",), _LINEAR),
+  _Line("self_attn.v_proj.weight", ("attention/value",), _LINEAR),
+  _Line("self_attn.o_proj.weight", ("attention/out",), _LINEAR_2),
+)
+
+_QK_NORMS = (
+  _Line("self_attn.q_norm.weight", ("attention/query_head_norm/scale",), _VECTOR),
+  _Line("self_attn.k_norm.weight", ("attention/key_head_norm/scale",), _VECTOR),
+)
+
+
+def _swiglu(theirs: str, ours: str) -> tuple[_Line, ...]:
+  return (
+    _Line(f"{theirs}.gate_proj.weight", (f"{ours}/gate",), _LINEAR),
+    _Line(f"{theirs}.up_proj.weight", (f"{ours}/up",), _LINEAR),
+    _Line(f"{theirs}.down_proj.weight", (f"{ours}/down",), _LINEAR),
+  )
+
+
+_DENSE = _swiglu("mlp", "mlp")
+
+_EXPERTS = (
+  _Line("mlp.gate.weight", ("moe/router",), _LINEAR),
+  _Line("mlp.gate.e_score_correction_bias", ("moe/bias",), _VECTOR),
+  *_swiglu("mlp.shared_experts", "moe/shared"),
+  *_swiglu("mlp.experts.{expert}", "moe/experts"),
+)
+
+_DEEPSEEK_MODULE = (
+  _Line("enorm.weight", ("embed_norm/scale",), _VECTOR),
+  _Line("hnorm.weight", ("hidden_norm/scale",), _VECTOR),
+  _Line("shared_head.norm.weight", ("out_norm/scale",), _VECTOR),
+)
+
+_MIMO_MODULE = (
+  _Line("token_layernorm.weight", ("embed_norm/scale",), _VECTOR),
+  _Line("hidden_layernorm.weight", ("hidden_norm/scale",), _VECTOR),
+  _Line("input_proj.weight", ("projection",), _LINEAR),
+  _Line("final_layernorm.weight", ("out_norm/scale",), _VECTOR),
+)
+
+# The order of the two inputs of a module's projection, as they lie in the file.
+CONCAT_ORDER = {
+  "deepseek_v3": ("embedding", "hidden"),
+  "mimo": ("hidden", "embedding"),
+}
+
+
+def tensor_table(config: Config, layout: str, shapes: Shapes) -> tuple[Entry, ...]:
+  """Returns the tensors of `layout` that hold the parameters of `config`.
+
+  `shapes` has every parameter of the config. Predictors beyond the next token are
+  included where the layout has a place for them.
+  """
+  entries = tuple(_entries(config, layout, shapes))
+  names = [entry.name for entry in entries]
+  assert len(names) == len(set(names)), "a name is in the table twice"
+  return entries
+
+
+def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
+  trunk, depth = config.trunk, config.mtp.depth
+  layers, num_dense = num_trunk_layers(config), trunk.dense_prefix
+  if layout == "gpt2":
+    embed, norm, layer = "transformer.wte", "transformer.ln_f", "transformer.h"
+  else:
+    embed, norm, layer = "model.embed_tokens", "model.norm", "model.layers"
+
+  def stacked(lines: tuple[_Line, ...], prefix: str, path: str, index: tuple):
+    return _expand(lines, prefix, path, index, trunk.moe.num_experts, shapes)
+
+  top = [_Line(f"{embed}.weight", ("embed/embedding",), _MATRIX)]
+  if layout == "gpt2":
+    position = "transformer.wpe.weight"
+    top.append(_Line(position, ("position_embed/embedding",), _MATRIX))
+    top.append(_Line(f"{norm}.bias", ("final_norm/bias",), _VECTOR))
+  top.append(_Line(f"{norm}.weight", ("final_norm/scale",), _VECTOR))
+  if not trunk.tie_embeddings:
+    top.append(_Line("lm_head.weight", ("unembed/kernel",), _LINEAR))
+  yield from stacked(tuple(top), "", "", ())
+  table = shapes["embed/embedding"]
+  if trunk.tie_embeddings:
+    yield Entry("lm_head.weight", table, copy_of=f"{embed}.weight", written=False)
+
+  dense = _block(trunk.dense(), layout)
+  for i in range(num_dense):
+    yield from stacked(dense, f"{layer}.{i}.", "trunk/dense_blocks/", (i,))
+  block = _block(trunk, layout)
+  for i in range(num_dense, layers):
+    yield from stacked(block, f"{layer}.{i}.", "trunk/blocks/", (i - num_dense,))
+
+  for k in range(depth if layout in CONCAT_ORDER else 0):
+    index = () if config.mtp.share_modules else (k,)
+    if layout == "mimo":
+      module, prefix = _MIMO_MODULE, f"model.mtp_layers.{k}."
+    else:
+      swapped = np.roll(np.arange(2 * trunk.embed_dim), trunk.embed_dim)
+      join = _Line("eh_proj.weight", ("projection",), _LINEAR._replace(order=swapped))
+      module, prefix = (*_DEEPSEEK_MODULE, join), f"model.layers.{layers + k}."
+      # Some engines read these copies, others the trunk's: both find the same.
+      head = embed if trunk.tie_embeddings else "lm_head"
+      for copy, of in (("embed_tokens", embed), ("shared_head.head", head)):
+        yield Entry(f"{prefix}{copy}.weight", table, copy_of=f"{of}.weight")
+    yield from stacked(module, prefix, "mtp/modules/", index)
+    yield from stacked(block, prefix, "mtp/modules/block/", index)
+
+
+def _block(trunk: TrunkConfig, layout: str) -> tuple[_Line, ...]:
+  if layout == "gpt2":
+    return _GPT2_BLOCK
+  if layout == "deepseek_v3":
+    feed_forward = _EXPERTS if trunk.moe.num_experts else _DENSE
+    return (*_NORMS, *_latent_attention(trunk), *feed_forward)
+  biases = _qkv_biases(trunk) if trunk.qkv_bias or layout == "mimo" else ()
+  norms = _QK_NORMS if trunk.qk_norm else ()
+  return (*_NORMS, *_GROUPED_ATTENTION, *biases, *norms, *_DENSE)
+
+
+def _qkv_biases(trunk: TrunkConfig) -> tuple[_Line, ...]:
+  heads = (trunk.num_heads, trunk.num_kv_heads, trunk.num_kv_heads)
+  return tuple(
+    _Line(f"self_attn.{name[0]}_proj.bias", (f"attention/{name}_bias",), _VECTOR)
+    if trunk.qkv_bias
+    else _Line(f"self_attn.{name[0]}_proj.bias", (), _VECTOR, num * trunk.head_dim)
+    for name, num in zip(("query", "key", "value"), heads, strict=True)
+  )
+
+
+def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
+  """Multi-head latent attention; the rotated dims come in pairs there, in halves here.
+
+  Pair j there is (2j, 2j + 1), which are j and rope_dim / 2 + j here.
+  """
+  sizes = trunk.latent
+  pairs = np.arange(sizes.rope_dim).reshape(-1, 2).T.reshape(-1)
+  after = lambda n: np.concatenate([np.arange(n), n + pairs])  # noqa: E731
+  query = _LINEAR._replace(axis=2, order=after(sizes.nope_dim))
+  if sizes.query_rank:
+    queries = (
+      _Line("self_attn.q_a_proj.weight", ("attention/query_down",), _LINEAR),
+      _Line("self_attn.q_a_layernorm.weight", ("attention/query_norm/scale",), _VECTOR),
+      _Line("self_attn.q_b_proj.weight", ("attention/query",), query),
+    )
+  else:
+    queries = (_Line("self_attn.q_proj.weight", ("attention/query",), query),)
+  down = _LINEAR._replace(axis=1, order=after(sizes.kv_rank))
+  return (
+    *queries,
+    _Line("self_attn.kv_a_proj_with_mqa.weight", ("attention/kv_down",), down),
+    _Line("self_attn.kv_a_layernorm.weight", ("attention/kv_norm/scale",), _VECTOR),
+    _Line("self_attn.kv_b_proj.weight", ("attention/kv_up",), _LINEAR),
+    _Line("self_attn.o_proj.weight", ("attention/out",), _LINEAR_2),
+  )
+
+
+def _expand(
+  lines: tuple[_Line, ...],
+  prefix: str,
+  path: str,
+  index: tuple[int, ...],
+  num_experts: int,
+  shapes: Shapes,
+) -> Iterator[Entry]:
+  """Yields the tensors of one block (at `index` of its stack), all experts included."""
+  for line in lines:
+    if not line.paths:
+      yield Entry(prefix + line.name, (line.zeros,))
+      continue
+    is_expert = "{expert}" in line.name
+    for e in range(num_experts if is_expert else 1):
+      at = (*index, e) if is_expert else index
+      pieces = tuple(
+        Piece(path + leaf, at, shapes[path + leaf][len(at) :], line.form)
+        for leaf in line.paths
+      )
+      stored = [line.form.stored_shape(piece.shape) for piece in pieces]
+      shape = (*stored[0][:-1], sum(s[-1] for s in stored))
+      yield Entry(prefix + line.name.format(expert=e), shape, pieces)

@@ -1,0 +1,188 @@
+"""DeepSeek-V3 and MiMo with their MTP layers in plain NumPy, float64, from files.
+
+Written from the equations of the DeepSeek-V3 report (arXiv 2412.19437) and the Qwen2
+and MiMo reports, on the names that the released checkpoints have; nothing of mtp_jax
+is used. One document of one row.
+
+Legend: T tokens, D embed, N heads, H head dim, E experts, V vocab.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+
+class Weights:
+  """The tensors whose names begin with `prefix`, and the values of config.json."""
+
+  def __init__(self, folder: Path):
+    self.tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+      self.tensors |= load_file(file)
+    self.config = json.loads((folder / "config.json").read_text())
+    self.prefix = ""
+
+  def at(self, prefix: str) -> "Weights":
+    other = object.__new__(Weights)
+    other.tensors, other.config = self.tensors, self.config
+    other.prefix = f"{self.prefix}{prefix}."
+    return other
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.tensors[self.prefix + name].astype(np.float64)
+
+  def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+    y = x @ self[f"{name}.weight"].T
+    has_bias = f"{self.prefix}{name}.bias" in self.tensors
+    return y + self[f"{name}.bias"] if has_bias else y
+
+  def norm(self, name: str, x: np.ndarray, eps: float | None = None) -> np.ndarray:
+    eps = self.config["rms_norm_eps"] if eps is None else eps
+    size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x / size * self[f"{name}.weight"]
+
+
+def logits(folder: Path, tokens: np.ndarray, length: int) -> np.ndarray:
+  """Returns logits_MTV of the first `length` rows; `tokens` has M - 1 more."""
+  weights = Weights(folder)
+  run = _deepseek if weights.config["model_type"] == "deepseek_v3" else _mimo
+  return np.stack(run(weights, tokens, length))
+
+
+def _deepseek(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
+  trunk, num_layers = w.at("model"), w.config["num_hidden_layers"]
+  h_TD = trunk["embed_tokens.weight"][tokens[:length]]
+  for i in range(num_layers):
+    h_TD = _layer(trunk.at(f"layers.{i}"), h_TD, i)
+  h_TD = trunk.norm("norm", h_TD)
+  out = [h_TD @ _head(w)["weight"].T]
+  for k in range(1, 1 + w.config["num_nextn_predict_layers"]):
+    index = num_layers + k - 1
+    module = trunk.at(f"layers.{index}")
+    ahead_TD = module["embed_tokens.weight"][tokens[k : k + length]]
+    joined = np.concatenate(
+      [module.norm("enorm", ahead_TD), module.norm("hnorm", h_TD)], axis=-1
+    )
+    h_TD = _layer(module, module.linear("eh_proj", joined), index)
+    h_TD = module.norm("shared_head.norm", h_TD)
+    out.append(module.linear("shared_head.head", h_TD))
+  return out
+
+
+def _mimo(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
+  trunk = w.at("model")
+  h_TD = trunk["embed_tokens.weight"][tokens[:length]]
+  for i in range(w.config["num_hidden_layers"]):
+    h_TD = _layer(trunk.at(f"layers.{i}"), h_TD)
+  h_TD = trunk.norm("norm", h_TD)
+  module = trunk.at("mtp_layers.0")
+  ahead_TD = trunk["embed_tokens.weight"][tokens[1 : 1 + length]]
+  joined = np.concatenate(
+    [module.norm("hidden_layernorm", h_TD), module.norm("token_layernorm", ahead_TD)],
+    axis=-1,
+  )
+  m_TD = _layer(module, module.linear("input_proj", joined))
+  m_TD = module.norm("final_layernorm", m_TD)
+  return [x_TD @ _head(w)["weight"].T for x_TD in (h_TD, m_TD)]
+
+
+def _head(w: Weights) -> Weights:
+  is_tied = w.config["tie_word_embeddings"]
+  return w.at("model.embed_tokens") if is_tied else w.at("lm_head")
+
+
+def _layer(w: Weights, x_TD: np.ndarray, index: int | None = None) -> np.ndarray:
+  """A pre-norm block; with an `index`, one of DeepSeek-V3."""
+  attention, mlp = w.at("self_attn"), w.at("mlp")
+  normed_TD = w.norm("input_layernorm", x_TD)
+  x_TD = x_TD + (_grouped if index is None else _latent)(attention, normed_TD)
+  normed_TD = w.norm("post_attention_layernorm", x_TD)
+  is_dense = index is None or index < w.config["first_k_dense_replace"]
+  return x_TD + (_swiglu if is_dense else _experts)(mlp, normed_TD)
+
+
+def _swiglu(w: Weights, x_TD: np.ndarray) -> np.ndarray:
+  gate, up = w.linear("gate_proj", x_TD), w.linear("up_proj", x_TD)
+  return w.linear("down_proj", gate / (1 + np.exp(-gate)) * up)
+
+
+def _attend(q_NTH: np.ndarray, k_NTH: np.ndarray, v_NTH: np.ndarray) -> np.ndarray:
+  T = q_NTH.shape[1]
+  scores = q_NTH @ k_NTH.swapaxes(1, 2) / np.sqrt(q_NTH.shape[-1])
+  scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  out_NTH = weights / weights.sum(-1, keepdims=True) @ v_NTH
+  return out_NTH.swapaxes(0, 1).reshape(T, -1)
+
+
+def _turns(theta: float, length: int, width: int) -> np.ndarray:
+  frequency = theta ** (-np.arange(0, width, 2) / width)
+  return np.exp(1j * np.arange(length)[:, None] * frequency)
+
+
+def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
+  """Grouped-query attention, the pairs of a rotation in the two halves of a head."""
+  c, T = w.config, len(x_TD)
+  H = c["head_dim"]
+  turns = _turns(c["rope_theta"], T, H)
+
+  def heads(name: str) -> np.ndarray:
+    return w.linear(name, x_TD).reshape(T, -1, H).swapaxes(0, 1)
+
+  def rotate(x_NTH: np.ndarray) -> np.ndarray:
+    turned = (x_NTH[..., : H // 2] + 1j * x_NTH[..., H // 2 :]) * turns
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+  q, k, v = rotate(heads("q_proj")), rotate(heads("k_proj")), heads("v_proj")
+  group = c["num_attention_heads"] // c["num_key_value_heads"]
+  return w.linear("o_proj", _attend(q, *(a.repeat(group, axis=0) for a in (k, v))))
+
+
+def _latent(w: Weights, x_TD: np.ndarray) -> np.ndarray:
+  """Multi-head latent attention, equations 1 to 11; a rotation's pairs are adjacent."""
+  c, T, N = w.config, len(x_TD), w.config["num_attention_heads"]
+  nope, rope = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+  turns = _turns(c["rope_theta"], T, rope)
+
+  def rotate(x_NTH: np.ndarray) -> np.ndarray:
+    turned = (x_NTH[..., 0::2] + 1j * x_NTH[..., 1::2]) * turns
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x_NTH.shape)
+
+  def heads(x: np.ndarray) -> np.ndarray:
+    return x.reshape(T, N, -1).swapaxes(0, 1)
+
+  if c["q_lora_rank"]:
+    low = w.norm("q_a_layernorm", w.linear("q_a_proj", x_TD), eps=1e-6)
+    q_NTH = heads(w.linear("q_b_proj", low))
+  else:
+    q_NTH = heads(w.linear("q_proj", x_TD))
+  down = w.linear("kv_a_proj_with_mqa", x_TD)
+  latent = w.norm("kv_a_layernorm", down[:, : c["kv_lora_rank"]], eps=1e-6)
+  shared_1TH = rotate(down[None, :, c["kv_lora_rank"] :])
+  kv_NTH = heads(w.linear("kv_b_proj", latent))
+  q_NTH = np.concatenate([q_NTH[..., :nope], rotate(q_NTH[..., nope:])], axis=-1)
+  k_NTH = np.concatenate(
+    [kv_NTH[..., :nope], shared_1TH.repeat(N, axis=0)], axis=-1
+  )
+  return w.linear("o_proj", _attend(q_NTH, k_NTH, kv_NTH[..., nope:]))
+
+
+def _experts(w: Weights, x_TD: np.ndarray) -> np.ndarray:
+  """Shared and routed experts, equations 12 to 16, token by token."""
+  c = w.config
+  affinity_TE = 1 / (1 + np.exp(-x_TD @ w["gate.weight"].T))
+  out_TD = _swiglu(w.at("shared_experts"), x_TD)
+  size = c["n_routed_experts"] // c["n_group"]
+  for t, affinity_E in enumerate(affinity_TE):
+    score_GS = (affinity_E + w["gate.e_score_correction_bias"]).reshape(-1, size)
+    best_two_G = np.sort(score_GS, axis=1)[:, -2:].sum(axis=1)
+    kept = np.argsort(best_two_G)[-c["topk_group"] :]
+    allowed = [g * size + s for g in kept for s in range(size)]
+    allowed.sort(key=lambda e: -score_GS[e // size, e % size])
+    chosen = allowed[: c["num_experts_per_tok"]]
+    for e in chosen:
+      gate = affinity_E[e] / affinity_E[chosen].sum() * c["routed_scaling_factor"]
+      out_TD[t] += gate * _swiglu(w.at(f"experts.{e}"), x_TD[t : t + 1])[0]
+  return out_TD

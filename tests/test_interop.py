@@ -1,0 +1,581 @@
+"""Model folders out and back in: every bit, every layout, and every refusal.
+
+Parity with other implementations is in test_interop_parity.
+"""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mtp_jax import accounting, interop
+from mtp_jax.config import difference, with_overrides
+from mtp_jax.interop import InteropError, exporting, tensor_files
+from mtp_jax.model.lm import deployed
+from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
+from tests import common
+from tests.hf_folders import (
+  CASES,
+  DEEPSEEK,
+  assert_same_bits,
+  config_of,
+  one_device,
+  write,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_found_once():
+  with pytest.MonkeyPatch.context() as patch:
+    cached = functools.cache(accounting.abstract_params)
+    patch.setattr(accounting, "abstract_params", cached)
+    yield
+
+
+def load(folder, config=None, mesh=None):
+  """Returns the parameters of a folder, and the config that its own words lead to."""
+  found = interop.read_model(folder)
+  if config is None:
+    config = with_overrides(common.tiny_config(), found.overrides)
+  return interop.load_params(found, config, mesh or one_device()), config
+
+
+def all_tensors(folder):
+  tensors = {}
+  for file in folder.glob("*.safetensors"):
+    tensors |= load_file(file)
+  return tensors
+
+
+def rewrite(folder, change):
+  """Applies `change` to the dict of the tensors of a folder with one file."""
+  file = folder / "model.safetensors"
+  tensors = load_file(file)
+  save_file(change(tensors) or tensors, file)
+
+
+def edit_config(folder, **values):
+  """Sets keys of config.json; None removes."""
+  file = folder / "config.json"
+  stated = json.loads(file.read_text()) | values
+  file.write_text(json.dumps({k: v for k, v in stated.items() if v is not None}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """Returns copies of folders, written once per case."""
+  written = {}
+
+  def copy(case, to):
+    if case not in written:
+      written[case] = tmp_path_factory.mktemp("written") / case
+      write(case, written[case])
+    shutil.copytree(written[case], to)
+    return to
+
+  return copy
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_comes_back_is_what_went_out(tmp_path, case):
+  params = write(case, tmp_path / "out")
+  loaded, config = load(tmp_path / "out")
+  if case == "mimo-no-biases-tied":  # The layout has biases, so now we have too.
+    for block in (params["trunk"]["blocks"], params["mtp"]["modules"]["block"]):
+      for name, like in (("query", 4), ("key", 2), ("value", 2)):
+        shape = (*block["attention_norm"]["scale"].shape[:1], like, 4)
+        block["attention"][f"{name}_bias"] = np.zeros(shape, np.float32)
+  assert_same_bits(loaded, params)
+  interop.export_params(loaded, config, tmp_path / "again", CASES[case][0])
+  for name in ("model.safetensors", "config.json", "mtp_contract.json"):
+    first, second = tmp_path / "out" / name, tmp_path / "again" / name
+    assert first.read_bytes() == second.read_bytes(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("without", ["nothing", "rope_parameters", "rope_scaling"])
+def test_config_json_says_what_the_model_is(tmp_path, folders, case, without):
+  """Either of the keys for rotary settings will do."""
+  folder = folders(case, tmp_path / "out")
+  edit_config(folder, **{without: None})
+  if without == "rope_scaling":
+    edit_config(folder, rope_theta=None)
+  found = interop.read_model(folder)
+  described = with_overrides(common.tiny_config(), found.overrides)
+  expected = config_of(case, {"trunk.qkv_bias": True} if "mimo" in case else None)
+  assert difference(described, expected) == {}
+  assert found.has_mtp == CASES[case][2]
+  assert found.max_length == (48 if expected.trunk.rope_scaling.factor == 8 else 16)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "deepseek"])
+def test_shards_hold_what_one_file_does(tmp_path, case):
+  write(case, tmp_path / "one")
+  write(case, tmp_path / "many", max_shard_bytes=3000)
+  shards = list((tmp_path / "many").glob("*.safetensors"))
+  index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+  assert len(shards) > 3
+  assert {file.name for file in shards} == set(index["weight_map"].values())
+  tensors = all_tensors(tmp_path / "one")
+  assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+  # A shard is larger only where a single tensor is.
+  assert all(
+    sum(t.nbytes for t in held.values()) <= 3000 or len(held) == 1
+    for held in map(load_file, shards)
+  )
+  assert_same_bits(all_tensors(tmp_path / "many"), tensors)
+  assert_same_bits(load(tmp_path / "many")[0], load(tmp_path / "one")[0])
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"expert": 4, "fsdp": 2}])
+@pytest.mark.parametrize("case", ["gpt2", "deepseek"])
+def test_eight_devices_hold_what_one_does_in_the_layout_of_training(
+  tmp_path, case, axes
+):
+  if case == "gpt2" and "expert" in axes:
+    axes = {"data": 2, "tensor": 4}
+  params = write(case, tmp_path / "out")
+  config = config_of(case, {f"mesh.{axis}": size for axis, size in axes.items()})
+  mesh = make_mesh(config.mesh, jax.devices())
+  loaded, _ = load(tmp_path / "out", config, mesh)
+  layout = tree_shardings(mesh, logical_axes(accounting.abstract_params(config)))
+  assert jax.tree.map(lambda x: x.sharding, loaded) == layout
+  assert_same_bits(loaded, params)
+  interop.export_params(loaded, config, tmp_path / "again", CASES[case][0])
+  assert_same_bits(all_tensors(tmp_path / "again"), all_tensors(tmp_path / "out"))
+
+
+def test_a_device_reads_only_its_own_part(tmp_path, monkeypatch):
+  write("deepseek", tmp_path / "out")
+  config = config_of("deepseek", {"mesh.expert": 4, "mesh.fsdp": 2})
+  opened = []
+  original = tensor_files.StoredTensor.open
+
+  def counting(self):
+    opened.append(self)
+    return original(self)
+
+  found = interop.read_model(tmp_path / "out")
+  monkeypatch.setattr(tensor_files.StoredTensor, "open", counting)
+  interop.load_params(found, config, make_mesh(config.mesh, jax.devices()))
+  # Each expert is on one of four shards, of which each is split in two over `fsdp`.
+  times = {t: opened.count(t) for n, t in found.tensors.items() if ".experts.1." in n}
+  assert set(times.values()) == {2}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
+def test_other_dtypes_become_float32(tmp_path, dtype):
+  params = write("gpt2", tmp_path / "out")
+  rewrite(tmp_path / "out", lambda t: {name: x.astype(dtype) for name, x in t.items()})
+  narrowed = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+  assert_same_bits(load(tmp_path / "out")[0], narrowed)
+
+
+def test_bfloat16_is_written_but_for_the_balancing_bias(tmp_path):
+  params = write("deepseek", tmp_path / "out", dtype="bfloat16")
+  tensors = all_tensors(tmp_path / "out")
+  wide = {name for name, x in tensors.items() if x.dtype == np.float32}
+  assert wide == {name for name in tensors if name.endswith("score_correction_bias")}
+  assert {x.dtype for name, x in tensors.items() if name not in wide} == {
+    np.dtype(jnp.bfloat16)
+  }
+  loaded, _ = load(tmp_path / "out")
+  block, written = loaded["trunk"]["blocks"], params["trunk"]["blocks"]
+  assert_same_bits(block["moe"]["bias"], written["moe"]["bias"])
+  router = written["moe"]["router"].astype(jnp.bfloat16).astype(np.float32)
+  assert_same_bits(block["moe"]["router"], router)
+
+
+# What the files of others look like
+
+
+def test_old_gpt2_files_have_other_names_and_masks(tmp_path):
+  params = write("gpt2", tmp_path / "out")
+
+  def age(tensors):
+    tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+    mask = np.ones((1, 1, 16, 16), np.float32)
+    return tensors | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": mask[0, 0, 0]}
+
+  rewrite(tmp_path / "out", age)
+  edit_config(tmp_path / "out", n_inner=None)
+  file = tmp_path / "out" / "config.json"
+  with pytest.raises(InteropError, match=r"mlp.c_fc.weight is \[16, 24\]"):
+    load(tmp_path / "out")
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"n_inner": 24}))
+  assert_same_bits(load(tmp_path / "out")[0], params)
+
+
+def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path):
+  write("llama", tmp_path / "out")
+  rewrite(
+    tmp_path / "out", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}
+  )
+  load(tmp_path / "out")
+  rewrite(
+    tmp_path / "out",
+    lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]},
+  )
+  with pytest.raises(InteropError, match=r"lm_head.weight must equal model.embed_tok"):
+    load(tmp_path / "out")
+
+
+def test_files_may_lack_the_mtp_layers_that_config_json_counts(tmp_path):
+  params = write("deepseek", tmp_path / "out")
+  layers = ("model.layers.3.", "model.layers.4.")
+  rewrite(
+    tmp_path / "out",
+    lambda t: {name: x for name, x in t.items() if not name.startswith(layers)},
+  )
+  found = interop.read_model(tmp_path / "out")
+  assert found.has_mtp == 0 and "mtp.depth" not in found.overrides
+  trunk = {name: tree for name, tree in params.items() if name != "mtp"}
+  # New modules are the caller's; there are none of them in the folder.
+  assert_same_bits(load(tmp_path / "out", config_of("deepseek"))[0], trunk)
+
+
+def test_the_copies_for_other_engines_may_be_absent_but_not_differ(tmp_path):
+  params = write("deepseek", tmp_path / "out")
+  name = "model.layers.4.shared_head.head.weight"
+  whole = all_tensors(tmp_path / "out")
+  np.testing.assert_array_equal(whole[name], whole["lm_head.weight"])
+  embedding = whole["model.embed_tokens.weight"]
+  np.testing.assert_array_equal(whole["model.layers.3.embed_tokens.weight"], embedding)
+  rewrite(tmp_path / "out", lambda t: {k: v for k, v in t.items() if k != name})
+  assert_same_bits(load(tmp_path / "out")[0], params)
+  changed = whole["lm_head.weight"].copy()
+  changed[7, 3] += 1
+  rewrite(tmp_path / "out", lambda t: t | {name: changed})
+  with pytest.raises(InteropError, match=rf"{name} must equal lm_head.weight"):
+    load(tmp_path / "out")
+
+
+# What is written beside the tensors
+
+
+def test_the_contract_states_the_order_of_the_file(tmp_path):
+  for case, order in (("deepseek", ["embedding", "hidden"]), ("mimo", None)):
+    write(case, tmp_path / case)
+    stated = json.loads((tmp_path / case / "mtp_contract.json").read_text())
+    assert stated["concat_order"] == (order or ["hidden", "embedding"])
+    assert stated["kind"] == "sequential" and stated["position_offset"] == 0
+    file = tmp_path / case / "mtp_contract.json"
+    file.write_text(json.dumps(stated | {"concat_order": stated["concat_order"][::-1]}))
+    with pytest.raises(InteropError, match="concat_order is"):
+      interop.read_model(tmp_path / case)
+
+
+def test_more_files_and_token_ids_are_written_with_the_rest(tmp_path):
+  content = b'{"version": "1.0"}'
+  write(
+    "llama", tmp_path / "out", token_ids=(3, 4), more_files={"tokenizer.json": content}
+  )
+  found = interop.read_model(tmp_path / "out")
+  assert found.tokenizer.read_bytes() == content
+  stated = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert (stated["bos_token_id"], stated["eos_token_id"]) == (3, 4)
+
+
+@pytest.mark.parametrize("kind, depth", common.KINDS)
+def test_the_trunk_of_any_kind_can_be_written_alone(tmp_path, kind, depth):
+  config = common.tiny_config(kind, depth)
+  params = common.random_params(config)
+  interop.export_params(params, config, tmp_path / "out", "llama", trunk_only=True)
+  loaded, found = load(tmp_path / "out")
+  expected, expected_config = deployed(params, config)
+  assert_same_bits(loaded, expected)
+  assert found.trunk == expected_config.trunk
+  contract = json.loads((tmp_path / "out" / "mtp_contract.json").read_text())
+  assert contract == {"kind": "none", "depth": 0}
+
+
+LAYOUTS = ("gpt2", "llama", "qwen2", "qwen3", "deepseek_v3", "mimo")
+
+
+@pytest.mark.parametrize(
+  "kind, depth, overrides, possible, with_trunk_only",
+  [
+    ("none", 0, {}, "llama", "llama"),
+    ("sequential", 1, {}, "mimo", "llama"),
+    ("sequential", 2, {}, "", "llama"),
+    ("linear", 1, {}, "", "llama"),
+    ("parallel", 1, {}, "", "llama"),
+    ("sequential", 1, common.GPT2, "", "gpt2"),
+    ("sequential", 1, {"trunk.qkv_bias": True}, "mimo", "qwen2"),
+    ("sequential", 1, {"trunk.qk_norm": True}, "", "qwen3"),
+    ("none", 0, {"trunk.qkv_bias": True, "trunk.qk_norm": True}, "", ""),
+    ("sequential", 3, DEEPSEEK, "deepseek_v3", "deepseek_v3"),
+    ("parallel", 1, DEEPSEEK, "", "deepseek_v3"),
+    ("sequential", 1, DEEPSEEK | {"mtp.dense_blocks": True}, "", "deepseek_v3"),
+    ("none", 0, DEEPSEEK | {"trunk.moe.num_shared": 0}, "", ""),
+    ("none", 0, {"trunk.moe.num_experts": 8}, "", ""),
+    ("none", 0, {"trunk.attention_dim": 8, "trunk.qkv_bias": True}, "", ""),
+    ("none", 0, common.GPT2 | {"trunk.attention_dim": 8}, "", ""),
+    ("none", 0, {"trunk.rope_scaling.kind": "yarn"}, "llama", "llama"),
+    (
+      "none", 0, {"trunk.rope_scaling.kind": "yarn", "trunk.rope_scaling.mscale": 0.5},
+      "", "",
+    ),
+    (
+      "none", 0, {"trunk.num_heads": 3, "trunk.num_kv_heads": 3,
+      "trunk.attention_dim": 24}, "", "",
+    ),
+  ],
+)  # fmt: skip
+def test_layouts_of_a_config(kind, depth, overrides, possible, with_trunk_only):
+  config = common.tiny_config(kind, depth, overrides)
+  for trunk_only, expected in ((False, possible), (True, with_trunk_only)):
+    obstacles = interop.layouts_for(config, trunk_only)
+    assert tuple(obstacles) == LAYOUTS
+    found = [layout for layout, obstacle in obstacles.items() if not obstacle]
+    assert found == ([expected] if expected else [])
+
+
+# Refusals: of what is written ...
+
+
+@pytest.mark.parametrize(
+  "kind, depth, overrides, layout, words",
+  [
+    ("parallel", 1, {}, "llama", "parallel heads have no portable layout"),
+    ("linear", 1, {}, "llama", "linear heads have no portable layout"),
+    ("sequential", 1, {}, "llama", "no place for MTP modules.*Possible: mimo"),
+    ("sequential", 2, {}, "mimo", "exactly one sequential module.*Possible: none"),
+    ("none", 0, {}, "gpt2", "the trunk is of kind 'llama'"),
+    ("none", 0, {}, "qwen3", "trunk.qk_norm must be False and True there"),
+    ("none", 0, {"trunk.moe.num_experts": 8}, "deepseek_v3", "grouped attention with"),
+    ("none", 0, {}, "deepseek_v3", "attention is latent there"),
+    ("none", 0, {}, "mistral", "layout must be one of 'gpt2', .*got 'mistral'"),
+  ],
+)
+def test_what_has_no_portable_target_says_so(
+  tmp_path, kind, depth, overrides, layout, words
+):
+  config = common.tiny_config(kind, depth, overrides)
+  with pytest.raises(InteropError, match=words):
+    interop.export_params({}, config, tmp_path / "out", layout)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path):
+  (tmp_path / "out").mkdir()
+  write("llama", tmp_path / "out")
+  with pytest.raises(InteropError, match="is not empty"):
+    write("llama", tmp_path / "out")
+  with pytest.raises(InteropError, match="does not exist"):
+    write("llama", tmp_path / "missing" / "out")
+  with pytest.raises(InteropError, match="is a file"):
+    write("llama", tmp_path / "out" / "config.json")
+  with pytest.raises(InteropError, match="float32 or bfloat16, got 'int8'"):
+    write("llama", tmp_path / "new", dtype="int8")
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_parameters_of_another_config_are_refused(tmp_path):
+  config = config_of("llama")
+  params = common.random_params(config)
+  params["trunk"]["blocks"]["mlp"]["up"] = np.zeros((3, 16, 25), np.float32)
+  with pytest.raises(InteropError, match=r"mlp/up' is \[3, 16, 25\].*\[3, 16, 24\]"):
+    interop.export_params(params, config, tmp_path / "out", "llama")
+  del params["trunk"]["blocks"]["mlp"]["up"]
+  with pytest.raises(InteropError, match="lacks 'trunk/blocks/mlp/up'"):
+    interop.export_params(params, config, tmp_path / "out", "llama")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+  def fail(file, value):
+    assert (file.parent / "model.safetensors").exists()
+    raise OSError("no space left")
+
+  monkeypatch.setattr(exporting, "write_json", fail)
+  with pytest.raises(OSError, match="no space left"):
+    write("llama", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+# ... and of what is read
+
+
+ROPE = {"rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+  "case, values, words",
+  [
+    ("llama", {"architectures": ["MistralForCausalLM"]},
+     r"architectures is \['MistralForCausalLM'\]; supported: GPT2LMHeadModel, Llama"),
+    ("llama", {"architectures": None, "model_type": "gemma2"},
+     "model_type is 'gemma2'; supported: gpt2, llama, qwen2"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+    ("llama", {"attention_bias": True}, "attention_bias is True; supported: False"),
+    ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+    ("llama", {"hidden_size": "16"}, "hidden_size is '16'; supported: int"),
+    ("llama", {"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ("llama", {"num_hidden_layers": None}, "num_hidden_layers is missing"),
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}},
+     "quantization_config is {'quant_method': 'fp8'}; supported: None"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]},
+     "layer_types is .*sliding_attention.*supported: 'full_attention' for every"),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}},
+     "rope_parameters.rope_type is 'dynamic'; supported: default, linear, llama3, ya"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}},
+     "rope_scaling.type is 'longrope'"),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}},
+     "rope_parameters.factor is missing"),
+    ("llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+     "rope_parameters.partial_rotary_factor is 0.5"),
+    ("llama", {"rope_parameters": ROPE | {"mrope_section": [2, 2]}},
+     "rope_parameters.mrope_section is .*supported: for kind 'default': nothing"),
+    ("qwen3", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 2.0,
+      "attention_factor": 3.0}}, "attention_factor is 3.0; supported: .*1.069"),
+    ("qwen3", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 2.0,
+      "truncate": False}}, "truncate is False"),
+    ("deepseek", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 2.0,
+      "mscale_all_dim": 1.0}}, "rope_parameters.mscale is None"),
+    ("deepseek", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+    ("deepseek", {"topk_method": "group_limited_greedy"}, "topk_method is"),
+    ("deepseek", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+    ("deepseek", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+    ("deepseek", {"rope_interleave": False}, "rope_interleave is False"),
+    ("deepseek", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+    ("deepseek", {"n_shared_experts": 0}, "n_shared_experts is 0"),
+    ("deepseek", {"num_nextn_predict_layers": 1},
+     "is 1, but the files have MTP layers model.layers.3, model.layers.4"),
+    ("mimo", {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True"),
+  ],
+)  # fmt: skip
+def test_other_models_are_refused_by_key(tmp_path, folders, case, values, words):
+  folder = folders(case, tmp_path / "out")
+  edit_config(folder, **values)
+  with pytest.raises(InteropError, match=f"config.json: .*{words}"):
+    interop.read_model(folder)
+
+
+def drop(name):
+  return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+def put(name, shape):
+  return lambda tensors: tensors | {name: np.zeros(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+  "case, change, words",
+  [
+    ("llama", drop("model.norm.weight"), "lacks tensors: model.norm.weight"),
+    ("llama", put("model.layers.3.mlp.up_proj.weight", (24, 16)),
+     "has unknown tensors: model.layers.3.mlp.up_proj.weight"),
+    ("llama", put("model.layers.1.mlp.up_proj.weight", (16, 24)),
+     r"layers.1.mlp.up_proj.weight is \[16, 24\], expected \[24, 16\]"),
+    ("qwen2", drop("lm_head.weight"), "lacks tensors: lm_head.weight"),
+    ("deepseek", drop("model.layers.2.mlp.experts.7.down_proj.weight"),
+     "lacks tensors: model.layers.2.mlp.experts.7.down_proj.weight"),
+    ("deepseek", drop("model.layers.4.eh_proj.weight"), "layers.4.eh_proj.weight"),
+    ("mimo", put("model.mtp_layers.0.input_proj.weight", (16, 16)),
+     r"input_proj.weight is \[16, 16\], expected \[16, 32\]"),
+    ("llama", lambda t: t | {"model.norm.weight": np.zeros(16, np.int8)},
+     "'model.norm.weight' has dtype I8; supported: F32, F16, BF16, F64"),
+  ],
+)  # fmt: skip
+def test_tensors_are_refused_by_name_before_they_are_read(
+  tmp_path, folders, monkeypatch, case, change, words
+):
+  folder = folders(case, tmp_path / "out")
+  rewrite(folder, change)
+  monkeypatch.setattr(tensor_files.StoredTensor, "open", None)
+  with pytest.raises(InteropError, match=words):
+    load(folder)
+
+
+def test_damaged_files_are_refused(tmp_path, folders):
+  folder = folders("llama", tmp_path / "out")
+  file = folder / "model.safetensors"
+  whole = file.read_bytes()
+  for content in (whole[:-4], whole[:20], b"", b"version https://git-lfs.github.com"):
+    file.write_bytes(content)
+    with pytest.raises(InteropError, match="is not a whole safetensors file"):
+      interop.read_model(folder)
+  file.unlink()
+  with pytest.raises(InteropError, match=r"neither model.safetensors nor"):
+    interop.read_model(folder)
+  (folder / "config.json").write_text("{")
+  with pytest.raises(InteropError, match=r"config.json cannot be read"):
+    interop.read_model(folder)
+  (folder / "config.json").write_text("[]")
+  with pytest.raises(InteropError, match="must hold an object, got list"):
+    interop.read_model(folder)
+  with pytest.raises(InteropError, match=r"config.json cannot be read"):
+    interop.read_model(tmp_path / "nowhere")
+
+
+def test_an_index_that_is_wrong_is_refused(tmp_path):
+  write("llama", tmp_path / "out", max_shard_bytes=9000)
+  file = tmp_path / "out" / "model.safetensors.index.json"
+  index = json.loads(file.read_text())
+  name, shard = next(iter(index["weight_map"].items()))
+
+  def refused(weight_map, words):
+    file.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InteropError, match=words):
+      interop.read_model(tmp_path / "out")
+
+  right = index["weight_map"]
+  other = next(s for s in right.values() if s != shard)
+  refused({}, "weight_map must name the file of every tensor")
+  refused(right | {name: "model-9.safetensors"}, "names the file 'model-9.safetensors'")
+  refused(right | {name: f"../out/{shard}"}, r"names the file '../out/")
+  refused(right | {name: other}, f"has {name!r} in {other!r}, but it is in {shard!r}")
+  refused(right | {"more": shard}, "have a tensor 'more' that the files lack")
+  refused({k: v for k, v in right.items() if k != name}, f"a tensor {name!r} that")
+  (tmp_path / "out" / shard).unlink()
+  refused(right, f"names the file {shard!r}, which is not in")
+
+
+@pytest.mark.parametrize(
+  "case, kind, depth, overrides, words",
+  [
+    ("llama", "none", 0, {"trunk.norm_eps": 0.1}, "trunk.norm_eps must be 1e-06"),
+    ("llama", "none", 0, {"trunk.num_layers": 2}, "trunk.num_layers must be 3"),
+    ("llama", "parallel", 1, {}, "leave a trunk of 2 layers.*with mtp.kind 'none'"),
+    ("deepseek", "sequential", 1, {}, "has 2 MTP layer.*got mtp.depth 1"),
+    ("deepseek", "sequential", 2, {"mtp.dense_blocks": True}, "dense_blocks True"),
+  ],
+)
+def test_a_config_of_another_model_is_refused(
+  tmp_path, folders, case, kind, depth, overrides, words
+):
+  folder = folders(case, tmp_path / "out")
+  config = common.tiny_config(kind, depth, CASES[case][3] | overrides)
+  with pytest.raises(InteropError, match=words):
+    load(folder, config)
+
+
+def test_a_longer_context_is_allowed(tmp_path, folders):
+  folder = folders("qwen3", tmp_path / "out")
+  stretched = {"trunk.rope_scaling.factor": 16.0, "trunk.rope_theta": 1e6}
+  load(folder, config_of("qwen3", stretched))
+
+
+@pytest.mark.parametrize("kind, depth", [("none", 0), ("linear", 1)])
+def test_the_trunk_is_loaded_without_modules_that_are_not_wanted(
+  tmp_path, folders, kind, depth
+):
+  folder = folders("deepseek", tmp_path / "out")
+  params, _ = load(folder, common.tiny_config(kind, depth, DEEPSEEK))
+  expected = common.random_params(config_of("deepseek"))
+  del expected["mtp"]
+  assert_same_bits(params, expected)

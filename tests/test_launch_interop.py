@@ -1,0 +1,163 @@
+"""Weights in, training on, weights out: the commands, as a nanoGPT user would go."""
+
+import json
+
+import numpy as np
+import pytest
+
+import mtp_jax
+from tests import tiny_runs
+from tests.untrained_runs import save_run
+
+pytest_plugins = ("tests.commands",)
+
+torch = pytest.importorskip("torch", reason="the weights come from transformers")
+transformers = pytest.importorskip("transformers")
+
+VOCAB, LENGTH = 264, 48
+TEXT = "def f(x):\n  return x"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """The commands take far longer to compile than to run; set before they start."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    yield
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+  """Returns a folder with the weights of a small GPT-2, and the model."""
+  torch.manual_seed(0)
+  config = transformers.GPT2Config(
+    vocab_size=VOCAB, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2
+  )
+  model = transformers.GPT2LMHeadModel(config).eval()
+  folder = tmp_path_factory.mktemp("gpt2") / "weights"
+  model.save_pretrained(folder)
+  return folder, model
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+  """Returns what a run needs besides weights: text, few steps, a shared cache."""
+  texts = tiny_runs.write_texts(tmp_path_factory.mktemp("texts") / "texts")
+  values = {
+    "tokenizer.kind": "bytes",
+    "data.source": "files", "data.path": str(texts), "data.batch_size": 4,
+    "data.validation_fraction": 0.3, "data.test_fraction": 0.1,
+    "train.num_steps": 3, "train.log_every": 1, "train.diagnostics_every": 0,
+    "eval.num_rows": 4, "eval.batch_size": 4, "eval.line_prompts": 1,
+    "eval.function_prompts": 1, "eval.max_new_tokens": 8,
+  }
+  cache = tmp_path_factory.mktemp("cache")
+  return (
+    *(f"--config.{key}={value}" for key, value in values.items()),
+    f"--compilation_cache={cache}",
+  )
+
+
+def hf_logits(model, ids):
+  with torch.no_grad():
+    return model(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+
+
+def test_gpt2_gets_a_module_trains_on_and_goes_back_out(command, gpt2, flags, tmp_path):
+  folder, theirs = gpt2
+  run = tmp_path / "run"
+  result = command(
+    "launch.import_hf", f"--from={folder}", f"--workdir={run}", *flags,
+    "--config.train.freeze_trunk=True",
+  )
+  assert result.code == 0, result.output
+  assert "gpt2 weights at step 0, mtp.kind 'sequential', depth 1" in result.output
+
+  start = mtp_jax.load(run)
+  ids = start.encode(TEXT)
+  assert start.step == 0 and start.config.data.seq_len == LENGTH
+  np.testing.assert_allclose(start.logits(ids), hf_logits(theirs, ids), atol=1e-4)
+
+  result = command("launch.train", f"--workdir={run}", flags[-1])
+  assert result.code == 0 and (run / "DONE").exists(), result.output
+  trained = mtp_jax.load(run)
+  assert trained.step == 3
+  # A frozen trunk: the same next-token logits, another module.
+  np.testing.assert_array_equal(trained.logits(ids), start.logits(ids))
+  depth_1 = trained.logits(ids, depth=1)[:-1]
+  assert not np.allclose(depth_1, start.logits(ids, depth=1)[:-1])
+
+  result = command("launch.export", f"--workdir={run}")
+  assert result.code == 0 and "gpt2" in result.output
+  refused = command(
+    "launch.export", f"--workdir={run}", "--layout=gpt2", f"--output={tmp_path / 'no'}"
+  )
+  assert refused.code == 2 and not (tmp_path / "no").exists()
+  out = tmp_path / "out"
+  result = command(
+    "launch.export", f"--workdir={run}", "--layout=gpt2", "--trunk_only",
+    f"--output={out}",
+  )
+  assert result.code == 0, result.output
+  assert json.loads((out / "mtp_contract.json").read_text())
+  assert (out / "tokenizer.json").exists()
+  again = transformers.GPT2LMHeadModel.from_pretrained(out).state_dict()
+  for name, tensor in theirs.state_dict().items():
+    assert torch.equal(again[name], tensor), name
+
+
+def test_an_unfrozen_trunk_moves(command, gpt2, flags, tmp_path):
+  folder, theirs = gpt2
+  run = tmp_path / "run"
+  assert command(
+    "launch.import_hf", f"--from={folder}", f"--workdir={run}", *flags
+  ).code == 0
+  assert command("launch.train", f"--workdir={run}", flags[-1]).code == 0
+  model = mtp_jax.load(run)
+  ids = model.encode(TEXT)
+  assert not np.allclose(model.logits(ids), hf_logits(theirs, ids), atol=1e-4)
+
+
+BAD = {
+  "another width": (
+    ["--config.trunk.embed_dim=32"],
+    "trunk.embed_dim must be 16, as {folder} has it, got 32.",
+  ),
+  "more positions than there are": (
+    ["--config.data.seq_len=64"], "data.seq_len must be",
+  ),
+  "broken rule": (
+    ["--config.mtp.depth=48"], "mtp.depth must be less than data.seq_len (48), got 48.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+  command, gpt2, flags, tmp_path, name
+):
+  arguments, message = BAD[name]
+  run = tmp_path / "run"
+  result = command(
+    "launch.import_hf", f"--from={gpt2[0]}", f"--workdir={run}", *flags, *arguments
+  )
+  assert result.code == 2
+  assert result.output.startswith(f"error: {message.format(folder=gpt2[0])}")
+  assert not result.touched_backend and not run.exists()
+
+
+def test_a_folder_without_tokenizer_or_weights(command, gpt2, flags, tmp_path):
+  run = f"--workdir={tmp_path / 'run'}"
+  no_tokenizer = [flag for flag in flags if "tokenizer" not in flag]
+  result = command("launch.import_hf", f"--from={gpt2[0]}", run, *no_tokenizer)
+  assert result.code == 2 and "has no tokenizer.json; name one" in result.output
+  result = command("launch.import_hf", f"--from={tmp_path}", run, *flags)
+  assert result.code == 2 and "config.json" in result.output
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(command, gpt2, flags, tmp_path):
+  config = tiny_runs.run_config(tmp_path, {"trunk.num_layers": 1, "mtp.depth": 1})
+  run = save_run(tmp_path / "run", config)
+  result = command("launch.import_hf", f"--from={gpt2[0]}", f"--workdir={run}", *flags)
+  assert result.code == 2 and "holds a run already; name a new folder" in result.output
