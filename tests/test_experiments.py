@@ -6,24 +6,36 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from experiments import gains_with_scale
 from launch import trials
 from mtp_jax import accounting, optimizer
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
+from mtp_jax.config import routed_layers
+from mtp_jax.model import block, layers
 from mtp_jax.model.lm import zeros_batch
 from mtp_jax.sharding import MESH_AXES, logical_axes
 from mtp_jax.train_state import Hyperparameters, init_state
 from mtp_jax.train_step import train_step
 
-SMALL = ("smoke", "ntp_baseline", "depth_sweep", "loss_weight", "head_design")
+SMALL = (
+  "smoke", "ntp_baseline", "depth_sweep", "loss_weight", "head_design",
+  "self_speculation", "imported",
+)
 PRESETS = tuple(gains_with_scale.LADDERS)
+WITH_EXPERTS = (
+  ("deepseek_v3", "cpu"), ("deepseek_v3", "v3"), ("moe_balance", "cpu"),
+  ("moe_balance", "gpu"),
+)
 EXPERIMENTS = [
   *((name, None) for name in SMALL),
   *(("gains_with_scale", preset) for preset in PRESETS),
+  *WITH_EXPERTS,
 ]
 
 
@@ -58,13 +70,17 @@ def check_traces(shapes):
 
 def trace_step(shape):
   axes = logical_axes(accounting.abstract_params(shape))
-  chain = optimizer.make_optimizer(shape.optimizer, axes)
+  chain = optimizer.make_optimizer(
+    shape.optimizer, optimizer.trainable(shape, axes)
+  )
   microbatches = shape.train.accumulation_steps
   rows = jax.eval_shape(
     lambda: zeros_batch(shape, shape.data.batch_size // microbatches)
   )
   scalar = jax.ShapeDtypeStruct((), np.float32)
-  mesh = jax.sharding.AbstractMesh(mesh_sizes(shape), MESH_AXES)
+  mesh = jax.sharding.AbstractMesh(
+    mesh_sizes(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+  )
   with jax.sharding.use_abstract_mesh(mesh):
     state = jax.eval_shape(functools.partial(init_state, shape, chain), np.int32(0))
     return state, *jax.eval_shape(
@@ -89,6 +105,34 @@ def test_trials_are_valid_on_their_devices(name, preset):
 
 def test_small_experiments_trace():
   check_traces({trial.shape for name in SMALL for trial in planned(name)})
+
+
+@pytest.mark.parametrize("name, preset", WITH_EXPERTS)
+def test_models_with_experts_trace(name, preset):
+  check_traces({trial.shape for trial in planned(name, preset)})
+
+
+def test_deepseek_v3_has_the_published_size():
+  """The README of the released weights: 671B, of which 36.7B are active, MTP 11.5B."""
+  (trial,) = planned("deepseek_v3", "v3")
+  found = trial.counts
+  assert found.deployed == pytest.approx(671.0e9, rel=1e-3)
+  assert found.active == pytest.approx(37e9, rel=0.02)
+  assert found.total - found.deployed == pytest.approx(11.5e9, rel=0.02)
+  trunk = trial.config.trunk
+  per_token = block.cache_bytes_per_token(trunk)
+  assert per_token == (512 + 64) * jnp.dtype(layers.compute_dtype(trunk)).itemsize
+
+
+def test_deepseek_v3_has_every_parameter_of_transformers():
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  with torch.device("meta"):
+    theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config())
+  number = sum(parameter.numel() for parameter in theirs.parameters())
+  (trial,) = planned("deepseek_v3", "v3")
+  biases = routed_layers(trial.config)["trunk"] * trial.config.trunk.moe.num_experts
+  assert trial.counts.deployed - biases == number  # Theirs are no parameters.
 
 
 @pytest.mark.parametrize("preset", PRESETS)
