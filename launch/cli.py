@@ -7,6 +7,7 @@ exit code 2, before any work.
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import glob
 import json
@@ -35,6 +36,7 @@ flags.disclaim_key_flags()
 
 BAD_INPUT = 2
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _HELP = {"--help", "-help", "-h", "--helpshort"}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
@@ -136,6 +138,9 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
 def exclusive(workdir: Path) -> Iterator[None]:
   """Holds the run folder: two processes in one would overwrite each other's files.
 
+  Processes of other hosts too, where the file system shares its locks: NFS does, Lustre
+  if it is mounted so. Where there are no locks at all that is said, and work goes on.
+
   Raises:
     ConfigError: another process holds it.
   """
@@ -145,6 +150,11 @@ def exclusive(workdir: Path) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise ConfigError(f"{workdir} is in use by another process.") from error
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      text = f"warning: nothing keeps a second process out of {workdir}: {error}."
+      print(text, file=sys.stderr, flush=True)
     yield
 
 
@@ -157,6 +167,9 @@ def is_in_use(workdir: Path) -> bool:
     return False
   except BlockingIOError:
     return True
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
   return False
 
 

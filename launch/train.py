@@ -3,47 +3,175 @@ r"""Trains one language model and evaluates it.
   python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke
   python -m launch.train --config=experiments/base.py --workdir=runs/sequential \
       --config.mtp.kind=sequential --config.mtp.depth=2 --config.train.num_steps=2000
+  python -m launch.train --workdir=runs/smoke
 
 The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at
 the end, eval.json and DONE: launch/README.md describes every file and field. Ctrl-C (or
-SIGTERM) saves a checkpoint; the same command again goes on from the newest one. A run
-may be continued on another number of devices (--config.mesh.*).
+SIGTERM) saves a checkpoint; the same command again goes on from the newest one, and so
+does --workdir alone, with the config that the folder holds (that of launch.import_hf,
+perhaps). A run may be continued on another number of devices (--config.mesh.*) and of
+processes.
+
+Several processes train one model if each runs this command, with the same flags and a
+folder that all see. In a Slurm step, under Open MPI and in a TPU pod they find each
+other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID says who they are:
+
+  python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke \
+      --distributed=localhost:9876,2,0 &
+  python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke \
+      --distributed=localhost:9876,2,1
 
 Every value of a config, with its meaning, is in experiments/base.py and
-mtp_jax/config.py. Bad values are refused before any work, with exit code 2.
+mtp_jax/config.py. Bad values are refused before any work, with exit code 2; the other
+exit codes are in launch/README.md.
 """
 
+import contextlib
+import signal
 import sys
+import traceback
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+from absl import flags
 
-from launch import cli
+from launch import cli, distributed, exits
+from launch.status import Status, refused
+from mtp_jax import accounting
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import validate
+from mtp_jax.config import Config, ConfigError, validate
+from mtp_jax.data.sources import DataError
 from mtp_jax.train import Diverged, Interrupted, fit
 
-cli.define_config()
+cli.define_config(required=False)
 _WORKDIR = cli.define_workdir("folder of this run; continued if it holds it already")
 _COMPILATION_CACHE = cli.define_compilation_cache()
+_GROUP = distributed.define_flags()
+
+_CONTINUES = "the same command continues it."
+
+
+class Terminated(Exception):
+  """SIGTERM, when there is nothing to save yet or a save was not to be waited for."""
+
+
+class End(NamedTuple):
+  """How training ended.
+
+  code, exit_class: see `exits`.
+  message: for the user; '' if there is nothing to say.
+  together: all processes end so, and this one can wait for them.
+  """
+
+  code: int
+  exit_class: str
+  message: str = ""
+  together: bool = False
 
 
 def main() -> int:
-  config = cli.load_config()
-  validate(config)
-  cli.check_files(config.data, config.tokenizer)
-  validate(config, jax.device_count())
-  cli.use_compilation_cache(_COMPILATION_CACHE.value)
   workdir = Path(_WORKDIR.value)
   try:
-    with cli.exclusive(workdir):
-      fit(config, workdir)
-  except Interrupted as stop:
-    print(f"{stop}; the same command continues it.", file=sys.stderr)
-    return 128 + stop.signum
-  except (Diverged, CheckpointError) as error:
-    return cli.fail(str(error), 1)
-  return 0
+    config = _config(workdir)
+    group = distributed.find_group(
+      _GROUP.distributed.value, _GROUP.local_device_ids.value
+    )
+  except (ConfigError, DataError) as error:
+    refused(workdir, str(error))
+    raise
+  cli.use_compilation_cache(_COMPILATION_CACHE.value)
+  signal.signal(signal.SIGTERM, _terminate)
+  try:
+    distributed.initialize(
+      group, _GROUP.start_seconds.value, _GROUP.heartbeat_seconds.value
+    )
+  except Terminated:
+    return exits.after_signal(signal.SIGTERM, 1, 0)
+  except (RuntimeError, TimeoutError) as error:
+    return cli.fail(str(error), exits.FAILED)
+  end = train(config, workdir, _GROUP.stall_seconds.value)
+  return distributed.leave(end.code, end.together)
+
+
+def train(config: Config, workdir: Path, stall_seconds: int = 0) -> End:
+  """Trains, in all processes that were joined, and leaves a status in the run folder.
+
+  Says on stderr why it ended early. Raises nothing.
+
+  Args:
+    config: see `fit`.
+    workdir: the run folder.
+    stall_seconds: see `Status`.
+  """
+  status = None
+  with contextlib.ExitStack() as stack:
+    try:
+      validate(config, jax.device_count())
+      stack.enter_context(distributed.exclusive(workdir))
+      num_steps = accounting.resolve(config).train.num_steps
+      status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
+      fit(config, workdir, observer=status)
+      end = End(exits.DONE, "done", together=True)
+    except BaseException as error:
+      end = _end(error)
+    if status is not None:
+      status.ended(end.exit_class, end.message)
+    elif end.exit_class == "config" and jax.process_index() == 0:
+      refused(workdir, end.message)
+    if end.message and (jax.process_index() == 0 or not end.together):
+      is_error = end.exit_class != "yielded"
+      who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+      prefix = "error: " if is_error else ""
+      print(f"{who}{prefix}{end.message}", file=sys.stderr, flush=True)
+  return end
+
+
+def _end(error: BaseException) -> End:
+  """Returns what an exception of `fit` means."""
+  rank = jax.process_count(), jax.process_index()
+  match error:
+    case Interrupted():
+      code = exits.after_signal(error.signum, *rank)
+      return End(code, "yielded", f"{error}; {_CONTINUES}", together=True)
+    case Terminated():
+      code = exits.after_signal(signal.SIGTERM, *rank)
+      return End(code, "yielded", f"SIGTERM, nothing new was saved; {_CONTINUES}")
+    case KeyboardInterrupt():
+      code = 128 + signal.SIGINT
+      return End(code, "infrastructure", f"interrupted, nothing saved; {_CONTINUES}")
+    case ConfigError() | DataError():
+      return End(exits.BAD_INPUT, "config", str(error))
+    case Diverged():
+      return End(exits.DIVERGED, "diverged", str(error), together=True)
+    case CheckpointError():
+      return End(exits.FAILED, "infrastructure", str(error))
+  traceback.print_exception(error)
+  summary = traceback.format_exception_only(error)[-1].strip()
+  if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+    summary = (
+      f"{summary.splitlines()[0]} Another process may have ended: see what it printed. "
+      "The run goes on from its newest checkpoint when all are started again."
+    )
+  return End(exits.FAILED, "infrastructure", summary)
+
+
+def _config(workdir: Path) -> Config:
+  if flags.FLAGS.config is not None:
+    config = cli.load_config()
+  elif (workdir / "config.json").is_file():
+    config = cli.load_run_config(workdir)
+  else:
+    raise ConfigError(
+      f"--config is required: {str(workdir)!r} holds no run to go on with."
+    )
+  validate(config)
+  cli.check_files(config.data, config.tokenizer)
+  return config
+
+
+def _terminate(*_: Any) -> None:
+  raise Terminated
 
 
 if __name__ == "__main__":

@@ -359,6 +359,7 @@ def other_value(key, value):
   choices = {
     "trunk.remat": "full",
     "trunk.attention": "xla",
+    "trunk.moe.grouped_matmul": "ragged",
     "eval.split": "test",
   }
   if key in choices:

@@ -69,7 +69,7 @@ CONFIGS = {
     "--config must name an experiment file, got 'experiments/smok.py'; did you mean "
     "'experiments/smoke.py'?",
   ),
-  "no config": ([], "--config is required."),
+  "no config": ([], "--config is required: "),
   "no presets": (
     [f"{BASE}:cpu"], "--config: experiments/base.py has no presets, got 'cpu'."
   ),
@@ -125,8 +125,9 @@ def test_mesh_that_does_not_fit_the_devices(command, tmp_path):
     "launch.train", BASE, f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=2"
   )
   assert result.output == (
-    "error: mesh must be such that fsdp * tensor * context divides the number of "
-    "devices (1), got {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1}.\n"
+    "error: mesh must be such that fsdp * expert * tensor * context divides the number "
+    "of devices (1), got {'data': -1, 'fsdp': 2, 'expert': 1, 'tensor': 1, 'context': "
+    "1}.\n"
   )
   assert result.code == 2
   assert not (tmp_path / "run").exists()

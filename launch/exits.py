@@ -1,0 +1,71 @@
+"""How a training job ends: exit codes, and what they mean to whoever started it.
+
+| code | class | started again? |
+|---|---|---|
+| 0 | done | no |
+| 2 | config: bad input | no: it would end the same way |
+| 3 | diverged | no |
+| 75, or 0 with the file of MTP_JAX_YIELD | yielded: saved after SIGTERM | yes |
+| 1, 130, 143, 134, 137, ... | infrastructure | yes, a few times |
+"""
+
+import os
+import signal
+from collections.abc import Mapping
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+DIVERGED = 3
+YIELDED = 75  # EX_TEMPFAIL of sysexits.h: try again.
+
+# Names a file. It is written, and the exit code is 0, where else it would be 75: with
+# `srun --kill-on-bad-exit` the first process to leave with 75 would end the others.
+YIELD = "MTP_JAX_YIELD"
+
+_CLASSES = {DONE: "done", BAD_INPUT: "config", DIVERGED: "diverged", YIELDED: "yielded"}
+
+
+def classify(code: int, yielded: bool) -> str:
+  """Returns done, yielded, config, diverged or infrastructure.
+
+  Args:
+    code: of the job; negative for a signal, as in `subprocess`.
+    yielded: the job has written its `YIELD` file.
+  """
+  return "yielded" if yielded else _CLASSES.get(code, "infrastructure")
+
+
+def is_retried(exit_class: str) -> bool:
+  """Returns whether the same command may do better when it is started again."""
+  return exit_class in ("yielded", "infrastructure")
+
+
+def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
+  """Returns what the scheduler calls this job, None where there is no scheduler.
+
+  Slurm is recognised. Others may say so in MTP_JAX_JOB_ID.
+  """
+  if given := environ.get("MTP_JAX_JOB_ID"):
+    return given
+  if array := environ.get("SLURM_ARRAY_JOB_ID"):
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
+  return environ.get("SLURM_JOB_ID")
+
+
+def after_signal(signum: int, num_processes: int, process_id: int) -> int:
+  """Returns the exit code of a process that has saved after a signal.
+
+  SIGTERM means to a job that it has to yield; a lone process on a workstation tells its
+  shell which signal it was. Process 0 writes the file of `YIELD`.
+  """
+  marker = os.environ.get(YIELD)
+  is_job = num_processes > 1 or marker or job_id()
+  if signum != signal.SIGTERM or not is_job:
+    return 128 + signum
+  if not marker:
+    return YIELDED
+  if process_id == 0:
+    with open(marker, "w"):
+      pass
+  return DONE

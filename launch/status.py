@@ -1,0 +1,180 @@
+"""What a run says about itself while it trains: status.json; and who sees it standing.
+
+Process 0 writes `status.json` in the run folder at the start, with every log line and
+at the end. Whatever kills a job leaves the last one, so what is about to happen is
+written before it does.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from launch import cli, distributed, exits
+from mtp_jax.metrics import plain
+from mtp_jax.train import Observer
+
+FILE = "status.json"
+# From this long without a step a process says that it waits: sooner than JAX gives up.
+_NOTICE_SECONDS = 5
+_SLOW_FACTOR = 10
+# The first step after a pause may wait for processes that still compile; it has ended
+# when the second is on its way.
+_STEPS_AFTER_PAUSE = 2
+
+
+class Status(Observer):
+  """The status of a run; a context manager, within which it also watches the steps.
+
+  Several processes wait for each other in every step. One that is gone or frozen is
+  noticed by JAX; one that is alive and stuck by nobody, so each looks at its own steps,
+  and ends if none ends for `stall_seconds` and for ten times the slowest so far.
+
+  Args:
+    workdir: the run folder, which this job holds.
+    num_steps: of the run.
+    stall_seconds: 0 watches nothing.
+  """
+
+  def __init__(self, workdir: Path, num_steps: int, stall_seconds: int):
+    self._path = workdir / FILE
+    self._stall_seconds = stall_seconds
+    self._record = {
+      "state": "starting",
+      "step": 0,
+      "num_steps": num_steps,
+      "loss": None,
+      "tokens_per_second": None,
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "num_processes": jax.process_count(),
+      "job_id": exits.job_id(),
+      "exit_class": None,
+      "reason": None,
+    }
+    self._lock = threading.Lock()
+    self._leaves = threading.Event()
+    self._thread: threading.Thread | None = None
+    # Of the steps since the last pause: how many, when the last ended; and of the
+    # watcher: seconds that it has been awake for since.
+    self._steps, self._ended_at, self._waited = 0, 0.0, 0
+    self._slowest = 0.0
+
+  def __enter__(self) -> "Status":
+    self._write()
+    if jax.process_count() > 1 and self._stall_seconds:
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._leaves.set()
+    if self._thread is not None:
+      self._thread.join()
+
+  def pauses(self, activity: str) -> None:
+    self._steps = 0
+    if activity == "evaluating" and self._record["state"] != activity:
+      self._write(state=activity)
+
+  def stepped(self, step: int) -> None:
+    now = time.monotonic()
+    if self._steps >= _STEPS_AFTER_PAUSE:
+      self._slowest = max(self._slowest, now - self._ended_at)
+    self._ended_at, self._waited = now, 0
+    self._steps += 1
+    self._record["step"] = step
+
+  def logged(self, record: dict[str, Any]) -> None:
+    self._write(
+      state="training",
+      step=record["step"],
+      loss=record["loss"][0],
+      tokens_per_second=record["tokens_per_second"],
+      reason=None,
+    )
+
+  def ended(self, exit_class: str, reason: str | None = None) -> None:
+    """Writes how it ended; of `reason`, the first line."""
+    reason = (reason or "").strip().partition("\n")[0] or None
+    self._write(state="ended", exit_class=exit_class, reason=reason)
+
+  def _write(self, **changes: Any) -> None:
+    with self._lock:
+      self._record |= changes
+      if jax.process_index() == 0:
+        _write(self._path, self._record)
+
+  def _watch(self) -> None:
+    while not self._leaves.wait(1.0):
+      # Only waking seconds count: a suspended machine has no stuck peer.
+      if self._steps < _STEPS_AFTER_PAUSE:
+        continue
+      self._waited += 1
+      waited, slowest = self._waited, self._slowest
+      if waited == max(_NOTICE_SECONDS, int(2 * slowest) + 1):
+        self._notice(waited)
+      if waited > max(self._stall_seconds, _SLOW_FACTOR * slowest):
+        self._give_up(waited)
+
+  def _notice(self, waited: int) -> None:
+    text = (
+      f"no step has ended for {waited} s after step {self._record['step']} (slowest so "
+      f"far: {self._slowest:.1f} s); another process may be gone, frozen or stuck"
+    )
+    self._write(reason=text)
+    print(f"process {jax.process_index()}: {text}.", file=sys.stderr, flush=True)
+
+  def _give_up(self, waited: int) -> None:
+    text = (
+      f"no step has ended for {waited} s after step {self._record['step']}, more than "
+      f"--stall_seconds={self._stall_seconds}: a process is stuck, or the network is. "
+      "The run goes on from its newest checkpoint when it is started again."
+    )
+    self.ended("infrastructure", text)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    distributed.leave(exits.FAILED, together=False)
+
+
+def refused(workdir: Path, reason: str) -> None:
+  """Notes a config error in a run folder that exists and that no job holds."""
+  left_behind(workdir, "config", reason)
+
+
+def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
+  """Notes how a job ended that could not say so, where no other holds the folder."""
+  if not workdir.is_dir():
+    return
+  with contextlib.suppress(Exception), cli.exclusive(workdir):
+    record = read(workdir) or {}
+    record |= {
+      "state": "ended",
+      "exit_class": exit_class,
+      "reason": reason.partition("\n")[0],
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "job_id": exits.job_id(),
+    }
+    _write(workdir / FILE, record)
+
+
+def read(workdir: Path) -> dict[str, Any] | None:
+  """Returns the status of a run folder, None where there is none."""
+  try:
+    return json.loads((workdir / FILE).read_text())
+  except (OSError, ValueError):  # A machine that crashed may leave an empty file.
+    return None
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+  """Replaces the file at once, but does not wait for the disk: it is written often."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(plain(record | {"time": time.time()})) + "\n")
+  temporary.replace(path)

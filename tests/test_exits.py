@@ -1,0 +1,138 @@
+"""What an exit means, and what a run leaves about it."""
+
+import json
+import signal
+
+import pytest
+
+from experiments import base
+from launch import cli, exits, status, train
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import ConfigError, from_config_dict
+from mtp_jax.train import Diverged, Interrupted
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch):
+  for name in ("MTP_JAX_JOB_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", exits.YIELD):
+    monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("code, yielded, exit_class, is_retried", [
+  (0, False, "done", False),
+  (0, True, "yielded", True),
+  (75, False, "yielded", True),
+  (143, True, "yielded", True),  # srun may end a rank that has saved.
+  (2, False, "config", False),
+  (3, False, "diverged", False),
+  (1, False, "infrastructure", True),
+  (130, False, "infrastructure", True),
+  (134, False, "infrastructure", True),
+  (137, False, "infrastructure", True),
+  (-9, False, "infrastructure", True),
+])
+def test_classes(code, yielded, exit_class, is_retried):
+  assert exits.classify(code, yielded) == exit_class
+  assert exits.is_retried(exit_class) == is_retried
+
+
+@pytest.mark.parametrize("environ, name", [
+  ({}, None),
+  ({"SLURM_JOB_ID": "12"}, "12"),
+  (
+    {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"},
+    "11_3",
+  ),
+  ({"SLURM_JOB_ID": "12", "MTP_JAX_JOB_ID": "mine"}, "mine"),
+])
+def test_job_id(environ, name):
+  assert exits.job_id(environ) == name
+
+
+@pytest.mark.parametrize("signum, num_processes, job_id, code", [
+  (signal.SIGTERM, 1, None, 143),
+  (signal.SIGINT, 1, None, 130),
+  (signal.SIGTERM, 2, None, 75),
+  (signal.SIGTERM, 1, "12", 75),
+  (signal.SIGINT, 2, "12", 130),
+])
+def test_code_after_a_signal(monkeypatch, signum, num_processes, job_id, code):
+  if job_id is not None:
+    monkeypatch.setenv("SLURM_JOB_ID", job_id)
+  assert exits.after_signal(signum, num_processes, 0) == code
+
+
+def test_process_0_writes_the_file_that_says_it_yielded(monkeypatch, tmp_path):
+  marker = tmp_path / "yielded"
+  monkeypatch.setenv(exits.YIELD, str(marker))
+  assert exits.after_signal(signal.SIGTERM, 2, 1) == 0
+  assert not marker.exists()
+  assert exits.after_signal(signal.SIGTERM, 2, 0) == 0
+  assert marker.exists()
+
+
+@pytest.mark.parametrize("error, end", [
+  (
+    Interrupted(signal.SIGTERM, 7),
+    (143, "yielded", "SIGTERM at step 7; checkpoint saved; the same command", True),
+  ),
+  (train.Terminated(), (143, "yielded", "SIGTERM, nothing new was saved; ", False)),
+  (KeyboardInterrupt(), (130, "infrastructure", "interrupted, nothing saved", False)),
+  (ConfigError("a.b: no"), (2, "config", "a.b: no", False)),
+  (Diverged("not finite"), (3, "diverged", "not finite", True)),
+  (CheckpointError("disk"), (1, "infrastructure", "disk", False)),
+  (KeyError("x"), (1, "infrastructure", "KeyError: 'x'", False)),
+])
+def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
+  def fail(*_, observer):
+    observer.stepped(6)
+    raise error
+
+  monkeypatch.setattr(train, "fit", fail)
+  monkeypatch.setattr(train, "validate", lambda *_: None)
+  config = from_config_dict(base.get_config())
+  workdir = tmp_path / "run"
+  code, exit_class, message, together = end
+  found = train.train(config, workdir)
+  assert (found.code, found.exit_class, found.together) == (code, exit_class, together)
+  assert found.message.startswith(message)
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said == ("" if exit_class == "yielded" else "error: ") + found.message
+  left = status.read(workdir)
+  assert (left["state"], left["exit_class"], left["reason"]) == (
+    "ended", exit_class, found.message
+  )
+  assert (left["step"], left["num_steps"]) == (6, config.train.num_steps)
+  assert left["job_id"] is None and left["loss"] is None
+  assert not cli.is_in_use(workdir)
+
+
+def test_status_follows_the_run(tmp_path):
+  record = {"step": 3, "loss": [1.5, 2.5], "tokens_per_second": 10.0}
+  with status.Status(tmp_path, 12, stall_seconds=0) as observer:
+    assert status.read(tmp_path)["state"] == "starting"
+    observer.pauses("compiling")
+    observer.stepped(3)
+    observer.logged(record)
+    left = status.read(tmp_path)
+    assert (left["state"], left["step"], left["loss"]) == ("training", 3, 1.5)
+    observer.pauses("evaluating")
+    assert status.read(tmp_path)["state"] == "evaluating"
+    observer.ended("diverged", "first\nsecond")
+  left = json.loads((tmp_path / "status.json").read_text())
+  assert (left["state"], left["exit_class"], left["reason"]) == (
+    "ended", "diverged", "first"
+  )
+  assert left["time"] > 0 and left["pid"] and left["host"]
+
+
+def test_a_refused_command_says_so_where_there_is_a_folder(tmp_path):
+  status.refused(tmp_path / "nowhere", "no")
+  assert not (tmp_path / "nowhere").exists()
+  status.refused(tmp_path, "a.b must be 1, got 2.\nmore")
+  left = status.read(tmp_path)
+  assert (left["exit_class"], left["reason"]) == ("config", "a.b must be 1, got 2.")
+  before = (tmp_path / "status.json").read_text()
+  with cli.exclusive(tmp_path):  # Another job's.
+    status.refused(tmp_path, "other")
+  assert (tmp_path / "status.json").read_text() == before
