@@ -728,6 +728,9 @@ def _check_sharding(rule: _Rules) -> None:
   if rule.config.trunk.moe.num_experts:
     rule.divisible("trunk.moe.expert_dim", "mesh.tensor")
   rule.divisible("trunk.embed_dim", "mesh.fsdp")
+  if rule.config.trunk.attention_kind == "latent":
+    for key in ("trunk.latent.query_rank", "trunk.latent.kv_rank"):
+      rule.divisible(key, "mesh.fsdp")
 
 
 def _check_devices(rule: _Rules, num_devices: int) -> None:

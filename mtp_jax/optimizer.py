@@ -25,7 +25,7 @@ import optax
 from mtp_jax.config import Config, OptimizerConfig
 
 _STACKED = ("layers", "depths", "experts")
-_INPUTS = ("embed", "concat", "rank")
+_INPUTS = ("embed", "concat", "rank_in")
 
 
 def schedule_at(config: OptimizerConfig, progress: jax.Array) -> jax.Array:

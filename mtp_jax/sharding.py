@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax.config import ConfigError, MeshConfig
@@ -27,7 +28,8 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
-  "rank": None,  # The compressed query, key and value of latent attention.
+  "rank": None,  # The compressed query, key and value of latent attention, as outputs
+  "rank_in": "fsdp",  # of a matrix, and as the inputs of the one that follows.
   "mlp": "tensor",
   "experts": "expert",
   "router": None,  # The experts as outputs of the router: few, and needed by all.
@@ -77,12 +79,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       f"fsdp={config.fsdp}, expert={config.expert}, tensor={config.tensor}, "
       f"context={config.context}."
     )
-  return jax.make_mesh(
+  # A mesh axis may be a part of an axis of a TPU slice: 8 x 8 chips of 4 x 4 x 4.
+  grid = mesh_utils.create_device_mesh(
     (data, config.fsdp, config.expert, config.tensor, config.context),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:

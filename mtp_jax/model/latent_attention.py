@@ -74,7 +74,7 @@ class LatentAttention(nn.Module):
 
     source, rank, axis = x_BTD, D, "embed"
     if sizes.query_rank:
-      rank, axis = sizes.query_rank, "rank"
+      rank, axis = sizes.query_rank, "rank_in"
       source = dense(x_BTD, kernel("query_down", (D, rank), "embed", "rank"))
       source = RMSNorm(_NORM_EPS, name="query_norm")(source)
     query = kernel("query", (rank, N, C + P), axis, "heads", "head_dim")
@@ -85,7 +85,7 @@ class LatentAttention(nn.Module):
     latent_BTR, rope_key_BTP = jnp.split(down_BTF, [R], axis=-1)
     latent_BTR = RMSNorm(_NORM_EPS, name="kv_norm")(latent_BTR)
     rope_key_BT1P = rotate(rope_key_BTP[:, :, None], positions_BT, c)
-    kv_up = kernel("kv_up", (R, N, C + V), "rank", "heads", "head_dim")
+    kv_up = kernel("kv_up", (R, N, C + V), "rank_in", "heads", "head_dim")
     scale = softmax_gain(c) ** 2 * (C + P) ** -0.5
 
     if cache is None:
