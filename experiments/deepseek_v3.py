@@ -4,7 +4,8 @@
   python -m launch.generate --workdir=runs/v3 --prompt="def "
   python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
 
-Preset `cpu` (default): the three parts at a size that two CPU cores train in minutes.
+Preset `cpu` (default): the three parts at a size that two CPU cores train in about five
+minutes (what came of it is in `experiments/README.md`).
 Eight experts, of which two and a shared one see each token, chosen within two of four
 groups; the first layer is dense, the MTP module has experts like the trunk.
 

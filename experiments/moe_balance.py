@@ -11,14 +11,16 @@ its own; three seeds. `violation` in metrics.jsonl, the largest load over the me
 minus 1, says how unequal the loads of the last steps were; `main_loss` in eval.json
 what it cost.
 
-Presets: `cpu` (about a minute a trial on two cores, 18 trials) and `gpu` (bytes of the
+Presets: `cpu` (18 trials, about 8 minutes on two cores) and `gpu` (bytes of the
 installed packages, 32 experts, one accelerator; some hours in all on an H100, not
 measured).
 
 Expected, before any run: with nothing the violation stays high (above 1, the busiest
 expert has more than twice its share) in the trunk and in the module; bias and loss both
 bring it below 0.5; the bias costs no main loss (within seed noise of the best), the
-loss a little. MTP changes the main loss, not the order of the three.
+loss a little. MTP changes the main loss, not the order of the three. Found (`cpu`): the
+violations so, no cost of either that could be told from seed noise; see
+`experiments/README.md`.
 """
 
 from collections.abc import Iterator
