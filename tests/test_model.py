@@ -54,7 +54,7 @@ def sliced_chain(config, params, hidden_TD, batch):
       layer = () if config.mtp.share_modules else k - 1
       own = jax.tree.map(lambda x: x[layer], params["mtp"]["modules"])  # noqa: B023
       length = min(end - 1 - k, 16) - start
-      h_1TD, _ = module.apply(
+      h_1TD, _, _ = module.apply(
         {"params": own},
         h_1TD[:, :length],
         embedded[None, start + k : start + k + length],
@@ -82,13 +82,13 @@ def test_parallel_heads_are_one_block_each_on_the_trunk_state():
   params, batch = random_params(config), one_row()
   hidden_MBTD = hidden_states(config, params, batch)
   embedded_BTD = params["embed"]["embedding"][batch.tokens]
-  residual_BTD = quick_jit(Trunk(config.trunk, num_trunk_layers(config)).apply)(
+  residual_BTD, _ = quick_jit(Trunk(config.trunk, num_trunk_layers(config)).apply)(
     {"params": params["trunk"]}, embedded_BTD, batch.positions, batch.segment_ids
   )
   final_norm = make_norm(config.trunk)
   for m in range(4):
     head = jax.tree.map(lambda x: x[m], params["mtp"]["heads"])  # noqa: B023
-    out_BTD, _ = Block(config.trunk).apply(
+    out_BTD, _, _ = Block(config.trunk).apply(
       {"params": head}, residual_BTD, batch.positions, batch.segment_ids
     )
     expected = final_norm.apply({"params": params["final_norm"]}, out_BTD)
