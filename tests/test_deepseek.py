@@ -73,6 +73,7 @@ def test_experts_are_logged_and_the_log_adds_up(run):
   assert records[-1]["loss"][0] < records[0]["loss"][0]
 
 
+@pytest.mark.slow
 def test_eight_devices_train_the_same_model(config, run, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "jit", quick_jit)
   folder = tmp_path / "run"

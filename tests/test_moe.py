@@ -310,7 +310,7 @@ MIXED = {"expert": 2, "tensor": 2, "fsdp": 2}
 @pytest.mark.parametrize(
   "axes",
   [
-    {"expert": 8},
+    pytest.param({"expert": 8}, marks=pytest.mark.slow),
     pytest.param({"expert": 4, "data": 2}, marks=pytest.mark.slow),
     MIXED,
     {"expert": 2, "context": 2, "data": 2},
@@ -488,6 +488,7 @@ def test_decoding_routes_with_the_width_of_training():
     assert dtypes["experts"]["down"] == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_experts_and_saves_their_biases(tmp_path, monkeypatch):
   on_two = functools.partial(make_mesh, devices=jax.devices()[:2])
   monkeypatch.setattr(train, "make_mesh", on_two)
