@@ -85,6 +85,18 @@ EXPERTS = {
   "trunk.moe.route_scale": 2.5,
 }
 TRUNKS = {"llama": {}, "gpt2": GPT2}
+# A model whose products XLA counts as we do: unrolled, none of them small.
+COUNTABLE = {
+  "trunk.embed_dim": 128,
+  "trunk.mlp_dim": 352,
+  "trunk.attention": "xla",
+  "trunk.remat": "none",
+  "trunk.scan_layers": False,
+  "tokenizer.vocab_size": 512,
+  "data.seq_len": 64,
+  "data.batch_size": 4,
+  "loss.block_tokens": 256,
+}
 KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
 SHARED = {"mtp.share_modules": True}
 
@@ -124,6 +136,17 @@ def _drawn(shapes: Any, seed: int) -> Any:
 def gradient_program(config: Config) -> Any:
   """Returns the jitted `loss_and_grads`, one for all tests that use this config."""
   return quick_jit(functools.partial(loss_and_grads, config))
+
+
+def flops_counted_by_xla(config: Config) -> float:
+  """Returns XLA's count for loss and gradients, per token; of a loop, its body once."""
+  compiled = quick_jit(functools.partial(loss_and_grads, config)).lower(
+    unbox(accounting.abstract_params(config)),
+    microbatches(packed_batch(config)),
+    np.ones(1 + config.mtp.depth, np.float32),
+  ).compile()
+  tokens = config.data.batch_size * config.data.seq_len
+  return compiled.cost_analysis()["flops"] / tokens
 
 
 def quick_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:

@@ -3,20 +3,16 @@
 import functools
 
 import jax
-import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.sharding import unbox
-from mtp_jax.train_step import loss_and_grads
 from tests.common import (
+  COUNTABLE,
   GPT2,
   KINDS,
   SHARED,
   TRUNKS,
-  microbatches,
-  packed_batch,
-  quick_jit,
+  flops_counted_by_xla,
   tiny_config,
 )
 
@@ -86,27 +82,9 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   config = tiny_config(
     kind,
     depth,
-    options
-    | {
-      "trunk.num_layers": 2,
-      "trunk.embed_dim": 128,
-      "trunk.mlp_dim": 352,
-      "trunk.attention": "xla",
-      "trunk.remat": "none",
-      "trunk.scan_layers": False,
-      "tokenizer.vocab_size": 512,
-      "data.seq_len": 64,
-      "data.batch_size": 4,
-      "loss.block_tokens": 256,
-    },
+    options | COUNTABLE | {"trunk.num_layers": 2},
   )
-  program = quick_jit(functools.partial(loss_and_grads, config))
-  compiled = program.lower(
-    unbox(accounting.abstract_params(config)),
-    microbatches(packed_batch(config)),
-    np.ones(1 + depth, np.float32),
-  ).compile()
-  counted = compiled.cost_analysis()["flops"] / (4 * 64)
+  counted = flops_counted_by_xla(config)
   found = accounting.train_flops_per_token(config, attention_pairs="full")
   assert found == pytest.approx(counted, rel=0.05)
   # A causal mask leaves (T + 1) / 2 of T keys: forward, scores and values take 4 FLOPs

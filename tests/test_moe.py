@@ -33,14 +33,14 @@ from mtp_jax.sharding import (
   make_mesh,
   put_batch,
   tree_shardings,
-  unbox,
 )
-from mtp_jax.train_step import loss_and_grads
 from tests.common import (
+  COUNTABLE,
   EXPERTS,
   KINDS,
   SHARED,
   assert_trees_close,
+  flops_counted_by_xla,
   gradient_program,
   microbatches,
   packed_batch,
@@ -453,28 +453,13 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   monkeypatch.setattr(moe_lib, "make_plan", lambda *_: Plan("blocked", 256, 3, 3))
   values = {
     "trunk.num_layers": 2 + (kind == "parallel"),
-    "trunk.embed_dim": 128,
-    "trunk.mlp_dim": 352,
-    "trunk.attention": "xla",
-    "trunk.remat": "none",
-    "trunk.scan_layers": False,
     "trunk.moe.num_experts": 3,
     "trunk.moe.experts_per_token": 3,
     "trunk.moe.expert_dim": 128,
     "trunk.moe.num_shared": 2,
-    "tokenizer.vocab_size": 512,
-    "data.seq_len": 64,
-    "data.batch_size": 4,
-    "loss.block_tokens": 256,
   }
-  config = tiny_config(kind, depth, values | overrides)
-  program = quick_jit(functools.partial(loss_and_grads, config))
-  compiled = program.lower(
-    unbox(accounting.abstract_params(config)),
-    microbatches(packed_batch(config)),
-    np.ones(1 + depth, np.float32),
-  ).compile()
-  counted = compiled.cost_analysis()["flops"] / (4 * 64)
+  config = tiny_config(kind, depth, COUNTABLE | values | overrides)
+  counted = flops_counted_by_xla(config)
   found = accounting.train_flops_per_token(config, attention_pairs="full")
   assert found == pytest.approx(counted, rel=0.05)
 
