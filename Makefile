@@ -1,6 +1,7 @@
 # make reproduce   set up, train the CPU ladder, write the report (resumable)
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
+# make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make bench       the benchmarks of training and decoding against PyTorch
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ RUNS ?= runs/gains_with_scale
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: reproduce test test-slow test-all lint bench setup setup-dev
+.PHONY: reproduce test test-slow test-slurm test-all lint bench setup setup-dev
 
 reproduce: setup
 	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
@@ -16,12 +17,15 @@ reproduce: setup
 	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
 
-test-all: test test-slow
+test-slurm: setup-dev
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
+
+test-all: test test-slow test-slurm
 
 lint: setup-dev
 	$(BIN)/ruff check .

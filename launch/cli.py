@@ -32,6 +32,7 @@ from mtp_jax.config import (
 from mtp_jax.data import prepared, sources, tokenizers
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
+# Several commands may be imported into one process: they share what has one name.
 flags.disclaim_key_flags()
 
 BAD_INPUT = 2
@@ -56,7 +57,7 @@ def define_config(default: str | None = None, required: bool = True) -> None:
 
 def define_workdir(text: str, required: bool = True) -> flags.FlagHolder[str | None]:
   """Defines `--workdir`; `text` says what it is to the command."""
-  holder = flags.DEFINE_string("workdir", None, text)
+  holder = flags.DEFINE_string("workdir", None, text, allow_override=True)
   if required:
     flags.mark_flag_as_required("workdir")
   return holder
@@ -69,6 +70,7 @@ def define_compilation_cache() -> flags.FlagHolder[str]:
     default_compilation_cache(),
     "folder in which compiled programs are kept for the next run; empty for none. The "
     "default follows JAX_COMPILATION_CACHE_DIR and XDG_CACHE_HOME.",
+    allow_override=True,
   )
 
 

@@ -1,31 +1,42 @@
-r"""Trains all trials of an experiment, several at a time, and continues what it finds.
+r"""Trains all trials of an experiment, here or on a cluster, and continues them.
 
   python -m launch.sweep --config=experiments/depth_sweep.py --dry_run
-  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth
   python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
       --workdir=runs/ladder --parallel=2 --only='kind=sequential,seed=0'
   python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --status
+      --on=slurm --slurm.partition=gpu --slurm.gpus=8 --max_parallel=4
+  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
+      --status --watch
 
 Every trial has a run folder of its own in --workdir, named by what varies
-(launch/README.md). Trials that are done are skipped, interrupted ones go on from their
-newest checkpoint, and a failed one does not stop the others: its reason is in error.txt
-and at the end, with exit code 1. All configs are checked before the first trial starts.
-Ctrl-C (or SIGTERM) saves every running trial; the same command again continues.
+(launch/README.md). Trials that are done are skipped, those that are queued or running
+are left alone, interrupted ones go on from their newest checkpoint, and a failed one
+does not stop the others: the reason is in --status and in its run folder. All configs
+are checked before the first trial starts. results.csv collects what came out.
+
+--on says who trains: `local` is this machine, where Ctrl-C (or SIGTERM) saves every
+running trial; `slurm` submits job arrays; `kubernetes` writes JobSets, and --submit
+applies them; `print` prints the commands for any other scheduler. The same command
+again continues, whatever happened, on another engine too; --status and --cancel need
+no --on.
 
 --config.KEY=VALUE holds for every trial and wins over the sweep. On CPU cores, several
 workers with fewer threads each get more done than one with all (--parallel).
 """
 
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from launch import cli, trials, workers
-from launch.schedule import Sweep
+from launch import cli, engines, trials
+from launch.engines import Engine, kubernetes, options, printed, results, slurm, states
+from launch.engines.local import Local
 from launch.trials import Trial
-from launch.workers import WorkerError
 from mtp_jax.config import ConfigError
 
 cli.define_config()
@@ -42,20 +53,55 @@ _ONLY = flags.DEFINE_string(
   "train only the trials whose name has these parts, each a shell pattern, separated "
   "by commas: kind=sequential,seed=*",
 )
+_ON = flags.DEFINE_enum("on", "local", engines.NAMES, "who trains")
 _PARALLEL = flags.DEFINE_integer(
-  "parallel", 1, "trials that are trained at once, each on its share of the CPU cores"
+  "parallel",
+  1,
+  "local: trials that are trained at once, each on its share of the CPU cores and GPUs",
+)
+_MAX_PARALLEL = flags.DEFINE_integer(
+  "max_parallel", None, "slurm: trials that run at once", lower_bound=1
+)
+_MAX_ATTEMPTS = flags.DEFINE_integer(
+  "max_attempts",
+  3,
+  "how often a trial is started that ends for no fault of its own: a machine that "
+  "failed, a process that was killed. Preemption does not count; bad input and "
+  "divergence are not tried again.",
+  lower_bound=1,
+)
+_AGAIN = flags.DEFINE_bool(
+  "again", False, "try also those again that ended in bad input or diverged"
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "list the trials, their parameters and FLOPs; train nothing"
+  "dry_run",
+  False,
+  "list the trials, their parameters and FLOPs, and what --on would hand over: sbatch "
+  "scripts, manifests, commands; start nothing",
 )
 _STATUS = flags.DEFINE_bool("status", False, "list the state of every trial")
-
+_WATCH = flags.DEFINE_bool(
+  "watch", False, "keep the list of states up to date until no trial waits or runs"
+)
+_WATCH_SECONDS = flags.DEFINE_float(
+  "watch_seconds", 10.0, "how often --watch looks", lower_bound=0.1
+)
+_CANCEL = flags.DEFINE_bool(
+  "cancel", False, "end the jobs of the trials; they save what they can and stay ended"
+)
+_SUBMIT = flags.DEFINE_bool(
+  "submit", False, "kubernetes: apply the manifests through kubectl"
+)
+_SLURM = options.define("slurm", slurm.Options)
+_KUBERNETES = options.define("kubernetes", kubernetes.Options)
+_PRINT = options.define("print", printed.Options)
 
 def main() -> int:
-  # This process counts parameters; the workers have the accelerators.
+  # This process counts parameters; others have the accelerators.
   jax.config.update("jax_platforms", "cpu")
   if _WORKDIR.value is None and not _DRY_RUN.value:
     raise ConfigError("--workdir is required, but for --dry_run.")
+  root = Path(_WORKDIR.value or ".")
   file, preset = cli.config_file()
   experiment = trials.load_experiment(file)
   planned = trials.select(
@@ -63,23 +109,111 @@ def main() -> int:
       cli.load_config(),
       cli.config_overrides(),
       trials.points(experiment, preset, _SWEEP.value),
-      Path(_WORKDIR.value or "."),
+      root,
     ),
     _ONLY.value,
   )
+  engine = _engine(root)
   if _DRY_RUN.value:
-    print(dry_run_table(planned))
+    print(preview(planned, engine))
     return 0
+  if _CANCEL.value:
+    print("\n".join(engines.cancel(planned)) or "no trial was given to anyone")
+    return 0
+  if not _STATUS.value:
+    code = _start(planned, engine, root)
+    if code or not _WATCH.value or _ON.value == "local":
+      return code
+  if _WATCH.value:
+    try:
+      return states.watch(planned, root, _WATCH_SECONDS.value)
+    except KeyboardInterrupt:  # The trials do not notice.
+      return 128 + signal.SIGINT
   if _STATUS.value:
-    print(status_table(planned))
-    return 0
-  trials.check_folders(planned)
-  shares = workers.shares(_PARALLEL.value)
-  sweep = Sweep(planned, Path(_WORKDIR.value), _COMPILATION_CACHE.value)
-  try:
-    return sweep.run(shares)
-  except WorkerError as error:
-    return cli.fail(str(error), 1)
+    print(states.table(planned, trials.read_states(planned)))
+    if root.is_dir():
+      results.collect(root)
+  return 0
+
+
+def _engine(root: Path) -> Engine:
+  """Returns the engine that the flags name.
+
+  Raises:
+    ConfigError: a flag of another engine is set.
+  """
+  on, cache, attempts = _ON.value, _COMPILATION_CACHE.value, _MAX_ATTEMPTS.value
+  owners = {"parallel": "local", "max_parallel": "slurm", "submit": "kubernetes"}
+  flagged = flags.FLAGS.flag_values_dict()
+  owners |= {
+    name: name.partition(".")[0]
+    for name in flagged
+    if name.partition(".")[0] in engines.NAMES
+  }
+  for name, owner in owners.items():
+    if flags.FLAGS[name].present and owner != on:
+      raise ConfigError(f"--{name} is for --on={owner}, got --on={on}.")
+  match on:
+    case "slurm":
+      return slurm.Slurm(root, _SLURM(), cache, _MAX_PARALLEL.value, attempts)
+    case "kubernetes":
+      return kubernetes.Kubernetes(root, _KUBERNETES(), attempts, _SUBMIT.value)
+    case "print":
+      return printed.Printed(root, _PRINT(), cache)
+  return Local(root, cache, _PARALLEL.value, attempts, _AGAIN.value)
+
+
+def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
+  """Gives the engine what is to be trained; returns the exit code."""
+  trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
+  if _ON.value == "local":
+    engine.check(planned)
+    return engine.submit(planned)
+  engine.check(trials.choose(planned, _AGAIN.value).todo)
+  with _alone(root):
+    # Once more: another sweep may have been here in the meantime.
+    choice = trials.choose(planned, _AGAIN.value)
+    if engine.needs_folders:
+      for trial in choice.todo:
+        trials.prepare(trial)
+    code = engine.submit(choice.todo) if choice.todo else 0
+  results.collect(root)
+  _tell(len(choice.todo), planned, choice)
+  return code
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+  """Keeps others from submitting the same trials meanwhile."""
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(cli.exclusive(root))
+    except ConfigError as error:
+      raise ConfigError(f"another sweep is being started in {root}.") from error
+    yield
+
+
+def _tell(started: int, planned: list[Trial], choice: trials.Choice) -> None:
+  """Says what became of every trial; on stderr, for `print` has its own output."""
+  done = sum(state.kind == "done" for state in choice.states.values())
+  lines = [f"{started} of {len(planned)} trial(s) given to {_ON.value}, {done} done"]
+  for trial in choice.active:
+    lines.append(f"  {trial.name}: {choice.states[trial.name].kind}, left alone")
+  for trial in choice.given_up:
+    state = choice.states[trial.name]
+    lines.append(
+      f"  {trial.name}: not tried again without --again ({state.exit_class}): "
+      f"{state.reason}"
+    )
+  print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def preview(planned: list[Trial], engine: Engine) -> str:
+  """Returns the table of trials, as comments before what the engine would hand over."""
+  table, handed_over = dry_run_table(planned), engine.preview(planned)
+  if not handed_over:
+    return table
+  return "\n".join(f"# {line}" for line in table.splitlines()) + f"\n{handed_over}"
 
 
 def dry_run_table(planned: list[Trial]) -> str:
@@ -105,27 +239,6 @@ def dry_run_table(planned: list[Trial]) -> str:
     f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
     f"{total:.3g} FLOPs"
   )
-
-
-def status_table(planned: list[Trial]) -> str:
-  """Returns the state of every trial, and how many are in each."""
-  states = [trials.read_state(trial) for trial in planned]
-  number = lambda x: "" if x is None else f"{x:.4f}"  # noqa: E731
-  rows = [
-    (
-      trial.name,
-      state.kind,
-      f"{state.step:,}/{trial.num_steps:,}",
-      number(state.train_loss),
-      number(state.eval_loss),
-      f"{state.seconds:.0f}",
-    )
-    for trial, state in zip(planned, states, strict=True)
-  ]
-  header = ("trial", "state", "step", "train loss", "eval loss", "seconds")
-  kinds = [state.kind for state in states]
-  counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-  return f"{cli.table(header, rows)}\n{len(planned)} trial(s): {counts}"
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ import importlib.util
 import itertools
 import json
 import re
+import socket
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from launch import cli
+from launch import cli, engines, exits, status
+from launch.engines import Job
 from mtp_jax import accounting
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import (
@@ -27,16 +30,20 @@ from mtp_jax.config import (
   difference,
   dotted_keys,
   from_config_dict,
+  to_dict,
   validate,
   with_overrides,
 )
 from mtp_jax.data.sources import DataError
+from mtp_jax.metrics import write_json
 from mtp_jax.train_step import shape_of
 
 Overrides = dict[str, Any]
 _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
 _TAIL_BYTES = 1 << 16
+# A run that another machine wrote about so lately is taken to be at work there.
+_SILENT_SECONDS = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +94,15 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What a trial's run folder says.
+  """What a trial's run folder says, and the scheduler that it was given to.
 
-  kind: waiting (nothing there yet) | running | stopped | failed | done.
+  kind: waiting (nothing there yet) | queued | running | stopped (saved) | cancelled |
+    failed | lost (its process is gone without a word) | done.
   step: the last one that was logged. seconds: of training alone.
   train_loss, eval_loss: nats per next token, of the last logged interval and of the
   final evaluation; None where there is none.
+  tokens_per_second: of the last logged interval. host: where it is or last was.
+  exit_class: of its last end, see `launch.exits`. reason: for what it is, one line.
   """
 
   kind: str
@@ -100,6 +110,26 @@ class State:
   seconds: float = 0.0
   train_loss: float | None = None
   eval_loss: float | None = None
+  tokens_per_second: float | None = None
+  host: str | None = None
+  exit_class: str | None = None
+  reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Which trials a sweep is to start.
+
+  todo:     nobody is at them, and they are not done.
+  active:   queued or running.
+  given_up: ended in bad input or diverged: it would end the same way.
+  states:   of all trials, by name.
+  """
+
+  todo: list[Trial]
+  active: list[Trial]
+  given_up: list[Trial]
+  states: dict[str, State]
 
 
 def load_experiment(file: Path) -> ModuleType:
@@ -175,8 +205,12 @@ def plan(
   return trials
 
 
-def check_folders(trials: list[Trial]) -> None:
+def check_folders(trials: list[Trial], files_are_here: bool = True) -> None:
   """Checks that the trials find their input files, and no other run in their folders.
+
+  Args:
+    trials: of a sweep.
+    files_are_here: trials are trained where the same files are seen.
 
   Raises:
     ConfigError: names the trials that cannot run, and why.
@@ -184,10 +218,39 @@ def check_folders(trials: list[Trial]) -> None:
   check_files = functools.cache(cli.check_files)
 
   def check(trial: Trial) -> None:
-    check_files(trial.config.data, trial.config.tokenizer)
+    if files_are_here:
+      check_files(trial.config.data, trial.config.tokenizer)
     _check_folder(trial)
 
   _collect_errors(check, [(trial.name, trial) for trial in trials])
+
+
+def check_devices(trials: list[Trial], num_devices: int, source: str) -> None:
+  """Checks that every mesh fits the devices that a trial will have.
+
+  Args:
+    trials: of a sweep.
+    num_devices: of one trial.
+    source: which flags say so.
+
+  Raises:
+    ConfigError: names the trials that do not fit, and why.
+  """
+
+  def check(trial: Trial) -> None:
+    try:
+      validate(trial.config, num_devices)
+    except ConfigError as error:
+      raise ConfigError(f"{error} The devices come from {source}.") from error
+
+  _collect_errors(check, [(trial.name, trial) for trial in trials])
+
+
+def prepare(trial: Trial) -> None:
+  """Fills the run folder with its config: `launch.train --workdir` then trains it."""
+  trial.workdir.mkdir(parents=True, exist_ok=True)
+  (trial.workdir / "error.txt").unlink(missing_ok=True)
+  write_json(trial.workdir / "config.json", to_dict(trial.config))
 
 
 def select(trials: list[Trial], pattern: str | None) -> list[Trial]:
@@ -213,22 +276,90 @@ def select(trials: list[Trial], pattern: str | None) -> list[Trial]:
   return chosen
 
 
-def read_state(trial: Trial) -> State:
-  """Returns the state of a trial from its run folder."""
+def read_states(planned: list[Trial]) -> dict[str, State]:
+  """Returns the state of every trial by its name; asks the schedulers once."""
+  jobs = engines.find_jobs(planned)
+  return {trial.name: read_state(trial, jobs.get(trial.name)) for trial in planned}
+
+
+def read_state(trial: Trial, job: Job | None = None) -> State:
+  """Returns the state of a trial from its run folder, and its job if there is one."""
   folder = trial.workdir
+  said = _last_status(folder)
   last = _last_train_record(folder / "metrics.jsonl")
-  progress = {
-    "step": last["step"], "seconds": last["seconds"], "train_loss": last["loss"][0]
-  } if last else {}
+  facts = {"host": said.get("host") or (job.host if job else None) or None}
+  if last:
+    facts |= {
+      "step": last["step"],
+      "seconds": last["seconds"],
+      "train_loss": last["loss"][0],
+      "tokens_per_second": last["tokens_per_second"],
+    }
   if (folder / "DONE").exists():
     result = json.loads((folder / "eval.json").read_text())
-    return State("done", **progress, eval_loss=result["main_loss"]["mean"])
-  if cli.is_in_use(folder):
-    return State("running", **progress)
+    return State("done", **facts, eval_loss=result["main_loss"]["mean"])
+  at_work = job is not None and job.state in ("queued", "running")
+  if cli.is_in_use(folder) or (at_work and job.state == "running"):
+    now = said.get("state") != "ended"  # Else an earlier attempt said so.
+    return State("running", **facts, reason=said.get("reason") if now else None)
+  if at_work:
+    return State("queued", **facts, reason=job.reason or None)
+  if job is not None and job.state == "cancelled":
+    return State("cancelled", **facts)
+  if (job is None or job.state == "unknown") and _lives_elsewhere(said):
+    return State("running", **facts, reason="as its machine wrote lately")
+  return dataclasses.replace(_ended(folder, said, job), **facts)
+
+
+def _ended(folder: Path, said: dict[str, Any], job: Job | None) -> State:
+  """Returns what became of a trial at which nobody is."""
+  job_reason = job.reason if job is not None else ""
+  if said.get("state") == "ended":
+    exit_class, reason = said["exit_class"], said["reason"] or job_reason or None
+    kind = "stopped" if exit_class in ("yielded", "done") else "failed"
+    return State(kind, exit_class=exit_class, reason=reason)
+  if said:
+    reason = job_reason or "its process is gone; it left no word"
+    return State("lost", exit_class="infrastructure", reason=reason)
   if (folder / "error.txt").exists():
-    return State("failed", **progress)
-  begun = (folder / "config.json").exists()
-  return State("stopped" if begun else "waiting", **progress)
+    reason = (folder / "error.txt").read_text().partition("\n")[0]
+    return State("failed", exit_class="infrastructure", reason=reason)
+  if job is not None and job.state == "ended":
+    reason = job_reason or "its job ended before training began"
+    return State("lost", exit_class="infrastructure", reason=reason)
+  begun = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+  return State("stopped" if begun else "waiting")
+
+
+def _last_status(folder: Path) -> dict[str, Any]:
+  """Returns status.json, but not if it is older than the job the trial was given to."""
+  said, record = status.read(folder) or {}, engines.read_record(folder)
+  return {} if record and said and said["time"] < record["submitted"] else said
+
+
+def _lives_elsewhere(said: dict[str, Any]) -> bool:
+  """Whether another machine is at it whose lock the file system does not show here."""
+  return (
+    bool(said)
+    and said["state"] != "ended"
+    and said["host"] != socket.gethostname()
+    and time.time() - said["time"] < _SILENT_SECONDS
+  )
+
+
+def choose(planned: list[Trial], again: bool) -> Choice:
+  """Returns what is to be started; with `again` also what was given up."""
+  states = read_states(planned)
+  choice = Choice([], [], [], states)
+  for trial in planned:
+    state = states[trial.name]
+    if state.kind in ("queued", "running"):
+      choice.active.append(trial)
+    elif state.kind == "failed" and not (again or exits.is_retried(state.exit_class)):
+      choice.given_up.append(trial)
+    elif state.kind != "done":
+      choice.todo.append(trial)
+  return choice
 
 
 def _named(parts: Sequence[Overrides]) -> Overrides:

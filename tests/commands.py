@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 _SERVER = textwrap.dedent("""
   import json, os, runpy, sys, traceback
-  import launch.schedule
+  import launch.engines.local
   from jax._src import xla_bridge
 
   def command(module, arguments):

@@ -14,8 +14,10 @@ import types
 import pytest
 
 from experiments import base
-from launch import schedule, trials, workers
-from launch.schedule import Sweep
+from launch import trials
+from launch.engines import local, workers
+from launch.engines.local import Sweep
+from launch.engines.workers import Slot
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 
 TINY = {
@@ -246,7 +248,7 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
   def pick(shape, *busy):
     worker = types.SimpleNamespace(shape=shape)
     others = [types.SimpleNamespace(shape=other) for other in busy]
-    return schedule.next_trial(waiting, worker, others).name
+    return local.next_trial(waiting, worker, others).name
 
   assert pick("b") == "b"
   assert pick("a") == "a2"
@@ -258,18 +260,18 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
 
 def test_time_left_follows_the_nearest_measured_cost():
   speeds = {100.0: 10.0, 10_000.0: 50.0}
-  assert schedule.seconds_of(500.0, 200.0, speeds) == 50.0
-  assert schedule.seconds_of(500.0, 5_000.0, speeds) == 10.0
-  assert str(schedule.seconds_of(500.0, 1.0, {})) == "nan"
+  assert local.seconds_of(500.0, 200.0, speeds) == 50.0
+  assert local.seconds_of(500.0, 5_000.0, speeds) == 10.0
+  assert str(local.seconds_of(500.0, 1.0, {})) == "nan"
 
 
 def test_workers_share_the_cores(monkeypatch):
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5, 7})
-  assert workers.shares(2) == [[0, 2], [3, 5, 7]]
-  assert workers.shares(1) == [[0, 2, 3, 5, 7]]
+  assert workers.slots(2) == [Slot([0, 2]), Slot([3, 5, 7])]
+  assert workers.slots(1) == [Slot([0, 2, 3, 5, 7])]
   for number in (0, 6):
     with pytest.raises(ConfigError, match=rf"from 1 to .* \(5\), got {number}\."):
-      workers.shares(number)
+      workers.slots(number)
 
 
 @pytest.mark.parametrize("platform, before, at_start", [
@@ -290,7 +292,7 @@ def test_workers_start_with_huge_pages(monkeypatch, platform, before, at_start):
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   if before is not None:
     monkeypatch.setenv("GLIBC_TUNABLES", before)
-  workers.Worker(None, "")
+  workers.Worker(Slot(None), "")
   assert os.environ.get("GLIBC_TUNABLES") == before
 
 
@@ -302,7 +304,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
 ):
   monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into each trial's log.txt.
   planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
-  assert Sweep(planned, tmp_path, "").run([None]) == 1
+  assert Sweep(planned, tmp_path, "").run([Slot(None)]) == 1
   assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
   shown = capfd.readouterr().out
   assert "diverges: FAILED: Diverged: loss or gradient was not finite" in shown
@@ -317,7 +319,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   assert sorted(compiled) == [0, 0, 1]  # Three trials of one shape, one worker.
 
   done = [planned[0], planned[2]]
-  assert Sweep(done, tmp_path, "").run([None]) == 0
+  assert Sweep(done, tmp_path, "").run([Slot(None)]) == 0
   assert capfd.readouterr().out == f"all 2 trial(s) are done in {tmp_path}.\n"
 
 
@@ -338,7 +340,7 @@ class Meddled(Sweep):
 def test_killed_worker_and_stopped_sweep_are_continued(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
-  monkeypatch.setattr(schedule, "_SECONDS_BETWEEN_LOOKS", 0.05)
+  monkeypatch.setattr(local, "_SECONDS_BETWEEN_LOOKS", 0.05)
   steps = {"train.num_steps": 2000, "train.log_every": 100}
   long = steps | {"checkpoint.every_steps": 500}
   planned = plan(corpus, tmp_path, [point | long for point in SEEDS])
@@ -363,7 +365,7 @@ def test_killed_worker_and_stopped_sweep_are_continued(
       return True
 
   cache = str(tmp_path / "cache")
-  both = workers.shares(2) if (os.cpu_count() or 1) > 1 else [None, None]
+  both = workers.slots(2) if (os.cpu_count() or 1) > 1 else [Slot(None)] * 2
   steps = [hold_both_at_work, kill_one, stop_the_sweep]
   assert Meddled(planned, tmp_path, cache, steps=steps).run(both) == 143
   assert kinds(planned) == {"seed=0": "failed", "seed=1": "stopped"}

@@ -1,8 +1,10 @@
-"""Which worker trains which trial, what the user sees, and how a sweep ends."""
+"""The engine of one machine: which worker trains which trial, and how a sweep ends."""
 
+import collections
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable
@@ -11,9 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch import trials, workers
+from launch import cli, engines, exits, status, trials
+from launch.engines import Job, Record, results, workers
+from launch.engines.workers import Event, Slot, Worker, WorkerError
 from launch.trials import Trial
-from launch.workers import Event, Worker, WorkerError
 from mtp_jax.config import Config, ConfigError, validate
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -57,18 +60,30 @@ class Sweep:
     planned: the trials, those that are done among them.
     root: the sweep folder.
     compilation_cache: folder of compiled programs; empty for none.
+    max_attempts: how often a trial is started that ends for no fault of its own.
+    again: start also those that ended in bad input or diverged.
   """
 
-  def __init__(self, planned: list[Trial], root: Path, compilation_cache: str):
+  def __init__(
+    self,
+    planned: list[Trial],
+    root: Path,
+    compilation_cache: str,
+    max_attempts: int = 1,
+    again: bool = False,
+  ):
     self._planned = planned
     self._root = root
     self._compilation_cache = compilation_cache
-    self._states = {trial.name: trials.read_state(trial) for trial in planned}
-    kind = {name: state.kind for name, state in self._states.items()}
-    self._waiting = [t for t in planned if kind[t.name] not in ("done", "running")]
-    self._failed = {
-      t.name: "another process trains it" for t in planned if kind[t.name] == "running"
-    }
+    self._max_attempts = max_attempts
+    choice = trials.choose(planned, again)
+    self._states = choice.states
+    self._waiting = choice.todo
+    self._failed = {t.name: "another process trains it" for t in choice.active}
+    for trial in choice.given_up:
+      reason = self._states[trial.name].reason
+      self._failed[trial.name] = f"{reason} (not tried again without --again)"
+    self._attempts: collections.Counter[str] = collections.Counter()
     self._workers: list[Worker] = []
     self._signum: int | None = None
     self._stopped_at = 0.0
@@ -79,8 +94,8 @@ class Sweep:
     self._bar: tqdm | None = None
     self._last_line = time.monotonic()
 
-  def run(self, shares: list[list[int] | None]) -> int:
-    """Trains what is not done, with a worker for each of the `shares` of CPU cores.
+  def run(self, slots: list[Slot]) -> int:
+    """Trains what is not done, with a worker for each of the slots.
 
     Returns:
       The exit code of the command.
@@ -89,12 +104,12 @@ class Sweep:
       ConfigError: a trial does not fit the devices that the workers found.
       WorkerError: a worker could not start.
     """
-    shares = shares[: len(self._waiting)]
-    if shares:
+    slots = slots[: len(self._waiting)]
+    if slots:
       self._root.mkdir(parents=True, exist_ok=True)
       self._say(
         f"{len(self._waiting)} of {len(self._planned)} trial(s) to train with "
-        f"{len(shares)} worker(s), {sum(t.flops for t in self._waiting):.3g} FLOPs, in "
+        f"{len(slots)} worker(s), {sum(t.flops for t in self._waiting):.3g} FLOPs, in "
         f"{self._root}"
       )
       if sys.stderr.isatty():
@@ -102,7 +117,7 @@ class Sweep:
         self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True)
     old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-      self._workers = [Worker(cores, self._compilation_cache) for cores in shares]
+      self._workers = [Worker(slot, self._compilation_cache) for slot in slots]
       while self._workers:
         for worker in workers.wait(self._workers, _SECONDS_BETWEEN_LOOKS):
           self._answer(worker, worker.event())
@@ -136,7 +151,7 @@ class Sweep:
     self._workers.remove(worker)
     worker.close()
     if goes_on:
-      self._workers.append(Worker(worker.cores, self._compilation_cache))
+      self._workers.append(Worker(worker.slot, self._compilation_cache))
 
   def _give(self, worker: Worker) -> None:
     busy = [other for other in self._workers if other.trial is not None]
@@ -144,7 +159,12 @@ class Sweep:
     self._waiting.remove(trial)
     step = self._states[trial.name].step
     self._given[trial.name] = time.monotonic(), step
+    trial.workdir.mkdir(parents=True, exist_ok=True)
     (trial.workdir / "error.txt").unlink(missing_ok=True)
+    engines.write_record(
+      trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
+    )
+    self._attempts[trial.name] += 1
     worker.give(trial)
     self._say(f"{trial.name}: " + (f"continues near step {step}" if step else "starts"))
 
@@ -161,18 +181,34 @@ class Sweep:
       self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
+    elif event.kind == "claimed":
+      self._failed[trial.name] = f"another process trains it: {event.text}"
+      self._say(f"{trial.name}: not trained here: {event.text}")
     else:
-      text = event.text or "the worker was told to stop (SIGTERM)"
-      self._failed[trial.name] = text
-      trial.workdir.mkdir(parents=True, exist_ok=True)
-      (trial.workdir / "error.txt").write_text(text + "\n")
-      self._say(f"{trial.name}: FAILED: {text.splitlines()[0]}", True)
+      self._note_failure(trial, event)
+    results.collect(self._root)
+
+  def _note_failure(self, trial: Trial, event: Event) -> None:
+    text = event.text or "the worker was told to stop (SIGTERM)"
+    (trial.workdir / "error.txt").write_text(text + "\n")
+    if event.kind == "died":
+      status.left_behind(trial.workdir, event.exit_class, text)
+    attempt, summary = self._attempts[trial.name], text.splitlines()[0]
+    if exits.is_retried(event.exit_class) and attempt < self._max_attempts:
+      self._waiting.append(trial)
+      self._say(
+        f"{trial.name}: attempt {attempt} of {self._max_attempts} failed: {summary}"
+      )
+      return
+    self._failed[trial.name] = text
+    self._say(f"{trial.name}: FAILED: {summary}", True)
 
   def _check_devices(self, event: Event) -> None:
-    if event.platform != "cpu" and len(self._workers) > 1:
+    shared = any(worker.slot.gpus is None for worker in self._workers)
+    if event.platform != "cpu" and len(self._workers) > 1 and shared:
       raise ConfigError(
-        f"--parallel must be 1 on {event.platform}: workers share CPU cores, not "
-        f"accelerators; got {len(self._workers)}."
+        f"--parallel must be 1 on {event.platform}: workers can share CPU cores and "
+        f"GPUs that are known before they start; got {len(self._workers)}."
       )
     for trial in self._waiting:
       try:
@@ -251,11 +287,68 @@ class Sweep:
       for name, text in self._failed.items():
         print(f"  {name}: {text.splitlines()[0]}")
       print(
-        f"{self._root}/<trial>/error.txt has more; the same command tries them again."
+        f"{self._root}/<trial>/error.txt has more; the same command tries them again "
+        "(with --again also what was bad input or diverged)."
       )
       return 1
     print(f"all {len(self._planned)} trial(s) are done in {self._root}.")
     return 0
+
+
+class Local:
+  """Worker processes on this machine; see `Engine`.
+
+  Args:
+    root, compilation_cache, max_attempts, again: see `Sweep`.
+    parallel: trials that are trained at once.
+  """
+
+  needs_folders = False
+
+  def __init__(
+    self,
+    root: Path = Path(),
+    compilation_cache: str = "",
+    parallel: int = 1,
+    max_attempts: int = 1,
+    again: bool = False,
+  ):
+    self._root = root
+    self._compilation_cache = compilation_cache
+    self._parallel = parallel
+    self._max_attempts = max_attempts
+    self._again = again
+
+  def check(self, planned: list[Trial]) -> None:
+    workers.slots(self._parallel)
+
+  def preview(self, planned: list[Trial]) -> str:
+    return ""
+
+  def submit(self, planned: list[Trial]) -> int:
+    sweep = Sweep(
+      planned, self._root, self._compilation_cache, self._max_attempts, self._again
+    )
+    try:
+      return sweep.run(workers.slots(self._parallel))
+    except WorkerError as error:
+      return cli.fail(str(error), exits.FAILED)
+
+  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
+    """Knows nothing that the run folders do not: a worker holds its own."""
+    return {}
+
+  def cancel(self, records: dict[str, Record]) -> str:
+    """Stops the sweeps that train these trials, with all that they train."""
+    busy = [r for r in records.values() if cli.is_in_use(Path(r["workdir"]))]
+    pids = {r["pid"] for r in busy if r["host"] == socket.gethostname()}
+    for pid in pids:
+      os.kill(pid, signal.SIGTERM)
+    text = f"local: told {len(pids)} sweep(s) to save and stop"
+    elsewhere = {r["host"] for r in busy} - {socket.gethostname()}
+    if elsewhere:
+      text += f"; stop those on {', '.join(sorted(elsewhere))} there"
+    return text
 
 
 def _duration(seconds: float) -> str:

@@ -1,13 +1,15 @@
 """Worker processes that train the trials of a sweep, one at a time each.
 
-A worker has its own share of the CPU cores (XLA starts as many threads) or, alone, the
-accelerators. It keeps corpora and compiled programs from trial to trial, so trials of
-one shape compile once. What a trial prints goes to `log.txt` in its run folder; what
-becomes of it comes back as an `Event`. A worker that is killed is an event too.
+A worker has a slot: its own share of the CPU cores (XLA starts as many threads) and of
+the GPUs. It keeps corpora and compiled programs from trial to trial, so trials of one
+shape compile once. What a trial prints goes to `log.txt` in its run folder; what
+becomes of it goes to `status.json` there, and comes back as an `Event`. A worker that
+is killed is an event too.
 """
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -19,20 +21,28 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from launch import cli
 from launch.huge_pages import start_with_huge_pages
+from launch.status import Status
 from launch.trials import Trial
+from mtp_jax import accounting
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.data.sources import DataError
 from mtp_jax.train import Diverged, Interrupted, fit
 
-# What these say is meant for the user: no traceback.
-_EXPLAINED = (ConfigError, DataError, Diverged, CheckpointError)
+# What these say is meant for the user: no traceback. See `launch.exits`.
+_EXPLAINED = {
+  ConfigError: "config",
+  DataError: "config",
+  Diverged: "diverged",
+  CheckpointError: "infrastructure",
+}
+_GPUS = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
 
 
@@ -40,17 +50,31 @@ class WorkerError(RuntimeError):
   """A worker process ended before it could train anything."""
 
 
+class Slot(NamedTuple):
+  """What a worker has of the machine.
+
+  cores: CPU cores; None where a process cannot be pinned.
+  gpus:  for CUDA_VISIBLE_DEVICES; None leaves it as it is.
+  """
+
+  cores: list[int] | None
+  gpus: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
   """What happened in a worker.
 
-  kind: ready | done | failed | stopped (saved after SIGTERM) | warning | died.
+  kind: ready | done | failed | claimed (another process has the run folder) | stopped
+    (saved after SIGTERM) | warning | died.
   text: why it failed or died, or the warning; its first line is a summary.
+  exit_class: of a trial that failed or died, see `launch.exits`.
   platform, num_devices: of a worker that is ready.
   """
 
-  kind: Literal["ready", "done", "failed", "stopped", "warning", "died"]
+  kind: Literal["ready", "done", "failed", "claimed", "stopped", "warning", "died"]
   text: str = ""
+  exit_class: str = ""
   platform: str = ""
   num_devices: int = 0
 
@@ -62,17 +86,17 @@ class Worker:
   shape: that of the last trial it was given.
   """
 
-  def __init__(self, cores: list[int] | None, compilation_cache: str):
-    self.cores = cores
+  def __init__(self, slot: Slot, compilation_cache: str):
+    self.slot = slot
     self.trial: Trial | None = None
     self.shape: Config | None = None
     self._connection, theirs = _SPAWN.Pipe()
     self._process = _SPAWN.Process(
-      target=_serve, args=(theirs, cores, compilation_cache)
+      target=_serve, args=(theirs, slot.cores, compilation_cache)
     )
     # Ctrl-C reaches every process of the terminal; the sweep alone is to answer it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with start_with_huge_pages():
+    with start_with_huge_pages(), _seeing(slot.gpus):
       self._process.start()
     signal.signal(signal.SIGINT, handler)
     theirs.close()
@@ -97,8 +121,10 @@ class Worker:
       if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, perhaps)" if -code == signal.SIGKILL else ""
-        return Event("died", f"the worker was ended by {name}{hint}")
-      return Event("died", f"the worker ended with exit code {code}")
+        text = f"the worker was ended by {name}{hint}"
+      else:
+        text = f"the worker ended with exit code {code}"
+      return Event("died", text, "infrastructure")
 
   def stop(self) -> None:
     """Asks it to save and end."""
@@ -117,11 +143,11 @@ def wait(workers: list[Worker], seconds: float) -> list[Worker]:
   return multiprocessing.connection.wait(workers, seconds)
 
 
-def shares(num_workers: int) -> list[list[int] | None]:
-  """Returns the CPU cores of each worker, None where a process cannot be pinned.
+def slots(num_workers: int) -> list[Slot]:
+  """Returns what each worker gets of the CPU cores, and of the GPUs if JAX uses them.
 
   Raises:
-    ConfigError: there are fewer cores than workers.
+    ConfigError: there are fewer cores than workers, or GPUs cannot be shared evenly.
   """
   pins = hasattr(os, "sched_setaffinity")
   cores = sorted(os.sched_getaffinity(0)) if pins else range(os.cpu_count() or 1)
@@ -130,10 +156,53 @@ def shares(num_workers: int) -> list[list[int] | None]:
       f"--parallel must be from 1 to the number of CPU cores ({len(cores)}), got "
       f"{num_workers}."
     )
-  if not pins:
-    return [None] * num_workers
+  gpus = _gpus() if num_workers > 1 else []
+  if gpus and len(gpus) % num_workers:
+    raise ConfigError(
+      f"--parallel must divide the number of GPUs ({len(gpus)}): every worker gets as "
+      f"many; got {num_workers}."
+    )
   bounds = [len(cores) * i // num_workers for i in range(num_workers + 1)]
-  return [cores[a:b] for a, b in itertools.pairwise(bounds)]
+  each = len(gpus) // num_workers
+  return [
+    Slot(
+      list(cores[a:b]) if pins else None,
+      ",".join(gpus[i * each : (i + 1) * each]) if gpus else None,
+    )
+    for i, (a, b) in enumerate(itertools.pairwise(bounds))
+  ]
+
+
+def _gpus() -> list[str]:
+  """Names the GPUs that JAX would use, without starting it."""
+  wanted = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+  if wanted not in ("", "cuda", "gpu"):
+    return []
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if not any("cuda" in plugin.name for plugin in plugins):
+    return []
+  visible = os.environ.get(_GPUS)
+  if visible is None:
+    found = Path("/dev").glob("nvidia[0-9]*")
+    return sorted((path.name.removeprefix("nvidia") for path in found), key=int)
+  return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
+
+
+@contextlib.contextmanager
+def _seeing(gpus: str | None) -> Iterator[None]:
+  """Shows these GPUs alone to the processes that are started inside."""
+  if gpus is None:
+    yield
+    return
+  before = os.environ.get(_GPUS)
+  os.environ[_GPUS] = gpus
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[_GPUS]
+    else:
+      os.environ[_GPUS] = before
 
 
 def _serve(
@@ -163,17 +232,38 @@ def _serve(
 
 def train(config: Config, workdir: Path) -> Event:
   """Trains one trial and returns what became of it; raises nothing but SystemExit."""
-  try:
-    with cli.exclusive(workdir), _output_to(workdir / "log.txt"):
-      fit(config, workdir, progress=False)
-  except Interrupted:
-    return Event("stopped")
-  except _EXPLAINED as error:
-    return Event("failed", f"{type(error).__name__}: {error}")
-  except Exception as error:
-    summary = traceback.format_exception_only(error)[-1].strip()
-    return Event("failed", f"{summary}\n\n{traceback.format_exc()}")
-  return Event("done")
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(cli.exclusive(workdir))
+    except ConfigError as error:
+      return Event("claimed", str(error))
+    if (workdir / "DONE").exists():  # By another sweep, since this one looked.
+      return Event("done")
+    stack.enter_context(_output_to(workdir / "log.txt"))
+    num_steps = accounting.resolve(config).train.num_steps
+    status = stack.enter_context(Status(workdir, num_steps, stall_seconds=0))
+    try:
+      fit(config, workdir, progress=False, observer=status)
+    except Interrupted as error:
+      status.ended("yielded", str(error))
+      return Event("stopped")
+    except SystemExit:
+      status.ended("yielded", "SIGTERM, nothing new was saved")
+      raise
+    except Exception as error:
+      text, exit_class = _explain(error)
+      status.ended(exit_class, text)
+      return Event("failed", text, exit_class)
+    status.ended("done")
+    return Event("done")
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+  for kind, exit_class in _EXPLAINED.items():
+    if isinstance(error, kind):
+      return f"{type(error).__name__}: {error}", exit_class
+  summary = traceback.format_exception_only(error)[-1].strip()
+  return f"{summary}\n\n{traceback.format_exc()}", "infrastructure"
 
 
 def _report(connection: Any, message: Warning | str, filename: str) -> None:

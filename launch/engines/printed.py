@@ -1,0 +1,100 @@
+"""The engine of any other scheduler: the commands, one for each trial and process."""
+
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from launch import trials
+from launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from launch.engines import Job, Record
+from launch.engines.options import option
+from launch.trials import Trial
+from mtp_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The `--print.*` flags."""
+
+  processes: int = option(1, "processes of a trial")
+  devices: int = option(
+    0, "accelerators of a process, to check the mesh by; 0 checks nothing"
+  )
+  coordinator: str | None = option(
+    None, "HOST:PORT of process 0 as the others reach it; may hold shell variables"
+  )
+
+
+class Printed:
+  """Starts nothing; see `Engine`.
+
+  The run folders are prepared, so that a command is short and the same whatever the
+  trial: `launch.train --workdir=RUN`.
+
+  Args:
+    root: the sweep folder.
+    options: of the commands.
+    compilation_cache: folder of compiled programs; empty for none.
+  """
+
+  needs_folders = True
+
+  def __init__(
+    self,
+    root: Path = Path(),
+    options: Options | None = None,
+    compilation_cache: str = "",
+  ):
+    self._root = Path(root).absolute()
+    self._options = options or Options()
+    self._compilation_cache = compilation_cache
+
+  def check(self, planned: list[Trial]) -> None:
+    options = self._options
+    for name, least in {"processes": 1, "devices": 0}.items():
+      if getattr(options, name) < least:
+        raise ConfigError(
+          f"--print.{name} must be at least {least}, got {getattr(options, name)}."
+        )
+    if options.processes > 1:
+      if not re.fullmatch(r"\S+:\S+", options.coordinator or ""):
+        raise ConfigError(
+          "--print.coordinator must be HOST:PORT where --print.processes is more than "
+          f"1, got {options.coordinator!r}."
+        )
+    if options.devices:
+      trials.check_devices(
+        planned,
+        options.processes * options.devices,
+        f"--print.processes={options.processes} times "
+        f"--print.devices={options.devices}",
+      )
+
+  def preview(self, planned: list[Trial]) -> str:
+    self.check(planned)
+    return "\n".join(line for trial in planned for line in self._lines(trial))
+
+  def submit(self, planned: list[Trial]) -> int:
+    print(self.preview(planned))
+    return 0
+
+  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
+    return {}
+
+  def cancel(self, records: dict[str, Record]) -> str:
+    return "print: these jobs are not known here"
+
+  def _lines(self, trial: Trial) -> list[str]:
+    workdir = self._root / trial.name
+    command = shlex.join([
+      sys.executable, "-m", "launch.train", f"--workdir={workdir}",
+      f"--compilation_cache={self._compilation_cache}",
+    ])
+    number = self._options.processes
+    if number == 1:
+      return [command]
+    # Not quoted: a scheduler may fill in the host.
+    group = f"{COORDINATOR}={self._options.coordinator} {NUM_PROCESSES}={number}"
+    return [f"{group} {PROCESS_ID}={i} {command}" for i in range(number)]

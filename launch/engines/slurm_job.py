@@ -1,0 +1,133 @@
+"""What runs inside a Slurm job: the start of every task, and the end of the step.
+
+submitit calls `start` in every task of the step, with the trial's run folder. When the
+step has ended the batch shell runs this module as a command; its exit code says whether
+the job is to be requeued. A step that yielded is requeued without it: that must not
+take long. See `launch.engines.slurm`, which writes the script.
+"""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+AGAIN = 0  # Exit code of the command: requeue.
+_ATTEMPTS = "attempts.jsonl"
+_TAIL_BYTES = 1 << 16
+_ERROR = re.compile(r"(?i:error|fatal)\b|[\w.]*(?:Error|Exception)\b")
+
+
+def start(workdir: str, command: list[str]) -> None:
+  """Becomes the training command, which prints to `log.txt` of the run folder."""
+  folder, rank = Path(workdir), os.environ["SLURM_PROCID"]
+  if not (folder / "config.json").is_file():
+    host = os.environ.get("SLURMD_NODENAME", "this host")
+    print(
+      f"error: --workdir must be a folder that all hosts see: {host} does not see "
+      f"{folder}/config.json.",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(2)
+  log = folder / ("log.txt" if rank == "0" else f"log.{rank}.txt")
+  descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os.dup2(descriptor, 1)
+  os.dup2(descriptor, 2)
+  # Until training has a handler a warning would end it, and look like a fault. Who
+  # means it ends the job in any case.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  os.execv(command[0], command)
+
+
+def main() -> int:
+  folder, code, began, max_attempts = sys.argv[1:]
+  from submitit.core.utils import DelayedSubmission, JobPaths
+
+  from launch import exits
+  from launch.engines import results
+
+  paths = JobPaths(folder, job_id=exits.job_id())
+  workdir = Path(DelayedSubmission.load(paths.submitted_pickle).args[0])
+  again = conclude(
+    workdir, int(code), float(began), int(max_attempts), [paths.stderr, paths.stdout]
+  )
+  results.collect(workdir.parent)
+  return AGAIN if again else 1
+
+
+def conclude(
+  workdir: Path, code: int, began: float, max_attempts: int, logs: list[Path]
+) -> bool:
+  """Notes how a step ended; returns whether it is worth another attempt.
+
+  Args:
+    workdir: the run folder.
+    code: what `srun` returned.
+    began: when this attempt began, seconds of the epoch.
+    max_attempts: of one job, how often it may end for no fault of the trial.
+    logs: where the tasks wrote before training did.
+  """
+  import json
+  import time
+
+  from launch import exits, status
+
+  said = status.read(workdir) or {}
+  ended_now = said.get("state") == "ended" and said["time"] >= began
+  # srun may report how the other processes were ended, not why.
+  if ended_now and said["exit_class"] not in ("done", "yielded"):
+    exit_class, reason = said["exit_class"], said["reason"]
+  elif code == exits.DONE:
+    return False
+  else:
+    exit_class = exits.classify(code, yielded=False)
+    own = [workdir / "log.txt", *sorted(workdir.glob("log.*.txt"))]
+    reason = _explain(code, [path for path in (*own, *logs) if _is_new(path, began)])
+    status.left_behind(workdir, exit_class, reason)
+  attempts = workdir / _ATTEMPTS
+  attempt: dict[str, Any] = {
+    "time": time.time(),
+    "job_id": exits.job_id(),
+    "code": code,
+    "exit_class": exit_class,
+    "reason": reason,
+  }
+  with attempts.open("a") as file:
+    file.write(json.dumps(attempt) + "\n")
+  if not exits.is_retried(exit_class):
+    return False
+  made = [json.loads(line) for line in attempts.read_text().splitlines()]
+  of_this_job = [x for x in made if x["job_id"] == attempt["job_id"]]
+  return sum(exits.is_retried(x["exit_class"]) for x in of_this_job) < max_attempts
+
+
+def _is_new(path: Path, began: float) -> bool:
+  return path.exists() and path.stat().st_mtime >= began - 1
+
+
+def _explain(code: int, logs: list[Path]) -> str:
+  """Returns one line: how it ended, and what its logs say of errors."""
+  text = f"ended with exit code {code}"
+  if 128 < code < 128 + signal.NSIG:
+    hint = ", out of memory perhaps" if code == 128 + signal.SIGKILL else ""
+    text += f" ({signal.Signals(code - 128).name}{hint})"
+  for path in logs:
+    if line := last_error(path.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")):
+      return f"{text}: {line}"
+  return text
+
+
+def last_error(text: str) -> str | None:
+  """Returns the last line of a log that names an error, None if none does."""
+  for line in reversed(text.splitlines()):
+    if _ERROR.match(line.strip()):
+      return line.strip()
+  return None
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,612 @@
+"""Engines without their schedulers: texts, samples of output, choices, bad input.
+
+`tests/test_slurm.py` has the real Slurm; here its commands are scripts that say what a
+test wants them to say.
+"""
+
+import csv
+import fcntl
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from experiments import base
+from launch import cli, engines, trials
+from launch.engines import (
+  Job,
+  local,
+  printed,
+  results,
+  slurm,
+  slurm_job,
+  states,
+  workers,
+)
+from launch.engines.workers import Slot
+from launch.trials import State
+from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
+
+pytest_plugins = ("tests.commands",)
+
+NTP = "--config=experiments/ntp_baseline.py"
+
+
+def plan(root, *names, **overrides):
+  """Returns trials of one shape, and of another for names with `wide`."""
+  wide = {"trunk.mlp_dim": 512}
+  config = with_overrides(from_config_dict(base.get_config()), overrides)
+  swept = [{"name": name} | (wide if "wide" in name else {}) for name in names]
+  return trials.plan(config, {}, swept, Path(root))
+
+
+def fill(trial, *files, **status):
+  """Makes a run folder with these files and that status."""
+  trial.workdir.mkdir(parents=True, exist_ok=True)
+  (trial.workdir / "config.json").write_text(json.dumps(to_dict(trial.config)))
+  for file in files:
+    (trial.workdir / file).write_text(
+      json.dumps({"main_loss": {"mean": 1.5, "stderr": 0.1}, "step": 7})
+    )
+  if status:
+    record = {"host": socket.gethostname(), "time": time.time(), "reason": None}
+    text = json.dumps(record | {"exit_class": None} | status)
+    (trial.workdir / "status.json").write_text(text)
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+  """A folder of commands that print what lies beside them as NAME.out."""
+  folder = tmp_path / "bin"
+  folder.mkdir()
+
+  def say(name, text, code=0):
+    (folder / f"{name}.out").write_text(text)
+    script = folder / name
+    script.write_text(
+      "#!/bin/sh\n"
+      f'echo "$@" >> {folder}/{name}.calls\n'
+      f"cat {folder}/{name}.out\n"
+      f"exit {code}\n"
+    )
+    script.chmod(0o755)
+    return folder / f"{name}.calls"
+
+  for name in ("srun", "scancel", "squeue", "sacct"):
+    say(name, "")
+  say("sbatch", "Submitted batch job 12\n")
+  say("scontrol", f"MaxArraySize = 1001\nNodeHostName={socket.gethostname()}\n")
+  monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+  return say
+
+
+# Slurm: arrays and scripts
+
+
+def test_every_shape_is_an_array(tmp_path):
+  planned = plan(tmp_path, "a", "wide1", "b", "wide2", "wide3")
+  first, second = slurm.arrays(planned, 1000, None)
+  assert [t.name for t in first.trials] == ["wide1", "wide2", "wide3"]
+  assert [t.name for t in second.trials] == ["a", "b"]
+  assert (first.parallel, second.parallel) == (3, 2)
+
+
+def test_long_arrays_are_cut_and_together_run_no_more_than_allowed(tmp_path):
+  planned = plan(tmp_path, *(f"a{i}" for i in range(7)), "wide")
+  found = slurm.arrays(planned, 3, 5)
+  sizes = sorted(len(array.trials) for array in found)
+  assert sizes == [1, 1, 3, 3]
+  assert sum(array.parallel for array in found) <= 5
+  assert all(array.after is None for array in found)
+
+  found = slurm.arrays(planned, 3, 2)
+  assert [array.after for array in found] == [None, None, 0, 1]
+  assert {array.parallel for array in found} == {1}
+
+
+def test_the_script_requeues_what_yielded_and_nothing_that_was_cancelled(tmp_path):
+  options = slurm.Options(
+    partition="gpu", account="lab", nodes=2, gpus=8, time="1-00:00:00", grace=60,
+    setup="module load cuda", sbatch="reservation=x exclusive",
+  )
+  engine = slurm.Slurm(tmp_path / "my sweep", options, "", 2, max_attempts=4)
+  text = engine.preview(plan(tmp_path, "a", "b", "c"))
+  lines = text.splitlines()
+  for line in (
+    "#   a", "#SBATCH --array=0-2%2", "#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8",
+    "#SBATCH --ntasks-per-node=1", "#SBATCH --time=1440", "#SBATCH --partition=gpu",
+    "#SBATCH --account=lab", "#SBATCH --requeue", "#SBATCH --signal=TERM@60",
+    "#SBATCH --reservation=x", "#SBATCH --exclusive", "module load cuda",
+    "trap 'STOP=1' TERM",
+    'if [ "$STOP" = 1 ]; then exit "$CODE"; fi',
+  ):
+    assert line in lines
+  assert "wckey" not in text and "--kill-on-bad-exit=1" in text
+  # The task of an array that has the id of the array would requeue all others.
+  assert "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" in text
+  ends = lines.index('if [ "$STOP" = 1 ]; then exit "$CODE"; fi')
+  assert ends < lines.index('  scontrol requeue "$JOB"')
+  (end,) = [line for line in lines if "launch.engines.slurm_job" in line]
+  assert f"'{tmp_path}/my sweep/slurm' \"$CODE\" \"$BEGAN\" 4;" in end
+
+
+@pytest.mark.parametrize("time_limit, minutes", [
+  ("90", 90), ("4:30", 5), ("1:30:00", 90), ("1-2", 1560), ("2-00:30", 2910),
+])
+def test_time_limits_are_those_of_slurm(time_limit, minutes):
+  assert slurm.Options(time=time_limit).minutes == minutes
+
+
+@pytest.mark.parametrize("options, message", [
+  ({"time": "soon"}, r"--slurm.time must be minutes, H:MM:SS .* got 'soon'"),
+  ({"time": "0"}, r"--slurm.time must be more than 0, got '0'"),
+  ({"time": "2"}, r"--slurm.time must be longer than --slurm.grace \(180 s\), got '2'"),
+  ({"nodes": 0}, r"--slurm.nodes must be at least 1, got 0"),
+  ({"gpus": 8, "tasks": 3}, r"--slurm.gpus must be a multiple .* \(3\), got 8"),
+  ({"sbatch": "mem 5"}, r"--slurm.sbatch must be KEY=VALUE ..., got '5'"),
+])
+def test_flags_of_slurm_are_checked(options, message):
+  with pytest.raises(ConfigError, match=message):
+    slurm.Options(**options).check()
+
+
+def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
+  engine = slurm.Slurm(tmp_path, slurm.Options(nodes=2, gpus=3))
+  with pytest.raises(ConfigError) as caught:
+    engine.check(plan(tmp_path, "a", "b", **{"mesh.fsdp": 4}))
+  text = str(caught.value)
+  assert text.startswith("a and 1 more: mesh must be such that ")
+  assert "number of devices (6)" in text
+  assert text.endswith("The devices come from --slurm.nodes=2 times --slurm.gpus=3.")
+
+
+def test_slurm_that_is_not_there_is_missed_first(tmp_path, monkeypatch):
+  monkeypatch.setenv("PATH", str(tmp_path))
+  with pytest.raises(ConfigError, match=r"--on=slurm needs .* is no sbatch, srun"):
+    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+
+
+def test_a_folder_that_other_hosts_cannot_see_is_refused(tmp_path, fake_slurm):
+  root = tmp_path / "runs"
+  fake_slurm("stat", "tmpfs\n")
+  slurm.Slurm(root).check(plan(root, "a"))  # The cluster is this host.
+  fake_slurm("scontrol", "NodeHostName=n7\nNodeHostName=n8\n")
+  with pytest.raises(ConfigError, match=r"--workdir must .* \(tmpfs\), .* \(n7, n8\)"):
+    slurm.Slurm(root).check(plan(root, "a"))
+  fake_slurm("stat", "nfs\n")
+  slurm.Slurm(root).check(plan(root, "a"))
+
+
+def test_what_sbatch_refuses_is_said(tmp_path, fake_slurm):
+  script = tmp_path / "bin" / "sbatch"
+  script.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+  with pytest.raises(ConfigError, match=r"^sbatch refused: sbatch: error: no such"):
+    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+
+
+# Slurm: what its commands say
+
+SQUEUE = """\
+12_0|RUNNING|n[1-2]|None
+12_1|PENDING||JobArrayTaskLimit
+12_2|COMPLETING|n3|None
+13|CANCELLED|n1|None
+14|COMPLETED|n1|None
+15|TIMEOUT|n1|TimeLimit
+"""
+SACCT = """\
+12_0|RUNNING|n1|0:0
+12_[3-9%2]|PENDING|None assigned|0:0
+13|CANCELLED by 1000|n1|0:15
+15|FAILED|n1|137:0
+16|NODE_FAIL|n2|0:9
+"""
+SCONTROL = (
+  "JobId=17 ArrayJobId=12 ArrayTaskId=4 JobName=x JobState=FAILED "
+  "Reason=NonZeroExitCode Dependency=(null) ExitCode=3:0 NodeList=n2 Command=/a b\n"
+  "JobId=18 JobName=y JobState=PENDING Reason=Priority ExitCode=0:0 NodeList=(null)\n"
+)
+
+
+def test_squeue_is_read():
+  jobs = slurm.parse_squeue(SQUEUE)
+  assert {id: (job.state, job.host) for id, job in jobs.items()} == {
+    "12_0": ("running", "n[1-2]"), "12_1": ("queued", ""), "12_2": ("running", "n3"),
+    "13": ("cancelled", "n1"), "14": ("ended", "n1"), "15": ("ended", "n1"),
+  }
+  assert jobs["12_1"].reason == "JobArrayTaskLimit"
+  assert jobs["14"].reason == ""
+  assert jobs["15"].reason == "Slurm says TIMEOUT, TimeLimit"
+
+
+def test_sacct_is_read():
+  jobs = slurm.parse_sacct(SACCT)
+  assert jobs["13"].state == "cancelled"
+  assert jobs["15"] == Job("ended", "15", "n1", "Slurm says FAILED, exit code 137")
+  assert jobs["16"].reason == "Slurm says NODE_FAIL, signal 9"
+
+
+def test_scontrol_is_read():
+  jobs = slurm.parse_scontrol(SCONTROL)
+  assert jobs["12_4"] == Job("ended", "12_4", "n2", "Slurm says FAILED, exit code 3")
+  assert jobs["18"] == Job("queued", "18", "", "Priority")
+
+
+def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
+  fake_slurm("squeue", "12_0|RUNNING|n1|None\n99|RUNNING|n2|None\n")
+  fake_slurm("sacct", SACCT)
+  fake_slurm("scontrol", "slurm_load_jobs error: Invalid job id specified\n", code=1)
+  found = slurm.query(["12_0", "15", "20"])
+  assert set(found) == {"12_0", "15"}
+  assert found["15"].reason == "Slurm says FAILED, exit code 137"
+  fake_slurm("sacct", "Slurm accounting storage is disabled\n", code=1)
+  assert set(slurm.query(["12_0", "15"])) == {"12_0"}
+
+
+# Slurm: submitting, and what is left alone
+
+
+def submitted(planned, **options):
+  engine = slurm.Slurm(planned[0].workdir.parent, **options)
+  choice = trials.choose(planned, again=False)
+  for trial in choice.todo:
+    trials.prepare(trial)
+  engine.submit(choice.todo)
+  return [trial.name for trial in choice.todo]
+
+
+def test_only_failed_and_missing_trials_are_submitted_again(
+  tmp_path, fake_slurm, capfd
+):
+  root = tmp_path / "runs"
+  planned = plan(root, "done", "queued", "crashed", "diverged", "new", "gone")
+  done, queued, crashed, diverged, _, gone = planned
+  fill(done, "DONE", "eval.json")
+  fill(queued)
+  fill(crashed, state="ended", exit_class="infrastructure", reason="SIGKILL")
+  fill(diverged, state="ended", exit_class="diverged", reason="not finite")
+  fill(gone, state="training", time=time.time() - 5)
+  for trial, id in ((queued, "7_0"), (gone, "7_1")):
+    engines.write_record(trial.workdir, "slurm", id=id)
+  fake_slurm("squeue", "7_0|PENDING||Priority\n")
+  assert submitted(planned) == ["crashed", "new", "gone"]
+  assert "job 12: 3 trial(s) of one shape, at most 3 at once" in capfd.readouterr().out
+  records = [engines.read_record(root / name) for name in ("crashed", "new", "gone")]
+  assert [record["id"] for record in records] == ["12_0", "12_1", "12_2"]
+  assert (root / "new" / "config.json").exists()
+
+  choice = trials.choose(planned, again=False)
+  assert choice.given_up == [diverged] and queued in choice.active
+  assert diverged in trials.choose(planned, again=True).todo
+
+
+def test_what_is_cancelled_here_is_remembered_when_slurm_forgets(tmp_path, fake_slurm):
+  planned = plan(tmp_path / "runs", "a", "b")
+  submitted(planned)
+  fake_slurm("squeue", "12_0|RUNNING|n1|None\n12_1|COMPLETED|n1|None\n")
+  calls = fake_slurm("scancel", "")
+  assert engines.cancel(planned) == ["slurm: cancelled 1 trial(s)"]
+  assert calls.read_text() == "12_0\n"
+  fake_slurm("squeue", "")
+  assert trials.read_states(planned)["a"].kind == "cancelled"
+  assert trials.choose(planned, again=False).todo == planned
+
+
+# Slurm: the end of a job
+
+
+def conclude(trial, code, began=None, max_attempts=2):
+  began = time.time() - 5 if began is None else began
+  return slurm_job.conclude(trial.workdir, code, began, max_attempts, [])
+
+
+def test_a_lost_process_is_tried_again_but_not_for_ever(tmp_path, monkeypatch):
+  monkeypatch.setenv("SLURM_JOB_ID", "5")
+  (trial,) = plan(tmp_path, "a")
+  fill(trial, state="training")
+  assert conclude(trial, 137)
+  said = json.loads((trial.workdir / "status.json").read_text())
+  assert (said["state"], said["exit_class"]) == ("ended", "infrastructure")
+  assert said["reason"] == "ended with exit code 137 (SIGKILL, out of memory perhaps)"
+  assert not conclude(trial, 137)
+  monkeypatch.setenv("SLURM_JOB_ID", "6")  # Submitted again: a new count.
+  assert conclude(trial, 137)
+
+
+def test_what_training_said_counts_more_than_what_srun_returns(tmp_path):
+  (trial,) = plan(tmp_path, "a")
+  fill(trial, state="ended", exit_class="diverged", reason="not finite")
+  assert not conclude(trial, 143)
+  # What an earlier attempt said does not.
+  assert conclude(trial, 143, began=time.time() + 5)
+
+
+@pytest.mark.parametrize("code, again", [(0, False), (2, False), (3, False), (1, True)])
+def test_exit_codes_alone_decide_otherwise(tmp_path, code, again):
+  (trial,) = plan(tmp_path, "a")
+  fill(trial)
+  assert conclude(trial, code) == again
+
+
+def test_the_reason_comes_from_the_log(tmp_path):
+  (trial,) = plan(tmp_path, "a")
+  fill(trial)
+  (trial.workdir / "log.txt").write_text("Traceback\n  x\nImportError: no jax\nbye\n")
+  conclude(trial, 1)
+  reason = trials.read_state(trial).reason
+  assert reason == "ended with exit code 1: ImportError: no jax"
+  assert slurm_job.last_error("all is well\n") is None
+
+
+def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
+  (trial,) = plan(tmp_path, "a")
+  fill(trial, state="training")
+  with cli.exclusive(trial.workdir):
+    conclude(trial, 2)
+    assert trials.read_state(trial).kind == "running"
+  assert json.loads((trial.workdir / "status.json").read_text())["state"] == "training"
+
+
+def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
+  code = f"from launch.engines import slurm_job as j; j.start({str(tmp_path)!r}, [])"
+  environment = {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}
+  result = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+  )
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: --workdir must be a folder that all hosts see: n7 does not see "
+    f"{tmp_path}/config.json.\n"
+  )
+
+
+def test_a_task_becomes_training_and_prints_to_the_log(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  code = (
+    "from launch.engines import slurm_job as j; "
+    f"j.start({str(tmp_path)!r}, ['/bin/sh', '-c', 'echo out; echo err >&2; exit 3'])"
+  )
+  result = subprocess.run([sys.executable, "-c", code], env={"SLURM_PROCID": "1"})
+  assert result.returncode == 3
+  assert (tmp_path / "log.1.txt").read_text() == "out\nerr\n"
+
+
+# States
+
+
+def kind(trial, job=None):
+  return trials.read_state(trial, job).kind
+
+
+def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
+  new, done, killed, saved, elsewhere, old, stale = plan(
+    tmp_path, "new", "done", "killed", "saved", "elsewhere", "old", "stale"
+  )
+  assert kind(new) == "waiting"
+  fill(new)  # Prepared, not begun.
+  assert kind(new) == "waiting"
+  assert kind(new, Job("queued", reason="Priority")) == "queued"
+  assert kind(new, Job("running")) == "running"
+  lost = trials.read_state(new, Job("ended", reason="Slurm says NODE_FAIL"))
+  assert (lost.kind, lost.reason) == ("lost", "Slurm says NODE_FAIL")
+  fill(done, "DONE", "eval.json")
+  assert kind(done, Job("queued")) == "done"
+  fill(killed, state="training")
+  assert kind(killed) == "lost" and kind(killed, Job("unknown")) == "lost"
+  fill(saved, state="ended", exit_class="yielded", reason="SIGTERM")
+  assert trials.read_state(saved, Job("running")) == State(
+    "running", host=socket.gethostname()
+  )
+  assert kind(saved) == "stopped" and kind(saved, Job("cancelled")) == "cancelled"
+  fill(elsewhere, state="training", host="another")
+  assert kind(elsewhere) == "running" and kind(elsewhere, Job("ended")) == "lost"
+  fill(old, state="training", host="another", time=time.time() - 3600)
+  assert kind(old) == "lost"
+  fill(stale, state="ended", exit_class="diverged", time=time.time() - 60)
+  assert kind(stale) == "failed"
+  engines.write_record(stale.workdir, "slurm", id="1")  # That was another job.
+  assert kind(stale, Job("queued")) == "queued" and kind(stale) == "waiting"
+
+
+def test_the_table_shows_states_and_reasons(tmp_path):
+  planned = plan(tmp_path, "a", "b")
+  found = {
+    "a": State("running", 10, 2.0, 3.5, None, 1234.5, "n1"),
+    "b": State("failed", reason="x" * 200, exit_class="config"),
+  }
+  head, first, second, total = states.table(planned, found).splitlines()
+  assert head.split()[-2:] == ["host", "reason"]
+  assert first.split()[1:] == ["running", "10/500", "3.5000", "1,234", "2", "n1"]
+  assert second.endswith("  " + "x" * 100) and " failed " in second
+  assert total == "2 trial(s): 1 running, 1 failed"
+
+
+def test_watching_ends_when_nothing_waits_or_runs(tmp_path, monkeypatch, capsys):
+  planned = plan(tmp_path, "a")
+  turns = iter(["queued", "queued", "running", "done"])
+  monkeypatch.setattr(trials, "read_states", lambda _: {"a": State(next(turns))})
+  assert states.watch(planned, tmp_path, 0.0) == 0
+  shown = [x.split()[1] for x in capsys.readouterr().out.splitlines() if x[0] == "a"]
+  assert shown == ["queued", "running", "done"]
+  turns = iter(["failed"])
+  assert states.watch(planned, tmp_path, 0.0) == 1
+
+
+def test_results_hold_what_varies_and_flag_what_is_incomplete(tmp_path):
+  (one,) = plan(tmp_path, "one", **{"seed": 1})
+  (two,) = plan(tmp_path, "two", **{"seed": 2, "data.batch_size": 32})
+  fill(one, "DONE")
+  (one.workdir / "eval.json").write_text(json.dumps({
+    "step": 9, "main_loss": {"mean": 1.5, "stderr": 0.25}, "split": "test",
+    "depth_loss": [{"mean": 1.5, "stderr": 0.25, "count": 4}, {"mean": 2.5}],
+  }))
+  fill(two, state="ended", exit_class="diverged", reason="not finite, 1", step=3)
+  with results.collect(tmp_path).open() as file:
+    first, second = csv.DictReader(file)
+  assert first == {
+    "trial": "one", "complete": "True", "step": "9", "exit_class": "done", "reason": "",
+    "seed": "1", "data.batch_size": "16", "main_loss": "1.5",
+    "main_loss_stderr": "0.25", "split": "test", "depth_loss_0": "1.5",
+    "depth_loss_0_stderr": "0.25", "depth_loss_1": "2.5", "depth_loss_1_stderr": "",
+  } | {"data.batch_size": str(one.config.data.batch_size)}
+  assert second["complete"] == "False" and second["main_loss"] == ""
+  assert (second["step"], second["reason"]) == ("3", "not finite, 1")
+
+
+# Local
+
+
+def test_workers_share_the_gpus(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+  plugin = types.SimpleNamespace(name="xla_cuda12")
+  monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [plugin])
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5,7")
+  assert workers.slots(2) == [Slot([0, 1], "0,3"), Slot([2, 3], "5,7")]
+  assert workers.slots(1) == [Slot([0, 1, 2, 3], None)]
+  with pytest.raises(ConfigError, match=r"--parallel must divide .* \(4\).* got 3"):
+    workers.slots(3)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  assert workers.slots(2) == [Slot([0, 1]), Slot([2, 3])]
+
+
+def test_a_worker_sees_its_gpus_alone(monkeypatch):
+  seen = []
+
+  class Process:
+    def __init__(self, **_):
+      pass
+
+    def start(self):
+      seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+  monkeypatch.setattr(workers._SPAWN, "Process", Process)
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+  workers.Worker(Slot(None, "2,3"), "")
+  workers.Worker(Slot(None), "")
+  assert seen == ["2,3", "0,1,2,3"]
+  assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
+def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
+  (trial,) = plan(tmp_path, "a")
+  with cli.exclusive(trial.workdir):
+    event = workers.train(trial.config, trial.workdir)
+  assert event.kind == "claimed" and "in use by another process" in event.text
+  assert os.listdir(trial.workdir) == [".lock"]
+  # Another sweep was faster.
+  fill(trial, "DONE")
+  assert workers.train(trial.config, trial.workdir).kind == "done"
+  assert not (trial.workdir / "status.json").exists()
+
+
+def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
+  def flock(*_):
+    raise OSError(38, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with cli.exclusive(tmp_path):
+    assert not cli.is_in_use(tmp_path)
+  assert "nothing keeps a second process out" in capsys.readouterr().err
+
+
+def test_cancelling_stops_the_sweep_of_a_trial(tmp_path, monkeypatch):
+  killed = []
+  monkeypatch.setattr(os, "kill", lambda *signalled: killed.append(signalled))
+  here, idle, there = plan(tmp_path, "here", "idle", "there")
+  for trial, host in ((here, None), (idle, None), (there, "another")):
+    fill(trial)
+    host = host or socket.gethostname()
+    engines.write_record(trial.workdir, "local", pid=77, host=host)
+  with cli.exclusive(here.workdir), cli.exclusive(there.workdir):
+    (said,) = engines.cancel([here, idle, there])
+  assert killed == [(77, signal.SIGTERM)]
+  assert said == (
+    "local: told 1 sweep(s) to save and stop; stop those on another there"
+  )
+
+
+def test_what_is_retried_follows_the_exit_class(tmp_path):
+  crashed, broken = plan(tmp_path, "crashed", "broken")
+  passed = local.Sweep([crashed, broken], tmp_path, "", max_attempts=2)
+  passed._waiting = []
+  worker = types.SimpleNamespace(give=lambda _: None, trial=None, shape=None)
+  for trial, kinds in ((crashed, ("infrastructure",) * 2), (broken, ("config",))):
+    for exit_class in kinds:
+      passed._waiting = [trial]
+      passed._give(worker)
+      event = workers.Event("failed", "RuntimeError: it broke", exit_class)
+      passed._note(trial, event)
+  assert passed._attempts == {"crashed": 2, "broken": 1}
+  assert passed._failed.keys() == {"crashed", "broken"}
+
+
+# Other schedulers, and the command
+
+
+def test_commands_are_printed_for_every_process(tmp_path, capsys):
+  options = printed.Options(processes=2, coordinator="$HOST:900", devices=4)
+  engine = printed.Printed(tmp_path, options, "cache")
+  planned = plan(tmp_path, "a,b=1")
+  engine.check(planned)
+  assert engine.submit(planned) == 0
+  first, second = capsys.readouterr().out.splitlines()
+  assert first.startswith(
+    "MTP_JAX_COORDINATOR=$HOST:900 MTP_JAX_NUM_PROCESSES=2 MTP_JAX_PROCESS_ID=0 "
+  )
+  assert " MTP_JAX_PROCESS_ID=1 " in second
+  assert f" -m launch.train --workdir={tmp_path}/a,b=1 " in second
+  with pytest.raises(ConfigError, match=r"The devices come from --print.processes=2"):
+    engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
+
+
+@pytest.mark.parametrize("arguments, message", [
+  (["--on=ray"], "flag --on=ray: value should be one of <local|slurm|"),
+  (["--slurm.nodes=2"], "--slurm.nodes is for --on=slurm, got --on=local."),
+  (["--on=slurm", "--parallel=2"], "--parallel is for --on=local, got --on=slurm."),
+  (["--max_parallel=2"], "--max_parallel is for --on=slurm, got --on=local."),
+  (["--on=slurm", "--slurm.nodes=two"], "flag --slurm.nodes=two: "),
+  (["--on=print", "--print.processes=2"], "--print.coordinator must be HOST:PORT "),
+  (["--on=kubernetes"], "--kubernetes.image is required"),
+])
+def test_bad_engines_are_refused(command, tmp_path, arguments, message):
+  root = tmp_path / "runs"
+  result = command("launch.sweep", NTP, f"--workdir={root}", *arguments)
+  assert result.output.startswith(f"error: {message}")
+  assert result.code == 2 and not result.touched_backend and not root.exists()
+
+
+def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
+  root = tmp_path / "runs"
+  sweep_command = ("launch.sweep", NTP, f"--workdir={root}", "--only=seed=1")
+  result = command(*sweep_command, "--on=print")
+  assert result.code == 0
+  assert f"-m launch.train --workdir={root}/seed=1" in result.output
+  assert "1 of 1 trial(s) given to print, 0 done" in result.output
+  assert cli.load_run_config(root / "seed=1").seed == 1
+  shown = command(*sweep_command, "--status").output.splitlines()
+  assert shown[1].split()[:2] == ["seed=1", "waiting"]
+  assert (root / "results.csv").read_text().splitlines()[1].startswith("seed=1,False,")
+
+
+def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
+  root = tmp_path / "runs"
+  with cli.exclusive(root):
+    result = command("launch.sweep", NTP, f"--workdir={root}", "--on=print")
+  assert result.code == 2
+  assert result.output == f"error: another sweep is being started in {root}.\n"
+  assert os.listdir(root) == [".lock"]
+
+
+def test_a_dry_run_shows_what_would_be_handed_over(command, tmp_path):
+  result = command("launch.sweep", NTP, "--dry_run", "--on=slurm", "--slurm.qos=low")
+  assert result.code == 0 and "#SBATCH --qos=low" in result.output
+  assert result.output.startswith("# trial ") and not list(tmp_path.iterdir())
