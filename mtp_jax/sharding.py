@@ -88,6 +88,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+  """Returns the mesh of no devices, to trace with; `data = -1` counts as 1."""
+  return jax.sharding.AbstractMesh(
+    tuple(abs(getattr(config, axis)) for axis in MESH_AXES),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Returns over how many devices the rows of a batch are spread."""
   return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from experiments import gains_with_scale
 from launch import trials
@@ -19,7 +18,7 @@ from mtp_jax.batch import Batch
 from mtp_jax.config import routed_layers
 from mtp_jax.model import block, layers
 from mtp_jax.model.lm import zeros_batch
-from mtp_jax.sharding import MESH_AXES, logical_axes
+from mtp_jax.sharding import MESH_AXES, abstract_mesh, logical_axes
 from mtp_jax.train_state import Hyperparameters, init_state
 from mtp_jax.train_step import train_step
 
@@ -78,10 +77,7 @@ def trace_step(shape):
     lambda: zeros_batch(shape, shape.data.batch_size // microbatches)
   )
   scalar = jax.ShapeDtypeStruct((), np.float32)
-  mesh = jax.sharding.AbstractMesh(
-    mesh_sizes(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-  )
-  with jax.sharding.use_abstract_mesh(mesh):
+  with jax.sharding.use_abstract_mesh(abstract_mesh(shape.mesh)):
     state = jax.eval_shape(functools.partial(init_state, shape, chain), np.int32(0))
     return state, *jax.eval_shape(
       functools.partial(train_step, shape),

@@ -16,7 +16,7 @@ import pytest
 from launch.planning import estimate, hlo, programs, rows, topologies
 from mtp_jax import accounting
 from mtp_jax.config import ConfigError, MeshConfig
-from mtp_jax.sharding import MESH_AXES, make_mesh
+from mtp_jax.sharding import abstract_mesh, make_mesh, platform
 from mtp_jax.train_step import programs as train_programs
 from mtp_jax.train_step import shape_of
 from tests.common import quick_options, tiny_config
@@ -62,10 +62,6 @@ def make_shape(**overrides):
   return shape_of(tiny_config("sequential", 2, MODEL | overrides))
 
 
-def abstract_of(config):
-  """Returns the config's mesh, of no devices."""
-  sizes = (getattr(config.mesh, axis) for axis in MESH_AXES)
-  return jax.sharding.AbstractMesh(tuple(sizes), MESH_AXES)
 
 
 def compile_on_cpu(shape, options=None):
@@ -88,7 +84,7 @@ def compiled(shape):
 
 def check_formula(shape, compiled, memory=(0.75, 1.35), all_gather=0.05, sums=0.2):
   """Holds the formula against XLA's numbers; XLA on CPU scatters nothing, it sums."""
-  guess = estimate.estimate(shape, abstract_of(shape))
+  guess = estimate.estimate(shape, abstract_mesh(shape.mesh))
   found = programs.analyse(compiled)
   low, high = memory
   assert low * found.temporaries < guess.temporaries < high * found.temporaries
@@ -157,13 +153,13 @@ def test_no_parameter_of_latent_attention_or_experts_is_on_every_device():
     "trunk.latent.kv_rank": 16,
   }
   shape = make_shape(**EXPERTS, **latent)
-  state = programs.abstract_state(shape, abstract_of(shape))
+  state = programs.abstract_state(shape, abstract_mesh(shape.mesh))
   assert programs.unsharded((state.params, state.opt_state), LARGE) == []
 
 
 def test_replicated_parameters_and_gathered_logits_would_be_found():
   shape = make_shape(**{"mesh.data": 8, "mesh.fsdp": 1})
-  params = programs.abstract_state(shape, abstract_of(shape)).params
+  params = programs.abstract_state(shape, abstract_mesh(shape.mesh)).params
   found = programs.unsharded(params, LARGE)
   assert any("unembed" in path for path in found)
 
@@ -265,7 +261,7 @@ def test_products_without_recomputation_are_the_model_flops(kind):
   )
   model = accounting.train_flops_per_token(config, "full")
   model *= config.data.batch_size * config.data.seq_len
-  assert programs.matmul_flops(config, abstract_of(config)) == pytest.approx(
+  assert programs.matmul_flops(config, abstract_mesh(config.mesh)) == pytest.approx(
     model, rel=0.01
   )
 
@@ -274,8 +270,8 @@ def test_recomputation_and_accumulation_count():
   config = tiny_config("none", 0, MODEL)
   trunk = dataclasses.replace(config.trunk, remat="none")
   none = dataclasses.replace(config, trunk=trunk)
-  ratio = programs.matmul_flops(config, abstract_of(config))
-  ratio /= programs.matmul_flops(none, abstract_of(config))
+  ratio = programs.matmul_flops(config, abstract_mesh(config.mesh))
+  ratio /= programs.matmul_flops(none, abstract_mesh(config.mesh))
   assert 1.2 < ratio < 4 / 3  # All but the loss and the last product of a layer.
 
 
@@ -334,7 +330,11 @@ def test_every_chip_has_the_devices_that_its_shape_says():
 def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_slice():
   devices = list(topologies.tpu_devices(topologies.parse("v5p:4x4x4")))
   sizes = MeshConfig(data=8, fsdp=8, expert=1, tensor=1, context=1)
-  assert len(set(make_mesh(sizes, devices).devices.flat)) == 64
+  mesh = make_mesh(sizes, devices)
+  assert len(set(mesh.devices.flat)) == 64
+  with jax.set_mesh(mesh):
+    assert platform() == "tpu"
+  assert platform() == "cpu"
 
 
 # Topologies, and the command.

@@ -12,7 +12,7 @@ from launch.planning.topologies import Topology
 from launch.trials import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, MeshConfig, validate
-from mtp_jax.sharding import MESH_AXES, make_mesh
+from mtp_jax.sharding import abstract_mesh, make_mesh
 
 # Share of a GPU's memory that a plan may take: the formula is rough, and the CUDA
 # context and libraries take some. On TPU XLA's plan is what is allocated.
@@ -156,7 +156,4 @@ def _tokens(config: Config) -> int:
 
 def _abstract_mesh(mesh: MeshConfig, num_chips: int) -> jax.sharding.AbstractMesh:
   fixed = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
-  sizes = dataclasses.replace(mesh, data=num_chips // fixed)
-  return jax.sharding.AbstractMesh(
-    tuple(getattr(sizes, axis) for axis in MESH_AXES), MESH_AXES
-  )
+  return abstract_mesh(dataclasses.replace(mesh, data=num_chips // fixed))
