@@ -83,8 +83,8 @@ MUTANTS = {
   ),
   "no gradient from module to module": Mutant(
     "model/mtp.py",
-    "      return h_BTD, h_BTD\n",
-    "      return jax.lax.stop_gradient(h_BTD), h_BTD\n",
+    "      return h_BTD, (h_BTD, routing)\n",
+    "      return jax.lax.stop_gradient(h_BTD), (h_BTD, routing)\n",
     f"{PARITY}[llama-sequential-False]",
   ),
   "no gradient from the modules to the trunk": Mutant(
