@@ -135,7 +135,9 @@ def test_shards_hold_what_one_file_does(tmp_path, case):
   assert_same_bits(load(tmp_path / "many")[0], load(tmp_path / "one")[0])
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"expert": 4, "fsdp": 2}])
+@pytest.mark.parametrize(
+  "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}]
+)
 @pytest.mark.parametrize("case", ["gpt2", "deepseek"])
 def test_eight_devices_hold_what_one_does_in_the_layout_of_training(
   tmp_path, case, axes

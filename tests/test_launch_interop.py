@@ -106,6 +106,7 @@ def test_gpt2_gets_a_module_trains_on_and_goes_back_out(command, gpt2, flags, tm
     assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.slow
 def test_an_unfrozen_trunk_moves(command, gpt2, flags, tmp_path):
   folder, theirs = gpt2
   run = tmp_path / "run"
