@@ -95,6 +95,6 @@ def _v3(config: ConfigDict) -> None:
   config.optimizer.update(learning_rate=2.2e-4, base_width=7168, final_fraction=0.03)
   config.train.update(num_steps=220_000, log_every=10, diagnostics_every=0)
   config.train.accumulation_steps = 8
-  config.mesh.update(data=8, fsdp=8, expert=32, tensor=1)
+  config.mesh.update(data=1, fsdp=256, expert=8, tensor=1)
   config.checkpoint.update(every_steps=500, keep=2)
   config.eval.update(num_rows=4096, batch_size=2048, line_prompts=0, function_prompts=0)
