@@ -36,6 +36,12 @@ def classify(code: int, yielded: bool) -> str:
   return "yielded" if yielded else _CLASSES.get(code, "infrastructure")
 
 
+def code_of(exit_class: str) -> int:
+  """Returns the code with which a process says that it ended so."""
+  codes = {name: code for code, name in _CLASSES.items()}
+  return codes.get(exit_class, FAILED)
+
+
 def is_retried(exit_class: str) -> bool:
   """Returns whether the same command may do better when it is started again."""
   return exit_class in ("yielded", "infrastructure")

@@ -18,8 +18,11 @@ from typing import Any
 import jax
 
 from launch import cli, distributed, exits
+from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.config import ConfigError
+from mtp_jax.data.sources import DataError
 from mtp_jax.metrics import plain
-from mtp_jax.train import Observer
+from mtp_jax.train import Diverged, Observer
 
 FILE = "status.json"
 # From this long without a step a process says that it waits: sooner than JAX gives up.
@@ -28,6 +31,21 @@ _SLOW_FACTOR = 10
 # The first step after a pause may wait for processes that still compile; it has ended
 # when the second is on its way.
 _STEPS_AFTER_PAUSE = 2
+
+
+# What these say is meant for the user, without a traceback.
+_EXPLAINED = {
+  ConfigError: "config",
+  DataError: "config",
+  Diverged: "diverged",
+  CheckpointError: "infrastructure",
+}
+
+
+def exit_class_of(error: BaseException) -> str | None:
+  """Returns the class (see `exits`) of an error that explains itself, else None."""
+  found = (name for kind, name in _EXPLAINED.items() if isinstance(error, kind))
+  return next(found, None)
 
 
 class Status(Observer):

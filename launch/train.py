@@ -37,9 +37,8 @@ import jax
 from absl import flags
 
 from launch import cli, distributed, exits
-from launch.status import Status, refused
+from launch.status import Status, exit_class_of, refused
 from mtp_jax import accounting
-from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.train import Diverged, Interrupted, fit
@@ -140,12 +139,9 @@ def _end(error: BaseException) -> End:
     case KeyboardInterrupt():
       code = 128 + signal.SIGINT
       return End(code, "infrastructure", f"interrupted, nothing saved; {_CONTINUES}")
-    case ConfigError() | DataError():
-      return End(exits.BAD_INPUT, "config", str(error))
-    case Diverged():
-      return End(exits.DIVERGED, "diverged", str(error), together=True)
-    case CheckpointError():
-      return End(exits.FAILED, "infrastructure", str(error))
+  if exit_class := exit_class_of(error):
+    together = isinstance(error, Diverged)
+    return End(exits.code_of(exit_class), exit_class, str(error), together)
   traceback.print_exception(error)
   summary = traceback.format_exception_only(error)[-1].strip()
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):

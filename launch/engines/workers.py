@@ -27,21 +27,12 @@ import jax
 
 from launch import cli
 from launch.huge_pages import start_with_huge_pages
-from launch.status import Status
+from launch.status import Status, exit_class_of
 from launch.trials import Trial
 from mtp_jax import accounting
-from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
-from mtp_jax.data.sources import DataError
-from mtp_jax.train import Diverged, Interrupted, fit
+from mtp_jax.train import Interrupted, fit
 
-# What these say is meant for the user: no traceback. See `launch.exits`.
-_EXPLAINED = {
-  ConfigError: "config",
-  DataError: "config",
-  Diverged: "diverged",
-  CheckpointError: "infrastructure",
-}
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
 
@@ -259,9 +250,9 @@ def train(config: Config, workdir: Path) -> Event:
 
 
 def _explain(error: Exception) -> tuple[str, str]:
-  for kind, exit_class in _EXPLAINED.items():
-    if isinstance(error, kind):
-      return f"{type(error).__name__}: {error}", exit_class
+  """Returns what to tell of it, its first line a summary, and its exit class."""
+  if exit_class := exit_class_of(error):
+    return f"{type(error).__name__}: {error}", exit_class
   summary = traceback.format_exception_only(error)[-1].strip()
   return f"{summary}\n\n{traceback.format_exc()}", "infrastructure"
 
