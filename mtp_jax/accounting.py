@@ -75,7 +75,7 @@ def train_flops_per_token(
   )
   forward = trunk.dense_prefix * flops(trunk.dense())
   forward += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
-  block = flops(predictor_trunk(config))
+  block = flops(predictor_trunk(trunk, mtp))
   forward += num_predictors * 2 * dim * config.tokenizer.vocab_size
   if mtp.kind == "parallel":
     forward += num_predictors * block

@@ -12,6 +12,7 @@ the newest checkpoint back until one is whole.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
@@ -25,7 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtp_jax.config import Config, ConfigError, difference, from_config_dict, to_dict
+from mtp_jax.config import (
+  Config,
+  ConfigError,
+  LatentConfig,
+  RopeScalingConfig,
+  difference,
+  from_config_dict,
+  to_dict,
+)
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
@@ -45,8 +54,13 @@ ARCHITECTURE = (
   "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.num_experts",
   "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_shared",
   "trunk.moe.dense_layers", "trunk.moe.num_groups", "trunk.moe.groups_per_token",
-  "trunk.moe.route_scale", "mtp.kind", "mtp.depth", "mtp.share_modules",
-  "mtp.dense_blocks", "mtp.arm",
+  "trunk.moe.route_scale",
+  *(f"trunk.latent.{field.name}" for field in dataclasses.fields(LatentConfig)),
+  *(
+    f"trunk.rope_scaling.{field.name}"
+    for field in dataclasses.fields(RopeScalingConfig)
+  ),
+  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 

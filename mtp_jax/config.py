@@ -412,9 +412,9 @@ def routed_layers(config: Config) -> dict[str, int]:
   return {"trunk": in_trunk} | ({"mtp": in_mtp} if in_mtp else {})
 
 
-def predictor_trunk(config: Config) -> TrunkConfig:
+def predictor_trunk(trunk: TrunkConfig, mtp: MtpConfig) -> TrunkConfig:
   """Returns the trunk that the blocks of the extra predictors are built from."""
-  return config.trunk.dense() if config.mtp.dense_blocks else config.trunk
+  return trunk.dense() if mtp.dense_blocks else trunk
 
 
 def num_trunk_layers(config: Config) -> int:
@@ -603,6 +603,7 @@ def _check_attention(rule: _Rules) -> None:
       scaling.beta_fast > scaling.beta_slow, "trunk.rope_scaling.beta_fast",
       f"larger than beta_slow ({scaling.beta_slow})",
     )
+    rule(trunk.rope_theta > 1, "trunk.rope_theta", "more than 1 for yarn")
 
 
 def _check_experts(rule: _Rules) -> None:

@@ -226,6 +226,10 @@ RULES = {
     {"trunk.rope_scaling.kind": "yarn", "trunk.rope_scaling.beta_fast": 1.0},
     "trunk.rope_scaling.beta_fast must be larger than beta_slow (1.0), got 1.0.",
   ),
+  "yarn base": (
+    {"trunk.rope_scaling.kind": "yarn", "trunk.rope_theta": 1.0},
+    "trunk.rope_theta must be more than 1 for yarn, got 1.0.",
+  ),
   "only dense layers": (
     EXPERTS | {"trunk.moe.dense_layers": 4},
     "trunk.moe.dense_layers must be less than the layers of the trunk (4), got 4.",

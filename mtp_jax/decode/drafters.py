@@ -45,11 +45,12 @@ def own_predictors(
     )
   if num_drafts == 0:
     return given(0)  # Plain decoding; nothing of a drafter is called then.
+  trunk = predictor_trunk(config.trunk, config.mtp)
   if kind == "parallel":
-    return _parallel_heads(predictor_trunk(config), num_drafts)
+    return _parallel_heads(trunk, num_drafts)
   if kind == "linear":
-    return _linear_heads(config.trunk, num_drafts)
-  return _sequential_modules(predictor_trunk(config), depth, num_drafts)
+    return _linear_heads(trunk, num_drafts)
+  return _sequential_modules(trunk, depth, num_drafts)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import MtpConfig, TrunkConfig
+from mtp_jax.config import MtpConfig, TrunkConfig, predictor_trunk
 from mtp_jax.model.block import Block, Cache, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
@@ -181,7 +181,7 @@ class SequentialModules(nn.Module):
       h_BTD, _, routing = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
       return h_BTD, (h_BTD, routing)
 
-    trunk = self.trunk.dense() if self.mtp.dense_blocks else self.trunk
+    trunk = predictor_trunk(self.trunk, self.mtp)
     _, (chain, routing) = nn.scan(
       step,
       variable_broadcast="params" if shared else False,
