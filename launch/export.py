@@ -47,7 +47,8 @@ def main() -> int:
   if _OUTPUT.value is None:
     raise ConfigError("--output is required with --layout.")
   output = Path(_OUTPUT.value)
-  output.parent.mkdir(parents=True, exist_ok=True)
+  if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
+    output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
   try:
     interop.export_params(
       model.params,

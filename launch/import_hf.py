@@ -16,7 +16,6 @@ The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
 otherwise. Weights that do not fit are refused by name; nothing is written then.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def combine(
       f"data.seq_len must be at most {model.max_length}, the positions of "
       f"{model.folder}, got {combined.data.seq_len}."
     )
-  return dataclasses.replace(combined, name=config.name)
+  return combined
 
 
 if __name__ == "__main__":
