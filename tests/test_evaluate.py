@@ -127,9 +127,13 @@ def test_sums_are_per_document_and_without_padding_rows():
     yield jax.tree.map(lambda x: x[:4], batch), np.full(4, -1)
 
   found = evaluate.document_sums(config, params, batches(), TOKEN_BYTES, mesh)
-  for name, rows in sums.items():
+  # Of the same program: one for another number of rows may round otherwise.
+  program = evaluate.row_sums_program(config)
+  parts = [program(params, rows, TOKEN_BYTES) for rows, _ in batches()][:2]
+  for name, rows in jax.tree.map(lambda *x: np.concatenate(x), *parts).items():
+    np.testing.assert_allclose(rows, sums[name], rtol=1e-5, err_msg=name)
     expected = [rows[documents == d].sum(0) for d in (0, 1, 2, 5, 7)]
-    np.testing.assert_allclose(found[name], expected, rtol=5e-6, err_msg=name)
+    np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,10 @@ from tests import tiny_runs
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODULE = "launch.generate"
 LENGTH = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """The commands take far longer to compile than to run; set before they start."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-    yield
 
 
 @pytest.fixture(scope="module")

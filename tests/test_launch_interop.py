@@ -10,20 +10,13 @@ from tests import tiny_runs
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 torch = pytest.importorskip("torch", reason="the weights come from transformers")
 transformers = pytest.importorskip("transformers")
 
 VOCAB, LENGTH = 264, 48
 TEXT = "def f(x):\n  return x"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """The commands take far longer to compile than to run; set before they start."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_interrupted_from_the_terminal(tmp_path):
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-  deadline = time.monotonic() + 90
+  deadline = time.monotonic() + 30
   while not condition():
     assert time.monotonic() < deadline
     time.sleep(0.02)
