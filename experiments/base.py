@@ -95,6 +95,18 @@ def get_config() -> ConfigDict:
     )
   )
 
+  config.task = ConfigDict(
+    dict(
+      num_train=0,
+      star_graph=dict(arms=3, length=3, num_labels=30, reversed=False),
+      sat=dict(num_variables=7, num_clauses=30),
+      countdown=dict(num_inputs=4, largest=100, num_pauses=8),
+      polynomial=dict(max_operators=5, held_out_operators=7, num_pauses=0),
+      induction=dict(num_sentences=10, num_halves=50, num_names=500),
+      siblings=dict(num_parents=5, num_children=500, prefix_length=10),
+    )
+  )
+
   config.optimizer = ConfigDict(
     dict(
       kind="adamw",
@@ -137,6 +149,7 @@ def get_config() -> ConfigDict:
       line_prompts=64,
       function_prompts=32,
       max_new_tokens=64,
+      task_examples=1024,
     )
   )
   return config

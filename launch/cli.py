@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mtp_jax.config import (
+  TASKS,
   Config,
   ConfigError,
   DataConfig,
@@ -128,6 +129,8 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   Raises:
     DataError: says where it looked.
   """
+  if data.source in TASKS:
+    return
   if data.source == "array_record":
     prepared.open_folder(data.path)
   else:

@@ -16,6 +16,9 @@ class Batch(NamedTuple):
   positions:        [B, T] int32; restarts at 0 with every document (and every row).
   next_tokens:      [B, M] int32; the M tokens of the stream after the row.
   next_segment_ids: [B, M] int32; their documents, in the numbering of the row.
+  scored:           [B, T] bool; false where a token is never a target, such as the
+                    prompt of a task. None: every token is one.
+  next_scored:      [B, M] bool; the same of `next_tokens`.
   """
 
   tokens: np.ndarray
@@ -23,3 +26,5 @@ class Batch(NamedTuple):
   positions: np.ndarray
   next_tokens: np.ndarray
   next_segment_ids: np.ndarray
+  scored: np.ndarray | None = None
+  next_scored: np.ndarray | None = None

@@ -176,12 +176,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-  """bytes | bpe (trained on the corpus) | file (a Hugging Face tokenizer.json).
+  """bytes | bpe (trained on the corpus) | file (a Hugging Face tokenizer.json) |
+  symbols (the words of a task).
 
   `vocab_size` is the size of the embedding: at least what the tokenizer needs.
   """
 
-  kind: Literal["bytes", "bpe", "file"]
+  kind: Literal["bytes", "bpe", "file", "symbols"]
   vocab_size: int
   path: str
 
@@ -192,12 +193,16 @@ class DataConfig:
 
   source:     stdlib | site_packages (sources of the installed packages) | files
               (`path`: folder or glob) | jsonl (`path`: file or glob, plain, .gz or
-              .zst) | array_record (`path`: folder written by launch.prepare).
+              .zst) | array_record (`path`: folder written by launch.prepare) | one of
+              `TASKS`, generated (section `task`).
   batch_size: sequences per optimizer step, over all devices and microbatches.
   seed:       order of documents and rows; independent of the model's seed.
   """
 
-  source: Literal["stdlib", "site_packages", "files", "jsonl", "array_record"]
+  source: Literal[
+    "stdlib", "site_packages", "files", "jsonl", "array_record", "star_graph", "sat",
+    "countdown", "polynomial", "induction", "siblings",
+  ]
   path: str
   text_field: str
   seq_len: int
@@ -206,6 +211,85 @@ class DataConfig:
   validation_fraction: float
   test_fraction: float
   num_workers: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StarGraphConfig:
+  """G(`arms`, `length`): nodes per arm, source and goal included; `num_labels` names.
+
+  reversed: the answer is the path from goal to source.
+  """
+
+  arms: int
+  length: int
+  num_labels: int
+  reversed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SatConfig:
+  num_variables: int
+  num_clauses: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountdownConfig:
+  """`largest`: of inputs, intermediate results and target; `num_pauses` before the
+  answer.
+  """
+
+  num_inputs: int
+  largest: int
+  num_pauses: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolynomialConfig:
+  """Most operations of an expression, in training and held out; pauses before the
+  answer.
+  """
+
+  max_operators: int
+  held_out_operators: int
+  num_pauses: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InductionConfig:
+  """A name is one of `num_halves` words, then one of as many others; `num_names` of
+  these pairs occur in training.
+  """
+
+  num_sentences: int
+  num_halves: int
+  num_names: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiblingsConfig:
+  num_parents: int
+  num_children: int
+  prefix_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+  """Sizes of the synthetic tasks (`data.source`); see data/tasks.
+
+  num_train: examples of the training set; 0 never repeats one.
+  """
+
+  num_train: int
+  star_graph: StarGraphConfig
+  sat: SatConfig
+  countdown: CountdownConfig
+  polynomial: PolynomialConfig
+  induction: InductionConfig
+  siblings: SiblingsConfig
+
+
+# Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
+TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,6 +356,7 @@ class EvalConfig:
   rows_per_document: at most so many rows of one document, so that many are covered.
   line_prompts, function_prompts: held-out prompts of the generative metrics; 0 = off.
   max_new_tokens: longest greedy completion.
+  task_examples: held-out examples of a task that are answered and scored; 0 = off.
   """
 
   split: Literal["validation", "test"]
@@ -281,6 +366,7 @@ class EvalConfig:
   line_prompts: int
   function_prompts: int
   max_new_tokens: int
+  task_examples: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,6 +378,7 @@ class Config:
   loss: LossConfig
   tokenizer: TokenizerConfig
   data: DataConfig
+  task: TaskConfig
   optimizer: OptimizerConfig
   train: TrainConfig
   mesh: MeshConfig
@@ -495,12 +582,16 @@ _AT_LEAST_1 = (
   "trunk.rope_scaling.original_length", "mesh.fsdp", "mesh.expert", "mesh.tensor",
   "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
   "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
+  "task.star_graph.arms", "task.sat.num_clauses", "task.polynomial.max_operators",
+  "task.polynomial.held_out_operators", "task.induction.num_names",
+  "task.siblings.num_parents",
 )
 _AT_LEAST_0 = (
   "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
   "eval.line_prompts", "eval.function_prompts", "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
-  "trunk.latent.query_rank",
+  "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
+  "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
 )
 _FINITE_NOT_NEGATIVE = (
   "mtp.weight", "mtp.final_weight", "optimizer.weight_decay", "trunk.moe.bias_rate",
@@ -688,18 +779,46 @@ def _check_data(rule: _Rules) -> None:
     _get_dotted(rule.config, split) > 0, split,
     f"positive: the evaluation reads it (eval.split {limits.split!r})",
   )
-  minimum = {"bytes": 258, "bpe": 258, "file": 1}[tokenizer.kind]
+  is_task = data.source in TASKS
+  rule(
+    (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",
+    f"'symbols' for a task and for nothing else (data.source is {data.source!r})",
+  )
+  if is_task:
+    _check_task(rule)
+  minimum = {"bytes": 258, "bpe": 258, "file": 1, "symbols": 1}[tokenizer.kind]
   rule(
     tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
     f"at least {minimum} for tokenizer.kind {tokenizer.kind!r}",
   )
   if tokenizer.kind == "file":
     rule(bool(tokenizer.path), "tokenizer.path", "set for tokenizer.kind 'file'")
-  if limits.line_prompts or limits.function_prompts:
+  if (limits.line_prompts or limits.function_prompts) and not is_task:
     rule(
       limits.max_new_tokens < data.seq_len, "eval.max_new_tokens",
       f"less than data.seq_len ({data.seq_len}), to leave room for a prompt",
     )
+
+
+def _check_task(rule: _Rules) -> None:
+  task = rule.config.task
+  rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
+  num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
+  rule(
+    task.star_graph.num_labels >= num_nodes, "task.star_graph.num_labels",
+    f"at least the number of nodes ({num_nodes})",
+  )
+  rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
+  rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
+  rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
+  rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")
+  rule(task.induction.num_sentences >= 3, "task.induction.num_sentences", "at least 3")
+  halves, names = task.induction.num_halves, task.induction.num_names
+  rule(
+    2 <= halves <= names <= halves * (halves - 1), "task.induction.num_names",
+    f"from num_halves ({halves}, at least 2), so that every half occurs, to "
+    "num_halves * (num_halves - 1), so that every first half has a new name",
+  )
 
 
 def _check_training(rule: _Rules) -> None:

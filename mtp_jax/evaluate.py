@@ -26,6 +26,8 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
+from mtp_jax.data.tasks.corpus import TaskCorpus
+from mtp_jax.data.tasks.interface import Example
 from mtp_jax.decode.acceptance import counts
 from mtp_jax.decode.generate import GREEDY, Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
@@ -281,10 +283,70 @@ def generative_metrics(
   if config.mtp.depth:
     sampled = complete(headers, stop_at_end, Decoding("leviathan", check_warp(1.0)))
   return {
+    "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),
     "function_parses": _proportion(parses),
     **acceptance_rates("decoded", [*lines, *bodies]),
     **acceptance_rates("sampled", sampled),
+  }
+
+
+def task_metrics(
+  config: Config, params: Any, corpus: TaskCorpus
+) -> dict[str, Any]:
+  """Returns the share of held-out examples of a task that are answered exactly.
+
+  Answers are decoded greedily and freely, from the prompt alone, with all extra
+  predictors as drafters; an answer counts if it is right up to its end
+  (`Task.is_correct`). Errors are binomial.
+
+  task_accuracy:        of all `eval.task_examples`.
+  task_accuracy_groups: the same by kind of prompt, see `Task.group`.
+  task_new:             share of answers that are right, differ from all before them,
+                        and are not in the training set; for tasks with many right
+                        answers to a prompt that says nothing (siblings).
+  decoded_*:            see `acceptance_rates`.
+  """
+  task, tokenizer = corpus.task, corpus.tokenizer
+  examples = corpus.held_out(config.eval.task_examples)
+  completions = generate(
+    shape_of(config),
+    unstack(params, shape_of(config)),
+    [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
+    max_new_tokens=task.max_answer + 1,
+    stop_ids=(tokenizer.eos_id, tokenizer.eos_id),
+    prompt_length=task.max_prompt + 1,
+    batch_size=config.eval.batch_size,
+  )
+  answers = [
+    tokenizer.decode_symbols(x.tokens[:-1]) if x.is_stopped else None
+    for x in completions
+  ]
+  correct = [
+    answer is not None and task.is_correct(example.prompt, answer)
+    for example, answer in zip(examples, answers, strict=True)
+  ]
+  groups: dict[str, list[bool]] = {}
+  for example, is_correct in zip(examples, correct, strict=True):
+    groups.setdefault(task.group(example.prompt), []).append(is_correct)
+  groups.pop("", None)
+  new = None
+  if not task.splits_by_prompt and config.task.num_train:
+    known = {tuple(ids[first:-1]) for ids, first in corpus.train_set}
+    seen: set[tuple[int, ...]] = set()
+    new = []
+    for completion, is_correct in zip(completions, correct, strict=True):
+      answer = tuple(completion.tokens[:-1])
+      new.append(is_correct and answer not in known and answer not in seen)
+      seen.add(answer)
+  return {
+    "task_accuracy": _proportion(correct),
+    "task_accuracy_groups": {x: _proportion(groups[x]) for x in sorted(groups)},
+    "task_new": None if new is None else _proportion(new),
+    "next_line_exact_match": None,
+    "function_parses": None,
+    **acceptance_rates("decoded", completions),
+    **acceptance_rates("sampled", []),
   }
 
 

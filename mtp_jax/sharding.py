@@ -264,7 +264,7 @@ def batch_shardings(
 ) -> dict[str, NamedSharding]:
   """Returns how the fields of a `Batch` lie; `leading` names axes before the batch.
 
-  Rows lie on `batch`; the row axis of `tokens`, `segment_ids` and `positions` on `seq`.
+  Rows lie on `batch`; the row axis of `tokens` and what goes with them on `seq`.
   """
   last = lambda name: None if name.startswith("next_") else "seq"  # noqa: E731
   return {
@@ -286,7 +286,7 @@ def put_batch(
     axis, count = len(leading), 1 if is_whole else row_share(mesh)[1]
     return (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
 
-  arrays = batch._asdict()
+  arrays = {name: x for name, x in batch._asdict().items() if x is not None}
   shapes = {name: shape(value) for name, value in arrays.items()}
   # All in one call: each one takes as long as all together.
   arrays = jax.make_array_from_process_local_data(

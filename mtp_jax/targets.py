@@ -19,20 +19,24 @@ def shifted_tokens(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
 
   `offset` is in [0, M]; the tokens after the row come from `next_tokens`.
   """
-  length = batch.tokens.shape[1]
-  tokens = jnp.concatenate([batch.tokens, batch.next_tokens], axis=1)
-  segments = jnp.concatenate([batch.segment_ids, batch.next_segment_ids], axis=1)
   return (
-    jax.lax.slice_in_dim(tokens, offset, offset + length, axis=1),
-    jax.lax.slice_in_dim(segments, offset, offset + length, axis=1),
+    _shifted(batch.tokens, batch.next_tokens, offset),
+    _shifted(batch.segment_ids, batch.next_segment_ids, offset),
   )
+
+
+def _shifted(row_BT: jax.Array, after_BM: jax.Array, offset: int) -> jax.Array:
+  """Returns what stands `offset` places after each place of the row."""
+  whole = jnp.concatenate([row_BT, after_BM], axis=1)
+  return jax.lax.slice_in_dim(whole, offset, offset + row_BT.shape[1], axis=1)
 
 
 def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
   """Returns `(targets_MBT, mask_MBT)` for M = 1 + depth predictors.
 
   `mask[m, b, i]` is true where token i + 1 + m exists and belongs to the same document
-  as token i. With two documents a, b in a row of 5 and the tokens after it:
+  as token i, and is scored. With two documents a, b in a row of 5 and the tokens after
+  it, all of them scored:
 
     tokens     a0 a1 a2 b0 b1 | b2 b3
     depth 0    a1 a2  .  b1 b2
@@ -51,4 +55,8 @@ def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
   mask_MBT = jnp.stack(
     [(ids == batch.segment_ids) & (batch.segment_ids != 0) for _, ids in shifted]
   )
+  if batch.scored is not None:
+    mask_MBT &= jnp.stack(
+      [_shifted(batch.scored, batch.next_scored, 1 + m) for m in range(1 + depth)]
+    )
   return targets_MBT, mask_MBT

@@ -28,6 +28,7 @@ from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict, validate
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.sources import describe
+from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import save_tokenizer
 from mtp_jax.metrics import (
   MetricsWriter,
@@ -117,7 +118,7 @@ def fit(
       writer = stack.enter_context(MetricsWriter(workdir, start))
       bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
       stack.callback(bar.close)
-      bar.say(describe(run.corpus.stats))
+      bar.say(run.describe_data())
       if start:
         bar.say(f"resumed at step {start}")
       interrupt = stack.enter_context(_Interrupt())
@@ -322,6 +323,28 @@ class _Run:
     return evaluate.summarize(sums)
 
 
+  def describe_data(self) -> str:
+    """Returns one line on what is trained on."""
+    if isinstance(self.corpus, TaskCorpus):
+      return self.corpus.describe()
+    return describe(self.corpus.stats)
+
+  def generation(self, params: Any) -> dict[str, Any]:
+    """Returns the part of eval.json that is measured by decoding."""
+    c, corpus = self.config, self.corpus
+    if isinstance(corpus, TaskCorpus):
+      return evaluate.task_metrics(c, params, corpus)
+    texts = corpus.texts(c.eval.split)
+    return evaluate.generative_metrics(c, params, corpus.tokenizer, texts)
+
+  def task_record(self, params: Any) -> dict[str, float]:
+    """Returns the accuracy on a task for metrics.jsonl; nothing for text."""
+    if not isinstance(self.corpus, TaskCorpus) or not self.config.eval.task_examples:
+      return {}
+    accuracy = self.generation(params)["task_accuracy"]
+    return {"task_accuracy": accuracy["mean"]}
+
+
 def _train(
   run: _Run,
   loader: TrainLoader,
@@ -472,7 +495,7 @@ def _validation_record(
     "seconds": seconds,
     "loss": [x["mean"] for x in summary["depth_loss"]],
     "bits_per_byte": summary["bits_per_byte"]["mean"],
-  }
+  } | run.task_record(state.params)
 
 
 def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
@@ -504,9 +527,7 @@ def _evaluate(
     "train_flops": tokens * run.flops_per_token,
     "split": split,
     **run.likelihood(state.params, interrupt),
-    **evaluate.generative_metrics(
-      run.config, state.params, run.corpus.tokenizer, run.corpus.texts(split)
-    ),
+    **run.generation(state.params),
   }
 
 

@@ -263,6 +263,7 @@ def shape_of(config: Config) -> Config:
       config.data, source="stdlib", path="", text_field="", seed=0, num_workers=0,
       validation_fraction=0.0, test_fraction=0.0,
     ),
+    task=replace(config.task, num_train=0),
     tokenizer=replace(config.tokenizer, kind="bytes", path=""),
     train=replace(
       config.train, num_steps=1, log_every=1, eval_every=0, diagnostics_every=0,
@@ -271,7 +272,7 @@ def shape_of(config: Config) -> Config:
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
     eval=replace(
       config.eval, split="validation", num_rows=1, rows_per_document=1, batch_size=1,
-      line_prompts=0, function_prompts=0, max_new_tokens=1,
+      line_prompts=0, function_prompts=0, max_new_tokens=1, task_examples=0,
     ),
   )
 

@@ -14,7 +14,6 @@ from experiments import gains_with_scale
 from launch import trials
 from mtp_jax import accounting, optimizer
 from mtp_jax import config as config_lib
-from mtp_jax.batch import Batch
 from mtp_jax.config import routed_layers
 from mtp_jax.model import block, layers
 from mtp_jax.model.lm import zeros_batch
@@ -82,7 +81,9 @@ def trace_step(shape):
     return state, *jax.eval_shape(
       functools.partial(train_step, shape),
       state,
-      Batch(*(jax.ShapeDtypeStruct((microbatches, *x.shape), x.dtype) for x in rows)),
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((microbatches, *x.shape), x.dtype), rows
+      ),
       Hyperparameters(scalar, scalar, scalar),
       jax.ShapeDtypeStruct((), np.bool_),
     )

@@ -27,8 +27,8 @@ from mtp_jax.config import (
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
 GENERATIVE = (
-  "next_line_exact_match", "function_parses", "decoded_tokens_per_round",
-  "sampled_tokens_per_round",
+  "task_accuracy", "next_line_exact_match", "function_parses",
+  "decoded_tokens_per_round", "sampled_tokens_per_round",
 )
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
 # From depth 1; those of decoding are null where nothing was decoded.

@@ -10,7 +10,7 @@ after the row.
   position    0  1  2  3  0 |                         0  1  2  0  1 |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -160,4 +160,10 @@ def _one_row(tokens: np.ndarray, seq_len: int, num_extra: int) -> Batch:
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
   """Returns rows without a leading axis as one Batch [B, ...]."""
-  return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+  return map_fields(np.stack, *rows)
+
+
+def map_fields(function: Callable[..., np.ndarray], *rows: Batch) -> Batch:
+  """Returns a Batch of `function` of each field's values; None stays None."""
+  fields = zip(*rows, strict=True)
+  return Batch(*(None if x[0] is None else function(x) for x in fields))

@@ -21,6 +21,7 @@ from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
 from mtp_jax.data import packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
 # The tokenizer library's encodings take far more memory than the ids in them.
 _BATCH_TEXTS = 256
@@ -117,14 +118,18 @@ class Corpus:
     )
 
 
-def load_corpus(config: Config) -> Corpus:
+def load_corpus(config: Config) -> Corpus | TaskCorpus:
   """Reads, splits and tokenizes the corpus of a config; memory is kept for the next.
+
+  A synthetic task has no text: it is a `TaskCorpus`.
 
   Raises:
     DataError: nothing found, unreadable input, or no document in a split that training
       or evaluation needs.
     ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
   """
+  if config.data.source in config_lib.TASKS:
+    return load_task(config)
   data, tokenizer_config = config.data, config.tokenizer
   same_text = dataclasses.replace(data, seq_len=0, batch_size=0, seed=0, num_workers=0)
   if data.source == "array_record":
@@ -219,7 +224,7 @@ class TrainLoader:
 
   def __init__(
     self,
-    rows: packing.PackedRows,
+    rows: packing.PackedRows | TaskRows,
     *,
     batch_size: int,
     seed: int,
@@ -259,7 +264,9 @@ class TrainLoader:
     batch = next(self._iterator)
     self._taken += 1
     # Workers hand arrays over in shared memory, which lives no longer than they do.
-    return Batch(*map(np.array, batch)) if self._num_workers else batch
+    if self._num_workers:
+      return packing.map_fields(lambda field: np.array(field[0]), batch)
+    return batch
 
   def get_state(self) -> dict[str, Any]:
     """Returns what `set_state` needs to go on with the next batch (JSON values)."""
@@ -303,7 +310,7 @@ class TrainLoader:
 
 
 def _read_rows(
-  rows: packing.PackedRows, index: int, rows_of_epoch: np.ndarray
+  rows: packing.PackedRows | TaskRows, index: int, rows_of_epoch: np.ndarray
 ) -> Batch:
   """Returns the index-th group of rows of the shuffled order.
 

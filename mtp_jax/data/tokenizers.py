@@ -190,13 +190,62 @@ class SubwordTokenizer:
         )
 
 
+class SymbolTokenizer:
+  """A closed vocabulary of words that white space separates, for synthetic tasks."""
+
+  bos_id = 0
+  eos_id = 1
+
+  def __init__(self, symbols: Iterable[str]):
+    self._symbols = (BOS, EOS, *symbols)
+    self._ids = {symbol: i for i, symbol in enumerate(self._symbols)}
+    self.vocab_size = len(self._symbols)
+    if len(self._ids) != self.vocab_size:
+      raise ValueError("symbols must be different from each other, got repeats.")
+    self.token_bytes_V = np.array(
+      [0, 0, *(len(s.encode()) for s in self._symbols[2:])], np.int64
+    )
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns ids; raises ValueError for a word that is no symbol of the task."""
+    return self.encode_symbols(text.split())
+
+  def encode_symbols(self, symbols: Sequence[str]) -> np.ndarray:
+    unknown = [x for x in symbols if self._ids.get(x, 0) < 2]
+    if unknown:
+      raise ValueError(
+        f"text must be symbols of the task, separated by spaces; {unknown[0]!r} is "
+        f"none. They are: {' '.join(self._symbols[2:42])}"
+        + (" ..." if self.vocab_size > 42 else "")
+      )
+    return np.array([self._ids[x] for x in symbols], np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return " ".join(self.decode_symbols(ids))
+
+  def decode_symbols(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
+    """Returns the symbols, specials and ids that stand for nothing left out."""
+    return tuple(self._symbols[i] for i in ids if 2 <= i < self.vocab_size)
+
+  def to_json(self) -> str:
+    """Returns a WordLevel model; its unknown word, which it must name, is the end."""
+    model = tokenizers.Tokenizer(models.WordLevel(vocab=self._ids, unk_token=EOS))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens([BOS, EOS])
+    return model.to_str()
+
+
 def make_tokenizer(
   config: config_lib.TokenizerConfig, train_texts: Iterable[str]
 ) -> Tokenizer:
   """Returns the tokenizer of a config.
 
   Args:
-    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`).
+    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`). That of kind
+      `symbols` is made by its task, see tasks/corpus.py.
     train_texts: texts of the train split; only `bpe` reads them. Their order does not
       matter.
 
@@ -245,6 +294,8 @@ def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
   try:
     if _is_bytes(json.loads(text)):
       return ByteTokenizer()
+    if symbols := _symbols(json.loads(text)):
+      return SymbolTokenizer(symbols)
     loaded = tokenizers.Tokenizer.from_str(text)
   # The library raises plain Exception for every content that it cannot parse.
   except Exception as error:
@@ -279,6 +330,16 @@ def _is_bytes(values: dict[str, Any]) -> bool:
     and values["model"].get("merges") == []
     and added == {BOS: ByteTokenizer.bos_id, EOS: ByteTokenizer.eos_id}
   )
+
+
+def _symbols(values: dict[str, Any]) -> list[str]:
+  """Returns the symbols of a `SymbolTokenizer.to_json`, none of any other content."""
+  model = values["model"]
+  if model.get("type") != "WordLevel":
+    return []
+  bos, eos, *symbols = sorted(model["vocab"], key=model["vocab"].get)
+  is_ours = (bos, eos, model["unk_token"]) == (BOS, EOS, EOS)
+  return symbols if is_ours else []
 
 
 def _byte_vocab() -> dict[str, int]:

@@ -1,0 +1,123 @@
+"""Does predicting more tokens teach a model to look ahead? The path of a star graph.
+
+  python -m launch.sweep --config=experiments/star_graph.py:cpu \
+      --workdir=runs/star_graph --parallel=2
+
+Claim: next-token prediction (NTP) stays at chance, 1/d for d arms, because all steps of
+the path but the first can be copied from the edges; predicting more tokens at once does
+not (Bachmann and Nagarajan 2024, arXiv 2403.06963; "TOP", arXiv 2508.19228, table 5:
+exact path on G(3,3) in %: NTP 33.8, parallel n = 2 and 4 100, DeepSeek's modules 100).
+Score: `task_accuracy` of eval.json, the exact path, greedy and free-running.
+
+Presets: `cpu`: G(2,3) of 12 labels, 4 layers of width 64, endless graphs, 400 steps of
+128; ten seeds of five methods and three of NTP on reversed paths; about 35 minutes on
+two cores. `gpu` and `cluster`: the graphs and sizes of that table (30 labels, 300,000
+graphs, 8 layers of width 384, 7,300 steps of 4,096), with n = 5 and 6 on G(5,5), which
+it does not have; five and ten seeds. Neither was run; minutes to half an hour a trial
+on one H100 is a guess from the FLOPs. Every extra predictor has weight 1, as there;
+parallel heads deploy as many layers as NTP.
+
+Expected, before the run of `cpu` and after a few single runs that chose its size: NTP
+within 0.1 of 1/2 for at least 8 of 10 seeds; parallel n = 2 solves it (at least 0.95)
+for at least 8 of 10; n = 4 and sequential D = 1 and 3 for at least half; reversed paths
+are solved by NTP.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+PRESETS = ("cpu", "gpu", "cluster")
+_GRAPHS = {  # (arms, length)
+  "cpu": ((2, 3),),
+  "gpu": ((3, 3), (5, 3), (3, 5), (5, 5)),
+  "cluster": ((3, 3), (5, 3), (3, 5), (5, 5)),
+}
+_SEEDS = {"cpu": 10, "gpu": 5, "cluster": 10}
+_CONTROL_SEEDS = 3
+_METHODS = (
+  ("none", 0), ("parallel", 1), ("parallel", 3), ("sequential", 1), ("sequential", 3)
+)
+# Heads that reach past the first step of G(5,5).
+_LONG = (("parallel", 4), ("parallel", 5))
+
+
+def get_config(preset: str = "cpu") -> ConfigDict:
+  if preset not in PRESETS:
+    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+  config = base.get_config()
+  config.name = f"star_graph_{preset}"
+  config.tokenizer.kind = "symbols"
+  config.data.source = "star_graph"
+  config.mtp.update(weighting="sum", weight=1.0)
+  config.train.diagnostics_every = 0
+  config.checkpoint.update(every_steps=10_000, keep=1)
+  (_cpu if preset == "cpu" else _gpu)(config)
+  return config
+
+
+def sweep(preset: str = "cpu") -> Iterator[dict]:
+  """Yields the trials seed by seed, so that a sweep cut short still compares."""
+  for seed in range(_SEEDS[preset]):
+    for arms, length in _GRAPHS[preset]:
+      graph = _graph(arms, length)
+      methods = _METHODS + (_LONG if (arms, length) == (5, 5) else ())
+      for kind, depth in methods:
+        yield _trial(graph, kind, depth, seed, is_reversed=False)
+      if seed < _CONTROL_SEEDS:
+        yield _trial(graph, "none", 0, seed, is_reversed=True)
+
+
+def _trial(graph: dict, kind: str, depth: int, seed: int, is_reversed: bool) -> dict:
+  arms, length = graph["task.star_graph.arms"], graph["task.star_graph.length"]
+  name = f"arms={arms},length={length},kind={kind},depth={depth},seed={seed}"
+  return graph | {
+    "name": name + (",reversed" if is_reversed else ""),
+    "mtp.kind": kind,
+    "mtp.depth": depth,
+    "seed": seed,
+    "data.seed": seed,
+    "task.star_graph.reversed": is_reversed,
+  }
+
+
+def _graph(arms: int, length: int) -> dict:
+  edges = arms * (length - 1)
+  return {
+    "task.star_graph.arms": arms,
+    "task.star_graph.length": length,
+    # Edges, question, path, and a begin and an end.
+    "data.seq_len": 3 * edges + 3 + length + 2,
+  }
+
+
+def _cpu(config: ConfigDict) -> None:
+  config.trunk.update(
+    num_layers=4, embed_dim=64, mlp_dim=176, num_heads=4, num_kv_heads=4
+  )
+  config.tokenizer.vocab_size = 17
+  config.task.star_graph.update(arms=2, length=3, num_labels=12)
+  config.data.update(seq_len=20, batch_size=128)
+  config.optimizer.update(base_width=64, learning_rate=3e-3)
+  config.train.update(num_steps=400, log_every=50, eval_every=50)
+  config.eval.update(num_rows=512, batch_size=128, task_examples=512)
+
+
+def _gpu(config: ConfigDict) -> None:
+  config.trunk.update(
+    num_layers=8, embed_dim=384, mlp_dim=1024, num_heads=6, num_kv_heads=6
+  )
+  config.tokenizer.vocab_size = 40
+  config.task.num_train = 300_000
+  config.task.star_graph.update(arms=3, length=3, num_labels=30)
+  config.data.update(seq_len=26, batch_size=4096, num_workers=4)
+  config.optimizer.update(
+    base_width=384, learning_rate=3e-3, warmup_fraction=1500 / 7300,
+    final_fraction=1 / 3,
+  )
+  config.train.update(num_steps=7300, log_every=100, eval_every=500)
+  config.eval.update(
+    split="test", num_rows=4096, batch_size=1024, task_examples=10_000
+  )

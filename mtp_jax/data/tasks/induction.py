@@ -1,0 +1,118 @@
+"""Induction: after the first half of a name that was met before, give its second half.
+
+After Gloeckle et al. 2024 (arXiv 2404.19737), section 4.1 and appendix J, whose stories
+are not published. Ours are made of sentence patterns and are trained on whole, as text.
+Names are two words. In training they come from a fixed list, frequent ones more often,
+so that they can be learnt by heart; held-out stories have new pairs of the same words,
+so that they cannot, and every word has been trained on:
+
+  prompt   <story> mira tol went to the river . ... one day mira
+  answer   tol
+
+The prompt ends at a mention of a name after its first.
+"""
+
+import numpy as np
+
+from mtp_jax.config import InductionConfig
+from mtp_jax.data.tasks.interface import Example
+
+_START = "<story>"
+_NOUNS = "river house garden forest market school lake tower bridge field".split()
+_THINGS = "ball book cake kite hat lamp stone cup bell rope".split()
+_FEELINGS = "happy sad tired proud hungry brave quiet kind".split()
+# X and Y are names, N a place, T a thing, F a feeling.
+_PATTERNS = tuple(
+  pattern.split()
+  for pattern in (
+    "X went to the N .",
+    "one day X found a T near the N .",
+    "X was very F .",
+    "X gave the T to Y .",
+    "then Y and X played with the T .",
+    "Y said that X was F .",
+    "in the N there was a T and X took it .",
+    "Y was F but X was F .",
+  )
+)  # fmt: skip
+
+
+class Induction:
+  splits_by_prompt = False
+
+  def __init__(self, config: InductionConfig):
+    self._config = config
+    half = config.num_halves
+    self._firsts = tuple(f"first{i}" for i in range(half))
+    self._seconds = tuple(f"second{i}" for i in range(half))
+    words = {w for p in _PATTERNS for w in p if len(w) > 1 or w == "."} | {"a"}
+    self.symbols = (
+      _START, *sorted(words | {*_NOUNS, *_THINGS, *_FEELINGS}),
+      *self._firsts, *self._seconds,
+    )
+    # A name is two words where a pattern has one letter; no pattern has more than 2.
+    sentence = max(len(p) + sum(x in "XY" for x in p) for p in _PATTERNS)
+    self.max_prompt = config.num_sentences * sentence + 1
+    self.max_answer = 1
+    self.max_tokens = self.max_prompt
+    # Cyclic shifts, so that every half occurs: `num_names` of them are trained on.
+    rng = np.random.default_rng(0)
+    pairs = [(i, (i + shift) % half) for shift in range(half) for i in range(half)]
+    fixed, rest = pairs[: config.num_names], pairs[config.num_names :]
+    self._names = [fixed[i] for i in rng.permutation(len(fixed))]
+    self._new_names = rest
+    weights = 1.0 / np.arange(1, 1 + len(fixed))  # Zipf's law.
+    self._cumulative = np.cumsum(weights / weights.sum())
+
+  def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
+    # Two names that begin alike could not be told apart.
+    names = [self._name(rng, is_held_out)]
+    while len(names) < 2:
+      name = self._name(rng, is_held_out)
+      if name[0] != names[0][0]:
+        names.append(name)
+    words, mentions = self._story(rng, names)
+    if not is_held_out:
+      return Example((_START,), words)
+    end = mentions[rng.integers(len(mentions))]
+    return Example((_START, *words[:end]), (words[end],))
+
+  def _name(self, rng: np.random.Generator, is_held_out: bool) -> tuple[int, int]:
+    if is_held_out:
+      return self._new_names[rng.integers(len(self._new_names))]
+    i = int(np.searchsorted(self._cumulative, rng.random()))
+    return self._names[min(i, len(self._names) - 1)]
+
+  def _story(
+    self, rng: np.random.Generator, names: list[tuple[int, int]]
+  ) -> tuple[tuple[str, ...], list[int]]:
+    """Returns the words, and where the second half of a name met before stands."""
+    words: list[str] = []
+    met: set[int] = set()
+    mentions: list[int] = []
+    fill = {"N": _NOUNS, "T": _THINGS, "F": _FEELINGS}
+    while not mentions:
+      words, met, mentions = [], set(), []
+      for _ in range(self._config.num_sentences):
+        order = rng.permutation(2)
+        for word in _PATTERNS[rng.integers(len(_PATTERNS))]:
+          if word in ("X", "Y"):
+            who = int(order["XY".index(word)])
+            first, second = names[who]
+            if who in met:
+              mentions.append(len(words) + 1)
+            met.add(who)
+            words += [self._firsts[first], self._seconds[second]]
+          elif word in fill:
+            words.append(fill[word][rng.integers(len(fill[word]))])
+          else:
+            words.append(word)
+    return tuple(words), mentions
+
+  def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+    """The story has the answer: what followed the first half when it came first."""
+    return answer == (prompt[prompt.index(prompt[-1]) + 1],)
+
+  def group(self, prompt: tuple[str, ...]) -> str:
+    del prompt
+    return ""

@@ -1,0 +1,49 @@
+"""What a task is: a generator of examples and an exact score."""
+
+import collections
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Example(NamedTuple):
+  """Symbols of one example. Only the answer, and the end after it, is a target."""
+
+  prompt: tuple[str, ...]
+  answer: tuple[str, ...]
+
+
+class Task(Protocol):
+  """A synthetic task.
+
+  symbols:    everything that prompts and answers are made of.
+  max_tokens: most symbols of a prompt and its answer together.
+  max_prompt, max_answer: most symbols of each, in held-out examples.
+  splits_by_prompt: the hash of the prompt decides the split of an example, so that no
+    held-out prompt is trained on. False where held-out examples come from another
+    distribution.
+  """
+
+  symbols: tuple[str, ...]
+  max_tokens: int
+  max_prompt: int
+  max_answer: int
+  splits_by_prompt: bool
+
+  def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
+    """Returns one example; all randomness is from `rng`."""
+
+  def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+    """Returns whether an answer, whoever gave it, is right. Any symbols may come."""
+
+  def group(self, prompt: tuple[str, ...]) -> str:
+    """Returns the kind of prompt that accuracy is also reported for; '' for none."""
+
+
+def numbers(count: int, first: int = 0) -> tuple[str, ...]:
+  """Returns `count` whole numbers as symbols."""
+  return tuple(map(str, range(first, first + count)))
+
+
+def has_repeats(values: tuple[str, ...]) -> bool:
+  return any(count > 1 for count in collections.Counter(values).values())

@@ -1,0 +1,479 @@
+"""Tasks as data sources: what is drawn, what is scored, what counts as right."""
+
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from experiments import base
+from mtp_jax import config as config_lib
+from mtp_jax import evaluate
+from mtp_jax.config import TASKS, ConfigError
+from mtp_jax.data.pipeline import TrainLoader, load_corpus
+from mtp_jax.data.tasks import countdown, polynomial
+from mtp_jax.data.tasks.corpus import Examples, TaskCorpus, make_task
+from mtp_jax.data.tokenizers import SymbolTokenizer, tokenizer_from_json
+from mtp_jax.decode.generate import Completion
+from mtp_jax.targets import future_targets
+
+SMALL = {
+  "task.star_graph.arms": 3,
+  "task.star_graph.length": 4,
+  "task.sat.num_variables": 4,
+  "task.sat.num_clauses": 6,
+  "task.countdown.num_inputs": 3,
+  "task.countdown.num_pauses": 2,
+  "task.polynomial.max_operators": 2,
+  "task.polynomial.held_out_operators": 3,
+  "task.induction.num_sentences": 4,
+  "task.induction.num_halves": 6,
+  "task.induction.num_names": 12,
+  "task.siblings.num_parents": 3,
+  "task.siblings.num_children": 5,
+  "task.siblings.prefix_length": 4,
+}
+
+
+def config_of(source: str, **overrides) -> config_lib.Config:
+  values = SMALL | {
+    "data.source": source,
+    "tokenizer.kind": "symbols",
+    "data.seq_len": 128,
+    "data.batch_size": 4,
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.1,
+    "eval.num_rows": 5,
+    "eval.batch_size": 2,
+  }
+  values |= {key.replace("__", "."): value for key, value in overrides.items()}
+  default = config_lib.from_config_dict(base.get_config())
+  config = config_lib.with_overrides(default, values)
+  config_lib.validate(config)
+  return config
+
+
+def corpus_of(source: str, **overrides) -> TaskCorpus:
+  return load_corpus(config_of(source, **overrides))
+
+
+def examples_of(source: str, split: str, count: int, seed: int = 0) -> list:
+  config = config_of(source)
+  task = make_task(source, config.task)
+  examples = Examples(task, config.data, split, seed)
+  return [examples[number] for number in range(count)]
+
+
+@pytest.mark.parametrize("source", TASKS)
+def test_examples_keep_what_the_task_promises(source):
+  config = config_of(source)
+  task = make_task(source, config.task)
+  for split in ("train", "validation", "test"):
+    for prompt, answer in examples_of(source, split, 60):
+      assert {*prompt, *answer} <= set(task.symbols)
+      assert len(prompt) + len(answer) <= task.max_tokens
+      if split != "train":
+        assert len(prompt) <= task.max_prompt
+        assert len(answer) <= task.max_answer
+      if split != "train" or task.splits_by_prompt:
+        assert task.is_correct(prompt, answer)
+        assert not task.is_correct(prompt, ())
+        assert not task.is_correct(prompt, answer[:-1])
+        assert not task.is_correct(prompt, (*answer, answer[-1]))
+  assert len(set(task.symbols)) == len(task.symbols)
+
+
+@pytest.mark.parametrize("source", TASKS)
+def test_the_nth_example_depends_on_seed_split_and_number_alone(source):
+  first = examples_of(source, "train", 20)
+  assert first == examples_of(source, "train", 20)
+  assert first[::-1] == examples_of(source, "train", 20)[::-1]
+  for other in (
+    examples_of(source, "train", 20, seed=1), examples_of(source, "test", 20)
+  ):
+    assert sum(a == b for a, b in zip(first, other, strict=True)) <= 1
+  assert len(set(first)) > 15
+
+
+@pytest.mark.parametrize("source", ["star_graph", "sat", "countdown", "polynomial"])
+def test_no_held_out_prompt_is_ever_trained_on(source):
+  # A space so small that the splits would meet if the hash did not keep them apart.
+  tiny = {
+    "task__star_graph__arms": 2, "task__star_graph__length": 2,
+    "task__star_graph__num_labels": 4, "task__sat__num_clauses": 1,
+    "task__countdown__num_inputs": 2, "task__polynomial__held_out_operators": 1,
+    "task__polynomial__max_operators": 1, "task__countdown__largest": 12,
+  }
+  config = config_of(source, **tiny)
+  task = make_task(source, config.task)
+  prompts = {}
+  for split in ("train", "validation", "test"):
+    examples = Examples(task, config.data, split, 0)
+    prompts[split] = collections.Counter(examples[n].prompt for n in range(300))
+  if source != "polynomial":
+    assert len(prompts["train"]) < 290  # It is that small.
+  for a, b in itertools.combinations(prompts.values(), 2):
+    assert not a.keys() & b.keys()
+
+
+def test_star_graphs_are_stars_and_every_arm_is_likely():
+  goal_position = collections.Counter()
+  for prompt, answer in examples_of("star_graph", "train", 600):
+    text = " ".join(prompt)
+    edges_text, question = text.removesuffix(" =").split(" / ")
+    edges = [tuple(edge.split()) for edge in edges_text.split(" | ")]
+    source, goal = question.split()
+    assert len(edges) == 9
+    children = collections.Counter(a for a, _ in edges)
+    assert children.pop(source) == 3
+    assert set(children.values()) == {1}
+    assert len({b for _, b in edges}) == 9
+    assert (answer[0], answer[-1]) == (source, goal)
+    assert all(edge in edges for edge in itertools.pairwise(answer))
+    assert len(answer) == 4
+    firsts = [b for a, b in edges if a == source]
+    goal_position[firsts.index(answer[1])] += 1
+  # The right arm is no likelier first, second or third among the edges: 200 +- 4 sd.
+  assert all(abs(count - 200) < 46 for count in goal_position.values())
+
+
+def test_star_graph_of_the_page_and_reversed():
+  prompt = tuple("4 1 | 2 7 | 1 9 | 4 2 / 4 7 =".split())
+  for is_reversed, answer in ((False, "4 2 7"), (True, "7 2 4")):
+    config = config_of(
+      "star_graph", task__star_graph__arms=2, task__star_graph__length=3,
+      task__star_graph__reversed=is_reversed,
+    )
+    task = make_task("star_graph", config.task)
+    assert task.is_correct(prompt, tuple(answer.split()))
+    for wrong in ("4 1 7", "4 1 9", "2 7", "7 4 2", "4 2 7 9"):
+      assert not task.is_correct(prompt, tuple(wrong.split()))
+    drawn = Examples(task, config.data, "train", 0)[0]
+    end = drawn.prompt[-3:-1]
+    assert (drawn.answer[0], drawn.answer[-1]) == (end[::-1] if is_reversed else end)
+
+
+def test_sat_agrees_with_trying_every_assignment():
+  config = config_of("sat")
+  task = make_task("sat", config.task)
+  for prompt, _ in examples_of("sat", "train", 30):
+    clauses = " ".join(prompt).removesuffix(" =").split(" , ")
+    assert len(clauses) == 6
+    assert all(len({x[1:] for x in clause.split()}) == 3 for clause in clauses)
+    for signs in itertools.product("+-", repeat=4):
+      answer = tuple(f"{sign}{i}" for i, sign in enumerate(signs, start=1))
+      holds = all(any(x in answer for x in clause.split()) for clause in clauses)
+      assert task.is_correct(prompt, answer) == holds
+  assert not task.is_correct(prompt, ("+2", "+1", "+3", "+4"))
+
+
+def test_countdown_checks_every_step():
+  task = make_task("countdown", config_of("countdown").task)
+  prompt = (*"25,4,7|93=", "<pause>", "<pause>")
+  right = ("25*4=100,100-7=93", "25*4=100,100-7=93")
+  for answer in right:
+    assert task.is_correct(prompt, tuple(answer))
+  for wrong in (
+    "25*4=100,100-7=94", "25*4=101,101-7=94", "25*4=100", "100-7=93", "25*4=100,,",
+    "25*4=100,100-7=93,93/1=93", "25*4=0100,100-7=93", "4*25=100,7-100=93", "",
+    "25+4=29,100-7=93", "25/4=6,6*7=42", "25*4=100,100-7=", "=", "1-2-3=4", "7/0=1",
+    "25*4=" + "9" * 5000,
+  ):
+    assert not task.is_correct(prompt, tuple(wrong))
+  assert not task.is_correct(prompt, ("<pause>",))
+
+
+def test_countdown_answers_reach_the_target_from_the_inputs():
+  for prompt, answer in examples_of("countdown", "train", 100):
+    inputs, target = "".join(prompt[:-2]).removesuffix("=").split("|")
+    values = [int(x) for x in inputs.split(",")]
+    assert prompt[-2:] == ("<pause>",) * 2
+    assert len(values) == 3
+    assert 10 <= int(target) <= 100
+    assert "".join(answer).endswith(f"={target}")
+    assert reachable(values, int(target))
+
+
+def reachable(values: list[int], target: int) -> bool:
+  """An oracle of its own: whether any expression of all values gives the target."""
+  if len(values) == 1:
+    return values[0] == target
+  for i, j in itertools.permutations(range(len(values)), 2):
+    rest = [x for k, x in enumerate(values) if k not in (i, j)]
+    a, b = values[i], values[j]
+    results = [a + b, a * b] + [a - b] * (a > b) + [a // b] * (a % b == 0)
+    if any(reachable([*rest, x], target) for x in results):
+      return True
+  return False
+
+
+def test_polynomials_agree_with_numpy_and_with_values():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    a, b = rng.integers(7, size=(2, 5))
+    p, q = np.polynomial.Polynomial(a), np.polynomial.Polynomial(b)
+
+    def coefficients(x):
+      whole = np.zeros(20, int)
+      whole[: len(x.coef)] = np.rint(x.coef)
+      return (whole[:5] % 7).tolist()
+
+    assert polynomial.add(a, b).tolist() == coefficients(p + q)
+    assert polynomial.multiply(a, b).tolist() == coefficients(p * q)
+    assert polynomial.compose(a, b).tolist() == coefficients(p(q))
+    assert polynomial.add(a, polynomial.negate(a)).tolist() == [0] * 5
+
+
+def test_polynomial_of_the_page_and_its_groups():
+  task = make_task("polynomial", config_of("polynomial").task)
+  prompt = tuple("( ( n 3 0 0 6 1 ) * 1 2 0 0 0 ) =".split())
+  # (-3 - 6 x^3 - x^4) (1 + 2 x) = -3 - 6 x - 6 x^3 - 13 x^4 + ...
+  assert task.is_correct(prompt, tuple("41011"))
+  assert not task.is_correct(prompt, tuple("41010"))
+  assert task.group(prompt) == "operators=2"
+  groups = {
+    split: collections.Counter(
+      task.group(x.prompt) for x in examples_of("polynomial", split, 300)
+    )
+    for split in ("train", "test")
+  }
+  assert set(groups["train"]) == {"operators=1", "operators=2"}
+  assert set(groups["test"]) == {f"operators={n}" for n in (1, 2, 3)}
+  # Uniform: 100 of 300 each, 5 standard deviations.
+  assert all(abs(count - 100) < 41 for count in groups["test"].values())
+
+
+def test_siblings_share_a_parent():
+  task = make_task("siblings", config_of("siblings").task)
+  for prompt, answer in examples_of("siblings", "train", 100):
+    assert len(prompt) == 5
+    first, second, parent = answer
+    assert first != second
+    assert task.is_correct(prompt, answer)
+    assert task.is_correct(prompt, (second, first, parent))
+    for wrong in (
+      (first, first, parent), (first, parent, second), (first, second, ":"),
+      (first, second, f"p{(int(parent[1:]) + 1) % 3}"),
+    ):
+      assert not task.is_correct(prompt, wrong)
+
+
+def test_induction_asks_for_new_names_of_known_words():
+  stories = examples_of("induction", "train", 800)
+  words = {word for x in stories for word in x.answer}
+  pairs = {
+    pair
+    for x in stories
+    for pair in itertools.pairwise(x.answer)
+    if pair[0].startswith("first")
+  }
+  assert len(pairs) <= 12
+  task = make_task("induction", config_of("induction").task)
+  assert all(x.prompt == ("<story>",) for x in stories)
+  assert {f"{x}{i}" for x in ("first", "second") for i in range(6)} <= words
+  for prompt, answer in examples_of("induction", "validation", 200):
+    name = (prompt[-1], *answer)
+    assert name not in pairs
+    assert prompt[-1].startswith("first")
+    assert name in set(itertools.pairwise(prompt))
+    assert {*prompt[1:], *answer} <= set(task.symbols)
+
+
+@pytest.mark.parametrize("source", ["star_graph", "polynomial"])
+def test_rows_hold_whole_examples_and_score_answers_only(source):
+  corpus = corpus_of(source)
+  row = corpus.train_rows(4)[7]
+  assert corpus.per_row >= 2
+  tokens = np.concatenate([row.tokens, row.next_tokens])
+  segments = np.concatenate([row.segment_ids, row.next_segment_ids])
+  scored = np.concatenate([row.scored, row.next_scored])
+  assert len(tokens) == 132
+  for i in range(corpus.per_row):
+    example = corpus.train_examples[7 * corpus.per_row + i]
+    here = segments == i + 1
+    ids = tokens[here]
+    assert (ids[0], ids[-1]) == (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
+    assert corpus.tokenizer.decode_symbols(ids) == example.prompt + example.answer
+    assert row.positions[here[:128]].tolist() == list(range(here.sum()))
+    expected = np.arange(len(ids)) >= 1 + len(example.prompt)
+    assert scored[here].tolist() == expected.tolist()
+  assert not scored[segments == 0].any()
+  assert segments.max() == corpus.per_row
+
+
+def test_targets_are_the_answers_and_never_cross_an_example():
+  """Every target of every depth, by a double loop over what the examples say."""
+  corpus = corpus_of("countdown")
+  loader = TrainLoader(corpus.train_rows(4), batch_size=3, seed=0)
+  batch = next(loader)
+  loader.close()
+  targets_MBT, mask_MBT = (np.asarray(x) for x in future_targets(batch, 3))
+  total = 0
+  for m, b, i in itertools.product(range(4), range(3), range(128)):
+    j = i + 1 + m
+    tokens = [*batch.tokens[b], *batch.next_tokens[b]]
+    segments = [*batch.segment_ids[b], *batch.next_segment_ids[b]]
+    # What comes after the last pause of an example, its end included.
+    pause = corpus.tokenizer.encode("<pause>")[0]
+    own = [k for k, s in enumerate(segments) if s == segments[i] != 0]
+    pauses = [k for k in own if tokens[k] == pause]
+    is_target = j in own and j > max(pauses)
+    assert mask_MBT[m, b, i] == is_target
+    if is_target:
+      assert targets_MBT[m, b, i] == tokens[j]
+      total += 1
+  assert total > 100
+
+
+def test_a_training_set_with_an_end_is_repeated_whole():
+  corpus = corpus_of("star_graph", task__num_train=10, data__seq_len=64)
+  rows = corpus.train_rows(1)
+  assert corpus.per_row == 1
+  assert len(rows) == 10
+  seen = [rows[number].tokens.tobytes() for number in range(20)]
+  assert len(set(seen)) == 10
+  assert seen[:10] == seen[10:]
+  endless = corpus_of("star_graph", data__seq_len=64).train_rows(1)
+  assert len(endless) > 1e9
+  assert endless[0].tokens.tobytes() == seen[0]
+
+
+def test_a_loader_goes_on_with_the_next_examples():
+  rows = corpus_of("sat").train_rows(1)
+  loader = TrainLoader(rows, batch_size=4, seed=0)
+  first = [next(loader) for _ in range(3)]
+  state = loader.get_state()
+  following = next(loader)
+  again = TrainLoader(rows, batch_size=4, seed=0)
+  again.set_state(state)
+  assert next(again).tokens.tolist() == following.tokens.tolist()
+  loader.close()
+  again.close()
+  everything = np.concatenate([x.tokens for x in (*first, following)])
+  assert len({row.tobytes() for row in everything}) == 16
+
+
+def test_evaluation_has_one_example_a_row():
+  corpus = corpus_of("star_graph")
+  batches = list(corpus.eval_batches(2))
+  owners = np.concatenate([owners for _, owners in batches])
+  assert owners.tolist() == [0, 1, 2, 3, 4, -1]
+  assert not batches[-1][0].segment_ids[1].any()
+  # All trials are examined alike, whatever they are trained on.
+  other = list(corpus_of("star_graph", data__seed=5).eval_batches(2))
+  for (a, _), (b, _) in zip(batches, other, strict=True):
+    assert a.tokens.tolist() == b.tokens.tolist()
+  assert corpus.identity != corpus_of("star_graph", data__seed=5).identity
+
+
+def test_symbols_go_to_ids_and_back():
+  tokenizer = SymbolTokenizer(("a", "b", "|"))
+  assert tokenizer.encode("b | a").tolist() == [3, 4, 2]
+  assert tokenizer.decode([0, 3, 4, 1, 99]) == "b |"
+  again = tokenizer_from_json(tokenizer.to_json())
+  assert isinstance(again, SymbolTokenizer)
+  assert again.encode("b | a").tolist() == [3, 4, 2]
+  assert again.to_json() == tokenizer.to_json()
+  for unknown in ("a c", "<|eos|>"):
+    with pytest.raises(ValueError, match=r"text must be symbols of the task.* is none"):
+      tokenizer.encode(unknown)
+  with pytest.raises(ValueError, match="must be different"):
+    SymbolTokenizer(("a", "a"))
+
+
+def test_what_cannot_be_drawn_is_refused():
+  for key, value, message in (
+    ("task__star_graph__num_labels", 9, r"task.star_graph.num_labels must be at least"),
+    ("task__star_graph__length", 1, r"task.star_graph.length must be at least 2"),
+    ("task__sat__num_variables", 2, r"task.sat.num_variables must be at least 3"),
+    ("task__countdown__largest", 9, r"task.countdown.largest must be at least 10"),
+    ("task__countdown__num_inputs", 1, r"task.countdown.num_inputs must be at least 2"),
+    ("task__siblings__num_children", 1, r"task.siblings.num_children must be at"),
+    ("task__induction__num_names", 5, r"task.induction.num_names must be from"),
+    ("task__induction__num_names", 31, r"task.induction.num_names must be from"),
+    ("tokenizer__kind", "bytes", r"tokenizer.kind must be 'symbols' for a task"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      config_of("star_graph", **{key: value})
+  with pytest.raises(ConfigError, match=r"data.seq_len must be at least 36.*got 35"):
+    corpus_of("star_graph", data__seq_len=35)
+  with pytest.raises(ConfigError, match=r"tokenizer.vocab_size must be at least 35"):
+    corpus_of("star_graph", tokenizer__vocab_size=34)
+  with pytest.raises(ConfigError, match="for nothing else"):
+    config_of("stdlib")
+
+
+def scripted(monkeypatch, answers: list[tuple[np.ndarray, bool]]) -> None:
+  """Makes `evaluate.generate` answer so: (tokens, whether the end was reached)."""
+
+  def generate(config, weights, prompts, **keywords):
+    del config, weights
+    assert keywords["max_new_tokens"] >= max(len(tokens) for tokens, _ in answers)
+    zeros = np.zeros(0, int)
+    return [
+      Completion(tokens, zeros, is_stopped, len(tokens), zeros, zeros, zeros)
+      for (tokens, is_stopped), _ in zip(answers, prompts, strict=True)
+    ]
+
+  monkeypatch.setattr(evaluate, "generate", generate)
+  monkeypatch.setattr(evaluate, "unstack", lambda params, shape: params)
+
+
+def test_accuracy_counts_whole_answers_by_group(monkeypatch):
+  corpus = corpus_of("polynomial", eval__task_examples=12)
+  eos = [corpus.tokenizer.eos_id]
+  examples = corpus.held_out(12)
+  answers, right = [], 0
+  for i, example in enumerate(examples):
+    ids = corpus.tokenizer.encode_symbols(example.answer)
+    if i % 3 == 0:  # Right.
+      answers.append((np.concatenate([ids, eos]), True))
+      right += 1
+    elif i % 3 == 1:  # Right so far, but it goes on.
+      answers.append((np.concatenate([ids, ids[:1]]), False))
+    else:  # One symbol off.
+      other = ids.copy()
+      other[2] = 2 + (ids[2] - 1) % 7
+      answers.append((np.concatenate([other, eos]), True))
+  scripted(monkeypatch, answers)
+  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  assert found["task_accuracy"] == {
+    "mean": right / 12, "stderr": pytest.approx((1 / 3 * 2 / 3 / 12) ** 0.5),
+    "count": 12,
+  }
+  groups = found["task_accuracy_groups"]
+  assert sum(x["count"] for x in groups.values()) == 12
+  assert sum(x["mean"] * x["count"] for x in groups.values()) == pytest.approx(right)
+  assert found["task_new"] is None
+
+
+def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
+  corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
+  tokenizer = corpus.tokenizer
+  known = {tokenizer.decode_symbols(ids[first:-1]) for ids, first in corpus.train_set}
+  pairs = itertools.permutations(range(0, 15, 3), 2)  # Children of parent 0.
+  new = next(
+    x for x in ((f"c{a}", f"c{b}", "p0") for a, b in pairs) if x not in known
+  )
+  wrong = (*new[:2], "p1")
+  texts = [new, new, next(iter(sorted(known))), wrong, new[::-1]]
+  eos = [tokenizer.eos_id]
+  scripted(
+    monkeypatch,
+    [(np.concatenate([tokenizer.encode_symbols(x), eos]), True) for x in texts],
+  )
+  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  assert found["task_accuracy"]["mean"] == pytest.approx(3 / 5)
+  assert found["task_new"]["mean"] == pytest.approx(1 / 5)
+
+
+def test_intermediate_results_stay_small():
+  task = countdown.Countdown(
+    dataclasses.replace(config_of("countdown").task.countdown, largest=20)
+  )
+  for number in range(100):
+    rng = np.random.Generator(np.random.Philox(key=[0, number]))
+    _, answer = task.sample(rng, is_held_out=False)
+    results = [int(x.split("=")[1]) for x in "".join(answer).split(",")]
+    assert max(results) <= 20
