@@ -146,6 +146,7 @@ def _evaluation(loss: float, depth: int) -> dict[str, Any]:
     "simulated_accepted_length": value(sum(share**m for m in range(1 + depth))),
     "next_line_exact_match": value(share / 4) | {"count": 64},
     "function_parses": None,
+    "task_accuracy": None,
     **{
       f"{name}_{key}": x
       for name in ("decoded", "sampled")

@@ -49,7 +49,7 @@ def test_reads_what_evaluation_writes(tmp_path, run):
   summary = evaluate.summarize(sums)
   rest = {
     "step": 1, "tokens": 2, "train_flops": 3.0, "train_seconds": 4.0,
-    "next_line_exact_match": None, "function_parses": None,
+    "task_accuracy": None, "next_line_exact_match": None, "function_parses": None,
     **evaluate.acceptance_rates("decoded", []),
     **evaluate.acceptance_rates("sampled", []),
   }

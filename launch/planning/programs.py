@@ -71,11 +71,9 @@ def abstract_inputs(config: Config, mesh: Mesh) -> tuple[Any, ...]:
   """Returns the arguments of `programs(config, mesh).step` as shapes with shardings."""
   rows = config.data.batch_size // config.train.accumulation_steps
   batch = jax.eval_shape(lambda: zeros_batch(config, rows))
-  shapes = Batch(
-    *(
-      jax.ShapeDtypeStruct((config.train.accumulation_steps, *x.shape), x.dtype)
-      for x in batch
-    )
+  steps = config.train.accumulation_steps
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch
   )
   shardings = batch_shardings(mesh, shapes._fields, ("microbatch",))
   whole = replicated(mesh)
@@ -86,6 +84,7 @@ def abstract_inputs(config: Config, mesh: Mesh) -> tuple[Any, ...]:
       **{
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
         for name, x in shapes._asdict().items()
+        if x is not None
       }
     ),
     Hyperparameters(scalar(np.float32), scalar(np.float32), scalar(np.float32)),
