@@ -87,7 +87,7 @@ def get_config(preset: str = "cpu") -> ConfigDict:
 def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials of a preset, sizes from small to large."""
   for size in LADDERS[preset]:
-    model = _model(preset, size)
+    model = rung(preset, size)
     for arm in _arms(preset):
       for seed in SEEDS[preset]:
         trial = model | arm | {"seed": seed}
@@ -102,7 +102,7 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
     arm = SEQUENTIAL | {"mtp.depth": 1, "mtp.arm": "added"}
     for weight in WEIGHTS:
       for seed in SEEDS[preset]:
-        trial = _model(preset, middle) | arm | {"seed": seed}
+        trial = rung(preset, middle) | arm | {"seed": seed}
         name = f"{_name(trial)},weight={weight:g}"
         yield trial | {"mtp.weight": weight, "name": name}
 
@@ -126,7 +126,7 @@ def _arms(preset: str) -> Iterator[dict]:
         yield {"mtp.kind": kind["mtp.kind"], "mtp.depth": depth, "mtp.arm": "flops"}
 
 
-def _model(preset: str, size: Size) -> dict:
+def rung(preset: str, size: Size) -> dict:
   """Returns the overrides of one rung."""
   # Three matrices of this width hold as many numbers as the usual two of 4 d.
   unit = 256 if preset == "cluster" else 32

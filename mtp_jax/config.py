@@ -193,15 +193,16 @@ class DataConfig:
 
   source:     stdlib | site_packages (sources of the installed packages) | files
               (`path`: folder or glob) | jsonl (`path`: file or glob, plain, .gz or
-              .zst) | array_record (`path`: folder written by launch.prepare) | one of
-              `TASKS`, generated (section `task`).
+              .zst) | array_record (`path`: folder written by launch.prepare) |
+              language_reference, stories (see data/generated.py) | one of `TASKS`,
+              generated (section `task`).
   batch_size: sequences per optimizer step, over all devices and microbatches.
   seed:       order of documents and rows; independent of the model's seed.
   """
 
   source: Literal[
-    "stdlib", "site_packages", "files", "jsonl", "array_record", "star_graph", "sat",
-    "countdown", "polynomial", "induction", "siblings",
+    "stdlib", "site_packages", "files", "jsonl", "array_record", "language_reference",
+    "stories", "star_graph", "sat", "countdown", "polynomial", "induction", "siblings",
   ]
   path: str
   text_field: str

@@ -1,5 +1,6 @@
 """Documents out of files: counted by hand, found wherever they are, refused by name."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -89,6 +90,17 @@ def test_site_packages_are_both_folders(tmp_path, monkeypatch):
 def test_site_packages_of_this_environment():
   first = next(iter(sources.DocumentReader("site_packages", "", "")))
   assert (Path(sysconfig.get_path("purelib")) / first.name).is_file()
+
+
+@pytest.mark.parametrize("source", ["language_reference", "stories"])
+def test_generated_texts(source):
+  reader = sources.DocumentReader(source, "", "")
+  documents = list(reader)
+  stats = reader.stats()
+  assert documents == list(sources.DocumentReader(source, "", ""))
+  assert stats.num_documents == len(documents) > 50 and stats.num_files == 0
+  assert reader.done_bytes == reader.total_bytes >= stats.num_bytes > 300_000
+  assert source in sources.describe(dataclasses.asdict(stats))
 
 
 def test_folder_file_and_glob(tmp_path):

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
+from mtp_jax.data.generated import GENERATED
+
 SPLITS = ("train", "validation", "test")
 _CHUNK_BYTES = 1 << 20
 _NOT_STDLIB = ("site-packages", "dist-packages")
@@ -43,7 +45,7 @@ class SourceStats:
   """What one pass over a source met.
 
   where:           the folders or files that were read.
-  num_files:       files opened.
+  num_files:       files opened; 0 where the texts are generated.
   num_documents:   distinct documents kept.
   num_bytes:       their UTF-8 bytes.
   num_empty:       texts left out because they are white space only.
@@ -92,8 +94,15 @@ class DocumentReader:
   def __init__(self, source: str, path: str, text_field: str):
     self._is_jsonl = source == "jsonl"
     self._text_field = text_field
-    self._where, self._files = _find_files(source, path)
+    self._generated: list[tuple[str, bytes]] = []
+    self._files: list[tuple[str, str]] = []
+    if source in GENERATED:
+      self._where = source
+      self._generated = [(name, text.encode()) for name, text in GENERATED[source]()]
+    else:
+      self._where, self._files = _find_files(source, path)
     self.total_bytes = sum(os.path.getsize(file) for _, file in self._files)
+    self.total_bytes += sum(len(data) for _, data in self._generated)
     self._reset()
 
   def _reset(self) -> None:
@@ -106,6 +115,11 @@ class DocumentReader:
 
   def __iter__(self) -> Iterator[Document]:
     self._reset()
+    for name, data in self._generated:
+      self.done_bytes += len(data)
+      document = self._accept(name, data)
+      if document is not None:
+        yield document
     for name, file in self._files:
       size = os.path.getsize(file)
       base = self.done_bytes
@@ -265,8 +279,8 @@ def _find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
       files = [(file, file) for file in found if os.path.isfile(file)]
   else:
     raise DataError(
-      "data.source must be 'stdlib', 'site_packages', 'files' or 'jsonl' to read "
-      f"texts from, got {source!r}."
+      "data.source must be 'stdlib', 'site_packages', 'files', 'jsonl', "
+      f"'language_reference' or 'stories' to read texts from, got {source!r}."
     )
   if not files:
     kind = "a file or glob" if source == "jsonl" else "a folder, file or glob"

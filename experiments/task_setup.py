@@ -1,0 +1,54 @@
+"""What the experiments on generated tasks share. Not an experiment itself."""
+
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+PRESETS = ("cpu", "gpu", "cluster")
+
+
+def task_config(task: str, preset: str) -> ConfigDict:
+  """Returns the config of a task; every extra predictor has weight 1.
+
+  Raises:
+    ValueError: preset is not one of `PRESETS`.
+  """
+  if preset not in PRESETS:
+    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+  config = base.get_config()
+  config.name = f"{task}_{preset}"
+  config.tokenizer.kind = "symbols"
+  config.data.source = task
+  config.mtp.update(weighting="sum", weight=1.0)
+  config.train.diagnostics_every = 0
+  config.checkpoint.update(every_steps=10_000, keep=1)
+  if preset == "cpu":
+    config.trunk.update(
+      num_layers=4, embed_dim=64, mlp_dim=176, num_heads=4, num_kv_heads=4
+    )
+    config.optimizer.update(base_width=64, learning_rate=3e-3)
+    config.eval.update(num_rows=512, batch_size=128, task_examples=512)
+  else:
+    config.data.num_workers = 4
+    config.eval.update(
+      split="test", num_rows=4096, batch_size=1024, task_examples=10_000
+    )
+  return config
+
+
+def numbers_of_tokens(depths: Sequence[int], seeds: int) -> Iterator[dict]:
+  """Yields NTP (depth 0) and parallel heads, n = depth + 1 tokens at once.
+
+  Seed by seed, so that a sweep cut short still compares; a seed has its own examples.
+  """
+  for seed in range(seeds):
+    for depth in depths:
+      yield {
+        "name": f"n={1 + depth},seed={seed}",
+        "mtp.kind": "parallel" if depth else "none",
+        "mtp.depth": depth,
+        "seed": seed,
+        "data.seed": seed,
+      }
