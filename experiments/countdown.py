@@ -10,7 +10,7 @@ on which NextLat, arXiv 2511.05963, compares numbers of predicted tokens). Score
 `task_accuracy` of eval.json, every equation true and the target reached, greedy.
 
 Presets: `cpu`: three numbers up to 20, four pauses, 4 layers of width 64, endless
-problems, 800 steps of 128; NTP and parallel n = 2, 5; three seeds. `gpu` and `cluster`:
+problems, 400 steps of 64; NTP and parallel n = 2, 5; three seeds. `gpu` and `cluster`:
 four numbers up to 100, eight pauses, 500,000 problems, 8 layers of width 384, n = 2, 5,
 9; three and five seeds. Neither was run. Every extra predictor has weight 1; parallel
 heads deploy as many layers as NTP.
@@ -33,8 +33,8 @@ def get_config(preset: str = "cpu") -> ConfigDict:
   config.tokenizer.vocab_size = 24
   if preset == "cpu":
     config.task.countdown.update(num_inputs=3, largest=20, num_pauses=4)
-    config.data.update(seq_len=35, batch_size=128)
-    config.train.update(num_steps=800, log_every=100, eval_every=200)
+    config.data.update(seq_len=35, batch_size=64)
+    config.train.update(num_steps=400, log_every=100, eval_every=100)
   else:
     config.trunk.update(
       num_layers=8, embed_dim=384, mlp_dim=1024, num_heads=6, num_kv_heads=6

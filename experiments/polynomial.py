@@ -11,7 +11,7 @@ mtp_jax/data/tasks/polynomial.py). Score: `task_accuracy` and `task_accuracy_gro
 eval.json, all five coefficients, greedy.
 
 Presets: `cpu`: one or two operations, up to 3 held out, 4 layers of width 64, endless
-expressions, 800 steps of 128; NTP and parallel n = 2, 4; three seeds. `gpu`: up to 5
+expressions, 400 steps of 64; NTP and parallel n = 2, 4; three seeds. `gpu`: up to 5
 operations, up to 7 held out, 10 layers of width 512, 10,000 steps of 2,048; `cluster`:
 100,000 steps. Neither was run. Every extra predictor has weight 1; parallel heads
 deploy as many layers as NTP.
@@ -35,8 +35,8 @@ def get_config(preset: str = "cpu") -> ConfigDict:
   config.tokenizer.vocab_size = 24
   if preset == "cpu":
     config.task.polynomial.update(max_operators=2, held_out_operators=3)
-    config.data.update(seq_len=37, batch_size=128)
-    config.train.update(num_steps=800, log_every=100, eval_every=200)
+    config.data.update(seq_len=37, batch_size=64)
+    config.train.update(num_steps=400, log_every=100, eval_every=100)
   else:
     config.trunk.update(
       num_layers=10, embed_dim=512, mlp_dim=1408, num_heads=8, num_kv_heads=8

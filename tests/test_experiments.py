@@ -15,6 +15,7 @@ from launch import trials
 from mtp_jax import accounting, optimizer
 from mtp_jax import config as config_lib
 from mtp_jax.config import routed_layers
+from mtp_jax.data.tasks.corpus import load_task
 from mtp_jax.model import block, layers
 from mtp_jax.model.lm import zeros_batch
 from mtp_jax.sharding import MESH_AXES, abstract_mesh, logical_axes
@@ -30,11 +31,16 @@ WITH_EXPERTS = (
   ("deepseek_v3", "cpu"), ("deepseek_v3", "v3"), ("moe_balance", "cpu"),
   ("moe_balance", "gpu"),
 )
+ON_TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction")
+ON_TEXT = ("acceptance_by_depth", "schedules", "bytes_or_bpe", "data_repetition")
 EXPERIMENTS = [
   *((name, None) for name in SMALL),
   *(("gains_with_scale", preset) for preset in PRESETS),
   *WITH_EXPERTS,
+  *((name, preset) for name in ON_TASKS + ON_TEXT for preset in ("cpu", "gpu")),
 ]
+# The presets `cluster` of the questions are `gpu` with more seeds or sizes.
+LARGEST = [(name, "cluster") for name in ON_TASKS + ON_TEXT]
 
 
 @functools.cache
@@ -93,7 +99,10 @@ def spec(leaf):
   return leaf.shape, leaf.dtype
 
 
-@pytest.mark.parametrize("name, preset", EXPERIMENTS)
+@pytest.mark.parametrize(
+  "name, preset",
+  [*EXPERIMENTS, *(pytest.param(*x, marks=pytest.mark.slow) for x in LARGEST)],
+)
 def test_trials_are_valid_on_their_devices(name, preset):
   for trial in planned(name, preset):
     for config in (trial.config, trial.resolved):
@@ -102,6 +111,25 @@ def test_trials_are_valid_on_their_devices(name, preset):
 
 def test_small_experiments_trace():
   check_traces({trial.shape for name in SMALL for trial in planned(name)})
+
+
+@pytest.mark.parametrize("name", ON_TASKS)
+def test_examples_fit_into_rows_and_vocabulary(name):
+  for preset in ("cpu", "gpu"):
+    configs = (trial.config for trial in planned(name, preset))
+    for config in {(c.task, c.data.seq_len): c for c in configs}.values():
+      corpus = load_task(config)
+      assert corpus.per_row == 1
+      spare = config.data.seq_len - corpus.task.max_tokens - 2
+      assert 0 <= spare <= 1
+
+
+def test_no_two_trials_of_an_experiment_are_the_same():
+  for name, preset in EXPERIMENTS:
+    configs = [
+      dataclasses.replace(trial.config, name="") for trial in planned(name, preset)
+    ]
+    assert len(set(configs)) == len(configs), (name, preset)
 
 
 @pytest.mark.parametrize("name, preset", WITH_EXPERTS)
