@@ -38,7 +38,7 @@ from launch.benchmarks.records import (
   table,
   write,
 )
-from mtp_jax.config import Config, ConfigError, validate
+from mtp_jax.config import TASKS, Config, ConfigError, validate
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, loop, network
 from mtp_jax.decode.generate import Decoding, generate, make_plan
@@ -488,6 +488,11 @@ def _trained(path: Path, args: argparse.Namespace) -> Model:
 
   loaded = mtp_jax.load(path)
   config = loaded.config
+  if config.data.source in TASKS:
+    raise ConfigError(
+      f"--runs must name models of text; {path} was trained on the task "
+      f"{config.data.source!r}, whose answers are too short to time."
+    )
   length = config.data.seq_len
   prompt_tokens = min(args.prompt_tokens, max(length // 4, 1))
   max_new_tokens = min(args.max_new_tokens, length - prompt_tokens)
