@@ -14,8 +14,8 @@ and 0.80 on Wikipedia at 7B, greedy). Score: `sampled_acceptance` of eval.json, 
 D = 3 on code (`stdlib`), prose (`language_reference`) and made-up text (`stories`), all
 bytes; parallel heads at weight 1 each, sequential modules at 0.3 together.
 
-Presets: `cpu`: the two larger models of gains_with_scale:cpu, two seeds. `gpu`,
-`cluster`: the first four and five sizes of gains_with_scale:gpu, three seeds, code of
+Presets: `cpu`: the two larger models of gains_with_scale:cpu, three seeds. `gpu`,
+`cluster`: the first four and five sizes of gains_with_scale:gpu, and code of
 the installed packages in place of the standard library. Neither was run.
 
 Expected, before the run of `cpu`: all three claims on code; on stories acceptance is
@@ -34,7 +34,7 @@ _SIZES = {
   "gpu": gains_with_scale.GPU[:4],
   "cluster": gains_with_scale.GPU,
 }
-_SEEDS = {"cpu": 2, "gpu": 3, "cluster": 3}
+_SEEDS = 3
 _DEPTH = 3
 
 
@@ -55,7 +55,7 @@ def get_config(preset: str = "cpu") -> ConfigDict:
 
 def sweep(preset: str = "cpu") -> Iterator[dict]:
   code = "stdlib" if preset == "cpu" else "site_packages"
-  for seed in range(_SEEDS[preset]):
+  for seed in range(_SEEDS):
     for text in (code, "language_reference", "stories"):
       for size in _SIZES[preset]:
         model = gains_with_scale.rung("cpu" if preset == "cpu" else "gpu", size)

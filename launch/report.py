@@ -2,6 +2,9 @@
 
     python -m launch.report runs/gains_with_scale
     python -m launch.report runs --output=report
+    python -m launch.report runs/sat --results=experiments/results/sat_cpu \\
+        --command="python -m launch.sweep --config=experiments/sat.py:cpu ..."
+    python -m launch.report --findings
 
 Reads config.json, eval.json and metrics.jsonl of every run folder below RUNS (run.json
 for commit and hardware only), finished or not, and writes to the output folder
@@ -13,40 +16,46 @@ at three learning rates, the best in the middle; each method needs the rates on 
 sides of its own, on one seed at least. Arm `flops` (mtp.arm) adds the longer NTP runs
 that equal FLOPs and equal wall clock are measured with.
 
+With --results it writes what is worth keeping of the runs instead, as small tables.
+
+With --findings it reads such results, one folder an experiment, and sets every
+published claim beside what was measured: findings.html (everything in one file),
+findings.csv, estimates.csv (every interval), findings.md, summary.png, and one PNG and
+one CSV per experiment. The verdicts are printed, each claim's rule stands beside it on
+the page.
+
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 
 from launch import cli
-from mtp_jax.analysis.report import write_report
-from mtp_jax.analysis.runs import RunsError
+from mtp_jax.analysis import results as results_lib
+from mtp_jax.analysis.findings import write_findings
+from mtp_jax.analysis.report import Report, write_report
+from mtp_jax.analysis.runs import RunsError, load
+
+RESULTS = Path("experiments/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m launch.report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "runs", type=Path, metavar="RUNS", help="a run folder, or any folder above some"
-  )
-  parser.add_argument(
-    "--output", type=Path, metavar="DIR", help="where to write; default RUNS/report"
-  )
-  flags = parser.parse_args(arguments)
-  output = flags.output or flags.runs / "report"
+  flags = _parser().parse_args(arguments)
+  if broken := _broken_rule(flags):
+    return cli.fail(broken, cli.BAD_INPUT)
   jax.config.update("jax_platforms", "cpu")  # Parameters are counted, nothing is run.
-  command = ["python", "-m", "launch.report", str(flags.runs), f"--output={output}"]
   try:
-    report = write_report(flags.runs, output, shlex.join(command))
+    if flags.findings:
+      report = _findings(flags)
+    elif flags.results:
+      report = _results(flags)
+    else:
+      report = _report(flags)
   except RunsError as e:
     return cli.fail(str(e), cli.BAD_INPUT)
   print(report.text)
@@ -54,6 +63,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
   for path in report.paths:
     print(f"  {path}")
   return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m launch.report",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "runs", type=Path, nargs="?", metavar="RUNS",
+    help="a run folder, or any folder above some",
+  )
+  parser.add_argument(
+    "--output", type=Path, metavar="DIR",
+    help="where to write; default RUNS/report, with --findings RESULTS/findings",
+  )
+  parser.add_argument(
+    "--results", type=Path, metavar="DIR",
+    help="write the results of RUNS into this folder, and nothing else; with "
+    f"--findings, the folder that holds all results, default {RESULTS}",
+  )
+  parser.add_argument(
+    "--command", action="append", metavar="COMMAND",
+    help="with --results: how the runs were started; may be given several times",
+  )
+  parser.add_argument(
+    "--findings", action="store_true", help="write the verdicts on published claims"
+  )
+  return parser
+
+
+def _broken_rule(flags: argparse.Namespace) -> str:
+  """Returns what is wrong with the flags together, or nothing."""
+  if flags.findings:
+    if flags.runs:
+      return f"--findings reads results: RUNS must not be given, got {flags.runs}."
+    if flags.command:
+      return "--command goes with RUNS and --results, not with --findings."
+    return ""
+  if not flags.runs:
+    return "RUNS is required: a run folder, or any folder above some (or --findings)."
+  if flags.results and not flags.command:
+    return "--command is required with --results: the command that started the runs."
+  if flags.command and not flags.results:
+    return "--command goes with --results, which is missing."
+  if flags.results and flags.output:
+    return "--output goes with a report or --findings; --results says where to write."
+  return ""
+
+
+def _report(flags: argparse.Namespace) -> Report:
+  output = flags.output or flags.runs / "report"
+  return write_report(
+    flags.runs, output, _own_command([str(flags.runs), f"--output={output}"])
+  )
+
+
+def _results(flags: argparse.Namespace) -> Report:
+  runs = load(flags.runs)
+  paths = results_lib.write(runs, flags.results, flags.command)
+  missing = [f"Not finished: {x}." for x in results_lib.unfinished(runs)]
+  finished = len(runs.trials) - len(missing)
+  text = f"{finished} of {len(runs.trials)} trials below {flags.runs} are finished."
+  return Report("\n".join([text, *missing]), tuple(paths))
+
+
+def _findings(flags: argparse.Namespace) -> Report:
+  results = flags.results or RESULTS
+  output = flags.output or results / "findings"
+  rest = ["--findings", f"--results={results}", f"--output={output}"]
+  return write_findings(results, output, _own_command(rest))
+
+
+def _own_command(rest: Iterable[str]) -> str:
+  return shlex.join(["python", "-m", "launch.report", *rest])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""The frame of report.html: style, tables, and how the numbers are defined."""
+"""The frame of a page: style, tables, figures, and how the numbers are defined."""
 
+import base64
 import html
+import io
+from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 _CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
@@ -75,3 +79,17 @@ def html_page(title: str, body: str) -> str:
 def html_table(rows: pd.DataFrame) -> str:
   """Returns the rows as an HTML table, escaped."""
   return f'<div class="wide">{rows.to_html(index=False, border=0, na_rep="")}</div>'
+
+
+def html_figure(figure: Figure, png: Path, title: str, caption: str) -> str:
+  """Writes `png` and returns the figure as HTML that holds it; names its CSV file."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png")
+  png.write_bytes(buffer.getvalue())
+  data = base64.b64encode(buffer.getvalue()).decode()
+  return (
+    f"<figure><h3>{html.escape(title)}</h3>"
+    f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    f"<figcaption>{html.escape(caption)} Numbers: "
+    f"<code>{png.with_suffix('.csv').name}</code>.</figcaption></figure>"
+  )

@@ -1,11 +1,14 @@
-"""Published gains of multi-token prediction with size, to set beside a measured ladder.
+"""Published figures, to set beside what is measured here.
 
-Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token
-Prediction" (arXiv 2404.19737), table S7, the data of their figure 3: pass@k in percent
-of models that predict n = 1, 2 or 4 tokens (D = n - 1 extra ones), at equal total
-parameters (the trunk is shortened). Two things to keep in mind when reading it: 0.3B to
-3B saw 91.0 billion tokens, 6.7B and 13B saw 209.7 billion (tables S13 and S14), and one
-model was trained per point, so that there is no spread over seeds.
+Gains with size: Gloeckle et al. 2024, "Better & Faster Large Language Models via
+Multi-token Prediction" (arXiv 2404.19737), table S7, the data of their figure 3: pass@k
+in percent of models that predict n = 1, 2 or 4 tokens (D = n - 1 extra ones), at equal
+total parameters (the trunk is shortened). Two things to keep in mind when reading it:
+0.3B to 3B saw 91.0 billion tokens, 6.7B and 13B saw 209.7 billion (tables S13 and S14),
+and one model was trained per point, so that there is no spread over seeds.
+
+Star graphs: "TOP" (arXiv 2508.19228), table 5: exact path in percent, 30 labels,
+300,000 training graphs, 8 layers of width 384; one training run a cell.
 """
 
 import itertools
@@ -36,6 +39,19 @@ _PASS_RATES = {
           (12.8, 13.2, 13.8), (29.3, 32.2, 33.2), (51.7, 53.9, 58.5)),
   13e9: ((26.0, 30.5, 30.5), (57.1, 60.5, 61.0), (77.0, 79.4, 79.2),
          (14.1, 15.2, 15.8), (33.6, 36.9, 38.6), (56.0, 60.0, 63.5)),
+}
+
+
+# {(arms, length): {(kind, D): exact path in %}}
+STAR_GRAPHS = {
+  (3, 3): {("none", 0): 33.8, ("parallel", 1): 100.0, ("parallel", 3): 100.0,
+           ("sequential", 1): 100.0, ("sequential", 3): 100.0},
+  (3, 5): {("none", 0): 32.5, ("parallel", 1): 59.0, ("parallel", 3): 100.0,
+           ("sequential", 1): 32.5, ("sequential", 3): 33.6},
+  (5, 3): {("none", 0): 19.5, ("parallel", 1): 19.6, ("parallel", 3): 100.0,
+           ("sequential", 1): 100.0, ("sequential", 3): 100.0},
+  (5, 5): {("none", 0): 0.1, ("parallel", 1): 0.1, ("parallel", 3): 19.5,
+           ("sequential", 1): 19.2, ("sequential", 3): 19.3},
 }
 
 

@@ -1,9 +1,7 @@
 """The report: one HTML file that needs nothing else, PNG and CSV files, and words."""
 
-import base64
 import dataclasses
 import html
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pandas as pd
 from mtp_jax.analysis import figures
 from mtp_jax.analysis.gains import COMPARISONS, Analysis, analyse
 from mtp_jax.analysis.ladders import NTP, settings_that_scale, size_text
-from mtp_jax.analysis.page import definitions, html_page, html_table
+from mtp_jax.analysis.page import definitions, html_figure, html_page, html_table
 from mtp_jax.analysis.runs import load
 from mtp_jax.analysis.verdict import Section, as_text, verdict
 
@@ -77,20 +75,11 @@ def _figures_html(
     if drawn is None:
       continue
     figure, table = drawn
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     png = output / f"{plot.stem}{suffix}.png"
     csv = png.with_suffix(".csv")
-    png.write_bytes(buffer.getvalue())
+    parts.append(html_figure(figure, png, plot.title, plot.caption))
     _columns_for_csv(table).to_csv(csv, index=False)
     paths += [png, csv]
-    data = base64.b64encode(buffer.getvalue()).decode()
-    parts.append(
-      f"<figure><h3>{html.escape(plot.title)}</h3>"
-      f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{data}">'
-      f"<figcaption>{html.escape(plot.caption)} Numbers: <code>{csv.name}</code>."
-      f"</figcaption></figure>"
-    )
   return "\n".join(parts), paths
 
 

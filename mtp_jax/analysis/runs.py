@@ -6,6 +6,7 @@ hardware and the versions only. A trial is finished when it has an eval.json.
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -37,6 +38,11 @@ PER_DRAFT = (
   "decoded_acceptance", "sampled_survival", "sampled_acceptance",
 )
 
+METRIC_COLUMNS = ("trial", "metric", "at_depth", "mean", "stderr", "count")
+CURVE_COLUMNS = (
+  "trial", "step", "tokens", "seconds", "loss", "bits_per_byte", "task_accuracy",
+)
+
 
 class RunsError(ValueError):
   """A folder or file that cannot be read; the message says which, and which line."""
@@ -47,8 +53,11 @@ class Runs:
   """Everything below one folder.
 
   trials:  one row a trial; `config` holds the Config as asked for.
-  metrics: long: trial, metric, at_depth, mean, stderr (over held-out documents).
-  curves:  long: trial, step, tokens, seconds, loss (next token), bits_per_byte.
+  metrics: long: trial, metric, at_depth, mean, stderr (over held-out documents), count
+           (of what was averaged, where eval.json has it). `task_accuracy:GROUP` is the
+           accuracy of one group of a task's prompts.
+  curves:  long: trial, step, tokens, seconds, loss (next token), bits_per_byte,
+           task_accuracy (NaN where no task is scored).
   """
 
   root: Path
@@ -79,10 +88,8 @@ def load(root: Path) -> Runs:
   return Runs(
     root,
     pd.DataFrame(trials),
-    pd.DataFrame(metrics, columns=["trial", "metric", "at_depth", "mean", "stderr"]),
-    pd.DataFrame(
-      curves, columns=["trial", "step", "tokens", "seconds", "loss", "bits_per_byte"]
-    ),
+    pd.DataFrame(metrics, columns=METRIC_COLUMNS).astype({"count": "Int64"}),
+    pd.DataFrame(curves, columns=CURVE_COLUMNS),
   )
 
 
@@ -126,8 +133,8 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
   name = folder.relative_to(root).as_posix() if folder != root else folder.name
   config = _read_config(folder / "config.json")
   records = _read_records(folder / "metrics.jsonl")
-  evaluation = _read_json(folder / "eval.json")
-  run = _read_json(folder / "run.json") or {}
+  evaluation = read_json(folder / "eval.json")
+  run = read_json(folder / "run.json") or {}
   counted, plain = counts(config), counts(baseline(config))
   trained = [x for x in records if x["kind"] == "train"]
   if evaluation is not None:
@@ -154,6 +161,7 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
     "train_seconds": math.nan,
     "split": config.eval.split,
     "num_documents": 0,
+    "date": "",
     "commit": run.get("commit", ""),
     "hardware": run.get("hardware", ""),
     "versions": " ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()),
@@ -162,28 +170,38 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
   if evaluation is not None:
     path = folder / "eval.json"
     keys = ("step", "tokens", "train_flops", "train_seconds", "num_documents")
-    trial |= {key: _require(evaluation, key, path) for key in keys}
+    trial |= {key: require(evaluation, key, path) for key in keys}
+    trial["date"] = _day(path)
     metrics = [{"trial": name} | x for x in _metrics(evaluation, path)]
   curve = [{"trial": name} | x for x in _curve(records, folder / "metrics.jsonl")]
   return trial, metrics, curve
 
 
 def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-  """Yields metric, at_depth, mean, stderr of an eval.json; see mtp_jax/evaluate.py."""
+  """Yields the rows of an eval.json, without `trial`; see mtp_jax/evaluate.py."""
 
   def row(metric: str, depth: int, value: dict[str, float]) -> dict[str, Any]:
-    mean, error = (_number(_require(value, key, path)) for key in ("mean", "stderr"))
-    return {"metric": metric, "at_depth": depth, "mean": mean, "stderr": error}
+    mean, error = (_number(require(value, key, path)) for key in ("mean", "stderr"))
+    return {
+      "metric": metric,
+      "at_depth": depth,
+      "mean": mean,
+      "stderr": error,
+      "count": value.get("count"),
+    }
 
   for metric in SCALARS:
-    yield row(metric, 0, _require(evaluation, metric, path))
+    yield row(metric, 0, require(evaluation, metric, path))
   for metric in GENERATIVE:
-    value = _require(evaluation, metric, path)
+    value = require(evaluation, metric, path)
     if value is not None:
       yield row(metric, 0, value)
+  # Only tasks have groups.
+  for group, value in evaluation.get("task_accuracy_groups", {}).items():
+    yield row(f"task_accuracy:{group}", 0, value)
   for metrics, first in ((PER_DEPTH, 0), (PER_DRAFT, 1)):
     for metric in metrics:
-      for depth, value in enumerate(_require(evaluation, metric, path) or (), first):
+      for depth, value in enumerate(require(evaluation, metric, path) or (), first):
         yield row(metric, depth, value)
 
 
@@ -191,18 +209,19 @@ def _curve(records: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]
   for record in records:
     if record["kind"] == "validation":
       keys = ("step", "tokens", "seconds", "bits_per_byte")
-      values = {key: _number(_require(record, key, path)) for key in keys}
-      yield values | {"loss": _number(_require(record, "loss", path)[0])}
+      values = {key: _number(require(record, key, path)) for key in keys}
+      values["loss"] = _number(require(record, "loss", path)[0])
+      yield values | {"task_accuracy": _number(record.get("task_accuracy"))}
 
 
 def _read_config(path: Path) -> Config:
   try:
-    return from_config_dict(_read_json(path))
+    return from_config_dict(read_json(path))
   except ConfigError as e:
     raise RunsError(f"{path}: {e}") from e
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
   """Returns the content, or None where there is no such file."""
   if not path.exists():
     return None
@@ -234,12 +253,18 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
   return records
 
 
+def _day(path: Path) -> str:
+  """Returns the day on which a file was written, in UTC."""
+  written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+  return written.date().isoformat()
+
+
 def _number(value: float | None) -> float:
   """null is NaN: a loss that diverged, an error over fewer than two documents."""
   return math.nan if value is None else float(value)
 
 
-def _require(values: Any, key: str, path: Path) -> Any:
+def require(values: Any, key: str, path: Path) -> Any:
   if not isinstance(values, dict) or key not in values:
     raise RunsError(f"{path}: key {key!r} is missing; the report needs it.")
   return values[key]

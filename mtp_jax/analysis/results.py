@@ -1,0 +1,265 @@
+"""What an experiment measured, as small tables to keep: `experiments/results/NAME`.
+
+trials.csv   one row a trial: state, size, cost, and the config keys (dotted) that tell
+             the trials apart.
+metrics.csv  long: the final evaluation; see `runs.Runs`.
+curves.csv   long: the validation records of training.
+run.json     the commands, commits, hardware, versions, seeds and day of the runs, and
+             under `config` every config value that all trials share.
+
+Nothing is rounded. A ladder keeps the tables of its report instead, see `read_ladder`.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mtp_jax.analysis.runs import (
+  CURVE_COLUMNS,
+  METRIC_COLUMNS,
+  Runs,
+  RunsError,
+  read_json,
+  require,
+)
+from mtp_jax.config import flatten, to_dict
+from mtp_jax.metrics import write_json
+
+# Trials that agree in these start alike and see the same data in the same order.
+REPLICATE = ("seed", "data.seed")
+_STATE = (
+  "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
+)
+_ALWAYS = (*REPLICATE, "data.source", "mtp.kind", "mtp.depth")
+_CURVES = tuple(column for column in CURVE_COLUMNS if column != "seconds")
+_WORDS = ("trial", "status", "metric", "data.source", "mtp.kind")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """Where results come from: run.json without the config. `date` is a UTC day."""
+
+  command: tuple[str, ...]
+  commit: tuple[str, ...]
+  hardware: tuple[str, ...]
+  versions: tuple[str, ...]
+  seeds: tuple[int, ...]
+  finished: int
+  trials: int
+  date: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """A results folder; `trials` has every config key, the shared ones included."""
+
+  folder: Path
+  trials: pd.DataFrame
+  metrics: pd.DataFrame
+  curves: pd.DataFrame
+  facts: Facts
+
+  def select(self, where: dict[str, Any]) -> pd.DataFrame:
+    """Returns the finished trials whose dotted config keys have these values.
+
+    Raises:
+      RunsError: there is no such key.
+    """
+    rows = self.trials[self.trials["status"] == "finished"]
+    for key, value in where.items():
+      rows = rows[rows[self.key(key)] == value]
+    return rows
+
+  def measured(
+    self, metric: str, where: dict[str, Any], at_depth: int = 0
+  ) -> pd.DataFrame:
+    """Returns `select(where)` with column `value`, NaN where it was not measured."""
+    metrics = self.metrics
+    own = metrics[(metrics["metric"] == metric) & (metrics["at_depth"] == at_depth)]
+    rows = self.select(where)
+    return rows.assign(value=rows["trial"].map(own.set_index("trial")["mean"]))
+
+  def key(self, key: str) -> str:
+    """Returns `key` if trials have it.
+
+    Raises:
+      RunsError: they do not; names the file.
+    """
+    if key not in self.trials:
+      raise RunsError(
+        f"{self.folder / 'trials.csv'}: key {key!r} is missing, and run.json has it "
+        f"not either; the claims need it."
+      )
+    return key
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderResults:
+  """The tables of `launch.report` that claims about a ladder need; see gains.py."""
+
+  folder: Path
+  pairs: pd.DataFrame
+  slopes: pd.DataFrame
+  facts: Facts
+
+
+def write(runs: Runs, folder: Path, commands: Sequence[str]) -> list[Path]:
+  """Writes the results folder of `runs`; returns its files.
+
+  Raises:
+    RunsError: no trial is finished. Nothing is written then.
+  """
+  trials = runs.trials
+  finished = trials["status"] == "finished"
+  if not finished.any():
+    raise RunsError(
+      f"{runs.root}: no trial is finished, so there are no results to keep: "
+      f"{', '.join(unfinished(runs))}."
+    )
+  configs = [_flat(config) for config in trials["config"]]
+  shared = {
+    key: value
+    for key, value in configs[0].items()
+    if all(config[key] == value for config in configs)
+  }
+  columns = [*_ALWAYS, *(k for k in configs[0] if k not in shared and k not in _ALWAYS)]
+  state = trials[list(_STATE)].reset_index(drop=True)
+  folder.mkdir(parents=True, exist_ok=True)
+  tables = {
+    "trials.csv": pd.concat([state, pd.DataFrame(configs)[columns]], axis=1),
+    "metrics.csv": runs.metrics,
+    "curves.csv": runs.curves[list(_CURVES)],
+  }
+  for name, table in tables.items():
+    table.to_csv(folder / name, index=False)
+  facts = _facts(trials, commands)
+  write_json(folder / "run.json", dataclasses.asdict(facts) | {"config": shared})
+  return [*(folder / name for name in tables), folder / "run.json"]
+
+
+def unfinished(runs: Runs) -> list[str]:
+  """Returns how far each trial that is not finished got."""
+  rows = runs.trials[runs.trials["status"] != "finished"]
+  return [
+    f"{row['trial']} (step {row['step']} of {row['num_steps']})"
+    for _, row in rows.iterrows()
+  ]
+
+
+def read(folder: Path) -> Results:
+  """Reads what `write` wrote.
+
+  Raises:
+    RunsError: a file is missing or damaged; names it and the key.
+  """
+  path = folder / "run.json"
+  run = read_json(path)
+  if run is None:
+    raise RunsError(f"{path}: no such file; launch.report --results writes it.")
+  facts = _read_facts(run, path)
+  trials = _read_table(folder / "trials.csv", (*_STATE, *_ALWAYS))
+  shared = require(run, "config", path)
+  if not isinstance(shared, dict):
+    raise RunsError(f"{path}: config must hold keys and values, got {shared!r}.")
+  missing = {k: [v] * len(trials) for k, v in shared.items() if k not in trials}
+  trials = pd.concat([trials, pd.DataFrame(missing, index=trials.index)], axis=1)
+  metrics = _read_table(folder / "metrics.csv", METRIC_COLUMNS)
+  curves = _read_table(folder / "curves.csv", _CURVES)
+  for name, table in (("metrics.csv", metrics), ("curves.csv", curves)):
+    strangers = set(table["trial"]) - set(trials["trial"])
+    if strangers:
+      raise RunsError(
+        f"{folder / name}: trial must be one of trials.csv, got {min(strangers)!r}."
+      )
+  return Results(folder, trials, metrics, curves, facts)
+
+
+def read_ladder(folder: Path) -> LadderResults:
+  """Reads the tables that `launch.report` left of a ladder.
+
+  Raises:
+    RunsError: see `read`.
+  """
+  trials = _read_table(
+    folder / "all_trials.csv", ("status", "seed", "commit", "hardware", "versions")
+  )
+  method = ("method", "kind", "depth", "arm", "metric", "comparison")
+  pairs = ("seed", "data_seed", "size", "gain")
+  slopes = ("n", "slope", "low", "high")
+  return LadderResults(
+    folder,
+    _read_table(folder / "all_pairs.csv", (*method, *pairs)),
+    _read_table(folder / "all_slopes.csv", (*method, *slopes)),
+    _facts(trials.fillna({"commit": "", "hardware": "", "versions": ""}), ()),
+  )
+
+
+def _read_facts(run: Any, path: Path) -> Facts:
+  values = {}
+  for field in dataclasses.fields(Facts):
+    value = require(run, field.name, path)
+    kind = list if typing.get_origin(field.type) is tuple else field.type
+    if not isinstance(value, kind):
+      raise RunsError(
+        f"{path}: {field.name} must be of type {kind.__name__}, got {value!r}."
+      )
+    values[field.name] = tuple(value) if kind is list else value
+  return Facts(**values)
+
+
+def _facts(trials: pd.DataFrame, commands: Iterable[str]) -> Facts:
+  """Returns the facts of run folders, or of the table of trials of a report."""
+  distinct = lambda key: tuple(x for x in dict.fromkeys(trials[key]) if x)  # noqa: E731
+  return Facts(
+    command=tuple(commands),
+    commit=distinct("commit"),
+    hardware=distinct("hardware"),
+    versions=distinct("versions"),
+    seeds=tuple(sorted({int(seed) for seed in trials["seed"]})),
+    finished=int((trials["status"] == "finished").sum()),
+    trials=len(trials),
+    # Reports did not always keep it.
+    date=max(trials["date"].dropna(), default="") if "date" in trials else "",
+  )
+
+
+def _flat(config: Any) -> dict[str, Any]:
+  values = flatten(to_dict(config))
+  del values["name"]
+  return values
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+  """Returns a CSV file that has the columns, and numbers where they are due."""
+  try:
+    # Empty is "not measured"; no word, such as an arm called "NA", is.
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+  except FileNotFoundError as e:
+    raise RunsError(f"{path}: no such file; the claims need it.") from e
+  except (ValueError, OSError) as e:
+    raise RunsError(f"{path}: not a table ({e}).") from e
+  for column in columns:
+    if column not in table:
+      raise RunsError(f"{path}: key {column!r} is missing; the claims need it.")
+    if column in _NUMBERS:
+      _check_numbers(path, table[column])
+  return table
+
+
+_NUMBERS = (
+  {*_STATE, *_ALWAYS, *METRIC_COLUMNS, *_CURVES, "gain", "slope", "low", "high", "n"}
+  - set(_WORDS)
+)
+
+
+def _check_numbers(path: Path, values: pd.Series) -> None:
+  wrong = values[pd.to_numeric(values, errors="coerce").isna() & values.notna()]
+  if len(wrong):
+    raise RunsError(
+      f"{path}, line {2 + wrong.index[0]}: {values.name} must be a number, "
+      f"got {wrong.iloc[0]!r}."
+    )

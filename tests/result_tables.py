@@ -1,0 +1,230 @@
+"""Results folders with planted numbers: what the findings should say is known."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mtp_jax.analysis.results import Facts
+from mtp_jax.metrics import write_json
+
+Trial = dict[str, Any]
+FACTS = Facts(
+  command=("python -m launch.sweep --config=x.py:cpu",),
+  commit=("0123abc",),
+  hardware=("1 x <chip>",),
+  versions=("jax 0.10",),
+  seeds=(0, 1, 2),
+  finished=3,
+  trials=3,
+  date="2026-01-02",
+)
+NTP, TWO, FOUR = ("none", 0), ("parallel", 1), ("parallel", 3)
+ONE_MODULE, THREE_MODULES = ("sequential", 1), ("sequential", 3)
+
+
+def grid(
+  methods: Iterable[tuple[str, int]], seeds: Iterable[int], **keys: Iterable[Any]
+) -> list[Trial]:
+  """Returns one trial for each method, seed and value of the keys (`__` for a dot)."""
+  names = [key.replace("__", ".") for key in keys]
+  return [
+    {"mtp.kind": kind, "mtp.depth": depth, "seed": seed, "data.seed": seed}
+    | dict(zip(names, values, strict=True))
+    for (kind, depth), seed, *values in itertools.product(
+      methods, seeds, *keys.values()
+    )
+  ]
+
+
+def write_results(
+  folder: Path,
+  trials: list[Trial],
+  measure: Callable[[Trial, np.random.Generator], dict[tuple[str, int], float]],
+  shared: dict[str, Any] | None = None,
+) -> Path:
+  """Writes the results of trials; `measure` gives {(metric, at_depth): mean}."""
+  folder.mkdir(parents=True)
+  rows, metrics, curves = [], [], []
+  for index, trial in enumerate(trials):
+    rng = np.random.default_rng(index)
+    name = f"trial{index}"
+    state = {"status": "finished", "step": 10, "size": 1000, "tokens": 100}
+    rows.append(
+      {"trial": name, "train_flops": 1.0, "train_seconds": 1.0, "data.source": "stdlib"}
+      | state | trial
+    )
+    values = measure(trial, rng)
+    metrics += [
+      {
+        "trial": name, "metric": metric, "at_depth": depth, "mean": mean,
+        "stderr": 0.01, "count": 100,
+      }
+      for (metric, depth), mean in values.items()
+    ]
+    accuracy = values.get(("task_accuracy", 0), np.nan)
+    curves += [
+      {
+        "trial": name, "step": step, "tokens": 10 * step, "loss": 1 / step,
+        "bits_per_byte": 1.0, "task_accuracy": accuracy * step / 10,
+      }
+      for step in (5, 10)
+    ]
+  for file, table in (("trials", rows), ("metrics", metrics), ("curves", curves)):
+    pd.DataFrame(table).to_csv(folder / f"{file}.csv", index=False)
+  run = dataclasses.asdict(FACTS) | {"config": shared or {}}
+  write_json(folder / "run.json", run)
+  return folder
+
+
+def star_graph(folder: Path) -> Path:
+  """NTP at chance, n = 2 solves, n = 4 on half of the seeds, one module on none."""
+  methods = (NTP, TWO, FOUR, ONE_MODULE, THREE_MODULES)
+  trials = [
+    trial | {"task.star_graph.reversed": False} for trial in grid(methods, range(10))
+  ]
+  trials += [
+    trial | {"task.star_graph.reversed": True} for trial in grid([NTP], range(3))
+  ]
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    solves = {
+      NTP: trial["task.star_graph.reversed"], TWO: True, FOUR: trial["seed"] % 2 == 0,
+      ONE_MODULE: False, THREE_MODULES: True,
+    }[trial["mtp.kind"], trial["mtp.depth"]]
+    return {("task_accuracy", 0): 0.99 if solves else 0.5 + rng.uniform(-0.05, 0.05)}
+
+  shared = {
+    "task.star_graph.arms": 2, "task.star_graph.length": 3, "mtp.fed": "true",
+  }
+  return write_results(folder, trials, measure, shared)
+
+
+def task(folder: Path, gain: float, base: float = 0.3, **keys: Iterable[Any]) -> Path:
+  """Accuracy that rises by `gain` for each extra token at the least width, if any."""
+  trials = grid((NTP, TWO, FOUR), range(3), **keys)
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    shrink = 16 / trial.get("trunk.embed_dim", 16)
+    accuracy = base + 0.02 * trial["seed"] + gain * trial["mtp.depth"] * shrink
+    return {("task_accuracy", 0): accuracy + rng.uniform(-0.002, 0.002)}
+
+  return write_results(folder, trials, measure)
+
+
+def polynomial(folder: Path) -> Path:
+  """MTP is better in domain, and so much worse out of it that it is worse overall."""
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    rises = 0.1 * trial["mtp.depth"] + rng.uniform(-0.01, 0.01)
+    return {("task_accuracy", 0): 0.5 - rises} | {
+      (f"task_accuracy:operators={m}", 0): 0.4 + (rises if m <= 5 else -9 * rises)
+      for m in range(1, 8)
+    }
+
+  trials = grid((NTP, TWO), range(3))
+  return write_results(folder, trials, measure, {"task.polynomial.max_operators": 5})
+
+
+def acceptance(folder: Path) -> Path:
+  """Falls with depth for heads only; modules accept more; wider more; no induction."""
+  trials = grid(
+    (FOUR, THREE_MODULES), range(3), trunk__embed_dim=(16, 64),
+    data__source=("stdlib", "docstrings", "induction"),
+  )
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    if trial["data.source"] == "induction":
+      return {("main_loss", 0): 1.0}
+    is_parallel = trial["mtp.kind"] == "parallel"
+    wide = 0.1 * (trial["trunk.embed_dim"] == 64)
+    return {
+      ("sampled_acceptance", k): 0.8 + wide + rng.uniform(-0.01, 0.01)
+      - (0.1 * k if is_parallel else -0.02 * k)
+      for k in (1, 2, 3)
+    }
+
+  return write_results(folder, trials, measure)
+
+
+def schedules(folder: Path) -> Path:
+  """Anneal closes the penalty, reverse does not, only forward keeps the drafts."""
+  penalty = {"constant": 0.2, "piecewise": 0.15, "anneal": 0.02, "forward": 0.18,
+             "reverse": 0.19}
+  rounds = {"constant": 2.0, "piecewise": 1.9, "anneal": 1.2, "forward": 1.95,
+            "reverse": 1.1}
+  trials = grid([NTP], range(3), mtp__schedule=["constant"], mtp__curriculum=["none"])
+  for methods, arms in (([FOUR], penalty), ([ONE_MODULE], ("constant", "piecewise"))):
+    for arm in arms:
+      is_curriculum = arm in ("forward", "reverse")
+      trials += grid(
+        methods, range(3), mtp__schedule=["constant" if is_curriculum else arm],
+        mtp__curriculum=[arm if is_curriculum else "none"],
+      )
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    loss = 2.0 + 0.1 * trial["seed"] + rng.uniform(-0.005, 0.005)
+    if trial["mtp.depth"] == 0:
+      return {("main_loss", 0): loss}
+    curriculum = trial["mtp.curriculum"]
+    arm = trial["mtp.schedule"] if curriculum == "none" else curriculum
+    return {
+      ("main_loss", 0): loss + penalty[arm],
+      ("sampled_tokens_per_round", 0): rounds[arm] + rng.uniform(-0.02, 0.02),
+    }
+
+  return write_results(folder, trials, measure)
+
+
+def bytes_or_bpe(folder: Path) -> Path:
+  """Heads cost 0.02 bits per byte each on BPE, 0.01 on bytes."""
+  methods = (NTP, FOUR, ("parallel", 7))
+  trials = grid(methods, range(3), tokenizer__kind=("bytes", "bpe"))
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    cost = 0.02 if trial["tokenizer.kind"] == "bpe" else 0.01
+    bits = 2.0 + cost * trial["mtp.depth"] + rng.uniform(-0.001, 0.001)
+    return {("bits_per_byte", 0): bits}
+
+  return write_results(folder, trials, measure)
+
+
+def data_repetition(folder: Path) -> Path:
+  """The gain grows with repetition: not what was published."""
+  trials = grid((NTP, TWO, FOUR), range(3), data__test_fraction=(0.05, 0.5, 0.9))
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    gain = 0.2 * trial["data.test_fraction"] * (trial["mtp.depth"] > 0)
+    return {("main_loss", 0): 2.0 - gain + rng.uniform(-0.001, 0.001)}
+
+  return write_results(folder, trials, measure)
+
+
+def hidden_source(folder: Path) -> Path:
+  """Chained is better, the embedding does not help, the norm changes nothing."""
+  arms = (
+    ("chained", "after", "true"), ("chained", "before", "true"),
+    ("trunk", "after", "true"), ("trunk", "before", "true"),
+    ("chained", "after", "none"),
+  )
+  keys = ("mtp.hidden", "mtp.hidden_norm", "mtp.fed")
+  trials = [
+    trial | dict(zip(keys, arm, strict=True))
+    for arm in arms for trial in grid([("sequential", 2)], range(3))
+  ]
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    second = 0.7 if trial["mtp.hidden"] == "chained" else 0.5
+    first = 0.8 if trial["mtp.fed"] == "true" else 0.95
+    noise = lambda: rng.uniform(-0.01, 0.01)  # noqa: E731
+    return {
+      ("main_loss", 0): 2.0 + noise(),
+      ("sampled_acceptance", 1): first + noise(),
+      ("sampled_acceptance", 2): second + noise(),
+    }
+
+  return write_results(folder, trials, measure)

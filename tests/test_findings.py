@@ -1,0 +1,477 @@
+"""Claims and verdicts: what planted results must be found to say, and refusals."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from launch import cli, report
+from mtp_jax.analysis import claims, results, rules
+from mtp_jax.analysis.drawing import STYLE
+from mtp_jax.analysis.findings import write_findings
+from mtp_jax.analysis.runs import RunsError, load
+from tests import result_tables as worlds
+from tests.synthetic_runs import World, trial_config, write_trial
+
+EXPERIMENTS = {x.folder: x for x in claims.experiments()}
+COMMITTED = Path(__file__).parents[1] / "experiments" / "results"
+FOLDERS = {
+  "star_graph_cpu": worlds.star_graph,
+  "sat_cpu": lambda folder: worlds.task(folder, 0.1),
+  "countdown_cpu": lambda folder: worlds.task(folder, -0.05),
+  "polynomial_cpu": worlds.polynomial,
+  "induction_cpu": lambda folder: worlds.task(folder, 0.1, trunk__embed_dim=(16, 64)),
+  "acceptance_by_depth_cpu": worlds.acceptance,
+  "schedules_cpu": worlds.schedules,
+  "bytes_or_bpe_cpu": worlds.bytes_or_bpe,
+  "data_repetition_cpu": worlds.data_repetition,
+  "hidden_source_cpu": worlds.hidden_source,
+}
+RUNS = World(gain={})
+COMMAND = "python -m launch.sweep --config=x.py:cpu"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp("results")
+  for name, write in FOLDERS.items():
+    write(root / name)
+  return root
+
+
+def judge(folder, key):
+  """Returns verdict and finding of one claim, from a folder of any name."""
+  experiment = EXPERIMENTS[folder.name]
+  claim = next(x for x in experiment.claims if x.key == key)
+  finding = claim.test(experiment.read(folder))
+  return claim.verdict(finding), finding
+
+
+VERDICTS = [
+  ("star_graph_cpu", "none0_2_3", claims.REPRODUCED, "10 of 10 seeds [0.72, 1.00]"),
+  ("star_graph_cpu", "parallel1_2_3", claims.REPRODUCED, "10 of 10"),
+  ("star_graph_cpu", "parallel3_2_3", claims.UNDECIDABLE, "5 of 10 seeds [0.24, 0.76]"),
+  ("star_graph_cpu", "sequential1_2_3", claims.NOT_REPRODUCED, "0 of 10"),
+  # Wilson's interval of 3 of 3 holds 1/2; the control has a rule of its own.
+  ("star_graph_cpu", "reversed_2_3", claims.REPRODUCED, "3 of 3 seeds [0.44, 1.00]"),
+  ("sat_cpu", "rises_with_n", claims.REPRODUCED, "n=4 minus NTP: +0.30"),
+  ("countdown_cpu", "rises_with_n", claims.NOT_REPRODUCED, "n=4 minus NTP: -0.1"),
+  ("polynomial_cpu", "beats_ntp", claims.REPRODUCED, "n=2 minus NTP: +0.1"),
+  ("induction_cpu", "small_models_gain", claims.REPRODUCED, "width 16, n=2 minus NTP"),
+  ("induction_cpu", "gain_shrinks", claims.REPRODUCED, "gain at 16 minus gain at 64"),
+  ("acceptance_by_depth_cpu", "parallel_falls", claims.REPRODUCED, "+0.10"),
+  ("acceptance_by_depth_cpu", "sequential_falls", claims.NOT_REPRODUCED, "-0.02"),
+  ("acceptance_by_depth_cpu", "sequential_more", claims.REPRODUCED, "on docstrings"),
+  ("acceptance_by_depth_cpu", "rises_with_width", claims.REPRODUCED, "parallel: +0.1"),
+  ("schedules_cpu", "anneal_closes_half", claims.REPRODUCED, "constant +0.20"),
+  ("schedules_cpu", "reverse_closes_half", claims.NOT_REPRODUCED, "+0.09"),
+  ("schedules_cpu", "forward_keeps_drafts", claims.REPRODUCED, "forward / constant: 0"),
+  ("bytes_or_bpe_cpu", "bytes_pay_less_4", claims.REPRODUCED, "+0.03"),
+  ("bytes_or_bpe_cpu", "bytes_pay_less_8", claims.REPRODUCED, "+0.07"),
+  ("data_repetition_cpu", "shrinks_2", claims.NOT_REPRODUCED, "-0.17"),
+  ("hidden_source_cpu", "chained_more", claims.AS_EXPECTED, "minus trunk: +0."),
+  ("hidden_source_cpu", "embedding_helps", claims.NOT_AS_EXPECTED, "-0.15"),
+  ("hidden_source_cpu", "norm_is_neutral", claims.AS_EXPECTED, "before minus after"),
+]
+
+
+@pytest.mark.parametrize("name, key, verdict, words", VERDICTS)
+def test_planted_results_get_their_verdict(root, name, key, verdict, words):
+  found, finding = judge(root / name, key)
+  assert found == verdict
+  assert words in finding.ours
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_experiment_has_its_picture(root, name):
+  experiment = EXPERIMENTS[name]
+  with matplotlib.rc_context(STYLE):
+    figure, numbers = experiment.draw(experiment.read(root / name))
+  assert all(ax.has_data() for ax in figure.axes)
+  assert len(numbers)
+
+
+def test_claims_can_be_told_apart():
+  assert len(EXPERIMENTS) == len(claims.experiments())
+  for experiment in EXPERIMENTS.values():
+    for field in ("key", "statement"):
+      values = [getattr(claim, field) for claim in experiment.claims]
+      assert len(set(values)) == len(values)
+
+
+def test_published_cells_make_the_claims_of_the_star_graphs():
+  says = {x.key: x.statement for x in EXPERIMENTS["star_graph_gpu"].claims}
+  assert says["none0_3_3"] == "G(3,3): NTP stays at chance"
+  assert says["parallel1_5_3"] == "G(5,3): parallel n=2 fails"
+  assert says["parallel3_5_3"] == "G(5,3): parallel n=4 solves it"
+  assert says["none0_5_5"] == "G(5,5): NTP fails"  # Published: far below chance.
+  assert says["sequential1_3_5"] == "G(3,5): sequential D=1 fails"
+
+
+def test_a_graph_is_judged_by_its_own_trials(tmp_path):
+  """NTP is at chance on G(3,3); other graphs and other fed tokens do not count."""
+  trials = worlds.grid(
+    (worlds.NTP, worlds.THREE_MODULES), range(5), task__star_graph__arms=(3, 5),
+    mtp__fed=("true", "none"),
+  )
+  trials = [x for x in trials if x["mtp.kind"] != "none" or x["mtp.fed"] == "true"]
+
+  def measure(trial, rng):
+    solves = trial["mtp.kind"] != "none" and trial["mtp.fed"] == "true"
+    return {("task_accuracy", 0): 1.0 if solves else 1 / trial["task.star_graph.arms"]}
+
+  shared = {"task.star_graph.length": 3, "task.star_graph.reversed": False}
+  folder = worlds.write_results(tmp_path / "star_graph_gpu", trials, measure, shared)
+  for key in ("none0_3_3", "none0_5_3", "sequential3_3_3"):
+    verdict, finding = judge(folder, key)
+    assert (verdict, finding.seeds) == (claims.REPRODUCED, 5)
+  assert judge(folder, "parallel1_3_3")[0] == claims.NOT_RUN
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 10])
+def test_wilson_at_the_edges(n):
+  """All or none of n seeds: n / (n + z^2) in closed form; four decide, three do not."""
+  z2 = stats.norm.ppf(0.975) ** 2
+  every, none = rules.share(pd.Series([True] * n)), rules.share(pd.Series([False] * n))
+  assert (every.low, every.high) == pytest.approx((n / (n + z2), 1.0))
+  assert (none.low, none.high) == pytest.approx((0.0, z2 / (n + z2)))
+  assert (every.holds, none.holds) == ((True, False) if n >= 4 else (None, None))
+
+
+def test_no_seed_has_no_share():
+  empty = rules.share(pd.Series(dtype=bool))
+  assert (empty.n, empty.holds) == (0, None)
+
+
+def estimate(low, high, side="above"):
+  return rules.Estimate("", "", 3, (low + high) / 2, low, high, 1.0, side)
+
+
+@pytest.mark.parametrize(
+  "low, high, side, holds",
+  [
+    (1.1, 2.0, "above", True), (0.5, 0.9, "above", False), (0.5, 2.0, "above", None),
+    (1.1, 2.0, "below", False), (0.5, 0.9, "below", True), (1.0, 2.0, "below", None),
+    (1.1, 2.0, "around", False), (0.5, 0.9, "around", False),
+    (0.5, 2.0, "around", True), (np.nan, np.nan, "around", None),
+  ],
+)
+def test_an_interval_decides_as_a_whole(low, high, side, holds):
+  assert estimate(low, high, side).holds is holds
+
+
+def test_all_estimates_of_a_claim_must_hold():
+  yes, no, open_ = estimate(2, 3), estimate(0, 0.5), estimate(0, 3)
+  assert rules.decide([yes, yes]).holds is True
+  assert rules.decide([yes, open_]).holds is None
+  assert rules.decide([yes, open_, no]).holds is False
+  assert rules.decide([]).holds is None
+
+
+def test_pairs_are_averaged_within_a_seed():
+  index = list(itertools.product((0, 1, 2), ("a", "b", "c")))
+  rows = pd.DataFrame(index, columns=["seed", "text"]).assign(trial="x")
+  rows["data.seed"] = 0
+  rows["value"] = rows["seed"] + rows["text"].map({"a": 1.0, "b": 3.0, "c": np.nan})
+  rows.loc[(rows["seed"] == 2) & (rows["text"] == "a"), "value"] = np.nan
+  difference = rules.paired(rows, rows.assign(value=1.0 * rows["seed"]), ("text",))
+  # Text c was never measured and does not count; seed 2 lacks one that others have.
+  assert list(difference[:2]) == [2.0, 2.0]
+  assert np.isnan(difference[2, 0])
+  over = rules.mean_over_seeds(difference)
+  assert (over.n, over.mean) == (2, 2.0)
+  assert "1 seed(s) incomplete, left out" in over.text
+
+
+def test_nothing_is_decided_where_no_arm_has_learnt(tmp_path):
+  folder = worlds.task(tmp_path / "sat_cpu", gain=0.01, base=0.01)
+  verdict, finding = judge(folder, "rises_with_n")
+  assert verdict == claims.UNDECIDABLE
+  assert "no arm has learnt the task: the best mean accuracy is 0.0" in finding.ours
+
+
+def test_one_seed_decides_nothing(tmp_path):
+  trials = worlds.grid((worlds.NTP, worlds.FOUR), [0])
+  folder = worlds.write_results(
+    tmp_path / "sat_cpu", trials,
+    lambda trial, rng: {("task_accuracy", 0): 0.2 * (1 + trial["mtp.depth"])},
+  )
+  verdict, finding = judge(folder, "rises_with_n")
+  assert (verdict, finding.seeds) == (claims.UNDECIDABLE, 1)
+  assert "one seed: no interval" in finding.ours
+
+
+def test_no_penalty_cannot_be_closed(tmp_path):
+  folder = worlds.schedules(tmp_path / "schedules_cpu")
+  metrics = pd.read_csv(folder / "metrics.csv")
+  is_loss = metrics["metric"] == "main_loss"
+  metrics.loc[is_loss, "mean"] = np.random.default_rng(0).uniform(2, 3, is_loss.sum())
+  metrics.to_csv(folder / "metrics.csv", index=False)
+  verdict, finding = judge(folder, "anneal_closes_half")
+  assert verdict == claims.UNDECIDABLE
+  assert "no penalty to close" in finding.ours
+
+
+def test_trials_that_a_claim_cannot_tell_apart_are_refused(tmp_path):
+  trials = worlds.grid((worlds.NTP,), (0, 0))
+  folder = worlds.write_results(
+    tmp_path / "sat_cpu", trials, lambda trial, rng: {("task_accuracy", 0): 0.5}
+  )
+  with pytest.raises(RunsError, match="trial0 and trial1 have the same seed"):
+    judge(folder, "rises_with_n")
+
+
+@pytest.fixture(scope="module")
+def page(root, tmp_path_factory):
+  """The page of two experiments; all others are not yet run."""
+  some = tmp_path_factory.mktemp("some")
+  for name in ("star_graph_cpu", "hidden_source_cpu"):
+    (some / name).symlink_to(root / name)
+  output = tmp_path_factory.mktemp("page") / "findings"
+  return write_findings(some, output, "python -m launch.report --findings"), output
+
+
+def test_table_has_a_row_for_each_claim(page):
+  _, output = page
+  rows = pd.read_csv(output / "findings.csv", keep_default_na=False)
+  assert len(rows) == sum(len(x.claims) for x in EXPERIMENTS.values())
+  rows = rows.set_index(["experiment", "claim"])
+  row = rows.loc["star_graph_cpu", "sequential1_2_3"]
+  assert row["verdict"] == claims.NOT_REPRODUCED
+  assert row["ours"] == "0 of 10 seeds [0.00, 0.28]"
+  assert (row["seeds"], row["commit"], row["date"]) == (10, "0123abc", "2026-01-02")
+  assert row["command"] == worlds.FACTS.command[0]
+  waiting = rows.loc["sat_gpu", "rises_with_n"]
+  assert (waiting["verdict"], waiting["ours"]) == (claims.NOT_RUN, "")
+  assert waiting["command"] == (
+    "python -m launch.sweep --config=experiments/sat.py:gpu --workdir=runs/sat_gpu"
+  )
+  shares = pd.read_csv(output / "estimates.csv").set_index("claim")
+  assert shares.loc["parallel3_2_3", "mean"] == 0.5
+
+
+def test_page_says_what_a_reader_needs(page):
+  result, output = page
+  text = result.paths[0].read_text()
+  for words in (
+    "+ reproduced", "− not reproduced", "? not decidable at this scale",  # noqa: RUF001
+    "· not yet run", "+ as expected", "− not as expected",  # noqa: RUF001
+    "10 of 10 seeds [0.72, 1.00]", "G(3,3): 33.8 % exact paths",
+    "no figure that we could check", "a seed is at chance within 0.1 of 1/2",
+    "1 x &lt;chip&gt;", "0123abc", "jax 0.10", "python -m launch.report --findings",
+  ):
+    assert words in text, words
+  sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
+  assert len(sources) == 2
+  assert all(source.startswith("data:image/png;base64,") for source in sources)
+  assert "| G(2,3): NTP stays at chance |" in (output / "findings.md").read_text()
+  names = {path.name for path in output.iterdir()}
+  assert names == {path.name for path in result.paths}
+  assert {"summary.png", "star_graph_cpu.png", "star_graph_cpu.csv"} <= names
+
+
+def test_terminal_shows_the_verdicts(page):
+  text = page[0].text
+  assert re.search(r"not reproduced +G\(2,3\): sequential D=1 solves it", text)
+  assert "sat_cpu: python -m launch.sweep --config=experiments/sat.py:cpu" in text
+  assert "4 reproduced, 2 as expected, 1 not reproduced, 1 not as expected, " in text
+
+
+def test_committed_results_make_a_page(tmp_path, capsys):
+  """The ladder's findings follow from its tables, whatever else has been added."""
+  (tmp_path / "only").mkdir()
+  ladder = "gains_with_scale_cpu"
+  (tmp_path / "only" / ladder).symlink_to(COMMITTED / ladder)
+  arguments = ["--findings", f"--results={tmp_path / 'only'}", f"--output={tmp_path}"]
+  assert report.main(arguments) == 0
+  assert "Gains grow with size: parallel D=3" in capsys.readouterr().out
+  rows = pd.read_csv(tmp_path / "findings.csv").set_index(["experiment", "claim"])
+  slopes = pd.read_csv(COMMITTED / ladder / "all_slopes.csv")
+  slope = slopes[
+    (slopes["method"] == "parallel D=3") & (slopes["metric"] == "main_loss")
+    & (slopes["comparison"] == "tokens")
+  ].iloc[0]
+  ours = rows.loc[(ladder, "parallel3_grows"), "ours"]
+  assert ours == (
+    f"per decade: {slope['slope']:+.4f} [{slope['low']:+.4f}, {slope['high']:+.4f}]"
+  )
+  gains = pd.read_csv(COMMITTED / ladder / "all_gains.csv")
+  gain = gains[
+    (gains["method"] == "parallel D=3") & (gains["metric"] == "main_loss")
+    & (gains["comparison"] == "tokens")
+  ].iloc[-1]
+  cost = pd.read_csv(tmp_path / "estimates.csv").set_index("claim").loc["heads_cost"]
+  np.testing.assert_allclose(cost["high"].iloc[-1], gain["high"])
+  # Other lambdas, tried at one size only, are no part of the ladder.
+  assert set(pd.read_csv(tmp_path / f"{ladder}.csv")["n"]) == {3}
+
+
+@pytest.mark.parametrize("folder", sorted(EXPERIMENTS.keys() & {
+  path.name for path in COMMITTED.iterdir()
+}))
+def test_committed_results_have_a_verdict(folder):
+  """Each claim can be tested on what was kept, and a picture be drawn."""
+  experiment = EXPERIMENTS[folder]
+  kept = experiment.read(COMMITTED / folder)
+  verdicts = [claim.verdict(claim.test(kept)) for claim in experiment.claims]
+  assert set(verdicts) != {claims.NOT_RUN}
+  assert len(experiment.draw(kept)[1])
+
+
+@pytest.fixture
+def small(tmp_path):
+  return worlds.task(tmp_path / "sat_cpu", 0.1)
+
+
+def drop_fact(folder):
+  run = json.loads((folder / "run.json").read_text())
+  del run["commit"]
+  (folder / "run.json").write_text(json.dumps(run))
+
+
+def spoil_fact(folder):
+  run = json.loads((folder / "run.json").read_text())
+  (folder / "run.json").write_text(json.dumps(run | {"seeds": "0, 1"}))
+
+
+def drop_column(folder):
+  pd.read_csv(folder / "trials.csv").drop(columns="data.seed").to_csv(
+    folder / "trials.csv", index=False
+  )
+
+
+def break_number(folder):
+  text = (folder / "metrics.csv").read_text().splitlines()
+  text[2] = "trial1,task_accuracy,0,many,0.1,100"
+  (folder / "metrics.csv").write_text("\n".join(text))
+
+
+def add_stranger(folder):
+  with (folder / "metrics.csv").open("a") as file:
+    file.write("nobody,task_accuracy,0,0.5,0.1,100\n")
+
+
+@pytest.mark.parametrize(
+  "damage, words",
+  [
+    (drop_fact, "run.json: key 'commit' is missing"),
+    (spoil_fact, "run.json: seeds must be of type list, got '0, 1'"),
+    (drop_column, "trials.csv: key 'data.seed' is missing"),
+    (break_number, "metrics.csv, line 3: mean must be a number, got 'many'"),
+    (add_stranger, "metrics.csv: trial must be one of trials.csv, got 'nobody'"),
+    (lambda x: (x / "curves.csv").unlink(), "curves.csv: no such file"),
+    (lambda x: (x / "curves.csv").write_text(""), "curves.csv: not a table"),
+    (lambda x: (x / "run.json").unlink(), "run.json: no such file"),
+    (lambda x: (x / "run.json").write_text("{\n1"), "run.json, line 2: not JSON"),
+  ],
+)
+def test_damaged_results_are_named(small, damage, words):
+  damage(small)
+  with pytest.raises(RunsError, match=re.escape(words)) as error:
+    results.read(small)
+  assert str(small) in str(error.value)
+
+
+def test_missing_config_key_is_named(tmp_path, root, capsys):
+  """A claim needs a key that the results do not have: no page, one message."""
+  kept = tmp_path / "results" / "induction_cpu"
+  worlds.task(kept, 0.1)
+  arguments = ["--findings", f"--results={kept.parent}"]
+  assert report.main(arguments) == cli.BAD_INPUT
+  message = capsys.readouterr().err
+  assert "claim 'small_models_gain'" in message
+  assert "trials.csv: key 'trunk.embed_dim' is missing" in message
+  assert not (kept.parent / "findings").exists()
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two finished runs, one of a task, and one that is not finished."""
+  folder = tmp_path / "runs"
+  run_json = {"commit": "0123abc", "hardware": "1 x chip", "versions": {"jax": "0.10"}}
+  for seed in (0, 1):
+    config = trial_config(16, "sequential", 2, seed)
+    run = write_trial(folder, RUNS, config, name=f"s{seed}", run_json=run_json)
+  evaluation = json.loads((run / "eval.json").read_text())
+  evaluation["task_accuracy"] = {"mean": 1 / 3, "stderr": 0.1, "count": 30}
+  evaluation["task_accuracy_groups"] = {
+    "operators=2": {"mean": 0.1, "stderr": 0.1, "count": 20}
+  }
+  (run / "eval.json").write_text(json.dumps(evaluation))
+  with (run / "metrics.jsonl").open("a") as file:
+    record = {"kind": "validation", "step": 100, "tokens": 1, "seconds": 1.0,
+              "loss": [0.1 + 0.2], "bits_per_byte": 1.0, "task_accuracy": 2 / 3}
+    file.write(json.dumps(record) + "\n")
+  write_trial(folder, RUNS, trial_config(16, seed=2), name="late", finished=False)
+  return folder
+
+
+def test_results_of_runs_come_back(tmp_path, runs, capsys):
+  kept = tmp_path / "results" / "sat_cpu"
+  commands = [f"--command={COMMAND}", "--command=again"]
+  assert report.main([str(runs), f"--results={kept}", *commands]) == 0
+  out = capsys.readouterr().out
+  assert "2 of 3 trials" in out
+  assert "Not finished: late (step 50 of 100)." in out
+  assert {x.name for x in kept.iterdir()} == {
+    "trials.csv", "metrics.csv", "curves.csv", "run.json"
+  }
+  assert not (runs / "report").exists()
+  written, read = load(runs), results.read(kept)
+  columns = list(pd.read_csv(kept / "trials.csv").columns)
+  assert columns == [
+    "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
+    "seed", "data.seed", "data.source", "mtp.kind", "mtp.depth",
+  ]
+  assert list(read.trials["seed"]) == [2, 0, 1]
+  assert read.trials["trunk.embed_dim"].unique() == [16]  # Shared, from run.json.
+  pd.testing.assert_frame_equal(
+    read.metrics, written.metrics.astype({"count": float}), rtol=1e-14
+  )
+  pd.testing.assert_frame_equal(
+    read.curves, written.curves.drop(columns="seconds"), rtol=1e-14,
+    check_dtype=False,
+  )
+  assert read.curves["task_accuracy"].max() == pytest.approx(2 / 3)
+  assert "0.30000000000000004" in (kept / "curves.csv").read_text()  # Not rounded.
+  task = read.metrics.set_index(["trial", "metric"])["count"]
+  assert task["s1", "task_accuracy:operators=2"] == 20
+  facts = read.facts
+  assert facts.command == (COMMAND, "again")
+  assert (facts.commit, facts.hardware) == (("0123abc",), ("1 x chip",))
+  assert (facts.finished, facts.trials, facts.seeds) == (2, 3, (0, 1, 2))
+  assert facts.date == written.trials["date"].max()
+  assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts.date)
+
+
+def test_nothing_finished_leaves_no_results(tmp_path, capsys):
+  write_trial(tmp_path / "runs", RUNS, trial_config(16), name="late", finished=False)
+  kept = tmp_path / "kept"
+  arguments = [str(tmp_path / "runs"), f"--results={kept}", f"--command={COMMAND}"]
+  assert report.main(arguments) == cli.BAD_INPUT
+  assert "no trial is finished" in (message := capsys.readouterr().err)
+  assert "late (step 50 of 100)" in message
+  assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    ([], "RUNS is required"),
+    (["runs", "--findings"], "RUNS must not be given, got runs"),
+    (["--findings", "--command=x"], "--command goes with RUNS and --results"),
+    (["runs", "--results=x"], "--command is required with --results"),
+    (["runs", "--command=x"], "--command goes with --results, which is missing"),
+    (["runs", "--results=x", "--command=y", "--output=z"], "--output goes with"),
+    (["--findings", "--results=nowhere"], "nowhere: no such folder"),
+  ],
+)
+def test_flags_that_do_not_go_together(arguments, words, capsys):
+  assert report.main(arguments) == cli.BAD_INPUT
+  assert words in capsys.readouterr().err
