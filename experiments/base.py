@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
       curriculum="none",
       share_modules=False,
       dense_blocks=False,
+      hidden="chained",
+      hidden_norm="after",
+      fed="true",
       arm="added",
     )
   )

@@ -17,6 +17,10 @@ it does not have; five and ten seeds. Neither was run; minutes to half an hour a
 on one H100 is a guess from the FLOPs. Every extra predictor has weight 1, as there;
 parallel heads deploy as many layers as NTP.
 
+On every graph they add sequential D = 3 fed with no token (`fed=none`) and with its
+own (`fed=own`), for a hypothesis: a module that is fed the true token can copy the next
+edge, as NTP can, and parallel heads cannot; so modules without it help as much as they.
+
 Expected, before the run of `cpu` and after a few single runs that chose its size: NTP
 within 0.1 of 1/2 for at least 8 of 10 seeds; parallel n = 2 solves it (at least 0.95)
 for at least 8 of 10; n = 4 and sequential D = 1 and 3 for at least half; reversed paths
@@ -40,6 +44,7 @@ _CONTROL_SEEDS = 3
 _METHODS = (
   ("none", 0), ("parallel", 1), ("parallel", 3), ("sequential", 1), ("sequential", 3)
 )
+_FED = ("none", "own")  # What sequential D = 3 sees instead of the true tokens.
 # Heads that reach past the first step of G(5,5).
 _LONG = (("parallel", 4), ("parallel", 5))
 
@@ -65,18 +70,29 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
       graph = _graph(arms, length)
       methods = _METHODS + (_LONG if (arms, length) == (5, 5) else ())
       for kind, depth in methods:
-        yield _trial(graph, kind, depth, seed, is_reversed=False)
+        yield _trial(graph, kind, depth, seed)
+      for fed in () if preset == "cpu" else _FED:
+        yield _trial(graph, "sequential", 3, seed, fed=fed)
       if seed < _CONTROL_SEEDS:
         yield _trial(graph, "none", 0, seed, is_reversed=True)
 
 
-def _trial(graph: dict, kind: str, depth: int, seed: int, is_reversed: bool) -> dict:
+def _trial(
+  graph: dict,
+  kind: str,
+  depth: int,
+  seed: int,
+  is_reversed: bool = False,
+  fed: str = "true",
+) -> dict:
   arms, length = graph["task.star_graph.arms"], graph["task.star_graph.length"]
-  name = f"arms={arms},length={length},kind={kind},depth={depth},seed={seed}"
+  method = f"kind={kind},depth={depth}" + (f",fed={fed}" if fed != "true" else "")
+  name = f"arms={arms},length={length},{method},seed={seed}"
   return graph | {
     "name": name + (",reversed" if is_reversed else ""),
     "mtp.kind": kind,
     "mtp.depth": depth,
+    "mtp.fed": fed,
     "seed": seed,
     "data.seed": seed,
     "task.star_graph.reversed": is_reversed,

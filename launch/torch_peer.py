@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import PUBLISHED_INPUTS, Config, TrunkConfig, num_trunk_layers
 
 
 class Context(NamedTuple):
@@ -139,11 +139,20 @@ class SequentialModule(nn.Module):
 
 
 class Peer(nn.Module):
-  """Trunk, predictors and losses of one config."""
+  """Trunk, predictors and losses of one config.
+
+  Raises:
+    ValueError: sequential modules with other inputs than the published ones.
+  """
 
   def __init__(self, config: Config):
     super().__init__()
     trunk, mtp = config.trunk, config.mtp
+    for key, published in PUBLISHED_INPUTS.items():
+      if getattr(mtp, key) != published:
+        raise ValueError(
+          f"mtp.{key} must be {published!r} for PyTorch, got {getattr(mtp, key)!r}."
+        )
     vocab, dim = config.tokenizer.vocab_size, trunk.embed_dim
     self.config = config
     self.embed = nn.Embedding(vocab, dim)

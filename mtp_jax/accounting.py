@@ -83,7 +83,9 @@ def train_flops_per_token(
     forward += mtp.depth * (block + 2 * 2 * dim * dim)
   elif mtp.kind == "linear":
     forward += mtp.depth * 2 * dim * dim
-  return 3.0 * forward
+  # Own tokens take the logits of every depth but the last once more, and no gradient.
+  chosen = mtp.depth if mtp.fed == "own" else 0
+  return 3.0 * forward + chosen * 2 * dim * config.tokenizer.vocab_size
 
 
 def resolve(config: Config) -> Config:

@@ -28,3 +28,7 @@ class Batch(NamedTuple):
   next_segment_ids: np.ndarray
   scored: np.ndarray | None = None
   next_scored: np.ndarray | None = None
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the fields that are there, by name."""
+    return {name: x for name, x in self._asdict().items() if x is not None}

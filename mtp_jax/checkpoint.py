@@ -60,7 +60,8 @@ ARCHITECTURE = (
     f"trunk.rope_scaling.{field.name}"
     for field in dataclasses.fields(RopeScalingConfig)
   ),
-  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.arm",
+  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.hidden",
+  "mtp.hidden_norm", "mtp.fed", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 
@@ -84,6 +85,7 @@ class Restored(NamedTuple):
 def contract(config: Config) -> dict[str, Any]:
   """Returns what a reader of the parameters must know about the extra predictors."""
   kind = config.mtp.kind
+  trunk_state = f"trunk output {config.mtp.hidden_norm} its final norm"
   return {
     "kind": kind,
     "depth": config.mtp.depth,
@@ -93,9 +95,16 @@ def contract(config: Config) -> dict[str, Any]:
       "none": None,
       "linear": "trunk output after its final norm",
       "parallel": "trunk residual stream before the final norm",
-      "sequential": "depth 1: trunk output after its final norm; depth k: the normed "
-      "output of module k - 1",
+      "sequential": f"depth 1: {trunk_state}; depth k: "
+      + {
+        "chained": "the normed output of module k - 1",
+        "trunk": "the same",
+        "trunk_shifted": "the same, k - 1 positions on",
+      }[config.mtp.hidden],
     }[kind],
+    "embedding_source": {
+      "true": "token i + k", "none": None, "own": "arg max of depth k - 1",
+    }[config.mtp.fed] if kind == "sequential" else None,
     "output_norm": "own norm per module" if kind == "sequential" else "final norm",
     "concat_order": ["hidden", "embedding"] if kind == "sequential" else None,
     "next_token_head": "first parallel head" if kind == "parallel" else "trunk",

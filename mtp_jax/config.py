@@ -148,6 +148,13 @@ class MtpConfig:
   depth_weights: relative weight of each depth; empty means all equal.
   curriculum: none | forward (depths switched on one by one) | reverse (switched off).
   dense_blocks: sequential modules have dense blocks where the trunk has experts.
+  hidden:     the state that sequential module k starts from at position i: chained (of
+              module k - 1 at i) | trunk (the trunk's at i) | trunk_shifted (the trunk's
+              at i + k - 1, of the token before the one that it is fed; see
+              `model.mtp.SequentialModules` for where there is none).
+  hidden_norm: the trunk's state as the modules get it: after or before the final norm.
+  fed:        the token i + k whose embedding module k sees: true | none (zeros) | own
+              (the most likely one by depth k - 1).
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).
@@ -164,7 +171,15 @@ class MtpConfig:
   curriculum: Literal["none", "forward", "reverse"]
   share_modules: bool
   dense_blocks: bool
+  hidden: Literal["chained", "trunk", "trunk_shifted"]
+  hidden_norm: Literal["after", "before"]
+  fed: Literal["true", "none", "own"]
   arm: Literal["added", "shortened", "flops"]
+
+
+# What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
+# predictor has the choice.
+PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -480,7 +495,7 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   """Returns the section without any extra predictor, on top of the whole trunk."""
   return dataclasses.replace(
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
-    dense_blocks=False, arm="added",
+    dense_blocks=False, arm="added", **PUBLISHED_INPUTS,
   )
 
 
@@ -751,6 +766,11 @@ def _check_mtp(rule: _Rules) -> None:
     rule(
       mtp.kind == "sequential", "mtp.share_modules",
       f"False unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
+    )
+  for key, published in PUBLISHED_INPUTS.items():
+    rule(
+      mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
+      f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
     )
   if mtp.arm == "shortened":
     rule(

@@ -73,8 +73,8 @@ class TrainedModel:
   def hidden(self, text: Text) -> np.ndarray:
     """Returns hidden_MTD, float32: the normed states that logits are made from.
 
-    A sequential module m at row i reads the tokens up to i + m. Where the text ends
-    before that, the row is NaN.
+    A sequential module m at row i reads the tokens up to i + m, if `mtp.fed` is "true".
+    Where the text ends before that, the row is NaN, whatever the module is fed.
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]

@@ -286,7 +286,7 @@ def put_batch(
     axis, count = len(leading), 1 if is_whole else row_share(mesh)[1]
     return (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
 
-  arrays = {name: x for name, x in batch._asdict().items() if x is not None}
+  arrays = batch.arrays()
   shapes = {name: shape(value) for name, value in arrays.items()}
   # All in one call: each one takes as long as all together.
   arrays = jax.make_array_from_process_local_data(

@@ -99,6 +99,15 @@ COUNTABLE = {
 }
 KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
 SHARED = {"mtp.share_modules": True}
+# What sequential modules may start from besides the published inputs.
+INPUTS = {
+  "trunk": {"mtp.hidden": "trunk"},
+  "shifted": {"mtp.hidden": "trunk_shifted"},
+  "before": {"mtp.hidden_norm": "before"},
+  "trunk-before": {"mtp.hidden": "trunk", "mtp.hidden_norm": "before"},
+  "none": {"mtp.fed": "none"},
+  "own": {"mtp.fed": "own"},
+}
 
 
 def tiny_config(

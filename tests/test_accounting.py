@@ -9,6 +9,7 @@ from mtp_jax import accounting
 from tests.common import (
   COUNTABLE,
   GPT2,
+  INPUTS,
   KINDS,
   SHARED,
   TRUNKS,
@@ -93,6 +94,17 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   blocks = {"none": 2, "parallel": 5, "sequential": 5, "linear": 2}[kind]
   skipped = 3 * blocks * 4 * 128 * (64 - 65 / 2)
   assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)
+
+
+def test_own_tokens_add_a_forward_pass_of_the_unembedding_per_module():
+  plain, own, none = (
+    tiny_config("sequential", 3, o) for o in ({}, INPUTS["own"], INPUTS["none"])
+  )
+  flops = accounting.train_flops_per_token
+  assert flops(own) - flops(plain) == 3 * 2 * D * V
+  assert flops(none) == flops(plain)
+  totals = {accounting.count(config).total for config in (plain, own, none)}
+  assert len(totals) == 1
 
 
 def test_sharing_modules_saves_parameters_but_no_flops():

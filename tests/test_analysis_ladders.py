@@ -37,7 +37,13 @@ def test_values_without_effect_do_not_make_methods():
   assert canonical(a) == canonical(b)
   a, b = (dataclasses.replace(x, schedule="piecewise") for x in (a, b))
   assert canonical(a) != canonical(b)
+  a, b = (mtp("sequential", 1, hidden=x) for x in ("chained", "trunk"))
+  assert canonical(a) == canonical(b)
+  a, b = (dataclasses.replace(x, depth=2) for x in (a, b))
+  assert canonical(a) != canonical(b)
   longer = mtp("sequential", 1, arm="flops")
+  assert canonical(longer) == canonical(dataclasses.replace(longer, fed="none"))
+  assert canonical(longer) != canonical(dataclasses.replace(longer, fed="own"))
   assert canonical(longer) == canonical(dataclasses.replace(longer, weight=0.9))
 
 
@@ -48,11 +54,12 @@ def test_labels_say_what_varies_within_a_kind():
     mtp("sequential", 1, weight=0.1),
     mtp("sequential", 1, weight=1.0),
     mtp("sequential", 1, arm="flops"),
+    mtp("sequential", 1, arm="flops", fed="own"),
   ]
   labels = method_labels([canonical(m) for m in methods])
   assert list(labels.values()) == [
     "parallel D=3", "sequential D=1 λ=0.1", "sequential D=1 λ=1", NTP,
-    "NTP at FLOPs of sequential D=1",
+    "NTP at FLOPs of sequential D=1", "NTP at FLOPs of sequential D=1 fed=own",
   ]
 
 

@@ -8,6 +8,7 @@ import pytest
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.targets import future_targets
 from tests.common import (
+  INPUTS,
   KINDS,
   SHARED,
   TRUNKS,
@@ -20,8 +21,15 @@ from tests.common import (
 LENGTH, DEPTH = 12, 3
 # The third document goes on after the row; every position has its own token.
 SEGMENTS = np.repeat([1, 2, 3], [5, 4, 7])
+PLACES = np.arange(len(SEGMENTS))
 TOKENS = np.random.default_rng(0).permutation(len(SEGMENTS))
-CASES = [(kind, {}) for kind, _ in KINDS] + [("sequential", SHARED)]
+CASES = [
+  *((kind, {}) for kind, _ in KINDS),
+  ("sequential", SHARED),
+  # What is chosen has no gradient to see it by: `own` has a test of its own.
+  *(("sequential", INPUTS[name]) for name in INPUTS if name != "own"),
+  ("sequential", INPUTS["shifted"] | INPUTS["none"]),
+]
 
 
 def influence(config, batch):
@@ -45,6 +53,13 @@ def influence(config, batch):
   return norms_MTV[..., TOKENS], np.asarray(mask_MBT[:, 0])
 
 
+def newest_in_trunk(config, m, i):
+  """Returns the place of the last token that the trunk's state of depth m has seen."""
+  if m == 0 or config.mtp.hidden != "trunk_shifted":
+    return i
+  return max(i, min(i + m - 1, LENGTH - 1))  # The trunk ends with the row.
+
+
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("kind, options", CASES)
 def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(
@@ -60,5 +75,27 @@ def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(
     ahead = m if kind == "sequential" else 0
     for i in range(LENGTH):
       same_document = SEGMENTS == SEGMENTS[i]
-      may_see = same_document & (np.arange(len(SEGMENTS)) <= i + ahead) & mask_MT[m, i]
+      newest = i + ahead if config.mtp.fed == "true" else newest_in_trunk(config, m, i)
+      may_see = same_document & (PLACES <= newest) & mask_MT[m, i]
+      if config.mtp.hidden == "trunk" and config.mtp.fed == "true":
+        # Token u is fed to depth m at u - m; no state of depth m - 1 brings it to i.
+        may_see &= (PLACES <= i) | (PLACES - m >= np.argmax(same_document))
       np.testing.assert_array_equal(found_MTU[m, i] > 0, may_see, f"depth {m} at {i}")
+
+
+@pytest.mark.parametrize("hidden", ["chained", "trunk_shifted"])
+def test_own_tokens_show_nothing_of_the_true_ones(hidden):
+  """Row u and the last row differ in token u alone, and their states from there on."""
+  options = INPUTS["own"] | {"mtp.hidden": hidden, "data.seq_len": LENGTH}
+  config = tiny_config("sequential", DEPTH, options)
+  rows = np.tile(TOKENS, (len(TOKENS) + 1, 1))
+  rows[PLACES, PLACES] += 20
+  batch = batch_of(rows, np.tile(SEGMENTS, (len(rows), 1)), LENGTH)
+  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": random_params(config)}, batch)
+  differs_MBT = np.any(hidden_MBTD != hidden_MBTD[:, -1:], axis=-1)
+  for m in range(1 + DEPTH):
+    for u, segment in enumerate(SEGMENTS):
+      for i in range(LENGTH):
+        if i + m + 1 < len(SEGMENTS) and SEGMENTS[i] == SEGMENTS[i + m + 1]:
+          may_see = segment == SEGMENTS[i] and u <= newest_in_trunk(config, m, i)
+          assert differs_MBT[m, u, i] == may_see, (m, u, i)

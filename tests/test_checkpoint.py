@@ -429,3 +429,27 @@ def test_contract_says_how_to_read_the_parameters(kind, depth, key, value):
   assert found["kind"] == kind
   assert found["depth"] == depth
   assert found[key] == value
+
+
+@pytest.mark.parametrize(
+  "options, hidden, embedding",
+  [
+    (
+      {}, "depth 1: trunk output after its final norm; depth k: the normed output of "
+      "module k - 1", "token i + k",
+    ),
+    (
+      {"mtp.hidden": "trunk", "mtp.hidden_norm": "before", "mtp.fed": "none"},
+      "depth 1: trunk output before its final norm; depth k: the same", None,
+    ),
+    (
+      {"mtp.hidden": "trunk_shifted", "mtp.fed": "own"},
+      "depth 1: trunk output after its final norm; depth k: the same, k - 1 positions "
+      "on", "arg max of depth k - 1",
+    ),
+  ],
+)
+def test_contract_says_what_modules_start_from(options, hidden, embedding):
+  found = contract(tiny_config("sequential", 2, options))
+  assert found["hidden_source"] == hidden
+  assert found["embedding_source"] == embedding

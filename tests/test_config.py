@@ -170,6 +170,17 @@ RULES = {
     "mtp.share_modules must be False unless mtp.kind is 'sequential' (it is "
     "'parallel'), got True.",
   ),
+  **{
+    key: (
+      {"mtp.kind": "parallel", "mtp.depth": 1, key: value},
+      f"{key} must be {plain!r} unless mtp.kind is 'sequential' (it is 'parallel'), "
+      f"got {value!r}.",
+    )
+    for key, plain, value in (
+      ("mtp.hidden", "chained", "trunk"), ("mtp.hidden_norm", "after", "before"),
+      ("mtp.fed", "true", "own"),
+    )
+  },
   "nothing to shorten": (
     {"mtp.kind": "linear", "mtp.depth": 1, "mtp.arm": "shortened"},
     "mtp.arm must be 'added' or 'flops': kind 'linear' at depth 1 adds no layer, got "

@@ -1,6 +1,7 @@
 """Decoding with drafts says what plain decoding says, for every model and drafter."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from mtp_jax.decode.warp import Warp
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
+  INPUTS,
   LATENT,
   SHARED,
   TRUNKS,
@@ -38,6 +40,9 @@ MODELS = {
 } | {
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "latent-sequential": ("llama", "sequential", 2, LATENT),
+  "llama-trunk": ("llama", "sequential", DEPTH, INPUTS["trunk-before"]),
+  "llama-shifted": ("llama", "sequential", DEPTH, INPUTS["shifted"]),
+  "gpt2-fed-none": ("gpt2", "sequential", DEPTH, INPUTS["none"]),
 }
 
 
@@ -49,7 +54,9 @@ class Model:
     self.config = tiny_config(kind, depth, TRUNKS[trunk] | untied | more)
     self.params = random_params(self.config, seed=1)
     # Quiet layers and modules that say the same: random ones would agree on nothing.
-    self.params = jax.tree_util.tree_map_with_path(_quieten, self.params)
+    self.params = jax.tree_util.tree_map_with_path(
+      functools.partial(_quieten, fed=self.config.mtp.fed), self.params
+    )
     self.weights = network.unstack(self.params, self.config)
     rng = np.random.default_rng(0)
     vocab = self.config.tokenizer.vocab_size
@@ -64,7 +71,7 @@ class Model:
     )
 
 
-def _quieten(path, leaf):
+def _quieten(path, leaf, fed):
   names, eye = [key.key for key in path], np.eye(16, dtype=np.float32)
   if "out" in names or "down" in names:
     return 0.3 * leaf
@@ -72,8 +79,9 @@ def _quieten(path, leaf):
     return 1 + 0.3 * (leaf - 1)
   if "maps" in names:
     return 0.2 * leaf + eye
-  if "projection" in names:  # Passes on the embedding, as the trunk does.
-    return 0.2 * leaf + np.concatenate([0 * eye, eye])
+  if "projection" in names:  # Passes on the embedding, as the trunk does, if any.
+    halves = [eye, 0 * eye] if fed == "none" else [0 * eye, eye]
+    return 0.2 * leaf + np.concatenate(halves)
   return leaf
 
 
@@ -178,6 +186,14 @@ def test_recursion_past_the_last_module(sequential):
   assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
 
 
+@pytest.mark.parametrize("name", ["own", "trunk", "shifted"])
+def test_recursion_from_other_inputs(name):
+  model = Model("llama", "sequential", 2, INPUTS[name])
+  completions = model.generate(decoding=Decoding(num_drafts=5, recurse=True))
+  assert tokens(completions) == model.expected
+  assert sum(x.accepted[0] for x in completions) > 0
+
+
 def forced(model, offset, stop_id=-1):
   """Decodes with a drafter of the right tokens, plus an offset; returns the state."""
   K, config = 4, model.config
@@ -271,10 +287,13 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
   T = 12
   rng = np.random.default_rng(3)
   rows = rng.integers(0, config.tokenizer.vocab_size, (2, SEQ_LEN + 1 + depth))
-  batch = batch_of(rows, np.ones_like(rows), SEQ_LEN)
-  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
-  expected_MBTV = hidden_MBTD @ unembed_matrix(model.params, config)
 
+  def trained(rows, length):
+    batch = batch_of(rows, np.ones_like(rows), length)
+    hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
+    return hidden_MBTD @ unembed_matrix(model.params, config)
+
+  expected_MBTV = trained(rows, SEQ_LEN)
   drafter = drafters.own_predictors(config)
   target = network.target(config)
   length_B = jnp.array([T, T - 5])
@@ -305,8 +324,15 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   own, seen = run(model.weights, jnp.asarray(rows[:, :SEQ_LEN], jnp.int32))
   np.testing.assert_allclose(own, expected_MBTV[0], rtol=2e-4, atol=2e-5)
+  at_newest_MBV = expected_MBTV[:, jnp.arange(2), length_B - 2]
+  if config.mtp.hidden == "trunk_shifted":
+    # The trunk has no states past the newest position, as past the end of a row.
+    ends = [(row, n - 1) for row, n in zip(rows, length_B.tolist(), strict=True)]
+    at_newest_MBV = np.stack(
+      [trained(row[None, : n + 1 + depth], n)[:, 0, -1] for row, n in ends], axis=1
+    )
   for k, logits_BV in enumerate(seen, start=1):
-    expected_BV = expected_MBTV[k][jnp.arange(2), length_B - 2]
+    expected_BV = at_newest_MBV[k]
     np.testing.assert_allclose(logits_BV, expected_BV, rtol=2e-4, atol=2e-5)
   assert len(seen) == depth
 

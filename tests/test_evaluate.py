@@ -331,7 +331,9 @@ def test_a_token_may_hold_more_than_the_newline(monkeypatch):
 
 def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
   off = {"eval.line_prompts": 0, "eval.function_prompts": 0}
-  nothing = {"next_line_exact_match": None, "function_parses": None}
+  nothing = dict.fromkeys(
+    ("task_accuracy", "next_line_exact_match", "function_parses")
+  )
   for name in ("decoded", "sampled"):
     nothing |= evaluate.acceptance_rates(name, [])
   assert scripted_metrics(monkeypatch, "", "", overrides=off) == nothing

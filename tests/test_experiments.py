@@ -32,7 +32,9 @@ WITH_EXPERTS = (
   ("moe_balance", "gpu"),
 )
 ON_TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction")
-ON_TEXT = ("acceptance_by_depth", "schedules", "bytes_or_bpe", "data_repetition")
+ON_TEXT = (
+  "acceptance_by_depth", "schedules", "bytes_or_bpe", "data_repetition", "hidden_source"
+)
 EXPERIMENTS = [
   *((name, None) for name in SMALL),
   *(("gains_with_scale", preset) for preset in PRESETS),
@@ -135,6 +137,27 @@ def test_no_two_trials_of_an_experiment_are_the_same():
 @pytest.mark.parametrize("name, preset", WITH_EXPERTS)
 def test_models_with_experts_trace(name, preset):
   check_traces({trial.shape for trial in planned(name, preset)})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_models_of_hidden_source_trace_and_differ_in_their_inputs_alone(preset):
+  found = planned("hidden_source", preset)
+  assert len(found) == 7 * 3 and len({trial.name for trial in found}) == 7 * 3
+  assert len({(trial.config.trunk, trial.config.data) for trial in found}) == 1
+  assert len({trial.counts.total for trial in found if trial.config.mtp.depth}) == 1
+  if preset == "cpu":
+    check_traces({trial.shape for trial in found})
+
+
+def test_star_graphs_with_other_tokens_are_named_and_trace():
+  fed = {
+    preset: [t for t in planned("star_graph", preset) if t.config.mtp.fed != "true"]
+    for preset in PRESETS
+  }
+  assert [len(fed[preset]) for preset in PRESETS] == [0, 4 * 2 * 5, 4 * 2 * 10]
+  for trial in fed["gpu"]:
+    assert f",kind=sequential,depth=3,fed={trial.config.mtp.fed}," in trial.name
+  check_traces({trial.shape for trial in fed["gpu"][:2]})
 
 
 def test_deepseek_v3_has_the_published_size():

@@ -317,6 +317,9 @@ LAYOUTS = ("gpt2", "llama", "qwen2", "qwen3", "deepseek_v3", "mimo")
     ("sequential", 3, DEEPSEEK, "deepseek_v3", "deepseek_v3"),
     ("parallel", 1, DEEPSEEK, "", "deepseek_v3"),
     ("sequential", 1, DEEPSEEK | {"mtp.dense_blocks": True}, "", "deepseek_v3"),
+    ("sequential", 2, DEEPSEEK | common.INPUTS["trunk"], "", "deepseek_v3"),
+    ("sequential", 1, common.INPUTS["before"], "", "llama"),
+    ("sequential", 1, common.INPUTS["own"], "", "llama"),
     ("none", 0, DEEPSEEK | {"trunk.moe.num_shared": 0}, "", ""),
     ("none", 0, {"trunk.moe.num_experts": 8}, "", ""),
     ("none", 0, {"trunk.attention_dim": 8, "trunk.qkv_bias": True}, "", ""),
@@ -339,6 +342,12 @@ def test_layouts_of_a_config(kind, depth, overrides, possible, with_trunk_only):
     assert tuple(obstacles) == LAYOUTS
     found = [layout for layout, obstacle in obstacles.items() if not obstacle]
     assert found == ([expected] if expected else [])
+
+
+def test_a_refused_layout_names_what_modules_start_from():
+  config = common.tiny_config("sequential", 1, common.INPUTS["shifted"])
+  obstacle = interop.layouts_for(config)["mimo"]
+  assert obstacle == "mtp.hidden must be 'chained' there, got 'trunk_shifted'"
 
 
 # Refusals: of what is written ...
@@ -555,6 +564,10 @@ def test_an_index_that_is_wrong_is_refused(tmp_path):
     ("llama", "parallel", 1, {}, "leave a trunk of 2 layers.*with mtp.kind 'none'"),
     ("deepseek", "sequential", 1, {}, "has 2 MTP layer.*got mtp.depth 1"),
     ("deepseek", "sequential", 2, {"mtp.dense_blocks": True}, "dense_blocks True"),
+    (
+      "deepseek", "sequential", 2, {"mtp.fed": "none"},
+      "has MTP layers, and mtp.fed must be 'true' there, got 'none'",
+    ),
   ],
 )
 def test_a_config_of_another_model_is_refused(

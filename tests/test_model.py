@@ -9,10 +9,11 @@ from mtp_jax import config as config_lib
 from mtp_jax.config import num_trunk_layers
 from mtp_jax.model.block import Block
 from mtp_jax.model.layers import make_norm
-from mtp_jax.model.lm import MtpLm
+from mtp_jax.model.lm import MtpLm, likeliest_tokens, unembed_matrix
 from mtp_jax.model.mtp import SequentialModule
 from mtp_jax.model.trunk import Trunk
 from tests.common import (
+  INPUTS,
   SHARED,
   TRUNKS,
   assert_trees_close,
@@ -40,51 +41,90 @@ def hidden_states(config, params, batch):
   return quick_jit(MtpLm(config).apply)({"params": params}, batch)
 
 
-def sliced_chain(config, params, hidden_TD, batch):
-  """The published form: depth k runs on the positions of a document that have a target.
+def residual_states(config, params, batch):
+  embedded_BTD = params["embed"]["embedding"][batch.tokens]
+  if config.trunk.kind == "gpt2":
+    embedded_BTD += params["position_embed"]["embedding"][batch.positions]
+  trunk = Trunk(config.trunk, num_trunk_layers(config))
+  return quick_jit(trunk.apply)(
+    {"params": params["trunk"]}, embedded_BTD, batch.positions, batch.segment_ids
+  )[0]
 
-  Returns `{(depth, document): hidden}`, from the trunk's states and each module alone.
+
+def sliced_chain(config, params, residual_TD, batch):
+  """Each module alone, on the positions of each document that have a target.
+
+  Returns `[{position: state} for each depth]`, position by position from the trunk's.
   """
-  tokens = np.concatenate([batch.tokens, batch.next_tokens], axis=1)[0]
-  embedded = jnp.asarray(params["embed"]["embedding"])[tokens]
-  module, found = SequentialModule(config.trunk), {}
-  for start, end in DOCUMENTS:
-    h_1TD = hidden_TD[None, start:end]
-    for k in (1, 2, 3):
-      layer = () if config.mtp.share_modules else k - 1
-      own = jax.tree.map(lambda x: x[layer], params["mtp"]["modules"])  # noqa: B023
-      length = min(end - 1 - k, 16) - start
-      h_1TD, _, _ = module.apply(
+  mtp, T = config.mtp, 16
+  tokens = jnp.asarray(np.concatenate([batch.tokens, batch.next_tokens], axis=1)[0])
+  embedding_VD = jnp.asarray(params["embed"]["embedding"])
+  unembed_DV = unembed_matrix(params, config)
+  norm = {"params": params["final_norm"]}
+  normed_TD = make_norm(config.trunk).apply(norm, residual_TD)
+  trunk_TD = normed_TD if mtp.hidden_norm == "after" else residual_TD
+  found = [dict(enumerate(normed_TD)), {}, {}, {}]
+
+  def given(k, i):
+    if k == 1 or mtp.hidden == "trunk":
+      return trunk_TD[i]
+    if mtp.hidden == "chained":
+      return found[k - 1][i]
+    beyond = i + k - T
+    return trunk_TD[i + k - 1] if beyond <= 0 else found[beyond][T - 1]
+
+  def seen(k, i):
+    if mtp.fed == "own":
+      return embedding_VD[jnp.argmax(found[k - 1][i] @ unembed_DV)]
+    return embedding_VD[tokens[i + k]]
+
+  for k in (1, 2, 3):
+    layer = () if mtp.share_modules else k - 1
+    own = jax.tree.map(lambda x: x[layer], params["mtp"]["modules"])  # noqa: B023
+    if mtp.fed == "none":  # Its part of the projection meets nothing.
+      half = jnp.asarray(own["projection"]).at[config.trunk.embed_dim :].set(0)
+      own = own | {"projection": half}
+    for start, end in DOCUMENTS:
+      places = range(start, min(end - 1 - k, T))
+      length = len(places)
+      states_1TD, _, _ = SequentialModule(config.trunk).apply(
         {"params": own},
-        h_1TD[:, :length],
-        embedded[None, start + k : start + k + length],
+        jnp.stack([given(k, i) for i in places])[None],
+        jnp.stack([seen(k, i) for i in places])[None],
         jnp.arange(length)[None],
         jnp.ones((1, length), int),
       )
-      found[k, (start, end)] = h_1TD[0]
+      found[k] |= dict(zip(places, states_1TD[0], strict=True))
   return found
 
 
-@pytest.mark.parametrize("options", [{}, SHARED], ids=["own", "shared"])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+  "trunk, options",
+  [
+    *((trunk, options) for trunk in TRUNKS for options in ({}, SHARED)),
+    *(("llama", options) for options in INPUTS.values()),
+    ("gpt2", INPUTS["none"]),  # Its norms have biases.
+  ],
+)
 def test_masked_chain_equals_slicing_each_document(trunk, options):
   config = tiny_config("sequential", 3, TRUNKS[trunk] | options)
   params, batch = random_params(config), one_row()
   hidden_MTD = hidden_states(config, params, batch)[:, 0]
-  sliced = quick_jit(lambda p, h: sliced_chain(config, p, h, batch))
-  for (k, (start, _)), expected in sliced(params, hidden_MTD[0]).items():
-    found = hidden_MTD[k, start : start + len(expected)]
-    np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
+  residual_TD = residual_states(config, params, batch)[0]
+  sliced = quick_jit(lambda p, x: sliced_chain(config, p, x, batch))
+  for k, expected in enumerate(sliced(params, residual_TD)):
+    assert len(expected) == (16, 12, 10, 8)[k]
+    for i, state_D in expected.items():
+      np.testing.assert_allclose(
+        hidden_MTD[k, i], state_D, 1e-4, 1e-5, err_msg=f"depth {k} at {i}"
+      )
 
 
 def test_parallel_heads_are_one_block_each_on_the_trunk_state():
   config = tiny_config("parallel", 3)
   params, batch = random_params(config), one_row()
   hidden_MBTD = hidden_states(config, params, batch)
-  embedded_BTD = params["embed"]["embedding"][batch.tokens]
-  residual_BTD, _ = quick_jit(Trunk(config.trunk, num_trunk_layers(config)).apply)(
-    {"params": params["trunk"]}, embedded_BTD, batch.positions, batch.segment_ids
-  )
+  residual_BTD = residual_states(config, params, batch)
   final_norm = make_norm(config.trunk)
   for m in range(4):
     head = jax.tree.map(lambda x: x[m], params["mtp"]["heads"])  # noqa: B023
@@ -102,6 +142,15 @@ def test_linear_heads_multiply_the_normed_state():
   for k in (1, 2, 3):
     expected = hidden_MBTD[0] @ params["mtp"]["maps"][k - 1]
     np.testing.assert_allclose(hidden_MBTD[k], expected, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 5, 14, 100])
+def test_likeliest_tokens_by_block(block_tokens):
+  rng = np.random.default_rng(0)
+  hidden_BTD = rng.standard_normal((2, 7, 4), np.float32)
+  unembed_DV = rng.standard_normal((4, 9), np.float32)
+  found_BT = likeliest_tokens(hidden_BTD, unembed_DV, block_tokens)
+  np.testing.assert_array_equal(found_BT, (hidden_BTD @ unembed_DV).argmax(-1))
 
 
 def test_unit_rms_of_what_the_unembedding_reads():

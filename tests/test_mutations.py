@@ -55,8 +55,8 @@ MUTANTS = {
   ),
   "embedding of the following token zeroed": Mutant(
     "model/mtp.py",
-    'make_norm(self.trunk, "embed_norm")(embedding_BTD),',
-    'make_norm(self.trunk, "embed_norm")(0 * embedding_BTD),',
+    "if embedding_BTD is None else embedding_BTD\n",
+    "if embedding_BTD is None else 0 * embedding_BTD\n",
     f"{SEES}[sequential-options2-llama]",
   ),
   "chain is given the token that it predicts": Mutant(
@@ -73,24 +73,20 @@ MUTANTS = {
   ),
   "concat order swapped": Mutant(
     "model/mtp.py",
-    """        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
-        make_norm(self.trunk, "embed_norm")(embedding_BTD),
-""",
-    """        make_norm(self.trunk, "embed_norm")(embedding_BTD),
-        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
-""",
+    "jnp.concatenate([hidden_BTD, embedded_BTD], axis=-1)",
+    "jnp.concatenate([embedded_BTD, hidden_BTD], axis=-1)",
     f"{PARITY}[llama-sequential-False]",
   ),
   "no gradient from module to module": Mutant(
     "model/mtp.py",
-    "      return h_BTD, (h_BTD, routing)\n",
-    "      return jax.lax.stop_gradient(h_BTD), (h_BTD, routing)\n",
+    "        return h_BTD, last_BTD\n",
+    "        return jax.lax.stop_gradient(h_BTD), last_BTD\n",
     f"{PARITY}[llama-sequential-False]",
   ),
   "no gradient from the modules to the trunk": Mutant(
     "model/mtp.py",
-    "      hidden_BTD,\n      ahead_kBTD,\n",
-    "      jax.lax.stop_gradient(hidden_BTD),\n      ahead_kBTD,\n",
+    "      (first_BTD, normed_BTD if",
+    "      (jax.lax.stop_gradient(first_BTD), normed_BTD if",
     f"{PARITY}[llama-sequential-False]",
   ),
   "module's own output norm left out": Mutant(

@@ -25,6 +25,7 @@ from mtp_jax.train_state import Hyperparameters, state_shardings
 from tests.common import (
   EXPERTS,
   GPT2,
+  INPUTS,
   KINDS,
   LATENT,
   TRUNKS,
@@ -54,9 +55,9 @@ def mesh_of(config, axes):
   return make_mesh(config.mesh, jax.devices()[: np.prod([*axes.values(), 1])])
 
 
-def run_on(kind, axes):
+def run_on(kind, axes, overrides=None):
   """Returns sums, counts and gradients with parameters and batch laid out on a mesh."""
-  config = config_on(kind, axes)
+  config = config_on(kind, axes, overrides)
   mesh = mesh_of(config, axes)
   layout = tree_shardings(mesh, logical_axes(accounting.abstract_params(config)))
   with jax.set_mesh(mesh):
@@ -72,6 +73,12 @@ on_one_device = functools.cache(lambda kind: run_on(kind, {}))
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
   assert_trees_close(run_on(kind, axes), on_one_device(kind), rtol=1e-4, atol=1e-5)
+
+
+def test_shifted_states_and_own_tokens_equal_those_of_one_device():
+  inputs = INPUTS["shifted"] | INPUTS["own"]
+  found, expected = (run_on("sequential", axes, inputs) for axes in (MIXED, {}))
+  assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_batch_has_targets_beyond_the_next_shard():

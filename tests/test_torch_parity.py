@@ -66,7 +66,7 @@ def test_losses_and_gradients_equal_torch(trunk, kind, shared):
 
   peer = torch_peer.Peer(config).double()
   torch_peer.load_params(peer, state)
-  fields = {k: torch.tensor(v, dtype=torch.int64) for k, v in batch._asdict().items()}
+  fields = {k: torch.tensor(v, dtype=torch.int64) for k, v in batch.arrays().items()}
   peer_losses_M = peer(**fields)
   torch_peer.total_loss(peer_losses_M, LAMBDA).backward()
 
@@ -114,3 +114,11 @@ def test_cached_decoding_equals_torch(trunk, kind):
       np.testing.assert_allclose(
         logits_BTV, expected_BTV.numpy(), rtol=1e-9, atol=1e-9
       )
+
+
+@pytest.mark.parametrize("name", ["trunk", "before", "own"])
+def test_other_inputs_of_modules_are_refused(name):
+  ((key, value),) = common.INPUTS[name].items()
+  config = common.tiny_config("sequential", 2, common.INPUTS[name])
+  with pytest.raises(ValueError, match=rf"^{key} must be .* PyTorch, got {value!r}"):
+    torch_peer.Peer(config)

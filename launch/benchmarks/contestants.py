@@ -195,7 +195,7 @@ def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Re
   torch.manual_seed(0)
   model = torch_peer.Peer(config).to(device)
   optimizer = torch_peer.make_optimizer(model, config)
-  fields = one_document_batch(config)._asdict()
+  fields = one_document_batch(config).arrays()
   batch = {k: torch.tensor(v, dtype=torch.int64).to(device) for k, v in fields.items()}
   forward = torch.compile(model) if compiled else model
 

@@ -281,7 +281,8 @@ def _traffic(s: _Sizes) -> dict[str, float]:
 
 def _look_ups(config: Config) -> int:
   """How often the embedding is looked up in a forward pass."""
-  return 1 + config.mtp.depth if config.mtp.kind == "sequential" else 1
+  mtp = config.mtp
+  return 1 + mtp.depth if mtp.kind == "sequential" and mtp.fed != "none" else 1
 
 
 def _ring(devices: int) -> float:

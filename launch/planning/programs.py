@@ -83,8 +83,7 @@ def abstract_inputs(config: Config, mesh: Mesh) -> tuple[Any, ...]:
     Batch(
       **{
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-        for name, x in shapes._asdict().items()
-        if x is not None
+        for name, x in shapes.arrays().items()
       }
     ),
     Hyperparameters(scalar(np.float32), scalar(np.float32), scalar(np.float32)),

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from mtp_jax.analysis.runs import Runs
-from mtp_jax.config import Config, MtpConfig, flatten, to_dict
+from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, flatten, to_dict
 
 NTP = "NTP"
 
@@ -86,11 +86,15 @@ def canonical(mtp: MtpConfig) -> MtpConfig:
   if mtp.depth == 0:
     kind = "parallel" if mtp.kind == "parallel" else "none"
     return dataclasses.replace(
-      mtp, kind=kind, share_modules=False, arm="added", **_NO_EFFECT
+      mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_INPUTS,
+      **_NO_EFFECT,
     )
-  if mtp.arm == "flops":  # Kind and depth say how long NTP is trained.
-    return dataclasses.replace(mtp, **_NO_EFFECT)
+  if mtp.arm == "flops":  # Kind, depth and own tokens say how long NTP is trained.
+    inputs = PUBLISHED_INPUTS | ({"fed": "own"} if mtp.fed == "own" else {})
+    return dataclasses.replace(mtp, **inputs, **_NO_EFFECT)
   changes: dict[str, Any] = {}
+  if mtp.depth == 1:  # The first module starts from the same state in each.
+    changes["hidden"] = PUBLISHED_INPUTS["hidden"]
   if mtp.schedule in ("constant", "linear"):
     changes["schedule_fraction"] = 0.0
   if mtp.schedule in ("constant", "anneal"):
@@ -113,7 +117,8 @@ def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
   for mtp in methods:
     if mtp.arm == "flops":
       shared = " shared" if mtp.share_modules else ""
-      labels[mtp] = f"NTP at FLOPs of {mtp.kind} D={mtp.depth}{shared}"
+      own = " fed=own" if mtp.fed == "own" else ""
+      labels[mtp] = f"NTP at FLOPs of {mtp.kind} D={mtp.depth}{shared}{own}"
     elif mtp.depth == 0:
       labels[mtp] = NTP if mtp.kind == "none" else f"{mtp.kind} D=0"
   return labels

@@ -50,7 +50,10 @@ def own_predictors(
     return _parallel_heads(trunk, num_drafts)
   if kind == "linear":
     return _linear_heads(trunk, num_drafts)
-  return _sequential_modules(trunk, depth, num_drafts)
+  mtp = config.mtp
+  return _sequential_modules(
+    trunk, depth, num_drafts, mtp.hidden, mtp.hidden_norm, mtp.fed
+  )
 
 
 @functools.cache
@@ -125,16 +128,33 @@ def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
 
 @functools.cache
 def _sequential_modules(
-  trunk: TrunkConfig, depth: int, num_drafts: int
+  trunk: TrunkConfig,
+  depth: int,
+  num_drafts: int,
+  hidden: str,
+  hidden_norm: str,
+  fed: str,
 ) -> Drafter:
   """The causal chain, module k fed with the token k places on: committed or drafted.
 
   Row i of module k depends on token i + k, so that its last k - 1 rows hold drafts and
   are run again in the next round, with the tokens that were committed. The rows of
-  module k so begin one before those of module k - 1; what that module said there is
-  final, and kept (`edges`). Past the last module, the last one goes on at the next
-  position from its own output, which has seen as many tokens as what it was trained
-  on; those rows are rewritten too.
+  module k so begin one before those of module k - 1; the state that module k is given
+  there is final, and kept (`edges`): what module k - 1 said, or the trunk's own. Past
+  the last module, the last one goes on at the next position from a state that has seen
+  as many tokens as what it was trained on; those rows are rewritten too.
+
+  `hidden`, `hidden_norm` and `fed` are those of `config.MtpConfig`, and each module is
+  given at the newest position what training gives it at the end of a row. With
+  `trunk_shifted` the window's own features are what module k is given k - 1 positions
+  before them, and drafts stand in for the features that do not exist yet.
+
+  With `fed` "own" the tokens are the committed and drafted ones too. In the newest row
+  of a greedy generation these are the modules' own choices, as in training: the newest
+  committed token is the arg max of the main head, and draft k - 1 that of module k - 1.
+  The rows before it differ from training where a committed token, of the prompt or in
+  the place of a rejected draft, is not what was predicted; so does the newest row where
+  tokens are sampled. The drafts are then worse, and the text no other.
   """
   chained = min(num_drafts, depth)
   module = SequentialModule(trunk)
@@ -142,17 +162,20 @@ def _sequential_modules(
   def init(rows: int, slots: int):
     edge_BD = jnp.zeros((rows, trunk.embed_dim), compute_dtype(trunk))
     caches = network.empty_caches(trunk, chained, rows, slots)
-    return caches, (edge_BD,) * (chained - 1)
+    return caches, (edge_BD,) * (0 if hidden == "trunk_shifted" else chained - 1)
 
-  def run(weights: Weights, k: int, cache, hidden_BWD, position_BW, tokens_BS):
+  def run(weights: Weights, k: int, cache, given_BWD, position_BW, tokens_BS):
     """Module k (from 1) at the given positions."""
-    ahead_BW = position_BW + k
     which = min(k, len(weights.predictors)) - 1  # One serves all depths if shared.
-    token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
+    embedding_BWD = None
+    if fed != "none":
+      ahead_BW = position_BW + k
+      token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
+      embedding_BWD = network.embed(weights, token_BW)
     hidden_BWD, cache, _ = module.apply(
       {"params": weights.predictors[which]},
-      hidden_BWD,
-      network.embed(weights, token_BW),
+      given_BWD,
+      embedding_BWD,
       position_BW,
       jnp.zeros_like(position_BW),
       cache,
@@ -161,40 +184,53 @@ def _sequential_modules(
 
   def catch_up(weights: Weights, cache, window: Window):
     (first, *caches), edges = cache
-    hidden_BWD = network.final_norm(trunk, weights, window.feature_BWD)
+    given_BWD = window.feature_BWD
+    if hidden_norm == "after":
+      given_BWD = network.final_norm(trunk, weights, given_BWD)
     hidden_BWD, first = run(
-      weights, 1, first, hidden_BWD, window.position_BW, window.tokens_BS
+      weights, 1, first, given_BWD, window.position_BW, window.tokens_BS
     )
-    return ((first, *caches), edges), hidden_BWD
+    return ((first, *caches), edges), (given_BWD, hidden_BWD)
 
-  def propose(weights: Weights, cache, hidden_BWD, window: Window, choose: Choose):
+  def propose(weights: Weights, cache, carry, window: Window, choose: Choose):
     caches, edges = map(list, cache)
+    given_BWD, hidden_BWD = carry
     tokens_BS, slots = window.tokens_BS, window.tokens_BS.shape[1]
-    position_BW, last_B, drafts = window.position_BW, window.last_B, []
+    position_BW, last_B = window.position_BW, window.last_B
+    states, drafts = [], []  # Of the drafts so far: the state that each was read from.
     rows_B = jnp.arange(tokens_BS.shape[0])
     has_new_B1 = (window.last_B >= 0)[:, None]
+    newest_B1 = window.length_B[:, None] - 2
     for k in range(1, 1 + num_drafts):
-      if 1 < k <= depth:
+      if k > depth:
+        # Depth D at that position is given what has seen this many tokens.
+        seen = k - depth if hidden == "trunk" else k - 1
+        given_BWD = states[seen - 1][:, None]
+        position_BW, last_B = newest_B1 + k - depth, jnp.zeros_like(last_B)
+      elif k > 1 and hidden == "trunk_shifted":
+        before_BW = jnp.where(position_BW < slots, position_BW - 1, slots)
+        before_BW = jnp.where(before_BW >= 0, before_BW, slots)
+        position_BW = jnp.concatenate([before_BW, newest_B1], axis=1)
+        given_BWD = jnp.concatenate([given_BWD, states[-1][:, None]], axis=1)
+        last_B = jnp.full_like(last_B, given_BWD.shape[1] - 1)
+      elif k > 1:
+        source_BWD = hidden_BWD if hidden == "chained" else given_BWD
         edge_BD = edges[k - 2]
-        # In the next round module k begins where module k - 1 is final now.
-        final_BD = take_rows(hidden_BWD, window.last_B)
+        # In the next round module k begins where this state is final now.
+        final_BD = take_rows(source_BWD, window.last_B)
         edges[k - 2] = jnp.where(has_new_B1, final_BD, edge_BD)
         before_B = window.start_B - (k - 1)
         before_B = jnp.where(before_B >= 0, before_B, slots)
         position_BW = jnp.concatenate([before_B[:, None], position_BW], axis=1)
-        hidden_BWD = jnp.concatenate([edge_BD[:, None], hidden_BWD], axis=1)
+        given_BWD = jnp.concatenate([edge_BD[:, None], source_BWD], axis=1)
         last_B = last_B + 1
-      elif k > depth:
-        hidden_BWD = take_rows(hidden_BWD, last_B)[:, None]
-        position_BW = (window.length_B - 2 + k - depth)[:, None]
-        last_B = jnp.zeros_like(last_B)
       if k > 1:
         number = min(k, depth)
         hidden_BWD, caches[number - 1] = run(
-          weights, number, caches[number - 1], hidden_BWD, position_BW, tokens_BS
+          weights, number, caches[number - 1], given_BWD, position_BW, tokens_BS
         )
-      logits_BV = network.unembed(weights, take_rows(hidden_BWD, last_B))
-      drafts.append(choose(logits_BV, k))
+      states.append(take_rows(hidden_BWD, last_B))
+      drafts.append(choose(network.unembed(weights, states[-1]), k))
       slot_B = window.length_B + k - 1
       tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
     return (tuple(caches), tuple(edges)), jnp.stack(drafts, axis=1)

@@ -9,7 +9,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, RopeScalingConfig, TrunkConfig, num_trunk_layers
+from mtp_jax.config import (
+  PUBLISHED_INPUTS,
+  Config,
+  MtpConfig,
+  RopeScalingConfig,
+  TrunkConfig,
+  num_trunk_layers,
+)
 from mtp_jax.interop.errors import InteropError
 
 # Layout -> the class name and the model type that config.json has for it.
@@ -500,7 +507,7 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if layout == "mimo":
     if not has_any or mtp.kind != "sequential" or mtp.depth != 1:
       return "it has exactly one sequential module (mtp.depth 1)"
-    return ""
+    return unpublished_inputs(mtp)
   if not has_any:
     return ""
   if mtp.kind != "sequential":
@@ -509,4 +516,12 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
     return "it has no place for MTP modules; the trunk alone can be written in it"
   if mtp.dense_blocks:
     return "MTP layers have experts there wherever the trunk ends with them"
+  return unpublished_inputs(mtp)
+
+
+def unpublished_inputs(mtp: MtpConfig) -> str:
+  """Returns what sequential modules start from that no layout has; "" where it has."""
+  for key, published in PUBLISHED_INPUTS.items():
+    if getattr(mtp, key) != published:
+      return f"mtp.{key} must be {published!r} there, got {getattr(mtp, key)!r}"
   return ""

@@ -16,6 +16,7 @@ import numpy as np
 
 from mtp_jax import accounting
 from mtp_jax.config import (
+  PUBLISHED_INPUTS,
   Config,
   MtpConfig,
   next_token_only,
@@ -23,7 +24,11 @@ from mtp_jax.config import (
   to_dict,
 )
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import TrunkDescription, read_config
+from mtp_jax.interop.hf_config import (
+  TrunkDescription,
+  read_config,
+  unpublished_inputs,
+)
 from mtp_jax.interop.tensor_files import (
   DTYPES,
   StoredTensor,
@@ -98,6 +103,7 @@ def read_model(folder: Path) -> HfModel:
       "mtp.depth": depth,
       "mtp.share_modules": False,
       "mtp.dense_blocks": False,
+      **{f"mtp.{key}": published for key, published in PUBLISHED_INPUTS.items()},
       "mtp.arm": "added",
     }
     _check_contract(folder, described.family)
@@ -238,6 +244,11 @@ def _check_config(model: HfModel, config: Config) -> None:
         f"own and the trunk's kind of block; got mtp.depth {mtp.depth}, share_modules "
         f"{mtp.share_modules}, dense_blocks {mtp.dense_blocks}. With mtp.kind 'none' "
         "the trunk alone is loaded."
+      )
+    if obstacle := unpublished_inputs(mtp):
+      raise InteropError(
+        f"{model.folder} has MTP layers, and {obstacle}. With mtp.kind 'none' the "
+        "trunk alone is loaded."
       )
 
 

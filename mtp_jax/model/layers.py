@@ -1,6 +1,6 @@
 """The small parts: norms, embeddings.
 
-Legend: D embed.
+Legend: B batch, T sequence, D embed, V entries of a table.
 """
 
 from typing import Any
@@ -77,14 +77,22 @@ class Embedding(nn.Module):
   stddev: float
   dtype: Any
 
-  @nn.compact
-  def __call__(self, ids: jax.Array) -> jax.Array:
-    table = self.param(
+  def setup(self):
+    self.embedding = self.param(
       "embedding",
       partitioned(nn.initializers.normal(self.stddev), self.axis, "embed"),
       (self.num_entries, self.dim),
     )
-    # Gathered whole like any weight; a look-up in a table split along its vectors is
-    # one that XLA's partitioner copies to every device.
-    table = constrain(table.astype(self.dtype), self.axis, "act_embed")
-    return constrain(jnp.take(table, ids, axis=0), "batch", "seq", "act_embed")
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return look_up(self.embedding.astype(self.dtype), ids, self.axis)
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, axis: str) -> jax.Array:
+  """Returns table[ids], [B, T, D]; `axis` is the logical axis of the table's entries.
+
+  The table is gathered whole like any weight; a look-up in a table split along its
+  vectors is one that XLA's partitioner copies to every device.
+  """
+  table_VD = constrain(table_VD, axis, "act_embed")
+  return constrain(jnp.take(table_VD, ids_BT, axis=0), "batch", "seq", "act_embed")

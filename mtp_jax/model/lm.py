@@ -11,11 +11,17 @@ import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only, num_trunk_layers
-from mtp_jax.model.layers import Embedding, compute_dtype, make_norm, partitioned
+from mtp_jax.model.layers import (
+  Embedding,
+  compute_dtype,
+  look_up,
+  make_norm,
+  partitioned,
+)
 from mtp_jax.model.moe import Routing
 from mtp_jax.model.mtp import KINDS
 from mtp_jax.model.trunk import Trunk
-from mtp_jax.sharding import constrain, fewest_rows
+from mtp_jax.sharding import constrain, fewest_rows, map_over_tokens
 from mtp_jax.targets import shifted_tokens
 
 
@@ -51,16 +57,19 @@ class MtpLm(nn.Module):
 
     `config.routed_layers` says which parts there are and the length of their stacks.
     """
-    if not self.config.trunk.tie_embeddings:
-      self.unembed()  # Creates the parameter; the loss reads it from the tree.
     x_BTD = self.embed(batch.tokens)
     if self.config.trunk.kind == "gpt2":
       x_BTD += self.position_embed(batch.positions)
+    if self.config.trunk.tie_embeddings:
+      unembed_DV = self.embed.embedding.T
+    else:
+      unembed_DV = self.unembed()  # Creates it; the loss reads it from the tree.
     residual_BTD, in_trunk = self.trunk(x_BTD, batch.positions, batch.segment_ids)
     hidden_MBTD, in_mtp = self.mtp(
       residual_BTD,
       self.final_norm,
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
+      lambda hidden_BTD: self._embed_own(hidden_BTD, unembed_DV),
       batch.positions,
       batch.segment_ids,
     )
@@ -70,6 +79,15 @@ class MtpLm(nn.Module):
       if found is not None
     }
     return constrain(hidden_MBTD, None, "batch", "seq", "act_embed"), routing
+
+  def _embed_own(self, hidden_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+    """Returns embedding_BTD of the most likely tokens; the choice has no gradient."""
+    dtype = compute_dtype(self.config.trunk)
+    likeliest_BT = likeliest_tokens(
+      hidden_BTD, unembed_DV.astype(dtype), self.config.loss.block_tokens
+    )
+    # No call of the embedding: this runs inside the loop over the modules.
+    return look_up(self.embed.embedding.astype(dtype), likeliest_BT, "vocab")
 
 
 class Unembed(nn.Module):
@@ -83,6 +101,27 @@ class Unembed(nn.Module):
     # Variance 1 / fan_in^2: the readout of muP (Yang et al. 2022, table 3).
     init = partitioned(nn.initializers.normal(1 / self.dim), "embed", "vocab")
     return self.param("kernel", init, (self.dim, self.vocab_size))
+
+
+def likeliest_tokens(
+  hidden_BTD: jax.Array, unembed_DV: jax.Array, block_tokens: int
+) -> jax.Array:
+  """Returns argmax_BT of the logits, with `block_tokens` rows a device alive."""
+
+  def likeliest(hidden_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    argmax_N = jax.lax.map(
+      lambda h_D: jnp.argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
+      hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+      batch_size=block_tokens,
+    )
+    return argmax_N.reshape(hidden_BTD.shape[:-1])
+
+  tokens = ("batch", "seq")
+  mapped = map_over_tokens(
+    likeliest, ((*tokens, "act_embed"), ("act_embed", None)), tokens
+  )
+  return mapped(*jax.lax.stop_gradient((hidden_BTD, unembed_DV)))
 
 
 def unembed_matrix(params: dict, config: Config) -> jax.Array:

@@ -1,12 +1,12 @@
 """The predictors of more than one token, behind one call signature.
 
 Each takes the trunk's un-normed residual stream, the trunk's final norm, the embeddings
-of the following tokens and the positions and documents, and returns the normed hidden
-state of every depth, [M, B, T, D], ready for the shared unembedding, and the routing of
-its blocks where they have experts. Depth m predicts token i + 1 + m at position i. All
-run on all T positions; a position whose target lies in another document is masked in
-the loss, and because attention is causal within documents no valid position ever sees
-it.
+of the following tokens and of those that a state makes most likely, and the positions
+and documents. It returns the normed hidden state of every depth, [M, B, T, D], ready
+for the shared unembedding, and the routing of its blocks where they have experts. Depth
+m predicts token i + 1 + m at position i. All run on all T positions; a position whose
+target lies in another document is masked in the loss, and because attention is causal
+within documents no valid position ever sees it.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
@@ -27,6 +27,11 @@ from mtp_jax.sharding import constrain
 Norm = Callable[[jax.Array], jax.Array]
 # k -> embedding_BTD of the token k places after each position.
 EmbedAhead = Callable[[int], jax.Array]
+# normed hidden_BTD -> embedding_BTD of the most likely tokens, chosen without gradient.
+EmbedOwn = Callable[[jax.Array], jax.Array]
+# What sequential modules pass on: the next one's state, and the last one's output where
+# own tokens are chosen from it.
+Carry = tuple[jax.Array, jax.Array | None]
 
 
 class NextToken(nn.Module):
@@ -41,10 +46,11 @@ class NextToken(nn.Module):
     residual_BTD: jax.Array,
     final_norm: Norm,
     embed_ahead: EmbedAhead,
+    embed_own: EmbedOwn,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, positions_BT, segment_ids_BT
+    del embed_ahead, embed_own, positions_BT, segment_ids_BT
     return final_norm(residual_BTD)[None], None
 
 
@@ -60,10 +66,11 @@ class LinearHeads(nn.Module):
     residual_BTD: jax.Array,
     final_norm: Norm,
     embed_ahead: EmbedAhead,
+    embed_own: EmbedOwn,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, positions_BT, segment_ids_BT
+    del embed_ahead, embed_own, positions_BT, segment_ids_BT
     depth, dim = self.mtp.depth, self.trunk.embed_dim
     hidden_BTD = final_norm(residual_BTD)
     if depth == 0:
@@ -94,10 +101,11 @@ class ParallelHeads(nn.Module):
     residual_BTD: jax.Array,
     final_norm: Norm,
     embed_ahead: EmbedAhead,
+    embed_own: EmbedOwn,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead
+    del embed_ahead, embed_own
 
     def head(block: nn.Module, x_BTD: jax.Array, _: None):
       head_BTD, _, routing = block(x_BTD, positions_BT, segment_ids_BT)
@@ -125,20 +133,25 @@ class SequentialModule(nn.Module):
   def __call__(
     self,
     hidden_BTD: jax.Array,
-    embedding_BTD: jax.Array,
+    embedding_BTD: jax.Array | None,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None, Routing | None]:
-    """Returns this depth's normed state from the last one's, cache and routing."""
+    """Returns this depth's normed state from the one given, cache and routing.
+
+    Without an embedding there are zeros in the place of its normed form.
+    """
     dim, dtype = self.trunk.embed_dim, compute_dtype(self.trunk)
-    joined = jnp.concatenate(
-      [
-        make_norm(self.trunk, "hidden_norm")(hidden_BTD),
-        make_norm(self.trunk, "embed_norm")(embedding_BTD),
-      ],
-      axis=-1,
+    hidden_BTD = make_norm(self.trunk, "hidden_norm")(hidden_BTD)
+    no_embedding_BTD = jnp.zeros_like(hidden_BTD)
+    # The norm has parameters in any case, and a layer norm makes its bias of zeros.
+    embedded_BTD = make_norm(self.trunk, "embed_norm")(
+      no_embedding_BTD if embedding_BTD is None else embedding_BTD
     )
+    if embedding_BTD is None:
+      embedded_BTD = no_embedding_BTD
+    joined = jnp.concatenate([hidden_BTD, embedded_BTD], axis=-1)
     projection = self.param(
       "projection",
       partitioned(fan_in_normal(2 * dim), "concat", "embed"),
@@ -151,11 +164,24 @@ class SequentialModule(nn.Module):
 
 
 class SequentialModules(nn.Module):
-  """The complete causal chain of D modules (DeepSeek-V3, section 2.2).
+  """The complete causal chain of D modules (DeepSeek-V3, section 2.2), and relatives.
 
   `h_k = out_norm(Block_k(W_k [norm(h_{k-1}); norm(Emb(t_{i+k}))]))` with h_0 the
   trunk's normed state. Gradients flow through the whole chain. With `share_modules` one
   module serves every depth.
+
+  Other inputs than the published ones, by key of `mtp`:
+
+  - `hidden`: what stands for h_{k-1} at position i. `trunk` is h_0[i] for every k.
+    `trunk_shifted` is h_0[i + k - 1], which has seen all that t_{i+k} follows, as the
+    teacher-forced features of EAGLE (Li et al. 2024, arXiv 2401.15077) have. The row
+    ends at T - 1, and j places after its end h_j[T - 1] stands in, which fed with true
+    tokens has seen as many. So at the end of a row, and there alone, training computes
+    what drafting always does: the trunk has not run on what is drafted. A state of the
+    next document is met by positions whose target lies there too, and by no other.
+  - `hidden_norm`: h_0 as the modules get it; depth 0 is always the normed state.
+  - `fed`: `own` embeds the arg max of depth k - 1 at i instead of t_{i+k}, and `none`
+    has zeros for its normed embedding.
   """
 
   trunk: TrunkConfig
@@ -167,21 +193,40 @@ class SequentialModules(nn.Module):
     residual_BTD: jax.Array,
     final_norm: Norm,
     embed_ahead: EmbedAhead,
+    embed_own: EmbedOwn,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
   ) -> tuple[jax.Array, Routing | None]:
-    depth, shared = self.mtp.depth, self.mtp.share_modules
-    hidden_BTD = final_norm(residual_BTD)
+    mtp, depth = self.mtp, self.mtp.depth
+    normed_BTD = final_norm(residual_BTD)
     if depth == 0:
-      return hidden_BTD[None], None
-    ahead_kBTD = jnp.stack([embed_ahead(k) for k in range(1, 1 + depth)])
+      return normed_BTD[None], None
+    ahead_kBTD = None
+    if mtp.fed == "true":
+      ahead_kBTD = jnp.stack([embed_ahead(k) for k in range(1, 1 + depth)])
 
-    def step(module: nn.Module, h_BTD: jax.Array, embedding_BTD: jax.Array):
-      embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
-      h_BTD, _, routing = module(h_BTD, embedding_BTD, positions_BT, segment_ids_BT)
-      return h_BTD, (h_BTD, routing)
+    def step(module: nn.Module, carry: Carry, embedding_BTD: jax.Array | None):
+      given_BTD, last_BTD = carry
+      if mtp.fed == "own":
+        embedding_BTD = embed_own(last_BTD)
+      if embedding_BTD is not None:
+        embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
+      h_BTD, _, routing = module(
+        given_BTD, embedding_BTD, positions_BT, segment_ids_BT
+      )
+      return following(given_BTD, h_BTD), (h_BTD, routing)
 
-    trunk = predictor_trunk(self.trunk, self.mtp)
+    def following(given_BTD: jax.Array, h_BTD: jax.Array) -> Carry:
+      last_BTD = h_BTD if mtp.fed == "own" else None
+      if mtp.hidden == "chained":
+        return h_BTD, last_BTD
+      if mtp.hidden == "trunk":
+        return given_BTD, last_BTD
+      shifted_BTD = jnp.concatenate([given_BTD[:, 1:], h_BTD[:, -1:]], axis=1)
+      return constrain(shifted_BTD, "batch", "seq", "act_embed"), last_BTD
+
+    first_BTD = normed_BTD if mtp.hidden_norm == "after" else residual_BTD
+    shared, trunk = mtp.share_modules, predictor_trunk(self.trunk, mtp)
     _, (chain, routing) = nn.scan(
       step,
       variable_broadcast="params" if shared else False,
@@ -192,10 +237,10 @@ class SequentialModules(nn.Module):
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(
       rematted(SequentialModule, trunk)(trunk, name="modules"),
-      hidden_BTD,
+      (first_BTD, normed_BTD if mtp.fed == "own" else None),
       ahead_kBTD,
     )
-    return jnp.concatenate([hidden_BTD[None], chain]), routing
+    return jnp.concatenate([normed_BTD[None], chain]), routing
 
 
 KINDS: dict[str, type[nn.Module]] = {
