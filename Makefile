@@ -8,6 +8,9 @@ VENV ?= .venv
 RUNS ?= runs/gains_with_scale
 BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+# Most of a test is compilation, on one core. A file stays on one worker, with its
+# fixtures and compiled programs.
+SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: reproduce test test-slow test-slurm test-all lint bench setup setup-dev
 
@@ -17,7 +20,7 @@ reproduce: setup
 	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow

@@ -12,7 +12,9 @@ text prepared with launch.prepare; see `_cluster`).
 At every size, plain next-token prediction (NTP) is compared with parallel heads as in
 Gloeckle et al. (sum of all losses) and sequential modules as in DeepSeek-V3 (mean of
 the extra losses, lambda 0.3), with 1 and 3 extra tokens. Arm `flops` is NTP trained for
-as many FLOPs. `cpu` and `gpu` try other lambdas at the middle size. Trials named
+as many FLOPs; `gpu` and `cluster` have arm `shortened` for parallel heads too, the rule
+of that paper. `cpu` and `gpu` try other lambdas at the middle size, `gpu` also the step
+from 0.3 to 0.1 of DeepSeek-V3, and its NTP has two more seeds. Trials named
 `learning_rate=x0.5` and `x2` check that the learning rate chosen for the size suits NTP
 (all seeds) and each arm (one seed). Within a size, all trials see the same data in the
 same order and start from the same trunk for the same seed.
@@ -64,6 +66,7 @@ PARALLEL = {"mtp.kind": "parallel", "mtp.weighting": "sum", "mtp.weight": 1.0}
 SEQUENTIAL = {"mtp.kind": "sequential", "mtp.weighting": "mean", "mtp.weight": 0.3}
 DEPTHS = (1, 3)
 SEEDS = {"cpu": (0, 1, 2), "gpu": (0, 1, 2), "cluster": (0, 1)}
+NOISE_SEEDS = (3, 4)
 LEARNING_RATE_CHECKS = (0.5, 2.0)
 WEIGHTS = (0.1, 1.0)  # Other lambdas, for sequential D = 1 at the middle size.
 
@@ -88,8 +91,8 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials of a preset, sizes from small to large."""
   for size in LADDERS[preset]:
     model = rung(preset, size)
-    for arm in _arms(preset):
-      for seed in SEEDS[preset]:
+    for arm in _arms(preset, size):
+      for seed in SEEDS[preset] + _more_seeds(preset, arm):
         trial = model | arm | {"seed": seed}
         yield trial | {"name": _name(trial)}
       for seed in _check_seeds(preset, arm):
@@ -105,6 +108,10 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
         trial = rung(preset, middle) | arm | {"seed": seed}
         name = f"{_name(trial)},weight={weight:g}"
         yield trial | {"mtp.weight": weight, "name": name}
+    for seed in SEEDS[preset] if preset == "gpu" else ():
+      trial = rung(preset, middle) | arm | {"seed": seed}
+      name = f"{_name(trial)},schedule=piecewise"
+      yield trial | {"mtp.schedule": "piecewise", "name": name}
 
 
 def _check_seeds(preset: str, arm: dict) -> tuple[int, ...]:
@@ -114,12 +121,18 @@ def _check_seeds(preset: str, arm: dict) -> tuple[int, ...]:
   return SEEDS[preset] if arm["mtp.kind"] == "none" else SEEDS[preset][:1]
 
 
-def _arms(preset: str) -> Iterator[dict]:
+def _more_seeds(preset: str, arm: dict) -> tuple[int, ...]:
+  is_ntp = arm["mtp.kind"] == "none" and arm["mtp.arm"] == "added"
+  return NOISE_SEEDS if preset == "gpu" and is_ntp else ()
+
+
+def _arms(preset: str, size: Size) -> Iterator[dict]:
   yield {"mtp.kind": "none", "mtp.depth": 0, "mtp.arm": "added"}
   for kind in (PARALLEL, SEQUENTIAL):
     for depth in DEPTHS:
       yield kind | {"mtp.depth": depth, "mtp.arm": "added"}
-      if preset == "cluster" and kind is PARALLEL:  # The rule of the paper.
+      # The rule of the paper, where it leaves a trunk.
+      if preset != "cpu" and kind is PARALLEL and size.num_layers > 1 + depth:
         yield kind | {"mtp.depth": depth, "mtp.arm": "shortened"}
       # Parallel heads cost a little less: their budget lies between these runs.
       if kind is SEQUENTIAL:

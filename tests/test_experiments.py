@@ -201,7 +201,8 @@ def test_learning_rate_is_checked_on_both_sides_for_every_arm_and_size(preset):
   rates = {}
   for trial in ladder(preset):
     config = trial.config
-    if config.mtp.arm != "flops" and ",weight=" not in trial.name:
+    is_other_lambda = ",weight=" in trial.name or ",schedule=" in trial.name
+    if config.mtp.arm != "flops" and not is_other_lambda:
       rates.setdefault((config.trunk.embed_dim, config.mtp), set()).add(
         config.optimizer.learning_rate
       )
@@ -235,7 +236,13 @@ def test_arms_of_one_size_share_data_and_seeds():
       configs = [trial.config for trial in ladder(preset)]
       of_size = [c for c in configs if c.trunk.embed_dim == size.embed_dim]
       assert len({(config.data, config.trunk) for config in of_size}) == 1
-      assert {config.seed for config in of_size} == set(gains_with_scale.SEEDS[preset])
+      seeds = {
+        has_mtp: {c.seed for c in of_size if (c.mtp.depth > 0) == has_mtp}
+        for has_mtp in (False, True)
+      }
+      more = gains_with_scale.NOISE_SEEDS if preset == "gpu" else ()
+      assert seeds[True] == set(gains_with_scale.SEEDS[preset])
+      assert seeds[False] == seeds[True] | set(more)
 
 
 def test_cluster_ladder_is_that_of_the_paper():
