@@ -175,36 +175,31 @@ def _floor_rule(floor: float) -> str:
   return f"{PAIRED_RULE}, nor if no arm's mean accuracy reaches {floor:g}"
 
 
-def _sat(preset: str) -> Experiment:
+def _rises_with_n(
+  name: str, title: str, source: str, floor: float, preset: str
+) -> Experiment:
+  """A task whose accuracy is said to rise with the number of predicted tokens."""
   return Experiment(
-    "sat", preset, "3-SAT",
+    name, preset, title,
     "Accuracy of each seed, with mean and 95 % t interval over seeds.",
     (
       Claim(
-        "rises_with_n", "3-SAT: accuracy rises with n",
-        "Huang et al. 2026, arXiv 2604.11912", NO_FIGURE,
-        f"task accuracy of the most parallel heads minus NTP's, {_floor_rule(0.1)}",
-        functools.partial(tests.gains_on_task, floor=0.1),
+        "rises_with_n", f"{title}: accuracy rises with n", source, NO_FIGURE,
+        f"task accuracy of the most parallel heads minus NTP's, {_floor_rule(floor)}",
+        functools.partial(tests.gains_on_task, floor=floor),
       ),
     ),
     figures.draw_accuracy,
   )
 
 
-def _countdown(preset: str) -> Experiment:
-  return Experiment(
-    "countdown", preset, "Countdown",
-    "Accuracy of each seed, with mean and 95 % t interval over seeds.",
-    (
-      Claim(
-        "rises_with_n", "Countdown: accuracy rises with n",
-        "task of Gandhi et al. 2024; NextLat, arXiv 2511.05963", NO_FIGURE,
-        f"task accuracy of the most parallel heads minus NTP's, {_floor_rule(0.02)}",
-        functools.partial(tests.gains_on_task, floor=0.02),
-      ),
-    ),
-    figures.draw_accuracy,
-  )
+_sat = functools.partial(
+  _rises_with_n, "sat", "3-SAT", "Huang et al. 2026, arXiv 2604.11912", 0.1
+)
+_countdown = functools.partial(
+  _rises_with_n, "countdown", "Countdown",
+  "task of Gandhi et al. 2024; NextLat, arXiv 2511.05963", 0.02,
+)
 
 
 def _polynomial(preset: str) -> Experiment:
