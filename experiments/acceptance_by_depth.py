@@ -9,14 +9,14 @@ than parallel heads at the same depth; acceptance rises with the size of the mod
 ("TOP", arXiv 2508.19228; the tokens per round of Gloeckle et al. 2024, arXiv
 2404.19737, table S2, imply 0.94, 0.89 and 0.86 at depths 1 to 3 on code and 0.88, 0.78
 and 0.80 on Wikipedia at 7B, greedy). Score: `sampled_acceptance` of eval.json, by rule
-`leviathan` at temperature 1.
+`leviathan` at temperature 1, on continuations of held-out documents.
 
 D = 3 on code (`stdlib`), prose (`language_reference`) and made-up text (`stories`), all
 bytes; parallel heads at weight 1 each, sequential modules at 0.3 together.
 
-Presets: `cpu`: the two larger models of gains_with_scale:cpu, three seeds. `gpu`,
-`cluster`: the first four and five sizes of gains_with_scale:gpu, and code of
-the installed packages in place of the standard library. Neither was run.
+Presets: `cpu`: the two larger models of gains_with_scale:cpu, 600 steps of 512 bytes,
+three seeds. `gpu`, `cluster`: the first four and five sizes of gains_with_scale:gpu,
+and code of the installed packages in place of the standard library. Neither was run.
 
 Expected, before the run of `cpu`: all three claims on code; on stories acceptance is
 highest, for most of their bytes follow from the words.
@@ -45,11 +45,11 @@ def get_config(preset: str = "cpu") -> ConfigDict:
   config.name = f"acceptance_by_depth_{preset}"
   if preset == "cpu":
     config.data.batch_size = 4
-    config.eval.update(num_rows=256, max_new_tokens=32)
+    config.eval.update(num_rows=256, line_prompts=16, max_new_tokens=32)
   # There are few documents of prose.
   config.data.update(validation_fraction=0.1, test_fraction=0.1)
-  # Prompts for drafting are beginnings of lines; functions are in code alone.
-  config.eval.function_prompts = 0
+  # Functions are in code alone.
+  config.eval.update(function_prompts=0, middle_prompts=64 if preset == "cpu" else 512)
   return config
 
 
@@ -59,6 +59,8 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
     for text in (code, "language_reference", "stories"):
       for size in _SIZES[preset]:
         model = gains_with_scale.rung("cpu" if preset == "cpu" else "gpu", size)
+        if preset == "cpu":
+          model["train.num_steps"] = 600
         for kind in (PARALLEL, SEQUENTIAL):
           yield model | kind | {
             "name": f"text={text},embed_dim={size.embed_dim},"

@@ -151,6 +151,7 @@ def get_config() -> ConfigDict:
       batch_size=32,
       line_prompts=64,
       function_prompts=32,
+      middle_prompts=0,
       max_new_tokens=64,
       task_examples=1024,
     )

@@ -13,7 +13,7 @@ n = 1, 4 and 8 as parallel heads at weight 1 each, in as many steps on about as 
 text: a row of 192 bytes, or of 64 tokens of BPE, which are some three bytes each. So n
 tokens reach about three times as far as n bytes.
 
-Presets: `cpu`: width 64, 4 layers, 800 steps of 4 rows; three seeds. `gpu`: width 384,
+Presets: `cpu`: width 64, 4 layers, 400 steps of 4 rows; three seeds. `gpu`: width 384,
 6 layers, 5,000 steps of 64 rows of 2,048 bytes against BPE of 4,096; `cluster`: width
 768, 14 layers, 12,000 steps; three seeds. Neither was run.
 
@@ -58,7 +58,7 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
     "cpu" if preset == "cpu" else "gpu", _SIZES[preset]
   )
   if preset == "cpu":
-    model["train.num_steps"] = 800
+    model["train.num_steps"] = 400
   for seed in range(_SEEDS):
     for kind, (vocab_size, seq_len) in _TOKENS[preset].items():
       for depth in _DEPTHS:

@@ -18,7 +18,7 @@ one for the losses without MTP:
 
 D = 2, lambda 0.3, `mean`. Three seeds of the parameters; all trials see the same data
 in the same order. Read in eval.json: `main_loss`, `depth_loss`, and of the drafts that
-were accepted `decoded_tokens_per_round` and `decoded_acceptance`; the simulated figures
+were accepted `sampled_tokens_per_round` and `sampled_acceptance`; the simulated figures
 see the states that drafting with `trunk_shifted` does not have.
 
 Presets: `cpu`: 4 layers of width 32, 600 steps of 512 bytes. `gpu` and `cluster`: width
@@ -64,7 +64,8 @@ def get_config(preset: str = "cpu") -> ConfigDict:
   if preset == "cpu":
     config.data.batch_size = 4
     config.eval.update(
-      num_rows=256, line_prompts=32, function_prompts=0, max_new_tokens=32
+      num_rows=256, line_prompts=16, function_prompts=0, middle_prompts=64,
+      max_new_tokens=32,
     )
   return config
 

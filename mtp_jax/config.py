@@ -371,6 +371,9 @@ class EvalConfig:
   num_rows:       validation or test rows of `seq_len` tokens.
   rows_per_document: at most so many rows of one document, so that many are covered.
   line_prompts, function_prompts: held-out prompts of the generative metrics; 0 = off.
+  middle_prompts: held-out documents, of any text, that are continued from their middle
+                  by sampling, to measure how often drafts are accepted; 0: functions
+                  are continued instead.
   max_new_tokens: longest greedy completion.
   task_examples: held-out examples of a task that are answered and scored; 0 = off.
   """
@@ -381,6 +384,7 @@ class EvalConfig:
   batch_size: int
   line_prompts: int
   function_prompts: int
+  middle_prompts: int
   max_new_tokens: int
   task_examples: int
 
@@ -604,7 +608,8 @@ _AT_LEAST_1 = (
 )
 _AT_LEAST_0 = (
   "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
-  "eval.line_prompts", "eval.function_prompts", "trunk.attention_dim",
+  "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
+  "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
   "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
   "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
@@ -814,7 +819,10 @@ def _check_data(rule: _Rules) -> None:
   )
   if tokenizer.kind == "file":
     rule(bool(tokenizer.path), "tokenizer.path", "set for tokenizer.kind 'file'")
-  if (limits.line_prompts or limits.function_prompts) and not is_task:
+  has_prompts = (
+    limits.line_prompts or limits.function_prompts or limits.middle_prompts
+  )
+  if has_prompts and not is_task:
     rule(
       limits.max_new_tokens < data.seq_len, "eval.max_new_tokens",
       f"less than data.seq_len ({data.seq_len}), to leave room for a prompt",

@@ -14,6 +14,7 @@ Legend: B batch, T sequence, M = 1 + depth.
 
 import ast
 import functools
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable
@@ -180,6 +181,14 @@ def line_prompts(
   return pairs
 
 
+def middle_prompts(
+  texts: Iterable[str], limit: int, prompt_bytes: int
+) -> list[str]:
+  """Returns the end of the first half of up to `limit` held-out texts."""
+  halves = (text[: len(text) // 2] for text in texts if len(text) > 1)
+  return [_last_bytes(half, prompt_bytes) for half in itertools.islice(halves, limit)]
+
+
 def function_prompts(
   texts: Iterable[str], limit: int, prompt_bytes: int
 ) -> list[str]:
@@ -235,7 +244,8 @@ def generative_metrics(
   The model decodes greedily with all its extra predictors as drafters, which changes
   nothing in what is said; `decoded_*` says what share of their drafts was accepted, see
   `acceptance_rates`. `sampled_*` says so of functions sampled at temperature 1 (rule
-  leviathan): a small model soon repeats itself greedily, and then every draft is right.
+  leviathan), or of whole documents from their middle where `eval.middle_prompts` asks
+  for them: a small model soon repeats itself greedily, and then every draft is right.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
   text suits it.
   """
@@ -281,7 +291,10 @@ def generative_metrics(
   parses = [source is not None and _parses(source) for source in sources]
   sampled = []
   if config.mtp.depth:
-    sampled = complete(headers, stop_at_end, Decoding("leviathan", check_warp(1.0)))
+    middles = middle_prompts(texts, limits.middle_prompts, prompt_length)
+    sampled = complete(
+      middles or headers, stop_at_end, Decoding("leviathan", check_warp(1.0))
+    )
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),

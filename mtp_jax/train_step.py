@@ -272,7 +272,8 @@ def shape_of(config: Config) -> Config:
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
     eval=replace(
       config.eval, split="validation", num_rows=1, rows_per_document=1, batch_size=1,
-      line_prompts=0, function_prompts=0, max_new_tokens=1, task_examples=0,
+      line_prompts=0, function_prompts=0, middle_prompts=0, max_new_tokens=1,
+      task_examples=0,
     ),
   )
 

@@ -242,6 +242,13 @@ def test_function_prompts_give_the_first_line_of_the_body():
   assert evaluate.function_prompts([method], 5, 100) == [dedented]
 
 
+def test_middle_prompts_end_where_the_second_half_begins():
+  texts = ["", "x", "abcdef", "ééabcd"]
+  assert evaluate.middle_prompts(texts, 5, 2) == ["bc", "a"]  # No half character.
+  assert evaluate.middle_prompts(texts, 1, 100) == ["abc"]
+  assert evaluate.middle_prompts(texts, 0, 100) == []
+
+
 def test_function_prompts_pass_over_what_does_not_suit():
   too_long = f'def f():\n  "{100 * "x"}"\n  return 1\n'
   texts = ["not python (", "x = 1", "def f(): return 1", too_long, "\0"]
