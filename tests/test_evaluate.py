@@ -347,6 +347,26 @@ def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
   assert scripted_metrics(monkeypatch, "", "", texts=["x"]) == nothing
 
 
+def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
+  sampled = []
+
+  def generate(config, weights, prompts, *, decoding, **sizes):
+    if decoding.rule == "leviathan":
+      sampled.extend(ByteTokenizer().decode(x) for x in prompts)
+    return [completion([1, 2, 3], rounds=2, accepted=(1,), reached=(2,))] * len(prompts)
+
+  monkeypatch.setattr(evaluate, "generate", generate)
+  off = {"eval.line_prompts": 0, "eval.function_prompts": 0, "eval.middle_prompts": 2}
+  config = tiny_config("sequential", 1, GENERATING | off)
+  texts = ["no code. and more", TEXT, "a third"]
+  result = evaluate.generative_metrics(
+    config, random_params(config), ByteTokenizer(), texts
+  )
+  assert sampled == ["no code.", TEXT[: len(TEXT) // 2]]
+  assert result["sampled_acceptance"][0]["mean"] == 0.5
+  assert result["decoded_acceptance"] is None
+
+
 def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
   texts = [TEXT, TEXT.replace("first", "third"), TEXT.replace("b", "c")]
   programs = []
