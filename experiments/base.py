@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
       diagnostics_every=100,
       max_nonfinite_steps=10,
       freeze_trunk=False,
+      trunk_from="",
     )
   )
 

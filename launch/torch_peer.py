@@ -4,8 +4,9 @@ The peer of `launch.benchmark` and the oracle of the parity test: it shares no c
 `mtp_jax.model` and takes its parameters through one function, `export_params`. Sources:
 Llama (Touvron et al. 2023, arXiv 2302.13971) with grouped-query attention (Ainslie et
 al. 2023, arXiv 2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeckle et
-al. 2024, arXiv 2404.19737), sequential modules (DeepSeek-V3, arXiv 2412.19437,
-equations 21 to 25).
+al. 2024, arXiv 2404.19737), Medusa heads (Cai et al. 2024, arXiv 2401.10774, section
+2.1.1, without matrices of their own), sequential modules (DeepSeek-V3, arXiv
+2412.19437, equations 21 to 25).
 
 Legend: B batch, T sequence, S cache slots, D embed, F mlp, N query heads, K kv heads,
 H head dim, V vocab, M = 1 + depth.
@@ -167,6 +168,8 @@ class Peer(nn.Module):
       self.modules_ = nn.ModuleList(SequentialModule(trunk) for _ in range(count))
     elif mtp.kind == "linear":
       self.maps = nn.ModuleList(nn.Linear(dim, dim, False) for _ in range(mtp.depth))
+    elif mtp.kind == "medusa":
+      self.maps = nn.ModuleList(nn.Linear(dim, dim) for _ in range(mtp.depth))
     self.unembed = nn.Linear(dim, vocab, bias=False)
     if trunk.tie_embeddings:
       self.unembed.weight = self.embed.weight
@@ -227,6 +230,8 @@ class Peer(nn.Module):
     states = [self.final_norm(x_BTD)]
     if mtp.kind == "linear":
       return states + [linear(states[0]) for linear in self.maps]
+    if mtp.kind == "medusa":
+      return states + [states[0] + F.silu(layer(states[0])) for layer in self.maps]
     for k in range(1, 1 + mtp.depth):
       module = self.modules_[0 if mtp.share_modules else k - 1]
       ahead_BTD = self.embed(stream[:, k : k + tokens.shape[1]])
@@ -352,6 +357,10 @@ def export_params(params: Any, config: Config) -> dict[str, np.ndarray]:
   elif mtp.kind == "linear":
     for i in range(mtp.depth):
       state[f"maps.{i}.weight"] = _array(params["mtp"]["maps"])[i].T
+  elif mtp.kind == "medusa":
+    for i in range(mtp.depth):
+      state[f"maps.{i}.weight"] = _array(params["mtp"]["kernels"])[i].T
+      state[f"maps.{i}.bias"] = _array(params["mtp"]["biases"])[i]
   return state
 
 

@@ -41,6 +41,7 @@ from launch.status import Status, exit_class_of, refused
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, validate
 from mtp_jax.data.sources import DataError
+from mtp_jax.saved_model import check_trunk
 from mtp_jax.train import Diverged, Interrupted, fit
 
 cli.define_config(required=False)
@@ -163,6 +164,7 @@ def _config(workdir: Path) -> Config:
     )
   validate(config)
   cli.check_files(config.data, config.tokenizer)
+  check_trunk(config, workdir)
   return config
 
 

@@ -81,7 +81,7 @@ def train_flops_per_token(
     forward += num_predictors * block
   elif mtp.kind == "sequential":
     forward += mtp.depth * (block + 2 * 2 * dim * dim)
-  elif mtp.kind == "linear":
+  elif mtp.kind in ("linear", "medusa"):
     forward += mtp.depth * 2 * dim * dim
   # Own tokens take the logits of every depth but the last once more, and no gradient.
   chosen = mtp.depth if mtp.fed == "own" else 0

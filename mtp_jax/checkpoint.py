@@ -38,12 +38,14 @@ from mtp_jax.config import (
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
-# Paths may: the state of the data iterator says whether they hold the same text.
+# Paths may: the state of the data iterator says whether they hold the same text, and
+# the trunk that a run began with is needed no more.
 RESUMABLE = (
   "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.num_workers",
-  "tokenizer.path", "train.log_every", "train.eval_every", "train.diagnostics_every",
-  "train.max_nonfinite_steps", "trunk.remat", "trunk.scan_layers", "trunk.attention",
-  "trunk.moe.grouped_matmul", "loss.block_tokens",
+  "tokenizer.path", "train.trunk_from", "train.log_every", "train.eval_every",
+  "train.diagnostics_every", "train.max_nonfinite_steps", "trunk.remat",
+  "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
+  "loss.block_tokens",
 )
 
 # Keys that change the parameter tree or what its numbers mean.
@@ -94,6 +96,7 @@ def contract(config: Config) -> dict[str, Any]:
     "hidden_source": {
       "none": None,
       "linear": "trunk output after its final norm",
+      "medusa": "trunk output after its final norm",
       "parallel": "trunk residual stream before the final norm",
       "sequential": f"depth 1: {trunk_state}; depth k: "
       + {

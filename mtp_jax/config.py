@@ -160,7 +160,7 @@ class MtpConfig:
               the FLOPs that this kind and depth would have cost).
   """
 
-  kind: Literal["none", "parallel", "sequential", "linear"]
+  kind: Literal["none", "parallel", "sequential", "linear", "medusa"]
   depth: int
   weight: float
   weighting: Literal["mean", "sum"]
@@ -333,6 +333,8 @@ class TrainConfig:
   diagnostics_every: steps between comparisons of MTP and NTP gradient; 0 = off.
   freeze_trunk: only the extra predictors (`mtp` in the parameter tree) learn; the rest
     stays as it is, bit for bit.
+  trunk_from: folder of the run whose newest deployed model (all but the extra
+    predictors) a new run begins with; empty begins at random.
   """
 
   num_steps: int
@@ -342,6 +344,7 @@ class TrainConfig:
   diagnostics_every: int
   max_nonfinite_steps: int
   freeze_trunk: bool
+  trunk_from: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -488,7 +491,7 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 def num_added_layers(mtp: MtpConfig) -> int:
   """Transformer layers that training has and the deployed NTP model has not."""
-  if mtp.depth == 0 or mtp.kind in ("none", "linear"):
+  if mtp.depth == 0 or mtp.kind in ("none", "linear", "medusa"):
     return 0
   if mtp.kind == "sequential" and mtp.share_modules:
     return 1
@@ -855,6 +858,14 @@ def _check_training(rule: _Rules) -> None:
     rule(
       rule.config.mtp.depth > 0, "train.freeze_trunk",
       "False at mtp.depth 0: there would be nothing to train",
+    )
+  mtp, trunk_layers = rule.config.mtp, num_trunk_layers(rule.config)
+  if trunk_layers < rule.config.trunk.num_layers:
+    rule(
+      not rule.config.train.trunk_from, "train.trunk_from",
+      f"'' for mtp.kind {mtp.kind!r} with arm {mtp.arm!r}: its trunk of {trunk_layers} "
+      "layer(s) is shorter than the deployed model, trunk.num_layers "
+      f"({rule.config.trunk.num_layers})",
     )
   optimizer = rule.config.optimizer
   rule.divisible("data.batch_size", "train.accumulation_steps")

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import accounting, checkpoint
+from mtp_jax import accounting, checkpoint, saved_model
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import Config, MeshConfig, from_config_dict
+from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.tokenizers import Tokenizer, tokenizer_from_json
 from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import network
@@ -28,15 +28,7 @@ from mtp_jax.decode.provenance import Generation
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
 from mtp_jax.model.lm import MtpLm, unembed_matrix
-from mtp_jax.sharding import (
-  logical_axes,
-  make_mesh,
-  num_row_shards,
-  put_batch,
-  replicated,
-  tree_shardings,
-  unbox,
-)
+from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
 
@@ -87,7 +79,7 @@ class TrainedModel:
     """Returns logits_TV of one depth: row i is about token i + 1 + depth.
 
     Rows that a sequential module has no input for are NaN; see `hidden`. The last row
-    of every depth of parallel and linear heads is about tokens after the text.
+    of every depth of other predictors is about tokens after the text.
 
     Raises:
       ValueError: bad text, or a depth that the model does not have.
@@ -280,31 +272,15 @@ def load(
 
 
 def _load(folder: Path, mesh: jax.sharding.Mesh) -> TrainedModel:
-  def layout(config: Config) -> tuple[Any, Any]:
-    boxed = accounting.abstract_params(_portable(config))
-    params = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      unbox(boxed),
-      tree_shardings(mesh, logical_axes(boxed)),
-    )
-    return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)), params
-
-  step, params, meta = checkpoint.restore_params(folder, layout)
+  saved = saved_model.restore(folder, mesh)
   return TrainedModel(
-    config=_portable(from_config_dict(meta["config"])),
-    params=params,
-    tokenizer=tokenizer_from_json(meta["tokenizer"], f"{folder}/meta"),
-    step=int(step),
+    config=saved.config,
+    params=saved.params,
+    tokenizer=tokenizer_from_json(saved.tokenizer, f"{folder}/meta"),
+    step=saved.step,
     folder=folder,
     mesh=mesh,
   )
-
-
-def _portable(config: Config) -> Config:
-  """Returns the config without choices that only the training's platform may have."""
-  moe = dataclasses.replace(config.trunk.moe, grouped_matmul="auto")
-  trunk = dataclasses.replace(config.trunk, attention="auto", moe=moe)
-  return dataclasses.replace(config, trunk=trunk)
 
 
 def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:

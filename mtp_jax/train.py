@@ -37,6 +37,7 @@ from mtp_jax.metrics import (
   plain,
   write_json,
 )
+from mtp_jax.saved_model import check_trunk, load_trunk
 from mtp_jax.sharding import (
   make_mesh,
   max_over_processes,
@@ -97,7 +98,8 @@ def fit(
   Raises:
     ConfigError: the config cannot work, or the folder holds another run.
     DataError: the corpus cannot be used, or is not that of the run.
-    CheckpointError: no checkpoint of the folder is whole, or one cannot be written.
+    CheckpointError: no checkpoint of the folder is whole, or one cannot be written; or
+      that of `train.trunk_from` is damaged.
     Diverged: see `train.max_nonfinite_steps`.
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
       one had a signal.
@@ -105,15 +107,16 @@ def fit(
   validate(config, jax.device_count())
   workdir, observer = Path(workdir), observer or Observer()
   observer.pauses("starting")
+  check_trunk(config, workdir)
   _claim(workdir, config)
   with contextlib.ExitStack() as stack:
     run = _Run(accounting.resolve(config), workdir)
     stack.push(run.close)
-    _write_run_json(run)
     loader = run.loader()
     stack.callback(loader.close)
     with jax.set_mesh(run.mesh):
-      state, seconds = run.start(loader)
+      state, seconds, trunk_from = run.start(loader)
+      _write_run_json(run, trunk_from)
       start = int(state.step)
       writer = stack.enter_context(MetricsWriter(workdir, start))
       bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
@@ -156,6 +159,11 @@ def start_run(
     CheckpointError: the checkpoint could not be written.
   """
   validate(config, jax.device_count())
+  if config.train.trunk_from:
+    raise ConfigError(
+      "train.trunk_from must be '' where the weights come from elsewhere, got "
+      f"{config.train.trunk_from!r}."
+    )
   workdir = Path(workdir)
   if (workdir / "config.json").exists():
     raise ConfigError(f"{workdir} holds a run already; name a new folder.")
@@ -169,7 +177,7 @@ def start_run(
       run.save(run.initial_state(given), loader.get_state(), 0.0)
     run.checkpointer.wait()
     _claim(workdir, config)
-    _write_run_json(run)
+    _write_run_json(run, None)
 
 
 def evaluate_run(
@@ -254,13 +262,31 @@ class _Run:
       num_workers=data.num_workers,
     )
 
-  def start(self, loader: TrainLoader) -> tuple[TrainState, float]:
-    """Returns state and training seconds so far: restored, `loader` too, or fresh."""
+  def start(
+    self, loader: TrainLoader
+  ) -> tuple[TrainState, float, dict[str, Any] | None]:
+    """Returns state, training seconds so far, and where the trunk is from.
+
+    Restored, `loader` too, or fresh; see `saved_model.load_trunk` for the last one.
+    """
     restored = self.restore()
     if restored is None:
-      return self.programs.init(np.int32(self.config.seed)), 0.0
+      if not self.config.train.trunk_from:
+        return self.programs.init(np.int32(self.config.seed)), 0.0, None
+      trunk, record = load_trunk(
+        self.config,
+        self.corpus.tokenizer.to_json(),
+        self.programs.shardings.params,
+        self.mesh,
+      )
+      return self.initial_state(trunk), 0.0, record
     loader.set_state(restored.data)
-    return restored.state, restored.progress["seconds"]
+    return restored.state, restored.progress["seconds"], self._recorded_trunk()
+
+  def _recorded_trunk(self) -> dict[str, Any] | None:
+    """Returns where the trunk is from, as the run folder says."""
+    path = self.workdir / "run.json"
+    return json.loads(path.read_text()).get("trunk_from") if path.is_file() else None
 
   def initial_state(self, given: dict[str, Any]) -> TrainState:
     """Returns the state before the first step, with given parts of its parameters.
@@ -541,7 +567,7 @@ def _claim(workdir: Path, config: Config) -> None:
     write_json(path, to_dict(config))
 
 
-def _write_run_json(run: _Run) -> None:
+def _write_run_json(run: _Run, trunk_from: dict[str, Any] | None) -> None:
   if jax.process_index() != 0:
     return
   counts = dataclasses.asdict(accounting.count(run.config))
@@ -561,6 +587,7 @@ def _write_run_json(run: _Run) -> None:
       | {name: importlib.metadata.version(name) for name in packages},
       "commit": _commit(),
       "data": run.corpus.stats,
+      "trunk_from": trunk_from,
     },
   )
 

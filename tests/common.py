@@ -97,7 +97,9 @@ COUNTABLE = {
   "data.batch_size": 4,
   "loss.block_tokens": 256,
 }
-KINDS = (("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3))
+KINDS = (
+  ("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3), ("medusa", 3)
+)
 SHARED = {"mtp.share_modules": True}
 # What sequential modules may start from besides the published inputs.
 INPUTS = {

@@ -35,7 +35,7 @@ def by_hand(kind, trunk, layers, modules, depth):
   elif kind == "sequential":
     extra, head = modules * (2 * D * D + block + 3 * norm), 0
   else:
-    extra, head = depth * D * D, 0
+    extra, head = depth * (D * D + (D if kind == "medusa" else 0)), 0
   deployed = around + layers * block + head
   return deployed + extra, layers * block, deployed
 
@@ -91,7 +91,7 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   # A causal mask leaves (T + 1) / 2 of T keys: forward, scores and values take 4 FLOPs
   # per key and embedding coordinate in each of the blocks, and three times that with
   # the backward pass.
-  blocks = {"none": 2, "parallel": 5, "sequential": 5, "linear": 2}[kind]
+  blocks = {"none": 2, "parallel": 5, "sequential": 5}.get(kind, 2)
   skipped = 3 * blocks * 4 * 128 * (64 - 65 / 2)
   assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)
 
@@ -114,7 +114,7 @@ def test_sharing_modules_saves_parameters_but_no_flops():
   assert flops(shared) == flops(own)
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear"])
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear", "medusa"])
 def test_flops_arm_trains_plain_ntp_for_the_same_flops(kind):
   steps = {"train.num_steps": 1000}
   added = tiny_config(kind, 3, steps)

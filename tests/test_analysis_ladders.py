@@ -94,6 +94,18 @@ def test_other_text_makes_another_ladder_and_speed_settings_do_not(tmp_path):
   ]
 
 
+def test_trunks_of_other_runs_follow_the_seed(tmp_path):
+  sources = ("", "runs/seed=0", "runs/seed=1")
+  configs = [
+    trial_config(16, "medusa", 3, seed=i, overrides={"train.trunk_from": source})
+    for i, source in enumerate(sources)
+  ]
+  trials = arranged(tmp_path, configs)
+  assert list(trials["ladder"]) == [
+    "train.trunk_from=False", "train.trunk_from=True", "train.trunk_from=True",
+  ]
+
+
 def test_size_is_that_of_the_ntp_model(tmp_path):
   configs = [
     trial_config(16),

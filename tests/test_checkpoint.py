@@ -422,6 +422,7 @@ def test_fingerprint_is_the_same_on_every_mesh():
     ("parallel", 2, "next_token_head", "first parallel head"),
     ("sequential", 2, "output_norm", "own norm per module"),
     ("linear", 2, "concat_order", None),
+    ("medusa", 2, "hidden_source", "trunk output after its final norm"),
   ],
 )
 def test_contract_says_how_to_read_the_parameters(kind, depth, key, value):

@@ -39,8 +39,9 @@ CONFIGS = {
     "mtp.depth_weights[1] must be of type float, got 'x'.",
   ),
   "choice": (
-    [BASE, "--config.mtp.kind=medusa"],
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', got 'medusa'.",
+    [BASE, "--config.mtp.kind=eagle"],
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', got "
+    "'eagle'.",
   ),
   "heads": (
     [BASE, "--config.trunk.num_heads=3", "--config.trunk.num_kv_heads=3"],

@@ -45,8 +45,9 @@ def test_base_is_valid_on_one_and_on_eight_devices():
   ("name", 3, "name must be of type str, got 3."),
   ("mtp", 3, "mtp must be a section, got 3."),
   (
-    "mtp.kind", "medusa",
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', got 'medusa'.",
+    "mtp.kind", "eagle",
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', got "
+    "'eagle'.",
   ),
   (
     "mtp.depth_weights", 1.0,
@@ -165,11 +166,23 @@ RULES = {
     {"mtp.kind": "linear", "mtp.depth": 1, "mtp.depth_weights": (NAN,)},
     "mtp.depth_weights must be finite and not negative, got (nan,).",
   ),
-  "shared modules": (
-    {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.share_modules": True},
-    "mtp.share_modules must be False unless mtp.kind is 'sequential' (it is "
-    "'parallel'), got True.",
-  ),
+  **{
+    f"shared modules of {kind}": (
+      {"mtp.kind": kind, "mtp.depth": 1, "mtp.share_modules": True},
+      "mtp.share_modules must be False unless mtp.kind is 'sequential' (it is "
+      f"{kind!r}), got True.",
+    )
+    for kind in ("parallel", "medusa")
+  },
+  **{
+    f"a trunk that is too short for {kind} {arm}": (
+      {"mtp.kind": kind, "mtp.depth": 1, "mtp.arm": arm, "train.trunk_from": "runs/x"},
+      f"train.trunk_from must be '' for mtp.kind {kind!r} with arm {arm!r}: its trunk "
+      "of 3 layer(s) is shorter than the deployed model, trunk.num_layers (4), got "
+      "'runs/x'.",
+    )
+    for kind, arm in (("parallel", "added"), ("sequential", "shortened"))
+  },
   **{
     key: (
       {"mtp.kind": "parallel", "mtp.depth": 1, key: value},

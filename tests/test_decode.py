@@ -35,7 +35,7 @@ MODELS = {
   for trunk in TRUNKS
   for kind, depth, more in (
     ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
-    ("linear", DEPTH, {}),
+    ("linear", DEPTH, {}), ("medusa", DEPTH, {}),
   )
 } | {
   "llama-shared": ("llama", "sequential", 2, SHARED),

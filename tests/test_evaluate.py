@@ -102,7 +102,7 @@ def test_agreement_matches_a_loop_over_prefixes():
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear"])
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear", "medusa"])
 def test_main_loss_is_that_of_the_deployed_model(kind, trunk):
   config, params, batch, sums = case(kind, 3, trunk)
   plain_params, plain = deployed(params, config)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import gains_with_scale
+from experiments import drafters, gains_with_scale
 from launch import trials
 from mtp_jax import accounting, optimizer
 from mtp_jax import config as config_lib
 from mtp_jax.config import routed_layers
 from mtp_jax.data.tasks.corpus import load_task
+from mtp_jax.depth_weights import depth_weights
 from mtp_jax.model import block, layers
 from mtp_jax.model.lm import zeros_batch
 from mtp_jax.sharding import MESH_AXES, abstract_mesh, logical_axes
@@ -40,6 +41,7 @@ EXPERIMENTS = [
   *(("gains_with_scale", preset) for preset in PRESETS),
   *WITH_EXPERTS,
   *((name, preset) for name in ON_TASKS + ON_TEXT for preset in ("cpu", "gpu")),
+  *(("drafters", preset) for preset in ("cpu", "cpu_trunks", "gpu", "gpu_trunks")),
 ]
 # The presets `cluster` of the questions are `gpu` with more seeds or sizes.
 LARGEST = [(name, "cluster") for name in ON_TASKS + ON_TEXT]
@@ -147,6 +149,35 @@ def test_models_of_hidden_source_trace_and_differ_in_their_inputs_alone(preset):
   assert len({trial.counts.total for trial in found if trial.config.mtp.depth}) == 1
   if preset == "cpu":
     check_traces({trial.shape for trial in found})
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
+  folder = Path(f"runs/drafters_{machine}_trunks")
+  assert str(folder) in drafters.__doc__
+  trunks = {folder / t.name: t.config for t in planned("drafters", f"{machine}_trunks")}
+  found = [trial.config for trial in planned("drafters", machine)]
+  afterwards = [config for config in found if config.train.trunk_from]
+  assert (len(trunks), len(afterwards), len(found)) == (6, 2 * 6, 5 * 6)
+  for config in afterwards:
+    source = trunks[Path(config.train.trunk_from)]
+    assert config.train.freeze_trunk and source.mtp.depth == 0
+    for part in ("seed", "trunk", "tokenizer", "data", "optimizer"):
+      assert getattr(config, part) == getattr(source, part)
+    assert config.train.num_steps == source.train.num_steps
+  assert not any(c.train.freeze_trunk for c in found if not c.train.trunk_from)
+  if machine == "cpu":
+    check_traces({trial.shape for trial in planned("drafters", machine)})
+
+
+def test_medusa_heads_weigh_0_8_to_the_power_of_their_depth():
+  for trial in planned("drafters", "cpu"):
+    mtp = trial.config.mtp
+    if mtp.kind == "medusa":
+      factor = 1.0 if trial.config.train.freeze_trunk else 0.2
+      expected = factor * 0.8 ** np.arange(1, 4)
+      weights_M, _ = depth_weights(mtp, mtp.weight, 0.0)
+      np.testing.assert_allclose(weights_M, [1, *expected], rtol=1e-6)
 
 
 def test_star_graphs_with_other_tokens_are_named_and_trace():

@@ -12,6 +12,7 @@ from mtp_jax.model.layers import make_norm
 from mtp_jax.model.lm import MtpLm, likeliest_tokens, unembed_matrix
 from mtp_jax.model.mtp import SequentialModule
 from mtp_jax.model.trunk import Trunk
+from mtp_jax.sharding import unbox
 from tests.common import (
   INPUTS,
   SHARED,
@@ -142,6 +143,20 @@ def test_linear_heads_multiply_the_normed_state():
   for k in (1, 2, 3):
     expected = hidden_MBTD[0] @ params["mtp"]["maps"][k - 1]
     np.testing.assert_allclose(hidden_MBTD[k], expected, 1e-4, 1e-5)
+
+
+def test_medusa_heads_begin_as_the_next_token_head_and_then_differ():
+  config, batch = tiny_config("medusa", 3), one_row()
+  init = lambda: MtpLm(config).init(jax.random.key(0), batch)["params"]  # noqa: E731
+  start = hidden_states(config, unbox(quick_jit(init)()), batch)
+  params = random_params(config)
+  states = hidden_states(config, params, batch)
+  h_BTD, heads = states[0], params["mtp"]
+  for k in (1, 2, 3):
+    np.testing.assert_array_equal(start[k], start[0])
+    inner_BTD = h_BTD @ heads["kernels"][k - 1] + heads["biases"][k - 1]
+    expected = h_BTD + inner_BTD / (1 + np.exp(-inner_BTD))
+    np.testing.assert_allclose(states[k], expected, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("block_tokens", [1, 5, 14, 100])

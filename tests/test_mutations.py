@@ -101,6 +101,18 @@ MUTANTS = {
     "jnp.stack([head_BTD for head_BTD in heads_MBTD])",
     f"{PARITY}[llama-parallel-False]",
   ),
+  "residual of the Medusa heads left out": Mutant(
+    "model/mtp.py",
+    "return hidden_BTD + jax.nn.silu(",
+    "return jax.nn.silu(",
+    f"{PARITY}[llama-medusa-False]",
+  ),
+  "frozen trunk begins at random": Mutant(
+    "train.py",
+    "return self.initial_state(trunk), 0.0, record",
+    "return self.initial_state({}), 0.0, record",
+    "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
+  ),
   "lambda not divided by depth": Mutant(
     "depth_weights.py",
     'scale / mtp.depth if mtp.weighting == "mean" else scale',

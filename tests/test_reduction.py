@@ -75,7 +75,7 @@ def baseline_init():
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-@pytest.mark.parametrize("kind", ["sequential", "linear"])
+@pytest.mark.parametrize("kind", ["sequential", "linear", "medusa"])
 def test_depth_0_has_the_parameters_of_the_baseline(kind, trunk):
   found, expected = (
     accounting.abstract_params(tiny_config(k, 0, TRUNKS[trunk]))
@@ -100,7 +100,7 @@ def test_parallel_heads_at_depth_0_are_the_baseline(trunk):
   )
 
 
-@pytest.mark.parametrize("kind", ["sequential", "linear", "parallel"])
+@pytest.mark.parametrize("kind", ["sequential", "linear", "medusa", "parallel"])
 def test_initial_trunk_does_not_depend_on_the_predictors(kind, baseline_init):
   params = initial_params(tiny_config(kind, 3))
   del params["mtp"]
@@ -131,6 +131,7 @@ def baseline_gradient(trunk):
     ("sequential", "gpt2"),
     ("parallel", "llama"),
     ("linear", "llama"),
+    ("medusa", "llama"),
   ],
 )
 def test_lambda_0_gives_the_gradients_of_the_baseline_bit_for_bit(kind, trunk):

@@ -43,11 +43,15 @@ MIXED = {"fsdp": 2, "tensor": 2, "context": 2}
 MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"context": 8}, MIXED)
 # Parallel heads run on the GPT-2 trunk, so that its biases are split too.
 MODELS = {"sequential": {"trunk.num_layers": 1}, "parallel": GPT2}
+OTHERS = {
+  "shifted states and own tokens": ("sequential", INPUTS["shifted"] | INPUTS["own"]),
+  "medusa": ("medusa", {"trunk.num_layers": 1}),
+}
 
 
 def config_on(kind, axes, overrides=None):
   values = {"trunk.num_kv_heads": 4, "trunk.remat": "none", "trunk.num_layers": 2}
-  values |= MODELS[kind] | {f"mesh.{axis}": size for axis, size in axes.items()}
+  values |= MODELS.get(kind, {}) | {f"mesh.{axis}": size for axis, size in axes.items()}
   return tiny_config(kind, 3, values | (overrides or {}))
 
 
@@ -75,9 +79,10 @@ def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
   assert_trees_close(run_on(kind, axes), on_one_device(kind), rtol=1e-4, atol=1e-5)
 
 
-def test_shifted_states_and_own_tokens_equal_those_of_one_device():
-  inputs = INPUTS["shifted"] | INPUTS["own"]
-  found, expected = (run_on("sequential", axes, inputs) for axes in (MIXED, {}))
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_predictors_equal_those_of_one_device(name):
+  kind, options = OTHERS[name]
+  found, expected = (run_on(kind, axes, options) for axes in (MIXED, {}))
   assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

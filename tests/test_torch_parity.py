@@ -22,6 +22,7 @@ CASES = [
   ("llama", "sequential", False),
   ("llama", "sequential", True),
   ("llama", "linear", False),
+  ("llama", "medusa", False),
   ("gpt2", "none", False),
   ("gpt2", "sequential", False),
 ]

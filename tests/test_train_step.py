@@ -47,6 +47,7 @@ OTHER = {
   "optimizer.learning_rate": 0.5,
   "train.num_steps": 20,
   "train.log_every": 3,
+  "train.trunk_from": "runs/other",
   "data.seed": 5,
 }
 PROGRAMS = ("init_state", "train_step", "gradient_diagnostics")

@@ -136,7 +136,7 @@ def add_parser(commands: Any) -> None:
   add = parser.add_argument_group("with --sizes").add_argument
   add("--trunks", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
   add("--vocabs", nargs="+", type=int, default=[264, 50304], metavar="V")
-  kinds = ["sequential", "parallel", "linear"]
+  kinds = ["sequential", "parallel", "linear", "medusa"]
   add("--kinds", nargs="+", default=kinds[:2], choices=kinds)
   add("--depth", type=int, default=3, help="extra predictors, all of which draft")
   add("--embed_dim", type=int, default=512)

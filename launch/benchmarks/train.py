@@ -54,7 +54,8 @@ def add_parser(commands: Any) -> None:
   add("--vocabs", nargs="+", type=int, default=[264, 50304], metavar="V")
   add("--depths", nargs="+", type=int, default=[0, 1, 3], metavar="D")
   add(
-    "--kind", default="sequential", choices=["sequential", "parallel", "linear"],
+    "--kind", default="sequential",
+    choices=["sequential", "parallel", "linear", "medusa"],
     help="predictors at D > 0; D = 0 is plain next-token prediction",
   )
   add("--embed_dim", type=int, default=256)

@@ -28,6 +28,7 @@ COLOURS = {
   "parallel": "#0072B2",
   "sequential": "#D55E00",
   "linear": "#009E73",
+  "medusa": "#CC79A7",
 }
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 LINES = ("-", "--", ":", "-.")

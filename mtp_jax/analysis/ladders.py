@@ -46,7 +46,7 @@ MAY_SCALE = (
   "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1",
   "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
 )
-_KIND_ORDER = ("none", "parallel", "sequential", "linear")
+_KIND_ORDER = ("none", "parallel", "sequential", "linear", "medusa")
 _NO_EFFECT = dict(
   weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
   final_weight=0.0, depth_weights=(), curriculum="none",
@@ -177,6 +177,8 @@ def _order(mtp: MtpConfig) -> tuple:
 def _recipe(config: Config) -> dict[str, Any]:
   flat = flatten(to_dict(config))
   dropped = {*IGNORED, *WITHIN}
+  # Whether there is such a run is a setting; which one follows the seed.
+  flat["train.trunk_from"] = bool(flat["train.trunk_from"])
   return {
     k: tuple(v) if isinstance(v, list) else v
     for k, v in flat.items()

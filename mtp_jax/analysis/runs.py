@@ -109,7 +109,7 @@ def counts(config: Config) -> accounting.Counts:
       mtp=_shape(resolved.mtp),
       data=dataclasses.replace(resolved.data, seed=0, path=""),
       optimizer=dataclasses.replace(resolved.optimizer, learning_rate=1.0),
-      train=dataclasses.replace(resolved.train, num_steps=1),
+      train=dataclasses.replace(resolved.train, num_steps=1, trunk_from=""),
     )
   )
 

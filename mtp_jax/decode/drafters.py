@@ -7,6 +7,7 @@ Legend: B batch, S slots, W rows of the window, D embed, K drafts.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from mtp_jax.decode import network
 from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
 from mtp_jax.decode.network import Weights
 from mtp_jax.model.layers import compute_dtype
-from mtp_jax.model.mtp import SequentialModule
+from mtp_jax.model.mtp import SequentialModule, medusa_head
 
 
 def own_predictors(
@@ -49,7 +50,9 @@ def own_predictors(
   if kind == "parallel":
     return _parallel_heads(trunk, num_drafts)
   if kind == "linear":
-    return _linear_heads(trunk, num_drafts)
+    return _heads_on_one_state(trunk, num_drafts, _linear_head)
+  if kind == "medusa":
+    return _heads_on_one_state(trunk, num_drafts, _medusa_head)
   mtp = config.mtp
   return _sequential_modules(
     trunk, depth, num_drafts, mtp.hidden, mtp.hidden_norm, mtp.fed
@@ -79,8 +82,10 @@ def given(num_drafts: int) -> Drafter:
 
 
 @functools.cache
-def _linear_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
-  """One linear map per draft on the last normed feature; no cache."""
+def _heads_on_one_state(
+  trunk: TrunkConfig, num_drafts: int, head: Callable[[Any, jax.Array], jax.Array]
+) -> Drafter:
+  """One head per draft, (its parameters, normed feature) -> state; no cache."""
 
   def catch_up(weights: Weights, cache, window: Window):
     feature_BD = take_rows(window.feature_BWD, window.last_B)
@@ -88,14 +93,21 @@ def _linear_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
 
   def propose(weights: Weights, cache, hidden_BD, window: Window, choose: Choose):
     del window
-    maps = weights.predictors[:num_drafts]
     drafts = [
-      choose(network.unembed(weights, hidden_BD @ map_DD), k)
-      for k, map_DD in enumerate(maps, start=1)
+      choose(network.unembed(weights, head(params, hidden_BD)), k)
+      for k, params in enumerate(weights.predictors[:num_drafts], start=1)
     ]
     return cache, jnp.stack(drafts, axis=1)
 
   return Drafter(num_drafts, True, lambda rows, slots: (), catch_up, propose)
+
+
+def _linear_head(map_DD: jax.Array, hidden_BD: jax.Array) -> jax.Array:
+  return hidden_BD @ map_DD
+
+
+def _medusa_head(params: dict[str, jax.Array], hidden_BD: jax.Array) -> jax.Array:
+  return medusa_head(hidden_BD, params["kernels"], params["biases"])
 
 
 @functools.cache

@@ -59,6 +59,8 @@ def unstack(params: Any, config: Config) -> Weights:
     blocks.append(first)
   elif kind == "linear" and depth:
     predictors = layers(params["mtp"]["maps"], depth)
+  elif kind == "medusa" and depth:
+    predictors = layers(params["mtp"], depth)
   elif kind == "sequential" and depth:
     stack = params["mtp"]["modules"]
     predictors = [stack] if config.mtp.share_modules else layers(stack, depth)

@@ -138,8 +138,6 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
 
   The first parallel head becomes the last trunk layer, which is the same function.
   """
-  layers = num_trunk_layers(config) + (config.mtp.kind == "parallel")
-  trunk = dataclasses.replace(config.trunk, num_layers=layers)
   kept = {name: tree for name, tree in params.items() if name != "mtp"}
   if config.mtp.kind == "parallel":
     blocks = jax.tree.map(
@@ -148,7 +146,14 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
       params["mtp"]["heads"],
     )
     kept["trunk"] = params["trunk"] | {"blocks": blocks}
-  return kept, dataclasses.replace(config, mtp=next_token_only(config.mtp), trunk=trunk)
+  return kept, deployed_config(config)
+
+
+def deployed_config(config: Config) -> Config:
+  """Returns the config of what `deployed` leaves."""
+  layers = num_trunk_layers(config) + (config.mtp.kind == "parallel")
+  trunk = dataclasses.replace(config.trunk, num_layers=layers)
+  return dataclasses.replace(config, mtp=next_token_only(config.mtp), trunk=trunk)
 
 
 def zeros_batch(config: Config, rows: int | None = None) -> Batch:

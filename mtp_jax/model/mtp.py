@@ -84,6 +84,51 @@ class LinearHeads(nn.Module):
     return jnp.stack([hidden_BTD, *heads]), None
 
 
+def medusa_head(
+  hidden_BTD: jax.Array, map_DD: jax.Array, bias_D: jax.Array
+) -> jax.Array:
+  """Returns the state of one head, `h + SiLU(W h + b)`, for any leading axes."""
+  return hidden_BTD + jax.nn.silu(dense(hidden_BTD, map_DD) + bias_D)
+
+
+class MedusaHeads(nn.Module):
+  """One residual layer per extra depth on the trunk's normed state h.
+
+  Medusa (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): head k is
+  `h_k = h + SiLU(W_k h + b_k)`. W_k and b_k are 0 at the start, so that every head
+  begins as the next-token head. All read the shared unembedding; vocabulary matrices
+  of their own, which the paper gives them, are not built.
+  """
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    residual_BTD: jax.Array,
+    final_norm: Norm,
+    embed_ahead: EmbedAhead,
+    embed_own: EmbedOwn,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+  ) -> tuple[jax.Array, Routing | None]:
+    del embed_ahead, embed_own, positions_BT, segment_ids_BT
+    depth, dim = self.mtp.depth, self.trunk.embed_dim
+    hidden_BTD = final_norm(residual_BTD)
+    if depth == 0:
+      return hidden_BTD[None], None
+
+    def zeros(name: str, *axes: str) -> jax.Array:
+      init = partitioned(nn.initializers.zeros, "depths", *axes)
+      shape = (depth, *(dim for _ in axes))
+      return self.param(name, init, shape).astype(hidden_BTD.dtype)
+
+    kernels, biases = zeros("kernels", "embed", "embed_out"), zeros("biases", "norm")
+    heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
+    return jnp.stack([hidden_BTD, *heads]), None
+
+
 class ParallelHeads(nn.Module):
   """n = D + 1 heads, each one transformer layer on the same trunk state.
 
@@ -248,4 +293,5 @@ KINDS: dict[str, type[nn.Module]] = {
   "linear": LinearHeads,
   "parallel": ParallelHeads,
   "sequential": SequentialModules,
+  "medusa": MedusaHeads,
 }
