@@ -21,8 +21,9 @@ parallel heads deploy as many layers as NTP.
 800 steps; ten seeds of NTP and n = 2; about 30 minutes on one core. Expected, before
 its run: NTP at chance and n = 2 solving it, each for at least 8 of 10 seeds.
 
-Found (experiments/README.md): with 12 labels NTP at chance on 9 of 10 seeds, n = 2 solves
-it on 4, all else on none; with 8 labels n = 2 on 8 and NTP on 6, later.
+Found (experiments/README.md): with 12 labels NTP is at chance on 9 of 10 seeds, n = 2
+solves it on 4, n = 4 and sequential modules on none; with 8 labels and more steps n = 2
+solves it on 8, and NTP, later, on 6.
 
 `gpu` and `cluster` add sequential D = 3 fed with no token (`fed=none`) and with its own
 (`fed=own`), for a hypothesis: a module that is fed the true token can copy the next
