@@ -11,6 +11,7 @@ from mtp_jax.targets import future_targets
 from tests import common
 
 
+@pytest.mark.slow
 def test_quick_run_writes_table_and_figures(tmp_path, capsys):
   pytest.importorskip("torch", reason="the benchmark's peer needs torch")
   benchmark.main(["train", "--quick", "--output", str(tmp_path)])

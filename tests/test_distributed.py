@@ -252,6 +252,7 @@ def check_survivors(job, note, ranks):
   check_infrastructure(codes)
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_signal_and_a_kill_as_if_never_stopped(
   tiny, alone, pair, tmp_path
 ):

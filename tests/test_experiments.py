@@ -136,6 +136,7 @@ def test_no_two_trials_of_an_experiment_are_the_same():
     assert len(set(configs)) == len(configs), (name, preset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, preset", WITH_EXPERTS)
 def test_models_with_experts_trace(name, preset):
   check_traces({trial.shape for trial in planned(name, preset)})

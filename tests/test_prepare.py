@@ -148,6 +148,7 @@ def test_killed_and_run_again(tmp_path):
   assert content(output) == content(whole)
 
 
+@pytest.mark.usefixtures("sigint_raises")
 def test_interrupted_from_the_terminal(tmp_path):
   """Ctrl-C goes to all processes of the group: one message, and nobody stays."""
   corpus = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))

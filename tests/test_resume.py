@@ -138,6 +138,7 @@ def draw_kills():
   return kills
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_and_during_a_save(tiny, never_stopped, tmp_path):
   # Every process goes on before the step at which it is killed: they are in order.
   for step, during_save in draw_kills():

@@ -377,14 +377,6 @@ def test_a_signal_during_evaluation_ends_it_at_once():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.fixture
-def sigint_raises():
-  """A shell starts what runs in the background with SIGINT ignored."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("sigint_raises")
 def test_a_second_signal_acts_as_ever():
   with pytest.raises(KeyboardInterrupt), train._Interrupt() as interrupt:
