@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, set before JAX starts; fixtures of several files."""
+"""Eight CPU devices for every test, set before JAX starts; shared fixtures."""
 
 import os
 import signal
