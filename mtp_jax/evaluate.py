@@ -311,7 +311,7 @@ def task_metrics(
 
   Answers are decoded greedily and freely, from the prompt alone, with all extra
   predictors as drafters; an answer counts if it is right up to its end
-  (`Task.is_correct`). Errors are binomial.
+  (`Task.is_correct`), which is eos if `Task.answer_ends`. Errors are binomial.
 
   task_accuracy:        of all `eval.task_examples`.
   task_accuracy_groups: the same by kind of prompt, see `Task.group`.
@@ -326,14 +326,17 @@ def task_metrics(
     shape_of(config),
     unstack(params, shape_of(config)),
     [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
-    max_new_tokens=task.max_answer + 1,
+    max_new_tokens=task.max_answer + task.answer_ends,
     stop_ids=(tokenizer.eos_id, tokenizer.eos_id),
     prompt_length=task.max_prompt + 1,
     batch_size=config.eval.batch_size,
   )
+  # An answer that the text goes on after is what comes first.
+  whole = [x.is_stopped == task.answer_ends for x in completions]
+  ids = [x.tokens[: len(x.tokens) - task.answer_ends] for x in completions]
   answers = [
-    tokenizer.decode_symbols(x.tokens[:-1]) if x.is_stopped else None
-    for x in completions
+    tokenizer.decode_symbols(answer) if is_whole else None
+    for answer, is_whole in zip(ids, whole, strict=True)
   ]
   correct = [
     answer is not None and task.is_correct(example.prompt, answer)
@@ -348,8 +351,7 @@ def task_metrics(
     known = {tuple(ids[first:-1]) for ids, first in corpus.train_set}
     seen: set[tuple[int, ...]] = set()
     new = []
-    for completion, is_correct in zip(completions, correct, strict=True):
-      answer = tuple(completion.tokens[:-1])
+    for answer, is_correct in zip(map(tuple, ids), correct, strict=True):
       new.append(is_correct and answer not in known and answer not in seen)
       seen.add(answer)
   return {

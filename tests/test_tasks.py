@@ -448,6 +448,20 @@ def test_accuracy_counts_whole_answers_by_group(monkeypatch):
   assert found["task_new"] is None
 
 
+def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
+  corpus = corpus_of("induction", eval__task_examples=4, eval__num_rows=4)
+  right = [corpus.tokenizer.encode_symbols(x.answer) for x in corpus.held_out(4)]
+  eos = np.array([corpus.tokenizer.eos_id])
+  wrong = corpus.tokenizer.encode_symbols(("first0",))
+  scripted(
+    monkeypatch, [(right[0], False), (right[1], False), (wrong, False), (eos, True)]
+  )
+  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  assert found["task_accuracy"]["mean"] == pytest.approx(2 / 4)
+  scored = [np.sum(batch.scored) for batch, _ in corpus.eval_batches(1)]
+  assert sum(scored) == 4  # One token an example, and no end.
+
+
 def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
   corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
   tokenizer = corpus.tokenizer

@@ -201,10 +201,15 @@ class TaskCorpus:
       owners = np.arange(begin, begin + limits.batch_size)
       owners[owners >= limits.num_rows] = -1
       rows = [
-        pack([self.encode(self._held_out[i])] if i >= 0 else [], seq_len, num_extra)
+        pack([self._to_score(i)] if i >= 0 else [], seq_len, num_extra)
         for i in owners
       ]
       yield packing.stack_rows(rows), owners.astype(np.int32)
+
+  def _to_score(self, number: int) -> tuple[np.ndarray, int]:
+    """Returns a held-out example without the end that its text does not have there."""
+    ids, first = self.encode(self._held_out[number])
+    return (ids if self.task.answer_ends else ids[:-1]), first
 
   @functools.cached_property
   def _held_out(self) -> list[Example]:

@@ -21,6 +21,7 @@ _PAUSE = "<pause>"
 
 class Countdown:
   splits_by_prompt = True
+  answer_ends = True
 
   def __init__(self, config: CountdownConfig):
     self._config = config

@@ -39,6 +39,7 @@ _PATTERNS = tuple(
 
 class Induction:
   splits_by_prompt = False
+  answer_ends = False
 
   def __init__(self, config: InductionConfig):
     self._config = config

@@ -22,6 +22,8 @@ class Task(Protocol):
   splits_by_prompt: the hash of the prompt decides the split of an example, so that no
     held-out prompt is trained on. False where held-out examples come from another
     distribution.
+  answer_ends: an answer ends with eos. False where text goes on after it: what comes
+    first is then the answer, as long as it must be.
   """
 
   symbols: tuple[str, ...]
@@ -29,6 +31,7 @@ class Task(Protocol):
   max_prompt: int
   max_answer: int
   splits_by_prompt: bool
+  answer_ends: bool
 
   def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
     """Returns one example; all randomness is from `rng`."""

@@ -22,6 +22,7 @@ _OPERATORS = ("n", "+", "*", "o")
 
 class Polynomial:
   splits_by_prompt = True
+  answer_ends = True
 
   def __init__(self, config: PolynomialConfig):
     self._config = config

@@ -17,6 +17,7 @@ from mtp_jax.data.tasks.interface import Example
 
 class Sat:
   splits_by_prompt = True
+  answer_ends = True
 
   def __init__(self, config: SatConfig):
     self._config = config

@@ -21,6 +21,7 @@ from mtp_jax.data.tasks.interface import Example
 
 class Siblings:
   splits_by_prompt = False
+  answer_ends = True
 
   def __init__(self, config: SiblingsConfig):
     self._config = config

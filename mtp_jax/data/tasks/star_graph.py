@@ -27,6 +27,7 @@ class StarGraph:
   """
 
   splits_by_prompt = True
+  answer_ends = True
 
   def __init__(self, config: StarGraphConfig):
     self._config = config
