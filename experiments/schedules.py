@@ -21,6 +21,8 @@ Neither was run.
 Expected, before the run of `cpu`: reverse and the fall to 0 close at least half of the
 cost of the constant weight; forward keeps at least 0.9 of the accepted length, they do
 not.
+
+`cpu` took 17 minutes on one core, beside other programs; found: experiments/README.md.
 """
 
 from collections.abc import Iterator
