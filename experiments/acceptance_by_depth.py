@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from experiments import gains_with_scale
 from experiments.gains_with_scale import PARALLEL, SEQUENTIAL
+from experiments.text_setup import model, text_config
 
 _SIZES = {
   "cpu": gains_with_scale.CPU[1:],
@@ -41,12 +42,8 @@ _DEPTH = 3
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
-  if preset not in _SIZES:
-    raise ValueError(f"preset must be one of {', '.join(_SIZES)}, got {preset!r}.")
-  config = gains_with_scale.get_config("cpu" if preset == "cpu" else "gpu")
-  config.name = f"acceptance_by_depth_{preset}"
+  config = text_config("acceptance_by_depth", preset)
   if preset == "cpu":
-    config.data.batch_size = 4
     config.eval.update(num_rows=256, line_prompts=16, max_new_tokens=32)
   # There are few documents of prose.
   config.data.update(validation_fraction=0.1, test_fraction=0.1)
@@ -60,11 +57,11 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
   for seed in range(_SEEDS):
     for text in (code, "language_reference", "stories"):
       for size in _SIZES[preset]:
-        model = gains_with_scale.rung("cpu" if preset == "cpu" else "gpu", size)
+        shared = model(preset, size)
         if preset == "cpu":
-          model["train.num_steps"] = 600
+          shared["train.num_steps"] = 600
         for kind in (PARALLEL, SEQUENTIAL):
-          yield model | kind | {
+          yield shared | kind | {
             "name": f"text={text},embed_dim={size.embed_dim},"
             f"kind={kind['mtp.kind']},seed={seed}",
             "data.source": text,

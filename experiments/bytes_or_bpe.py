@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from experiments import gains_with_scale
 from experiments.gains_with_scale import PARALLEL
+from experiments.text_setup import model, text_config
 
 _SIZES = {
   "cpu": gains_with_scale.CPU[2],
@@ -46,26 +47,20 @@ _DEPTHS = (0, 3, 7)
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
-  if preset not in _SIZES:
-    raise ValueError(f"preset must be one of {', '.join(_SIZES)}, got {preset!r}.")
-  config = gains_with_scale.get_config("cpu" if preset == "cpu" else "gpu")
-  config.name = f"bytes_or_bpe_{preset}"
+  config = text_config("bytes_or_bpe", preset)
   if preset == "cpu":
-    config.data.batch_size = 4
     config.eval.max_new_tokens = 24
   return config
 
 
 def sweep(preset: str = "cpu") -> Iterator[dict]:
-  model = gains_with_scale.rung(
-    "cpu" if preset == "cpu" else "gpu", _SIZES[preset]
-  )
+  shared = model(preset, _SIZES[preset])
   if preset == "cpu":
-    model["train.num_steps"] = 400
+    shared["train.num_steps"] = 400
   for seed in range(_SEEDS):
     for kind, (vocab_size, seq_len) in _TOKENS[preset].items():
       for depth in _DEPTHS:
-        yield model | PARALLEL | {
+        yield shared | PARALLEL | {
           "name": f"tokenizer={kind},n={1 + depth},seed={seed}",
           "tokenizer.kind": kind,
           "tokenizer.vocab_size": vocab_size,

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from experiments import gains_with_scale
 from experiments.gains_with_scale import PARALLEL
+from experiments.text_setup import model, text_config
 
 _SIZES = {
   "cpu": gains_with_scale.CPU[1],
@@ -42,26 +43,20 @@ _VALIDATION = 0.05
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
-  if preset not in _SIZES:
-    raise ValueError(f"preset must be one of {', '.join(_SIZES)}, got {preset!r}.")
-  config = gains_with_scale.get_config("cpu" if preset == "cpu" else "gpu")
-  config.name = f"data_repetition_{preset}"
+  config = text_config("data_repetition", preset)
   config.data.validation_fraction = _VALIDATION
   config.eval.split = "validation"
   if preset == "cpu":
-    config.data.batch_size = 4
     config.eval.update(line_prompts=0, function_prompts=0)
   return config
 
 
 def sweep(preset: str = "cpu") -> Iterator[dict]:
-  model = gains_with_scale.rung(
-    "cpu" if preset == "cpu" else "gpu", _SIZES[preset]
-  )
+  shared = model(preset, _SIZES[preset])
   for seed in range(_SEEDS):
     for share in _SHARES[preset]:
       for depth in _DEPTHS:
-        yield model | PARALLEL | {
+        yield shared | PARALLEL | {
           "name": f"one_in={share},n={1 + depth},seed={seed}",
           "data.test_fraction": (1 - _VALIDATION) * (1 - 1 / share),
           "mtp.kind": "parallel" if depth else "none",

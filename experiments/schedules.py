@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from experiments import gains_with_scale
 from experiments.gains_with_scale import PARALLEL, SEQUENTIAL
+from experiments.text_setup import model, text_config
 
 _SIZES = {
   "cpu": gains_with_scale.CPU[1],
@@ -38,11 +39,9 @@ _SIZES = {
   "cluster": gains_with_scale.GPU[4],
 }
 _SEEDS = {"cpu": 3, "gpu": 3, "cluster": 5}
-_CONSTANT = {"mtp.schedule": "constant", "mtp.curriculum": "none"}
 _SCHEDULES = {
-  "constant": _CONSTANT,
-  "piecewise": {"mtp.schedule": "piecewise", "mtp.curriculum": "none"},
-  "anneal": {"mtp.schedule": "anneal", "mtp.curriculum": "none"},
+  name: {"mtp.schedule": name, "mtp.curriculum": "none"}
+  for name in ("constant", "piecewise", "anneal")
 }
 _CURRICULA = {
   name: {"mtp.schedule": "constant", "mtp.curriculum": name}
@@ -51,24 +50,18 @@ _CURRICULA = {
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
-  if preset not in _SIZES:
-    raise ValueError(f"preset must be one of {', '.join(_SIZES)}, got {preset!r}.")
-  config = gains_with_scale.get_config("cpu" if preset == "cpu" else "gpu")
-  config.name = f"schedules_{preset}"
+  config = text_config("schedules", preset)
   if preset == "cpu":
-    config.data.batch_size = 4
     config.eval.max_new_tokens = 32
   config.mtp.final_weight = 0.1
   return config
 
 
 def sweep(preset: str = "cpu") -> Iterator[dict]:
-  model = gains_with_scale.rung(
-    "cpu" if preset == "cpu" else "gpu", _SIZES[preset]
-  )
+  shared = model(preset, _SIZES[preset])
   for seed in range(_SEEDS[preset]):
     for arm, settings in _arms():
-      yield model | settings | {"name": f"{arm},seed={seed}", "seed": seed}
+      yield shared | settings | {"name": f"{arm},seed={seed}", "seed": seed}
 
 
 def _arms() -> Iterator[tuple[str, dict]]:

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from experiments.task_setup import check_preset, task_config
 
 PRESETS = ("cpu", "cpu_8_labels", "gpu", "cluster")
 _GRAPHS = {  # (arms, length)
@@ -59,16 +59,11 @@ _LONG = (("parallel", 4), ("parallel", 5))
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
-  if preset not in PRESETS:
-    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-  config = base.get_config()
+  check_preset(preset, PRESETS)
+  is_cpu = preset.startswith("cpu")
+  config = task_config("star_graph", "cpu" if is_cpu else preset)
   config.name = f"star_graph_{preset}"
-  config.tokenizer.kind = "symbols"
-  config.data.source = "star_graph"
-  config.mtp.update(weighting="sum", weight=1.0)
-  config.train.diagnostics_every = 0
-  config.checkpoint.update(every_steps=10_000, keep=1)
-  (_cpu if preset.startswith("cpu") else _gpu)(config)
+  (_cpu if is_cpu else _gpu)(config)
   if preset == "cpu_8_labels":
     config.task.star_graph.num_labels = 8
     config.train.num_steps = 800
@@ -123,15 +118,10 @@ def _graph(arms: int, length: int) -> dict:
 
 
 def _cpu(config: ConfigDict) -> None:
-  config.trunk.update(
-    num_layers=4, embed_dim=64, mlp_dim=176, num_heads=4, num_kv_heads=4
-  )
   config.tokenizer.vocab_size = 17
   config.task.star_graph.update(arms=2, length=3, num_labels=12)
   config.data.update(seq_len=20, batch_size=128)
-  config.optimizer.update(base_width=64, learning_rate=3e-3)
   config.train.update(num_steps=400, log_every=50, eval_every=50)
-  config.eval.update(num_rows=512, batch_size=128, task_examples=512)
 
 
 def _gpu(config: ConfigDict) -> None:
@@ -141,12 +131,9 @@ def _gpu(config: ConfigDict) -> None:
   config.tokenizer.vocab_size = 40
   config.task.num_train = 300_000
   config.task.star_graph.update(arms=3, length=3, num_labels=30)
-  config.data.update(seq_len=26, batch_size=4096, num_workers=4)
+  config.data.update(seq_len=26, batch_size=4096)
   config.optimizer.update(
     base_width=384, learning_rate=3e-3, warmup_fraction=1500 / 7300,
     final_fraction=1 / 3,
   )
   config.train.update(num_steps=7300, log_every=100, eval_every=500)
-  config.eval.update(
-    split="test", num_rows=4096, batch_size=1024, task_examples=10_000
-  )

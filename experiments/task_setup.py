@@ -9,14 +9,18 @@ from experiments import base
 PRESETS = ("cpu", "gpu", "cluster")
 
 
+def check_preset(preset: str, presets: Sequence[str] = PRESETS) -> None:
+  if preset not in presets:
+    raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
+
+
 def task_config(task: str, preset: str) -> ConfigDict:
   """Returns the config of a task; every extra predictor has weight 1.
 
   Raises:
     ValueError: preset is not one of `PRESETS`.
   """
-  if preset not in PRESETS:
-    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+  check_preset(preset)
   config = base.get_config()
   config.name = f"{task}_{preset}"
   config.tokenizer.kind = "symbols"
