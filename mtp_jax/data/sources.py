@@ -115,19 +115,10 @@ class DocumentReader:
 
   def __iter__(self) -> Iterator[Document]:
     self._reset()
-    for name, data in self._generated:
-      self.done_bytes += len(data)
+    for name, data in self._texts():
       document = self._accept(name, data)
       if document is not None:
         yield document
-    for name, file in self._files:
-      size = os.path.getsize(file)
-      base = self.done_bytes
-      for text_name, data in self._read(name, file, base):
-        document = self._accept(text_name, data)
-        if document is not None:
-          yield document
-      self.done_bytes = base + size
     if not self._seen:
       raise DataError(
         f"no document found: looked at {len(self._files)} file(s) in {self._where}; "
@@ -146,6 +137,16 @@ class DocumentReader:
       encoding_errors=tuple(self._encoding_errors),
       manifest=manifest_of(self._seen),
     )
+
+  def _texts(self) -> Iterator[tuple[str, bytes | None]]:
+    """Yields (name, UTF-8 bytes or None), and keeps `done_bytes`."""
+    for name, data in self._generated:
+      self.done_bytes += len(data)
+      yield name, data
+    for name, file in self._files:
+      size, base = os.path.getsize(file), self.done_bytes
+      yield from self._read(name, file, base)
+      self.done_bytes = base + size
 
   def _read(
     self, name: str, file: str, base: int
