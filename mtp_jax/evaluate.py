@@ -291,10 +291,9 @@ def generative_metrics(
   parses = [source is not None and _parses(source) for source in sources]
   sampled = []
   if config.mtp.depth:
-    middles = middle_prompts(texts, limits.middle_prompts, prompt_length)
-    sampled = complete(
-      middles or headers, stop_at_end, Decoding("leviathan", check_warp(1.0))
-    )
+    if limits.middle_prompts:
+      headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
+    sampled = complete(headers, stop_at_end, Decoding("leviathan", check_warp(1.0)))
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),
