@@ -1,6 +1,7 @@
 """Claims about multi-token prediction, each with the rule that decides it.
 
-A rule is stated before its experiment is run, unless it says otherwise.
+A rule is written before the results of its experiment are read, unless it says
+otherwise; what is expected is in the experiment's file, from before the run.
 
 A claim belongs to an experiment (`experiments/NAME.py:PRESET`), whose results are kept
 in the folder `NAME_PRESET`. Nothing measured stands here: `claim_tests.py` computes it.

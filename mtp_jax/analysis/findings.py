@@ -158,17 +158,18 @@ def _estimates(rows: list[Row]) -> pd.DataFrame:
 def _as_text(rows: list[Row]) -> str:
   """Returns the verdicts for a terminal; experiments that were not run in one line."""
   width = max(map(len, COLOURS))
-  lines, waiting = [], []
+  waiting = _waiting(rows)
+  lines = []
   for folder, own in _by_experiment(rows).items():
-    if all(row.verdict == claims_lib.NOT_RUN for row in own):
-      waiting.append(f"  {folder}: {own[0].experiment.command}")
+    if folder in waiting:
       continue
     lines.append(folder)
     for row in own:
       lines.append(f"  {row.verdict:<{width}}  {row.claim.statement}")
       lines += [f"  {'':{width}}    {x}" for x in textwrap.wrap(row.ours, 76)]
   if waiting:
-    lines += [claims_lib.NOT_RUN, *waiting]
+    lines.append(claims_lib.NOT_RUN)
+    lines += [f"  {x}: {own[0].experiment.command}" for x, own in waiting.items()]
   return "\n".join([*lines, _count(rows)])
 
 
@@ -198,26 +199,22 @@ def _markdown(rows: list[Row], measured: list[Row]) -> str:
     )
     lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
   waiting = _waiting(rows)
-  if len(waiting):
+  if waiting:
     lines += ["", "Not yet run:", ""]
     lines += [
-      f"- {row['experiment']} (claims: {row['claims']}): `{row['command']}`"
-      for _, row in waiting.iterrows()
+      f"- {folder} (claims: {len(own)}): `{own[0].experiment.command}`"
+      for folder, own in waiting.items()
     ]
   return "\n".join(lines) + "\n"
 
 
-def _waiting(rows: list[Row]) -> pd.DataFrame:
-  """Returns the experiments without any finding: folder, number of claims, command."""
-  return pd.DataFrame(
-    [
-      {
-        "experiment": folder, "claims": len(own), "command": own[0].experiment.command,
-      }
-      for folder, own in _by_experiment(rows).items()
-      if all(row.verdict == claims_lib.NOT_RUN for row in own)
-    ]
-  )
+def _waiting(rows: list[Row]) -> dict[str, list[Row]]:
+  """Returns the rows, by folder, of experiments without any finding."""
+  return {
+    folder: own
+    for folder, own in _by_experiment(rows).items()
+    if all(row.verdict == claims_lib.NOT_RUN for row in own)
+  }
 
 
 def _body(
@@ -233,8 +230,12 @@ def _body(
     ]
   waiting = _waiting(rows)
   parts.append("<h2>Not yet run</h2>")
-  if len(waiting):
-    parts.append(html_table(waiting))
+  if waiting:
+    table = [
+      {"experiment": x, "claims": len(own), "command": own[0].experiment.command}
+      for x, own in waiting.items()
+    ]
+    parts.append(html_table(pd.DataFrame(table)))
   listed = [row for row in rows if row.verdict == claims_lib.NOT_RUN]
   if listed:
     parts.append(
@@ -245,7 +246,7 @@ def _body(
     parts.append("<p>Nothing: every claim has a finding.</p>")
   parts.append(
     "<h2>How to read this</h2><p>Every rule is code, and was written before its "
-    "experiment was run, unless it says otherwise. Brackets are 95 % intervals: "
+    "results were read, unless it says otherwise. Brackets are 95 % intervals: "
     "Wilson's for shares of seeds, Student's t over seeds for all else; they speak of "
     "seeds, not of the choice of held-out examples, which all trials share. A verdict "
     "is about the models trained here, which are far smaller than the published ones: "
