@@ -21,7 +21,7 @@ Presets: `cpu`: width 64, 4 layers, 400 steps of 4 rows; three seeds. `gpu`: wid
 Expected, before the run of `cpu`: the penalty of bytes is smaller than that of BPE at
 n = 4 and at n = 8.
 
-`cpu` took 14 minutes on one core, beside other programs; found: experiments/README.md.
+`cpu` took 5 minutes on two cores, beside tests; found: experiments/README.md.
 """
 
 from collections.abc import Iterator
