@@ -97,7 +97,7 @@ MUTANTS = {
   ),
   "final norm of the parallel heads left out": Mutant(
     "model/mtp.py",
-    "jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD])",
+    "jnp.stack([given.final_norm(head_BTD) for head_BTD in heads_MBTD])",
     "jnp.stack([head_BTD for head_BTD in heads_MBTD])",
     f"{PARITY}[llama-parallel-False]",
   ),

@@ -19,7 +19,7 @@ from mtp_jax.model.layers import (
   partitioned,
 )
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import KINDS
+from mtp_jax.model.mtp import KINDS, Given
 from mtp_jax.model.trunk import Trunk
 from mtp_jax.sharding import constrain, fewest_rows, map_over_tokens
 from mtp_jax.targets import shifted_tokens
@@ -65,7 +65,7 @@ class MtpLm(nn.Module):
     else:
       unembed_DV = self.unembed()  # Creates it; the loss reads it from the tree.
     residual_BTD, in_trunk = self.trunk(x_BTD, batch.positions, batch.segment_ids)
-    hidden_MBTD, in_mtp = self.mtp(
+    given = Given(
       residual_BTD,
       self.final_norm,
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
@@ -73,6 +73,7 @@ class MtpLm(nn.Module):
       batch.positions,
       batch.segment_ids,
     )
+    hidden_MBTD, in_mtp = self.mtp(given)
     routing = {
       part: found
       for part, found in (("trunk", in_trunk), ("mtp", in_mtp))

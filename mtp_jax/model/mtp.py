@@ -1,17 +1,16 @@
 """The predictors of more than one token, behind one call signature.
 
-Each takes the trunk's un-normed residual stream, the trunk's final norm, the embeddings
-of the following tokens and of those that a state makes most likely, and the positions
-and documents. It returns the normed hidden state of every depth, [M, B, T, D], ready
-for the shared unembedding, and the routing of its blocks where they have experts. Depth
-m predicts token i + 1 + m at position i. All run on all T positions; a position whose
-target lies in another document is masked in the loss, and because attention is causal
-within documents no valid position ever sees it.
+Each takes what the trunk gives (`Given`) and returns the normed hidden state of every
+depth, [M, B, T, D], ready for its unembedding, and the routing of its blocks where they
+have experts. Depth m predicts token i + 1 + m at position i. All run on all T
+positions; a position whose target lies in another document is masked in the loss, and
+because attention is causal within documents no valid position ever sees it.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,6 +28,23 @@ Norm = Callable[[jax.Array], jax.Array]
 EmbedAhead = Callable[[int], jax.Array]
 # normed hidden_BTD -> embedding_BTD of the most likely tokens, chosen without gradient.
 EmbedOwn = Callable[[jax.Array], jax.Array]
+
+
+class Given(NamedTuple):
+  """What every predictor starts from.
+
+  residual_BTD: the trunk's un-normed residual stream. final_norm: its final norm.
+  positions_BT, segment_ids_BT: as in `Batch`.
+  """
+
+  residual_BTD: jax.Array
+  final_norm: Norm
+  embed_ahead: EmbedAhead
+  embed_own: EmbedOwn
+  positions_BT: jax.Array
+  segment_ids_BT: jax.Array
+
+
 # What sequential modules pass on: the next one's state, and the last one's output where
 # own tokens are chosen from it.
 Carry = tuple[jax.Array, jax.Array | None]
@@ -41,17 +57,8 @@ class NextToken(nn.Module):
   mtp: MtpConfig
 
   @nn.compact
-  def __call__(
-    self,
-    residual_BTD: jax.Array,
-    final_norm: Norm,
-    embed_ahead: EmbedAhead,
-    embed_own: EmbedOwn,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-  ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, embed_own, positions_BT, segment_ids_BT
-    return final_norm(residual_BTD)[None], None
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
+    return given.final_norm(given.residual_BTD)[None], None
 
 
 class LinearHeads(nn.Module):
@@ -61,18 +68,9 @@ class LinearHeads(nn.Module):
   mtp: MtpConfig
 
   @nn.compact
-  def __call__(
-    self,
-    residual_BTD: jax.Array,
-    final_norm: Norm,
-    embed_ahead: EmbedAhead,
-    embed_own: EmbedOwn,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-  ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, embed_own, positions_BT, segment_ids_BT
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     depth, dim = self.mtp.depth, self.trunk.embed_dim
-    hidden_BTD = final_norm(residual_BTD)
+    hidden_BTD = given.final_norm(given.residual_BTD)
     if depth == 0:
       return hidden_BTD[None], None
     maps = self.param(
@@ -104,18 +102,9 @@ class MedusaHeads(nn.Module):
   mtp: MtpConfig
 
   @nn.compact
-  def __call__(
-    self,
-    residual_BTD: jax.Array,
-    final_norm: Norm,
-    embed_ahead: EmbedAhead,
-    embed_own: EmbedOwn,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-  ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, embed_own, positions_BT, segment_ids_BT
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     depth, dim = self.mtp.depth, self.trunk.embed_dim
-    hidden_BTD = final_norm(residual_BTD)
+    hidden_BTD = given.final_norm(given.residual_BTD)
     if depth == 0:
       return hidden_BTD[None], None
 
@@ -141,19 +130,9 @@ class ParallelHeads(nn.Module):
   mtp: MtpConfig
 
   @nn.compact
-  def __call__(
-    self,
-    residual_BTD: jax.Array,
-    final_norm: Norm,
-    embed_ahead: EmbedAhead,
-    embed_own: EmbedOwn,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-  ) -> tuple[jax.Array, Routing | None]:
-    del embed_ahead, embed_own
-
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     def head(block: nn.Module, x_BTD: jax.Array, _: None):
-      head_BTD, _, routing = block(x_BTD, positions_BT, segment_ids_BT)
+      head_BTD, _, routing = block(x_BTD, given.positions_BT, given.segment_ids_BT)
       return x_BTD, (head_BTD, routing)
 
     num_heads = 1 + self.mtp.depth
@@ -164,9 +143,9 @@ class ParallelHeads(nn.Module):
       length=num_heads,
       unroll=1 if self.trunk.scan_layers else num_heads,
       metadata_params={nn.PARTITION_NAME: "depths"},
-    )(rematted(Block, self.trunk)(self.trunk, name="heads"), residual_BTD, None)
+    )(rematted(Block, self.trunk)(self.trunk, name="heads"), given.residual_BTD, None)
     # One head at a time: a leading axis of 1 would sum in another order at D = 0.
-    return jnp.stack([final_norm(head_BTD) for head_BTD in heads_MBTD]), routing
+    return jnp.stack([given.final_norm(head_BTD) for head_BTD in heads_MBTD]), routing
 
 
 class SequentialModule(nn.Module):
@@ -233,44 +212,36 @@ class SequentialModules(nn.Module):
   mtp: MtpConfig
 
   @nn.compact
-  def __call__(
-    self,
-    residual_BTD: jax.Array,
-    final_norm: Norm,
-    embed_ahead: EmbedAhead,
-    embed_own: EmbedOwn,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-  ) -> tuple[jax.Array, Routing | None]:
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     mtp, depth = self.mtp, self.mtp.depth
-    normed_BTD = final_norm(residual_BTD)
+    normed_BTD = given.final_norm(given.residual_BTD)
     if depth == 0:
       return normed_BTD[None], None
     ahead_kBTD = None
     if mtp.fed == "true":
-      ahead_kBTD = jnp.stack([embed_ahead(k) for k in range(1, 1 + depth)])
+      ahead_kBTD = jnp.stack([given.embed_ahead(k) for k in range(1, 1 + depth)])
 
     def step(module: nn.Module, carry: Carry, embedding_BTD: jax.Array | None):
-      given_BTD, last_BTD = carry
+      from_BTD, last_BTD = carry
       if mtp.fed == "own":
-        embedding_BTD = embed_own(last_BTD)
+        embedding_BTD = given.embed_own(last_BTD)
       if embedding_BTD is not None:
         embedding_BTD = constrain(embedding_BTD, "batch", "seq", "act_embed")
       h_BTD, _, routing = module(
-        given_BTD, embedding_BTD, positions_BT, segment_ids_BT
+        from_BTD, embedding_BTD, given.positions_BT, given.segment_ids_BT
       )
-      return following(given_BTD, h_BTD), (h_BTD, routing)
+      return following(from_BTD, h_BTD), (h_BTD, routing)
 
-    def following(given_BTD: jax.Array, h_BTD: jax.Array) -> Carry:
+    def following(from_BTD: jax.Array, h_BTD: jax.Array) -> Carry:
       last_BTD = h_BTD if mtp.fed == "own" else None
       if mtp.hidden == "chained":
         return h_BTD, last_BTD
       if mtp.hidden == "trunk":
-        return given_BTD, last_BTD
-      shifted_BTD = jnp.concatenate([given_BTD[:, 1:], h_BTD[:, -1:]], axis=1)
+        return from_BTD, last_BTD
+      shifted_BTD = jnp.concatenate([from_BTD[:, 1:], h_BTD[:, -1:]], axis=1)
       return constrain(shifted_BTD, "batch", "seq", "act_embed"), last_BTD
 
-    first_BTD = normed_BTD if mtp.hidden_norm == "after" else residual_BTD
+    first_BTD = normed_BTD if mtp.hidden_norm == "after" else given.residual_BTD
     shared, trunk = mtp.share_modules, predictor_trunk(self.trunk, mtp)
     _, (chain, routing) = nn.scan(
       step,
