@@ -73,9 +73,13 @@ def get_config() -> ConfigDict:
       curriculum="none",
       share_modules=False,
       dense_blocks=False,
+      mlp_dim=0,
       hidden="chained",
       hidden_norm="after",
       fed="true",
+      unembed="shared",
+      objective="cross_entropy",
+      feature_weight=0.0,
       arm="added",
     )
   )
@@ -154,6 +158,7 @@ def get_config() -> ConfigDict:
       function_prompts=32,
       middle_prompts=0,
       max_new_tokens=64,
+      num_drafts=0,
       task_examples=1024,
     )
   )

@@ -65,27 +65,35 @@ def train_flops_per_token(
 ) -> float:
   """Returns model FLOPs per trained token, all depths included.
 
+  What is trained costs three times its forward pass. A frozen trunk costs one, as its
+  main head does, and its output matrix two where extra depths read it: nothing is
+  differentiated for it.
+
   `attention_pairs`: "causal" counts the (T + 1) / 2 keys that a token sees on average;
   "full" the T keys that an implementation without skipping computes.
   """
   trunk, mtp = config.trunk, config.mtp
-  dim, num_predictors = trunk.embed_dim, 1 + mtp.depth
+  dim, vocab = trunk.embed_dim, config.tokenizer.vocab_size
+  logits, is_frozen = 2 * dim * vocab, config.train.freeze_trunk
   flops = functools.partial(
     _block_flops, seq_len=config.data.seq_len, attention_pairs=attention_pairs
   )
-  forward = trunk.dense_prefix * flops(trunk.dense())
-  forward += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
-  block = flops(predictor_trunk(trunk, mtp))
-  forward += num_predictors * 2 * dim * config.tokenizer.vocab_size
+  deployed = trunk.dense_prefix * flops(trunk.dense()) + logits
+  deployed += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
+  block, added = flops(predictor_trunk(trunk, mtp)), 0.0
   if mtp.kind == "parallel":
-    forward += num_predictors * block
+    added = (1 + mtp.depth) * block
   elif mtp.kind == "sequential":
-    forward += mtp.depth * (block + 2 * 2 * dim * dim)
+    added = mtp.depth * (block + 2 * 2 * dim * dim)
   elif mtp.kind in ("linear", "medusa"):
-    forward += mtp.depth * 2 * dim * dim
-  # Own tokens take the logits of every depth but the last once more, and no gradient.
-  chosen = mtp.depth if mtp.fed == "own" else 0
-  return 3.0 * forward + chosen * 2 * dim * config.tokenizer.vocab_size
+    added = mtp.depth * 2 * dim * dim
+  passes = 2 if is_frozen and mtp.unembed == "shared" else 3
+  total = (1 if is_frozen else 3) * deployed + 3.0 * added
+  total += passes * mtp.depth * logits
+  # Own tokens take the logits of every depth but the last once more, and those of the
+  # trunk as a teacher are computed for every depth; neither has a gradient.
+  total += mtp.depth * logits * (mtp.fed == "own")
+  return total + mtp.depth * logits * (mtp.objective != "cross_entropy")
 
 
 def resolve(config: Config) -> Config:

@@ -62,8 +62,9 @@ ARCHITECTURE = (
     f"trunk.rope_scaling.{field.name}"
     for field in dataclasses.fields(RopeScalingConfig)
   ),
-  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.hidden",
-  "mtp.hidden_norm", "mtp.fed", "mtp.arm",
+  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.mlp_dim",
+  "mtp.hidden",
+  "mtp.hidden_norm", "mtp.fed", "mtp.unembed", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 
@@ -112,7 +113,7 @@ def contract(config: Config) -> dict[str, Any]:
     "concat_order": ["hidden", "embedding"] if kind == "sequential" else None,
     "next_token_head": "first parallel head" if kind == "parallel" else "trunk",
     "embedding_shared": True,
-    "unembedding_shared": True,
+    "unembedding_shared": config.mtp.unembed == "shared",
     "tied_embeddings": config.trunk.tie_embeddings,
   }
 

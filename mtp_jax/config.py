@@ -148,6 +148,8 @@ class MtpConfig:
   depth_weights: relative weight of each depth; empty means all equal.
   curriculum: none | forward (depths switched on one by one) | reverse (switched off).
   dense_blocks: sequential modules have dense blocks where the trunk has experts.
+  mlp_dim:    width of the dense feed-forward layers of sequential modules; 0 is
+              `trunk.mlp_dim`.
   hidden:     the state that sequential module k starts from at position i: chained (of
               module k - 1 at i) | trunk (the trunk's at i) | trunk_shifted (the trunk's
               at i + k - 1, of the token before the one that it is fed; see
@@ -155,6 +157,13 @@ class MtpConfig:
   hidden_norm: the trunk's state as the modules get it: after or before the final norm.
   fed:        the token i + k whose embedding module k sees: true | none (zeros) | own
               (the most likely one by depth k - 1).
+  unembed:    the output matrix of the extra depths: shared (the trunk's) | own (one of
+              their own, which begins as a copy of the trunk's).
+  objective:  what the extra depths minimise, see `losses.OBJECTIVES`: cross_entropy
+              (with the data) | kl | tv | log_acceptance (with the trunk's own
+              distribution of the same token).
+  feature_weight: weight of the distance between the states of the extra depths and
+              those of the trunk for the same token (EAGLE), relative to `objective`.
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).
@@ -171,15 +180,25 @@ class MtpConfig:
   curriculum: Literal["none", "forward", "reverse"]
   share_modules: bool
   dense_blocks: bool
+  mlp_dim: int
   hidden: Literal["chained", "trunk", "trunk_shifted"]
   hidden_norm: Literal["after", "before"]
   fed: Literal["true", "none", "own"]
+  unembed: Literal["shared", "own"]
+  objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"]
+  feature_weight: float
   arm: Literal["added", "shortened", "flops"]
 
 
 # What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
 # predictor has the choice.
 PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
+
+# The kinds that may have output matrices of their own.
+OWN_UNEMBED = ("medusa",)
+
+# The kinds that can draft more tokens than they have depths, from their own output.
+RECURSIVE = ("sequential",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,6 +397,8 @@ class EvalConfig:
                   by sampling, to measure how often drafts are accepted; 0: functions
                   are continued instead.
   max_new_tokens: longest greedy completion.
+  num_drafts:     drafts per round of decoding; 0 is one per extra depth, and sequential
+                  modules go on from their own output for more.
   task_examples: held-out examples of a task that are answered and scored; 0 = off.
   """
 
@@ -389,6 +410,7 @@ class EvalConfig:
   function_prompts: int
   middle_prompts: int
   max_new_tokens: int
+  num_drafts: int
   task_examples: int
 
 
@@ -502,7 +524,8 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   """Returns the section without any extra predictor, on top of the whole trunk."""
   return dataclasses.replace(
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
-    dense_blocks=False, arm="added", **PUBLISHED_INPUTS,
+    dense_blocks=False, mlp_dim=0, unembed="shared", objective="cross_entropy",
+    feature_weight=0.0, arm="added", **PUBLISHED_INPUTS,
   )
 
 
@@ -522,9 +545,15 @@ def routed_layers(config: Config) -> dict[str, int]:
   return {"trunk": in_trunk} | ({"mtp": in_mtp} if in_mtp else {})
 
 
+def learns_from_trunk(mtp: MtpConfig) -> bool:
+  """Whether the extra depths learn from what the trunk says, not from data alone."""
+  return mtp.objective != "cross_entropy" or mtp.feature_weight > 0
+
+
 def predictor_trunk(trunk: TrunkConfig, mtp: MtpConfig) -> TrunkConfig:
   """Returns the trunk that the blocks of the extra predictors are built from."""
-  return trunk.dense() if mtp.dense_blocks else trunk
+  trunk = trunk.dense() if mtp.dense_blocks else trunk
+  return dataclasses.replace(trunk, mlp_dim=mtp.mlp_dim or trunk.mlp_dim)
 
 
 def num_trunk_layers(config: Config) -> int:
@@ -610,16 +639,18 @@ _AT_LEAST_1 = (
   "task.siblings.num_parents",
 )
 _AT_LEAST_0 = (
-  "mtp.depth", "train.eval_every", "train.diagnostics_every", "data.num_workers",
+  "mtp.depth", "mtp.mlp_dim", "train.eval_every", "train.diagnostics_every",
+  "data.num_workers",
   "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
   "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
   "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
   "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
+  "eval.num_drafts",
 )
 _FINITE_NOT_NEGATIVE = (
-  "mtp.weight", "mtp.final_weight", "optimizer.weight_decay", "trunk.moe.bias_rate",
-  "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
+  "mtp.weight", "mtp.final_weight", "mtp.feature_weight", "optimizer.weight_decay",
+  "trunk.moe.bias_rate", "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
   "trunk.rope_scaling.mscale_all_dim",
 )
 _FINITE_POSITIVE = (
@@ -775,11 +806,41 @@ def _check_mtp(rule: _Rules) -> None:
       mtp.kind == "sequential", "mtp.share_modules",
       f"False unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
     )
+  if mtp.mlp_dim:
+    rule(
+      mtp.kind == "sequential" and mtp.depth > 0, "mtp.mlp_dim",
+      f"0 unless mtp.kind is 'sequential' (it is {mtp.kind!r} with depth {mtp.depth})",
+    )
+    rule(
+      mtp.arm != "shortened", "mtp.mlp_dim",
+      "0 for mtp.arm 'shortened', which trades whole layers of the trunk",
+    )
+    rule(
+      mtp.dense_blocks or rule.config.trunk.moe.num_experts == 0, "mtp.mlp_dim",
+      "0 where the modules have experts (mtp.dense_blocks False)",
+    )
   for key, published in PUBLISHED_INPUTS.items():
     rule(
       mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
       f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
     )
+  rule(
+    mtp.unembed == "shared" or (mtp.kind in OWN_UNEMBED and mtp.depth > 0),
+    "mtp.unembed",
+    f"'shared' unless mtp.kind is one of {', '.join(map(repr, OWN_UNEMBED))} with "
+    f"extra depths (it is {mtp.kind!r} with depth {mtp.depth})",
+  )
+  for key, plain in (("objective", "cross_entropy"), ("feature_weight", 0.0)):
+    rule(
+      getattr(mtp, key) == plain or mtp.depth > 0, f"mtp.{key}",
+      f"{plain!r} at mtp.depth 0: only extra depths learn from the trunk",
+    )
+  most = rule.config.eval.num_drafts
+  rule(
+    most <= mtp.depth or (mtp.kind in RECURSIVE and mtp.depth > 0), "eval.num_drafts",
+    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of "
+    f"{', '.join(map(repr, RECURSIVE))} with extra depths (it is {mtp.kind!r})",
+  )
   if mtp.arm == "shortened":
     rule(
       num_added_layers(mtp) > 0, "mtp.arm",
@@ -882,7 +943,8 @@ def _check_sharding(rule: _Rules) -> None:
   """Sharded dimensions divide evenly."""
   rule.divisible("data.seq_len", "mesh.context")
   for key in (
-    "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "tokenizer.vocab_size"
+    "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "mtp.mlp_dim",
+    "tokenizer.vocab_size",
   ):
     rule.divisible(key, "mesh.tensor")
   if rule.config.trunk.moe.num_experts:

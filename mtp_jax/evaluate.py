@@ -30,11 +30,11 @@ from mtp_jax.config import Config
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tasks.interface import Example
 from mtp_jax.decode.acceptance import counts
-from mtp_jax.decode.generate import GREEDY, Completion, Decoding, generate
+from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.model.lm import MtpLm, unembeddings
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -52,7 +52,7 @@ def row_sums(
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
   stats = token_stats(
-    hidden_MBTD, unembed_matrix(params, config), targets_MBT, config.loss.block_tokens
+    hidden_MBTD, unembeddings(params, config), targets_MBT, config.loss.block_tokens
   )
   depth, length = config.mtp.depth, batch.tokens.shape[1]
   sum_rows = lambda x: jnp.sum(x, axis=-1, dtype=jnp.float32)  # noqa: E731
@@ -257,7 +257,7 @@ def generative_metrics(
   weights, shape = unstack(params, shape_of(config)), shape_of(config)
 
   def complete(
-    prompts: list[str], stop_ids: tuple[int, int], decoding: Decoding = GREEDY
+    prompts: list[str], stop_ids: tuple[int, int], rule: str = "greedy"
   ) -> list[Completion]:
     return generate(
       shape,
@@ -265,7 +265,7 @@ def generative_metrics(
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       max_new_tokens=limits.max_new_tokens,
       stop_ids=stop_ids,
-      decoding=decoding,
+      decoding=_decoding(config, rule),
       prompt_length=prompt_length,
       batch_size=limits.batch_size,
     )
@@ -293,7 +293,7 @@ def generative_metrics(
   if config.mtp.depth:
     if limits.middle_prompts:
       headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
-    sampled = complete(headers, stop_at_end, Decoding("leviathan", check_warp(1.0)))
+    sampled = complete(headers, stop_at_end, "leviathan")
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),
@@ -327,6 +327,7 @@ def task_metrics(
     [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
     max_new_tokens=task.max_answer + task.answer_ends,
     stop_ids=(tokenizer.eos_id, tokenizer.eos_id),
+    decoding=_decoding(config),
     prompt_length=task.max_prompt + 1,
     batch_size=config.eval.batch_size,
   )
@@ -384,6 +385,13 @@ def acceptance_rates(name: str, completions: list[Completion]) -> dict[str, Any]
   conditional = [ratio(*x) for x in zip(accepted_NK.T, reached_NK.T, strict=True)]
   tau = ratio(tokens_N, rounds_N)
   return dict(zip(keys, (tau, survival, conditional), strict=True))
+
+
+def _decoding(config: Config, rule: str = "greedy") -> Decoding:
+  """Returns how the evaluation decodes: greedily, or sampling at temperature 1."""
+  warp = None if rule == "greedy" else check_warp(1.0)
+  num_drafts = config.eval.num_drafts or None
+  return Decoding(rule, warp, num_drafts=num_drafts, recurse=True)
 
 
 def _proportion(outcomes: list[bool]) -> dict[str, float] | None:

@@ -27,7 +27,7 @@ from mtp_jax.decode import network
 from mtp_jax.decode.provenance import Generation
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.model.lm import MtpLm, unembed_matrix, unembeddings
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -327,15 +327,15 @@ def _hidden(config: Config, params: Any, batch: Batch) -> jax.Array:
   return MtpLm(config).apply({"params": params}, batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _logits(
-  config: Config, params: Any, hidden_MBPD: jax.Array, depth: jax.Array
+  config: Config, params: Any, hidden_MBPD: jax.Array, depth: int
 ) -> jax.Array:
   """Returns logits_PV of the first row, float32 or wider."""
   return jnp.einsum(
     "PD,DV->PV",
     hidden_MBPD[depth, 0],
-    unembed_matrix(params, config),
+    unembed_matrix(params, config, depth),
     preferred_element_type=jnp.promote_types(hidden_MBPD.dtype, jnp.float32),
   )
 
@@ -347,6 +347,6 @@ def _losses(
   """Returns `(nll_MBP, mask_MBP)`, as the evaluation computes them."""
   targets_MBP, mask_MBP = future_targets(batch, config.mtp.depth)
   stats = token_stats(
-    hidden_MBPD, unembed_matrix(params, config), targets_MBP, config.loss.block_tokens
+    hidden_MBPD, unembeddings(params, config), targets_MBP, config.loss.block_tokens
   )
   return stats.nll_MBT, mask_MBP

@@ -1,4 +1,4 @@
-"""Per-depth cross-entropy from hidden states, with one block of logits alive.
+"""Per-depth losses from hidden states, with one block of logits alive.
 
 The losses receive hidden states and the unembedding matrix, never logits: they walk
 over depths and blocks of positions. Because the scalar that is differentiated is linear
@@ -11,20 +11,37 @@ Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth, N = tokens of a bl
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtp_jax.sharding import map_over_tokens, psum_tokens
 
 
 class LossSums(NamedTuple):
-  """`total` = sum_m coefficients[m] * nll[m]; the rest are sums over tokens, [M]."""
+  """`total` is the sum of `weighted_M`, the coefficients times the objective's sums.
+
+  nll_M, correct_M: sums over tokens, whatever the objective is.
+  """
 
   total: jax.Array
+  weighted_M: jax.Array
   nll_M: jax.Array
   correct_M: jax.Array
+
+
+class Teacher(NamedTuple):
+  """The distributions that depths learn from instead of from the data.
+
+  hidden_MBTD: the trunk's normed states from which it predicts the same tokens.
+  unembed_DV: the trunk's output matrix.
+  """
+
+  hidden_MBTD: jax.Array
+  unembed_DV: jax.Array
 
 
 class TokenStats(NamedTuple):
@@ -44,7 +61,66 @@ def loss_coefficients(weights_M: jax.Array, mask_MBT: jax.Array) -> jax.Array:
   return weights_M / jnp.maximum(counts_M, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def kl(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
+  """Returns KL(p || q) in nats, p being the teacher's distribution."""
+  log_p_NV, log_q_NV = map(jax.nn.log_softmax, (teacher_NV, logits_NV))
+  return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
+
+
+def tv(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
+  """Returns 1 - sum min(p, q): how often a sampled draft is rejected.
+
+  It is the total variation distance (Leviathan et al. 2023, arXiv 2211.17192, theorem
+  3.5).
+  """
+  return 1.0 - _overlap(logits_NV, teacher_NV)
+
+
+def log_acceptance(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
+  """Returns -log sum min(p, q) in nats, of the LK losses (arXiv 2602.23881).
+
+  Its gradient is that of `tv` divided by the overlap, so that it does not vanish where
+  the distributions have nothing in common.
+  """
+  return -jnp.log(_overlap(logits_NV, teacher_NV))
+
+
+def _overlap(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
+  return jnp.sum(
+    jnp.minimum(jax.nn.softmax(logits_NV), jax.nn.softmax(teacher_NV)), axis=-1
+  )
+
+
+# mtp.objective -> (logits_NV, teacher_NV) -> loss_N; `cross_entropy` needs no teacher.
+OBJECTIVES = {"kl": kl, "tv": tv, "log_acceptance": log_acceptance}
+
+
+def trunk_states(hidden_MBTD: jax.Array) -> jax.Array:
+  """Returns at [m, b, i] the trunk's state from which it predicts token i + 1 + m.
+
+  That is its state at i + m, `hidden_MBTD[0, b, i + m]`; where the row ends before, the
+  entry means nothing. No gradient passes.
+  """
+  trunk_BTD = jax.lax.stop_gradient(hidden_MBTD[0])
+  depths = range(hidden_MBTD.shape[0])
+  return jnp.stack([jnp.roll(trunk_BTD, -m, axis=1) for m in depths])
+
+
+def feature_sums(
+  hidden_MBTD: jax.Array, teacher_MBTD: jax.Array, mask_MBT: jax.Array
+) -> jax.Array:
+  """Returns sums_M over tokens of the smooth L1 distance, a mean over the features.
+
+  EAGLE (Li et al. 2024, arXiv 2401.15077, section 4.2): states that draft resemble the
+  trunk's. float32, or float64.
+  """
+  wide = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
+  hidden_MBTD, teacher_MBTD = hidden_MBTD.astype(wide), teacher_MBTD.astype(wide)
+  distance_MBT = jnp.mean(optax.losses.huber_loss(hidden_MBTD, teacher_MBTD), axis=-1)
+  return jnp.sum(jnp.where(mask_MBT, distance_MBT, 0.0), axis=(1, 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def loss_sums(
   hidden_MBTD: jax.Array,
   unembed_DV: jax.Array,
@@ -52,40 +128,54 @@ def loss_sums(
   mask_MBT: jax.Array,
   coefficients_M: jax.Array,
   block_tokens: int,
+  objective: str = "cross_entropy",
+  teacher: Teacher | None = None,
 ) -> LossSums:
   """Returns the weighted total loss and the per-depth sums.
 
-  Differentiable in `hidden_MBTD` and `unembed_DV` through `total` only; the per-depth
-  sums are reports. Logits, softmax and sums are float32 (float64 for float64 input).
+  Differentiable in `hidden_MBTD` and `unembed_DV` through `total` only; the rest are
+  reports, and the teacher learns nothing. Logits, softmax and sums are float32
+  (float64 for float64 input).
 
   Args:
     hidden_MBTD: normed hidden states of every depth.
-    unembed_DV: the shared output matrix, in the compute dtype.
+    unembed_DV: the output matrix of these depths, in the compute dtype.
     targets_MBT: token ids.
     mask_MBT: true where the target counts.
     coefficients_M: see `loss_coefficients`.
     block_tokens: positions per block of logits, on each device.
+    objective: cross_entropy, or a key of `OBJECTIVES`, which needs a teacher.
+    teacher: see there.
   """
   return _over_devices(
-    functools.partial(_local_sums, block_tokens=block_tokens, with_grads=False)
-  )(hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M)[0]
+    functools.partial(
+      _local_sums, block_tokens=block_tokens, objective=objective, with_grads=False
+    ),
+    with_teacher=teacher is not None,
+  )(hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M, teacher)[0]
 
 
-def _loss_sums_fwd(hidden, unembed, targets, mask, coefficients, block_tokens):
+def _loss_sums_fwd(
+  hidden, unembed, targets, mask, coefficients, block_tokens, objective, teacher
+):
   sums, d_hidden, d_unembed = _over_devices(
-    functools.partial(_local_sums, block_tokens=block_tokens, with_grads=True),
+    functools.partial(
+      _local_sums, block_tokens=block_tokens, objective=objective, with_grads=True
+    ),
     with_grads=True,
-  )(hidden, unembed, targets, mask, coefficients)
+    with_teacher=teacher is not None,
+  )(hidden, unembed, targets, mask, coefficients, teacher)
   return sums, (d_hidden, d_unembed.astype(unembed.dtype))
 
 
-def _loss_sums_bwd(block_tokens, residuals, cotangents):
-  del block_tokens
+def _loss_sums_bwd(block_tokens, objective, residuals, cotangents):
+  del block_tokens, objective
   d_hidden, d_unembed = residuals
   scale = cotangents.total
   return (
     d_hidden * scale.astype(d_hidden.dtype),
     d_unembed * scale.astype(d_unembed.dtype),
+    None,
     None,
     None,
     None,
@@ -97,12 +187,22 @@ loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd)
 
 def token_stats(
   hidden_MBTD: jax.Array,
-  unembed_DV: jax.Array,
+  unembeddings: Sequence[tuple[slice, jax.Array]],
   targets_MBT: jax.Array,
   block_tokens: int,
 ) -> TokenStats:
-  """Returns every token's loss in nats and arg max, for evaluation (no gradient)."""
+  """Returns every token's loss in nats and arg max, for evaluation (no gradient).
 
+  `unembeddings` are (depths, output matrix of these depths), in order.
+  """
+  results = [
+    _token_stats(hidden_MBTD[depths], unembed_DV, targets_MBT[depths], block_tokens)
+    for depths, unembed_DV in unembeddings
+  ]
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def _token_stats(hidden_MBTD, unembed_DV, targets_MBT, block_tokens):
   def block(h_ND, t_N):
     logits_NV = _logits(h_ND, unembed_DV)
     nll_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, t_N)
@@ -119,52 +219,65 @@ def token_stats(
   return TokenStats(nll, argmax)
 
 
-def _over_devices(function, with_grads=False):
+def _over_devices(function, with_grads=False, with_teacher=False):
   tokens = (None, "batch", "seq")
   scalar, per_depth, matrix = (), (None,), ("act_embed", None)
-  sums = LossSums(scalar, per_depth, per_depth)
+  sums = LossSums(scalar, per_depth, per_depth, per_depth)
   hidden = (*tokens, "act_embed")
+  teacher = Teacher(hidden, matrix) if with_teacher else None
   return map_over_tokens(
     function,
-    in_axes=(hidden, matrix, tokens, tokens, per_depth),
+    in_axes=(hidden, matrix, tokens, tokens, per_depth, teacher),
     out_axes=(sums, hidden, matrix) if with_grads else (sums,),
   )
 
 
 def _local_sums(
-  hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M, *,
-  block_tokens, with_grads,
+  hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M, teacher, *,
+  block_tokens, objective, with_grads,
 ):
   """One device's share: scans over (depth, block) and sums over devices at the end."""
   M, B, T, D = hidden_MBTD.shape
   accumulate = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
 
   def block(d_unembed, xs):
-    h_ND, t_N, mask_N, coefficient = xs
+    h_ND, t_N, mask_N, *of_teacher, coefficient = xs
     logits_NV = _logits(h_ND, unembed_DV)
     top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
     sum_N1 = jnp.sum(exp_NV, axis=-1, keepdims=True)
     picked_N = _pick(logits_NV, t_N)
     nll_N = jnp.log(sum_N1[:, 0]) + top_N1[:, 0] - picked_N
-    nll = jnp.sum(jnp.where(mask_N, nll_N, 0.0))
+    value = nll = jnp.sum(jnp.where(mask_N, nll_N, 0.0))
     correct = jnp.sum((picked_N >= top_N1[:, 0]) & mask_N, dtype=accumulate)
+    if teacher is not None:
+      teacher_NV = _logits(*of_teacher, teacher.unembed_DV)
+      value_N, pullback = jax.vjp(
+        lambda x_NV: OBJECTIVES[objective](x_NV, teacher_NV), logits_NV
+      )
+      value = jnp.sum(jnp.where(mask_N, value_N, 0.0))
     if not with_grads:
-      return d_unembed, (nll, correct)
+      return d_unembed, (value, nll, correct)
     scale_N1 = jnp.where(mask_N, coefficient, 0.0)[:, None].astype(accumulate)
-    hot_NV = jax.lax.broadcasted_iota(t_N.dtype, logits_NV.shape, 1) == t_N[:, None]
-    d_logits_NV = exp_NV * (scale_N1 / sum_N1) - jnp.where(hot_NV, scale_N1, 0.0)
+    if teacher is None:
+      hot_NV = jax.lax.broadcasted_iota(t_N.dtype, logits_NV.shape, 1) == t_N[:, None]
+      d_logits_NV = exp_NV * (scale_N1 / sum_N1) - jnp.where(hot_NV, scale_N1, 0.0)
+    else:
+      (d_logits_NV,) = pullback(scale_N1[:, 0])
     d_logits_NV = d_logits_NV.astype(h_ND.dtype)
     d_h_ND = jnp.einsum("NV,DV->ND", d_logits_NV, unembed_DV)
     d_unembed = d_unembed + jnp.einsum(
       "ND,NV->DV", h_ND, d_logits_NV, preferred_element_type=accumulate
     )
-    return d_unembed, (nll, correct, d_h_ND)
+    return d_unembed, (value, nll, correct, d_h_ND)
 
   # Blocks never cross a depth: tokens of one depth are padded to whole blocks.
+  arrays = [hidden_MBTD, targets_MBT, mask_MBT]
+  if teacher is not None:
+    arrays.append(teacher.hidden_MBTD)
   per_depth = [
-    _split(block_tokens, h.reshape(-1, D), t.reshape(-1), m.reshape(-1))[0]
-    for h, t, m in zip(hidden_MBTD, targets_MBT, mask_MBT, strict=True)
+    _split(block_tokens, *(x.reshape(B * T, *x.shape[2:]) for x in depth))[0]
+    for depth in zip(*arrays, strict=True)
   ]
   num_blocks = per_depth[0][0].shape[0]
   xs = (
@@ -177,13 +290,14 @@ def _local_sums(
     ys = jax.tree.map(lambda y: y[None], ys)
   else:
     d_unembed, ys = jax.lax.scan(block, d_unembed, xs)
-  nll_M, correct_M = (
-    psum_tokens(jnp.sum(y.reshape(M, num_blocks), axis=1)) for y in ys[:2]
+  value_M, nll_M, correct_M = (
+    psum_tokens(jnp.sum(y.reshape(M, num_blocks), axis=1)) for y in ys[:3]
   )
-  sums = LossSums(jnp.sum(coefficients_M * nll_M), nll_M, correct_M)
+  weighted_M = coefficients_M * value_M
+  sums = LossSums(jnp.sum(weighted_M), weighted_M, nll_M, correct_M)
   if not with_grads:
     return (sums,)
-  d_hidden = ys[2].reshape(M, -1, D)[:, : B * T].reshape(M, B, T, D)
+  d_hidden = ys[3].reshape(M, -1, D)[:, : B * T].reshape(M, B, T, D)
   return sums, d_hidden, psum_tokens(d_unembed)
 
 

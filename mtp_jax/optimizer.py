@@ -92,7 +92,7 @@ def learning_rate_scales(config: Config, axes: Any) -> Any:
   def factor(path: Any, names: tuple[str, ...]) -> float:
     if _is_hidden(path, names):
       return hidden
-    return ratio if path[0].key == "unembed" else 1.0
+    return ratio if _is_unembed(path) else 1.0
 
   return jax.tree_util.tree_map_with_path(factor, axes, is_leaf=_is_axes)
 
@@ -119,7 +119,13 @@ def _is_matrix(names: tuple[str, ...]) -> bool:
 
 def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:
   """Whether the parameter maps the width to (a multiple of) the width."""
-  return path[0].key in ("trunk", "mtp") and _is_matrix(names)
+  in_layers = path[0].key in ("trunk", "mtp") and not _is_unembed(path)
+  return in_layers and _is_matrix(names)
+
+
+def _is_unembed(path: Any) -> bool:
+  """Whether it is an output matrix, of the trunk or of extra depths."""
+  return path[0].key == "unembed" or path[-1].key == "unembed"
 
 
 def _muon_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:

@@ -37,6 +37,7 @@ from mtp_jax.metrics import (
   plain,
   write_json,
 )
+from mtp_jax.model.lm import copied_unembed
 from mtp_jax.saved_model import check_trunk, load_trunk
 from mtp_jax.sharding import (
   make_mesh,
@@ -305,7 +306,14 @@ class _Run:
       out_shardings=without(shardings),
     )
     state = init(np.int32(self.config.seed))
-    return state.replace(params=state.params | given)
+    params = state.params | given
+    if self.config.mtp.unembed == "own" and "mtp" not in given:
+      copy = jax.jit(
+        lambda given: copied_unembed(given, self.config),
+        out_shardings=shardings.params["mtp"]["unembed"],
+      )
+      params["mtp"] = params["mtp"] | {"unembed": copy(given)}
+    return state.replace(params=params)
 
   def restore(self, step: int | None = None) -> Restored | None:
     abstract = jax.tree.map(

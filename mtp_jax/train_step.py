@@ -14,10 +14,17 @@ import optax
 from mtp_jax import accounting, optimizer
 from mtp_jax.balancing import update_biases
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config
+from mtp_jax.config import Config, learns_from_trunk
 from mtp_jax.depth_weights import depth_weights
-from mtp_jax.losses import loss_coefficients, loss_sums
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.losses import (
+  LossSums,
+  Teacher,
+  feature_sums,
+  loss_coefficients,
+  loss_sums,
+  trunk_states,
+)
+from mtp_jax.model.lm import MtpLm, unembed_matrix, unembeddings
 from mtp_jax.sharding import logical_axes
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import (
@@ -42,14 +49,15 @@ class Programs(NamedTuple):
 class BatchSums(NamedTuple):
   """What one (micro)batch contributes.
 
-  total:   the scalar that is differentiated, `sum_m c_m nll_m + balance`.
-  nll_M, correct_M: see `losses.LossSums`.
+  total:   the scalar that is differentiated, the sum of weighted_M and balance.
+  weighted_M, nll_M, correct_M: see `losses.LossSums`.
   balance: the balance loss of the experts, with its weight; 0 without experts.
   dropped: choices of experts that were not computed; 0.
   load:    by part, tokens per layer and expert; see `config.routed_layers`.
   """
 
   total: jax.Array
+  weighted_M: jax.Array
   nll_M: jax.Array
   correct_M: jax.Array
   balance: jax.Array
@@ -68,26 +76,77 @@ def batch_loss(
   hidden_MBTD, routing = MtpLm(config).apply(
     {"params": params}, batch, method="with_routing"
   )
-  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
-  sums = loss_sums(
-    hidden_MBTD,
-    unembed_matrix(params, config),
-    targets_MBT,
-    mask_MBT,
-    coefficients_M,
-    config.loss.block_tokens,
-  )
+  sums = depth_losses(config, params, batch, hidden_MBTD, coefficients_M)
   zero = jnp.zeros((), jnp.float32)
   parts = routing.values()
   balance = balance_coefficient * sum((jnp.sum(r.balance) for r in parts), start=zero)
   return BatchSums(
     total=sums.total + balance if routing else sums.total,
+    weighted_M=sums.weighted_M,
     nll_M=sums.nll_M,
     correct_M=sums.correct_M,
     balance=balance,
     dropped=sum((jnp.sum(r.dropped) for r in parts), start=zero),
     load={part: r.load_E for part, r in routing.items()},
   )
+
+
+def depth_losses(
+  config: Config,
+  params: Any,
+  batch: Batch,
+  hidden_MBTD: jax.Array,
+  coefficients_M: jax.Array,
+) -> LossSums:
+  """Returns the losses of all depths, each with its output matrix and objective.
+
+  Depths are taken together where they share both; but on a frozen trunk, where nothing
+  is differentiated in the main loss, that one is taken alone.
+  """
+  mtp, is_frozen = config.mtp, config.train.freeze_trunk
+  matrices = unembeddings(params, config)
+  if mtp.depth and len(matrices) == 1 and (learns_from_trunk(mtp) or is_frozen):
+    ((_, shared_DV),) = matrices
+    matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
+  taken = hidden_MBTD, *learnt_targets(config, batch), coefficients_M
+  teacher_MBTD = trunk_states(hidden_MBTD) if learns_from_trunk(mtp) else None
+  trunk_DV = unembed_matrix(params, config)
+  parts = []
+  for depths, matrix_DV in matrices:
+    hidden, targets, mask, coefficients = (x[depths] for x in taken)
+    is_main, objective, teacher = depths == slice(0, 1), "cross_entropy", None
+    if is_main and is_frozen:
+      hidden, matrix_DV = jax.lax.stop_gradient((hidden, matrix_DV))
+    if not is_main and mtp.objective != "cross_entropy":
+      objective, teacher = mtp.objective, Teacher(teacher_MBTD[depths], trunk_DV)
+    part = loss_sums(
+      hidden, matrix_DV, targets, mask, coefficients, config.loss.block_tokens,
+      objective, teacher,
+    )
+    if not is_main and mtp.feature_weight:
+      weight_M = mtp.feature_weight * coefficients
+      weighted_M = weight_M * feature_sums(hidden, teacher_MBTD[depths], mask)
+      part = part._replace(
+        total=part.total + jnp.sum(weighted_M),
+        weighted_M=part.weighted_M + weighted_M,
+      )
+    parts.append(part)
+  total = sum((part.total for part in parts[1:]), start=parts[0].total)
+  joined = (jnp.concatenate(x) for x in zip(*(part[1:] for part in parts), strict=True))
+  return LossSums(total, *joined)
+
+
+def learnt_targets(config: Config, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns `(targets_MBT, mask_MBT)` of training; see `targets.future_targets`.
+
+  Where depths learn from the trunk's own prediction of a token, those at the end of a
+  row are left out whose prediction would be made after it.
+  """
+  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  if learns_from_trunk(config.mtp):
+    M, _, T = mask_MBT.shape
+    mask_MBT &= (jnp.arange(M)[:, None] + jnp.arange(T) < T)[:, None]
+  return targets_MBT, mask_MBT
 
 
 def loss_and_grads(
@@ -101,7 +160,7 @@ def loss_and_grads(
   that of `optimizer.trainable(config, params)`.
   """
   rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-  mask_MBT = future_targets(rows, config.mtp.depth)[1]
+  mask_MBT = learnt_targets(config, rows)[1]
   counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
   coefficients_M = loss_coefficients(weights_M, mask_MBT)
   num_rows = jnp.sum(jnp.any(rows.segment_ids != 0, axis=1), dtype=jnp.float32)
@@ -176,7 +235,7 @@ def train_step(
     steps=jnp.ones((), jnp.int32),
     loss_total=sums.total,
     loss_M=loss_M,
-    weighted_loss_M=weights_M * loss_M,
+    weighted_loss_M=sums.weighted_M,
     weight_M=weights_M,
     correct_M=sums.correct_M,
     count_M=counts_M,
@@ -273,7 +332,7 @@ def shape_of(config: Config) -> Config:
     eval=replace(
       config.eval, split="validation", num_rows=1, rows_per_document=1, batch_size=1,
       line_prompts=0, function_prompts=0, middle_prompts=0, max_new_tokens=1,
-      task_examples=0,
+      num_drafts=0, task_examples=0,
     ),
   )
 

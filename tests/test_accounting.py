@@ -18,6 +18,7 @@ from tests.common import (
 )
 
 L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
+FROZEN = {"train.freeze_trunk": True}
 CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
 
 
@@ -72,7 +73,15 @@ def test_shortened_models_have_the_parameters_of_the_baseline(trunk):
 
 
 @pytest.mark.parametrize(
-  "kind, depth, options", [*((*k, {}) for k in KINDS), ("sequential", 3, GPT2)]
+  "kind, depth, options",
+  [
+    *((*k, {}) for k in KINDS),
+    ("sequential", 3, GPT2),
+    ("sequential", 3, FROZEN),
+    ("sequential", 1, {"mtp.objective": "kl", "mtp.mlp_dim": 640}),
+    ("medusa", 3, FROZEN | {"mtp.unembed": "own"}),
+    ("medusa", 3, FROZEN | {"mtp.objective": "tv"}),
+  ],
 )
 def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   kind, depth, options, monkeypatch
@@ -91,8 +100,10 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   # A causal mask leaves (T + 1) / 2 of T keys: forward, scores and values take 4 FLOPs
   # per key and embedding coordinate in each of the blocks, and three times that with
   # the backward pass.
-  blocks = {"none": 2, "parallel": 5, "sequential": 5}.get(kind, 2)
-  skipped = 3 * blocks * 4 * 128 * (64 - 65 / 2)
+  trunk = 1 if kind == "parallel" else 2
+  blocks = {"parallel": 4, "sequential": depth}.get(kind, 0)
+  passes = (1 if FROZEN.items() <= options.items() else 3) * trunk + 3 * blocks
+  skipped = passes * 4 * 128 * (64 - 65 / 2)
   assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)
 
 
@@ -105,6 +116,14 @@ def test_own_tokens_add_a_forward_pass_of_the_unembedding_per_module():
   assert flops(none) == flops(plain)
   totals = {accounting.count(config).total for config in (plain, own, none)}
   assert len(totals) == 1
+
+
+def test_sizes_of_own_parts_of_predictors():
+  total = lambda *args: accounting.count(tiny_config(*args)).total  # noqa: E731
+  own = total("medusa", 3, {"mtp.unembed": "own"}) - total("medusa", 3)
+  assert own == 3 * D * V
+  wide = total("sequential", 2, {"mtp.mlp_dim": 30}) - total("sequential", 2)
+  assert wide == 2 * 3 * D * (30 - F)
 
 
 def test_sharing_modules_saves_parameters_but_no_flops():

@@ -194,6 +194,38 @@ RULES = {
       ("mtp.fed", "true", "own"),
     )
   },
+  "own output matrices of sequential modules": (
+    {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa' with extra depths "
+    "(it is 'sequential' with depth 1), got 'own'.",
+  ),
+  "a teacher of nothing": (
+    {"mtp.objective": "kl"},
+    "mtp.objective must be 'cross_entropy' at mtp.depth 0: only extra depths learn "
+    "from the trunk, got 'kl'.",
+  ),
+  "negative feature weight": (
+    {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.feature_weight": -1.0},
+    "mtp.feature_weight must be finite and not negative, got -1.0.",
+  ),
+  "feed-forward width of heads": (
+    {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
+    "mtp.mlp_dim must be 0 unless mtp.kind is 'sequential' (it is 'parallel' with "
+    "depth 1), got 64.",
+  ),
+  "feed-forward width of layers that are traded": (
+    {
+      "mtp.kind": "sequential", "mtp.depth": 1, "mtp.mlp_dim": 64,
+      "mtp.arm": "shortened",
+    },
+    "mtp.mlp_dim must be 0 for mtp.arm 'shortened', which trades whole layers of the "
+    "trunk, got 64.",
+  ),
+  "more drafts than heads": (
+    {"mtp.kind": "medusa", "mtp.depth": 2, "eval.num_drafts": 3},
+    "eval.num_drafts must be at most mtp.depth (2) unless mtp.kind is one of "
+    "'sequential' with extra depths (it is 'medusa'), got 3.",
+  ),
   "nothing to shorten": (
     {"mtp.kind": "linear", "mtp.depth": 1, "mtp.arm": "shortened"},
     "mtp.arm must be 'added' or 'flops': kind 'linear' at depth 1 adds no layer, got "

@@ -39,6 +39,7 @@ MODELS = {
   )
 } | {
   "llama-shared": ("llama", "sequential", 2, SHARED),
+  "gpt2-medusa-own": ("gpt2", "medusa", DEPTH, {"mtp.unembed": "own"}),
   "latent-sequential": ("llama", "sequential", 2, LATENT),
   "llama-trunk": ("llama", "sequential", DEPTH, INPUTS["trunk-before"]),
   "llama-shifted": ("llama", "sequential", DEPTH, INPUTS["shifted"]),
@@ -57,6 +58,9 @@ class Model:
     self.params = jax.tree_util.tree_map_with_path(
       functools.partial(_quieten, fed=self.config.mtp.fed), self.params
     )
+    if self.config.mtp.unembed == "own":
+      own = 0.2 * self.params["mtp"]["unembed"] + self.params["unembed"]["kernel"]
+      self.params["mtp"]["unembed"] = own
     self.weights = network.unstack(self.params, self.config)
     rng = np.random.default_rng(0)
     vocab = self.config.tokenizer.vocab_size
@@ -291,7 +295,10 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
   def trained(rows, length):
     batch = batch_of(rows, np.ones_like(rows), length)
     hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
-    return hidden_MBTD @ unembed_matrix(model.params, config)
+    return np.stack([
+      hidden_BTD @ unembed_matrix(model.params, config, m)
+      for m, hidden_BTD in enumerate(hidden_MBTD)
+    ])
 
   expected_MBTV = trained(rows, SEQ_LEN)
   drafter = drafters.own_predictors(config)

@@ -348,15 +348,17 @@ def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
 
 
 def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
-  sampled = []
+  sampled, drafts = [], set()
 
   def generate(config, weights, prompts, *, decoding, **sizes):
+    drafts.add((decoding.num_drafts, decoding.recurse))
     if decoding.rule == "leviathan":
       sampled.extend(ByteTokenizer().decode(x) for x in prompts)
     return [completion([1, 2, 3], rounds=2, accepted=(1,), reached=(2,))] * len(prompts)
 
   monkeypatch.setattr(evaluate, "generate", generate)
   off = {"eval.line_prompts": 0, "eval.function_prompts": 0, "eval.middle_prompts": 2}
+  off["eval.num_drafts"] = 4
   config = tiny_config("sequential", 1, GENERATING | off)
   texts = ["no code. and more", TEXT, "a third"]
   result = evaluate.generative_metrics(
@@ -365,6 +367,7 @@ def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
   assert sampled == ["no code.", TEXT[: len(TEXT) // 2]]
   assert result["sampled_acceptance"][0]["mean"] == 0.5
   assert result["decoded_acceptance"] is None
+  assert drafts == {(4, True)}
 
 
 def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():

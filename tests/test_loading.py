@@ -20,7 +20,7 @@ from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Completion, Decoding
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.model.lm import MtpLm, unembeddings
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import init_state
@@ -49,17 +49,17 @@ MODELS = {
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs():
   """Compiles what a loaded model runs as fast as can be."""
-  static = {"static_argnums": 0}
+  static = {"_hidden": 0, "_logits": (0, 3), "_losses": 0}
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("_hidden", "_logits", "_losses"):
+    for name, argnums in static.items():
       program = getattr(loading, name).__wrapped__
-      patch.setattr(loading, name, quick_jit(program, **static))
+      patch.setattr(loading, name, quick_jit(program, static_argnums=argnums))
     patch.setattr(
       loop, "prefill", quick_jit(loop.prefill.__wrapped__, static_argnums=(0, 1))
     )
     for name in ("finish", "step"):
       program = getattr(loop, name).__wrapped__
-      patch.setattr(loop, name, quick_jit(program, **static))
+      patch.setattr(loop, name, quick_jit(program, static_argnums=0))
     patch.setattr(
       network, "unstack", quick_jit(network.unstack.__wrapped__, static_argnums=1)
     )
@@ -172,7 +172,7 @@ def test_losses_are_those_of_a_row_with_other_documents(models, name):
   def losses(params, batch):
     hidden = MtpLm(config).apply({"params": params}, batch)
     targets, mask = future_targets(batch, depth)
-    stats = token_stats(hidden, unembed_matrix(params, config), targets, 40)
+    stats = token_stats(hidden, unembeddings(params, config), targets, 40)
     return stats.nll_MBT, mask
 
   nll, mask = jax.device_get(quick_jit(losses)(model.params, rows))

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from experiments import base
-from mtp_jax.losses import loss_coefficients, loss_sums, token_stats
+from mtp_jax.losses import (
+  OBJECTIVES,
+  Teacher,
+  loss_coefficients,
+  loss_sums,
+  token_stats,
+)
 from tests.common import assert_trees_close, quick_jit
 
 M, B, T, D, V = 4, 2, 9, 6, 11
@@ -59,6 +65,56 @@ def test_equals_all_logits_at_once_in_float64(block_tokens):
     assert_trees_close(found, expected, rtol=1e-12, atol=1e-14)
     value_only = quick_jit(functools.partial(blockwise_loss, block_tokens))(*args)
     assert_trees_close(value_only, expected[0], rtol=1e-12, atol=1e-14)
+
+
+def distance(objective, p, q):
+  if objective == "kl":
+    return jnp.sum(p * (jnp.log(p) - jnp.log(q)), -1)
+  distance = 0.5 * jnp.sum(jnp.abs(p - q), -1)
+  return distance if objective == "tv" else -jnp.log(1 - distance)
+
+
+@pytest.mark.parametrize("objective", ["kl", "tv", "log_acceptance"])
+def test_distances_to_a_teacher_equal_their_definitions(objective):
+  with jax.enable_x64(True):
+    hidden, unembed, targets, mask, coefficients = inputs()
+    teacher = Teacher(*inputs(seed=1)[:2])
+
+    def plain(hidden_MBTD, unembed_DV):
+      p = jax.nn.softmax(teacher.hidden_MBTD @ teacher.unembed_DV)
+      values = distance(objective, p, jax.nn.softmax(hidden_MBTD @ unembed_DV))
+      return coefficients @ jnp.where(mask, values, 0).sum((1, 2))
+
+    def blockwise(hidden_MBTD, unembed_DV):
+      sums = loss_sums(
+        hidden_MBTD, unembed_DV, targets, mask, coefficients, 5, objective, teacher
+      )
+      return sums.total, (sums.weighted_M, sums.nll_M, sums.correct_M)
+
+    expected = quick_jit(jax.value_and_grad(plain, argnums=(0, 1)))(hidden, unembed)
+    found = value_and_gradients(blockwise, (hidden, unembed))
+    (total, (weighted_M, *reports)), gradients = found
+    assert_trees_close((total, gradients), expected, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(weighted_M.sum(), total, rtol=1e-12)
+    # What is reported is of the data, whatever is learnt.
+    _, of_data = plain_loss(hidden, unembed, targets, mask, coefficients)
+    assert_trees_close(tuple(reports), of_data, rtol=1e-12, atol=1e-14)
+    value_only = quick_jit(blockwise)(hidden, unembed)[0]
+    np.testing.assert_allclose(value_only, total, rtol=1e-12)
+
+
+def test_a_student_of_its_own_distribution_has_nothing_to_learn():
+  with jax.enable_x64(True):
+    args = inputs()
+    teacher = Teacher(*args[:2])
+    for objective in OBJECTIVES:
+      total, gradient = quick_jit(jax.value_and_grad(
+        lambda h, objective=objective: loss_sums(
+          h, *args[1:], 5, objective, teacher
+        ).total
+      ))(args[0])
+      np.testing.assert_allclose(total, 0, atol=1e-12)
+      np.testing.assert_allclose(gradient, 0, atol=1e-12)
 
 
 def test_gradient_of_a_multiple_is_the_multiple_of_the_gradient():
@@ -128,10 +184,17 @@ def test_bfloat16_states_give_float32_sums_near_the_float32_loss():
 @pytest.mark.parametrize("block_tokens", [5, 1000])
 def test_token_stats_are_those_of_all_logits(block_tokens):
   hidden, unembed, targets, *_ = inputs(dtype=np.float32)
-  stats = quick_jit(functools.partial(token_stats, block_tokens=block_tokens))(
-    hidden, unembed, targets
-  )
-  log_probs = jax.nn.log_softmax(hidden @ unembed)
+  rng = np.random.default_rng(1)
+  own = rng.standard_normal((D, V)).astype(np.float32)
+
+  @quick_jit
+  def stats_of(hidden, unembed, own, targets):
+    matrices = [(slice(0, 3), unembed), (slice(3, None), own)]
+    return token_stats(hidden, matrices, targets, block_tokens)
+
+  stats = stats_of(hidden, unembed, own, targets)
+  logits = np.concatenate([hidden[:3] @ unembed, hidden[3:] @ own])
+  log_probs = jax.nn.log_softmax(logits)
   expected = -np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(stats.nll_MBT, expected, 1e-5, 1e-6)
   np.testing.assert_array_equal(stats.argmax_MBT, np.argmax(log_probs, -1))

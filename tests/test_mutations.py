@@ -21,6 +21,7 @@ SEES = (
   "test_causality.py::test_a_loss_sees_its_document_up_to_its_place_and_nothing_else"
 )
 
+DISTILLED = "test_distillation.py::test_losses_equal_sums_over_positions"
 CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
@@ -40,6 +41,24 @@ MUTANTS = {
     "shifted_tokens(batch, 1 + m) for m",
     "shifted_tokens(batch, 1) for m",
     "test_targets.py::test_two_packed_documents_depth_0_to_3_written_out",
+  ),
+  "a depth learns from the trunk's distribution of the next token": Mutant(
+    "losses.py",
+    "jnp.roll(trunk_BTD, -m, axis=1) for m in depths",
+    "trunk_BTD for m in depths",
+    f"{DISTILLED}[sequential-options2]",
+  ),
+  "states after the end of the row are learnt from": Mutant(
+    "train_step.py",
+    "jnp.arange(M)[:, None] + jnp.arange(T) < T",
+    "jnp.arange(M)[:, None] + jnp.arange(T) < T + M",
+    f"{DISTILLED}[sequential-options2]",
+  ),
+  "every depth reads the own output matrix of the first": Mutant(
+    "model/lm.py",
+    '["unembed"][depth - 1]',
+    '["unembed"][0]',
+    f"{DISTILLED}[medusa-options0]",
   ),
   "document mask of the targets dropped": Mutant(
     "targets.py",
@@ -102,7 +121,7 @@ MUTANTS = {
     f"{PARITY}[llama-parallel-False]",
   ),
   "residual of the Medusa heads left out": Mutant(
-    "model/mtp.py",
+    "drafters/medusa.py",
     "return hidden_BTD + jax.nn.silu(",
     "return jax.nn.silu(",
     f"{PARITY}[llama-medusa-False]",

@@ -97,6 +97,22 @@ def test_a_frozen_trunk_is_the_deployed_model_of_its_source(
   assert json.loads((copy / "run.json").read_text())["trunk_from"] == record
 
 
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_own_output_matrices_begin_as_those_of_the_source(
+  kind, config, sources, tmp_path
+):
+  source, _ = sources[kind]
+  own = medusa_on(config, source, **MESH | {"mtp.unembed": "own"})
+  run = train._Run(own, tmp_path / "run")
+  with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
+    state, _, _ = run.start(run.loader())
+  kernel = mtp_jax.load(source).params["unembed"]["kernel"]
+  np.testing.assert_array_equal(state.params["mtp"]["unembed"], [kernel, kernel])
+  assert state.params["mtp"]["unembed"].sharding == (
+    run.programs.shardings.params["mtp"]["unembed"]
+  )
+
+
 def test_next_token_prediction_and_the_tokenizer_of_the_source_are_taken_up(
   config, sources, tmp_path
 ):

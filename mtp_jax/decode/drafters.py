@@ -17,8 +17,9 @@ from mtp_jax.config import Config, TrunkConfig, predictor_trunk
 from mtp_jax.decode import network
 from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
 from mtp_jax.decode.network import Weights
+from mtp_jax.drafters.medusa import medusa_head
 from mtp_jax.model.layers import compute_dtype
-from mtp_jax.model.mtp import SequentialModule, medusa_head
+from mtp_jax.model.mtp import SequentialModule
 
 
 def own_predictors(
@@ -94,7 +95,7 @@ def _heads_on_one_state(
   def propose(weights: Weights, cache, hidden_BD, window: Window, choose: Choose):
     del window
     drafts = [
-      choose(network.unembed(weights, head(params, hidden_BD)), k)
+      choose(network.unembed(weights, head(params, hidden_BD), depth=k), k)
       for k, params in enumerate(weights.predictors[:num_drafts], start=1)
     ]
     return cache, jnp.stack(drafts, axis=1)

@@ -18,7 +18,7 @@ from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
 from mtp_jax.decode.interface import Target
 from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
-from mtp_jax.model.lm import unembed_matrix
+from mtp_jax.model.lm import unembed_matrix, unembeddings
 
 
 class Weights(NamedTuple):
@@ -27,6 +27,7 @@ class Weights(NamedTuple):
   blocks: the trunk's layers, and the first head of parallel heads.
   predictors: what depth 1, 2, ... D adds: a head, a module or a linear map; one module
     where it is shared.
+  draft_unembeds_DV: the output matrix of depth 1, 2, ... D, where they have their own.
   """
 
   embedding_VD: jax.Array
@@ -35,6 +36,7 @@ class Weights(NamedTuple):
   final_norm: Any
   unembed_DV: jax.Array
   predictors: tuple[Any, ...]
+  draft_unembeds_DV: tuple[jax.Array, ...]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -60,7 +62,8 @@ def unstack(params: Any, config: Config) -> Weights:
   elif kind == "linear" and depth:
     predictors = layers(params["mtp"]["maps"], depth)
   elif kind == "medusa" and depth:
-    predictors = layers(params["mtp"], depth)
+    heads = ("kernels", "biases")
+    predictors = layers({name: params["mtp"][name] for name in heads}, depth)
   elif kind == "sequential" and depth:
     stack = params["mtp"]["modules"]
     predictors = [stack] if config.mtp.share_modules else layers(stack, depth)
@@ -72,6 +75,7 @@ def unstack(params: Any, config: Config) -> Weights:
     params["final_norm"],
     unembed_matrix(params, config),
     tuple(predictors),
+    tuple(own_DV for _, own_DV in unembeddings(params, config)[1:]),
   )
 
 
@@ -113,12 +117,13 @@ def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
   return jnp.take(weights.embedding_VD, tokens, axis=0)
 
 
-def unembed(weights: Weights, hidden: jax.Array) -> jax.Array:
-  """Returns logits in at least float32."""
+def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
+  """Returns the logits of a depth in at least float32; 0 is the next token."""
+  own = weights.draft_unembeds_DV
   return jnp.einsum(
     "...D,DV->...V",
     hidden,
-    weights.unembed_DV,
+    own[depth - 1] if depth and own else weights.unembed_DV,
     preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
   )
 

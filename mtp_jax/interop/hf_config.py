@@ -520,8 +520,8 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
 
 
 def unpublished_inputs(mtp: MtpConfig) -> str:
-  """Returns what sequential modules start from that no layout has; "" where it has."""
-  for key, published in PUBLISHED_INPUTS.items():
+  """Returns what sequential modules have that no layout has; "" where it has all."""
+  for key, published in (PUBLISHED_INPUTS | {"mlp_dim": 0}).items():
     if getattr(mtp, key) != published:
       return f"mtp.{key} must be {published!r} there, got {getattr(mtp, key)!r}"
   return ""

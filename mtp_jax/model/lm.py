@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only, num_trunk_layers
+from mtp_jax.drafters.medusa import MedusaHeads
 from mtp_jax.model.layers import (
   Embedding,
   compute_dtype,
@@ -19,10 +20,12 @@ from mtp_jax.model.layers import (
   partitioned,
 )
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import KINDS, Given
+from mtp_jax.model.mtp import TRAINED_JOINTLY, Given
 from mtp_jax.model.trunk import Trunk
 from mtp_jax.sharding import constrain, fewest_rows, map_over_tokens
 from mtp_jax.targets import shifted_tokens
+
+KINDS = TRAINED_JOINTLY | {"medusa": MedusaHeads}
 
 
 class MtpLm(nn.Module):
@@ -70,6 +73,7 @@ class MtpLm(nn.Module):
       self.final_norm,
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
       lambda hidden_BTD: self._embed_own(hidden_BTD, unembed_DV),
+      unembed_DV,
       batch.positions,
       batch.segment_ids,
     )
@@ -125,13 +129,35 @@ def likeliest_tokens(
   return mapped(*jax.lax.stop_gradient((hidden_BTD, unembed_DV)))
 
 
-def unembed_matrix(params: dict, config: Config) -> jax.Array:
-  """Returns unembed_DV in the compute dtype: its own, or the embedding transposed."""
-  if config.trunk.tie_embeddings:
-    matrix_DV = params["embed"]["embedding"].T
-  else:
-    matrix_DV = params["unembed"]["kernel"]
+def unembed_matrix(params: dict, config: Config, depth: int = 0) -> jax.Array:
+  """Returns the output matrix unembed_DV of a depth, in the compute dtype."""
+  matrix_DV = _unembed_param(params, config)
+  if depth and config.mtp.unembed == "own":
+    matrix_DV = params["mtp"]["unembed"][depth - 1]
   return matrix_DV.astype(compute_dtype(config.trunk))
+
+
+def _unembed_param(params: dict, config: Config) -> jax.Array:
+  """Returns the trunk's: the embedding transposed where the two are tied."""
+  if config.trunk.tie_embeddings:
+    return params["embed"]["embedding"].T
+  return params["unembed"]["kernel"]
+
+
+def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
+  """Returns `(depths, unembed_DV)` of every output matrix, depths in order."""
+  if config.mtp.unembed == "shared":
+    return [(slice(0, None), unembed_matrix(params, config))]
+  return [
+    (slice(m, 1 + m), unembed_matrix(params, config, m))
+    for m in range(1 + config.mtp.depth)
+  ]
+
+
+def copied_unembed(params: dict, config: Config) -> jax.Array:
+  """Returns what the own output matrices of new predictors are on a given trunk."""
+  matrix_DV = _unembed_param(params, config)
+  return jnp.broadcast_to(matrix_DV, (config.mtp.depth, *matrix_DV.shape))
 
 
 def deployed(params: dict, config: Config) -> tuple[dict, Config]:

@@ -34,15 +34,23 @@ class Given(NamedTuple):
   """What every predictor starts from.
 
   residual_BTD: the trunk's un-normed residual stream. final_norm: its final norm.
-  positions_BT, segment_ids_BT: as in `Batch`.
+  unembed_DV: its output matrix. positions_BT, segment_ids_BT: as in `Batch`.
   """
 
   residual_BTD: jax.Array
   final_norm: Norm
   embed_ahead: EmbedAhead
   embed_own: EmbedOwn
+  unembed_DV: jax.Array
   positions_BT: jax.Array
   segment_ids_BT: jax.Array
+
+  def copied_unembed(
+    self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+  ) -> jax.Array:
+    """Initialises matrices of extra depths as copies of the trunk's, stacked or not."""
+    del key
+    return jnp.broadcast_to(self.unembed_DV, shape).astype(dtype)
 
 
 # What sequential modules pass on: the next one's state, and the last one's output where
@@ -79,42 +87,6 @@ class LinearHeads(nn.Module):
       (depth, dim, dim),
     ).astype(hidden_BTD.dtype)
     heads = [dense(hidden_BTD, maps[k]) for k in range(depth)]
-    return jnp.stack([hidden_BTD, *heads]), None
-
-
-def medusa_head(
-  hidden_BTD: jax.Array, map_DD: jax.Array, bias_D: jax.Array
-) -> jax.Array:
-  """Returns the state of one head, `h + SiLU(W h + b)`, for any leading axes."""
-  return hidden_BTD + jax.nn.silu(dense(hidden_BTD, map_DD) + bias_D)
-
-
-class MedusaHeads(nn.Module):
-  """One residual layer per extra depth on the trunk's normed state h.
-
-  Medusa (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): head k is
-  `h_k = h + SiLU(W_k h + b_k)`. W_k and b_k are 0 at the start, so that every head
-  begins as the next-token head. All read the shared unembedding; vocabulary matrices
-  of their own, which the paper gives them, are not built.
-  """
-
-  trunk: TrunkConfig
-  mtp: MtpConfig
-
-  @nn.compact
-  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
-    depth, dim = self.mtp.depth, self.trunk.embed_dim
-    hidden_BTD = given.final_norm(given.residual_BTD)
-    if depth == 0:
-      return hidden_BTD[None], None
-
-    def zeros(name: str, *axes: str) -> jax.Array:
-      init = partitioned(nn.initializers.zeros, "depths", *axes)
-      shape = (depth, *(dim for _ in axes))
-      return self.param(name, init, shape).astype(hidden_BTD.dtype)
-
-    kernels, biases = zeros("kernels", "embed", "embed_out"), zeros("biases", "norm")
-    heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
     return jnp.stack([hidden_BTD, *heads]), None
 
 
@@ -259,10 +231,10 @@ class SequentialModules(nn.Module):
     return jnp.concatenate([normed_BTD[None], chain]), routing
 
 
-KINDS: dict[str, type[nn.Module]] = {
+# Those of `mtp_jax.drafters` are added in `lm.KINDS`.
+TRAINED_JOINTLY: dict[str, type[nn.Module]] = {
   "none": NextToken,
   "linear": LinearHeads,
   "parallel": ParallelHeads,
   "sequential": SequentialModules,
-  "medusa": MedusaHeads,
 }

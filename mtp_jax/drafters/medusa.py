@@ -1,0 +1,60 @@
+"""Medusa: one small residual head per extra depth on the state of the trunk.
+
+Cai et al. 2024, arXiv 2401.10774, section 2.1.1: head k is `h_k = h + SiLU(W_k h +
+b_k)`, followed by an output matrix of its own, which begins as a copy of the trunk's;
+W_k and b_k are 0 at the start, so that every head begins as the next-token head. With
+`mtp.unembed` "shared" the heads read the trunk's matrix instead. Trained on a frozen
+trunk this is Medusa-1, together with its trunk Medusa-2.
+
+Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import MtpConfig, TrunkConfig
+from mtp_jax.model.dense_ops import dense
+from mtp_jax.model.layers import partitioned
+from mtp_jax.model.moe import Routing
+from mtp_jax.model.mtp import Given
+
+
+def medusa_head(
+  hidden_BTD: jax.Array, map_DD: jax.Array, bias_D: jax.Array
+) -> jax.Array:
+  """Returns the state of one head, `h + SiLU(W h + b)`, for any leading axes."""
+  return hidden_BTD + jax.nn.silu(dense(hidden_BTD, map_DD) + bias_D)
+
+
+class MedusaHeads(nn.Module):
+  """One residual layer per extra depth on the trunk's normed state.
+
+  The parameter `unembed` [D, embed, V], where heads have matrices of their own, is read
+  by the loss; see `model.lm.unembeddings`.
+  """
+
+  trunk: TrunkConfig
+  mtp: MtpConfig
+
+  @nn.compact
+  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
+    depth, dim = self.mtp.depth, self.trunk.embed_dim
+    hidden_BTD = given.final_norm(given.residual_BTD)
+    if depth == 0:
+      return hidden_BTD[None], None
+
+    def zeros(name: str, *axes: str) -> jax.Array:
+      init = partitioned(nn.initializers.zeros, "depths", *axes)
+      shape = (depth, *(dim for _ in axes))
+      return self.param(name, init, shape).astype(hidden_BTD.dtype)
+
+    kernels, biases = zeros("kernels", "embed", "embed_out"), zeros("biases", "norm")
+    if self.mtp.unembed == "own":
+      self.param(
+        "unembed",
+        partitioned(given.copied_unembed, "depths", "embed", "vocab"),
+        (depth, *given.unembed_DV.shape),
+      )
+    heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
+    return jnp.stack([hidden_BTD, *heads]), None
