@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mtp_jax.analysis.drafter_claims import ARMS, WRITTEN
 from mtp_jax.analysis.results import Facts
 from mtp_jax.metrics import write_json
 
@@ -226,5 +227,40 @@ def hidden_source(folder: Path) -> Path:
       ("sampled_acceptance", 1): first + noise(),
       ("sampled_acceptance", 2): second + noise(),
     }
+
+  return write_results(folder, trials, measure)
+
+
+def drafters(folder: Path) -> Path:
+  """Joint modules are far ahead, KL helps, text of the trunk's own does not matter."""
+  brings = {
+    "medusa": 1.4, "medusa, shared matrix": 1.2, "eagle": 1.5, "eagle3": 1.9,
+    "modules": 1.7, "module": 1.6, "module, KL": 1.8, "module, TV": 1.7,
+    "module, LK": 1.9, "module, KL, written text": 1.8, "parallel, joint": 1.5,
+    "modules, joint": 2.2, "module, joint": 2.0, "medusa, joint": 1.45,
+  }
+  price = {"parallel, joint": 0.1, "modules, joint": 0.0, "medusa, joint": 0.01}
+  arms = {}
+  for arm, where in ARMS.items():
+    for trial in grid([(where["mtp.kind"], 3)], range(3), trunk__embed_dim=(32, 64)):
+      written = "runs/x.jsonl" if arm == WRITTEN else ""
+      key = len(arms)
+      arms[key] = arm, trial | where | {"data.train_on": written}
+  trials = [trial | {"index": key} for key, (_, trial) in arms.items()]
+  for trial in trials:
+    trial |= {"added_parameters": 500, "flops_per_token": 2e6}
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    arm, noise = arms[trial["index"]][0], lambda: rng.uniform(-0.001, 0.001)
+    taus = {
+      (f"{how}_tokens_per_round", 0): brings[arm] + noise()
+      for how in ("sampled", "decoded")
+    }
+    rates = {
+      (f"sampled_{metric}", k): 0.6 - 0.1 * k + noise()
+      for metric in ("acceptance", "survival") for k in (1, 2, 3)
+    }
+    loss = 2.0 + 0.1 * trial["seed"] + price.get(arm, 0.0) + noise()
+    return taus | rates | {("main_loss", 0): loss}
 
   return write_results(folder, trials, measure)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from launch import cli, report
 from mtp_jax.analysis import claims, results, rules
+from mtp_jax.analysis.drafter_claims import ARMS
 from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.analysis.runs import RunsError, load
@@ -32,6 +33,7 @@ FOLDERS = {
   "bytes_or_bpe_cpu": worlds.bytes_or_bpe,
   "data_repetition_cpu": worlds.data_repetition,
   "hidden_source_cpu": worlds.hidden_source,
+  "drafters_cpu": worlds.drafters,
 }
 RUNS = World(gain={})
 COMMAND = "python -m launch.sweep --config=x.py:cpu"
@@ -78,6 +80,16 @@ VERDICTS = [
   ("hidden_source_cpu", "chained_more", claims.AS_EXPECTED, "minus trunk: +0."),
   ("hidden_source_cpu", "embedding_helps", claims.NOT_AS_EXPECTED, "-0.15"),
   ("hidden_source_cpu", "norm_is_neutral", claims.AS_EXPECTED, "before minus after"),
+  ("drafters_cpu", "keeps_of_joint", claims.NOT_AS_EXPECTED, "frozen / joint: 0.77"),
+  ("drafters_cpu", "medusa_few", claims.AS_EXPECTED, "tokens per round: 1.40"),
+  ("drafters_cpu", "modules_more", claims.AS_EXPECTED, "modules minus medusa: +0."),
+  ("drafters_cpu", "medusa_jointly", claims.AS_EXPECTED, "+0.05"),
+  ("drafters_cpu", "price", claims.AS_EXPECTED, "parallel, joint: +0."),
+  ("drafters_cpu", "eagle3_more", claims.REPRODUCED, "eagle3 minus eagle: +0."),
+  ("drafters_cpu", "eagle3_is_module", claims.NOT_AS_EXPECTED, "+0.10"),
+  ("drafters_cpu", "kl_more", claims.AS_EXPECTED, "+0.20"),
+  ("drafters_cpu", "lk_more", claims.REPRODUCED, "+0.10"),
+  ("drafters_cpu", "written_more", claims.UNDECIDABLE, "written text minus"),
 ]
 
 
@@ -95,6 +107,18 @@ def test_every_experiment_has_its_picture(root, name):
     figure, numbers = experiment.draw(experiment.read(root / name))
   assert all(ax.has_data() for ax in figure.axes)
   assert len(numbers)
+
+
+def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):
+  experiment = EXPERIMENTS["drafters_cpu"]
+  rows = experiment.table(experiment.read(root / "drafters_cpu"))
+  assert len(rows) == 2 * len(ARMS) and set(rows["seeds"]) == {3}
+  row = rows[(rows["drafter"] == "modules, joint") & (rows["width"] == 64)].iloc[0]
+  assert (row["parameters"], row["MFLOPs per token"]) == (500, 2.0)
+  assert row["tokens per round, sampled"].startswith("2.2")
+  assert row["alpha_1"] == pytest.approx(0.5, abs=0.01)
+  assert row["S_3"] == pytest.approx(0.3, abs=0.01)
+  assert row["main loss minus NTP's"].startswith(("+0.00", "-0.00"))
 
 
 def test_claims_can_be_told_apart():
@@ -427,6 +451,7 @@ def test_results_of_runs_come_back(tmp_path, runs, capsys):
   columns = list(pd.read_csv(kept / "trials.csv").columns)
   assert columns == [
     "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
+    "added_parameters", "flops_per_token",
     "seed", "data.seed", "data.source", "mtp.kind", "mtp.depth",
   ]
   assert list(read.trials["seed"]) == [2, 0, 1]

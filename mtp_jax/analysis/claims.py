@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from mtp_jax.analysis import claim_figures as figures
 from mtp_jax.analysis import claim_tests as tests
+from mtp_jax.analysis import drafter_claims as drafters
 from mtp_jax.analysis import results as results_lib
 from mtp_jax.analysis.published import STAR_GRAPHS, published_gains
 from mtp_jax.analysis.rules import Finding
@@ -82,6 +83,7 @@ class Experiment:
   """The claims that one preset of an experiment decides.
 
   read: reads its results folder. draw: returns its figure and the numbers in it.
+  table: returns what the page also shows as a table, if anything.
   """
 
   name: str
@@ -91,6 +93,7 @@ class Experiment:
   claims: tuple[Claim, ...]
   draw: Callable[[Any], tuple[Figure, pd.DataFrame]]
   read: Callable[[Path], Any] = results_lib.read
+  table: Callable[[Any], pd.DataFrame] | None = None
 
   @property
   def folder(self) -> str:
@@ -111,9 +114,10 @@ def experiments() -> tuple[Experiment, ...]:
     make(preset)
     for make in (
       _star_graph, _sat, _countdown, _polynomial, _induction, _acceptance, _schedules,
-      _bytes_or_bpe, _data_repetition, _hidden_source, _gains_with_scale,
+      _bytes_or_bpe, _data_repetition, _hidden_source, _drafters, _gains_with_scale,
     )
     for preset in PRESETS
+    if (make, preset) != (_drafters, "cluster")
   )
   return (of_presets[0], _star_graph(EASIER), *of_presets[1:])
 
@@ -394,6 +398,87 @@ def _hidden_source(preset: str) -> Experiment:
       ),
     ),
     figures.draw_hidden,
+  )
+
+
+def _drafters(preset: str) -> Experiment:
+  own, nothing = "our own question", "nothing"
+  of = "sampled tokens per round of {}, averaged over widths within a seed"
+  minus = f"{of.format('the first minus the second')}, {PAIRED_RULE}"
+
+  def more(
+    key: str, statement: str, *arms: str, source: str = own, published: str = nothing,
+    by: float = 0.0, side: str = "above",
+  ) -> Claim:
+    rule = minus
+    if by:
+      rule = (
+        f"{of.format('the first minus the second')}; the 95 % t interval over seeds "
+        f"lies {side} {by:g}"
+      )
+    return Claim(
+      key, statement, source, published, f"{' against '.join(arms)}: {rule}",
+      functools.partial(drafters.brings_more, more=arms[0], less=arms[1], by=by,
+                        side=side),
+      is_published=source != own,
+    )
+
+  return Experiment(
+    "drafters", preset, "Drafters trained after the fact and jointly",
+    "Mean and 95 % t interval over seeds. All draft three tokens a round; those "
+    "without 'joint' were trained on the frozen trunk of an NTP run.",
+    (
+      Claim(
+        "keeps_of_joint", "Modules trained after the fact draft about as well", own,
+        nothing,
+        f"{of.format('modules on a frozen trunk over that of joint ones')}; the 95 % "
+        f"t interval over seeds lies above {drafters.NEAR:g}",
+        drafters.keeps_of_joint, is_published=False,
+      ),
+      Claim(
+        "medusa_few", f"Medusa brings at most {drafters.FEW_TOKENS:g} tokens a round",
+        own, nothing,
+        f"{of.format('Medusa on a frozen trunk')}; the 95 % t interval over seeds lies "
+        f"below {drafters.FEW_TOKENS:g}",
+        drafters.medusa_brings_little, is_published=False,
+      ),
+      more("modules_more", "Modules draft better than Medusa", "modules", "medusa"),
+      more(
+        "medusa_jointly", "Training Medusa jointly adds little", "medusa, joint",
+        "medusa", by=drafters.LITTLE, side="below",
+      ),
+      Claim(
+        "price", "Joint modules and Medusa cost the trunk little, heads more", own,
+        nothing,
+        "main loss minus NTP's, averaged over widths within a seed; the 95 % t "
+        "intervals over seeds lie "
+        + ", ".join(
+          f"{'above' if 'parallel' in arm else 'below'} {bound:g} for {arm}"
+          for arm, bound in drafters.PRICES.items()
+        ),
+        drafters.price_of_joint, is_published=False,
+      ),
+      more(
+        "eagle3_more", "EAGLE-3 drafts better than EAGLE-1", "eagle3", "eagle",
+        source="Li et al. 2025, arXiv 2503.01840", published=NO_FIGURE,
+      ),
+      more(
+        "eagle3_is_module", "EAGLE-3 drafts no better than one module trained on KL",
+        "eagle3", "module, KL", by=0.05, side="below",
+      ),
+      more("kl_more", "KL to the trunk drafts better than cross-entropy", "module, KL",
+           "module"),
+      more(
+        "lk_more", "LK losses draft better than KL", "module, LK", "module, KL",
+        source="arXiv 2602.23881",
+        published="up to 8 to 10 % more accepted length, 8B to 685B",
+      ),
+      more(
+        "written_more", "Text that the trunk wrote is better to learn from",
+        drafters.WRITTEN, "module, KL",
+      ),
+    ),
+    drafters.draw, table=drafters.table,
   )
 
 

@@ -29,6 +29,8 @@ COLOURS = {
   "sequential": "#D55E00",
   "linear": "#009E73",
   "medusa": "#CC79A7",
+  "eagle": "#56B4E9",
+  "eagle3": "#E69F00",
 }
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 LINES = ("-", "--", ":", "-.")

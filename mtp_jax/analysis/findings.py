@@ -85,6 +85,15 @@ class Row:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """What is seen of an experiment: its figure, the numbers in it, perhaps a table."""
+
+  figure: Figure
+  numbers: pd.DataFrame
+  table: pd.DataFrame | None
+
+
 def write_findings(results: Path, output: Path, command: str = "") -> Report:
   """Reads the results folders in `results` and writes the page into `output`.
 
@@ -99,14 +108,18 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
     own, drawing = _findings(experiment, results / experiment.folder)
     rows += own
     if drawing:
-      drawn.append((experiment, *drawing))
+      drawn.append((experiment, drawing))
   output.mkdir(parents=True, exist_ok=True)
   figures, paths = [], []
-  for experiment, figure, numbers in drawn:
+  for experiment, seen in drawn:
     png = output / f"{experiment.folder}.png"
-    figures.append(html_figure(figure, png, experiment.title, experiment.caption))
-    numbers.to_csv(png.with_suffix(".csv"), index=False)
+    figures.append(html_figure(seen.figure, png, experiment.title, experiment.caption))
+    seen.numbers.to_csv(png.with_suffix(".csv"), index=False)
     paths += [png, png.with_suffix(".csv")]
+    if seen.table is not None:
+      figures[-1] += html_table(seen.table)
+      paths.append(output / f"{experiment.folder}_table.csv")
+      seen.table.to_csv(paths[-1], index=False)
   measured = [row for row in rows if row.verdict != claims_lib.NOT_RUN]
   if measured:
     paths.append(output / "summary.png")
@@ -124,7 +137,7 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
 
 def _findings(
   experiment: Experiment, folder: Path
-) -> tuple[list[Row], tuple[Figure, pd.DataFrame] | None]:
+) -> tuple[list[Row], Drawn | None]:
   """Returns the rows of an experiment and its drawing, if there is something to see."""
   if not folder.is_dir():
     return [Row(experiment, x, None, _NO_FACTS) for x in experiment.claims], None
@@ -139,7 +152,8 @@ def _findings(
   if all(row.verdict == claims_lib.NOT_RUN for row in rows):
     return rows, None
   with matplotlib.rc_context(STYLE):
-    return rows, experiment.draw(results)
+    seen = experiment.draw(results)
+  return rows, Drawn(*seen, experiment.table(results) if experiment.table else None)
 
 
 def _estimates(rows: list[Row]) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """What an experiment measured, as small tables to keep: `experiments/results/NAME`.
 
-trials.csv   one row a trial: state, size, cost, and the config keys (dotted) that tell
-             the trials apart.
+trials.csv   one row a trial: state, size, cost (`added_parameters` are those that the
+             deployed model has not), and the config keys (dotted) that tell the trials
+             apart.
 metrics.csv  long: the final evaluation; see `runs.Runs`.
 curves.csv   long: the validation records of training.
 run.json     the commands, commits, hardware, versions, seeds and day of the runs, and
@@ -34,6 +35,8 @@ REPLICATE = ("seed", "data.seed")
 _STATE = (
   "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
 )
+# Written for every trial; older results lack them.
+_COUNTS = ("added_parameters", "flops_per_token")
 _ALWAYS = (*REPLICATE, "data.source", "mtp.kind", "mtp.depth")
 _CURVES = tuple(column for column in CURVE_COLUMNS if column != "seconds")
 _WORDS = ("trial", "status", "metric", "data.source", "mtp.kind")
@@ -127,7 +130,8 @@ def write(runs: Runs, folder: Path, commands: Sequence[str]) -> list[Path]:
     if all(config[key] == value for config in configs)
   }
   columns = [*_ALWAYS, *(k for k in configs[0] if k not in shared and k not in _ALWAYS)]
-  state = trials[list(_STATE)].reset_index(drop=True)
+  trials = trials.assign(added_parameters=trials["total"] - trials["deployed"])
+  state = trials[[*_STATE, *_COUNTS]].reset_index(drop=True)
   folder.mkdir(parents=True, exist_ok=True)
   tables = {
     "trials.csv": pd.concat([state, pd.DataFrame(configs)[columns]], axis=1),
@@ -251,7 +255,10 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 _NUMBERS = (
-  {*_STATE, *_ALWAYS, *METRIC_COLUMNS, *_CURVES, "gain", "slope", "low", "high", "n"}
+  {
+    *_STATE, *_COUNTS, *_ALWAYS, *METRIC_COLUMNS, *_CURVES, "gain", "slope", "low",
+    "high", "n",
+  }
   - set(_WORDS)
 )
 
