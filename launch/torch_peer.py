@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_jax.config import PUBLISHED_INPUTS, Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import (
+  EAGLES,
+  PUBLISHED_INPUTS,
+  Config,
+  TrunkConfig,
+  num_trunk_layers,
+)
 
 
 class Context(NamedTuple):
@@ -143,12 +149,17 @@ class Peer(nn.Module):
   """Trunk, predictors and losses of one config.
 
   Raises:
-    ValueError: sequential modules with other inputs than the published ones.
+    ValueError: an EAGLE drafter, or sequential modules with other inputs than the
+      published ones.
   """
 
   def __init__(self, config: Config):
     super().__init__()
     trunk, mtp = config.trunk, config.mtp
+    if mtp.kind in EAGLES:
+      raise ValueError(
+        f"mtp.kind must not be an EAGLE drafter for PyTorch, got {mtp.kind!r}."
+      )
     for key, published in PUBLISHED_INPUTS.items():
       if getattr(mtp, key) != published:
         raise ValueError(

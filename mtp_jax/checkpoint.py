@@ -33,6 +33,7 @@ from mtp_jax.config import (
   RopeScalingConfig,
   difference,
   from_config_dict,
+  tapped_layers,
   to_dict,
 )
 
@@ -99,6 +100,11 @@ def contract(config: Config) -> dict[str, Any]:
       "linear": "trunk output after its final norm",
       "medusa": "trunk output after its final norm",
       "parallel": "trunk residual stream before the final norm",
+      "eagle": "depth 1: trunk output after its final norm; depth k: the output of "
+      "depth k - 1, by the same layer",
+      "eagle3": "depth 1: a linear map of the trunk residual streams after layers "
+      f"{', '.join(map(str, tapped_layers(config)))}; depth k: the un-normed output of "
+      "depth k - 1, by the same layer",
       "sequential": f"depth 1: {trunk_state}; depth k: "
       + {
         "chained": "the normed output of module k - 1",
@@ -108,9 +114,11 @@ def contract(config: Config) -> dict[str, Any]:
     }[kind],
     "embedding_source": {
       "true": "token i + k", "none": None, "own": "arg max of depth k - 1",
-    }[config.mtp.fed] if kind == "sequential" else None,
-    "output_norm": "own norm per module" if kind == "sequential" else "final norm",
-    "concat_order": ["hidden", "embedding"] if kind == "sequential" else None,
+    }[config.mtp.fed] if config.mtp.is_autoregressive else None,
+    "output_norm": {
+      "sequential": "own norm per module", "eagle": None, "eagle3": "own norm",
+    }.get(kind, "final norm"),
+    "concat_order": ["hidden", "embedding"] if config.mtp.is_autoregressive else None,
     "next_token_head": "first parallel head" if kind == "parallel" else "trunk",
     "embedding_shared": True,
     "unembedding_shared": config.mtp.unembed == "shared",

@@ -139,6 +139,8 @@ class TrunkConfig:
 class MtpConfig:
   """What is predicted beyond the next token, and how much it weighs.
 
+  kind:       none | parallel, sequential, linear, medusa (`model.mtp`) | eagle, eagle3
+              (`drafters.eagle`; needs grouped attention).
   depth:      D extra tokens; 0 is plain next-token prediction.
   weight:     lambda. `mean` gives each depth lambda / D, `sum` gives each lambda.
   schedule:   lambda over training: constant | piecewise (`weight` until
@@ -148,8 +150,8 @@ class MtpConfig:
   depth_weights: relative weight of each depth; empty means all equal.
   curriculum: none | forward (depths switched on one by one) | reverse (switched off).
   dense_blocks: sequential modules have dense blocks where the trunk has experts.
-  mlp_dim:    width of the dense feed-forward layers of sequential modules; 0 is
-              `trunk.mlp_dim`.
+  mlp_dim:    width of the dense feed-forward layers of sequential modules and of
+              EAGLE; 0 is `trunk.mlp_dim`.
   hidden:     the state that sequential module k starts from at position i: chained (of
               module k - 1 at i) | trunk (the trunk's at i) | trunk_shifted (the trunk's
               at i + k - 1, of the token before the one that it is fed; see
@@ -169,7 +171,9 @@ class MtpConfig:
               the FLOPs that this kind and depth would have cost).
   """
 
-  kind: Literal["none", "parallel", "sequential", "linear", "medusa"]
+  kind: Literal[
+    "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
+  ]
   depth: int
   weight: float
   weighting: Literal["mean", "sum"]
@@ -189,16 +193,25 @@ class MtpConfig:
   feature_weight: float
   arm: Literal["added", "shortened", "flops"]
 
+  @property
+  def is_autoregressive(self) -> bool:
+    """Whether depth k follows from depth k - 1 and the token before its target."""
+    return self.kind in AUTOREGRESSIVE
+
+
+# Drafters of one layer that goes on from its own output, as often as is wanted.
+EAGLES = ("eagle", "eagle3")
+
+# The kinds that can draft more tokens than they have depths.
+AUTOREGRESSIVE = ("sequential", *EAGLES)
+
 
 # What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
 # predictor has the choice.
 PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
 
 # The kinds that may have output matrices of their own.
-OWN_UNEMBED = ("medusa",)
-
-# The kinds that can draft more tokens than they have depths, from their own output.
-RECURSIVE = ("sequential",)
+OWN_UNEMBED = ("medusa", "eagle3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -515,7 +528,7 @@ def num_added_layers(mtp: MtpConfig) -> int:
   """Transformer layers that training has and the deployed NTP model has not."""
   if mtp.depth == 0 or mtp.kind in ("none", "linear", "medusa"):
     return 0
-  if mtp.kind == "sequential" and mtp.share_modules:
+  if mtp.kind in EAGLES or (mtp.kind == "sequential" and mtp.share_modules):
     return 1
   return mtp.depth
 
@@ -552,7 +565,7 @@ def learns_from_trunk(mtp: MtpConfig) -> bool:
 
 def predictor_trunk(trunk: TrunkConfig, mtp: MtpConfig) -> TrunkConfig:
   """Returns the trunk that the blocks of the extra predictors are built from."""
-  trunk = trunk.dense() if mtp.dense_blocks else trunk
+  trunk = trunk.dense() if mtp.dense_blocks or mtp.kind in EAGLES else trunk
   return dataclasses.replace(trunk, mlp_dim=mtp.mlp_dim or trunk.mlp_dim)
 
 
@@ -570,6 +583,21 @@ def num_trunk_layers(config: Config) -> int:
   if config.mtp.arm == "shortened":
     layers -= num_added_layers(config.mtp)
   return layers
+
+
+def tapped_layers(config: Config) -> tuple[int, ...]:
+  """Returns after how many trunk layers the streams are taken that EAGLE-3 starts from.
+
+  Other kinds start from the last stream alone: (). The published ones are after 2, L/2
+  and L - 3 of L layers (Li et al. 2025, arXiv 2503.01840, and its code); a trunk of
+  less than 8 has them after the first, the middle and the last layer.
+  """
+  if config.mtp.kind != "eagle3":
+    return ()
+  layers = num_trunk_layers(config)
+  if layers < 8:
+    return 1, (1 + layers) // 2, layers
+  return 2, layers // 2, layers - 3
 
 
 def validate(config: Config, num_devices: int | None = None) -> None:
@@ -792,6 +820,12 @@ def _check_mtp(rule: _Rules) -> None:
   mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
   if mtp.kind == "none":
     rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
+  if mtp.kind in EAGLES:
+    rule(mtp.depth >= 1, "mtp.depth", f"at least 1 for mtp.kind {mtp.kind!r}")
+    rule(
+      rule.config.trunk.attention_kind == "grouped", "trunk.attention_kind",
+      f"'grouped' for mtp.kind {mtp.kind!r}",
+    )
   rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
   rule(
     len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
@@ -808,15 +842,16 @@ def _check_mtp(rule: _Rules) -> None:
     )
   if mtp.mlp_dim:
     rule(
-      mtp.kind == "sequential" and mtp.depth > 0, "mtp.mlp_dim",
-      f"0 unless mtp.kind is 'sequential' (it is {mtp.kind!r} with depth {mtp.depth})",
+      mtp.is_autoregressive and mtp.depth > 0, "mtp.mlp_dim",
+      f"0 unless mtp.kind is one of {', '.join(map(repr, AUTOREGRESSIVE))} with extra "
+      f"depths (it is {mtp.kind!r} with depth {mtp.depth})",
     )
     rule(
       mtp.arm != "shortened", "mtp.mlp_dim",
       "0 for mtp.arm 'shortened', which trades whole layers of the trunk",
     )
     rule(
-      mtp.dense_blocks or rule.config.trunk.moe.num_experts == 0, "mtp.mlp_dim",
+      predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
   for key, published in PUBLISHED_INPUTS.items():
@@ -837,9 +872,9 @@ def _check_mtp(rule: _Rules) -> None:
     )
   most = rule.config.eval.num_drafts
   rule(
-    most <= mtp.depth or (mtp.kind in RECURSIVE and mtp.depth > 0), "eval.num_drafts",
+    most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
     f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of "
-    f"{', '.join(map(repr, RECURSIVE))} with extra depths (it is {mtp.kind!r})",
+    f"{', '.join(map(repr, AUTOREGRESSIVE))} with extra depths (it is {mtp.kind!r})",
   )
   if mtp.arm == "shortened":
     rule(

@@ -65,12 +65,13 @@ class TrainedModel:
   def hidden(self, text: Text) -> np.ndarray:
     """Returns hidden_MTD, float32: the normed states that logits are made from.
 
-    A sequential module m at row i reads the tokens up to i + m, if `mtp.fed` is "true".
-    Where the text ends before that, the row is NaN, whatever the module is fed.
+    A sequential module m at row i reads the tokens up to i + m, if `mtp.fed` is "true",
+    and so does step m of EAGLE. Where the text ends before that, the row is NaN,
+    whatever the module is fed.
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
-    if self.config.mtp.kind == "sequential":
+    if self.config.mtp.is_autoregressive:
       for m in range(1, len(hidden_MTD)):
         hidden_MTD[m, -m:] = np.nan
     return hidden_MTD
@@ -78,8 +79,8 @@ class TrainedModel:
   def logits(self, text: Text, depth: int = 0) -> np.ndarray:
     """Returns logits_TV of one depth: row i is about token i + 1 + depth.
 
-    Rows that a sequential module has no input for are NaN; see `hidden`. The last row
-    of every depth of other predictors is about tokens after the text.
+    Rows that a module or step has no input for are NaN; see `hidden`. The last row of
+    every depth of other predictors is about tokens after the text.
 
     Raises:
       ValueError: bad text, or a depth that the model does not have.
@@ -91,7 +92,7 @@ class TrainedModel:
     with jax.set_mesh(self.mesh):
       logits_PV = _logits(self._shape, self.params, hidden_MBPD, depth)
     logits_TV = np.array(logits_PV)[: len(tokens_T)]
-    if depth and self.config.mtp.kind == "sequential":
+    if depth and self.config.mtp.is_autoregressive:
       logits_TV[-depth:] = np.nan
     return logits_TV
 

@@ -24,7 +24,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",
   "embed_out": None,  # Second embed-sized dim of a square matrix.
-  "concat": None,  # The 2d inputs of a sequential module's projection.
+  "concat": None,  # Inputs of a projection that are states and embeddings joined.
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,

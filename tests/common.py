@@ -98,7 +98,8 @@ COUNTABLE = {
   "loss.block_tokens": 256,
 }
 KINDS = (
-  ("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3), ("medusa", 3)
+  ("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3), ("medusa", 3),
+  ("eagle", 3), ("eagle3", 3),
 )
 SHARED = {"mtp.share_modules": True}
 # What sequential modules may start from besides the published inputs.

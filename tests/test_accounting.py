@@ -19,22 +19,27 @@ from tests.common import (
 
 L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
 FROZEN = {"train.freeze_trunk": True}
+LAYERS = ("parallel", "sequential", "eagle", "eagle3")  # Kinds that have whole layers.
 CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
 
 
 def by_hand(kind, trunk, layers, modules, depth):
   """Returns `(total, trunk, deployed)` for `layers` trunk layers below the heads."""
   if trunk == "llama":  # 4 query heads, 2 kv heads of size 4; no biases; untied.
-    norm, around = D, 2 * V * D
+    norm, around, reads = D, 2 * V * D, 16 + 2 * 8
     block = D * 16 + 2 * D * 8 + 16 * D + 3 * D * F + 2 * norm
   else:  # Biases everywhere, norms with two vectors, positions; tied.
-    norm, around = 2 * D, V * D + T * D
+    norm, around, reads = 2 * D, V * D + T * D, 3 * D
     block = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * norm
   around += norm
   if kind == "parallel":
     extra, head = depth * block, block
   elif kind == "sequential":
     extra, head = modules * (2 * D * D + block + 3 * norm), 0
+  elif kind == "eagle":
+    extra, head = block - norm + 2 * D * D + D, 0
+  elif kind == "eagle3":
+    extra, head = block + D * reads + 2 * norm + 3 * D * D, 0
   else:
     extra, head = depth * (D * D + (D if kind == "medusa" else 0)), 0
   deployed = around + layers * block + head
@@ -44,13 +49,13 @@ def by_hand(kind, trunk, layers, modules, depth):
 @pytest.mark.parametrize(
   "kind, depth, options, arm",
   [(*case, "added") for case in CASES]
-  + [(*case, "shortened") for case in CASES if case[0] in ("parallel", "sequential")],
+  + [(*case, "shortened") for case in CASES if case[0] in LAYERS],
 )
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_parameters_equal_the_formulas(kind, depth, options, arm, trunk):
   values = TRUNKS[trunk] | options | {"trunk.num_layers": L, "mtp.arm": arm}
   found = accounting.count(tiny_config(kind, depth, values))
-  modules = 1 if options else depth
+  modules = 1 if options or "eagle" in kind else depth
   layers = L - (kind == "parallel") - (modules if arm == "shortened" else 0)
   expected = by_hand(kind, trunk, layers, modules, depth)
   assert (found.total, found.trunk, found.deployed) == expected
@@ -101,7 +106,7 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   # per key and embedding coordinate in each of the blocks, and three times that with
   # the backward pass.
   trunk = 1 if kind == "parallel" else 2
-  blocks = {"parallel": 4, "sequential": depth}.get(kind, 0)
+  blocks = {"parallel": 4}.get(kind, depth) if kind in LAYERS else 0
   passes = (1 if FROZEN.items() <= options.items() else 3) * trunk + 3 * blocks
   skipped = passes * 4 * 128 * (64 - 65 / 2)
   assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)
@@ -122,8 +127,10 @@ def test_sizes_of_own_parts_of_predictors():
   total = lambda *args: accounting.count(tiny_config(*args)).total  # noqa: E731
   own = total("medusa", 3, {"mtp.unembed": "own"}) - total("medusa", 3)
   assert own == 3 * D * V
-  wide = total("sequential", 2, {"mtp.mlp_dim": 30}) - total("sequential", 2)
-  assert wide == 2 * 3 * D * (30 - F)
+  assert total("eagle3", 3, {"mtp.unembed": "own"}) - total("eagle3", 3) == D * V
+  for kind, layers in (("sequential", 2), ("eagle", 1), ("eagle3", 1)):
+    wide = total(kind, 2, {"mtp.mlp_dim": 30}) - total(kind, 2)
+    assert wide == layers * 3 * D * (30 - F)
 
 
 def test_sharing_modules_saves_parameters_but_no_flops():
@@ -133,7 +140,7 @@ def test_sharing_modules_saves_parameters_but_no_flops():
   assert flops(shared) == flops(own)
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "linear", "medusa"])
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS if kind != "none"])
 def test_flops_arm_trains_plain_ntp_for_the_same_flops(kind):
   steps = {"train.num_steps": 1000}
   added = tiny_config(kind, 3, steps)

@@ -10,9 +10,10 @@ import pytest
 from launch import benchmark
 from launch.benchmarks import decode, decode_parts
 from mtp_jax.decode import loop, network
+from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.metrics import write_json
 from tests import tiny_runs
-from tests.common import quick_jit
+from tests.common import quick_jit, random_params, tiny_config
 from tests.untrained_runs import save_run
 
 
@@ -106,6 +107,18 @@ def test_bad_settings_are_refused(flags, message, capsys):
     benchmark.main(["decode", *flags])
   assert error.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_drafts_are_made_from_features_of_any_width():
+  config = tiny_config("eagle3", 2, {"trunk.num_layers": 1})
+  weights = network.unstack(random_params(config), config)
+  plan = make_plan(config, Decoding())
+  inputs = loop.Inputs(weights, weights, None, np.zeros(0, np.int32))
+  tokens_BS, lengths_B = np.zeros((2, 12), np.int32), np.full(2, 3)
+  state = loop.prefill(
+    plan, 4, inputs, tokens_BS, lengths_B, lengths_B + 7, np.uint32(0), np.arange(2)
+  )
+  assert decode_parts.draft(plan, inputs, state).seconds() > 0
 
 
 def test_a_part_does_as_many_turns_as_fill_its_time(monkeypatch):

@@ -423,6 +423,14 @@ def test_fingerprint_is_the_same_on_every_mesh():
     ("sequential", 2, "output_norm", "own norm per module"),
     ("linear", 2, "concat_order", None),
     ("medusa", 2, "hidden_source", "trunk output after its final norm"),
+    ("eagle", 2, "output_norm", None),
+    ("eagle", 2, "concat_order", ["hidden", "embedding"]),
+    (
+      "eagle3", 2, "hidden_source",
+      "depth 1: a linear map of the trunk residual streams after layers 1, 2, 3; "
+      "depth k: the un-normed output of depth k - 1, by the same layer",
+    ),
+    ("eagle3", 2, "embedding_source", "token i + k"),
   ],
 )
 def test_contract_says_how_to_read_the_parameters(kind, depth, key, value):

@@ -39,9 +39,9 @@ CONFIGS = {
     "mtp.depth_weights[1] must be of type float, got 'x'.",
   ),
   "choice": (
-    [BASE, "--config.mtp.kind=eagle"],
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', got "
-    "'eagle'.",
+    [BASE, "--config.mtp.kind=eagle2"],
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
+    "'eagle', 'eagle3', got 'eagle2'.",
   ),
   "heads": (
     [BASE, "--config.trunk.num_heads=3", "--config.trunk.num_kv_heads=3"],

@@ -45,9 +45,9 @@ def test_base_is_valid_on_one_and_on_eight_devices():
   ("name", 3, "name must be of type str, got 3."),
   ("mtp", 3, "mtp must be a section, got 3."),
   (
-    "mtp.kind", "eagle",
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', got "
-    "'eagle'.",
+    "mtp.kind", "eagle2",
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
+    "'eagle', 'eagle3', got 'eagle2'.",
   ),
   (
     "mtp.depth_weights", 1.0,
@@ -172,7 +172,7 @@ RULES = {
       "mtp.share_modules must be False unless mtp.kind is 'sequential' (it is "
       f"{kind!r}), got True.",
     )
-    for kind in ("parallel", "medusa")
+    for kind in ("parallel", "medusa", "eagle")
   },
   **{
     f"a trunk that is too short for {kind} {arm}": (
@@ -196,8 +196,8 @@ RULES = {
   },
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
-    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa' with extra depths "
-    "(it is 'sequential' with depth 1), got 'own'.",
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' with "
+    "extra depths (it is 'sequential' with depth 1), got 'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
@@ -210,8 +210,8 @@ RULES = {
   ),
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
-    "mtp.mlp_dim must be 0 unless mtp.kind is 'sequential' (it is 'parallel' with "
-    "depth 1), got 64.",
+    "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3' "
+    "with extra depths (it is 'parallel' with depth 1), got 64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -224,7 +224,18 @@ RULES = {
   "more drafts than heads": (
     {"mtp.kind": "medusa", "mtp.depth": 2, "eval.num_drafts": 3},
     "eval.num_drafts must be at most mtp.depth (2) unless mtp.kind is one of "
-    "'sequential' with extra depths (it is 'medusa'), got 3.",
+    "'sequential', 'eagle', 'eagle3' with extra depths (it is 'medusa'), got 3.",
+  ),
+  "EAGLE without a step": (
+    {"mtp.kind": "eagle", "mtp.depth": 0},
+    "mtp.depth must be at least 1 for mtp.kind 'eagle', got 0.",
+  ),
+  "EAGLE on a trunk with latent attention": (
+    {
+      "mtp.kind": "eagle3", "mtp.depth": 1, "trunk.attention_kind": "latent",
+      "trunk.num_kv_heads": 4,
+    },
+    "trunk.attention_kind must be 'grouped' for mtp.kind 'eagle3', got 'latent'.",
   ),
   "nothing to shorten": (
     {"mtp.kind": "linear", "mtp.depth": 1, "mtp.arm": "shortened"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
+from mtp_jax.config import EAGLES, with_overrides
 from mtp_jax.decode import drafters, generate, loop, network
 from mtp_jax.decode.generate import Decoding
 from mtp_jax.decode.interface import Window
@@ -35,10 +36,15 @@ MODELS = {
   for trunk in TRUNKS
   for kind, depth, more in (
     ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
-    ("linear", DEPTH, {}), ("medusa", DEPTH, {}),
+    ("linear", DEPTH, {}), ("medusa", DEPTH, {}), ("eagle", DEPTH, {}),
+    ("eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
   )
 } | {
   "llama-shared": ("llama", "sequential", 2, SHARED),
+  "llama-eagle3-own": (
+    "llama", "eagle3", 2,
+    {"mtp.unembed": "own", "mtp.mlp_dim": 30, "trunk.num_kv_heads": 4},
+  ),
   "gpt2-medusa-own": ("gpt2", "medusa", DEPTH, {"mtp.unembed": "own"}),
   "latent-sequential": ("llama", "sequential", 2, LATENT),
   "llama-trunk": ("llama", "sequential", DEPTH, INPUTS["trunk-before"]),
@@ -56,7 +62,7 @@ class Model:
     self.params = random_params(self.config, seed=1)
     # Quiet layers and modules that say the same: random ones would agree on nothing.
     self.params = jax.tree_util.tree_map_with_path(
-      functools.partial(_quieten, fed=self.config.mtp.fed), self.params
+      functools.partial(_quieten, mtp=self.config.mtp), self.params
     )
     if self.config.mtp.unembed == "own":
       own = 0.2 * self.params["mtp"]["unembed"] + self.params["unembed"]["kernel"]
@@ -75,16 +81,22 @@ class Model:
     )
 
 
-def _quieten(path, leaf, fed):
+def _quieten(path, leaf, mtp):
   names, eye = [key.key for key in path], np.eye(16, dtype=np.float32)
+  if mtp.kind == "eagle3" and "mtp" in names and leaf.ndim == 3:
+    # Attention to the own row, which passes on the embedding that is read there.
+    whole = eye if "out" in names else np.concatenate([0 * eye, 3 * eye])
+    return 0.2 * leaf + whole.reshape(leaf.shape)
   if "out" in names or "down" in names:
     return 0.3 * leaf
   if "scale" in names:
     return 1 + 0.3 * (leaf - 1)
+  if "fusion" in names:
+    return 0.2 * leaf
   if "maps" in names:
     return 0.2 * leaf + eye
   if "projection" in names:  # Passes on the embedding, as the trunk does, if any.
-    halves = [eye, 0 * eye] if fed == "none" else [0 * eye, eye]
+    halves = [eye, 0 * eye] if mtp.fed == "none" else [0 * eye, eye]
     return 0.2 * leaf + np.concatenate(halves)
   return leaf
 
@@ -190,6 +202,15 @@ def test_recursion_past_the_last_module(sequential):
   assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
 
 
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_eagle_drafts_as_far_as_wanted(kind):
+  model = Model(*MODELS[f"llama-{kind}"])
+  completions = model.generate(decoding=Decoding(num_drafts=DEPTH + 2))
+  assert tokens(completions) == model.expected
+  reached = sum(x.reached for x in completions)
+  assert len(reached) == DEPTH + 2 and reached[1] > 0
+
+
 @pytest.mark.parametrize("name", ["own", "trunk", "shifted"])
 def test_recursion_from_other_inputs(name):
   model = Model("llama", "sequential", 2, INPUTS[name])
@@ -286,8 +307,12 @@ def test_caches_after_many_rounds_are_those_of_one_pass(model):
 
 
 def test_depths_say_in_decoding_what_they_say_in_training(model):
-  """Drafts replaced by the true tokens, every depth's logits are those of training."""
-  config, depth = model.config, model.config.mtp.depth
+  """Drafts replaced by the true tokens, every depth's logits are those of training.
+
+  EAGLE, whose parameters are the same at any depth, goes on for two drafts more.
+  """
+  depth = model.config.mtp.depth + 2 * (model.config.mtp.kind in EAGLES)
+  config = with_overrides(model.config, {"mtp.depth": depth})
   T = 12
   rng = np.random.default_rng(3)
   rows = rng.integers(0, config.tokenizer.vocab_size, (2, SEQ_LEN + 1 + depth))
@@ -301,7 +326,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
     ])
 
   expected_MBTV = trained(rows, SEQ_LEN)
-  drafter = drafters.own_predictors(config)
+  drafter = drafters.own_predictors(model.config, depth)
   target = network.target(config)
   length_B = jnp.array([T, T - 5])
   seen = []
@@ -450,6 +475,14 @@ def test_a_drafter_without_a_distribution_cannot_be_sampled_from(sequential):
       generate.make_plan(
         sequential.config, Decoding(rule, SAMPLING, proposal), drafters.given(2)
       )
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel", "eagle"])
+def test_drafts_that_depend_on_each_other_are_sampled(kind):
+  config = tiny_config(kind, 2)
+  for rule, expected in (("match", "argmax"), ("leviathan", "sample")):
+    plan = generate.make_plan(config, Decoding(rule, SAMPLING))
+    assert plan.proposal == ("argmax" if kind == "parallel" else expected)
 
 
 def test_heads_cannot_recurse_and_learned_positions_bound_the_length():

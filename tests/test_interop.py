@@ -359,6 +359,7 @@ def test_a_refused_layout_names_what_modules_start_from():
     ("parallel", 1, {}, "llama", "parallel heads have no portable layout"),
     ("linear", 1, {}, "llama", "linear heads have no portable layout"),
     ("medusa", 1, {}, "llama", "medusa heads have no portable layout"),
+    ("eagle3", 1, {}, "llama", "eagle3 drafters have no portable layout"),
     ("sequential", 1, {}, "llama", "no place for MTP modules.*Possible: mimo"),
     ("sequential", 2, {}, "mimo", "exactly one sequential module.*Possible: none"),
     ("none", 0, {}, "gpt2", "the trunk is of kind 'llama'"),

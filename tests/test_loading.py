@@ -41,6 +41,7 @@ BYTES = {"tokenizer.vocab_size": 260}
 MODELS = {
   "sequential": tiny_config("sequential", 2, BYTES | {"mtp.arm": "shortened"}),
   "parallel": tiny_config("parallel", 2, BYTES),
+  "eagle3": tiny_config("eagle3", 2, BYTES),
   "linear gpt2": tiny_config("linear", 2, BYTES | GPT2),
   "flops": tiny_config("sequential", 1, BYTES | {"mtp.arm": "flops"}),
 }
@@ -186,15 +187,15 @@ def test_losses_are_those_of_a_row_with_other_documents(models, name):
     )
 
 
-@pytest.mark.parametrize("name", ["sequential", "parallel", "linear gpt2"])
+@pytest.mark.parametrize("name", ["sequential", "parallel", "linear gpt2", "eagle3"])
 def test_logits_at_a_row_say_what_the_losses_say(models, name):
   model = models(name)
   ids, losses = model.encode(TEXT), model.losses(TEXT)
-  is_sequential = name == "sequential"
+  reads_on = model.config.mtp.is_autoregressive
   for depth in range(3):
     logits = model.logits(TEXT, depth)
     assert logits.shape == (len(ids), 260) and logits.dtype == np.float32
-    last = len(ids) - depth if is_sequential else len(ids)
+    last = len(ids) - depth if reads_on else len(ids)
     assert np.isfinite(logits[:last]).all() and np.isnan(logits[last:]).all()
     rows = np.arange(len(ids) - 1 - depth)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

@@ -23,6 +23,9 @@ SEES = (
 
 DISTILLED = "test_distillation.py::test_losses_equal_sums_over_positions"
 CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
+DRAFTING = (
+  "test_eagle.py::test_training_computes_what_drafting_does_token_by_token"
+)
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
 
@@ -56,8 +59,8 @@ MUTANTS = {
   ),
   "every depth reads the own output matrix of the first": Mutant(
     "model/lm.py",
-    '["unembed"][depth - 1]',
-    '["unembed"][0]',
+    "matrix_DV[depth - 1]",
+    "matrix_DV[0]",
     f"{DISTILLED}[medusa-options0]",
   ),
   "document mask of the targets dropped": Mutant(
@@ -113,6 +116,30 @@ MUTANTS = {
     'return make_norm(self.trunk, "out_norm")(x_BTD)',
     'return x_BTD + 0 * make_norm(self.trunk, "out_norm")(x_BTD)',
     f"{PARITY}[llama-sequential-False]",
+  ),
+  "later steps of EAGLE see the later keys of other rows": Mutant(
+    "model/attention_ops.py",
+    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH',
+    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, jnp.roll(own_JBTKH, 1, axis=2)',
+    f"{DRAFTING}[llama-eagle]",
+  ),
+  "EAGLE's position stays that of the row": Mutant(
+    "drafters/eagle.py",
+    "given.positions_BT + (k - 1)",
+    "given.positions_BT",
+    f"{DRAFTING}[llama-eagle3]",
+  ),
+  "EAGLE-3 goes on from its normed state": Mutant(
+    "drafters/eagle.py",
+    "states.append(state_BTD)",
+    "states.append(state_BTD / jnp.linalg.norm(state_BTD, axis=-1, keepdims=True))",
+    f"{DRAFTING}[llama-eagle3]",
+  ),
+  "drafts of a recursion are all read in the newest row": Mutant(
+    "decode/interface.py",
+    "newest_B1 + k - 1\n",
+    "newest_B1 + 0 * k\n",
+    f"{DEPTHS}[llama-eagle]",
   ),
   "final norm of the parallel heads left out": Mutant(
     "model/mtp.py",
@@ -232,8 +259,8 @@ MUTANTS = {
   ),
   "heads are fed the state after the first head": Mutant(
     "decode/network.py",
-    "if i == tapped - 1:",
-    "if i == num_blocks - 1:",
+    "streams[number - 1] for number in taps",
+    "streams[-1] for number in taps",
     f"{DEPTHS}[llama-parallel]",
   ),
   "verification one position late": Mutant(

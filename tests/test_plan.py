@@ -253,7 +253,7 @@ def test_groups_in_an_unknown_notation_are_an_error():
 # Work.
 
 
-@pytest.mark.parametrize("kind", ["parallel", "linear", "medusa"])
+@pytest.mark.parametrize("kind", ["parallel", "linear", "medusa", "eagle", "eagle3"])
 def test_products_without_recomputation_are_the_model_flops(kind):
   """In the loss every device has its own tokens: products on all devices count."""
   config = tiny_config(

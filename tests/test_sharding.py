@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mtp_jax import accounting, optimizer, sharding
-from mtp_jax.config import ConfigError
+from mtp_jax.config import EAGLES, ConfigError
 from mtp_jax.sharding import (
   AXIS_RULES,
   constrain,
@@ -46,6 +46,8 @@ MODELS = {"sequential": {"trunk.num_layers": 1}, "parallel": GPT2}
 OTHERS = {
   "shifted states and own tokens": ("sequential", INPUTS["shifted"] | INPUTS["own"]),
   "medusa": ("medusa", {"trunk.num_layers": 1}),
+  "eagle": ("eagle", {"trunk.num_layers": 1}),
+  "eagle3": ("eagle3", GPT2 | {"trunk.num_layers": 1}),
 }
 
 
@@ -178,8 +180,11 @@ def test_the_table_has_every_name_in_use_and_no_other(monkeypatch):
   monkeypatch.setattr(
     sharding, "partition_spec", lambda axes: used.update(axes) or look_up(axes)
   )
-  for trunk in (*TRUNKS.values(), LATENT | EXPERTS):
+  latent = LATENT | EXPERTS
+  for trunk in (*TRUNKS.values(), latent):
     for kind, depth in KINDS:
+      if trunk is latent and kind in EAGLES:
+        continue  # These have grouped attention alone.
       config = tiny_config(kind, depth, trunk)
       axes = logical_axes(accounting.abstract_params(config))
       tree_shardings(make_mesh(config.mesh, jax.devices()[:1]), axes)

@@ -117,6 +117,11 @@ def test_cached_decoding_equals_torch(trunk, kind):
       )
 
 
+def test_eagle_is_refused():
+  with pytest.raises(ValueError, match=r"^mtp.kind must not .* PyTorch, got 'eagle3'"):
+    torch_peer.Peer(common.tiny_config("eagle3", 2))
+
+
 @pytest.mark.parametrize("name", ["trunk", "before", "own"])
 def test_other_inputs_of_modules_are_refused(name):
   ((key, value),) = common.INPUTS[name].items()

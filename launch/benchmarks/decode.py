@@ -136,7 +136,7 @@ def add_parser(commands: Any) -> None:
   add = parser.add_argument_group("with --sizes").add_argument
   add("--trunks", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
   add("--vocabs", nargs="+", type=int, default=[264, 50304], metavar="V")
-  kinds = ["sequential", "parallel", "linear", "medusa"]
+  kinds = ["sequential", "parallel", "linear", "medusa", "eagle", "eagle3"]
   add("--kinds", nargs="+", default=kinds[:2], choices=kinds)
   add("--depth", type=int, default=3, help="extra predictors, all of which draft")
   add("--embed_dim", type=int, default=512)
@@ -404,8 +404,7 @@ def _add_timers(
     rows = 1 + plan.drafter.num_drafts
     parts[verify] = decode_parts.forward_rows(plan, inputs, state, rows)
   if has_cost:
-    size = inputs.weights.embedding_VD.shape[1]
-    parts[f"{name} draft"] = decode_parts.draft(plan, inputs, state, size)
+    parts[f"{name} draft"] = decode_parts.draft(plan, inputs, state)
     parts[f"{name} round"] = decode_parts.whole_round(plan, inputs, state)
   for label, part in parts.items():
     part.warm_up(least_seconds)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.decode import loop
-from mtp_jax.decode.interface import Drafter, Window
+from mtp_jax.decode.interface import Drafter, Window, take_tokens
 
 _MOST_TURNS = 1 << 14
 
@@ -76,7 +76,7 @@ def forward_rows(
 
 
 def draft(
-  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState, feature_size: int
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
 ) -> Part:
   """Catches up with a window that is all new, then proposes K drafts, greedily."""
   drafter = plan.drafter
@@ -85,10 +85,10 @@ def draft(
   start_B = length_B - 1 - rows
   position_BW = start_B[:, None] + jnp.arange(rows)
   last_B = jnp.full_like(length_B, rows - 1)
-  shape = (*position_BW.shape, feature_size)
-  feature_BWD = jax.random.normal(
-    jax.random.key(0), shape, jax.tree.leaves(state.cache)[0].dtype
-  )
+  like_BWD = jax.eval_shape(
+    plan.target.forward, inputs.weights, position_BW, position_BW, state.cache
+  )[1]
+  feature_BWD = jax.random.normal(jax.random.key(0), like_BWD.shape, like_BWD.dtype)
   places = (position_BW, start_B, last_B)
   fixed = (inputs.draft_weights, state.tokens_BS, length_B, places)
 
@@ -133,8 +133,7 @@ def forced(drafter: Drafter) -> Drafter:
     own, drafts_BS = weights
     cache, found_BK = drafter.propose(own, cache, carry, window, choose)
     ahead_BK = window.length_B[:, None] + jnp.arange(drafter.num_drafts)
-    rows_B1 = jnp.arange(len(ahead_BK))[:, None]
-    given_BK = drafts_BS.at[rows_B1, ahead_BK].get(mode="clip")
+    given_BK = take_tokens(drafts_BS, ahead_BK)
     # Tokens are never negative, which the compiler does not know.
     return cache, jnp.where(found_BK < 0, found_BK, given_BK)
 

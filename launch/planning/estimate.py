@@ -21,11 +21,11 @@ and of `cudnn` none, but the mask, c b T T.
 A device sends, in every microbatch: each layer's weights, c bytes each, gathered in the
 forward and again in the backward pass; their gradient, summed over `fsdp` (scattered)
 and over `data`; the gradients of both tables, summed whole, the embedding's once per
-look-up (1 + depth in sequential modules); and once per step the tables. A split over
-`tensor` adds sums of c n D: two per layer and pass, three passes if layers are
-rematerialised, and one of every depth's gradient in the loss. `context` gathers keys
-and values in each of these passes and scatters their gradients. `expert` gathers tokens
-and scatters outputs. A ring of k devices sends (k - 1) / k of what it gathers or
+look-up (1 + depth in sequential modules and EAGLE); and once per step the tables. A
+split over `tensor` adds sums of c n D: two per layer and pass, three passes if layers
+are rematerialised, and one of every depth's gradient in the loss. `context` gathers
+keys and values in each of these passes and scatters their gradients. `expert` gathers
+tokens and scatters outputs. A ring of k devices sends (k - 1) / k of what it gathers or
 scatters, twice that of what it sums.
 
 What the formula leaves out is what XLA knows: which buffers live at once. The tests
@@ -282,7 +282,7 @@ def _traffic(s: _Sizes) -> dict[str, float]:
 def _look_ups(config: Config) -> int:
   """How often the embedding is looked up in a forward pass."""
   mtp = config.mtp
-  return 1 + mtp.depth if mtp.kind == "sequential" and mtp.fed != "none" else 1
+  return 1 + mtp.depth if mtp.is_autoregressive and mtp.fed != "none" else 1
 
 
 def _ring(devices: int) -> float:

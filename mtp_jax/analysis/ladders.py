@@ -46,7 +46,9 @@ MAY_SCALE = (
   "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1",
   "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
 )
-_KIND_ORDER = ("none", "parallel", "sequential", "linear", "medusa")
+_KIND_ORDER = (
+  "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
+)
 _NO_EFFECT = dict(
   weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
   final_weight=0.0, depth_weights=(), curriculum="none",

@@ -13,9 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config, TrunkConfig, predictor_trunk
-from mtp_jax.decode import network
-from mtp_jax.decode.interface import Choose, Drafter, Window, take_rows
+from mtp_jax.config import EAGLES, Config, TrunkConfig, predictor_trunk
+from mtp_jax.decode import eagle, network
+from mtp_jax.decode.interface import (
+  Choose,
+  Drafter,
+  Window,
+  chain,
+  take_rows,
+  take_tokens,
+)
 from mtp_jax.decode.network import Weights
 from mtp_jax.drafters.medusa import medusa_head
 from mtp_jax.model.layers import compute_dtype
@@ -30,7 +37,8 @@ def own_predictors(
   Args:
     config: of the model.
     num_drafts: K; None takes all D predictors.
-    recurse: let the last sequential module go on from its own output where K > D.
+    recurse: let the last sequential module go on from its own output where K > D, as
+      EAGLE drafters do in any case.
 
   Raises:
     ValueError: more drafts than there are predictors.
@@ -39,7 +47,8 @@ def own_predictors(
   num_drafts = depth if num_drafts is None else num_drafts
   if num_drafts < 0:
     raise ValueError(f"num_drafts must be at least 0, got {num_drafts}.")
-  if num_drafts > depth and not (recurse and kind == "sequential" and depth):
+  is_recursive = kind in EAGLES or (recurse and kind == "sequential" and depth)
+  if num_drafts > depth and not is_recursive:
     hint = "; or set recurse=True" if kind == "sequential" and depth else ""
     raise ValueError(
       f"num_drafts must be at most the model's {depth} extra predictor(s) "
@@ -47,6 +56,8 @@ def own_predictors(
     )
   if num_drafts == 0:
     return given(0)  # Plain decoding; nothing of a drafter is called then.
+  if kind in EAGLES:
+    return chain(eagle.recursion(config), num_drafts)
   trunk = predictor_trunk(config.trunk, config.mtp)
   if kind == "parallel":
     return _parallel_heads(trunk, num_drafts)
@@ -71,7 +82,7 @@ def given(num_drafts: int) -> Drafter:
   def propose(drafts_BS, cache, carry, window: Window, choose: Choose):
     del carry, choose
     ahead_BK = window.length_B[:, None] + jnp.arange(num_drafts)
-    return cache, drafts_BS.at[_rows(ahead_BK), ahead_BK].get(mode="clip")
+    return cache, take_tokens(drafts_BS, ahead_BK)
 
   return Drafter(
     num_drafts,
@@ -183,8 +194,7 @@ def _sequential_modules(
     embedding_BWD = None
     if fed != "none":
       ahead_BW = position_BW + k
-      token_BW = tokens_BS.at[_rows(ahead_BW), ahead_BW].get(mode="clip")
-      embedding_BWD = network.embed(weights, token_BW)
+      embedding_BWD = network.embed(weights, take_tokens(tokens_BS, ahead_BW))
     hidden_BWD, cache, _ = module.apply(
       {"params": weights.predictors[which]},
       given_BWD,
@@ -249,7 +259,3 @@ def _sequential_modules(
     return (tuple(caches), tuple(edges)), jnp.stack(drafts, axis=1)
 
   return Drafter(num_drafts, True, init, catch_up, propose)
-
-
-def _rows(index_BX: jax.Array) -> Any:
-  return jnp.arange(index_BX.shape[0])[:, None]

@@ -55,8 +55,8 @@ class Decoding:
     token) | leviathan | block (sampling, equal in distribution); see `verify`.
   warp: temperature and the like for the rules that sample; None for greedy.
   proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
-    use the distribution and drafts depend on each other (sequential modules), and else
-    takes the arg max: parallel heads sampled one by one do not fit together.
+    use the distribution and drafts depend on each other (sequential modules, EAGLE),
+    and else takes the arg max: parallel heads sampled one by one do not fit together.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
   """
@@ -101,9 +101,7 @@ def make_plan(
   if drafter.num_drafts == 0 and rule != "greedy":
     rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
-    uses_q = rule == "block" or (
-      rule == "leviathan" and config.mtp.kind == "sequential"
-    )
+    uses_q = rule == "block" or (rule == "leviathan" and config.mtp.is_autoregressive)
     proposal = "sample" if uses_q and drafter.has_distribution else "argmax"
   if drafter.num_drafts:
     if proposal in ("sample", "coupled") and not drafter.has_distribution:

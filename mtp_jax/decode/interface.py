@@ -9,6 +9,7 @@ Legend: B batch, T new tokens, S slots of a sequence, W rows of a window, D feat
 K drafted tokens, V vocab.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +71,53 @@ class Drafter(NamedTuple):
   propose: Callable[..., Any]
 
 
+class Recursion(NamedTuple):
+  """A drafter that goes on from its own output. Hashable.
+
+  init(rows, slots) -> cache.
+  catch_up(weights, cache, window) -> (cache, state_BD): writes what the new features
+    say; the state of the newest row.
+  step(weights, cache, state_BWD, token_BW, places) -> (cache, state_BWD): W rows at
+    once, each from the state of its parent and its own token. `places` are positions
+    [B, W], each of which is also the slot that the row is written to.
+  logits(weights, state_...D) -> logits_...V: of the token after the one that the state
+    has read last.
+  """
+
+  init: Callable[..., Any]
+  catch_up: Callable[..., Any]
+  step: Callable[..., Any]
+  logits: Callable[..., Any]
+
+
+@functools.cache
+def chain(recursion: Recursion, num_drafts: int) -> Drafter:
+  """Returns the drafter of K tokens, each from the state that has read those before it.
+
+  The newest row is that of position `length - 2`; draft k - 1 is read in the row k - 1
+  places on, which the features overwrite once they are known.
+  """
+
+  def propose(weights, cache, state_BD, window: Window, choose: Choose):
+    newest_B1 = window.length_B[:, None] - 2
+    drafts = [choose(recursion.logits(weights, state_BD), 1)]
+    for k in range(2, 1 + num_drafts):
+      cache, state_B1D = recursion.step(
+        weights, cache, state_BD[:, None], drafts[-1][:, None], newest_B1 + k - 1
+      )
+      state_BD = state_B1D[:, 0]
+      drafts.append(choose(recursion.logits(weights, state_BD), k))
+    return cache, jnp.stack(drafts, axis=1)
+
+  return Drafter(num_drafts, True, recursion.init, recursion.catch_up, propose)
+
+
 def take_rows(x_BT___: jax.Array, index_B: jax.Array) -> jax.Array:
   """Returns x[b, index[b]] for every b; an index of -1 takes row 0."""
   return x_BT___[jnp.arange(x_BT___.shape[0]), jnp.maximum(index_B, 0)]
+
+
+def take_tokens(tokens_BS: jax.Array, position_BX: jax.Array) -> jax.Array:
+  """Returns token_BX at the given positions; past the end, the last one."""
+  rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+  return tokens_BS.at[rows_B1, position_BX].get(mode="clip")

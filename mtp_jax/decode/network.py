@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import (
+  EAGLES,
+  Config,
+  TrunkConfig,
+  num_trunk_layers,
+  tapped_layers,
+)
 from mtp_jax.decode.interface import Target
 from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
@@ -26,8 +32,9 @@ class Weights(NamedTuple):
 
   blocks: the trunk's layers, and the first head of parallel heads.
   predictors: what depth 1, 2, ... D adds: a head, a module or a linear map; one module
-    where it is shared.
-  draft_unembeds_DV: the output matrix of depth 1, 2, ... D, where they have their own.
+    where it is shared; all of an EAGLE drafter.
+  draft_unembeds_DV: the output matrix of depth 1, 2, ... D, where they have their own;
+    one where they share it.
   """
 
   embedding_VD: jax.Array
@@ -67,6 +74,8 @@ def unstack(params: Any, config: Config) -> Weights:
   elif kind == "sequential" and depth:
     stack = params["mtp"]["modules"]
     predictors = [stack] if config.mtp.share_modules else layers(stack, depth)
+  elif kind in EAGLES:
+    predictors = [params["mtp"]]
   is_learned = config.trunk.kind == "gpt2"
   return Weights(
     params["embed"]["embedding"],
@@ -83,14 +92,16 @@ def target(config: Config) -> Target:
   """Returns the next-token model inside an MTP model as a decoding target.
 
   Its feature is the trunk's un-normed residual stream, which is what every kind of
-  predictor starts from. Parallel heads predict the next token by their first head.
+  predictor starts from; that of EAGLE-3 is three such streams side by side. Parallel
+  heads predict the next token by their first head.
   """
-  tapped = num_trunk_layers(config)
-  return _target(config.trunk, tapped, tapped + (config.mtp.kind == "parallel"))
+  layers = num_trunk_layers(config)
+  taps = tapped_layers(config) or (layers,)
+  return _target(config.trunk, taps, layers + (config.mtp.kind == "parallel"))
 
 
 @functools.cache
-def _target(trunk: TrunkConfig, tapped: int, num_blocks: int) -> Target:
+def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Target:
   num_dense = trunk.dense_prefix
 
   def init(rows: int, slots: int) -> tuple[Cache, ...]:
@@ -101,13 +112,13 @@ def _target(trunk: TrunkConfig, tapped: int, num_blocks: int) -> Target:
     if weights.position_PD is not None:
       # Drafts may run over the end; they are never committed, but must stay finite.
       x_BTD += jnp.take(weights.position_PD, positions_BT, axis=0, mode="clip")
-    feature_BTD, caches = x_BTD, list(caches)
+    streams, caches = [], list(caches)
     for i, block in enumerate(weights.blocks):
       x_BTD, caches[i] = run_block(
         trunk.dense() if i < num_dense else trunk, block, x_BTD, positions_BT, caches[i]
       )
-      if i == tapped - 1:
-        feature_BTD = x_BTD
+      streams.append(x_BTD)
+    feature_BTD = jnp.concatenate([streams[number - 1] for number in taps], axis=-1)
     return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
 
   return Target(init, forward, unembed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import (
+  EAGLES,
   PUBLISHED_INPUTS,
   Config,
   MtpConfig,
@@ -511,7 +512,8 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if not has_any:
     return ""
   if mtp.kind != "sequential":
-    return f"{mtp.kind} heads have no portable layout; the trunk alone has one"
+    what = "drafters" if mtp.kind in EAGLES else "heads"
+    return f"{mtp.kind} {what} have no portable layout; the trunk alone has one"
   if layout != "deepseek_v3":
     return "it has no place for MTP modules; the trunk alone can be written in it"
   if mtp.dense_blocks:

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import attention, slot_weights, write_slots
+from mtp_jax.model.attention_ops import (
+  attention,
+  slot_weights,
+  unrolled_attention,
+  write_slots,
+)
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
 from mtp_jax.model.rotary import rotate
@@ -38,12 +43,26 @@ class KVCache(NamedTuple):
     )
 
 
+class Unrolled(NamedTuple):
+  """Keys and values of the steps so far of a layer that goes on from its own output.
+
+  Each is [B, T, K, H], a key and a value of every row. A row of a later step sees the
+  first step's up to itself and of the steps since then its own alone, as a drafter
+  does that runs on the features up to that row and then on its own output.
+  """
+
+  keys: tuple[jax.Array, ...] = ()
+  values: tuple[jax.Array, ...] = ()
+
+
 class Attention(nn.Module):
   """Causal self-attention within documents.
 
   In training (`cache` is None) a token sees the tokens up to itself that share its
   segment id. With a cache, the T new tokens are written at their positions and see
-  every slot up to their own; segment ids are not used then.
+  every slot up to their own; segment ids are not used then. With `Unrolled` this
+  is the next step of a layer that is applied to its own output, within documents too.
+  The input may be wider than the output.
   """
 
   trunk: TrunkConfig
@@ -54,16 +73,17 @@ class Attention(nn.Module):
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+    cache: KVCache | Unrolled | None = None,
+  ) -> tuple[jax.Array, KVCache | Unrolled | None]:
     c, dtype = self.trunk, compute_dtype(self.trunk)
+    width = x_BTD.shape[-1]
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
     def project(name: str, num_heads: int, axis: str) -> jax.Array:
       kernel = self.param(
         name,
-        partitioned(fan_in_normal(D), "embed", axis, "head_dim"),
-        (D, num_heads, H),
+        partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
+        (width, num_heads, H),
       )
       out = dense(x_BTD, kernel.astype(dtype))
       if c.kind == "gpt2" or c.qkv_bias:
@@ -81,17 +101,25 @@ class Attention(nn.Module):
       query_BTNH = rotate(query_BTNH, positions_BT, c)
       key_BTKH = rotate(key_BTKH, positions_BT, c)
 
-    if cache is None:
+    if cache is None or isinstance(cache, Unrolled):
+      is_later = cache is not None and len(cache.keys) > 0
+      seq = "seq" if is_later else "kv_seq"  # Later keys are for their own rows.
       query_BTNH = constrain(query_BTNH, "batch", "seq", "heads", "head_dim")
-      key_BTKH = constrain(key_BTKH, "batch", "kv_seq", "kv_heads", "head_dim")
-      value_BTKH = constrain(value_BTKH, "batch", "kv_seq", "kv_heads", "head_dim")
-      out_BTNH = attention(
-        checkpoint_name(query_BTNH, "query"),
-        checkpoint_name(key_BTKH, "key"),
-        checkpoint_name(value_BTKH, "value"),
-        segment_ids_BT,
-        implementation=c.attention,
-      )
+      key_BTKH = constrain(key_BTKH, "batch", seq, "kv_heads", "head_dim")
+      value_BTKH = constrain(value_BTKH, "batch", seq, "kv_heads", "head_dim")
+      query_BTNH = checkpoint_name(query_BTNH, "query")
+      key_BTKH = checkpoint_name(key_BTKH, "key")
+      value_BTKH = checkpoint_name(value_BTKH, "value")
+      if cache is not None:
+        cache = Unrolled((*cache.keys, key_BTKH), (*cache.values, value_BTKH))
+      if is_later:
+        out_BTNH = unrolled_attention(
+          query_BTNH, cache.keys, cache.values, segment_ids_BT
+        )
+      else:
+        out_BTNH = attention(
+          query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, implementation=c.attention
+        )
     else:
       cache = KVCache(
         write_slots(cache.key_BKHS, key_BTKH, positions_BT, slot_axis=3),

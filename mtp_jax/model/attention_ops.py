@@ -86,7 +86,7 @@ def attention(
   Raises:
     ValueError: N not a multiple of K, or as `choose_implementation`.
   """
-  B, T, N, H = q_BTNH.shape
+  _, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
   if N % K:
     raise ValueError(
@@ -104,13 +104,54 @@ def attention(
       implementation="cudnn",
     )
   out_BKGTV = (_blocked if chosen == "blocked" else _plain)(
-    q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4),
+    _by_kv_head(q_BTNH, K),
     k_BTKH.transpose(0, 2, 1, 3),
     v_BTKV.transpose(0, 2, 1, 3),
     segment_ids_BT,
     scale,
   )
-  return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v_BTKV.shape[-1])
+  return _by_token(out_BKGTV)
+
+
+def unrolled_attention(
+  q_BTNH: jax.Array,
+  keys: tuple[jax.Array, ...],
+  values: tuple[jax.Array, ...],
+  segment_ids_BT: jax.Array,
+) -> jax.Array:
+  """Returns out_BTNH of a later step of a layer that goes on from its own output.
+
+  `keys` and `values` are [B, T, K, H] of each step so far. One softmax is over the
+  first step's keys, of which a token sees what it does in `attention`, and over the
+  later steps' keys of its own place. Dtypes and scale are as there.
+  """
+  (first_BTKH, *own_k), (value_BTKH, *own_v) = keys, values
+  T, K, H = first_BTKH.shape[1:]
+  own_JBTKH, own_value_JBTKH = jnp.stack(own_k), jnp.stack(own_v)
+  q_BKGTH = _by_kv_head(q_BTNH, K)
+  scale = H**-0.5
+  scores_BKGTS = _scores(
+    q_BKGTH, first_BTKH.transpose(0, 2, 1, 3), segment_ids_BT, 0, scale
+  )
+  own_BKGTJ = _einsum("BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH) * scale
+  weights = jax.nn.softmax(jnp.concatenate([scores_BKGTS, own_BKGTJ], -1), axis=-1)
+  weights_BKGTS, weights_BKGTJ = jnp.split(weights.astype(q_BTNH.dtype), [T], axis=-1)
+  out_BKGTH = _einsum("BKGTS,BSKH->BKGTH", weights_BKGTS, value_BTKH)
+  out_BKGTH += _einsum("BKGTJ,JBTKH->BKGTH", weights_BKGTJ, own_value_JBTKH)
+  return _by_token(out_BKGTH.astype(q_BTNH.dtype))
+
+
+def _by_kv_head(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+  """Returns q_BKGTH."""
+  B, T, N, H = q_BTNH.shape
+  split = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+  return split.transpose(0, 2, 3, 1, 4)
+
+
+def _by_token(out_BKGTV: jax.Array) -> jax.Array:
+  """Returns out_BTNV."""
+  B, K, G, T, V = out_BKGTV.shape
+  return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, V)
 
 
 def _plain(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):

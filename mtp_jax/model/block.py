@@ -8,7 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention import Attention, KVCache
+from mtp_jax.model.attention import Attention, KVCache, Unrolled
 from mtp_jax.model.attention_ops import REMAT_NAMES
 from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.model.layers import make_norm
@@ -54,22 +54,38 @@ class Block(nn.Module):
     segment_ids_BT: jax.Array,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None, Routing | None]:
-    is_latent = self.trunk.attention_kind == "latent"
-    attention = LatentAttention if is_latent else Attention
     x_BTD = constrain(x_BTD, "batch", "seq", "act_embed")
-    attended_BTD, cache = attention(self.trunk, name="attention")(
-      make_norm(self.trunk, "attention_norm")(x_BTD),
-      positions_BT,
-      segment_ids_BT,
-      cache,
+    normed_BTD = make_norm(self.trunk, "attention_norm")(x_BTD)
+    return add_layers(
+      self.trunk, x_BTD, normed_BTD, positions_BT, segment_ids_BT, cache
     )
-    x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
-    normed_BTD = make_norm(self.trunk, "mlp_norm")(x_BTD)
-    if self.trunk.moe.num_experts:
-      added_BTD, routing = Moe(self.trunk, name="moe")(normed_BTD, segment_ids_BT)
-    else:
-      added_BTD, routing = Mlp(self.trunk, name="mlp")(normed_BTD), None
-    return constrain(x_BTD + added_BTD, "batch", "seq", "act_embed"), cache, routing
+
+
+def add_layers(
+  trunk: TrunkConfig,
+  x_BTD: jax.Array,
+  read_BTX: jax.Array,
+  positions_BT: jax.Array,
+  segment_ids_BT: jax.Array,
+  cache: Cache | Unrolled | None,
+) -> tuple[jax.Array, Cache | Unrolled | None, Routing | None]:
+  """Returns what a block does: x + attention(read), then x + mlp(norm(x)).
+
+  The layers belong to the module in whose `__call__` this is used. `read_BTX` may be
+  wider than the residual stream x_BTD.
+  """
+  is_latent = trunk.attention_kind == "latent"
+  attention = LatentAttention if is_latent else Attention
+  attended_BTD, cache = attention(trunk, name="attention")(
+    read_BTX, positions_BT, segment_ids_BT, cache
+  )
+  x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
+  normed_BTD = make_norm(trunk, "mlp_norm")(x_BTD)
+  if trunk.moe.num_experts:
+    added_BTD, routing = Moe(trunk, name="moe")(normed_BTD, segment_ids_BT)
+  else:
+    added_BTD, routing = Mlp(trunk, name="mlp")(normed_BTD), None
+  return constrain(x_BTD + added_BTD, "batch", "seq", "act_embed"), cache, routing
 
 
 def rematted(module: type[nn.Module], trunk: TrunkConfig) -> type[nn.Module]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config, next_token_only, num_trunk_layers
+from mtp_jax.config import Config, next_token_only, num_trunk_layers, tapped_layers
+from mtp_jax.drafters.eagle import Eagle, Eagle3
 from mtp_jax.drafters.medusa import MedusaHeads
 from mtp_jax.model.layers import (
   Embedding,
@@ -20,12 +21,26 @@ from mtp_jax.model.layers import (
   partitioned,
 )
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import TRAINED_JOINTLY, Given
+from mtp_jax.model.mtp import (
+  Given,
+  LinearHeads,
+  NextToken,
+  ParallelHeads,
+  SequentialModules,
+)
 from mtp_jax.model.trunk import Trunk
 from mtp_jax.sharding import constrain, fewest_rows, map_over_tokens
 from mtp_jax.targets import shifted_tokens
 
-KINDS = TRAINED_JOINTLY | {"medusa": MedusaHeads}
+KINDS: dict[str, type[nn.Module]] = {
+  "none": NextToken,
+  "linear": LinearHeads,
+  "parallel": ParallelHeads,
+  "sequential": SequentialModules,
+  "medusa": MedusaHeads,
+  "eagle": Eagle,
+  "eagle3": Eagle3,
+}
 
 
 class MtpLm(nn.Module):
@@ -45,7 +60,8 @@ class MtpLm(nn.Module):
       self.position_embed = Embedding(
         length, trunk.embed_dim, "position", stddev, dtype
       )
-    self.trunk = Trunk(trunk, num_trunk_layers(self.config))
+    layers, taps = num_trunk_layers(self.config), tapped_layers(self.config)
+    self.trunk = Trunk(trunk, layers, taps)
     self.final_norm = make_norm(trunk)
     self.mtp = KINDS[self.config.mtp.kind](trunk, self.config.mtp)
     if not trunk.tie_embeddings:
@@ -67,7 +83,9 @@ class MtpLm(nn.Module):
       unembed_DV = self.embed.embedding.T
     else:
       unembed_DV = self.unembed()  # Creates it; the loss reads it from the tree.
-    residual_BTD, in_trunk = self.trunk(x_BTD, batch.positions, batch.segment_ids)
+    residual_BTD, tapped, in_trunk = self.trunk(
+      x_BTD, batch.positions, batch.segment_ids
+    )
     given = Given(
       residual_BTD,
       self.final_norm,
@@ -76,6 +94,7 @@ class MtpLm(nn.Module):
       unembed_DV,
       batch.positions,
       batch.segment_ids,
+      tapped,
     )
     hidden_MBTD, in_mtp = self.mtp(given)
     routing = {
@@ -133,7 +152,9 @@ def unembed_matrix(params: dict, config: Config, depth: int = 0) -> jax.Array:
   """Returns the output matrix unembed_DV of a depth, in the compute dtype."""
   matrix_DV = _unembed_param(params, config)
   if depth and config.mtp.unembed == "own":
-    matrix_DV = params["mtp"]["unembed"][depth - 1]
+    matrix_DV = params["mtp"]["unembed"]
+    if config.mtp.kind == "medusa":
+      matrix_DV = matrix_DV[depth - 1]
   return matrix_DV.astype(compute_dtype(config.trunk))
 
 
@@ -146,18 +167,22 @@ def _unembed_param(params: dict, config: Config) -> jax.Array:
 
 def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
   """Returns `(depths, unembed_DV)` of every output matrix, depths in order."""
-  if config.mtp.unembed == "shared":
+  mtp = config.mtp
+  if mtp.unembed == "shared":
     return [(slice(0, None), unembed_matrix(params, config))]
+  # Each head of Medusa has one; the depths of EAGLE-3 have one together.
+  own = [(m, 1 + m) for m in range(1, 1 + mtp.depth)]
+  own = own if mtp.kind == "medusa" else [(1, None)]
   return [
-    (slice(m, 1 + m), unembed_matrix(params, config, m))
-    for m in range(1 + config.mtp.depth)
+    (slice(*ends), unembed_matrix(params, config, ends[0])) for ends in [(0, 1), *own]
   ]
 
 
 def copied_unembed(params: dict, config: Config) -> jax.Array:
   """Returns what the own output matrices of new predictors are on a given trunk."""
-  matrix_DV = _unembed_param(params, config)
-  return jnp.broadcast_to(matrix_DV, (config.mtp.depth, *matrix_DV.shape))
+  matrix_DV, mtp = _unembed_param(params, config), config.mtp
+  stack = (mtp.depth,) if mtp.kind == "medusa" else ()
+  return jnp.broadcast_to(matrix_DV, (*stack, *matrix_DV.shape))
 
 
 def deployed(params: dict, config: Config) -> tuple[dict, Config]:

@@ -35,6 +35,7 @@ class Given(NamedTuple):
 
   residual_BTD: the trunk's un-normed residual stream. final_norm: its final norm.
   unembed_DV: its output matrix. positions_BT, segment_ids_BT: as in `Batch`.
+  tapped: the streams after `config.tapped_layers`, each [B, T, D].
   """
 
   residual_BTD: jax.Array
@@ -44,6 +45,7 @@ class Given(NamedTuple):
   unembed_DV: jax.Array
   positions_BT: jax.Array
   segment_ids_BT: jax.Array
+  tapped: tuple[jax.Array, ...]
 
   def copied_unembed(
     self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
@@ -229,12 +231,3 @@ class SequentialModules(nn.Module):
       ahead_kBTD,
     )
     return jnp.concatenate([normed_BTD[None], chain]), routing
-
-
-# Those of `mtp_jax.drafters` are added in `lm.KINDS`.
-TRAINED_JOINTLY: dict[str, type[nn.Module]] = {
-  "none": NextToken,
-  "linear": LinearHeads,
-  "parallel": ParallelHeads,
-  "sequential": SequentialModules,
-}

@@ -5,14 +5,20 @@ Legend: B batch, T sequence, D embed, L layers.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mtp_jax.config import TrunkConfig
 from mtp_jax.model.block import Block, rematted
 from mtp_jax.model.moe import Routing
 
+# The residual stream, and those that were tapped so far.
+Streams = tuple[jax.Array, tuple[jax.Array, ...]]
+
 
 class Trunk(nn.Module):
   """Embedded tokens -> the un-normed residual stream after `num_layers` blocks.
+
+  `taps`: numbers of blocks, after which the stream is wanted too.
 
   The parameters of equal blocks are stacked along a leading `layers` axis, whether they
   run as a loop (`scan_layers`) or unrolled: `blocks`, and before them `dense_blocks`
@@ -21,18 +27,29 @@ class Trunk(nn.Module):
 
   trunk: TrunkConfig
   num_layers: int
+  taps: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(
     self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-  ) -> tuple[jax.Array, Routing | None]:
-    """Returns `(residual_BTD, routing)`, stacked over the layers with experts."""
+  ) -> tuple[jax.Array, tuple[jax.Array, ...], Routing | None]:
+    """Returns `(residual_BTD, tapped, routing)`.
 
-    def run(trunk: TrunkConfig, length: int, name: str, x_BTD: jax.Array):
-      def layer(block: nn.Module, x_BTD: jax.Array, _: None):
+    `tapped` has a stream of that shape for each of `taps`; routing is stacked over the
+    layers with experts.
+    """
+
+    def run(trunk: TrunkConfig, first: int, length: int, name: str, streams: Streams):
+      def layer(block: nn.Module, streams: Streams, number: jax.Array | None):
+        x_BTD, tapped = streams
         x_BTD, _, routing = block(x_BTD, positions_BT, segment_ids_BT)
-        return x_BTD, routing
+        tapped = tuple(
+          jnp.where(number == tap, x_BTD, before_BTD)
+          for tap, before_BTD in zip(self.taps, tapped, strict=True)
+        )
+        return (x_BTD, tapped), routing
 
+      numbers = first + jnp.arange(length) if self.taps else None
       return nn.scan(
         layer,
         variable_axes={"params": 0},
@@ -40,9 +57,12 @@ class Trunk(nn.Module):
         length=length,
         unroll=1 if trunk.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
-      )(rematted(Block, trunk)(trunk, name=name), x_BTD, None)
+      )(rematted(Block, trunk)(trunk, name=name), streams, numbers)
 
     num_dense = self.trunk.dense_prefix
+    streams: Streams = (x_BTD, (jnp.zeros_like(x_BTD),) * len(self.taps))
     if num_dense:
-      x_BTD, _ = run(self.trunk.dense(), num_dense, "dense_blocks", x_BTD)
-    return run(self.trunk, self.num_layers - num_dense, "blocks", x_BTD)
+      streams, _ = run(self.trunk.dense(), 1, num_dense, "dense_blocks", streams)
+    rest = self.num_layers - num_dense
+    (x_BTD, tapped), routing = run(self.trunk, 1 + num_dense, rest, "blocks", streams)
+    return x_BTD, tapped, routing
