@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
       source="stdlib",
       path="",
       text_field="text",
+      train_on="",
       seq_len=128,
       batch_size=16,
       seed=0,

@@ -30,7 +30,7 @@ from mtp_jax.config import (
   from_config_dict,
   type_name,
 )
-from mtp_jax.data import prepared, sources, tokenizers
+from mtp_jax.data import prepared, sources, tokenizers, written
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
 # Several commands may be imported into one process: they share what has one name.
@@ -135,6 +135,8 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     prepared.open_folder(data.path)
   else:
     sources.DocumentReader(data.source, data.path, data.text_field)
+  if data.train_on:
+    written.check_file(data.train_on)
   if tokenizer.kind == "file":
     tokenizers.load_tokenizer(tokenizer.path)
 

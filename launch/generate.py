@@ -22,13 +22,11 @@ from typing import Any
 from absl import flags
 
 import mtp_jax
-from launch import cli
+from launch import cli, decoding
 from launch.comparison import compare, describe
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
-from mtp_jax.decode.generate import PROPOSALS
 from mtp_jax.decode.provenance import Generation, visible
-from mtp_jax.decode.verify import RULES
 
 _WORKDIR = cli.define_workdir("run folder")
 _STEP = flags.DEFINE_integer(
@@ -44,31 +42,7 @@ _BOS = flags.DEFINE_bool(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "longest continuation; the end of the document ends it too"
 )
-_DRAFTS = flags.DEFINE_integer(
-  "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 is "
-  "plain decoding"
-)
-_RECURSE = flags.DEFINE_bool(
-  "recurse", False, "let the last sequential module go on from its own output where "
-  "--drafts is more than there are modules"
-)
-_RULE = flags.DEFINE_enum(
-  "rule", None, RULES, "how drafts are accepted: greedy takes the most likely tokens, "
-  "the others sample. By default greedy, or match where a temperature or cut is given"
-)
-_PROPOSAL = flags.DEFINE_enum(
-  "proposal", "auto", PROPOSALS, "how drafts are chosen; auto fits rule and predictors"
-)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", None, "divides the logits before sampling; 1 by default, 0 is greedy"
-)
-_TOP_K = flags.DEFINE_integer("top_k", None, "sample among the k most likely tokens")
-_TOP_P = flags.DEFINE_float(
-  "top_p", None, "sample among the most likely tokens that have this mass together"
-)
-_MIN_P = flags.DEFINE_float(
-  "min_p", None, "sample among tokens at least so likely, relative to the most likely"
-)
+_DECODING = decoding.define(temperature=None)
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 _STREAM = flags.DEFINE_bool(
   "stream", False, "print the text round by round, without colours"
@@ -84,7 +58,7 @@ _COMPILATION_CACHE = cli.define_compilation_cache()
 
 
 def main() -> int:
-  text, how = _prompt(), _decoding()
+  text, how = _prompt(), _DECODING()
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   try:
     model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
@@ -164,24 +138,6 @@ def _prompt() -> str:
     got = "''" if path is None else f"{path!r}, which is empty"
     raise ConfigError(f"{name} must have at least one character, got {got}.")
   return text
-
-
-def _decoding() -> dict[str, Any]:
-  """Returns what the flags say about how to decode, for `TrainedModel.generate`."""
-  cuts = {"top_k": _TOP_K.value, "top_p": _TOP_P.value, "min_p": _MIN_P.value}
-  temperature, rule = _TEMPERATURE.value, _RULE.value
-  has_cut = any(cut is not None for cut in cuts.values())
-  if temperature == 0 and not has_cut and rule in (None, "greedy"):
-    temperature = None
-  if rule is None:
-    rule = "greedy" if temperature is None and not has_cut else "match"
-  return cuts | {
-    "rule": rule,
-    "temperature": temperature,
-    "num_drafts": _DRAFTS.value,
-    "proposal": _PROPOSAL.value,
-    "recurse": _RECURSE.value,
-  }
 
 
 if __name__ == "__main__":

@@ -21,13 +21,11 @@ was begun with other settings, or from other texts, is refused (exit code 2).
 """
 
 import os
-import sys
-import time
 
 from absl import flags
-from tqdm import tqdm
 
 from launch import cli
+from launch.progress import Progress
 from mtp_jax.config import validate
 from mtp_jax.data import prepare, sources
 
@@ -48,13 +46,12 @@ _SHARD_SIZE = flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.mark_flag_as_required("output")
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def main() -> int:
   config = cli.load_config()
   validate(config)
-  progress = _Progress()
+  progress = Progress("B")
   try:
     folder = prepare.prepare_folder(
       config,
@@ -75,41 +72,6 @@ def main() -> int:
     f"{len(folder.shards)} shard(s)"
   )
   return 0
-
-
-class _Progress:
-  """A bar for each phase on a terminal, elsewhere a line every few seconds."""
-
-  def __init__(self):
-    self._bar: tqdm | None = None
-    self._phase = ""
-    self._began = self._begun_at = self._last_line = 0.0
-
-  def __call__(self, phase: str, done: int, total: int) -> None:
-    """Shows that `done` of `total` bytes of input are done; called often."""
-    now = time.monotonic()
-    if phase != self._phase:
-      self.close()
-      self._phase, self._began, self._begun_at = phase, now, done
-      self._last_line = now
-      if sys.stderr.isatty():
-        self._bar = tqdm(
-          desc=phase, total=total, initial=done, unit="B", unit_scale=True
-        )
-    if self._bar is not None:
-      self._bar.update(done - self._bar.n)
-    elif now - self._last_line >= _SECONDS_BETWEEN_LINES and done > self._begun_at:
-      self._last_line = now
-      left = (now - self._began) / (done - self._begun_at) * (total - done)
-      print(
-        f"{phase}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:,.0f} s left",
-        flush=True,
-      )
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-      self._bar = None
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ from mtp_jax.config import (
 # Paths may: the state of the data iterator says whether they hold the same text, and
 # the trunk that a run began with is needed no more.
 RESUMABLE = (
-  "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.num_workers",
-  "tokenizer.path", "train.trunk_from", "train.log_every", "train.eval_every",
-  "train.diagnostics_every", "train.max_nonfinite_steps", "trunk.remat",
-  "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
+  "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.train_on",
+  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.log_every",
+  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
+  "trunk.remat", "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
   "loss.block_tokens",
 )
 

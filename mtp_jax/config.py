@@ -243,6 +243,9 @@ class DataConfig:
               .zst) | array_record (`path`: folder written by launch.prepare) |
               language_reference, stories (see data/generated.py) | one of `TASKS`,
               generated (section `task`).
+  train_on:   "" trains on the source's train split; else on the texts of this JSONL
+              file, as launch.write_corpus writes it. What is evaluated, and what a BPE
+              tokenizer learns from, is of the source all the same.
   batch_size: sequences per optimizer step, over all devices and microbatches.
   seed:       order of documents and rows; independent of the model's seed.
   """
@@ -253,6 +256,7 @@ class DataConfig:
   ]
   path: str
   text_field: str
+  train_on: str
   seq_len: int
   batch_size: int
   seed: int
@@ -930,6 +934,7 @@ def _check_data(rule: _Rules) -> None:
 
 def _check_task(rule: _Rules) -> None:
   task = rule.config.task
+  rule(not rule.config.data.train_on, "data.train_on", "'' for a task")
   rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
   num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
   rule(

@@ -122,6 +122,7 @@ class TrainedModel:
     proposal: str = "auto",
     recurse: bool = False,
     seed: int = 0,
+    first: int = 0,
     stop: Sequence[str | int] | None = None,
     stream: bool = False,
   ) -> Generation | list[Generation] | Iterator[Generation]:
@@ -137,6 +138,8 @@ class TrainedModel:
       proposal: how drafts are chosen; see `generate.Decoding`.
       recurse: lets the last sequential module go on where K is more than there are.
       seed: of sampling.
+      first: number of the first prompt; prompt i draws what is drawn for number
+        `first` + i, so that a long list may be given in parts.
       stop: what ends a completion: ids, or strings of one token; None is the end of the
         document.
       stream: return an iterator over the growing Generation of one prompt instead.
@@ -162,7 +165,9 @@ class TrainedModel:
         raise ValueError(f"stream=True takes one prompt, got {len(prompts)}.")
       so_far = decoding.stream(self._shape, self._weights, prompts[0], **limits)
       return (Generation(prompts[0], x, self.tokenizer) for x in so_far)
-    completions = decoding.generate(self._shape, self._weights, prompts, **limits)
+    completions = decoding.generate(
+      self._shape, self._weights, prompts, first=first, **limits
+    )
     results = [
       Generation(ids, completion, self.tokenizer)
       for ids, completion in zip(prompts, completions, strict=True)

@@ -358,10 +358,13 @@ class _Run:
 
 
   def describe_data(self) -> str:
-    """Returns one line on what is trained on."""
+    """Returns one line on what is trained on, and on held-out text from elsewhere."""
     if isinstance(self.corpus, TaskCorpus):
       return self.corpus.describe()
-    return describe(self.corpus.stats)
+    stats = self.corpus.stats
+    if stats["train_on"] is None:
+      return describe(stats)
+    return f"{describe(stats['train_on'])}; held out, of {describe(stats)}"
 
   def generation(self, params: Any) -> dict[str, Any]:
     """Returns the part of eval.json that is measured by decoding."""
@@ -593,7 +596,7 @@ def _write_run_json(run: _Run, trunk_from: dict[str, Any] | None) -> None:
       "hardware": _hardware(),
       "versions": {"python": platform.python_version()}
       | {name: importlib.metadata.version(name) for name in packages},
-      "commit": _commit(),
+      "commit": code_commit(),
       "data": run.corpus.stats,
       "trunk_from": trunk_from,
     },
@@ -612,8 +615,8 @@ def _hardware() -> str:
 
 
 @functools.cache
-def _commit() -> str:
-  """The commit of the code, with a mark if the tree has changes; '' outside git."""
+def code_commit() -> str:
+  """Returns the commit of the code, marked if the tree has changes; '' outside git."""
   here = Path(__file__).parent
   try:
     run = functools.partial(

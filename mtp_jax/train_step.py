@@ -319,8 +319,8 @@ def shape_of(config: Config) -> Config:
     mtp=mtp,
     optimizer=replace(config.optimizer, learning_rate=1.0),
     data=replace(
-      config.data, source="stdlib", path="", text_field="", seed=0, num_workers=0,
-      validation_fraction=0.0, test_fraction=0.0,
+      config.data, source="stdlib", path="", text_field="", train_on="", seed=0,
+      num_workers=0, validation_fraction=0.0, test_fraction=0.0,
     ),
     task=replace(config.task, num_train=0),
     tokenizer=replace(config.tokenizer, kind="bytes", path=""),

@@ -91,6 +91,10 @@ FILES = {
     ["--config.tokenizer.kind=file", "--config.tokenizer.path=no.json"],
     "tokenizer.path must be a readable tokenizer.json, got 'no.json'",
   ),
+  "missing text of a model": (
+    ["--config.data.train_on=no.jsonl"],
+    "data.train_on must be a JSONL file, got 'no.jsonl', which is not there.",
+  ),
   "missing prepared text": (
     ["--config.data.source=array_record", "--config.data.path=no/such"],
     "data.path must be a folder written by `python -m launch.prepare`; 'no/such'",

@@ -341,6 +341,13 @@ RULES = {
     {"data.source": "jsonl", "data.path": "x", "data.text_field": ""},
     "data.text_field must be set for data.source 'jsonl', got ''.",
   ),
+  "other text for a task": (
+    {
+      "data.source": "siblings", "data.train_on": "a.jsonl",
+      "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
+    },
+    "data.train_on must be '' for a task, got 'a.jsonl'.",
+  ),
   "nothing to train on": (
     {"data.validation_fraction": 0.6, "data.test_fraction": 0.4},
     "data.validation_fraction must be such that it and data.test_fraction (0.4) leave "

@@ -171,6 +171,23 @@ def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
     check_traces({trial.shape for trial in planned("drafters", machine)})
 
 
+def test_drafters_at_equal_parameters_have_nearly_as_many():
+  for machine, reference in (("cpu", "medusa"), ("gpu", "module")):
+    sizes = {}
+    for trial in planned("drafters", machine):
+      if trial.config.train.freeze_trunk:
+        name = trial.name.split("drafter=")[1].split(",")[0]
+        width = trial.config.trunk.embed_dim
+        sizes[name, width] = trial.counts.total - trial.counts.deployed
+    for (name, width), size in sizes.items():
+      if name == "medusa" or (name.startswith(("module", "eagle")) and name[-1] != "s"):
+        expected = sizes[reference, width]
+        if (machine, name) == ("gpu", "medusa"):
+          assert size < expected
+        else:
+          assert size == pytest.approx(expected, rel=0.01), name
+
+
 def test_medusa_heads_weigh_0_8_to_the_power_of_their_depth():
   for trial in planned("drafters", "cpu"):
     mtp = trial.config.mtp

@@ -248,7 +248,7 @@ def test_settings_reach_the_decoder(model, calls):
   model.generate("a")
   model.generate(
     "a", 9, num_drafts=5, rule="leviathan", temperature=0.5, top_k=7, top_p=0.9,
-    min_p=0.1, proposal="sample", recurse=True, seed=3, stop=["\n", 7],
+    min_p=0.1, proposal="sample", recurse=True, seed=3, first=4, stop=["\n", 7],
   )
   model.generate("a", rule="match")
   default, given, match = (settings for _, settings in calls)
@@ -260,6 +260,7 @@ def test_settings_reach_the_decoder(model, calls):
     "stop_ids": (10, 7),
     "decoding": Decoding("leviathan", warp, "sample", 5, True),
     "seed": 3,
+    "first": 4,
   }
   assert match["decoding"].warp == check_warp(1.0)
 

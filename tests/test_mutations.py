@@ -159,6 +159,32 @@ MUTANTS = {
     "return self.initial_state({}), 0.0, record",
     "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
   ),
+  "text that a model wrote is held out as well": Mutant(
+    "data/pipeline.py",
+    "      self.store,\n      self.documents(limits.split),\n",
+    "      self.train_store or self.store,\n      np.arange(5),\n",
+    "test_written.py::test_held_out_text_and_tokenizer_are_those_of_the_source",
+  ),
+  "every text that a model wrote ends a document": Mutant(
+    "data/pipeline.py",
+    "np.concatenate([bos[:begins], ids.astype(dtype), eos[:ends]])",
+    "np.concatenate([bos[:begins], ids.astype(dtype), eos])",
+    "test_written.py::test_documents_begin_and_end_where_their_lines_say",
+  ),
+  "a model continues held-out documents": Mutant(
+    "writing.py",
+    'corpus.documents("train", corpus.config.data.seed)',
+    'corpus.documents("validation", corpus.config.data.seed)',
+    "test_writing.py::"
+    "test_excerpts_are_of_training_documents_in_the_order_of_the_run",
+  ),
+  "every file of a Medusa head holds the first one": Mutant(
+    "interop/tensor_table.py",
+    'yield from _expand(head, f"{k}.", "mtp/", (k,), 0, shapes)',
+    'yield from _expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
+    "test_drafter_files.py::"
+    "test_the_published_forward_pass_on_the_files_gives_our_logits[medusa]",
+  ),
   "lambda not divided by depth": Mutant(
     "depth_weights.py",
     'scale / mtp.depth if mtp.weighting == "mean" else scale',

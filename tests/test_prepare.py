@@ -343,10 +343,10 @@ def test_command_teaches():
 
 PROGRESS = """
 import time
-import launch.prepare
+import launch.progress
 seconds = iter([0.0, 3.0, 6.0, 9.0, 20.0, 26.0])
 time.monotonic = lambda: next(seconds)
-progress = launch.prepare._Progress()
+progress = launch.progress.Progress("B")
 for done in (1e6, 2e6, 4e6, 5e6):
   progress("tokenizing", done, 10e6)
 for done in (0, 5e6):

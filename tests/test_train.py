@@ -16,6 +16,7 @@ from mtp_jax import accounting, train
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.sources import DataError
+from tests.corpora import write_jsonl
 from tests.test_metrics import read_events
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
@@ -237,6 +238,34 @@ def test_text_may_move(finished, copy, config, texts, tmp_path):
     with_overrides(config, {"data.path": str(moved)}), copy, progress=False
   )
   assert without_wall_clock(result) == without_wall_clock(finished[1])
+
+
+def test_other_text_to_train_on_leaves_what_is_evaluated(
+  finished, config, tmp_path, capsys
+):
+  file = write_jsonl(tmp_path / "a.jsonl", [f"other text {i}\n" * 9 for i in range(20)])
+  run = tmp_path / "run"
+  changed = {"data.train_on": str(file), "train.num_steps": 8}
+  result = train.fit(with_overrides(config, changed), run)
+  assert "20 documents (0.0 MB) from 1 file(s) in " in capsys.readouterr().out
+  for key in ("num_documents", "split"):
+    assert result[key] == finished[1][key]
+  count = lambda result: [x["count"] for x in result["depth_loss"]]  # noqa: E731
+  assert count(result) == count(finished[1])
+  first, other = (read_metrics(x, "train")[0]["loss"] for x in (finished[0], run))
+  assert first != other
+  data = json.loads((run / "run.json").read_text())["data"]
+  assert (data["num_documents"], data["train_on"]["num_documents"]) == (24, 20)
+
+  shutil.rmtree(run / "checkpoints/8")
+  (run / "DONE").unlink()
+  moved = {"data.train_on": str(shutil.copy(file, tmp_path / "moved.jsonl"))}
+  again = train.fit(with_overrides(config, changed | moved), run, progress=False)
+  assert without_wall_clock(again) == without_wall_clock(result)
+  shutil.rmtree(run / "checkpoints/8")
+  less = {"data.train_on": str(write_jsonl(tmp_path / "b.jsonl", ["other text\n"] * 9))}
+  with pytest.raises(DataError, match=r"must be the corpus of the saved run.*train_on"):
+    train.fit(with_overrides(config, changed | less), run, progress=False)
 
 
 def test_a_bad_config_is_refused_before_the_folder_is_made(config, tmp_path):

@@ -1,6 +1,7 @@
 """Run folders that nobody trained: random weights in a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from mtp_jax.train_state import TrainState, empty_interval
 from tests import common
 
 
-def save_run(workdir: Path, config: Config) -> Path:
+def save_run(workdir: Path, config: Config, params: Any = None) -> Path:
   """Fills a run folder with what decoding needs of it; returns the folder."""
   zero = jnp.zeros((), jnp.int32)
-  params = jax.tree.map(jnp.asarray, common.random_params(config))
+  params = common.random_params(config) if params is None else params
+  params = jax.tree.map(jnp.asarray, params)
   interval = empty_interval(config)
   state = TrainState(zero, params, (), interval, zero, zero)
   with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from mtp_jax.analysis.ladders import NTP, settings_that_scale, size_text
 from mtp_jax.analysis.page import definitions, html_figure, html_page, html_table
 from mtp_jax.analysis.runs import load
 from mtp_jax.analysis.verdict import Section, as_text, verdict
+from mtp_jax.config import Config
 
 TITLE = "Multi-token prediction: what the runs say"
 
@@ -214,6 +215,12 @@ def _missing_pairs(trials: pd.DataFrame) -> list[str]:
   return lines
 
 
+def _text(config: Config) -> str:
+  data = config.data
+  trained_on = f", trained on {data.train_on}" if data.train_on else ""
+  return f"{data.source} {data.path}{trained_on}"
+
+
 def _provenance_html(analysis: Analysis, command: str) -> str:
   trials = analysis.trials
   config = trials["config"].iloc[0]
@@ -224,7 +231,7 @@ def _provenance_html(analysis: Analysis, command: str) -> str:
     "Hardware": _distinct(trials["hardware"]),
     "Versions": _distinct(trials["versions"]),
     "Seeds (model, data)": ", ".join(f"({s}, {d})" for s, d in seeds),
-    "Text": _distinct(trials["config"].map(lambda c: f"{c.data.source} {c.data.path}")),
+    "Text": _distinct(trials["config"].map(_text)),
     "Tokenizer": _distinct(
       trials["config"].map(lambda c: f"{c.tokenizer.kind}, {c.tokenizer.vocab_size}")
     ),

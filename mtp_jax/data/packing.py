@@ -19,9 +19,9 @@ from mtp_jax.batch import Batch
 
 
 class TokenStore(Protocol):
-  """Token ids of documents, each as [bos, tokens..., eos].
+  """Token ids of documents, each as [bos, tokens..., eos], or a part of that.
 
-  lengths_N: [N] int64, at least 2 each. hashes_NX: [N, 32] uint8 content hashes.
+  lengths_N: [N] int64, at least 1 each. hashes_NX: [N, 32] uint8 content hashes.
   identity:  what tells corpora apart (JSON values); goes into checkpoints.
   """
 

@@ -2,6 +2,8 @@
 
     source -> documents -> split by hash -> tokenizer -> token store -> rows -> batches
 
+Rows to train on may come from elsewhere, see `data.train_on`; all else stays.
+
 The order of documents and rows depends on the corpus and `data.seed` alone: not on the
 model's seed, the depth, the number of hosts or of workers.
 """
@@ -19,7 +21,7 @@ from absl import flags
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import packing, prepared, sources, workers
+from mtp_jax.data import packing, prepared, sources, workers, written
 from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
@@ -45,7 +47,11 @@ class MemoryStore:
     parts = []
     for begin in range(0, len(documents.texts), _BATCH_TEXTS):
       batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
-      parts += [np.concatenate([bos, ids.astype(dtype), eos]) for ids in batch]
+      edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
+      parts += [
+        np.concatenate([bos[:begins], ids.astype(dtype), eos[:ends]])
+        for ids, (begins, ends) in zip(batch, edges, strict=True)
+      ]
     self.lengths_N = np.array([len(part) for part in parts], np.int64)
     self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
     self._tokens = np.concatenate(parts)
@@ -79,7 +85,9 @@ class DecodedTexts(Sequence[str]):
 class Corpus:
   """The tokenized documents of a config, their split, and how they become rows.
 
+  store:   of the source.
   split_N: 0 train, 1 validation, 2 test for each document of the store.
+  train_store: the texts of `data.train_on`; None trains on the train split.
   stats:   what was read, left out and kept (JSON values); goes into run.json.
   """
 
@@ -87,6 +95,7 @@ class Corpus:
   store: packing.TokenStore
   tokenizer: tokenizers_lib.Tokenizer
   split_N: np.ndarray
+  train_store: packing.TokenStore | None
   stats: dict[str, Any]
 
   def documents(self, split: str, seed: int | None = None) -> np.ndarray:
@@ -100,9 +109,12 @@ class Corpus:
 
   def train_rows(self, num_extra: int) -> packing.PackedRows:
     """Returns the training rows, each with the `num_extra` tokens after it."""
-    data = self.config.data
-    order = self.documents("train", data.seed)
-    return packing.PackedRows(self.store, order, data.seq_len, num_extra)
+    data, store = self.config.data, self.train_store
+    if store is None:
+      store, order = self.store, self.documents("train", data.seed)
+    else:
+      order = sources.document_order(store.hashes_NX, data.seed)
+    return packing.PackedRows(store, order, data.seq_len, num_extra)
 
   def eval_batches(self, num_extra: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields the evaluation's `(Batch, document_B)`; see `packing.eval_batches`."""
@@ -125,13 +137,15 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
 
   Raises:
     DataError: nothing found, unreadable input, or no document in a split that training
-      or evaluation needs.
+      or evaluation needs; see `written.load` for `data.train_on`.
     ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
   """
   if config.data.source in config_lib.TASKS:
     return load_task(config)
   data, tokenizer_config = config.data, config.tokenizer
-  same_text = dataclasses.replace(data, seq_len=0, batch_size=0, seed=0, num_workers=0)
+  same_text = dataclasses.replace(
+    data, train_on="", seq_len=0, batch_size=0, seed=0, num_workers=0
+  )
   if data.source == "array_record":
     store, folder = _open_prepared(data.path)
     _check_prepared(folder, config)
@@ -160,7 +174,11 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
         f"data.validation_fraction = {data.validation_fraction}, "
         f"data.test_fraction = {data.test_fraction}."
       )
-  return Corpus(config, store, tokenizer, split_N, stats | {"splits": counts})
+  stats = stats | {"splits": counts, "train_on": None}
+  train_store = None
+  if data.train_on:
+    train_store, stats["train_on"] = _written(data.train_on, store, tokenizer)
+  return Corpus(config, store, tokenizer, split_N, train_store, stats)
 
 
 @functools.lru_cache(maxsize=2)
@@ -181,6 +199,19 @@ def _tokenized(
   }
   store = MemoryStore(documents, tokenizer, identity)
   return store, tokenizer, dataclasses.asdict(documents.stats)
+
+
+@functools.lru_cache(maxsize=2)
+def _written(
+  path: str, held_out: packing.TokenStore, tokenizer: tokenizers_lib.Tokenizer
+) -> tuple[MemoryStore, dict[str, Any]]:
+  """Returns the texts of `data.train_on`, and what is to be said about them."""
+  documents = written.load(path)
+  # A run that goes on must find the held-out texts it had, too.
+  identity = held_out.identity | {"train_on": documents.stats.manifest}
+  store = MemoryStore(documents, tokenizer, identity)
+  num_tokens = int(store.lengths_N.sum())
+  return store, dataclasses.asdict(documents.stats) | {"num_tokens": num_tokens}
 
 
 @functools.lru_cache(maxsize=2)

@@ -69,12 +69,14 @@ class Documents:
   """All documents of a source in the order of their content hashes.
 
   names, texts: N strings. hashes_NX: [N, 32] uint8. stats: how they were found.
+  edges_N2: [N, 2] bool: the text begins a document (bos before it); it ends one (eos).
   """
 
   names: list[str]
   texts: list[str]
   hashes_NX: np.ndarray
   stats: SourceStats
+  edges_N2: np.ndarray
 
 
 class DocumentReader:
@@ -157,9 +159,9 @@ class DocumentReader:
         if not self._is_jsonl:
           yield name, handle.read()
           return
-        for number, line in enumerate(_lines(_chunks(handle, file)), start=1):
+        for number, line in enumerate(read_lines(handle, file), start=1):
           self.done_bytes = base + handle.tell()
-          text = _text_of_line(line, number, file, self._text_field)
+          text = _text_of_line(line, f"{file}:{number}", self._text_field)
           yield f"{name}:{number}", text
     except OSError as error:
       raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
@@ -207,6 +209,7 @@ def load_documents(source: str, path: str, text_field: str) -> Documents:
     texts=[document.text for document in documents],
     hashes_NX=hash_array(document.content_hash for document in documents),
     stats=reader.stats(),
+    edges_N2=np.ones((len(documents), 2), bool),
   )
 
 
@@ -321,29 +324,22 @@ def _refuse_folder(error: OSError) -> None:
   raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
 
 
-def _text_of_line(line: bytes, number: int, file: str, field: str) -> bytes | None:
+def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
   """Returns the text of one JSONL line as UTF-8, or None where it has no such form."""
   if not line.strip():
     return b""
   try:
-    record = json.loads(line.decode("utf-8"))
+    record = parse_line(line.decode("utf-8"), where)
   except UnicodeDecodeError:
     return None
-  # ValueError: bad JSON, or a number with too many digits for Python.
-  except (ValueError, RecursionError) as error:
-    raise DataError(f"{file}:{number}: not valid JSON ({error}).") from error
-  if not isinstance(record, dict):
-    raise DataError(
-      f"{file}:{number}: must be a JSON object, got {type(record).__name__}."
-    )
   if field not in record:
     raise DataError(
-      f"{file}:{number}: data.text_field {field!r} is not a key of this line; "
+      f"{where}: data.text_field {field!r} is not a key of this line; "
       f"its keys are {sorted(record)}."
     )
   if not isinstance(record[field], str):
     raise DataError(
-      f"{file}:{number}: data.text_field {field!r} must hold a string, got "
+      f"{where}: data.text_field {field!r} must hold a string, got "
       f"{type(record[field]).__name__}."
     )
   try:
@@ -352,9 +348,26 @@ def _text_of_line(line: bytes, number: int, file: str, field: str) -> bytes | No
     return None
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def parse_line(line: str, where: str) -> dict[str, Any]:
+  """Returns the object of one JSONL line; raises DataError if it holds none."""
+  try:
+    record = json.loads(line)
+  # ValueError: bad JSON, or a number with too many digits for Python.
+  except (ValueError, RecursionError) as error:
+    raise DataError(f"{where}: not valid JSON ({error}).") from error
+  if not isinstance(record, dict):
+    raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}.")
+  return record
+
+
+def read_lines(handle: BinaryIO, file: str) -> Iterator[bytes]:
+  """Yields the lines of a plain, .gz or .zst file, without their ends.
+
+  Raises:
+    DataError: damaged or cut short.
+  """
   parts: list[bytes] = []
-  for chunk in chunks:
+  for chunk in _chunks(handle, file):
     first, *rest = chunk.split(b"\n")
     parts.append(first)
     for following in rest:

@@ -134,6 +134,7 @@ def generate(
   stop_ids: Sequence[int] = (),
   decoding: Decoding = GREEDY,
   seed: int = 0,
+  first: int = 0,
   batch_size: int | None = None,
   prompt_length: int | None = None,
   batch_sharding: Any = None,
@@ -149,6 +150,7 @@ def generate(
     stop_ids: tokens that end a completion.
     decoding: how.
     seed: of sampling; sequence i uses its own key, whatever the batch.
+    first: number of the first prompt among the sequences of this seed.
     batch_size: prompts decoded at once; None takes all.
     prompt_length: prompts are padded to it; None takes a power of two.
     batch_sharding: of arrays with a leading batch axis; None leaves them where JAX puts
@@ -167,11 +169,11 @@ def generate(
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
   inputs = _inputs(weights, decoding, stop_ids)
   completions = []
-  for first in range(0, len(prompts), batch_size):
-    batch = prompts[first : first + batch_size]
+  for begin in range(0, len(prompts), batch_size):
+    batch = prompts[begin : begin + batch_size]
     # Copies of the last prompt fill up the last batch, and are not read.
     filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-    state = _prefill(plan, inputs, sizes, filled, seed, first, batch_sharding)
+    state = _prefill(plan, inputs, sizes, filled, seed, first + begin, batch_sharding)
     state = loop.finish(plan, inputs, state)
     completions += _completions(state, batch, stop_ids)
   return completions

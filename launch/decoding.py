@@ -1,0 +1,66 @@
+"""The flags that say how a command decodes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from mtp_jax.decode.generate import PROPOSALS
+from mtp_jax.decode.verify import RULES
+
+# They belong to the command that asked for them, in its --help.
+flags.disclaim_key_flags()
+
+
+def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
+  """Defines the flags; returns what reads them, for `TrainedModel.generate`.
+
+  `temperature` is that flag's default: None takes the most likely tokens unless a rule,
+  temperature or cut asks for sampling.
+  """
+  drafts = flags.DEFINE_integer(
+    "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 "
+    "is plain decoding"
+  )
+  recurse = flags.DEFINE_bool(
+    "recurse", False, "let the last sequential module go on from its own output where "
+    "--drafts is more than there are modules"
+  )
+  rule = flags.DEFINE_enum(
+    "rule", None, RULES, "how drafts are accepted: greedy takes the most likely "
+    "tokens, the others sample. By default match, or greedy where nothing asks for "
+    "sampling"
+  )
+  proposal = flags.DEFINE_enum(
+    "proposal", "auto", PROPOSALS, "how drafts are chosen; auto fits rule and "
+    "predictors"
+  )
+  temperature = flags.DEFINE_float(
+    "temperature", temperature, "divides the logits before sampling, 1 changes "
+    "nothing; 0 is greedy"
+  )
+  top_k = flags.DEFINE_integer("top_k", None, "sample among the k most likely tokens")
+  top_p = flags.DEFINE_float(
+    "top_p", None, "sample among the most likely tokens that have this mass together"
+  )
+  min_p = flags.DEFINE_float(
+    "min_p", None, "sample among tokens at least so likely, relative to the most likely"
+  )
+
+  def chosen() -> dict[str, Any]:
+    cuts = {"top_k": top_k.value, "top_p": top_p.value, "min_p": min_p.value}
+    has_cut = any(cut is not None for cut in cuts.values())
+    heat, how = temperature.value, rule.value
+    if heat == 0 and not has_cut and how in (None, "greedy"):
+      heat = None
+    if how is None:
+      how = "greedy" if heat is None and not has_cut else "match"
+    return cuts | {
+      "rule": how,
+      "temperature": heat,
+      "num_drafts": drafts.value,
+      "proposal": proposal.value,
+      "recurse": recurse.value,
+    }
+
+  return chosen
