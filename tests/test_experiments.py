@@ -159,9 +159,13 @@ def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
   trunks = {folder / t.name: t.config for t in planned("drafters", f"{machine}_trunks")}
   found = [trial.config for trial in planned("drafters", machine)]
   afterwards = [config for config in found if config.train.trunk_from]
-  assert (len(trunks), len(afterwards), len(found)) == (6, 2 * 6, 5 * 6)
+  assert (len(trunks), len(afterwards), len(found)) == (6, 10 * 6, 14 * 6)
   for config in afterwards:
     source = trunks[Path(config.train.trunk_from)]
+    if config.data.train_on:
+      written = str(Path(config.train.trunk_from) / "written.jsonl")
+      assert config.data.train_on == written
+      source = config_lib.with_overrides(source, {"data.train_on": written})
     assert config.train.freeze_trunk and source.mtp.depth == 0
     for part in ("seed", "trunk", "tokenizer", "data", "optimizer"):
       assert getattr(config, part) == getattr(source, part)
