@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
       hidden_norm="after",
       fed="true",
       unembed="shared",
+      draft_vocab=0,
       objective="cross_entropy",
       feature_weight=0.0,
       arm="added",

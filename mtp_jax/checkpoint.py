@@ -65,7 +65,7 @@ ARCHITECTURE = (
   ),
   "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.mlp_dim",
   "mtp.hidden",
-  "mtp.hidden_norm", "mtp.fed", "mtp.unembed", "mtp.arm",
+  "mtp.hidden_norm", "mtp.fed", "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 

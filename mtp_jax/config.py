@@ -161,6 +161,8 @@ class MtpConfig:
               (the most likely one by depth k - 1).
   unembed:    the output matrix of the extra depths: shared (the trunk's) | own (one of
               their own, which begins as a copy of the trunk's).
+  draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
+              with an output matrix of its own can draft; 0: every token.
   objective:  what the extra depths minimise, see `losses.OBJECTIVES`: cross_entropy
               (with the data) | kl | tv | log_acceptance (with the trunk's own
               distribution of the same token).
@@ -189,6 +191,7 @@ class MtpConfig:
   hidden_norm: Literal["after", "before"]
   fed: Literal["true", "none", "own"]
   unembed: Literal["shared", "own"]
+  draft_vocab: int
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"]
   feature_weight: float
   arm: Literal["added", "shortened", "flops"]
@@ -541,8 +544,8 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   """Returns the section without any extra predictor, on top of the whole trunk."""
   return dataclasses.replace(
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
-    dense_blocks=False, mlp_dim=0, unembed="shared", objective="cross_entropy",
-    feature_weight=0.0, arm="added", **PUBLISHED_INPUTS,
+    dense_blocks=False, mlp_dim=0, unembed="shared", draft_vocab=0,
+    objective="cross_entropy", feature_weight=0.0, arm="added", **PUBLISHED_INPUTS,
   )
 
 
@@ -671,8 +674,8 @@ _AT_LEAST_1 = (
   "task.siblings.num_parents",
 )
 _AT_LEAST_0 = (
-  "mtp.depth", "mtp.mlp_dim", "train.eval_every", "train.diagnostics_every",
-  "data.num_workers",
+  "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab", "train.eval_every",
+  "train.diagnostics_every", "data.num_workers",
   "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
   "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
@@ -869,6 +872,17 @@ def _check_mtp(rule: _Rules) -> None:
     f"'shared' unless mtp.kind is one of {', '.join(map(repr, OWN_UNEMBED))} with "
     f"extra depths (it is {mtp.kind!r} with depth {mtp.depth})",
   )
+  if mtp.draft_vocab:
+    rule(
+      mtp.kind == "eagle3" and mtp.unembed == "own", "mtp.draft_vocab",
+      "0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they are "
+      f"{mtp.kind!r} and {mtp.unembed!r})",
+    )
+    vocab = rule.config.tokenizer.vocab_size
+    rule(
+      mtp.draft_vocab <= vocab, "mtp.draft_vocab",
+      f"at most tokenizer.vocab_size ({vocab})",
+    )
   for key, plain in (("objective", "cross_entropy"), ("feature_weight", 0.0)):
     rule(
       getattr(mtp, key) == plain or mtp.depth > 0, f"mtp.{key}",
@@ -984,7 +998,7 @@ def _check_sharding(rule: _Rules) -> None:
   rule.divisible("data.seq_len", "mesh.context")
   for key in (
     "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "mtp.mlp_dim",
-    "tokenizer.vocab_size",
+    "mtp.draft_vocab", "tokenizer.vocab_size",
   ):
     rule.divisible(key, "mesh.tensor")
   if rule.config.trunk.moe.num_experts:

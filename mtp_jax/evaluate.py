@@ -34,7 +34,7 @@ from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembeddings
+from mtp_jax.model.lm import MtpLm, columns, draft_tokens, unembeddings
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -45,24 +45,29 @@ def row_sums(
 ) -> dict[str, jax.Array]:
   """Returns per-row sums; every entry has a leading B axis.
 
-  nll, correct, count [B, M] are over valid targets of each depth; agree, prefix [B, D]
+  nll, correct, count [B, M] are over valid targets of each depth, with `draft_vocab`
+  over those of them that can be drafted; agree, prefix [B, D]
   and reachable [B] over the positions where all D drafts can be compared with the
   trunk's choice inside the row; bytes [B] counts the bytes of the next-token targets.
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
-  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  depth, length = config.mtp.depth, batch.tokens.shape[1]
+  tokens_MBT, valid_MBT = future_targets(batch, depth)
+  targets_MBT, mask_MBT = columns(params, config, tokens_MBT, valid_MBT)
   stats = token_stats(
     hidden_MBTD, unembeddings(params, config), targets_MBT, config.loss.block_tokens
   )
-  depth, length = config.mtp.depth, batch.tokens.shape[1]
+  drafted_MBT, tokens_C = stats.argmax_MBT, draft_tokens(params, config)
+  if tokens_C is not None:
+    drafted_MBT = drafted_MBT.at[1:].set(tokens_C[drafted_MBT[1:]])
   sum_rows = lambda x: jnp.sum(x, axis=-1, dtype=jnp.float32)  # noqa: E731
-  trunk_BT = stats.argmax_MBT[0]
+  trunk_BT = drafted_MBT[0]
   # Position i + m holds the trunk's own choice of the token that depth m drafts at i.
-  reachable_BT = mask_MBT[depth] & (jnp.arange(length) < length - depth)
+  reachable_BT = valid_MBT[depth] & (jnp.arange(length) < length - depth)
   agree, prefix, so_far_BT = [], [], reachable_BT
   for m in range(1, 1 + depth):
     chosen_BT = jnp.roll(trunk_BT, -m, axis=1)  # The wrapped end is not reachable.
-    agree_BT = reachable_BT & (stats.argmax_MBT[m] == chosen_BT)
+    agree_BT = reachable_BT & (drafted_MBT[m] == chosen_BT)
     so_far_BT = so_far_BT & agree_BT
     agree.append(sum_rows(agree_BT))
     prefix.append(sum_rows(so_far_BT))

@@ -26,8 +26,15 @@ from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import network
 from mtp_jax.decode.provenance import Generation
 from mtp_jax.decode.warp import check_warp
+from mtp_jax.drafters.vocabulary import scatter
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembed_matrix, unembeddings
+from mtp_jax.model.lm import (
+  MtpLm,
+  columns,
+  draft_tokens,
+  unembed_matrix,
+  unembeddings,
+)
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -338,12 +345,16 @@ def _logits(
   config: Config, params: Any, hidden_MBPD: jax.Array, depth: int
 ) -> jax.Array:
   """Returns logits_PV of the first row, float32 or wider."""
-  return jnp.einsum(
+  logits_PV = jnp.einsum(
     "PD,DV->PV",
     hidden_MBPD[depth, 0],
     unembed_matrix(params, config, depth),
     preferred_element_type=jnp.promote_types(hidden_MBPD.dtype, jnp.float32),
   )
+  tokens_C = draft_tokens(params, config) if depth else None
+  if tokens_C is None:
+    return logits_PV
+  return scatter(logits_PV, tokens_C, config.tokenizer.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -351,7 +362,9 @@ def _losses(
   config: Config, params: Any, batch: Batch, hidden_MBPD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns `(nll_MBP, mask_MBP)`, as the evaluation computes them."""
-  targets_MBP, mask_MBP = future_targets(batch, config.mtp.depth)
+  targets_MBP, mask_MBP = columns(
+    params, config, *future_targets(batch, config.mtp.depth)
+  )
   stats = token_stats(
     hidden_MBPD, unembeddings(params, config), targets_MBP, config.loss.block_tokens
   )

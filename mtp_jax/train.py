@@ -26,10 +26,11 @@ from mtp_jax import accounting, checkpoint, evaluate
 from mtp_jax.balancing import violation
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict, validate
-from mtp_jax.data.pipeline import TrainLoader, load_corpus
+from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import save_tokenizer
+from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -273,14 +274,16 @@ class _Run:
     restored = self.restore()
     if restored is None:
       if not self.config.train.trunk_from:
-        return self.programs.init(np.int32(self.config.seed)), 0.0, None
+        state = self.programs.init(np.int32(self.config.seed))
+        return self.with_draft_tokens(state), 0.0, None
       trunk, record = load_trunk(
         self.config,
         self.corpus.tokenizer.to_json(),
         self.programs.shardings.params,
         self.mesh,
       )
-      return self.initial_state(trunk), 0.0, record
+      state = self.initial_state(trunk)
+      return self.with_draft_tokens(state), 0.0, record
     loader.set_state(restored.data)
     return restored.state, restored.progress["seconds"], self._recorded_trunk()
 
@@ -307,13 +310,35 @@ class _Run:
     )
     state = init(np.int32(self.config.seed))
     params = state.params | given
-    if self.config.mtp.unembed == "own" and "mtp" not in given:
+    mtp = self.config.mtp
+    if mtp.unembed == "own" and not mtp.draft_vocab and "mtp" not in given:
       copy = jax.jit(
         lambda given: copied_unembed(given, self.config),
         out_shardings=shardings.params["mtp"]["unembed"],
       )
       params["mtp"] = params["mtp"] | {"unembed": copy(given)}
     return state.replace(params=params)
+
+  def with_draft_tokens(self, state: TrainState) -> TrainState:
+    """Returns a new state with the tokens that can be drafted, if not every one can."""
+    c = self.config
+    if not c.mtp.draft_vocab:
+      return state
+    counts_V = token_counts(self.corpus.train_rows(1), c.tokenizer.vocab_size)
+    tokens_C = most_frequent(counts_V, c.mtp.draft_vocab)
+    shardings = self.programs.shardings.params["mtp"]
+    narrow = jax.jit(
+      lambda params: copied_unembed(params, c, tokens_C),
+      out_shardings=shardings["unembed"],
+    )
+    own = {
+      "unembed": narrow(state.params),
+      "draft_tokens": jax.device_put(
+        tokens_C.astype(np.float32), shardings["draft_tokens"]
+      ),
+    }
+    mtp = state.params["mtp"] | own
+    return state.replace(params=state.params | {"mtp": mtp})
 
   def restore(self, step: int | None = None) -> Restored | None:
     abstract = jax.tree.map(

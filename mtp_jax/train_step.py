@@ -24,7 +24,13 @@ from mtp_jax.losses import (
   loss_sums,
   trunk_states,
 )
-from mtp_jax.model.lm import MtpLm, unembed_matrix, unembeddings
+from mtp_jax.model.lm import (
+  MtpLm,
+  columns,
+  draft_tokens,
+  unembed_matrix,
+  unembeddings,
+)
 from mtp_jax.sharding import logical_axes
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import (
@@ -108,9 +114,10 @@ def depth_losses(
   if mtp.depth and len(matrices) == 1 and (learns_from_trunk(mtp) or is_frozen):
     ((_, shared_DV),) = matrices
     matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
-  taken = hidden_MBTD, *learnt_targets(config, batch), coefficients_M
+  taken = hidden_MBTD, *learnt_targets(config, params, batch), coefficients_M
   teacher_MBTD = trunk_states(hidden_MBTD) if learns_from_trunk(mtp) else None
-  trunk_DV = unembed_matrix(params, config)
+  trunk_DV, tokens_C = unembed_matrix(params, config), draft_tokens(params, config)
+  teacher_DV = trunk_DV if tokens_C is None else trunk_DV[:, tokens_C]
   parts = []
   for depths, matrix_DV in matrices:
     hidden, targets, mask, coefficients = (x[depths] for x in taken)
@@ -118,7 +125,7 @@ def depth_losses(
     if is_main and is_frozen:
       hidden, matrix_DV = jax.lax.stop_gradient((hidden, matrix_DV))
     if not is_main and mtp.objective != "cross_entropy":
-      objective, teacher = mtp.objective, Teacher(teacher_MBTD[depths], trunk_DV)
+      objective, teacher = mtp.objective, Teacher(teacher_MBTD[depths], teacher_DV)
     part = loss_sums(
       hidden, matrix_DV, targets, mask, coefficients, config.loss.block_tokens,
       objective, teacher,
@@ -136,8 +143,10 @@ def depth_losses(
   return LossSums(total, *joined)
 
 
-def learnt_targets(config: Config, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Returns `(targets_MBT, mask_MBT)` of training; see `targets.future_targets`.
+def learnt_targets(
+  config: Config, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `(targets_MBT, mask_MBT)` of training, targets as `model.lm.columns`.
 
   Where depths learn from the trunk's own prediction of a token, those at the end of a
   row are left out whose prediction would be made after it.
@@ -146,7 +155,7 @@ def learnt_targets(config: Config, batch: Batch) -> tuple[jax.Array, jax.Array]:
   if learns_from_trunk(config.mtp):
     M, _, T = mask_MBT.shape
     mask_MBT &= (jnp.arange(M)[:, None] + jnp.arange(T) < T)[:, None]
-  return targets_MBT, mask_MBT
+  return columns(params, config, targets_MBT, mask_MBT)
 
 
 def loss_and_grads(
@@ -160,7 +169,7 @@ def loss_and_grads(
   that of `optimizer.trainable(config, params)`.
   """
   rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-  mask_MBT = learnt_targets(config, rows)[1]
+  mask_MBT = learnt_targets(config, params, rows)[1]
   counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
   coefficients_M = loss_coefficients(weights_M, mask_MBT)
   num_rows = jnp.sum(jnp.any(rows.segment_ids != 0, axis=1), dtype=jnp.float32)

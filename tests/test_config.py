@@ -237,6 +237,18 @@ RULES = {
     },
     "trunk.attention_kind must be 'grouped' for mtp.kind 'eagle3', got 'latent'.",
   ),
+  "draft vocabulary of a shared matrix": (
+    {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
+    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they "
+    "are 'eagle3' and 'shared'), got 9.",
+  ),
+  "draft vocabulary larger than the vocabulary": (
+    {
+      "mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own",
+      "mtp.draft_vocab": 265,
+    },
+    "mtp.draft_vocab must be at most tokenizer.vocab_size (264), got 265.",
+  ),
   "nothing to shorten": (
     {"mtp.kind": "linear", "mtp.depth": 1, "mtp.arm": "shortened"},
     "mtp.arm must be 'added' or 'flops': kind 'linear' at depth 1 adds no layer, got "

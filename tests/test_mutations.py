@@ -57,6 +57,19 @@ MUTANTS = {
     "jnp.arange(M)[:, None] + jnp.arange(T) < T + M",
     f"{DISTILLED}[sequential-options2]",
   ),
+  "tokens that cannot be drafted are targets": Mutant(
+    "model/lm.py",
+    "set(mask_MBT[1:] & is_there)",
+    "set(mask_MBT[1:])",
+    "test_draft_vocabulary.py::"
+    "test_losses_are_those_of_the_tokens_that_can_be_drafted[kl]",
+  ),
+  "ids of tokens that can be drafted lose bits": Mutant(
+    "decode/network.py",
+    '"router", "draft_tokens"',
+    '"router"',
+    "test_draft_vocabulary.py::test_in_decoding_other_tokens_have_no_probability",
+  ),
   "every depth reads the own output matrix of the first": Mutant(
     "model/lm.py",
     "matrix_DV[depth - 1]",

@@ -340,6 +340,20 @@ class TrainLoader:
     return iter(rest)
 
 
+def token_counts(
+  rows: packing.PackedRows | TaskRows, vocab_size: int, most: int = 10**7
+) -> np.ndarray:
+  """Returns counts_V, how often each token is in the first `most` tokens of an epoch.
+
+  At least one row is read.
+  """
+  counts_V = np.zeros(vocab_size, np.int64)
+  for number in range(min(len(rows), max(1, most // rows.seq_len))):
+    row = rows[number]
+    counts_V += np.bincount(row.tokens[row.segment_ids > 0], minlength=vocab_size)
+  return counts_V
+
+
 def _read_rows(
   rows: packing.PackedRows | TaskRows, index: int, rows_of_epoch: np.ndarray
 ) -> Batch:

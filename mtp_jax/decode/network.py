@@ -22,9 +22,10 @@ from mtp_jax.config import (
   tapped_layers,
 )
 from mtp_jax.decode.interface import Target
+from mtp_jax.drafters.vocabulary import scatter
 from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
-from mtp_jax.model.lm import unembed_matrix, unembeddings
+from mtp_jax.model.lm import draft_tokens, unembed_matrix, unembeddings
 
 
 class Weights(NamedTuple):
@@ -35,6 +36,7 @@ class Weights(NamedTuple):
     where it is shared; all of an EAGLE drafter.
   draft_unembeds_DV: the output matrix of depth 1, 2, ... D, where they have their own;
     one where they share it.
+  draft_tokens_C: the tokens that can be drafted; None: every one.
   """
 
   embedding_VD: jax.Array
@@ -44,6 +46,7 @@ class Weights(NamedTuple):
   unembed_DV: jax.Array
   predictors: tuple[Any, ...]
   draft_unembeds_DV: tuple[jax.Array, ...]
+  draft_tokens_C: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -51,7 +54,9 @@ def unstack(params: Any, config: Config) -> Weights:
   """Returns the `Weights` of a parameter tree; shardings are kept."""
   dtype = compute_dtype(config.trunk)
   # What norms and routers compute with in float32 stays as wide as in training.
-  is_wide = lambda path: path[-1].key in ("scale", "bias", "router")  # noqa: E731
+  is_wide = lambda path: path[-1].key in (  # noqa: E731
+    "scale", "bias", "router", "draft_tokens"
+  )
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: x if is_wide(path) else x.astype(dtype), params
   )
@@ -85,6 +90,7 @@ def unstack(params: Any, config: Config) -> Weights:
     unembed_matrix(params, config),
     tuple(predictors),
     tuple(own_DV for _, own_DV in unembeddings(params, config)[1:]),
+    draft_tokens(params, config),
   )
 
 
@@ -130,13 +136,16 @@ def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
   """Returns the logits of a depth in at least float32; 0 is the next token."""
-  own = weights.draft_unembeds_DV
-  return jnp.einsum(
+  own, tokens_C = weights.draft_unembeds_DV, weights.draft_tokens_C
+  logits = jnp.einsum(
     "...D,DV->...V",
     hidden,
     own[depth - 1] if depth and own else weights.unembed_DV,
     preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
   )
+  if depth == 0 or tokens_C is None:
+    return logits
+  return scatter(logits, tokens_C, len(weights.embedding_VD))
 
 
 def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:

@@ -128,7 +128,8 @@ class Eagle3(nn.Module):
   """EAGLE-3: the feature is made of three streams of the trunk (`tapped_layers`).
 
   Later steps start from the un-normed state of the one before them. An output matrix of
-  its own, `unembed` [D, V], is read by the loss; see `model.lm.unembeddings`.
+  its own, `unembed` [D, V], is read by the loss, see `model.lm.unembeddings`; with
+  `draft_tokens` it has columns for these alone, see `drafters.vocabulary`.
   """
 
   trunk: TrunkConfig
@@ -142,11 +143,15 @@ class Eagle3(nn.Module):
     states = _unroll(layer, feature_BTD, given, self.mtp.depth)
     out_norm = make_norm(self.trunk, "out_norm")
     if self.mtp.unembed == "own":
+      num_tokens = self.mtp.draft_vocab or given.unembed_DV.shape[1]
       self.param(
         "unembed",
         partitioned(given.copied_unembed, "embed", "vocab"),
-        given.unembed_DV.shape,
+        (self.trunk.embed_dim, num_tokens),
       )
+    if self.mtp.draft_vocab:  # Which tokens they are, the run says when it begins.
+      first = lambda key, shape: jnp.arange(*shape, dtype=jnp.float32)  # noqa: E731
+      self.param("draft_tokens", partitioned(first, "norm"), (num_tokens,))
     normed_BTD = given.final_norm(given.residual_BTD)
     return jnp.stack([normed_BTD, *map(out_norm, states)]), None
 

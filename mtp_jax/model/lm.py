@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only, num_trunk_layers, tapped_layers
+from mtp_jax.drafters import vocabulary
 from mtp_jax.drafters.eagle import Eagle, Eagle3
 from mtp_jax.drafters.medusa import MedusaHeads
 from mtp_jax.model.layers import (
@@ -178,9 +179,41 @@ def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
   ]
 
 
-def copied_unembed(params: dict, config: Config) -> jax.Array:
-  """Returns what the own output matrices of new predictors are on a given trunk."""
+def draft_tokens(params: dict, config: Config) -> jax.Array | None:
+  """Returns the ids of the tokens that can be drafted, None where every one can."""
+  if not config.mtp.draft_vocab:
+    return None
+  return params["mtp"]["draft_tokens"].astype(jnp.int32)
+
+
+def columns(
+  params: dict, config: Config, targets_MBT: jax.Array, mask_MBT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `(columns_MBT, mask_MBT)`: targets as columns of their output matrices.
+
+  Where only some tokens can be drafted, the others are no targets of the extra depths.
+  """
+  tokens_C = draft_tokens(params, config)
+  if tokens_C is None:
+    return targets_MBT, mask_MBT
+  vocab_size = config.tokenizer.vocab_size
+  found, is_there = vocabulary.localize(targets_MBT[1:], tokens_C, vocab_size)
+  return (
+    targets_MBT.at[1:].set(found.astype(targets_MBT.dtype)),
+    mask_MBT.at[1:].set(mask_MBT[1:] & is_there),
+  )
+
+
+def copied_unembed(
+  params: dict, config: Config, tokens_C: jax.Array | None = None
+) -> jax.Array:
+  """Returns what the own output matrices of new predictors are on a given trunk.
+
+  `tokens_C`: the tokens that can be drafted, where these are not all.
+  """
   matrix_DV, mtp = _unembed_param(params, config), config.mtp
+  if tokens_C is not None:
+    return matrix_DV[:, tokens_C]
   stack = (mtp.depth,) if mtp.kind == "medusa" else ()
   return jnp.broadcast_to(matrix_DV, (*stack, *matrix_DV.shape))
 

@@ -50,9 +50,12 @@ class Given(NamedTuple):
   def copied_unembed(
     self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
   ) -> jax.Array:
-    """Initialises matrices of extra depths as copies of the trunk's, stacked or not."""
+    """Initialises matrices of extra depths as copies of the trunk's.
+
+    They may be stacked, and have the first columns alone.
+    """
     del key
-    return jnp.broadcast_to(self.unembed_DV, shape).astype(dtype)
+    return jnp.broadcast_to(self.unembed_DV[:, : shape[-1]], shape).astype(dtype)
 
 
 # What sequential modules pass on: the next one's state, and the last one's output where
