@@ -4,11 +4,15 @@ r"""Writes a trained model as safetensors in a layout that other programs load.
   python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
   python -m launch.export --workdir=runs/seq2 --layout=llama --trunk_only \
       --output=exported/trunk
+  python -m launch.export --workdir=runs/medusa --layout=medusa \
+      --output=exported/heads --base_model=exported/trunk
 
 Without --layout it says which layouts this model can be written in, and why not in the
 others. The folder gets config.json, model.safetensors (shards with an index if it is
 large), tokenizer.json and mtp_contract.json, which says what no config.json can: the
 order of concatenation, the hidden state that the predictors read, norms, positions.
+Drafters that were published with a layout of their own (medusa, eagle, eagle3) are
+written in that without the trunk, which is another folder (--trunk_only).
 """
 
 import sys
@@ -31,6 +35,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder to write, new or empty")
 _TRUNK_ONLY = flags.DEFINE_bool(
   "trunk_only", False, "leave the extra predictors out: plain next-token prediction"
 )
+_BASE_MODEL = flags.DEFINE_string(
+  "base_model", None, "folder or name of the trunk, for the config.json of a drafter"
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "of the written weights"
 )
@@ -46,6 +53,8 @@ def main() -> int:
     return 0
   if _OUTPUT.value is None:
     raise ConfigError("--output is required with --layout.")
+  if _LAYOUT.value in interop.DRAFTERS and _BASE_MODEL.value is None:
+    raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
   output = Path(_OUTPUT.value)
   if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
@@ -57,6 +66,7 @@ def main() -> int:
       _LAYOUT.value,
       dtype=_DTYPE.value,
       trunk_only=_TRUNK_ONLY.value,
+      base_model=_BASE_MODEL.value or "",
       token_ids=(model.tokenizer.bos_id, model.tokenizer.eos_id),
       more_files={"tokenizer.json": model.tokenizer.to_json().encode()},
     )

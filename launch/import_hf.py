@@ -4,13 +4,17 @@ r"""Makes a run folder out of Hugging Face weights, for launch.train to go on fr
   python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
       --config.mtp.depth=2 --config.train.freeze_trunk=True --config.data.seq_len=1024
   python -m launch.train --workdir=runs/gpt2_mtp
+  python -m launch.import_hf --from=models/vicuna --drafter=models/medusa \
+      --workdir=runs/vicuna --config.mtp.kind=medusa --config.mtp.depth=5 \
+      --config.mtp.unembed=own
 
 Reads config.json and safetensors (one file, or shards with an index) of GPT-2, Llama,
 Qwen2, Qwen3, DeepSeek-V3 and MiMo models. The trunk of the config becomes that of the
 folder; all else (extra predictors, data, optimizer, mesh) is as --config says. New
 predictors begin at random, so the next-token logits of the run folder are those of the
 folder, until training moves them; with --config.train.freeze_trunk=True they stay. MTP
-layers that the folder has are taken over with their depth.
+layers that the folder has are taken over with their depth. --drafter names a folder
+with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
 The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
 otherwise. Weights that do not fit are refused by name; nothing is written then.
@@ -32,6 +36,9 @@ from mtp_jax.train import start_run
 cli.define_config(default="experiments/imported.py")
 _FROM = flags.DEFINE_string("from", None, "folder with config.json and safetensors")
 flags.mark_flag_as_required("from")
+_DRAFTER = flags.DEFINE_string(
+  "drafter", None, "folder with the extra predictors alone"
+)
 _WORKDIR = cli.define_workdir("the new run folder")
 _COMPILATION_CACHE = cli.define_compilation_cache()
 
@@ -45,7 +52,7 @@ def main() -> int:
     cli.check_files(config.data, config.tokenizer)
     validate(config, jax.device_count())
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
-    start_run(config, workdir, lambda mesh: interop.load_params(model, config, mesh))
+    start_run(config, workdir, lambda mesh: _load(model, config, mesh))
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except CheckpointError as error:
@@ -56,6 +63,16 @@ def main() -> int:
     file=sys.stderr,
   )
   return 0
+
+
+def _load(
+  model: interop.HfModel, config: Config, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  params = interop.load_params(model, config, mesh)
+  if _DRAFTER.value is not None:
+    folder = Path(_DRAFTER.value)
+    params["mtp"] = interop.read_drafter(folder, config, params, mesh)
+  return params
 
 
 def combine(

@@ -1,8 +1,9 @@
-"""DeepSeek-V3 and MiMo with their MTP layers in plain NumPy, float64, from files.
+"""DeepSeek-V3 and MiMo with their MTP layers, and Llama trunks with Medusa and EAGLE
+drafters in folders of their own, in plain NumPy, float64, from files.
 
-Written from the equations of the DeepSeek-V3 report (arXiv 2412.19437) and the Qwen2
-and MiMo reports, on the names that the released checkpoints have; nothing of mtp_jax
-is used. One document of one row.
+Written from the equations of the DeepSeek-V3 report (arXiv 2412.19437), the Qwen2 and
+MiMo reports, and the code of Medusa and EAGLE, on the names that the released
+checkpoints have; nothing of mtp_jax is used. One document of one row.
 
 Legend: T tokens, D embed, N heads, H head dim, E experts, V vocab.
 """
@@ -51,6 +52,77 @@ def logits(folder: Path, tokens: np.ndarray, length: int) -> np.ndarray:
   return np.stack(run(weights, tokens, length))
 
 
+def medusa_logits(trunk: Path, heads: Path, tokens: np.ndarray) -> np.ndarray:
+  """Returns logits_MTV of a trunk and Medusa heads, whose vocabulary matrices count."""
+  w, m = Weights(trunk), Weights(heads)
+  _, h_TD = _llama(w, tokens)
+  out = [h_TD @ _head(w)["weight"].T]
+  for k in range(m.config["medusa_num_heads"]):
+    gate_TD = m.linear(f"{k}.0.linear", h_TD)
+    out.append(m.linear(f"{k}.1", h_TD + gate_TD / (1 + np.exp(-gate_TD))))
+  return np.stack(out)
+
+
+def eagle_logits(
+  trunk: Path, drafter: Path, tokens: np.ndarray, length: int, depth: int
+) -> np.ndarray:
+  """Returns logits_MTV of a trunk and a recursive drafter, drafting at every row.
+
+  At row i the drafter has run on the features of rows 0 to i, each beside the token
+  after it; then it goes on from its own output and the next true tokens.
+  """
+  w, e = Weights(trunk), Weights(drafter)
+  streams, h_TD = _llama(w, tokens[:length])
+  embedding_VD = w["model.embed_tokens.weight"]
+  is_eagle3 = "draft_vocab_size" in e.config
+  if is_eagle3:
+    layers = w.config["num_hidden_layers"]
+    taps = [streams[i] for i in (2, layers // 2, layers - 3)]
+    feature_TD = e.linear("fc", np.concatenate(taps, axis=-1))
+  else:
+    feature_TD = h_TD
+  out = [h_TD @ _head(w)["weight"].T, *np.zeros((depth, length, len(embedding_VD)))]
+  for i in range(length):
+    states = list(feature_TD[: i + 1])
+    for k in range(1, 1 + depth):
+      ahead = embedding_VD[tokens[1 : 1 + len(states)]]
+      run = _eagle3 if is_eagle3 else _eagle
+      states.append(run(e, ahead, np.array(states))[-1])
+      if is_eagle3:
+        out[k][i] = e.linear("lm_head", e.norm("norm", states[-1]))
+      else:
+        out[k][i] = states[-1] @ _head(w)["weight"].T
+  return np.stack(out)
+
+
+def _eagle(w: Weights, ahead_TD: np.ndarray, state_TD: np.ndarray) -> np.ndarray:
+  layer = w.at("layers.0")
+  x_TD = w.linear("fc", np.concatenate([ahead_TD, state_TD], axis=-1))
+  x_TD = x_TD + _grouped(layer.at("self_attn"), x_TD)
+  normed_TD = layer.norm("post_attention_layernorm", x_TD)
+  return x_TD + _swiglu(layer.at("mlp"), normed_TD)
+
+
+def _eagle3(w: Weights, ahead_TD: np.ndarray, state_TD: np.ndarray) -> np.ndarray:
+  layer = w.at("midlayer")
+  joined = np.concatenate(
+    [layer.norm("input_layernorm", ahead_TD), layer.norm("hidden_norm", state_TD)],
+    axis=-1,
+  )
+  x_TD = state_TD + _grouped(layer.at("self_attn"), joined)
+  normed_TD = layer.norm("post_attention_layernorm", x_TD)
+  return x_TD + _swiglu(layer.at("mlp"), normed_TD)
+
+
+def _llama(w: Weights, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+  """Returns the residual streams, after 0, 1, ... layers, and the normed last one."""
+  trunk = w.at("model")
+  streams = [trunk["embed_tokens.weight"][tokens]]
+  for i in range(w.config["num_hidden_layers"]):
+    streams.append(_layer(trunk.at(f"layers.{i}"), streams[-1]))
+  return streams, trunk.norm("norm", streams[-1])
+
+
 def _deepseek(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
   trunk, num_layers = w.at("model"), w.config["num_hidden_layers"]
   h_TD = trunk["embed_tokens.weight"][tokens[:length]]
@@ -73,10 +145,7 @@ def _deepseek(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
 
 def _mimo(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
   trunk = w.at("model")
-  h_TD = trunk["embed_tokens.weight"][tokens[:length]]
-  for i in range(w.config["num_hidden_layers"]):
-    h_TD = _layer(trunk.at(f"layers.{i}"), h_TD)
-  h_TD = trunk.norm("norm", h_TD)
+  _, h_TD = _llama(w, tokens[:length])
   module = trunk.at("mtp_layers.0")
   ahead_TD = trunk["embed_tokens.weight"][tokens[1 : 1 + length]]
   joined = np.concatenate(
@@ -117,16 +186,20 @@ def _attend(q_NTH: np.ndarray, k_NTH: np.ndarray, v_NTH: np.ndarray) -> np.ndarr
   return out_NTH.swapaxes(0, 1).reshape(T, -1)
 
 
-def _turns(theta: float, length: int, width: int) -> np.ndarray:
-  frequency = theta ** (-np.arange(0, width, 2) / width)
+def _turns(
+  theta: float, length: int, width: int, factor: float = 1.0
+) -> np.ndarray:
+  frequency = theta ** (-np.arange(0, width, 2) / width) / factor
   return np.exp(1j * np.arange(length)[:, None] * frequency)
 
 
 def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   """Grouped-query attention, the pairs of a rotation in the two halves of a head."""
   c, T = w.config, len(x_TD)
-  H = c["head_dim"]
-  turns = _turns(c["rope_theta"], T, H)
+  H = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+  scaling = c["rope_scaling"] or {"type": "linear", "factor": 1.0}
+  assert scaling["type"] == "linear"
+  turns = _turns(c["rope_theta"], T, H, scaling["factor"])
 
   def heads(name: str) -> np.ndarray:
     return w.linear(name, x_TD).reshape(T, -1, H).swapaxes(0, 1)

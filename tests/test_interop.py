@@ -299,7 +299,9 @@ def test_the_trunk_of_any_kind_can_be_written_alone(tmp_path, kind, depth):
   assert contract == {"kind": "none", "depth": 0}
 
 
-LAYOUTS = ("gpt2", "llama", "qwen2", "qwen3", "deepseek_v3", "mimo")
+LAYOUTS = (
+  "gpt2", "llama", "qwen2", "qwen3", "deepseek_v3", "mimo", *interop.DRAFTERS
+)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,10 @@ LAYOUTS = ("gpt2", "llama", "qwen2", "qwen3", "deepseek_v3", "mimo")
     ("sequential", 2, {}, "", "llama"),
     ("linear", 1, {}, "", "llama"),
     ("parallel", 1, {}, "", "llama"),
+    ("medusa", 1, {}, "medusa", "llama"),
+    ("medusa", 1, common.GPT2, "medusa", "gpt2"),
+    ("eagle", 1, {}, "eagle", "llama"),
+    ("eagle3", 1, {"trunk.num_layers": 8}, "eagle3", "llama"),
     ("sequential", 1, common.GPT2, "", "gpt2"),
     ("sequential", 1, {"trunk.qkv_bias": True}, "mimo", "qwen2"),
     ("sequential", 1, {"trunk.qk_norm": True}, "", "qwen3"),
@@ -358,8 +364,8 @@ def test_a_refused_layout_names_what_modules_start_from():
   [
     ("parallel", 1, {}, "llama", "parallel heads have no portable layout"),
     ("linear", 1, {}, "llama", "linear heads have no portable layout"),
-    ("medusa", 1, {}, "llama", "medusa heads have no portable layout"),
-    ("eagle3", 1, {}, "llama", "eagle3 drafters have no portable layout"),
+    ("medusa", 1, {}, "llama", "the trunk alone. Possible: medusa"),
+    ("eagle3", 1, {}, "llama", "the layout 'eagle3' has .* Possible: none"),
     ("sequential", 1, {}, "llama", "no place for MTP modules.*Possible: mimo"),
     ("sequential", 2, {}, "mimo", "exactly one sequential module.*Possible: none"),
     ("none", 0, {}, "gpt2", "the trunk is of kind 'llama'"),

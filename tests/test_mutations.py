@@ -168,8 +168,8 @@ MUTANTS = {
   ),
   "frozen trunk begins at random": Mutant(
     "train.py",
-    "return self.initial_state(trunk), 0.0, record",
-    "return self.initial_state({}), 0.0, record",
+    "state = self.initial_state(trunk)",
+    "state = self.initial_state({})",
     "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
   ),
   "text that a model wrote is held out as well": Mutant(
@@ -197,6 +197,13 @@ MUTANTS = {
     'yield from _expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
     "test_drafter_files.py::"
     "test_the_published_forward_pass_on_the_files_gives_our_logits[medusa]",
+  ),
+  "attention of EAGLE-3 written for the hidden state before the embedding": Mutant(
+    "interop/tensor_table.py",
+    "inputs = [line._replace(form=swapped) for line in inputs]",
+    "inputs = list(inputs)",
+    "test_drafter_files.py::"
+    "test_the_published_forward_pass_on_the_files_gives_our_logits[eagle3]",
   ),
   "lambda not divided by depth": Mutant(
     "depth_weights.py",

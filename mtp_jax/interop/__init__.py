@@ -4,20 +4,25 @@
   config = with_overrides(config, model.overrides)
   params = interop.load_params(model, config, mesh)   # into the sharded layout
 
+  params["mtp"] = interop.read_drafter(other, config, params, mesh)
+
   interop.layouts_for(config)                         # {"llama": "", "gpt2": "why not"}
   interop.export_params(params, config, folder, "llama")
 """
 
+from mtp_jax.interop.drafter_config import layouts_for
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.exporting import export_params
-from mtp_jax.interop.hf_config import layouts_for
-from mtp_jax.interop.loading import HfModel, load_params, read_model
+from mtp_jax.interop.hf_config import DRAFTERS
+from mtp_jax.interop.loading import HfModel, load_params, read_drafter, read_model
 
 __all__ = [
+  "DRAFTERS",
   "HfModel",
   "InteropError",
   "export_params",
   "layouts_for",
   "load_params",
+  "read_drafter",
   "read_model",
 ]

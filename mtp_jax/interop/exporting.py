@@ -12,12 +12,18 @@ import numpy as np
 
 from mtp_jax import files
 from mtp_jax.config import Config
+from mtp_jax.interop.drafter_config import (
+  drafter_contract,
+  layouts_for,
+  write_drafter_config,
+)
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import layouts_for, write_config
+from mtp_jax.interop.hf_config import DRAFTERS, write_config
 from mtp_jax.interop.loading import CONTRACT, parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
   write_bytes,
+  write_file,
   write_json,
   write_tensors,
 )
@@ -39,6 +45,7 @@ def export_params(
   max_shard_bytes: int = 5 * 10**9,
   trunk_only: bool = False,
   token_ids: tuple[int, int] | None = None,
+  base_model: str = "",
   more_files: dict[str, bytes] | None = None,
 ) -> None:
   """Writes config.json, safetensors and `mtp_contract.json` into a new folder.
@@ -50,9 +57,11 @@ def export_params(
     folder: does not exist yet, or is empty; the one above it exists.
     layout: one of those that `layouts_for(config, trunk_only)` allows.
     dtype: float32 | bfloat16; the balancing bias of experts stays float32.
-    max_shard_bytes: size from which there are several files and an index.
+    max_shard_bytes: size from which there are several files and an index; layouts of
+      predictors alone have one file.
     trunk_only: deletes the extra predictors (`model.lm.deployed`).
     token_ids: begin and end of a document, for config.json.
+    base_model: folder or name of the trunk, for config.json of predictors alone.
     more_files: by name, such as tokenizer.json.
 
   Raises:
@@ -90,10 +99,13 @@ def export_params(
   temporary = Path(files.temporary_name(folder))
   temporary.mkdir()
   try:
-    write_tensors(temporary, tensors, max_shard_bytes)
-    write_json(
-      temporary / "config.json", write_config(config, layout, dtype, token_ids)
-    )
+    if layout in DRAFTERS:
+      write_file(temporary / DRAFTERS[layout], tensors)
+      values = write_drafter_config(config, dtype, token_ids, base_model)
+    else:
+      write_tensors(temporary, tensors, max_shard_bytes)
+      values = write_config(config, layout, dtype, token_ids)
+    write_json(temporary / "config.json", values)
     write_json(temporary / CONTRACT, _contract(config, layout))
     for name, content in (more_files or {}).items():
       write_bytes(temporary / name, content)
@@ -152,6 +164,8 @@ def _contract(config: Config, layout: str) -> dict[str, Any]:
   contract = {"kind": config.mtp.kind if depth else "none", "depth": depth}
   if not depth:
     return contract
+  if layout in DRAFTERS:
+    return contract | drafter_contract(config)
   return contract | {
     "concat_order": list(CONCAT_ORDER[layout]),
     "hidden_source": "trunk output after its final norm",

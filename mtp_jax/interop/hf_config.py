@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import (
-  EAGLES,
   PUBLISHED_INPUTS,
   Config,
   MtpConfig,
@@ -29,6 +28,12 @@ LAYOUTS = {
   "deepseek_v3": ("DeepseekV3ForCausalLM", "deepseek_v3"),
   "mimo": ("MiMoForCausalLM", "mimo"),
 }
+# Layout of extra predictors alone (`drafter_config`) -> the one file of their tensors.
+DRAFTERS = {
+  "medusa": "medusa_lm_head.safetensors",
+  "eagle": "model.safetensors",
+  "eagle3": "model.safetensors",
+}
 
 # Our key -> theirs; the same value on both sides.
 _GPT2_KEYS = {
@@ -38,7 +43,7 @@ _GPT2_KEYS = {
   "trunk.num_layers": "n_layer",
   "trunk.num_heads": "n_head",
 }
-_KEYS = {
+KEYS = {
   "tokenizer.vocab_size": "vocab_size",
   "trunk.embed_dim": "hidden_size",
   "trunk.mlp_dim": "intermediate_size",
@@ -185,7 +190,7 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
     reader.refuse("layer_types", "'full_attention' for every layer")
 
   max_length = reader.integer("max_position_embeddings")
-  overrides = {ours: reader.integer(theirs) for ours, theirs in _KEYS.items()}
+  overrides = {ours: reader.integer(theirs) for ours, theirs in KEYS.items()}
   overrides |= {
     "trunk.kind": "llama",
     "trunk.num_kv_heads": reader.integer(
@@ -353,7 +358,7 @@ def write_config(
   }
   trunk, depth = config.trunk, config.mtp.depth
   if layout == "gpt2":
-    values |= _write_keys(config, _GPT2_KEYS)
+    values |= write_keys(config, _GPT2_KEYS)
     return values | {
       "n_inner": trunk.mlp_dim,
       "layer_norm_epsilon": trunk.norm_eps,
@@ -362,14 +367,14 @@ def write_config(
       "embd_pdrop": 0.0,
       "resid_pdrop": 0.0,
     }
-  values |= _write_keys(config, _KEYS) | _write_rope(trunk)
+  values |= write_keys(config, KEYS) | _write_rope(trunk)
   values |= {
     "num_hidden_layers": num_trunk_layers(config),
     "num_key_value_heads": trunk.num_kv_heads,
     "rms_norm_eps": trunk.norm_eps,
     "hidden_act": "silu",
     "attention_dropout": 0.0,
-    "max_position_embeddings": _max_length(config),
+    "max_position_embeddings": longest_text(config),
   }
   if layout == "deepseek_v3":
     return values | _write_deepseek(config)
@@ -386,7 +391,8 @@ def write_config(
   return values
 
 
-def _write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
+def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
+  """Returns the values of dotted keys of ours under their names there."""
   values = {}
   for ours, theirs in keys.items():
     node: Any = config
@@ -405,7 +411,7 @@ def _write_deepseek(config: Config) -> dict[str, Any]:
       num_shared=1, dense_layers=num_trunk_layers(config) + depth,
     )  # fmt: skip
   stated = dataclasses.replace(config, trunk=dataclasses.replace(trunk, moe=moe))
-  return _write_keys(stated, _LATENT_KEYS | _EXPERT_KEYS) | {
+  return write_keys(stated, _LATENT_KEYS | _EXPERT_KEYS) | {
     "q_lora_rank": trunk.latent.query_rank or None,
     "first_k_dense_replace": moe.dense_layers,
     "routed_scaling_factor": moe.route_scale,
@@ -438,7 +444,8 @@ def _write_rope(trunk: TrunkConfig) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def _max_length(config: Config) -> int:
+def longest_text(config: Config) -> int:
+  """Returns the tokens of a text for which the positions are made."""
   scaling = config.trunk.rope_scaling
   stretched = 0
   if scaling.kind in ("llama3", "yarn"):
@@ -446,11 +453,8 @@ def _max_length(config: Config) -> int:
   return max(config.data.seq_len, stretched)
 
 
-def layouts_for(config: Config, trunk_only: bool = False) -> dict[str, str]:
-  """Returns for every layout why `config` cannot be written in it; "" where it can.
-
-  `trunk_only`: without the extra predictors, as `export_params` takes it.
-  """
+def model_layouts_for(config: Config, trunk_only: bool) -> dict[str, str]:
+  """Returns for every layout of a trunk why `config` cannot be written in it, or ""."""
   return {
     layout: _trunk_obstacle(config, layout)
     or _predictor_obstacle(config, layout, trunk_only)
@@ -511,9 +515,10 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
     return unpublished_inputs(mtp)
   if not has_any:
     return ""
+  if mtp.kind in DRAFTERS:
+    return f"the layout {mtp.kind!r} has the extra predictors, this one the trunk alone"
   if mtp.kind != "sequential":
-    what = "drafters" if mtp.kind in EAGLES else "heads"
-    return f"{mtp.kind} {what} have no portable layout; the trunk alone has one"
+    return f"{mtp.kind} heads have no portable layout; the trunk alone has one"
   if layout != "deepseek_v3":
     return "it has no place for MTP modules; the trunk alone can be written in it"
   if mtp.dense_blocks:

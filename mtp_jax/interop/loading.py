@@ -6,7 +6,7 @@ parameter where the mesh wants it, reading no more than each device holds.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from mtp_jax.config import (
   num_trunk_layers,
   to_dict,
 )
+from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import (
+  DRAFTERS,
   TrunkDescription,
   read_config,
   unpublished_inputs,
@@ -32,6 +34,7 @@ from mtp_jax.interop.hf_config import (
 from mtp_jax.interop.tensor_files import (
   DTYPES,
   StoredTensor,
+  read_header,
   read_json,
   stored_tensors,
 )
@@ -89,12 +92,7 @@ def read_model(folder: Path) -> HfModel:
     for name, tensor in stored_tensors(folder).items()
     if not _BUFFERS.search(name)
   }
-  for name, tensor in tensors.items():
-    if tensor.dtype not in DTYPES:
-      raise InteropError(
-        f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
-        f"{', '.join(DTYPES)}."
-      )
+  _check_dtypes(tensors)
   depth = _count_modules(file, tensors, described)
   overrides = dict(described.overrides)
   if depth:
@@ -129,19 +127,70 @@ def load_params(
   """
   _check_config(model, config)
   boxed = accounting.abstract_params(config)
-  shapes = stored_shapes = _shapes(boxed)
+  stored_shapes = _shapes(boxed)
   stored = dataclasses.replace(config, mtp=_stored_mtp(model, config.mtp))
   if model.has_mtp and stored.mtp != config.mtp:
     # What is not wanted is checked all the same: it has to be of this model.
     stored_shapes = parameter_shapes(stored)
   entries = tensor_table(stored, model.family, stored_shapes)
-  _check_tensors(model, entries)
+  required = {entry.name for entry in entries if not entry.copy_of}
+  _check_tensors(model.folder, model.tensors, entries, required)
   _check_copies(model, entries)
+  return _assemble(boxed, entries, model.tensors, mesh)
 
+
+def read_drafter(
+  folder: Path, config: Config, trunk: dict[str, Any], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Returns the parameters `mtp` out of a folder that holds them alone.
+
+  Args:
+    folder: in the layout that `config.mtp.kind` names, see `drafter_config`.
+    config: of the whole model.
+    trunk: all its other parameters. What the folder repeats of them must be the same,
+      in the precision of the file; it may be left out.
+    mesh: on which the result is laid out, float32.
+
+  Raises:
+    InteropError: the kind has no such layout; a file is missing or damaged; a tensor is
+      missing, unknown, of another shape or dtype, or not what the trunk has.
+  """
+  folder, kind = Path(folder), config.mtp.kind
+  if kind not in DRAFTERS:
+    raise InteropError(
+      f"mtp.kind must be one of {', '.join(map(repr, DRAFTERS))} to be read from a "
+      f"folder of its own, got {kind!r}."
+    )
+  if obstacle := drafter_obstacle(config, kind):
+    raise InteropError(f"{folder} cannot be read into this model: {obstacle}.")
+  file = folder / "config.json"
+  check_drafter_config(file, read_json(file), config)
+  tensors = read_header(folder / DRAFTERS[kind])
+  _check_dtypes(tensors)
+  boxed = accounting.abstract_params(config)
+  entries = tensor_table(config, kind, _shapes(boxed))
+  repeated = [e for e in entries if not e.pieces[0].path.startswith("mtp/")]
+  own = [entry for entry in entries if entry not in repeated]
+  _check_tensors(folder, tensors, entries, {entry.name for entry in own})
+  leaves = _flat(trunk)
+  for entry in repeated:
+    if entry.name in tensors:
+      _check_repeated(folder, entry, tensors[entry.name].open(), leaves)
+  return _assemble(boxed, own, tensors, mesh)["mtp"]
+
+
+def _assemble(
+  boxed: Any,
+  entries: Iterable[Entry],
+  tensors: dict[str, StoredTensor],
+  mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
+  """Returns the parameters that the entries hold, laid out on `mesh`."""
+  shapes = _shapes(boxed)
   sources: dict[str, list[tuple[Piece, Callable[[], np.ndarray]]]] = {}
   for entry in entries:
     for i, piece in enumerate(entry.pieces):
-      part = _part(model.tensors[entry.name], entry, i)
+      part = _part(tensors[entry.name], entry, i)
       sources.setdefault(piece.path, []).append((piece, part))
   layout = _flat(tree_shardings(mesh, logical_axes(boxed)))
   params = {
@@ -252,23 +301,49 @@ def _check_config(model: HfModel, config: Config) -> None:
       )
 
 
-def _check_tensors(model: HfModel, entries: tuple[Entry, ...]) -> None:
+def _check_dtypes(tensors: dict[str, StoredTensor]) -> None:
+  for name, tensor in tensors.items():
+    if tensor.dtype not in DTYPES:
+      raise InteropError(
+        f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
+        f"{', '.join(DTYPES)}."
+      )
+
+
+def _check_tensors(
+  folder: Path,
+  tensors: dict[str, StoredTensor],
+  entries: tuple[Entry, ...],
+  required: set[str],
+) -> None:
   """Compares names and shapes with the headers."""
   expected = {entry.name: entry for entry in entries}
-  required = {entry.name for entry in entries if not entry.copy_of}
   for what, names in (
-    ("lacks", required - model.tensors.keys()),
-    ("has unknown", model.tensors.keys() - expected.keys()),
+    ("lacks", required - tensors.keys()),
+    ("has unknown", tensors.keys() - expected.keys()),
   ):
     if names:
-      raise InteropError(f"{model.folder} {what} tensors: {_some(sorted(names))}.")
+      raise InteropError(f"{folder} {what} tensors: {_some(sorted(names))}.")
   wrong = [
     f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
-    for name, tensor in model.tensors.items()
+    for name, tensor in tensors.items()
     if tensor.shape != expected[name].shape
   ]
   if wrong:
-    raise InteropError(f"{model.folder}: wrong shapes: {_some(wrong)}.")
+    raise InteropError(f"{folder}: wrong shapes: {_some(wrong)}.")
+
+
+def _check_repeated(
+  folder: Path, entry: Entry, stored: np.ndarray, trunk: dict[str, Any]
+) -> None:
+  """Compares what a folder of predictors repeats of the trunk with the trunk."""
+  (piece,) = entry.pieces
+  ours = piece.form.to_stored(np.asarray(trunk[piece.path]))
+  if not np.array_equal(_float32(stored), _float32(ours.astype(stored.dtype))):
+    raise InteropError(
+      f"{folder}: {entry.name} must be {piece.path} of the trunk, which our model uses "
+      "in its place, and differs from it."
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -76,11 +76,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
   """Returns the tensors of a folder by name, from the headers of its files alone.
 
   Raises:
-    InteropError: there is no safetensors file; one is damaged or not the size that its
-      header says; the index names a file that is missing, or disagrees with one.
+    InteropError: there is no safetensors file; see `read_header`; the index names a
+      file that is missing, or disagrees with one.
   """
   if (folder / SINGLE).exists():
-    return _read_header(folder / SINGLE)
+    return read_header(folder / SINGLE)
   index = folder / INDEX
   if not index.exists():
     raise InteropError(
@@ -93,7 +93,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
   for shard in sorted(set(map(str, weight_map.values()))):
     if Path(shard).name != shard or not (folder / shard).is_file():
       raise InteropError(f"{index} names the file {shard!r}, which is not in {folder}.")
-    found |= _read_header(folder / shard)
+    found |= read_header(folder / shard)
   for name in sorted(found.keys() ^ weight_map.keys()):
     has, lacks = ("the files", index) if name in found else (index, "the files")
     raise InteropError(f"{folder}: {has} have a tensor {name!r} that {lacks} lack.")
@@ -105,7 +105,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
   return found
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+  """Returns the tensors of one file by name.
+
+  Raises:
+    InteropError: it is missing, damaged, or not the size that its header says.
+  """
   try:
     # The library checks that the header is sound and that the tensors fill the file.
     with safetensors.safe_open(file, framework="numpy"):
@@ -140,12 +145,12 @@ def write_tensors(
     shards[-1].append(tensor)
     size += tensor.num_bytes
   if len(shards) == 1:
-    _write_file(folder / SINGLE, shards[0])
+    write_file(folder / SINGLE, shards[0])
     return
   weight_map = {}
   for i, shard in enumerate(shards, start=1):
     file = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-    _write_file(file, shard)
+    write_file(file, shard)
     weight_map |= {tensor.name: file.name for tensor in shard}
   total = sum(tensor.num_bytes for shard in shards for tensor in shard)
   write_json(
@@ -165,7 +170,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     _flush(handle)
 
 
-def _write_file(file: Path, tensors: list[NewTensor]) -> None:
+def write_file(file: Path, tensors: list[NewTensor]) -> None:
+  """Writes one file; a tensor is alive at a time."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Readers insist on it.
   offset = 0
   for tensor in tensors:

@@ -182,6 +182,12 @@ def tensor_table(config: Config, layout: str, shapes: Shapes) -> tuple[Entry, ..
 
 
 def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
+  if layout == "medusa":
+    yield from _medusa_heads(config, shapes)
+    return
+  if layout in ("eagle", "eagle3"):
+    yield from _eagle(config, layout, shapes)
+    return
   trunk, depth = config.trunk, config.mtp.depth
   layers, num_dense = num_trunk_layers(config), trunk.dense_prefix
   if layout == "gpt2":
@@ -217,8 +223,8 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
     if layout == "mimo":
       module, prefix = _MIMO_MODULE, f"model.mtp_layers.{k}."
     else:
-      swapped = np.roll(np.arange(2 * trunk.embed_dim), trunk.embed_dim)
-      join = _Line("eh_proj.weight", ("projection",), _LINEAR._replace(order=swapped))
+      swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
+      join = _Line("eh_proj.weight", ("projection",), swapped)
       module, prefix = (*_DEEPSEEK_MODULE, join), f"model.layers.{layers + k}."
       # Some engines read these copies, others the trunk's: both find the same.
       head = embed if trunk.tie_embeddings else "lm_head"
@@ -226,6 +232,71 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
         yield Entry(f"{prefix}{copy}.weight", table, copy_of=f"{of}.weight")
     yield from stacked(module, prefix, "mtp/modules/", index)
     yield from stacked(block, prefix, "mtp/modules/block/", index)
+
+
+def _medusa_heads(config: Config, shapes: Shapes) -> Iterator[Entry]:
+  """Every head has a vocabulary matrix there: its own, or the trunk's once more."""
+  head = (
+    _Line("0.linear.weight", ("kernels",), _LINEAR),
+    _Line("0.linear.bias", ("biases",), _VECTOR),
+  )
+  matrix = _Line("1.weight", ("unembed",), _LINEAR)
+  for k in range(config.mtp.depth):
+    yield from _expand(head, f"{k}.", "mtp/", (k,), 0, shapes)
+    if config.mtp.unembed == "own":
+      yield from _expand((matrix,), f"{k}.", "mtp/", (k,), 0, shapes)
+    else:
+      yield from _expand((_unembed(config, "1"),), f"{k}.", "", (), 0, shapes)
+
+
+def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
+  """One decoder layer; of the trunk, EAGLE-1 repeats the embedding, and EAGLE-3 the
+  output matrix, while readers take the embedding from the trunk where it is not there.
+  """
+  trunk = config.trunk
+  swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
+  *inputs, out = _GROUPED_ATTENTION
+  mlp_norm = _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR)
+  if layout == "eagle":
+    biases = _qkv_biases(trunk) if trunk.qkv_bias else ()
+    layer, prefix = (*inputs, *biases, out, mlp_norm, *_DENSE), "layers.0."
+    around = (
+      _Line("fc.weight", ("layer/projection",), swapped),
+      _Line("fc.bias", ("layer/projection_bias",), _VECTOR),
+    )
+  else:
+    inputs = [line._replace(form=swapped) for line in inputs]
+    norms = (
+      _Line("hidden_norm.weight", ("hidden_norm/scale",), _VECTOR),
+      _Line("input_layernorm.weight", ("embed_norm/scale",), _VECTOR),
+    )
+    layer, prefix = (*norms, *inputs, out, mlp_norm, *_DENSE), "midlayer."
+    around = (
+      _Line("fc.weight", ("fusion/kernel",), _LINEAR),
+      _Line("norm.weight", ("out_norm/scale",), _VECTOR),
+    )
+    if config.mtp.unembed == "own":
+      own = _Line("lm_head.weight", ("unembed",), _LINEAR)
+      yield from _expand((own,), "", "mtp/", (), 0, shapes)
+    else:
+      yield from _expand((_unembed(config, "lm_head"),), "", "", (), 0, shapes)
+  embed = _Line("embed_tokens.weight", ("embed/embedding",), _MATRIX)
+  for entry in _expand((embed,), "", "", (), 0, shapes):
+    yield entry._replace(written=layout == "eagle")
+  yield from _expand(around, "", "mtp/", (), 0, shapes)
+  yield from _expand(layer, prefix, "mtp/layer/", (), 0, shapes)
+
+
+def _unembed(config: Config, name: str) -> _Line:
+  """Returns the trunk's output matrix, as a file of predictors has it once more."""
+  if config.trunk.tie_embeddings:
+    return _Line(f"{name}.weight", ("embed/embedding",), _MATRIX)
+  return _Line(f"{name}.weight", ("unembed/kernel",), _LINEAR)
+
+
+def _halves_swapped(dim: int) -> np.ndarray:
+  """Returns the order that puts the embedding before the hidden state."""
+  return np.roll(np.arange(2 * dim), dim)
 
 
 def _block(trunk: TrunkConfig, layout: str) -> tuple[_Line, ...]:

@@ -1,0 +1,266 @@
+"""Predictors in folders of their own: every bit back, the forward pass of the programs
+whose layouts they are, and every refusal.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import mtp_jax
+from mtp_jax import accounting, interop
+from mtp_jax.config import with_overrides
+from mtp_jax.interop import InteropError
+from mtp_jax.model.lm import MtpLm, unembed_matrix
+from tests import common, numpy_models
+from tests.hf_folders import LINEAR, TIED, assert_same_bits, one_device
+from tests.untrained_runs import save_run
+
+pytest_plugins = ("tests.commands",)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+T = 7
+SMALL = {"data.seq_len": 12, "data.batch_size": 1}
+DEEP = {"trunk.num_layers": 8}  # As many as EAGLE-3's streams need.
+OWN = {"mtp.unembed": "own"}
+# Name -> kind of predictor, layout of the trunk, overrides.
+CASES = {
+  "medusa": ("medusa", "llama", OWN),
+  "medusa-shared": ("medusa", "llama", {}),
+  "medusa-shared-tied": ("medusa", "qwen2", TIED | {"trunk.qkv_bias": True}),
+  "eagle": ("eagle", "llama", {}),
+  "eagle-biases-tied": ("eagle", "qwen2", TIED | LINEAR | {"trunk.qkv_bias": True}),
+  "eagle3": ("eagle3", "llama", DEEP | OWN | {"trunk.attention_dim": 24}),
+  "eagle3-shared": ("eagle3", "llama", DEEP | {"mtp.mlp_dim": 20}),
+  "eagle3-shared-tied": ("eagle3", "llama", DEEP | TIED),
+}
+FILES = {"medusa": "medusa_lm_head.safetensors"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_found_once():
+  with pytest.MonkeyPatch.context() as patch:
+    cached = functools.cache(accounting.abstract_params)
+    patch.setattr(accounting, "abstract_params", cached)
+    yield
+
+
+def config_of(case, overrides=None):
+  kind, _, values = CASES[case]
+  return common.tiny_config(kind, 3, SMALL | values | (overrides or {}))
+
+
+def write(case, folder, **options):
+  """Writes random predictors; returns all parameters and the config."""
+  config = config_of(case)
+  params = common.random_params(config)
+  interop.export_params(params, config, folder, config.mtp.kind, **options)
+  return params, config
+
+
+def read(folder, params, config):
+  trunk = {name: tree for name, tree in params.items() if name != "mtp"}
+  return interop.read_drafter(folder, config, trunk, one_device())
+
+
+def rewrite(folder, change):
+  """Applies `change` to the dict of the tensors of a folder."""
+  (file,) = folder.glob("*.safetensors")
+  save_file(change(load_file(file)), file)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_comes_back_is_what_went_out(tmp_path, case):
+  params, config = write(case, tmp_path / "out")
+  found = read(tmp_path / "out", params, config)
+  assert_same_bits(found, params["mtp"])
+  file = FILES.get(config.mtp.kind, "model.safetensors")
+  names = {"config.json", "mtp_contract.json", file}
+  assert {path.name for path in (tmp_path / "out").iterdir()} == names
+  again = params | {"mtp": found}
+  interop.export_params(again, config, tmp_path / "again", config.mtp.kind)
+  for name in names:
+    first, second = tmp_path / "out" / name, tmp_path / "again" / name
+    assert first.read_bytes() == second.read_bytes(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_published_forward_pass_on_the_files_gives_our_logits(tmp_path, case):
+  params, config = write(case, tmp_path / "drafter")
+  layout, depth = CASES[case][1], config.mtp.depth
+  interop.export_params(params, config, tmp_path / "trunk", layout, trunk_only=True)
+  tokens = np.random.default_rng(0).integers(0, common.VOCAB, (1, T + 1 + depth))
+  folders = tmp_path / "trunk", tmp_path / "drafter"
+  if config.mtp.kind == "medusa":
+    theirs = numpy_models.medusa_logits(*folders, tokens[0, :T])
+  else:
+    theirs = numpy_models.eagle_logits(*folders, tokens[0], T, depth)
+  batch = common.batch_of(tokens, np.ones_like(tokens), T)
+  hidden_MTD = common.quick_jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
+  for m in range(1 + depth):
+    ours = np.asarray(hidden_MTD[m] @ unembed_matrix(params, config, m))
+    # At the last rows a depth reads tokens after the row, here and there.
+    np.testing.assert_allclose(ours, theirs[m], atol=2e-4, err_msg=f"depth {m}")
+
+
+@pytest.mark.parametrize("case", ["medusa", "eagle", "eagle3"])
+def test_precision_of_the_file_is_that_of_the_comparison(tmp_path, case):
+  params, config = write(case, tmp_path / "out", dtype="bfloat16")
+  found = read(tmp_path / "out", params, config)
+  narrowed = jax.tree.map(
+    lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), params["mtp"]
+  )
+  assert_same_bits(found, narrowed)
+
+
+@pytest.mark.parametrize("case, name", [
+  ("medusa-shared", "1.1.weight"), ("eagle", "embed_tokens.weight"),
+  ("eagle3-shared", "lm_head.weight"),
+])
+def test_what_is_of_the_trunk_may_be_absent_but_not_differ(tmp_path, case, name):
+  params, config = write(case, tmp_path / "out")
+
+  def change(tensors):
+    tensors[name][3, 2] += 1
+    return tensors
+
+  rewrite(tmp_path / "out", change)
+  with pytest.raises(InteropError, match=rf"{name} must be \w+/\w+ of the trunk"):
+    read(tmp_path / "out", params, config)
+  rewrite(tmp_path / "out", lambda t: {k: v for k, v in t.items() if k != name})
+  assert_same_bits(read(tmp_path / "out", params, config), params["mtp"])
+
+
+def test_embeddings_beside_an_eagle3_drafter_must_be_the_trunks(tmp_path):
+  params, config = write("eagle3", tmp_path / "out")
+  table = params["embed"]["embedding"]
+  rewrite(tmp_path / "out", lambda t: t | {"embed_tokens.weight": table})
+  assert_same_bits(read(tmp_path / "out", params, config), params["mtp"])
+  rewrite(tmp_path / "out", lambda t: t | {"embed_tokens.weight": 2 * table})
+  with pytest.raises(InteropError, match=r"embed_tokens.weight must be embed/embedd"):
+    read(tmp_path / "out", params, config)
+
+
+@pytest.mark.parametrize("case, values, words", [
+  ("medusa", {"medusa_num_heads": 2}, "medusa_num_heads must be 3 .* got 2."),
+  ("medusa", {"medusa_num_layers": 2}, "medusa_num_layers must be 1 .* got 2."),
+  ("eagle", {"bias": False}, "bias must be True .* got False."),
+  ("eagle", {"num_hidden_layers": 2}, "num_hidden_layers must be 1 .* got 2."),
+  ("eagle", {"rope_theta": 5e5}, "rope_theta must be 10000.0 .* got 500000.0."),
+  ("eagle3", {"draft_vocab_size": 30}, "draft_vocab_size must be 40 .* got 30."),
+])
+def test_other_predictors_are_refused_by_key(tmp_path, case, values, words):
+  params, config = write(case, tmp_path / "out")
+  file = tmp_path / "out/config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | values))
+  with pytest.raises(InteropError, match=f"config.json: {words}"):
+    read(tmp_path / "out", params, config)
+
+
+def test_a_reduced_vocabulary_has_no_place():
+  more = {
+    "mtp.unembed": "own", "mtp.draft_vocab": 30, "trunk.num_layers": 8,
+  }
+  whole = {key: value for key, value in more.items() if key != "mtp.draft_vocab"}
+  layouts = lambda values: interop.layouts_for(  # noqa: E731
+    common.tiny_config("eagle3", 2, values)
+  )
+  assert not layouts(whole)["eagle3"]
+  found = layouts(more)["eagle3"]
+  assert found == "mtp.draft_vocab must be 0: its tensors d2t and t2d are not written"
+
+
+def test_published_folders_of_heads_say_less(tmp_path):
+  params, config = write("medusa-shared", tmp_path / "out")
+  published = {"medusa_num_heads": 3, "medusa_num_layers": 1}
+  (tmp_path / "out/config.json").write_text(json.dumps(published))
+  assert_same_bits(read(tmp_path / "out", params, config), params["mtp"])
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+  params, config = write("medusa", tmp_path / "out")
+  other = common.tiny_config("linear", 3, SMALL)
+  with pytest.raises(InteropError, match=r"mtp.kind must be one of .* got 'linear'"):
+    read(tmp_path / "out", params, other)
+  none = with_overrides(config, {"mtp.depth": 0, "mtp.unembed": "shared"})
+  with pytest.raises(InteropError, match=r"cannot be read .*: it has predictors of mt"):
+    read(tmp_path / "out", params, none)
+  rewrite(tmp_path / "out", lambda t: {k: v for k, v in t.items() if k[0] != "2"})
+  with pytest.raises(InteropError, match=r"lacks tensors: 2.0.linear.bias, 2.0.linear"):
+    read(tmp_path / "out", params, config)
+  (tmp_path / "out/medusa_lm_head.safetensors").unlink()
+  with pytest.raises(InteropError, match="is not a whole safetensors file"):
+    read(tmp_path / "out", params, config)
+
+
+@pytest.mark.parametrize("kind, layout, overrides, words", [
+  ("medusa", "llama", {}, "the layout 'medusa' has the extra predictors, this one the"),
+  ("eagle", "medusa", {}, "it has predictors of mtp.kind 'medusa', at least one"),
+  ("sequential", "eagle", {}, "it has predictors of mtp.kind 'eagle', at least one"),
+  ("eagle", "eagle", common.GPT2, "its layer is Llama's, and the trunk is of kind"),
+  ("eagle", "eagle", {"trunk.qk_norm": True}, "trunk.qk_norm must be False there"),
+  ("eagle", "eagle", {"trunk.attention_dim": 24}, "trunk.attention_dim must be trunk"),
+  ("eagle", "eagle", {"trunk.rope_scaling.kind": "yarn"}, "must be 'none' or 'linear'"),
+  ("eagle3", "eagle3", DEEP | {"trunk.qkv_bias": True}, "trunk.qkv_bias must be False"),
+  ("eagle3", "eagle3", {}, "L - 3 there, and a trunk of 3 layers gives 1, 2, 3"),
+])
+def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
+  config = common.tiny_config(kind, 2, overrides)
+  with pytest.raises(InteropError, match=words):
+    interop.export_params({}, config, tmp_path / "out", layout)
+  assert interop.layouts_for(config, trunk_only=True)["medusa"] == "it has no trunk"
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case, order", [
+  ("medusa", None), ("eagle", ["embedding", "hidden"]),
+  ("eagle3", ["embedding", "hidden"]),
+])
+def test_the_contract_and_config_json_say_what_a_reader_needs(tmp_path, case, order):
+  write(case, tmp_path / "out", base_model="trunks/a", token_ids=(3, 4))
+  stated = json.loads((tmp_path / "out/mtp_contract.json").read_text())
+  assert (stated["kind"], stated["depth"]) == (case, 3)
+  assert stated.get("concat_order") == order
+  assert stated["unembedding_shared"] == (case == "eagle")
+  values = json.loads((tmp_path / "out/config.json").read_text())
+  assert values["base_model_name_or_path"] == "trunks/a"
+  assert (values["bos_token_id"], values["eos_token_id"]) == (3, 4)
+
+
+def test_commands_write_trunk_and_heads_and_put_them_together(command, tmp_path):
+  values = {"tokenizer.vocab_size": 264, "data.seq_len": 64, "mesh.data": -1}
+  config = config_of("medusa", values)
+  params = common.random_params(config)
+  run = save_run(tmp_path / "run", config, params)
+  workdir, heads = f"--workdir={run}", tmp_path / "heads"
+  listed = command("launch.export", workdir)
+  assert "\nmedusa       yes\n" in listed.output
+  refused = command("launch.export", workdir, "--layout=medusa", f"--output={heads}")
+  assert refused.code == 2
+  assert "--base_model is required with --layout=medusa." in refused.output
+  trunk = tmp_path / "trunk"
+  assert command(
+    "launch.export", workdir, "--layout=llama", "--trunk_only", f"--output={trunk}"
+  ).code == 0
+  assert command(
+    "launch.export", workdir, "--layout=medusa", f"--output={heads}",
+    f"--base_model={trunk}",
+  ).code == 0
+
+  new = tmp_path / "new"
+  arguments = (
+    f"--from={trunk}", f"--drafter={heads}", f"--workdir={new}",
+    "--config.mtp.kind=medusa", "--config.mtp.unembed=own", "--config.data.seq_len=64",
+    "--config.tokenizer.kind=bytes", "--config.data.source=language_reference",
+    "--config.eval.max_new_tokens=8", "--compilation_cache=",
+  )
+  refused = command("launch.import_hf", *arguments, "--config.mtp.depth=2")
+  assert refused.code == 2
+  assert "medusa_num_heads must be 2 for predictors of this model" in refused.output
+  assert not new.exists()
+  result = command("launch.import_hf", *arguments, "--config.mtp.depth=3")
+  assert result.code == 0, result.output
+  assert_same_bits(mtp_jax.load(new).params, params)
