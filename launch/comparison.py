@@ -33,7 +33,7 @@ def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[st
 
   Both ways are compiled first, then take turns; times are medians, prefill included.
   """
-  plain = how | {"num_drafts": 0, "proposal": "auto", "recurse": False}
+  plain = how | {"num_drafts": 0, "proposal": "auto", "recurse": False, "tree": None}
   if how["rule"] != "greedy":
     plain["rule"] = "match"  # With nothing to match: plain sampling.
   ways = (how, plain)

@@ -3,6 +3,7 @@ r"""Continues a prompt with a trained model, its extra predictors drafting ahead
   python -m launch.generate --workdir=runs/seq2 --prompt="def "
   python -m launch.generate --workdir=runs/seq2 --prompt_file=start.py --stream
   python -m launch.generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
+  python -m launch.generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
 
 The model's own next-token predictor decides every token: extra predictors make it
 faster, not different. Greedy text and text of rule `match` equal plain decoding token
@@ -26,6 +27,7 @@ from launch import cli, decoding
 from launch.comparison import compare, describe
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
+from mtp_jax.decode import trees
 from mtp_jax.decode.provenance import Generation, visible
 
 _WORKDIR = cli.define_workdir("run folder")
@@ -43,6 +45,11 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "longest continuation; the end of the document ends it too"
 )
 _DECODING = decoding.define(temperature=None)
+_TREE = flags.DEFINE_string(
+  "tree", None, "verify a tree of drafts instead of a chain, with rule greedy or "
+  "match: a file of launch.tree, or dynamic:DEPTH,WIDTH,NODES, grown by a drafter that "
+  "goes on from its own output (EAGLE, or one sequential module)"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 _STREAM = flags.DEFINE_bool(
   "stream", False, "print the text round by round, without colours"
@@ -58,7 +65,7 @@ _COMPILATION_CACHE = cli.define_compilation_cache()
 
 
 def main() -> int:
-  text, how = _prompt(), _DECODING()
+  text, how = _prompt(), _DECODING() | {"tree": _tree()}
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   try:
     model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
@@ -115,6 +122,16 @@ def _show_stream(so_far: Iterator[Generation]) -> Generation:
 def _printed(text: str) -> str:
   """A model of bytes may say anything: no control characters to a terminal."""
   return visible(text) if sys.stdout.isatty() else text
+
+
+def _tree() -> trees.Tree | None:
+  """Returns what --tree says."""
+  if _TREE.value is None:
+    return None
+  try:
+    return trees.read(_TREE.value)
+  except ValueError as error:
+    raise ConfigError(f"--tree: {error}") from error
 
 
 def _prompt() -> str:

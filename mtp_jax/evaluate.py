@@ -33,8 +33,9 @@ from mtp_jax.decode.acceptance import counts
 from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
-from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, columns, draft_tokens, unembeddings
+from mtp_jax.drafters.vocabulary import localize
+from mtp_jax.losses import token_ranks, token_stats
+from mtp_jax.model.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -51,7 +52,7 @@ def row_sums(
   trunk's choice inside the row; bytes [B] counts the bytes of the next-token targets.
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
-  depth, length = config.mtp.depth, batch.tokens.shape[1]
+  depth = config.mtp.depth
   tokens_MBT, valid_MBT = future_targets(batch, depth)
   targets_MBT, mask_MBT = columns(params, config, tokens_MBT, valid_MBT)
   stats = token_stats(
@@ -61,12 +62,9 @@ def row_sums(
   if tokens_C is not None:
     drafted_MBT = drafted_MBT.at[1:].set(tokens_C[drafted_MBT[1:]])
   sum_rows = lambda x: jnp.sum(x, axis=-1, dtype=jnp.float32)  # noqa: E731
-  trunk_BT = drafted_MBT[0]
-  # Position i + m holds the trunk's own choice of the token that depth m drafts at i.
-  reachable_BT = valid_MBT[depth] & (jnp.arange(length) < length - depth)
+  chosen, reachable_BT = _trunk_choices(drafted_MBT[0], valid_MBT)
   agree, prefix, so_far_BT = [], [], reachable_BT
-  for m in range(1, 1 + depth):
-    chosen_BT = jnp.roll(trunk_BT, -m, axis=1)  # The wrapped end is not reachable.
+  for m, chosen_BT in enumerate(chosen, start=1):
     agree_BT = reachable_BT & (drafted_MBT[m] == chosen_BT)
     so_far_BT = so_far_BT & agree_BT
     agree.append(sum_rows(agree_BT))
@@ -81,6 +79,97 @@ def row_sums(
     "reachable": sum_rows(reachable_BT),
     "bytes": sum_rows(jnp.where(mask_MBT[0], token_bytes_V[targets_MBT[0]], 0)),
   }
+
+
+def _trunk_choices(
+  trunk_BT: jax.Array, mask_MBT: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+  """Returns what the trunk itself says of the token that each extra depth drafts.
+
+  `(chosen, reachable_BT)`: chosen_BT per depth, to be read at the positions where all D
+  drafts can be compared with the trunk's choice inside the row.
+
+  Args:
+    trunk_BT: the arg max of depth 0.
+    mask_MBT: of valid targets.
+  """
+  depth, length = len(mask_MBT) - 1, trunk_BT.shape[1]
+  # Position i + m holds the trunk's own choice of the token that depth m drafts at i;
+  # the wrapped end is not reachable.
+  chosen = [jnp.roll(trunk_BT, -m, axis=1) for m in range(1, 1 + depth)]
+  return chosen, mask_MBT[depth] & (jnp.arange(length) < length - depth)
+
+
+def hit_sums(
+  config: Config, params: Any, batch: Batch, ranks: int
+) -> dict[str, jax.Array]:
+  """Returns per-row sums; every entry has a leading B axis.
+
+  hits [B, D, R] counts the positions at which the token that a depth ranks r-th is the
+  trunk's own choice: at rank 0 it is `agree` of `row_sums`. reachable [B]: see there.
+  """
+  hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
+  blocks, tokens_C = config.loss.block_tokens, draft_tokens(params, config)
+  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  main = [(slice(0, 1), unembed_matrix(params, config))]
+  trunk = token_stats(hidden_MBTD[:1], main, targets_MBT[:1], blocks)
+  chosen, reachable_BT = _trunk_choices(trunk.argmax_MBT[0], mask_MBT)
+  ranks_of_depths = []
+  for m, column_BT in enumerate(chosen, start=1):
+    is_there_BT = reachable_BT
+    if tokens_C is not None:
+      column_BT, is_there_BT = localize(
+        column_BT, tokens_C, config.tokenizer.vocab_size
+      )
+    unembed_DV = unembed_matrix(params, config, m)
+    (rank_BT,) = token_ranks(
+      hidden_MBTD[m : m + 1], unembed_DV, column_BT[None], blocks
+    )
+    ranks_of_depths.append(jnp.where(reachable_BT & is_there_BT, rank_BT, -1))
+  rank_DBT = jnp.stack(ranks_of_depths)
+  is_hit_DBTR = rank_DBT[..., None] == jnp.arange(ranks)
+  return {
+    "hits": jnp.sum(is_hit_DBTR, axis=2, dtype=jnp.float32).swapaxes(0, 1),
+    "reachable": jnp.sum(reachable_BT, axis=1, dtype=jnp.float32),
+  }
+
+
+def top_k_hits(
+  shape: Config,
+  params: Any,
+  batches: Iterable[tuple[Batch, np.ndarray]],
+  ranks: int,
+  mesh: jax.sharding.Mesh,
+) -> tuple[np.ndarray, int]:
+  """Returns `(hits_KR, num_positions)` of the extra predictors, for static trees.
+
+  hits[k, r] is the share of positions at which the token that depth k + 1 ranks r-th
+  is the trunk's own choice: teacher-forced, at the positions of `row_sums`.
+
+  Args:
+    shape: of the trial, with at least one extra predictor.
+    batches: see `document_sums`.
+    ranks: R, from the most likely token on.
+
+  Raises:
+    ValueError: no position, or ranks not in [1, vocab].
+  """
+  if not 1 <= ranks <= shape.tokenizer.vocab_size:
+    raise ValueError(
+      f"ranks must be 1 to {shape.tokenizer.vocab_size}, the vocabulary, got {ranks}."
+    )
+  program = jax.jit(functools.partial(hit_sums, shape, ranks=ranks))
+  hits_KR, count = np.zeros((shape.mtp.depth, ranks)), 0.0
+  for batch, document_B in batches:
+    sums = program(params, put_batch(mesh, batch, is_whole=True))
+    sums = multihost_utils.process_allgather(sums, tiled=True)
+    hits_KR += np.sum(sums["hits"][document_B >= 0], axis=0, dtype=np.float64)
+    count += float(np.sum(sums["reachable"][document_B >= 0], dtype=np.float64))
+  if not count:
+    raise ValueError(
+      "held-out rows must have a position where every depth has a target, got none."
+    )
+  return hits_KR / count, int(count)
 
 
 @functools.lru_cache(maxsize=32)

@@ -25,6 +25,7 @@ from mtp_jax.data.tokenizers import Tokenizer, tokenizer_from_json
 from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import network
 from mtp_jax.decode.provenance import Generation
+from mtp_jax.decode.trees import Tree
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.drafters.vocabulary import scatter
 from mtp_jax.losses import token_stats
@@ -128,6 +129,7 @@ class TrainedModel:
     min_p: float | None = None,
     proposal: str = "auto",
     recurse: bool = False,
+    tree: Tree | None = None,
     seed: int = 0,
     first: int = 0,
     stop: Sequence[str | int] | None = None,
@@ -144,6 +146,8 @@ class TrainedModel:
         is 1.
       proposal: how drafts are chosen; see `generate.Decoding`.
       recurse: lets the last sequential module go on where K is more than there are.
+      tree: drafts as a tree of this depth instead of a chain, for the rules greedy and
+        match: `StaticTree`, `DynamicTree`, or what `decode.trees.read` returns.
       seed: of sampling.
       first: number of the first prompt; prompt i draws what is drawn for number
         `first` + i, so that a long list may be given in parts.
@@ -160,7 +164,7 @@ class TrainedModel:
     warp = None
     if rule != "greedy" or any(x is not None for x in settings):
       warp = check_warp(1.0 if temperature is None else temperature, *settings[1:])
-    how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse)
+    how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse, tree)
     limits = {
       "max_new_tokens": max_new_tokens,
       "stop_ids": self._stop_ids(stop),

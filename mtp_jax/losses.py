@@ -208,15 +208,40 @@ def _token_stats(hidden_MBTD, unembed_DV, targets_MBT, block_tokens):
     nll_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, t_N)
     return nll_N, jnp.argmax(logits_NV, axis=-1)
 
-  shape = targets_MBT.shape
+  return TokenStats(*_by_blocks(block, hidden_MBTD, targets_MBT, block_tokens))
+
+
+def token_ranks(
+  hidden_MBTD: jax.Array,
+  unembed_DV: jax.Array,
+  tokens_MBT: jax.Array,
+  block_tokens: int,
+) -> jax.Array:
+  """Returns rank_MBT: how many tokens are likelier than each of those given.
+
+  At equal logits lower ids come first, as in `jax.lax.top_k`.
+  """
+
+  def block(h_ND, t_N):
+    logits_NV = _logits(h_ND, unembed_DV)
+    own_N1, t_N1 = _pick(logits_NV, t_N)[:, None], t_N[:, None]
+    ids_NV = jax.lax.broadcasted_iota(t_N.dtype, logits_NV.shape, 1)
+    is_before_NV = (logits_NV > own_N1) | ((logits_NV == own_N1) & (ids_NV < t_N1))
+    return (jnp.sum(is_before_NV, axis=-1, dtype=jnp.int32),)
+
+  return _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens)[0]
+
+
+def _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens):
+  """Returns what `block(h_ND, t_N)` says of every token, each [M, B, T]."""
+  shape = tokens_MBT.shape
   blocks, num_tokens = _split(
     block_tokens,
     hidden_MBTD.reshape(-1, hidden_MBTD.shape[-1]),
-    targets_MBT.reshape(-1),
+    tokens_MBT.reshape(-1),
   )
   results = jax.lax.map(lambda args: block(*args), blocks)
-  nll, argmax = (x.reshape(-1)[:num_tokens].reshape(shape) for x in results)
-  return TokenStats(nll, argmax)
+  return tuple(x.reshape(-1)[:num_tokens].reshape(shape) for x in results)
 
 
 def _over_devices(function, with_grads=False, with_teacher=False):

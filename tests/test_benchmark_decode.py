@@ -72,9 +72,26 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
     },
   )
   start = ["decode", "--quick", "--runs", str(workdir), "--output", str(tmp_path)]
-  benchmark.main([*start, "--split", "validation", "--name", "found"])
+  static = workdir / "tree.json"
+  write_json(static, {"paths": [[0], [1], [2]]})
+  write_json(same := tmp_path / "same.json", {"paths": [[0], [1], [3]]})
+  benchmark.main([
+    *start, "--split", "validation", "--name", "found",
+    "--trees", "own", "dynamic:2,2,5",
+  ])
   record = json.loads((tmp_path / "found.json").read_text())
-  (entry,), (row,) = record["acceptance"], record["rows"]
+  assert [x["drafter"] for x in record["rows"]] == [
+    "own, K=1", "own, static tree, N=3 K=1", "own, dynamic tree, W=2 N=5 K=2"
+  ]
+  assert [x["num_drafted"] for x in record["rows"]] == [1, 3, 5]
+  for entry, row in zip(record["acceptance"], record["rows"], strict=True):
+    assert entry["drafter"] == row["drafter"]
+    assert row["identical"] == 4 and min(row["v"]) > 0 and min(row["sum_c"]) > 0
+    assert row["tau"] == pytest.approx(entry["decoding"]["tau"]["mean"])
+  assert len({tuple(x["seconds"]["verify"]) for x in record["rows"]}) == 3
+  # A tree that begins with the chain accepts no less.
+  assert record["rows"][1]["tau"] >= record["rows"][0]["tau"]
+  entry, row = record["acceptance"][0], record["rows"][0]
   assert entry["teacher_forced_agreement"] == agreement
   figures = entry["decoding"]
   assert figures["num_prompts"] == row["num_prompts"] == 4
@@ -88,6 +105,12 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
     (["--prompts=1", "--drafts=2"], "num_drafts must be at most the model's 1 extra"),
     (["--prompts=99"], "--prompts must be at most 4, as many as the test split of "),
     (["--prompts=9", "--batch_sizes=2"], "--prompts must be divisible by every one of"),
+    (["--prompts=1", "--trees=none"], "--trees: tree must be dynamic:DEPTH,WIDTH,NOD"),
+    (
+      ["--prompts=1", "--trees", "dynamic:1,2,2", "dynamic:1,2,2", str(static),
+       str(same)],
+      "--trees must differ in nodes or depth, got [",
+    ),
   ):
     with pytest.raises(SystemExit) as error:
       small = ["--batch_sizes=1", "--prompt_tokens=8", *flags]

@@ -14,6 +14,7 @@ from mtp_jax.config import EAGLES, with_overrides
 from mtp_jax.decode import drafters, generate, loop, network
 from mtp_jax.decode.generate import Decoding
 from mtp_jax.decode.interface import Window
+from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
@@ -276,34 +277,41 @@ def ends(model, decoding):
 
 
 def test_caches_after_many_rounds_are_those_of_one_pass(model):
+  assert_caches_are_of_one_pass(model, Decoding())
+
+
+def assert_caches_are_of_one_pass(model, decoding):
   """One pass over the tokens that were committed: a prefill with them as the prompt."""
-  plan, inputs, state = ends(model, Decoding())
+  plan, inputs, state = ends(model, decoding)
   slots = state.tokens_BS.shape[1]
   passed = loop.prefill(
     plan, slots, inputs, np.asarray(state.tokens_BS), state.length_B,
     state.length_B + 1, np.uint32(0), np.arange(len(LENGTHS)),
   )
+  # The newest token is not cached yet; the k - 1 rows before it of module k have only
+  # seen drafts.
   newest_B = np.asarray(state.length_B) - 1
-
-  def compare(rounds, once, missing):
-    # The newest token is not cached yet; the k - 1 rows before it of module k have
-    # only seen drafts.
-    for leaf, reference in zip(
-      jax.tree.leaves(rounds), jax.tree.leaves(once), strict=True
-    ):
-      axis = leaf.shape.index(slots)  # No other dimension is as large.
-      leaf, reference = (np.moveaxis(x, axis, 1) for x in (leaf, reference))
-      for row, newest in enumerate(newest_B):
-        known = slice(0, newest - missing)
-        np.testing.assert_allclose(
-          leaf[row, known], reference[row, known], rtol=2e-4, atol=2e-5
-        )
-
-  compare(state.cache, passed.cache, 0)
-  is_chain = model.config.mtp.kind == "sequential"
+  assert_slots_close(state.cache, passed.cache, newest_B)
+  # A recursion has one cache, of depth 1.
+  is_recursion = isinstance(decoding.tree, DynamicTree)
+  is_chain = model.config.mtp.kind == "sequential" and not is_recursion
   caches = [x.draft_cache[0] if is_chain else x.draft_cache for x in (state, passed)]
+  caches = [[x] if is_recursion else x for x in caches]
   for k, (rounds, once) in enumerate(zip(*caches, strict=True)):
-    compare(rounds, once, k if is_chain else 0)
+    assert_slots_close(rounds, once, newest_B - k if is_chain else newest_B)
+
+
+def assert_slots_close(cache, expected, known_B):
+  """The first slots of every row are the same."""
+  for leaf, reference in zip(
+    jax.tree.leaves(cache), jax.tree.leaves(expected), strict=True
+  ):
+    axis = np.argmax(leaf.shape)  # No other dimension is as large as the slots.
+    leaf, reference = (np.moveaxis(x, axis, 1) for x in (leaf, reference))
+    for row, known in enumerate(known_B):
+      np.testing.assert_allclose(
+        leaf[row, :known], reference[row, :known], rtol=2e-4, atol=2e-5
+      )
 
 
 def test_depths_say_in_decoding_what_they_say_in_training(model):

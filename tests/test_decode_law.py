@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from mtp_jax.decode import loop
-from mtp_jax.decode.interface import Drafter, Target
+from mtp_jax.decode import loop, trees
+from mtp_jax.decode.interface import Drafter, Recursion, Target
 from mtp_jax.decode.warp import Warp, warp
+from mtp_jax.model.attention_ops import Places, positions_of
 from tests.common import quick_jit
 
 VOCAB, NEW, TABLE = 4, 4, 211
@@ -31,24 +32,42 @@ TARGET_LOGITS = 1.5 * _RNG.standard_normal((TABLE, VOCAB)).astype(np.float32)
 DRAFT_LOGITS = TARGET_LOGITS + _RNG.standard_normal((TABLE, VOCAB)).astype(np.float32)
 
 
+POWERS = np.array([pow(7, i, TABLE) for i in range(99)])
+
+
 def code(tokens_BS):
   """Returns for every position the row of the table that its prefix selects."""
-  powers = [pow(7, i, TABLE) for i in range(tokens_BS.shape[1])]
-  return jnp.cumsum((tokens_BS + 1) * jnp.array(powers), axis=1) % TABLE
+  powers = jnp.array(POWERS[: tokens_BS.shape[1]])
+  return jnp.cumsum((tokens_BS + 1) * powers, axis=1) % TABLE
 
 
 def table_target():
-  def forward(weights, tokens_BT, positions_BT, cache_BS):
+  def forward(weights, tokens_BT, places, cache_BS):
     del weights
     rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    cache_BS = cache_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop")
-    hidden_BT1 = code(cache_BS)[rows_B1, positions_BT][..., None]
+    slot_BT = places.slot_BT if isinstance(places, Places) else places
+    cache_BS = cache_BS.at[rows_B1, slot_BT].set(tokens_BT, mode="drop")
+    if isinstance(places, Places):
+      # The row of the table that the tokens select which a node sees.
+      position_BS = jnp.broadcast_to(jnp.arange(cache_BS.shape[1]), cache_BS.shape)
+      position_BS = position_BS.at[rows_B1, slot_BT].set(places.position_BT)
+      value_BS = (cache_BS + 1) * jnp.array(POWERS)[position_BS]
+      seen_BTS = jnp.where(places.visible_BTS, value_BS[:, None], 0)
+      hidden_BT1 = jnp.sum(seen_BTS, axis=2, keepdims=True) % TABLE
+    else:
+      hidden_BT1 = code(cache_BS)[rows_B1, slot_BT][..., None]
     return hidden_BT1, hidden_BT1, cache_BS
+
+  def move(cache_BS, source_BT, slot_BT):
+    rows_B1 = jnp.arange(len(cache_BS))[:, None]
+    moved_BT = cache_BS[rows_B1, source_BT]
+    return cache_BS.at[rows_B1, slot_BT].set(moved_BT, mode="drop")
 
   return Target(
     init=lambda rows, slots: jnp.zeros((rows, slots), jnp.int32),
     forward=forward,
     unembed=lambda weights, hidden: weights[hidden[..., 0]],
+    move=move,
   )
 
 
@@ -69,10 +88,41 @@ def table_drafter(num_drafts):
   )
 
 
-def sample(rule, proposal, settings, num_drafts=2, seed=0):
-  """Returns new tokens [SAMPLES, NEW] and the share of accepted drafts."""
-  plan = loop.Plan(table_target(), table_drafter(num_drafts), rule, proposal)
-  slots = loop.slots_for(PROMPT_SLOTS + NEW, num_drafts)
+def table_recursion():
+  """The same drafter, its state the row of the table."""
+
+  def catch_up(weights, cache, window):
+    rows_B = jnp.arange(len(window.length_B))
+    return cache, code(window.tokens_BS)[rows_B, window.length_B - 1][:, None]
+
+  def step(weights, cache, state_BW1, token_BW, places):
+    next_BW = positions_of(places) + 1  # A row has read the token after its position.
+    value_BW = (token_BW + 1) * jnp.array(POWERS)[next_BW]
+    return cache, (state_BW1 + value_BW[..., None]) % TABLE
+
+  return Recursion(
+    lambda rows, slots: (), catch_up, step,
+    lambda weights, state: weights[state[..., 0]],
+  )
+
+
+# The spine's siblings and all that a beam finds; of 4 tokens.
+TREES = {
+  "static": lambda: trees.static(
+    table_drafter(2), trees.StaticTree(((0,), (1,), (0, 0), (0, 1)))
+  ),
+  "dynamic": lambda: trees.dynamic(table_recursion(), trees.DynamicTree(3, 2, 6)),
+}
+
+
+def sample(rule, proposal, settings, drafter=2, seed=0):
+  """Returns new tokens [SAMPLES, NEW] and the share of accepted drafts.
+
+  `drafter` is one of `TREES`, or the number of drafts of a chain.
+  """
+  drafter = TREES[drafter]() if drafter in TREES else table_drafter(drafter)
+  plan = loop.Plan(table_target(), drafter, rule, proposal)
+  slots = loop.slots_for(PROMPT_SLOTS + NEW, drafter.num_drafted)
   tokens_BS = np.zeros((SAMPLES, slots), np.int32)
   lengths_B = np.zeros(SAMPLES, np.int32)
   for i, prompt in enumerate(PROMPTS):
@@ -143,25 +193,27 @@ CASES = (
   ("block", "sample", Warp(0.7, None, 0.9), 2),
   ("match", "argmax", Warp(0.7, None, 0.9), 2),
   ("match", "coupled", Warp(1.0, 3), 2),
+  ("match", "argmax", Warp(1.0), "static"),
+  ("match", "argmax", Warp(0.7, None, 0.9), "dynamic"),
 )
 
 
 @pytest.mark.parametrize(
-  "rule,proposal,settings,num_drafts", CASES,
+  "rule,proposal,settings,drafter", CASES,
   ids=[f"{c[0]}-{c[1]}-{'cut' if any(c[2][1:]) else 'full'}-{c[3]}" for c in CASES],
 )
-def test_the_law_is_that_of_the_target(rule, proposal, settings, num_drafts):
-  tokens_BN, accepted = sample(rule, proposal, settings, num_drafts)
+def test_the_law_is_that_of_the_target(rule, proposal, settings, drafter):
+  tokens_BN, accepted = sample(rule, proposal, settings, drafter)
   assert 0.2 < accepted < 0.95  # Both outcomes of a verification are exercised.
   assert p_value(tokens_BN, settings) > 1e-4
 
 
 def test_plain_sampling_has_the_law_and_match_reproduces_it_token_for_token():
   settings = Warp(0.7, None, 0.9)
-  plain_BN, _ = sample("match", "argmax", settings, num_drafts=1)
+  plain_BN, _ = sample("match", "argmax", settings, 1)
   assert p_value(plain_BN, settings) > 1e-4
-  for proposal, num_drafts in (("argmax", 3), ("coupled", 2)):
-    tokens_BN, _ = sample("match", proposal, settings, num_drafts)
+  for proposal, drafter in (("argmax", 3), ("coupled", 2), ("argmax", "dynamic")):
+    tokens_BN, _ = sample("match", proposal, settings, drafter)
     np.testing.assert_array_equal(tokens_BN, plain_BN)
 
 
@@ -208,6 +260,60 @@ def _draft_for_granted(patch):
     return verify(rule, p, q, drafts_BK, 0.97 * uniform_BK)
 
   patch.setattr(loop, "verify_sampled", wrong)
+
+
+def _sibling_sees_sibling(patch):
+  """A node sees the one before it, which is a sibling or another's child."""
+  places = trees.places
+
+  def wrong(*args):
+    found = places(*args)
+    visible_BXS = found.visible_BTS
+    before_BXS = jnp.roll(visible_BXS, 1, axis=1).at[:, 0].set(False)
+    return found._replace(visible_BTS=visible_BXS | before_BXS)
+
+  patch.setattr(trees, "places", wrong)
+
+
+def _path_not_moved(patch):
+  """The cache keeps what was written first, accepted or not."""
+  target = table_target()._replace(move=lambda cache, source, slot: cache)
+  patch.setitem(globals(), "table_target", lambda: target)
+
+
+def _own_token_of_another_row(patch):
+  """What the target says after a node is what it said after the node before it."""
+  own_tokens = loop._own_tokens
+  patch.setattr(
+    loop, "_own_tokens", lambda *args: jnp.roll(own_tokens(*args), 1, axis=1)
+  )
+
+
+def _noise_by_row(patch):
+  """Noise goes by the number of a node instead of its position."""
+  own_tokens = loop._own_tokens
+
+  def wrong(plan, inputs, state, logits_BXV, position_BX):
+    rows_X = jnp.arange(position_BX.shape[1])
+    return own_tokens(plan, inputs, state, logits_BXV, position_BX[:, :1] + rows_X)
+
+  patch.setattr(loop, "_own_tokens", wrong)
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    _sibling_sees_sibling,
+    _path_not_moved,
+    pytest.param(_own_token_of_another_row, marks=pytest.mark.slow),
+    pytest.param(_noise_by_row, marks=pytest.mark.slow),
+  ],
+  ids=lambda fault: fault.__name__,
+)
+def test_a_fault_of_trees_changes_the_law(fault, monkeypatch):
+  fault(monkeypatch)
+  tokens_BN, _ = sample("match", "argmax", Warp(0.8), "dynamic")
+  assert p_value(tokens_BN, Warp(0.8)) < 1e-6
 
 
 @pytest.mark.parametrize(

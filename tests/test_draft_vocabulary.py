@@ -95,6 +95,8 @@ def test_drafts_are_counted_by_their_token_ids():
   sums = jax.device_get(quick_jit(
     lambda p: evaluate.row_sums(config, p, batch, jnp.ones(VOCAB, int))
   )(params))
+  hits = quick_jit(lambda p: evaluate.hit_sums(config, p, batch, 3))(params)["hits"]
+  np.testing.assert_array_equal(hits[:, :, 0], sums["agree"])
   hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": params}, batch)
   trunk_BT = np.argmax(hidden_MBTD[0] @ unembed_matrix(params, config), -1)
   length = batch.tokens.shape[1]

@@ -11,6 +11,7 @@ from mtp_jax import evaluate
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Completion
+from mtp_jax.losses import token_ranks
 from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.sharding import make_mesh
 from tests.common import TRUNKS, packed_batch, quick_jit, random_params, tiny_config
@@ -99,6 +100,47 @@ def test_agreement_matches_a_loop_over_prefixes():
   assert summary["simulated_accepted_length"]["mean"] == pytest.approx(
     accepted.sum() / reachable.sum()
   )
+
+
+def test_hits_by_rank_match_a_loop_over_positions():
+  config, params, batch, sums = case()
+  logits_MBTV = logits_of_case()
+  depth, (B, T) = config.mtp.depth, batch.tokens.shape
+  hits, count = np.zeros((B, depth, VOCAB - 1)), 0
+  for b in range(B):
+    for i in range(T - depth):
+      if len(document_tokens(batch, b, i)) <= 1 + depth:
+        continue
+      count += b % 2
+      for m in range(1, 1 + depth):
+        choice = logits_MBTV[0, b, i + m].argmax()
+        ranked = np.argsort(-logits_MBTV[m, b, i], kind="stable")[: VOCAB - 1]
+        hits[b, m - 1] += ranked == choice
+  found = quick_jit(functools.partial(evaluate.hit_sums, config, ranks=VOCAB - 1))(
+    params, batch
+  )
+  np.testing.assert_array_equal(found["hits"], hits)
+  np.testing.assert_array_equal(found["hits"][:, :, 0], sums["agree"])
+  np.testing.assert_array_equal(found["reachable"], sums["reachable"])
+
+  # Even rows are padding.
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+  document_B = np.where(np.arange(B) % 2, 3, -1)
+  shares, positions = evaluate.top_k_hits(
+    config, params, [(batch, document_B)], VOCAB - 1, mesh
+  )
+  assert positions == count
+  np.testing.assert_allclose(shares, hits[1::2].sum(axis=0) / count, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"must have a position where every depth"):
+    evaluate.top_k_hits(config, params, [(batch, 0 * document_B - 1)], 1, mesh)
+
+
+def test_equal_logits_rank_lower_ids_first():
+  hidden_MBTD = np.ones((1, 1, 3, 1), np.float32)
+  unembed_DV = np.array([[2.0, 3.0, 2.0, 2.0]], np.float32)
+  tokens_MBT = np.array([[[3, 0, 1]]])
+  ranks = token_ranks(hidden_MBTD, unembed_DV, tokens_MBT, block_tokens=2)
+  assert ranks.tolist() == [[[3, 1, 0]]]
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)

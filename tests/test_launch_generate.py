@@ -44,10 +44,14 @@ def test_text_is_that_of_plain_decoding_streamed_or_not(command, run):
   assert streamed.output.partition("\n24 tokens")[0] == text
   assert "plain decoding" not in streamed.output
 
+  grown = command(*start, "--tree=dynamic:3,2,6")
+  assert grown.output.partition("\n24 tokens")[0] == text
+  assert "draft 3" in grown.output
+  assert grown.output.endswith("identical to plain decoding: yes\n")
+
   plain = command(*start, "--drafts=0")
   assert plain.output.partition("\n24 tokens")[0] == text
   assert plain.output.endswith("\nplain decoding: nothing was drafted\n")
-
 
   colored = command(*start, "--color=always", "--nocompare")
   assert "\x1b[" in colored.output and "\x1b[" not in result.output
@@ -70,6 +74,9 @@ def test_sampling_goes_on_from_a_file_as_plain_sampling_does(command, run, tmp_p
   (["--prompt=a", "--prompt_file=b"], "one of --prompt and --prompt_file is required."),
   (["--prompt_file=/no/file"], "--prompt_file must be a readable text file, got '/no/"),
   (["--prompt=a", "--drafts=2"], "num_drafts must be at most the model's 1 extra pred"),
+  (["--prompt=a", "--tree=dynamic:2"], "--tree: tree must be dynamic:DEPTH,WIDTH,NOD"),
+  (["--prompt=a", "--tree=dynamic:2,2,9"], "--tree: num_nodes of a tree must be at mo"),
+  (["--prompt=a", "--tree=dynamic:2,2,3", "--rule=block"], "a tree must have rule 'gr"),
   (["--prompt=a", "--rule=block", "--proposal=argmax"], "rule 'block' must have the d"),
   (["--prompt=a", "--rule=match", "--temperature=0"], "temperature must be positive, "),
   (["--prompt=a", "--rule=greedy", "--top_k=3"], "rule 'greedy' takes the arg max and"),

@@ -18,6 +18,7 @@ from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Completion, Decoding
+from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.losses import token_stats
 from mtp_jax.model.lm import MtpLm, unembeddings
@@ -249,6 +250,7 @@ def test_settings_reach_the_decoder(model, calls):
   model.generate(
     "a", 9, num_drafts=5, rule="leviathan", temperature=0.5, top_k=7, top_p=0.9,
     min_p=0.1, proposal="sample", recurse=True, seed=3, first=4, stop=["\n", 7],
+    tree=DynamicTree(3, 2, 4),
   )
   model.generate("a", rule="match")
   default, given, match = (settings for _, settings in calls)
@@ -258,7 +260,9 @@ def test_settings_reach_the_decoder(model, calls):
   assert given == {
     "max_new_tokens": 9,
     "stop_ids": (10, 7),
-    "decoding": Decoding("leviathan", warp, "sample", 5, True),
+    "decoding": Decoding(
+      "leviathan", warp, "sample", 5, True, DynamicTree(3, 2, 4)
+    ),
     "seed": 3,
     "first": 4,
   }

@@ -26,6 +26,7 @@ CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
 DRAFTING = (
   "test_eagle.py::test_training_computes_what_drafting_does_token_by_token"
 )
+TREE = "test_decode_tree.py"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
 
@@ -150,8 +151,8 @@ MUTANTS = {
   ),
   "drafts of a recursion are all read in the newest row": Mutant(
     "decode/interface.py",
-    "newest_B1 + k - 1\n",
-    "newest_B1 + 0 * k\n",
+    "window.length_B[:, None] + k - 3",
+    "window.length_B[:, None] - 2 + 0 * k",
     f"{DEPTHS}[llama-eagle]",
   ),
   "final norm of the parallel heads left out": Mutant(
@@ -320,6 +321,36 @@ MUTANTS = {
     "    & before_stop_BR\n    & (offsets_R < (state.limit_B",
     "    & (offsets_R < (state.limit_B",
     "test_decode.py::test_a_stop_token_ends_a_run_of_accepted_drafts",
+  ),
+  "accepted nodes of a tree stay where they were written": Mutant(
+    "decode/loop.py",
+    "    first_B1 + path_BR,\n",
+    "    first_B1 + offsets_R,\n",
+    f"{TREE}::test_a_tree_that_holds_the_right_path_is_always_right[llama-sequential]",
+  ),
+  "a node sees what its parent sees, not its parent": Mutant(
+    "decode/trees.py",
+    "above_BNX = take_rows(sees_BXX, parent_BN)\n",
+    "above_BNX = take_rows(sees_BXX & ~itself_XX, parent_BN)\n",
+    f"{TREE}::test_rows_see_their_ancestors_and_a_path_is_accepted",
+  ),
+  "noise of a node by its number": Mutant(
+    "decode/loop.py",
+    "logits_BXV, places.position_BT + 1)",
+    "logits_BXV, places.slot_BT + 1)",
+    f"{TREE}::test_match_says_what_plain_sampling_says[llama-parallel]",
+  ),
+  "the target's own token after another node": Mutant(
+    "decode/loop.py",
+    "take_rows(own_BX, last_B),",
+    "take_rows(own_BX, accepted_B),",
+    f"{TREE}::test_a_tree_that_holds_the_right_path_is_always_right[llama-sequential]",
+  ),
+  "rows of a beam see those of other parents": Mutant(
+    "decode/trees.py",
+    "seen_BWM = take_rows(seen_BWM, from_BW) | (",
+    "seen_BWM = seen_BWM | (",
+    f"{TREE}::test_a_beam_drafts_what_each_of_its_paths_would_alone[llama-grown]",
   ),
   "noise depends on where the round began": Mutant(
     "decode/loop.py",

@@ -40,7 +40,7 @@ from launch.benchmarks.records import (
 )
 from mtp_jax.config import TASKS, Config, ConfigError, validate
 from mtp_jax.data.pipeline import load_corpus
-from mtp_jax.decode import acceptance, drafters, loop, network
+from mtp_jax.decode import acceptance, drafters, loop, network, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
 from mtp_jax.model.lm import MtpLm, zeros_batch
 from mtp_jax.sharding import unbox
@@ -48,8 +48,9 @@ from mtp_jax.sharding import unbox
 DEFINITIONS = {
   "step": "T_1, the time in which the target runs one token per sequence, up to the "
   "arg max of its logits",
-  "verify": "the same for the K + 1 tokens of a round",
-  "draft": "catching up with a round's new features and proposing K drafts",
+  "verify": "the same for the K + 1 tokens of a round, or for the newest token and all "
+  "nodes of a tree",
+  "draft": "catching up with a round's new features and proposing K drafts, or nodes",
   "round": "everything that a round does",
   "v": "verify / step",
   "sum_c": "draft / step; a draft costs 1 / K of it on average",
@@ -100,6 +101,7 @@ def add_parser(commands: Any) -> None:
       "Examples:\n"
       "  python -m launch.benchmark decode --quick       a check that takes seconds\n"
       "  python -m launch.benchmark decode --runs runs/seq2\n"
+      "  python -m launch.benchmark decode --runs RUN --trees own\n"
       "  python -m launch.benchmark decode --sizes       the published costs\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -132,6 +134,11 @@ def add_parser(commands: Any) -> None:
   add(
     "--recurse", action="store_true",
     help="let the last sequential module draft on from its own output for larger K",
+  )
+  add(
+    "--trees", nargs="+", default=[], metavar="TREE",
+    help="beside the chains: files of launch.tree, own for the tree.json of each run, "
+    "or dynamic:DEPTH,WIDTH,NODES",
   )
   add = parser.add_argument_group("with --sizes").add_argument
   add("--trunks", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
@@ -190,20 +197,27 @@ def _runs(args: argparse.Namespace) -> dict[str, Any]:
       f"--prompts must be divisible by every one of --batch_sizes, got {args.prompts} "
       f"and {too_large}."
     )
-  drafts = args.drafts or [None]
+  decodings_of = {path: _decodings(path, args) for path in args.runs}
   say = Progress(len(args.runs) * len(args.batch_sizes), args.rounds)
   accepted, rows = [], []
   for path in args.runs:
     model = _trained(path, args)
-    decodings = [Decoding(num_drafts=K, recurse=args.recurse) for K in drafts]
     try:
-      plans = {decoding: make_plan(model.config, decoding) for decoding in decodings}
+      plans = {
+        decoding: make_plan(model.config, decoding) for decoding in decodings_of[path]
+      }
     except ValueError as error:
       raise ConfigError(f"{path}: {error}") from error
     plans = {d: plan for d, plan in plans.items() if plan.drafter.num_drafts}
     if not plans:
       raise ConfigError(f"{path}: the model has no extra predictors, nothing drafts.")
-    for decoding in plans:
+    names = {
+      decoding: f"own, {decoding.tree or f'K={plan.drafter.num_drafts}'}"
+      for decoding, plan in plans.items()
+    }
+    if len(set(names.values())) < len(names):
+      raise ConfigError(f"--trees must differ in nodes or depth, got {args.trees}.")
+    for decoding, name in names.items():
       completions = generate(
         model.config, model.weights, list(model.prompts_NP),
         max_new_tokens=model.max_new_tokens, stop_ids=model.stop_ids,
@@ -212,16 +226,30 @@ def _runs(args: argparse.Namespace) -> dict[str, Any]:
       figures = acceptance.summarize(completions, seed=args.seed)
       del figures["definitions"]
       accepted.append({
-        "model": model.name, "split": args.split,
+        "model": model.name, "drafter": name, "split": args.split,
         **_teacher_forced(path), "decoding": figures,
       })
     variants = {
-      f"own, K={plan.drafter.num_drafts}": Variant(plan, lambda weights, _: weights)
-      for plan in plans.values()
+      names[decoding]: Variant(plan, lambda weights, _: weights)
+      for decoding, plan in plans.items()
     }
     for batch_size in args.batch_sizes:
       rows += measure(model, variants, batch_size, args, say)
   return {"acceptance": accepted, "rows": rows}
+
+
+def _decodings(path: Path, args: argparse.Namespace) -> list[Decoding]:
+  """Returns the ways to decode that are measured on a run: chains, then trees."""
+  chains = [
+    Decoding(num_drafts=K, recurse=args.recurse) for K in args.drafts or [None]
+  ]
+  texts = [str(path / "tree.json") if text == "own" else text for text in args.trees]
+  try:
+    return chains + [
+      Decoding(recurse=args.recurse, tree=trees.read(text)) for text in texts
+    ]
+  except ValueError as error:
+    raise ConfigError(f"--trees: {error}") from error
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:
@@ -364,7 +392,7 @@ class Generation:
 
   def _start(self, batch_BP: np.ndarray, inputs: loop.Inputs) -> loop.DecodeState:
     rows, length = batch_BP.shape
-    slots = loop.slots_for(self.limit, self.plan.drafter.num_drafts)
+    slots = loop.slots_for(self.limit, self.plan.drafter.num_drafted)
     tokens_BS = np.zeros((rows, slots), np.int32)
     tokens_BS[:, :length] = batch_BP
     full_B = functools.partial(np.full, rows, dtype=np.int32)
@@ -399,8 +427,10 @@ def _add_timers(
   plan = generation.plan
   inputs, state = generation.first()
   parts = {}
-  verify = f"verify {plan.drafter.num_drafts}"
-  if verify not in timers:
+  verify = _verify(name, plan)
+  if plan.drafter.num_nodes is not None:
+    parts[verify] = decode_parts.forward_nodes(plan, inputs, state)
+  elif verify not in timers:
     rows = 1 + plan.drafter.num_drafts
     parts[verify] = decode_parts.forward_rows(plan, inputs, state, rows)
   if has_cost:
@@ -409,6 +439,12 @@ def _add_timers(
   for label, part in parts.items():
     part.warm_up(least_seconds)
     timers[label] = part.seconds
+
+
+def _verify(name: str, plan: loop.Plan) -> str:
+  """Returns the name of a variant's verification: chains of one length share theirs."""
+  is_chain = plan.drafter.num_nodes is None
+  return f"verify {plan.drafter.num_drafts if is_chain else name}"
 
 
 def _describe(model: Model, batch_size: int, plain: Generation) -> dict[str, Any]:
@@ -437,7 +473,7 @@ def _row(
 ) -> dict[str, Any]:
   """Returns what was measured of one variant, and the ratios of every round."""
   step, num_drafts = np.array(seconds["step"]), drafted.plan.drafter.num_drafts
-  own = {"verify": np.array(seconds[f"verify {num_drafts}"])} | {
+  own = {"verify": np.array(seconds[_verify(name, drafted.plan)])} | {
     key: np.array(seconds[f"{name} {key}"])
     for key in ("draft", "round")
     if f"{name} {key}" in seconds
@@ -468,6 +504,7 @@ def _row(
   return {
     "drafter": name,
     "num_drafts": num_drafts,
+    "num_drafted": drafted.plan.drafter.num_drafted,
     "tau": drafted.sequence_tokens / drafted.sequence_rounds,
     "batch_tau": batch_tau,
     "rounds": drafted.rounds,
@@ -621,9 +658,10 @@ def markdown(record: dict[str, Any]) -> str:
     "",
     "## Costs and speed-up",
     "",
-    "In units of a 1-row step (T_1): v, the verification of K + 1 rows; sum c, all K "
-    "drafts; overhead of the loop. Predicted speed-up: batch tau / (v + sum c); "
-    "measured: against plain decoding of the same prompts in the same run.",
+    "In units of a 1-row step (T_1): v, the verification of K + 1 rows (N + 1 of a "
+    "tree); sum c, all K drafts; overhead of the loop. Predicted speed-up: batch tau / "
+    "(v + sum c); measured: against plain decoding of the same prompts in the same "
+    "run.",
     "",
     *table(
       (
@@ -675,7 +713,7 @@ def _acceptance_table(entries: list[dict[str, Any]]) -> list[str]:
     figures = entry["decoding"]
     agreement = entry["teacher_forced_agreement"] or []
     lines += [
-      f"{entry['model']}, K={figures['num_drafts']}: {figures['num_prompts']} prompts "
+      f"{entry['model']}, {entry['drafter']}: {figures['num_prompts']} prompts "
       f"of the {entry['split']} split, {figures['tokens']} tokens in "
       f"{figures['rounds']} rounds; tau {_interval(figures['tau'])}, accepted / "
       f"drafted {_interval(figures['accepted_per_drafted'])}; rounds by drafts "

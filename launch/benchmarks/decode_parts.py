@@ -5,8 +5,8 @@ shapes as in `mtp_jax.decode.loop`, so that what is measured is its work and not
 dispatch of programs. What it computes is carried into its next turn, as in decoding,
 and so cannot be left out or taken out of the loop by the compiler.
 
-Legend: B batch, S slots, R = K + 1 rows of a verification, W rows of the window,
-D feature.
+Legend: B batch, S slots, R = K + 1 rows of a verification, X of that of a tree, W rows
+of the window, D feature.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.decode import loop
+from mtp_jax.decode import loop, trees
 from mtp_jax.decode.interface import Drafter, Window, take_tokens
 
 _MOST_TURNS = 1 << 14
@@ -75,6 +75,26 @@ def forward_rows(
   return Part(body, inputs, (jnp.zeros_like(position_BR), position_BR, cache))
 
 
+def forward_nodes(
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
+) -> Part:
+  """Runs the target on the newest token and all nodes of a tree, up to its choices."""
+  target, nodes = plan.target, state.nodes
+  sees_BXX = trees.ancestors(nodes.parent_BN, plan.drafter.num_drafts)
+  places = trees.places(sees_BXX, state.length_B, state.tokens_BS.shape[1])
+
+  def body(fixed: Any, carry: Any) -> Any:
+    inputs, places = fixed
+    tokens_BX, cache = carry
+    hidden_BXD, _, cache = target.forward(inputs.weights, tokens_BX, places, cache)
+    logits_BXV = target.unembed(inputs.weights, hidden_BXD)
+    return jnp.argmax(logits_BXV, axis=-1).astype(jnp.int32), cache
+
+  cache = jax.tree.map(jnp.copy, state.cache)
+  tokens_BX = jnp.zeros(sees_BXX.shape[:2], jnp.int32)
+  return Part(body, (inputs, places), (tokens_BX, cache))
+
+
 def draft(
   plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
 ) -> Part:
@@ -94,16 +114,20 @@ def draft(
 
   def body(fixed: Any, carry: Any) -> Any:
     weights, tokens_BS, length_B, places = fixed
-    drafts_BK, feature_BWD, cache = carry
+    drafts, feature_BWD, cache = carry
     # Hardly a change, but one that depends on the turn before.
-    drift = 1e-9 * drafts_BK[:, :1, None].astype(feature_BWD.dtype)
+    token_B1 = jax.tree.leaves(drafts)[0][:, :1]
+    drift = 1e-9 * token_B1[:, :, None].astype(feature_BWD.dtype)
     window = Window(tokens_BS, length_B, feature_BWD + drift, *places)
     cache, found = drafter.catch_up(weights, cache, window)
-    cache, drafts_BK = drafter.propose(weights, cache, found, window, most_likely)
-    return drafts_BK, window.feature_BWD, cache
+    cache, drafts = drafter.propose(weights, cache, found, window, most_likely)
+    return drafts, window.feature_BWD, cache
 
   cache = jax.tree.map(jnp.copy, state.draft_cache)
-  return Part(body, fixed, (jnp.zeros_like(state.drafts_BK), feature_BWD, cache))
+  drafts = state.drafts_BK if state.nodes is None else state.nodes
+  return Part(
+    body, fixed, (jax.tree.map(jnp.zeros_like, drafts), feature_BWD, cache)
+  )
 
 
 def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:

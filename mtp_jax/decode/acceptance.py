@@ -16,7 +16,8 @@ import numpy as np
 from mtp_jax.decode.generate import Completion
 
 DEFINITIONS = {
-  "round": "one run of the target on the newest token and K drafts; the prefill and "
+  "round": "one run of the target on the newest token and K drafts, or on the nodes of "
+  "a tree of depth K, whose draft k is its accepted node of depth k; the prefill and "
   "the token that it commits are in no figure but `tokens`",
   "emitted draft": "accepted by the rule and committed; a draft after a stop token or "
   "past the limit is not",

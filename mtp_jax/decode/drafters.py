@@ -18,6 +18,7 @@ from mtp_jax.decode import eagle, network
 from mtp_jax.decode.interface import (
   Choose,
   Drafter,
+  Recursion,
   Window,
   chain,
   take_rows,
@@ -71,6 +72,26 @@ def own_predictors(
   )
 
 
+def own_recursion(config: Config) -> Recursion:
+  """Returns the predictor that a model was trained with, to go on from its own output.
+
+  Raises:
+    ValueError: the model has none that could.
+  """
+  mtp = config.mtp
+  if mtp.kind in EAGLES:
+    return eagle.recursion(config)
+  is_one = mtp.depth == 1 or (mtp.depth > 1 and mtp.share_modules)
+  if mtp.kind != "sequential" or not is_one:
+    raise ValueError(
+      "drafts that go on from the drafter's own output need EAGLE or one sequential "
+      "module (mtp.kind 'sequential' with mtp.depth 1 or mtp.share_modules), got "
+      f"mtp.kind {mtp.kind!r} with mtp.depth {mtp.depth}."
+    )
+  trunk = predictor_trunk(config.trunk, mtp)
+  return _module_recursion(trunk, mtp.hidden_norm, mtp.fed)
+
+
 @functools.cache
 def given(num_drafts: int) -> Drafter:
   """Returns a drafter of known tokens; its weights are drafts_BS by position.
@@ -111,7 +132,9 @@ def _heads_on_one_state(
     ]
     return cache, jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, True, lambda rows, slots: (), catch_up, propose)
+  return Drafter(
+    num_drafts, True, lambda rows, slots: (), catch_up, propose, feeds_choices=False
+  )
 
 
 def _linear_head(map_DD: jax.Array, hidden_BD: jax.Array) -> jax.Array:
@@ -147,7 +170,7 @@ def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
       drafts.append(choose(network.unembed(weights, hidden_BD), k))
     return caches, jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, True, init, catch_up, propose)
+  return Drafter(num_drafts, True, init, catch_up, propose, feeds_choices=False)
 
 
 @functools.cache
@@ -258,4 +281,36 @@ def _sequential_modules(
       tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
     return (tuple(caches), tuple(edges)), jnp.stack(drafts, axis=1)
 
-  return Drafter(num_drafts, True, init, catch_up, propose)
+  return Drafter(num_drafts, True, init, catch_up, propose, feeds_choices=fed != "none")
+
+
+@functools.cache
+def _module_recursion(trunk: TrunkConfig, hidden_norm: str, fed: str) -> Recursion:
+  """One sequential module, given the trunk's features first and then what it says.
+
+  Row i has read token i + 1. This is what depth 1 is trained on, and the same as
+  `_sequential_modules` with `recurse` at D = 1.
+  """
+  module = SequentialModule(trunk)
+
+  def init(rows: int, slots: int):
+    return network.empty_caches(trunk, 1, rows, slots)[0]
+
+  def run(weights: Weights, cache, given_BWD, token_BW, places):
+    embedding_BWD = None if fed == "none" else network.embed(weights, token_BW)
+    no_segments = jnp.zeros(given_BWD.shape[:2], jnp.int32)
+    hidden_BWD, cache, _ = module.apply(
+      {"params": weights.predictors[0]},
+      given_BWD, embedding_BWD, places, no_segments, cache,
+    )
+    return cache, hidden_BWD
+
+  def catch_up(weights: Weights, cache, window: Window):
+    given_BWD = window.feature_BWD
+    if hidden_norm == "after":
+      given_BWD = network.final_norm(trunk, weights, given_BWD)
+    token_BW = take_tokens(window.tokens_BS, window.position_BW + 1)
+    cache, hidden_BWD = run(weights, cache, given_BWD, token_BW, window.position_BW)
+    return cache, take_rows(hidden_BWD, window.last_B)
+
+  return Recursion(init, catch_up, run, network.unembed)

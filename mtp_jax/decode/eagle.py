@@ -71,7 +71,7 @@ def _recursion(
       state_BWD,
       network.embed(weights, token_BW),
       places,
-      jnp.zeros_like(places),  # A cache holds one document per row.
+      jnp.zeros(token_BW.shape, jnp.int32),  # A cache holds one document per row.
       cache,
     )
     return cache, state_BWD

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config
-from mtp_jax.decode import drafters, loop, network
+from mtp_jax.decode import drafters, loop, network, trees
 from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
@@ -59,6 +59,7 @@ class Decoding:
     and else takes the arg max: parallel heads sampled one by one do not fit together.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
+  tree: see `trees`; None verifies a chain. The depth of a tree is K.
   """
 
   rule: str = "greedy"
@@ -66,6 +67,7 @@ class Decoding:
   proposal: str = "auto"
   num_drafts: int | None = None
   recurse: bool = False
+  tree: trees.Tree | None = None
 
 
 GREEDY = Decoding()
@@ -97,7 +99,13 @@ def make_plan(
       "'greedy' for temperature 0."
     )
   if drafter is None:
-    drafter = drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
+    drafter = _own_drafter(config, decoding)
+  if drafter.num_nodes is not None and rule not in ("greedy", "match"):
+    raise ValueError(
+      "a tree must have rule 'greedy' or 'match': its drafts are chosen, not sampled, "
+      "and from a one-hot q no rule accepts more than 'match', which is as exact; got "
+      f"rule {rule!r}."
+    )
   if drafter.num_drafts == 0 and rule != "greedy":
     rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
@@ -122,7 +130,37 @@ def make_plan(
       )
     if rule == "greedy" and proposal != "argmax":
       raise ValueError(f"rule 'greedy' must have proposal 'argmax', got {proposal!r}.")
+    if drafter.num_nodes is not None and proposal != "argmax":
+      raise ValueError(
+        "a tree must have proposal 'argmax', its nodes are the most likely tokens; got "
+        f"{proposal!r}."
+      )
   return loop.Plan(network.target(config), drafter, rule, proposal)
+
+
+def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
+  """Returns the drafter that a way to decode makes of a model's predictors."""
+  tree = decoding.tree
+  if tree is None:
+    return drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
+  if decoding.num_drafts is not None:
+    raise ValueError(
+      "num_drafts must be None with a tree, whose depth says it, got "
+      f"{decoding.num_drafts}."
+    )
+  most = config.mtp.draft_vocab or config.tokenizer.vocab_size
+  if tree.width > most:
+    raise ValueError(
+      f"{tree}: must be at most as wide as the vocabulary that is drafted from, "
+      f"{most}, got width {tree.width}."
+    )
+  try:
+    if isinstance(tree, trees.DynamicTree):
+      return trees.dynamic(drafters.own_recursion(config), tree)
+    chain = drafters.own_predictors(config, tree.depth, decoding.recurse)
+    return trees.static(chain, tree)
+  except ValueError as error:
+    raise ValueError(f"{tree}: {error}") from error
 
 
 def generate(
@@ -235,7 +273,7 @@ class _Sizes:
     self.prompt_slots = bucket
     self.max_new_tokens = max_new_tokens
     self.slots = loop.slots_for(
-      bucket + bucket_size(max_new_tokens), plan.drafter.num_drafts
+      bucket + bucket_size(max_new_tokens), plan.drafter.num_drafted
     )
 
 

@@ -5,8 +5,8 @@ and a *feature* of every position; a `Drafter` proposes K tokens from features. 
 a tuple of pure functions over pytrees, so that any predictor (or a table, in the tests)
 plugs in and one compiled program runs the whole generation.
 
-Legend: B batch, T new tokens, S slots of a sequence, W rows of a window, D feature,
-K drafted tokens, V vocab.
+Legend: B batch, T new tokens, S slots of a sequence, W rows of a window or of a step,
+D feature or state, K drafted tokens, N nodes of a tree, V vocab.
 """
 
 import functools
@@ -23,13 +23,17 @@ class Target(NamedTuple):
   init(rows, slots) -> cache.
   forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
     runs T new tokens and caches them at their positions. A position of `slots` or more
-    marks a row that is not there: what is returned for it is not read.
+    marks a row that is not there: what is returned for it is not read. Nodes of a tree
+    come with `attention_ops.Places` in the place of positions.
   unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
+  move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
+    S or more is none. Asked for by trees alone.
   """
 
   init: Callable[..., Any]
   forward: Callable[..., Any]
   unembed: Callable[..., Any]
+  move: Callable[..., Any]
 
 
 class Window(NamedTuple):
@@ -54,14 +58,28 @@ class Window(NamedTuple):
 Choose = Callable[[jax.Array, int], jax.Array]
 
 
+class Nodes(NamedTuple):
+  """A tree of drafts; siblings differ, and parents come before their children.
+
+  token_BN: of each node. parent_BN: the row of its parent in a verification, in which
+    row 0 is the newest committed token and row 1 + i is node i.
+  """
+
+  token_BN: jax.Array
+  parent_BN: jax.Array
+
+
 class Drafter(NamedTuple):
   """What proposes tokens. Hashable: it keys compiled programs.
 
-  num_drafts: K; 0 is plain decoding.
+  num_drafts: K, the depth of a tree; 0 is plain decoding.
   has_distribution: whether tokens come from logits, through `choose`, or are given.
   init(rows, slots) -> cache.
   catch_up(weights, cache, window) -> (cache, carry): writes what the new features say.
-  propose(weights, cache, carry, window, choose) -> (cache, drafts_BK).
+  propose(weights, cache, carry, window, choose) -> (cache, drafts_BK), or with `Nodes`
+    for drafts.
+  num_nodes: N of a tree; None says that the drafts are a chain.
+  feeds_choices: whether logits depend on the drafts that were chosen before.
   """
 
   num_drafts: int
@@ -69,6 +87,13 @@ class Drafter(NamedTuple):
   init: Callable[..., Any]
   catch_up: Callable[..., Any]
   propose: Callable[..., Any]
+  num_nodes: int | None = None
+  feeds_choices: bool = True
+
+  @property
+  def num_drafted(self) -> int:
+    """The tokens that are verified with the newest one: N of a tree, K of a chain."""
+    return self.num_drafts if self.num_nodes is None else self.num_nodes
 
 
 class Recursion(NamedTuple):
@@ -78,8 +103,8 @@ class Recursion(NamedTuple):
   catch_up(weights, cache, window) -> (cache, state_BD): writes what the new features
     say; the state of the newest row.
   step(weights, cache, state_BWD, token_BW, places) -> (cache, state_BWD): W rows at
-    once, each from the state of its parent and its own token. `places` are positions
-    [B, W], each of which is also the slot that the row is written to.
+    once, each from the state of its parent and its own token; `places` are positions or
+    `attention_ops.Places`.
   logits(weights, state_...D) -> logits_...V: of the token after the one that the state
     has read last.
   """
@@ -92,18 +117,15 @@ class Recursion(NamedTuple):
 
 @functools.cache
 def chain(recursion: Recursion, num_drafts: int) -> Drafter:
-  """Returns the drafter of K tokens, each from the state that has read those before it.
-
-  The newest row is that of position `length - 2`; draft k - 1 is read in the row k - 1
-  places on, which the features overwrite once they are known.
-  """
+  """Returns the drafter of K >= 1 tokens, each from the state that read the last."""
 
   def propose(weights, cache, state_BD, window: Window, choose: Choose):
-    newest_B1 = window.length_B[:, None] - 2
     drafts = [choose(recursion.logits(weights, state_BD), 1)]
     for k in range(2, 1 + num_drafts):
+      # Row p has read token p + 1; the newest row is length - 2.
+      position_B1 = window.length_B[:, None] + k - 3
       cache, state_B1D = recursion.step(
-        weights, cache, state_BD[:, None], drafts[-1][:, None], newest_B1 + k - 1
+        weights, cache, state_BD[:, None], drafts[-1][:, None], position_B1
       )
       state_BD = state_B1D[:, 0]
       drafts.append(choose(recursion.logits(weights, state_BD), k))
@@ -112,9 +134,10 @@ def chain(recursion: Recursion, num_drafts: int) -> Drafter:
   return Drafter(num_drafts, True, recursion.init, recursion.catch_up, propose)
 
 
-def take_rows(x_BT___: jax.Array, index_B: jax.Array) -> jax.Array:
-  """Returns x[b, index[b]] for every b; an index of -1 takes row 0."""
-  return x_BT___[jnp.arange(x_BT___.shape[0]), jnp.maximum(index_B, 0)]
+def take_rows(x_BT___: jax.Array, index_B___: jax.Array) -> jax.Array:
+  """Returns x[b, index[b]] for every b, or x[b, index[b, i]]; -1 takes row 0."""
+  rows_B___ = jnp.arange(x_BT___.shape[0]).reshape(-1, *[1] * (index_B___.ndim - 1))
+  return x_BT___[rows_B___, jnp.maximum(index_B___, 0)]
 
 
 def take_tokens(tokens_BS: jax.Array, position_BX: jax.Array) -> jax.Array:

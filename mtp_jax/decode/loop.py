@@ -4,7 +4,8 @@ A round runs the target on the newest token and K drafts, keeps the longest pref
 the drafts that the acceptance rule allows, adds one token of the target's own, and
 drafts again from the features that became known. So a round commits 1 to K + 1 tokens.
 Rejected tokens leave stale entries in the caches, always at the positions that are
-written next, so that no query ever sees them and nothing has to be rolled back.
+written next, so that no query ever sees them and nothing has to be rolled back. Where
+drafts are a tree (`trees`) the path that was accepted is moved to its positions first.
 
 Randomness is a function of (sequence, absolute position, role), so that a result does
 not depend on what else is in the batch; under rule `match` it does not depend on the
@@ -13,7 +14,8 @@ its draft and accept noise is drawn anew each round (keyed by the round's start 
 reused noise would be biased by the rejection.
 
 Legend: B batch, S slots, P padded prompt length, R = K + 1 rows of a verification,
-K drafts, W window rows, D feature, V vocab.
+K drafts, W window rows, D feature, V vocab; N nodes of a tree, whose depth is K, and
+X = N + 1 rows of its verification.
 """
 
 import functools
@@ -22,7 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.decode.interface import Drafter, Target, Window, take_rows
+from mtp_jax.decode import trees
+from mtp_jax.decode.interface import Drafter, Nodes, Target, Window, take_rows
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
 
@@ -79,6 +82,7 @@ class DecodeState(NamedTuple):
   limit_B: greatest length. done_B: a stop token was committed or the limit reached.
   cache, draft_cache: of target and drafter.
   drafts_BK, log_q_BKV: proposed next; the latter None unless they were sampled.
+  nodes: proposed next in their stead where drafts are a tree, else None.
   """
 
   tokens_BS: jax.Array
@@ -91,12 +95,16 @@ class DecodeState(NamedTuple):
   draft_cache: Any
   drafts_BK: jax.Array
   log_q_BKV: jax.Array | None
+  nodes: Nodes | None
   stats: Stats
 
 
-def slots_for(limit: int, num_drafts: int) -> int:
-  """Returns the slots a sequence of at most `limit` tokens needs: drafts overrun it."""
-  return limit + num_drafts
+def slots_for(limit: int, num_drafted: int) -> int:
+  """Returns the slots a sequence of at most `limit` tokens needs: drafts overrun it.
+
+  `num_drafted` is `Drafter.num_drafted`: all nodes of a tree have slots.
+  """
+  return limit + num_drafted
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -115,7 +123,7 @@ def prefill(
   Args:
     plan, inputs: see there.
     prompt_slots: P; the first P of the S slots hold the prompts, padded on the right.
-    tokens_BS: S >= `slots_for(limit, K)`.
+    tokens_BS: S >= `slots_for(limit, num_drafted)`.
     prompt_length_B: 1 to P each.
     limit_B: more than the prompt each.
     seed, sequence_B: the noise of a sequence depends on the seed and on its number.
@@ -144,40 +152,35 @@ def prefill(
     drafter.init(rows, slots),
     counts(K),
     None,
+    None,
     Stats(counts(), counts(K), counts(K), counts(1 + K)),
   )
-  first_B1 = _own_tokens(plan, inputs, state, logits_BV[:, None])
+  first_B1 = _own_tokens(
+    plan, inputs, state, logits_BV[:, None], prompt_length_B[:, None]
+  )
   state = _commit(state, inputs.stop_ids, first_B1, counts(), counts())[0]
   return _draft(plan, inputs, state, feature_BPD, counts())
 
 
 def run_round(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
   """Verifies the drafts, commits what is accepted and one token more, drafts again."""
-  target, drafter = plan.target, plan.drafter
-  K, n_B = drafter.num_drafts, state.length_B
-  newest_B1 = take_rows(state.tokens_BS, n_B - 1)[:, None]
-  hidden_BRD, feature_BRD, cache = target.forward(
-    inputs.weights,
-    jnp.concatenate([newest_B1, state.drafts_BK], axis=1),
-    n_B[:, None] - 1 + jnp.arange(1 + K),
-    state.cache,
-  )
-  logits_BRV = target.unembed(inputs.weights, hidden_BRD)
-  accepted_B, next_B = _judge(plan, inputs, state, logits_BRV)
-  offsets_R = jnp.arange(1 + K)
+  verify = _verify_chain if plan.drafter.num_nodes is None else _verify_tree
+  found = verify(plan, inputs, state)
+  accepted_B = found.accepted_B
+  offsets_R = jnp.arange(1 + plan.drafter.num_drafts)
   emitted_BR = jnp.where(
     offsets_R < accepted_B[:, None],
-    jnp.pad(state.drafts_BK, ((0, 0), (0, 1))),
-    next_B[:, None],
+    jnp.pad(found.drafts_BK, ((0, 0), (0, 1))),
+    found.next_B[:, None],
   )
-  origin_B = jnp.where(accepted_B == K, OWN, CORRECTION)
+  origin_B = jnp.where(found.has_failed_B, CORRECTION, OWN)
   committed, count_B, before_stop_BR = _commit(
-    state._replace(cache=cache), inputs.stop_ids, emitted_BR, accepted_B, origin_B
+    state._replace(cache=found.cache), inputs.stop_ids, emitted_BR, accepted_B, origin_B
   )
   committed = committed._replace(
     stats=_count(state, accepted_B, count_B, before_stop_BR)
   )
-  return _draft(plan, inputs, committed, feature_BRD, n_B - 1)
+  return _draft(plan, inputs, committed, found.feature_BRD, state.length_B - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -194,12 +197,78 @@ def finish(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
 step = jax.jit(run_round, static_argnums=0, donate_argnums=2)
 
 
+class _Verified(NamedTuple):
+  """What the target says of the drafts.
+
+  drafts_BK: of a tree, those of the accepted path; past `accepted_B` they are none.
+  feature_BRD: of the newest token and these drafts, rejected ones are not to be read.
+  next_B: the target's own token after what is accepted.
+  has_failed_B: whether there were drafts for that place.
+  cache: the target's, accepted drafts in their slots.
+  """
+
+  drafts_BK: jax.Array
+  accepted_B: jax.Array
+  next_B: jax.Array
+  has_failed_B: jax.Array
+  feature_BRD: jax.Array
+  cache: Any
+
+
+def _verify_chain(plan: Plan, inputs: Inputs, state: DecodeState) -> _Verified:
+  target, n_B = plan.target, state.length_B
+  K = plan.drafter.num_drafts
+  newest_B1 = take_rows(state.tokens_BS, n_B - 1)[:, None]
+  hidden_BRD, feature_BRD, cache = target.forward(
+    inputs.weights,
+    jnp.concatenate([newest_B1, state.drafts_BK], axis=1),
+    n_B[:, None] - 1 + jnp.arange(1 + K),
+    state.cache,
+  )
+  logits_BRV = target.unembed(inputs.weights, hidden_BRD)
+  accepted_B, next_B = _judge(plan, inputs, state, logits_BRV)
+  return _Verified(
+    state.drafts_BK, accepted_B, next_B, accepted_B < K, feature_BRD, cache
+  )
+
+
+def _verify_tree(plan: Plan, inputs: Inputs, state: DecodeState) -> _Verified:
+  target, nodes, n_B = plan.target, state.nodes, state.length_B
+  K, slots = plan.drafter.num_drafts, state.tokens_BS.shape[1]
+  newest_B1 = take_rows(state.tokens_BS, n_B - 1)[:, None]
+  token_BX = jnp.concatenate([newest_B1, nodes.token_BN], axis=1)
+  sees_BXX = trees.ancestors(nodes.parent_BN, K)
+  places = trees.places(sees_BXX, n_B, slots)
+  hidden_BXD, feature_BXD, cache = target.forward(
+    inputs.weights, token_BX, places, state.cache
+  )
+  logits_BXV = target.unembed(inputs.weights, hidden_BXD)
+  own_BX = _own_tokens(plan, inputs, state, logits_BXV, places.position_BT + 1)
+  path_BR, accepted_B = trees.accepted_path(own_BX, nodes, sees_BXX, K)
+  first_B1, offsets_R = n_B[:, None] - 1, jnp.arange(1 + K)
+  cache = target.move(
+    cache,
+    first_B1 + path_BR,
+    jnp.where(offsets_R <= accepted_B[:, None], first_B1 + offsets_R, slots),
+  )
+  last_B = take_rows(path_BR, accepted_B)
+  return _Verified(
+    take_rows(token_BX, path_BR[:, 1:]),
+    accepted_B,
+    take_rows(own_BX, last_B),
+    jnp.any(nodes.parent_BN == last_B[:, None], axis=1),
+    take_rows(feature_BXD, path_BR),
+    cache,
+  )
+
+
 def _judge(
   plan: Plan, inputs: Inputs, state: DecodeState, logits_BRV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the number of accepted drafts and the target's own token after them."""
   if plan.rule in ("greedy", "match"):
-    own_BR = _own_tokens(plan, inputs, state, logits_BRV)
+    position_BR = state.length_B[:, None] + jnp.arange(logits_BRV.shape[1])
+    own_BR = _own_tokens(plan, inputs, state, logits_BRV, position_BR)
     return match_tokens(own_BR, state.drafts_BK)
   position_BK = state.length_B[:, None] + jnp.arange(plan.drafter.num_drafts)
   uniform_BK = _per_key(jax.random.uniform)(
@@ -215,12 +284,15 @@ def _judge(
 
 
 def _own_tokens(
-  plan: Plan, inputs: Inputs, state: DecodeState, logits_BRV: jax.Array
+  plan: Plan,
+  inputs: Inputs,
+  state: DecodeState,
+  logits_BRV: jax.Array,
+  position_BR: jax.Array,
 ) -> jax.Array:
-  """Returns what the target says for the positions from `length` on, by itself."""
+  """Returns what the target says for these positions by itself."""
   if plan.rule == "greedy":
     return jnp.argmax(logits_BRV, axis=-1).astype(jnp.int32)
-  position_BR = state.length_B[:, None] + jnp.arange(logits_BRV.shape[1])
   log_p_BRV = warp(logits_BRV, inputs.warp)
   gumbel_BRV = _gumbel(plan, state, position_BR, _TARGET, log_p_BRV)
   return sample_tokens(log_p_BRV, gumbel_BRV)
@@ -277,7 +349,7 @@ def _count(
   before_stop_BR: jax.Array,
 ) -> Stats:
   stats, active_B = state.stats, ~state.done_B
-  K = state.drafts_BK.shape[1]
+  K = stats.reached_BK.shape[1]
   offsets_K = jnp.arange(K)
   reached_BK = (
     (offsets_K <= accepted_B[:, None])
@@ -330,13 +402,13 @@ def _draft(
     return sample_tokens(log_q_BV, gumbel_B1V[:, 0])
 
   cache, carry = drafter.catch_up(inputs.draft_weights, state.draft_cache, window)
-  cache, drafts_BK = drafter.propose(
-    inputs.draft_weights, cache, carry, window, choose
-  )
+  cache, drafts = drafter.propose(inputs.draft_weights, cache, carry, window, choose)
+  if drafter.num_nodes is not None:
+    return state._replace(draft_cache=cache, nodes=drafts)
   keeps_q = plan.proposal == "sample" and plan.rule != "match"
   return state._replace(
     draft_cache=cache,
-    drafts_BK=drafts_BK,
+    drafts_BK=drafts,
     log_q_BKV=jnp.stack(log_q, axis=1) if keeps_q else None,
   )
 

@@ -23,6 +23,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.decode.interface import Target
 from mtp_jax.drafters.vocabulary import scatter
+from mtp_jax.model.attention_ops import Positions, positions_of
 from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
 from mtp_jax.model.lm import draft_tokens, unembed_matrix, unembeddings
@@ -117,7 +118,8 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
     x_BTD = embed(weights, tokens_BT)
     if weights.position_PD is not None:
       # Drafts may run over the end; they are never committed, but must stay finite.
-      x_BTD += jnp.take(weights.position_PD, positions_BT, axis=0, mode="clip")
+      positions = positions_of(positions_BT)
+      x_BTD += jnp.take(weights.position_PD, positions, axis=0, mode="clip")
     streams, caches = [], list(caches)
     for i, block in enumerate(weights.blocks):
       x_BTD, caches[i] = run_block(
@@ -127,7 +129,10 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
     feature_BTD = jnp.concatenate([streams[number - 1] for number in taps], axis=-1)
     return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
 
-  return Target(init, forward, unembed)
+  def move(caches, source_BT: jax.Array, slot_BT: jax.Array) -> tuple[Cache, ...]:
+    return tuple(cache.move(source_BT, slot_BT) for cache in caches)
+
+  return Target(init, forward, unembed, move)
 
 
 def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
@@ -153,10 +158,11 @@ def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:
 
 
 def run_block(
-  trunk: TrunkConfig, params: Any, x_BTD: jax.Array, positions_BT: jax.Array,
+  trunk: TrunkConfig, params: Any, x_BTD: jax.Array, positions_BT: Positions,
   cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-  no_segments = jnp.zeros_like(positions_BT)  # A cache holds one document per row.
+  # A cache holds one document per row.
+  no_segments = jnp.zeros(x_BTD.shape[:2], jnp.int32)
   block = Block(trunk)
   return block.apply({"params": params}, x_BTD, positions_BT, no_segments, cache)[:2]
 

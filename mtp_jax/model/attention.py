@@ -12,7 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
 from mtp_jax.model.attention_ops import (
+  Positions,
   attention,
+  move_slots,
+  positions_of,
   slot_weights,
   unrolled_attention,
   write_slots,
@@ -24,7 +27,7 @@ from mtp_jax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one sequence per row; slot s holds position s.
+  """Keys and values of one sequence per row; slot s holds position s, see `Places`.
 
   The axes are in the order in which a query reads them: XLA on CPU would otherwise
   transpose the whole cache at every step.
@@ -40,6 +43,13 @@ class KVCache(NamedTuple):
     return cls(
       jnp.zeros((*shape, trunk.head_dim, slots), dtype),
       jnp.zeros((*shape, slots, trunk.head_dim), dtype),
+    )
+
+  def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "KVCache":
+    """Returns the cache with some slots moved, see `move_slots`."""
+    return KVCache(
+      move_slots(self.key_BKHS, source_BT, slot_BT, slot_axis=3),
+      move_slots(self.value_BKSH, source_BT, slot_BT, slot_axis=2),
     )
 
 
@@ -60,9 +70,9 @@ class Attention(nn.Module):
 
   In training (`cache` is None) a token sees the tokens up to itself that share its
   segment id. With a cache, the T new tokens are written at their positions and see
-  every slot up to their own; segment ids are not used then. With `Unrolled` this
-  is the next step of a layer that is applied to its own output, within documents too.
-  The input may be wider than the output.
+  every slot up to their own, or as `Places` in their stead say; segment ids are not
+  used then. With `Unrolled` this is the next step of a layer that is applied to its own
+  output, within documents too. The input may be wider than the output.
   """
 
   trunk: TrunkConfig
@@ -71,7 +81,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    positions_BT: jax.Array,
+    positions_BT: Positions,
     segment_ids_BT: jax.Array,
     cache: KVCache | Unrolled | None = None,
   ) -> tuple[jax.Array, KVCache | Unrolled | None]:
@@ -98,8 +108,8 @@ class Attention(nn.Module):
       query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
       key_BTKH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTKH)
     if c.kind == "llama":
-      query_BTNH = rotate(query_BTNH, positions_BT, c)
-      key_BTKH = rotate(key_BTKH, positions_BT, c)
+      query_BTNH = rotate(query_BTNH, positions_of(positions_BT), c)
+      key_BTKH = rotate(key_BTKH, positions_of(positions_BT), c)
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
@@ -142,7 +152,7 @@ class Attention(nn.Module):
 
 
 def _attend_to_cache(
-  query_BTNH: jax.Array, cache: KVCache, positions_BT: jax.Array
+  query_BTNH: jax.Array, cache: KVCache, positions_BT: Positions
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
   B, T, N, H = query_BTNH.shape

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
 from mtp_jax.model.attention import Attention, KVCache, Unrolled
-from mtp_jax.model.attention_ops import REMAT_NAMES
+from mtp_jax.model.attention_ops import REMAT_NAMES, Positions
 from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.model.layers import make_norm
 from mtp_jax.model.mlp import Mlp
@@ -50,7 +50,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    positions_BT: jax.Array,
+    positions_BT: Positions,
     segment_ids_BT: jax.Array,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None, Routing | None]:

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import attention, slot_weights, write_slots
+from mtp_jax.model.attention_ops import (
+  Positions,
+  attention,
+  move_slots,
+  positions_of,
+  slot_weights,
+  write_slots,
+)
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
 from mtp_jax.model.rotary import rotate, softmax_gain
@@ -45,6 +52,13 @@ class LatentCache(NamedTuple):
       jnp.zeros((rows, slots, sizes.rope_dim), dtype),
     )
 
+  def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "LatentCache":
+    """Returns the cache with some slots moved, see `move_slots`."""
+    return LatentCache(
+      move_slots(self.latent_BSR, source_BT, slot_BT, slot_axis=1),
+      move_slots(self.rope_key_BSP, source_BT, slot_BT, slot_axis=1),
+    )
+
 
 class LatentAttention(nn.Module):
   """Causal self-attention within documents; called like `Attention`, cache and all.
@@ -59,14 +73,14 @@ class LatentAttention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    positions_BT: jax.Array,
+    positions_BT: Positions,
     segment_ids_BT: jax.Array,
     cache: LatentCache | None = None,
   ) -> tuple[jax.Array, LatentCache | None]:
     c, sizes, dtype = self.trunk, self.trunk.latent, compute_dtype(self.trunk)
     D, N, R, C = c.embed_dim, c.num_heads, sizes.kv_rank, sizes.nope_dim
     P, V = sizes.rope_dim, sizes.value_dim
-    B, T = positions_BT.shape
+    B, T = x_BTD.shape[:2]
 
     def kernel(name: str, shape: tuple[int, ...], *axes: str) -> jax.Array:
       init = partitioned(fan_in_normal(shape[0]), *axes)
@@ -79,12 +93,12 @@ class LatentAttention(nn.Module):
       source = RMSNorm(_NORM_EPS, name="query_norm")(source)
     query = kernel("query", (rank, N, C + P), axis, "heads", "head_dim")
     query_BTNC, query_BTNP = jnp.split(dense(source, query), [C], axis=-1)
-    query_BTNP = rotate(query_BTNP, positions_BT, c)
+    query_BTNP = rotate(query_BTNP, positions_of(positions_BT), c)
 
     down_BTF = dense(x_BTD, kernel("kv_down", (D, R + P), "embed", "rank"))
     latent_BTR, rope_key_BTP = jnp.split(down_BTF, [R], axis=-1)
     latent_BTR = RMSNorm(_NORM_EPS, name="kv_norm")(latent_BTR)
-    rope_key_BT1P = rotate(rope_key_BTP[:, :, None], positions_BT, c)
+    rope_key_BT1P = rotate(rope_key_BTP[:, :, None], positions_of(positions_BT), c)
     kv_up = kernel("kv_up", (R, N, C + V), "rank_in", "heads", "head_dim")
     scale = softmax_gain(c) ** 2 * (C + P) ** -0.5
 
@@ -128,7 +142,7 @@ def _attend_to_cache(
   query_BTNR: jax.Array,
   query_BTNP: jax.Array,
   cache: LatentCache,
-  positions_BT: jax.Array,
+  positions_BT: Positions,
   scale: float,
 ) -> jax.Array:
   """Returns the latents of the visible slots, mixed by every head; as `Attention`."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import MtpConfig, TrunkConfig, predictor_trunk
+from mtp_jax.model.attention_ops import Positions
 from mtp_jax.model.block import Block, Cache, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
@@ -135,7 +136,7 @@ class SequentialModule(nn.Module):
     self,
     hidden_BTD: jax.Array,
     embedding_BTD: jax.Array | None,
-    positions_BT: jax.Array,
+    positions_BT: Positions,
     segment_ids_BT: jax.Array,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None, Routing | None]:
