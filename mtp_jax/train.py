@@ -486,9 +486,10 @@ def _train_record(
 ) -> dict[str, Any]:
   """Returns the log line of the interval that ended at `step`: means over its steps.
 
-  `loss_total` is the sum of `weighted_loss`, whose entries are w_k L_k of each step,
-  averaged; the averages of w and L themselves stand beside it. Steps whose update was
-  skipped do not count; a mean over nothing is NaN, and null in the file.
+  `loss_total` is the sum of `weighted_loss`, whose entries are the weight of a depth
+  times what it minimises, averaged over the steps; the averages of weights and of
+  cross-entropies stand beside it. Steps whose update was skipped do not count; a mean
+  over nothing is NaN, and null in the file.
   """
   with np.errstate(invalid="ignore", divide="ignore"):
     mean = {
