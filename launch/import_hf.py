@@ -30,7 +30,8 @@ from absl import flags
 from launch import cli
 from mtp_jax import interop
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import Config, ConfigError, validate, with_overrides
+from mtp_jax.config import Config, ConfigError, with_overrides
+from mtp_jax.config_rules import validate
 from mtp_jax.train import start_run
 
 cli.define_config(default="experiments/imported.py")

@@ -26,7 +26,7 @@ from absl import flags
 
 from launch import cli
 from launch.progress import Progress
-from mtp_jax.config import validate
+from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, sources
 
 cli.define_config()

@@ -39,7 +39,8 @@ from absl import flags
 from launch import cli, distributed, exits
 from launch.status import Status, exit_class_of, refused
 from mtp_jax import accounting
-from mtp_jax.config import Config, ConfigError, validate
+from mtp_jax.config import Config, ConfigError
+from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_trunk
 from mtp_jax.train import Diverged, Interrupted, fit

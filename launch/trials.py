@@ -31,9 +31,9 @@ from mtp_jax.config import (
   dotted_keys,
   from_config_dict,
   to_dict,
-  validate,
   with_overrides,
 )
+from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.metrics import write_json
 from mtp_jax.saved_model import check_trunk

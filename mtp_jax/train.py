@@ -25,7 +25,8 @@ import numpy as np
 from mtp_jax import accounting, checkpoint, evaluate
 from mtp_jax.balancing import violation
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
-from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict, validate
+from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict
+from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
@@ -89,7 +90,7 @@ def fit(
   this with the same config and a folder that they share.
 
   Args:
-    config: see `config.validate`; arm `flops` is resolved here.
+    config: see `config_rules.validate`; arm `flops` is resolved here.
     workdir: the run folder (its contract is in launch/README.md).
     progress: show a bar or lines.
     observer: is told how far it is.

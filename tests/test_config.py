@@ -8,6 +8,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
+from mtp_jax import config_rules
 from mtp_jax.config import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -22,14 +23,14 @@ def make(**overrides):
 
 def error_of(config, num_devices=None):
   with pytest.raises(ConfigError) as caught:
-    config_lib.validate(config, num_devices)
+    config_rules.validate(config, num_devices)
   return str(caught.value)
 
 
 def test_base_is_valid_on_one_and_on_eight_devices():
-  config_lib.validate(make())
-  config_lib.validate(make(), 1)
-  config_lib.validate(make(), 8)
+  config_rules.validate(make())
+  config_rules.validate(make(), 1)
+  config_rules.validate(make(), 8)
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -81,31 +82,31 @@ def test_unknown_and_missing_keys_of_a_config_dict():
     config_lib.from_config_dict(missing)
 
 
-@pytest.mark.parametrize("key", config_lib._AT_LEAST_1)
+@pytest.mark.parametrize("key", config_rules._AT_LEAST_1)
 def test_at_least_1(key):
   assert f"{key} must be at least 1, got 0." in error_of(make(**{key: 0}))
 
 
-@pytest.mark.parametrize("key", config_lib._AT_LEAST_0)
+@pytest.mark.parametrize("key", config_rules._AT_LEAST_0)
 def test_at_least_0(key):
   assert f"{key} must be at least 0, got -1." in error_of(make(**{key: -1}))
 
 
-@pytest.mark.parametrize("key", config_lib._FINITE_NOT_NEGATIVE)
+@pytest.mark.parametrize("key", config_rules._FINITE_NOT_NEGATIVE)
 @pytest.mark.parametrize("value", [-0.1, NAN, INF])
 def test_finite_and_not_negative(key, value):
   message = f"{key} must be finite and not negative, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_lib._FINITE_POSITIVE)
+@pytest.mark.parametrize("key", config_rules._FINITE_POSITIVE)
 @pytest.mark.parametrize("value", [0.0, NAN, INF])
 def test_finite_and_positive(key, value):
   message = f"{key} must be finite and positive, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_lib._FRACTIONS)
+@pytest.mark.parametrize("key", config_rules._FRACTIONS)
 @pytest.mark.parametrize("value", [-0.1, 1.1, NAN])
 def test_fractions(key, value):
   assert error_of(make(**{key: value})) == f"{key} must be in [0, 1], got {value}."
@@ -448,7 +449,7 @@ DEVICE_RULES = {
 def test_rules_of_devices(name):
   overrides, message = DEVICE_RULES[name]
   config = make(**overrides)
-  config_lib.validate(config)
+  config_rules.validate(config)
   assert error_of(config, num_devices=6) == message
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import drafters, gains_with_scale
 from launch import trials
-from mtp_jax import accounting, optimizer
+from mtp_jax import accounting, config_rules, optimizer
 from mtp_jax import config as config_lib
 from mtp_jax.config import routed_layers
 from mtp_jax.data.tasks.corpus import load_task
@@ -110,7 +110,7 @@ def spec(leaf):
 def test_trials_are_valid_on_their_devices(name, preset):
   for trial in planned(name, preset):
     for config in (trial.config, trial.resolved):
-      config_lib.validate(config, int(np.prod(mesh_sizes(config))))
+      config_rules.validate(config, int(np.prod(mesh_sizes(config))))
 
 
 def test_small_experiments_trace():

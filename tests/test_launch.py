@@ -11,7 +11,8 @@ import pytest
 from experiments import base
 from launch.cli import load_run_config
 from launch.evaluate import fit_to_devices
-from mtp_jax.config import from_config_dict, validate, with_overrides
+from mtp_jax.config import from_config_dict, with_overrides
+from mtp_jax.config_rules import validate
 from mtp_jax.train import evaluate_run
 
 pytest_plugins = ("tests.commands",)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import evaluate
+from mtp_jax import config_rules, evaluate
 from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.tasks import countdown, polynomial
@@ -50,7 +50,7 @@ def config_of(source: str, **overrides) -> config_lib.Config:
   values |= {key.replace("__", "."): value for key, value in overrides.items()}
   default = config_lib.from_config_dict(base.get_config())
   config = config_lib.with_overrides(default, values)
-  config_lib.validate(config)
+  config_rules.validate(config)
   return config
 
 

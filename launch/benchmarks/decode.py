@@ -38,7 +38,8 @@ from launch.benchmarks.records import (
   table,
   write,
 )
-from mtp_jax.config import TASKS, Config, ConfigError, validate
+from mtp_jax.config import TASKS, Config, ConfigError
+from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, loop, network, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan

@@ -26,7 +26,8 @@ from launch.benchmarks.records import (
 )
 from launch.huge_pages import HUGE_PAGES
 from mtp_jax.accounting import train_flops_per_token
-from mtp_jax.config import Config, validate
+from mtp_jax.config import Config
+from mtp_jax.config_rules import validate
 
 _QUICK = {
   "trunks": ["llama"], "vocabs": [264], "depths": [0, 1], "embed_dim": 64,

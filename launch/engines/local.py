@@ -17,7 +17,8 @@ from launch import cli, engines, exits, status, trials
 from launch.engines import Job, Record, results, workers
 from launch.engines.workers import Event, Slot, Worker, WorkerError
 from launch.trials import Trial
-from mtp_jax.config import Config, ConfigError, validate
+from mtp_jax.config import Config, ConfigError
+from mtp_jax.config_rules import validate
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 60.0

@@ -11,7 +11,8 @@ from launch.planning import estimate, programs, topologies
 from launch.planning.topologies import Topology
 from launch.trials import Trial
 from mtp_jax import accounting
-from mtp_jax.config import Config, ConfigError, MeshConfig, validate
+from mtp_jax.config import Config, ConfigError, MeshConfig
+from mtp_jax.config_rules import validate
 from mtp_jax.sharding import abstract_mesh, make_mesh
 
 # Share of a GPU's memory that a plan may take: the formula is rough, and the CUDA

@@ -1,0 +1,458 @@
+"""Which configs can work: every rule that involves more than one value's type.
+
+A message has the dotted key, the rule and the value.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from mtp_jax.config import (
+  AUTOREGRESSIVE,
+  EAGLES,
+  OWN_UNEMBED,
+  PUBLISHED_INPUTS,
+  TASKS,
+  Config,
+  ConfigError,
+  num_added_layers,
+  num_trunk_layers,
+  predictor_trunk,
+)
+
+
+def validate(config: Config, num_devices: int | None = None) -> None:
+  """Checks every rule that involves more than one value's type.
+
+  Args:
+    config: what to check.
+    num_devices: devices the mesh has to fill; None leaves the mesh product unchecked.
+
+  Raises:
+    ConfigError: with all broken rules, one per line.
+  """
+  rules = _Rules(config)
+  _check_ranges(rules)
+  rules.raise_if_broken()  # The rules below divide by and compare these values.
+  _check_trunk(rules)
+  _check_attention(rules)
+  _check_experts(rules)
+  _check_mtp(rules)
+  _check_data(rules)
+  _check_training(rules)
+  _check_sharding(rules)
+  if num_devices is not None:
+    rules.raise_if_broken()
+    _check_devices(rules, num_devices)
+  rules.raise_if_broken()
+
+
+class _Rules:
+  """Collects the broken rules of one config."""
+
+  def __init__(self, config: Config):
+    self.config = config
+    self._broken: list[str] = []
+
+  def __call__(self, holds: bool, key: str, text: str) -> None:
+    """Notes that the value of `key` must be `text`, unless it `holds`."""
+    if not holds:
+      value = _get_dotted(self.config, key)
+      if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+      self._broken.append(f"{key} must be {text}, got {value!r}.")
+
+  def divisible(self, key: str, by: str) -> None:
+    divisor = _get_dotted(self.config, by)
+    holds = _get_dotted(self.config, key) % divisor == 0
+    self(holds, key, f"divisible by {by} ({divisor})")
+
+  def raise_if_broken(self) -> None:
+    if self._broken:
+      raise ConfigError("\n".join(self._broken))
+
+
+_AT_LEAST_1 = (
+  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
+  "trunk.num_kv_heads", "loss.block_tokens", "tokenizer.vocab_size", "data.seq_len",
+  "data.batch_size", "optimizer.base_width", "train.num_steps",
+  "train.accumulation_steps", "train.log_every", "train.max_nonfinite_steps",
+  "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_groups",
+  "trunk.moe.groups_per_token", "trunk.latent.kv_rank", "trunk.latent.nope_dim",
+  "trunk.latent.rope_dim", "trunk.latent.value_dim",
+  "trunk.rope_scaling.original_length", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+  "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
+  "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
+  "task.star_graph.arms", "task.sat.num_clauses", "task.polynomial.max_operators",
+  "task.polynomial.held_out_operators", "task.induction.num_names",
+  "task.siblings.num_parents",
+)
+_AT_LEAST_0 = (
+  "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab", "train.eval_every",
+  "train.diagnostics_every", "data.num_workers",
+  "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
+  "trunk.attention_dim",
+  "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
+  "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
+  "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
+  "eval.num_drafts",
+)
+_FINITE_NOT_NEGATIVE = (
+  "mtp.weight", "mtp.final_weight", "mtp.feature_weight", "optimizer.weight_decay",
+  "trunk.moe.bias_rate", "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
+  "trunk.rope_scaling.mscale_all_dim",
+)
+_FINITE_POSITIVE = (
+  "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
+  "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.route_scale",
+  "trunk.rope_scaling.low_freq_factor", "trunk.rope_scaling.high_freq_factor",
+  "trunk.rope_scaling.beta_fast", "trunk.rope_scaling.beta_slow",
+)
+_FRACTIONS = (
+  "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
+  "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
+  "trunk.moe.bias_until",
+)
+
+
+def _check_ranges(rule: _Rules) -> None:
+  """Values that are out of range whatever the other values are (NaN included)."""
+  get = functools.partial(_get_dotted, rule.config)
+  for key in _AT_LEAST_1:
+    rule(get(key) >= 1, key, "at least 1")
+  for key in _AT_LEAST_0:
+    rule(get(key) >= 0, key, "at least 0")
+  for key in _FINITE_NOT_NEGATIVE:
+    rule(math.isfinite(get(key)) and get(key) >= 0, key, "finite and not negative")
+  for key in _FINITE_POSITIVE:
+    rule(math.isfinite(get(key)) and get(key) > 0, key, "finite and positive")
+  for key in ("optimizer.beta1", "optimizer.beta2"):
+    rule(0 <= get(key) < 1, key, "in [0, 1)")
+  for key in _FRACTIONS:
+    rule(0 <= get(key) <= 1, key, "in [0, 1]")
+  for key in ("seed", "data.seed"):
+    rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
+  factor = get("trunk.rope_scaling.factor")
+  rule(
+    math.isfinite(factor) and factor >= 1, "trunk.rope_scaling.factor",
+    "finite and at least 1",
+  )
+  data = get("mesh.data")
+  rule(data == -1 or data >= 1, "mesh.data", "-1 (the rest) or at least 1")
+
+
+def _check_trunk(rule: _Rules) -> None:
+  trunk = rule.config.trunk
+  if trunk.kind == "gpt2":
+    rule(
+      trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
+    )
+    for key, plain in (
+      ("attention_kind", "grouped"), ("qkv_bias", False), ("qk_norm", False),
+      ("moe.num_experts", 0), ("rope_scaling.kind", "none"),
+    ):
+      rule(
+        _get_dotted(trunk, key) == plain, f"trunk.{key}",
+        f"{plain!r} for trunk.kind 'gpt2'",
+      )
+  layers, mtp = num_trunk_layers(rule.config), rule.config.mtp
+  rule(
+    layers >= 1, "trunk.num_layers",
+    f"large enough to leave a trunk of at least 1 layer (mtp.kind {mtp.kind!r}, depth "
+    f"{mtp.depth}, arm {mtp.arm!r} leave {layers})",
+  )
+
+
+def _check_attention(rule: _Rules) -> None:
+  trunk = rule.config.trunk
+  if trunk.attention_kind == "latent":
+    rule(
+      trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
+      f"equal to trunk.num_heads ({trunk.num_heads}) for latent attention",
+    )
+    rule(trunk.latent.rope_dim % 2 == 0, "trunk.latent.rope_dim", "even")
+    for key, plain in (("qkv_bias", False), ("qk_norm", False), ("attention_dim", 0)):
+      rule(
+        getattr(trunk, key) == plain, f"trunk.{key}", f"{plain!r} for latent attention"
+      )
+  else:
+    of = "trunk.attention_dim" if trunk.attention_dim else "trunk.embed_dim"
+    rule.divisible(of, "trunk.num_heads")
+    rule.divisible("trunk.num_heads", "trunk.num_kv_heads")
+    if trunk.kind == "llama":
+      rule(
+        trunk.head_dim % 2 == 0, of,
+        f"such that {of.removeprefix('trunk.')} / num_heads is even for RoPE (it is "
+        f"{trunk.head_dim})",
+      )
+  scaling = trunk.rope_scaling
+  if scaling.kind == "llama3":
+    rule(
+      scaling.high_freq_factor > scaling.low_freq_factor,
+      "trunk.rope_scaling.high_freq_factor",
+      f"larger than low_freq_factor ({scaling.low_freq_factor})",
+    )
+  if scaling.kind == "yarn":
+    rule(
+      scaling.beta_fast > scaling.beta_slow, "trunk.rope_scaling.beta_fast",
+      f"larger than beta_slow ({scaling.beta_slow})",
+    )
+    rule(trunk.rope_theta > 1, "trunk.rope_theta", "more than 1 for yarn")
+
+
+def _check_experts(rule: _Rules) -> None:
+  moe, mtp = rule.config.trunk.moe, rule.config.mtp
+  if mtp.dense_blocks:
+    rule(
+      moe.num_experts > 0 and mtp.kind == "sequential", "mtp.dense_blocks",
+      f"False unless the trunk has experts and mtp.kind is 'sequential' (it is "
+      f"{mtp.kind!r} with {moe.num_experts} experts)",
+    )
+  if moe.num_experts == 0:
+    rule(
+      rule.config.mesh.expert == 1, "mesh.expert",
+      "1 without experts (trunk.moe.num_experts 0)",
+    )
+    return
+  rule(
+    moe.dense_layers < num_trunk_layers(rule.config), "trunk.moe.dense_layers",
+    f"less than the layers of the trunk ({num_trunk_layers(rule.config)})",
+  )
+  rule.divisible("trunk.moe.num_experts", "trunk.moe.num_groups")
+  rule.divisible("trunk.moe.num_experts", "mesh.expert")
+  rule(
+    moe.groups_per_token <= moe.num_groups, "trunk.moe.groups_per_token",
+    f"at most trunk.moe.num_groups ({moe.num_groups})",
+  )
+  group = moe.num_experts // moe.num_groups
+  rule(
+    moe.num_groups == 1 or group >= 2, "trunk.moe.num_groups",
+    "such that a group has at least 2 experts: its score is the sum of the best two",
+  )
+  available = group * moe.groups_per_token
+  rule(
+    moe.experts_per_token <= available, "trunk.moe.experts_per_token",
+    f"at most the experts of groups_per_token groups ({available})",
+  )
+
+
+def _check_mtp(rule: _Rules) -> None:
+  mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
+  if mtp.kind == "none":
+    rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
+  if mtp.kind in EAGLES:
+    rule(mtp.depth >= 1, "mtp.depth", f"at least 1 for mtp.kind {mtp.kind!r}")
+    rule(
+      rule.config.trunk.attention_kind == "grouped", "trunk.attention_kind",
+      f"'grouped' for mtp.kind {mtp.kind!r}",
+    )
+  rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
+  rule(
+    len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
+    f"empty or of length mtp.depth ({mtp.depth})",
+  )
+  rule(
+    all(math.isfinite(w) and w >= 0 for w in mtp.depth_weights), "mtp.depth_weights",
+    "finite and not negative",
+  )
+  if mtp.share_modules:
+    rule(
+      mtp.kind == "sequential", "mtp.share_modules",
+      f"False unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
+    )
+  if mtp.mlp_dim:
+    rule(
+      mtp.is_autoregressive and mtp.depth > 0, "mtp.mlp_dim",
+      f"0 unless mtp.kind is one of {', '.join(map(repr, AUTOREGRESSIVE))} with extra "
+      f"depths (it is {mtp.kind!r} with depth {mtp.depth})",
+    )
+    rule(
+      mtp.arm != "shortened", "mtp.mlp_dim",
+      "0 for mtp.arm 'shortened', which trades whole layers of the trunk",
+    )
+    rule(
+      predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
+      "0 where the modules have experts (mtp.dense_blocks False)",
+    )
+  for key, published in PUBLISHED_INPUTS.items():
+    rule(
+      mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
+      f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
+    )
+  rule(
+    mtp.unembed == "shared" or (mtp.kind in OWN_UNEMBED and mtp.depth > 0),
+    "mtp.unembed",
+    f"'shared' unless mtp.kind is one of {', '.join(map(repr, OWN_UNEMBED))} with "
+    f"extra depths (it is {mtp.kind!r} with depth {mtp.depth})",
+  )
+  if mtp.draft_vocab:
+    rule(
+      mtp.kind == "eagle3" and mtp.unembed == "own", "mtp.draft_vocab",
+      "0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they are "
+      f"{mtp.kind!r} and {mtp.unembed!r})",
+    )
+    vocab = rule.config.tokenizer.vocab_size
+    rule(
+      mtp.draft_vocab <= vocab, "mtp.draft_vocab",
+      f"at most tokenizer.vocab_size ({vocab})",
+    )
+  for key, plain in (("objective", "cross_entropy"), ("feature_weight", 0.0)):
+    rule(
+      getattr(mtp, key) == plain or mtp.depth > 0, f"mtp.{key}",
+      f"{plain!r} at mtp.depth 0: only extra depths learn from the trunk",
+    )
+  most = rule.config.eval.num_drafts
+  rule(
+    most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
+    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of "
+    f"{', '.join(map(repr, AUTOREGRESSIVE))} with extra depths (it is {mtp.kind!r})",
+  )
+  if mtp.arm == "shortened":
+    rule(
+      num_added_layers(mtp) > 0, "mtp.arm",
+      f"'added' or 'flops': kind {mtp.kind!r} at depth {mtp.depth} adds no layer",
+    )
+  if mtp.arm == "flops":
+    rule(
+      mtp.depth > 0, "mtp.arm",
+      "'added' at mtp.depth 0: there are no extra FLOPs to match",
+    )
+
+
+def _check_data(rule: _Rules) -> None:
+  data, tokenizer, limits = rule.config.data, rule.config.tokenizer, rule.config.eval
+  if data.source in ("files", "jsonl", "array_record"):
+    rule(bool(data.path), "data.path", f"set for data.source {data.source!r}")
+  if data.source == "jsonl":
+    rule(bool(data.text_field), "data.text_field", "set for data.source 'jsonl'")
+  rule(
+    data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
+    f"such that it and data.test_fraction ({data.test_fraction}) leave text to train "
+    "on",
+  )
+  split = f"data.{limits.split}_fraction"
+  rule(
+    _get_dotted(rule.config, split) > 0, split,
+    f"positive: the evaluation reads it (eval.split {limits.split!r})",
+  )
+  is_task = data.source in TASKS
+  rule(
+    (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",
+    f"'symbols' for a task and for nothing else (data.source is {data.source!r})",
+  )
+  if is_task:
+    _check_task(rule)
+  minimum = {"bytes": 258, "bpe": 258, "file": 1, "symbols": 1}[tokenizer.kind]
+  rule(
+    tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
+    f"at least {minimum} for tokenizer.kind {tokenizer.kind!r}",
+  )
+  if tokenizer.kind == "file":
+    rule(bool(tokenizer.path), "tokenizer.path", "set for tokenizer.kind 'file'")
+  has_prompts = (
+    limits.line_prompts or limits.function_prompts or limits.middle_prompts
+  )
+  if has_prompts and not is_task:
+    rule(
+      limits.max_new_tokens < data.seq_len, "eval.max_new_tokens",
+      f"less than data.seq_len ({data.seq_len}), to leave room for a prompt",
+    )
+
+
+def _check_task(rule: _Rules) -> None:
+  task = rule.config.task
+  rule(not rule.config.data.train_on, "data.train_on", "'' for a task")
+  rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
+  num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
+  rule(
+    task.star_graph.num_labels >= num_nodes, "task.star_graph.num_labels",
+    f"at least the number of nodes ({num_nodes})",
+  )
+  rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
+  rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
+  rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
+  rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")
+  rule(task.induction.num_sentences >= 3, "task.induction.num_sentences", "at least 3")
+  halves, names = task.induction.num_halves, task.induction.num_names
+  rule(
+    2 <= halves <= names <= halves * (halves - 1), "task.induction.num_names",
+    f"from num_halves ({halves}, at least 2), so that every half occurs, to "
+    "num_halves * (num_halves - 1), so that every first half has a new name",
+  )
+
+
+def _check_training(rule: _Rules) -> None:
+  if rule.config.train.freeze_trunk:
+    rule(
+      rule.config.mtp.depth > 0, "train.freeze_trunk",
+      "False at mtp.depth 0: there would be nothing to train",
+    )
+  mtp, trunk_layers = rule.config.mtp, num_trunk_layers(rule.config)
+  if trunk_layers < rule.config.trunk.num_layers:
+    rule(
+      not rule.config.train.trunk_from, "train.trunk_from",
+      f"'' for mtp.kind {mtp.kind!r} with arm {mtp.arm!r}: its trunk of {trunk_layers} "
+      "layer(s) is shorter than the deployed model, trunk.num_layers "
+      f"({rule.config.trunk.num_layers})",
+    )
+  optimizer = rule.config.optimizer
+  rule.divisible("data.batch_size", "train.accumulation_steps")
+  if optimizer.schedule == "wsd":
+    rule(
+      optimizer.warmup_fraction + optimizer.decay_fraction <= 1,
+      "optimizer.warmup_fraction",
+      f"such that it and optimizer.decay_fraction ({optimizer.decay_fraction}) fit "
+      "into training",
+    )
+
+
+def _check_sharding(rule: _Rules) -> None:
+  """Sharded dimensions divide evenly."""
+  rule.divisible("data.seq_len", "mesh.context")
+  for key in (
+    "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "mtp.mlp_dim",
+    "mtp.draft_vocab", "tokenizer.vocab_size",
+  ):
+    rule.divisible(key, "mesh.tensor")
+  if rule.config.trunk.moe.num_experts:
+    rule.divisible("trunk.moe.expert_dim", "mesh.tensor")
+  rule.divisible("trunk.embed_dim", "mesh.fsdp")
+  if rule.config.trunk.attention_kind == "latent":
+    for key in ("trunk.latent.query_rank", "trunk.latent.kv_rank"):
+      rule.divisible(key, "mesh.fsdp")
+
+
+def _check_devices(rule: _Rules, num_devices: int) -> None:
+  """The mesh fills the devices, and the rows divide over it."""
+  config, mesh = rule.config, rule.config.mesh
+  fixed = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
+  data = num_devices // fixed if mesh.data == -1 else mesh.data
+  product = "fsdp * expert * tensor * context"
+  if mesh.data != -1:
+    product = f"data * {product}"
+  verb = "divides" if mesh.data == -1 else "equals"
+  rule(
+    data * fixed == num_devices, "mesh",
+    f"such that {product} {verb} the number of devices ({num_devices})",
+  )
+  rule.raise_if_broken()
+  shards = data * mesh.fsdp * mesh.expert
+  microbatch = config.data.batch_size // config.train.accumulation_steps
+  rule(
+    microbatch % shards == 0, "data.batch_size",
+    f"such that a microbatch ({microbatch} rows) divides over mesh data * fsdp * "
+    f"expert ({shards})",
+  )
+  rule(
+    config.eval.batch_size % shards == 0, "eval.batch_size",
+    f"divisible by mesh data * fsdp * expert ({shards})",
+  )
+
+
+def _get_dotted(config: Any, key: str) -> Any:
+  node = config
+  for part in key.split("."):
+    node = getattr(node, part)
+  return node
