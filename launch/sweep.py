@@ -21,7 +21,8 @@ again continues, whatever happened, on another engine too; --status and --cancel
 no --on.
 
 --config.KEY=VALUE holds for every trial and wins over the sweep. On CPU cores, several
-workers with fewer threads each get more done than one with all (--parallel).
+workers with fewer threads each get more done than one with all (--parallel). On a GPU
+or TPU, small models get more done side by side in one program (--pack).
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from absl import flags
 
 from launch import cli, engines, trials
 from launch.engines import Engine, kubernetes, options, printed, results, slurm, states
-from launch.engines.local import Local
+from launch.engines.local import MOST_PACKED, Local
 from launch.trials import Trial
 from mtp_jax.config import ConfigError
 
@@ -58,6 +59,13 @@ _PARALLEL = flags.DEFINE_integer(
   "parallel",
   1,
   "local: trials that are trained at once, each on its share of the CPU cores and GPUs",
+)
+_PACK = flags.DEFINE_string(
+  "pack",
+  "1",
+  "local: most trials of one shape that are trained side by side in one program, "
+  f"spread over the devices that there are; auto: as many as fit, up to "
+  f"{MOST_PACKED}",
 )
 _MAX_PARALLEL = flags.DEFINE_integer(
   "max_parallel", None, "slurm: trials that run at once", lower_bound=1
@@ -143,7 +151,10 @@ def _engine(root: Path) -> Engine:
     ConfigError: a flag of another engine is set.
   """
   on, cache, attempts = _ON.value, _COMPILATION_CACHE.value, _MAX_ATTEMPTS.value
-  owners = {"parallel": "local", "max_parallel": "slurm", "submit": "kubernetes"}
+  owners = {
+    "parallel": "local", "pack": "local", "max_parallel": "slurm",
+    "submit": "kubernetes",
+  }
   flagged = flags.FLAGS.flag_values_dict()
   owners |= {
     name: name.partition(".")[0]
@@ -160,7 +171,17 @@ def _engine(root: Path) -> Engine:
       return kubernetes.Kubernetes(root, _KUBERNETES(), attempts, _SUBMIT.value)
     case "print":
       return printed.Printed(root, _PRINT(), cache)
-  return Local(root, cache, _PARALLEL.value, attempts, _AGAIN.value)
+  return Local(root, cache, _PARALLEL.value, attempts, _AGAIN.value, _pack())
+
+
+def _pack() -> int | None:
+  """Returns --pack as a number, None for `auto`."""
+  text = _PACK.value
+  if text == "auto":
+    return None
+  if not text.isdecimal() or int(text) < 1:
+    raise ConfigError(f"--pack must be a number from 1 up or auto, got {text!r}.")
+  return int(text)
 
 
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:

@@ -6,7 +6,7 @@ raises: Flax on its own would quietly replicate it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mtp_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+TRIAL_AXIS = "trial"  # Of a pack, whose mesh has no other.
 
 # Logical axis -> mesh axis or axes. Parameters use the first block, activations both.
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -88,6 +89,35 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def make_trial_mesh(devices: Sequence[jax.Device]) -> Mesh:
+  """Returns the mesh of a pack: trials are spread over it, each on one device."""
+  return Mesh(np.array(devices), (TRIAL_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def split_by_trial(mesh: Mesh) -> NamedSharding:
+  """Returns how arrays lie whose first axis is that of the trials of a pack."""
+  return NamedSharding(mesh, PartitionSpec(TRIAL_AXIS))
+
+
+def map_over_trial_devices(
+  function: Callable[..., Any], mesh: Mesh, are_split: tuple[bool, ...]
+) -> Callable[..., Any]:
+  """Runs `function` on every device's own trials of a pack.
+
+  `are_split` says of each argument whether its first axis is that of the trials, as
+  that of all results is; the others are whole on every device.
+  """
+  if mesh.size == 1:
+    return function
+  return jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=tuple(PartitionSpec(TRIAL_AXIS if split else None) for split in are_split),
+    out_specs=PartitionSpec(TRIAL_AXIS),
+    check_vma=False,
+  )
+
+
 def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
   """Returns the mesh of no devices, to trace with; `data = -1` counts as 1."""
   return jax.sharding.AbstractMesh(
@@ -103,9 +133,12 @@ def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def _current_mesh() -> jax.sharding.AbstractMesh | None:
-  """The mesh set by `jax.set_mesh`, or None where there is nothing to distribute."""
+  """The mesh set by `jax.set_mesh`, or None where there is nothing to distribute.
+
+  That of a pack distributes trials, not what is computed in one of them.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 else mesh
+  return None if mesh.empty or mesh.size == 1 or TRIAL_AXIS in mesh.shape else mesh
 
 
 def platform() -> str:

@@ -1,6 +1,10 @@
 """The training loop: the only place where the parts meet.
 
     fit -> programs(shape).step -> train_step -> batch_loss -> losses.loss_sums
+
+`fit` trains one run; `fit_pack` several of one shape side by side, in one program.
+What a run logs, measures and saves is the same (`_Training`), and so is the loop
+(`_train`); what differs is who takes the steps, `_Alone` or `_Packed`.
 """
 
 import contextlib
@@ -8,24 +12,29 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import signal
 import subprocess
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from mtp_jax import accounting, checkpoint, evaluate
 from mtp_jax.balancing import violation
+from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
-from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict
+from mtp_jax.config import (
+  Config,
+  ConfigError,
+  difference,
+  from_config_dict,
+  to_dict,
+)
 from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
@@ -40,6 +49,7 @@ from mtp_jax.metrics import (
   write_json,
 )
 from mtp_jax.model.lm import copied_unembed
+from mtp_jax.pack import cpu_cores, make_pack
 from mtp_jax.saved_model import check_trunk, load_trunk
 from mtp_jax.sharding import (
   make_mesh,
@@ -48,8 +58,8 @@ from mtp_jax.sharding import (
   replicated,
   row_share,
 )
-from mtp_jax.train_state import Hyperparameters, TrainState
-from mtp_jax.train_step import Programs, programs, shape_of
+from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
+from mtp_jax.train_step import Programs, compiled, programs, shape_of
 
 
 class Interrupted(Exception):
@@ -108,39 +118,90 @@ def fit(
       one had a signal.
   """
   validate(config, jax.device_count())
-  workdir, observer = Path(workdir), observer or Observer()
-  observer.pauses("starting")
-  check_trunk(config, workdir)
-  _claim(workdir, config)
   with contextlib.ExitStack() as stack:
-    run = _Run(accounting.resolve(config), workdir)
-    stack.push(run.close)
-    loader = run.loader()
-    stack.callback(loader.close)
-    with jax.set_mesh(run.mesh):
-      state, seconds, trunk_from = run.start(loader)
-      _write_run_json(run, trunk_from)
-      start = int(state.step)
-      writer = stack.enter_context(MetricsWriter(workdir, start))
-      bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
-      stack.callback(bar.close)
-      bar.say(run.describe_data())
-      if start:
-        bar.say(f"resumed at step {start}")
-      interrupt = stack.enter_context(_Interrupt())
-      state, seconds = _train(
-        run, loader, state, seconds, writer, bar, interrupt, observer
+    clock = _Clock()
+    training, state = _open(
+      stack, config, Path(workdir), observer or Observer(), clock, progress=progress
+    )
+    interrupt = stack.enter_context(_Interrupt())
+    alone = _Alone(training, state)
+    with jax.set_mesh(training.run.mesh):
+      _train(alone, clock, interrupt)
+    return training.finish(alone.state(training), interrupt)
+
+
+def fit_pack(
+  configs: Sequence[Config],
+  workdirs: Sequence[Path],
+  *,
+  size: int | None = None,
+  observers: Sequence[Observer] | None = None,
+) -> list[dict[str, Any] | Exception]:
+  """Trains runs of one shape side by side, by one program; else as `fit`.
+
+  Every run has its own folder and ends by itself: in its evaluation, which comes when
+  all are trained, or in an error that does not disturb the others. All devices are
+  used, each with a share of the runs; what is done for one run alone is done on the
+  first of them.
+
+  Args:
+    configs: of equal `shape_of`, each for a mesh of one device.
+    workdirs: their run folders.
+    size: runs that the program is made for, by default as many as there are: the same
+      one serves packs that are smaller.
+    observers: one for each.
+
+  Returns:
+    For each run what `fit` returns, or what it raises. After SIGTERM or SIGINT that is
+    `Interrupted` for those that were not done.
+
+  Raises:
+    ConfigError: the runs cannot be trained together.
+  """
+  if jax.process_count() > 1:
+    raise ConfigError(
+      f"a pack is trained by one process, got {jax.process_count()}."
+    )
+  for config in configs:
+    validate(config, 1)
+  first, *others = (shape_of(accounting.resolve(config)) for config in configs)
+  for other in others:
+    if keys := difference(first, other):
+      raise ConfigError(
+        "runs of a pack must have one shape, but these keys differ: "
+        f"{', '.join(sorted(keys))}."
       )
-    observer.pauses("evaluating")
-    interrupt.raises_at_once(int(state.step))
-    result = _evaluate(run, state, seconds, interrupt)
-    run.checkpointer.wait()
-    main, error = result["main_loss"].values()
-    bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
-    if jax.process_index() == 0:
-      write_json(workdir / "eval.json", result)
-      (workdir / "DONE").write_text("")
-  return plain(result)
+  clock, devices = _Clock(), jax.devices()
+  with contextlib.ExitStack() as stack:
+
+    def start(config: Config, workdir: Path, observer: Observer) -> Any:
+      training, state = _open(
+        stack, config, Path(workdir), observer, clock, devices=devices[:1],
+        num_packed=len(configs),
+      )
+      return training, jax.device_get(state)  # The device has one of them at a time.
+
+    observers = observers or [Observer() for _ in configs]
+    opened = [
+      _outcome(functools.partial(start, *run))
+      for run in zip(configs, workdirs, observers, strict=True)
+    ]
+    started = [x for x in opened if not isinstance(x, Exception)]
+    if not started:
+      return opened
+    interrupt = stack.enter_context(_Interrupt())
+    trainings, states = zip(*started, strict=True)
+    packed = _Packed(trainings, states, size or len(configs), devices)
+    with jax.set_mesh(trainings[0].run.mesh):
+      _train(packed, clock, interrupt)
+    ended: list[dict[str, Any] | Exception] = []
+    try:
+      for x in opened:
+        is_open = not isinstance(x, Exception)
+        ended.append(packed.finish(x[0], interrupt) if is_open else x)
+    except Interrupted as error:  # The signal came between two evaluations.
+      ended += [error] * (len(opened) - len(ended))
+    return ended
 
 
 def start_run(
@@ -211,18 +272,21 @@ def evaluate_run(
 
 _ONE_SIGNAL_SECONDS = 5.0
 
-# Forgotten with their program.
-_executables: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
 
 class _Run:
   """The parts of one run, built once."""
 
-  def __init__(self, config: Config, workdir: Path, read_only: bool = False):
-    """Args: `config` is resolved."""
+  def __init__(
+    self,
+    config: Config,
+    workdir: Path,
+    read_only: bool = False,
+    devices: list[jax.Device] | None = None,
+  ):
+    """Args: `config` is resolved; `devices` are those of its mesh, by default all."""
     self.config = config
     self.workdir = workdir
-    self.mesh = make_mesh(config.mesh)
+    self.mesh = make_mesh(config.mesh, devices)
     self.corpus = load_corpus(config)
     self.checkpointer = Checkpointer(workdir, config.checkpoint.keep, read_only)
     self.flops_per_token = accounting.train_flops_per_token(config)
@@ -240,18 +304,12 @@ class _Run:
 
   @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:
-    c = self.config
-    values = (c.optimizer.learning_rate, c.mtp.weight, c.train.num_steps)
-    values = Hyperparameters(*(np.float32(x) for x in values))
-    return jax.device_put(values, replicated(self.mesh))
+    return jax.device_put(hyperparameters(self.config), replicated(self.mesh))
 
   def compiled_step(self, state: TrainState, batch: Any) -> Any:
-    """Compiles before the clock starts; trials of one shape share the executable."""
-    program = self.programs.step
-    if program not in _executables:
-      lowered = program.lower(state, batch, self.hyperparameters, np.bool_(True))
-      _executables[program] = lowered.compile()
-    return _executables[program]
+    return compiled(
+      self.programs.step, state, batch, self.hyperparameters, np.bool_(True)
+    )
 
   def loader(self) -> TrainLoader:
     data = self.config.data
@@ -360,11 +418,14 @@ class _Run:
       {"seconds": seconds},
     )
 
-  def put(self, batch: Any) -> Any:
-    """Returns rows as global arrays [A, B / A, ...] for A microbatches."""
+  def split(self, batch: Batch) -> Batch:
+    """Returns rows as [A, B / A, ...] for A microbatches."""
     microbatches = self.config.train.accumulation_steps
-    split = lambda x: x.reshape(microbatches, -1, x.shape[-1])  # noqa: E731
-    return put_batch(self.mesh, jax.tree.map(split, batch), ("microbatch",))
+    return jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), batch)
+
+  def put(self, batch: Batch) -> Batch:
+    """Returns `split` rows as global arrays."""
+    return put_batch(self.mesh, self.split(batch), ("microbatch",))
 
   def likelihood(
     self, params: Any, interrupt: "_Interrupt | None" = None
@@ -381,7 +442,6 @@ class _Run:
         self.mesh,
       )
     return evaluate.summarize(sums)
-
 
   def describe_data(self) -> str:
     """Returns one line on what is trained on, and on held-out text from elsewhere."""
@@ -408,78 +468,373 @@ class _Run:
     return {"task_accuracy": accuracy["mean"]}
 
 
-def _train(
-  run: _Run,
-  loader: TrainLoader,
-  state: TrainState,
-  seconds: float,
-  writer: MetricsWriter,
-  bar: Progress,
-  interrupt: "_Interrupt",
-  observer: Observer,
-) -> tuple[TrainState, float]:
-  """Runs the remaining steps; returns the final state and the training seconds."""
-  config, hyper = run.config, run.hyperparameters
-  c, every_steps = config.train, config.checkpoint.every_steps
-  diagnostics_every = c.diagnostics_every if config.mtp.depth else 0
-  step = int(state.step)
-  if step >= c.num_steps:
-    return state, seconds
-  batch = run.put(next(loader))
-  observer.pauses("compiling")
-  step_program = run.compiled_step(state, batch)
-  bar.start(step)
-  clock, seconds_at_log, step_at_log = time.monotonic(), seconds, step
-  previous = None
-  while step < c.num_steps:
-    if diagnostics_every and step % diagnostics_every == 0:
-      seconds += time.monotonic() - clock
-      observer.pauses("evaluating")
-      writer.write(_diagnostics_record(run, state, batch, step))
-      clock = time.monotonic()
-    starts_interval = np.bool_(step % c.log_every == 0)
-    state, report = step_program(state, batch, hyper, starts_interval)
-    step += 1
-    is_last = step == c.num_steps
-    # The device works on this step while the host prepares the next batch; waiting for
-    # the step before it bounds the queue, so that a signal is answered at once.
-    data_state = loader.get_state()
-    if not is_last:
-      batch = run.put(next(loader))
-    if previous is not None:
-      jax.block_until_ready(previous)
-    previous = report["loss_total"]
-    bar.advance(step)
-    observer.stepped(step)
+class _Clock:
+  """Seconds of training; it stands still while anything else is done."""
 
-    if step % c.log_every == 0 or is_last:
-      report = jax.device_get(report)
-      now = time.monotonic()
-      seconds, clock = seconds + now - clock, now
-      rate = (step - step_at_log) * run.tokens_per_step / (seconds - seconds_at_log)
-      step_at_log, seconds_at_log = step, seconds
-      record = _train_record(run, step, seconds, rate, report)
-      writer.write(record)
-      observer.logged(record)
-      bar.report(step, record["loss_total"], rate)
-      _stop_if_diverged(run, report, step)
-    is_validated = c.eval_every and step % c.eval_every == 0
-    signum = interrupt.received()
-    if is_validated or is_last or signum or step % every_steps == 0:
-      jax.block_until_ready(state)
-      seconds += time.monotonic() - clock
+  def __init__(self):
+    self._before, self._since = 0.0, None
+
+  def read(self) -> float:
+    running = 0.0 if self._since is None else time.monotonic() - self._since
+    return self._before + running
+
+  def start(self) -> None:
+    self._since = time.monotonic()
+
+  def stop(self) -> None:
+    self._before, self._since = self.read(), None
+
+  @contextlib.contextmanager
+  def stopped(self) -> Iterator[None]:
+    self.stop()
+    try:
+      yield
+    finally:
+      self.start()
+
+
+class _Training:
+  """A run between its start and its evaluation: what it logs, measures and saves, when.
+
+  step: done so far. seconds: of training, when it was last looked at.
+  """
+
+  def __init__(
+    self,
+    run: _Run,
+    loader: TrainLoader,
+    writer: MetricsWriter,
+    bar: Progress,
+    observer: Observer,
+    clock: _Clock,
+    step: int,
+    seconds: float,
+  ):
+    self.run, self.loader, self.observer, self.bar = run, loader, observer, bar
+    self.step, self.seconds = step, seconds
+    self._writer, self._clock = writer, clock
+    self._earlier_seconds = seconds
+    self._logged = step, seconds
+
+  @property
+  def num_steps(self) -> int:
+    return self.run.config.train.num_steps
+
+  @property
+  def has_steps_left(self) -> bool:
+    return self.step < self.num_steps
+
+  @property
+  def starts_interval(self) -> bool:
+    return self.step % self.run.config.train.log_every == 0
+
+  def _look_at_clock(self) -> None:
+    self.seconds = self._earlier_seconds + self._clock.read()
+
+  def diagnose(self, steps: "_Steps") -> None:
+    """Logs how the gradients compare before a step, where that is due."""
+    every = self.run.config.train.diagnostics_every
+    if not (self.run.config.mtp.depth and every) or self.step % every:
+      return
+    with self._clock.stopped():
+      self.observer.pauses("evaluating")
+      state, batch = steps.state(self), steps.batch(self)
+      self._writer.write(_diagnostics_record(self.run, state, batch, self.step))
+
+  def stepped(self) -> None:
+    """Counts a step that has been started."""
+    self.step += 1
+    self.bar.advance(self.step)
+    self.observer.stepped(self.step)
+
+  def log(self, steps: "_Steps") -> None:
+    """Logs an interval that ended.
+
+    Raises:
+      Diverged: too many steps in a row were not finite.
+    """
+    if not self.starts_interval and self.has_steps_left:
+      return
+    report = steps.report(self)
+    self._look_at_clock()
+    (step, seconds), self._logged = self._logged, (self.step, self.seconds)
+    rate = (self.step - step) * self.run.tokens_per_step / (self.seconds - seconds)
+    record = _train_record(self.run, self.step, self.seconds, rate, report)
+    self._writer.write(record)
+    self.observer.logged(record)
+    self.bar.report(self.step, record["loss_total"], rate)
+    _stop_if_diverged(self.run, report, self.step)
+
+  def keep(self, steps: "_Steps", signum: int | None) -> None:
+    """Validates and saves after a step, where that is due.
+
+    Raises:
+      Interrupted: `signum` asks for an end; all is saved.
+    """
+    config = self.run.config
+    every, save_every = config.train.eval_every, config.checkpoint.every_steps
+    is_last, is_saved = not self.has_steps_left, self.step % save_every == 0
+    is_validated = every and self.step % every == 0
+    if not (is_validated or is_last or signum or is_saved):
+      return
+    state = jax.block_until_ready(steps.state(self))
+    with self._clock.stopped():
+      self._look_at_clock()
       if is_validated:
-        observer.pauses("evaluating")
-        writer.write(_validation_record(run, state, step, seconds))
+        self.observer.pauses("evaluating")
+        self._writer.write(
+          _validation_record(self.run, state, self.step, self.seconds)
+        )
       # Amid skipped updates nothing is saved unless it must: the newest checkpoint
       # stays one from which training went on.
-      if is_last or signum or (step % every_steps == 0 and not state.nonfinite_run):
-        run.save(state, data_state, seconds)
+      if is_last or signum or (is_saved and not state.nonfinite_run):
+        self.run.save(state, steps.data_state(self), self.seconds)
       if signum:
-        run.checkpointer.wait()
-        raise Interrupted(signum, step)
-      clock = time.monotonic()
-  return state, seconds
+        self.run.checkpointer.wait()
+        raise Interrupted(signum, self.step)
+
+  def finish(self, state: TrainState, interrupt: "_Interrupt") -> dict[str, Any]:
+    """Evaluates the trained model; writes and returns eval.json."""
+    run = self.run
+    self.observer.pauses("evaluating")
+    interrupt.raises_at_once(self.step)
+    result = _evaluate(run, state, self.seconds, interrupt)
+    run.checkpointer.wait()
+    main, error = result["main_loss"].values()
+    self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
+    if jax.process_index() == 0:
+      write_json(run.workdir / "eval.json", result)
+      (run.workdir / "DONE").write_text("")
+    return plain(result)
+
+
+def _open(
+  stack: contextlib.ExitStack,
+  config: Config,
+  workdir: Path,
+  observer: Observer,
+  clock: _Clock,
+  progress: bool = False,
+  devices: list[jax.Device] | None = None,
+  num_packed: int = 1,
+) -> tuple[_Training, TrainState]:
+  """Starts a run or goes on with it; what is to be closed goes on the stack."""
+  observer.pauses("starting")
+  check_trunk(config, workdir)
+  _claim(workdir, config)
+  run = _Run(accounting.resolve(config), workdir, devices=devices)
+  stack.push(run.close)
+  loader = run.loader()
+  stack.callback(loader.close)
+  with jax.set_mesh(run.mesh):
+    state, seconds, trunk_from = run.start(loader)
+  _write_run_json(run, trunk_from, num_packed)
+  step = int(state.step)
+  writer = stack.enter_context(MetricsWriter(workdir, step))
+  bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
+  stack.callback(bar.close)
+  bar.say(run.describe_data())
+  if step:
+    bar.say(f"resumed at step {step}")
+  return _Training(run, loader, writer, bar, observer, clock, step, seconds), state
+
+
+class _Steps(Protocol):
+  """Takes the steps of the runs in `_train`."""
+
+  def active(self) -> list[_Training]:
+    """Returns the runs that go on."""
+
+  def attempt(self, training: _Training, part: Callable[..., None], *args: Any) -> None:
+    """Does what one of the runs has to do between steps."""
+
+  def prepare(self) -> None:
+    """Takes the first batch and compiles."""
+
+  def advance(self, is_last: bool) -> Any:
+    """Starts a step, then prepares the next batch; returns what to wait for."""
+
+  def state(self, training: _Training) -> TrainState:
+    """Returns the state of a run, on its own mesh."""
+
+  def batch(self, training: _Training) -> Batch:
+    """Returns what the next step of a run is taken on, on its own mesh."""
+
+  def report(self, training: _Training) -> dict[str, Any]:
+    """Returns the report of the last step; waits for it."""
+
+  def data_state(self, training: _Training) -> dict[str, Any]:
+    """Returns the state of the data iterator after the batch of the last step."""
+
+
+class _Alone(_Steps):
+  """One run; what goes wrong in it is raised."""
+
+  def __init__(self, training: _Training, state: TrainState):
+    self._training, self._state = training, state
+    self._batch = self._data_state = self._program = self._report = None
+
+  def active(self) -> list[_Training]:
+    return [self._training] if self._training.has_steps_left else []
+
+  def attempt(self, training: _Training, part: Callable[..., None], *args: Any) -> None:
+    part(*args)
+
+  def prepare(self) -> None:
+    self._load()
+    self._program = self._training.run.compiled_step(self._state, self._batch)
+
+  def advance(self, is_last: bool) -> Any:
+    starts_interval = np.bool_(self._training.starts_interval)
+    self._state, self._report = self._program(
+      self._state, self._batch, self._training.run.hyperparameters, starts_interval
+    )
+    self._data_state = self._training.loader.get_state()
+    if not is_last:
+      self._load()
+    return self._report["loss_total"]
+
+  def _load(self) -> None:
+    self._batch = self._training.run.put(next(self._training.loader))
+
+  def state(self, training: _Training) -> TrainState:
+    return self._state
+
+  def batch(self, training: _Training) -> Batch:
+    return self._batch
+
+  def report(self, training: _Training) -> dict[str, Any]:
+    return jax.device_get(self._report)
+
+  def data_state(self, training: _Training) -> dict[str, Any]:
+    return self._data_state
+
+
+class _Packed(_Steps):
+  """Several runs of one shape; what goes wrong in one is noted, the others go on.
+
+  Runs that read the same rows in the same order share one batch. If not all do, as
+  where some went on from another step, each has its own.
+  """
+
+  def __init__(
+    self,
+    trainings: Sequence[_Training],
+    states: Sequence[TrainState],
+    size: int,
+    devices: Sequence[jax.Device],
+  ):
+    self._trainings = list(trainings)
+    self._errors: dict[_Training, Exception] = {}
+    configs = [training.run.config for training in trainings]
+    hypers = [hyperparameters(config) for config in configs]
+    self._pack = make_pack(shape_of(configs[0]), states, hypers, size, devices)
+    active = self.active()
+    read = [training.loader.get_state() for training in active]
+    shares = all(x == read[0] for x in read)
+    # Who reads the rows of whom, the rows, and the readers' states before those.
+    self._reader = {t: active[0] if shares else t for t in active}
+    self._rows: dict[_Training, Batch] = {}
+    self._data_states: dict[_Training, dict[str, Any]] = {}
+    self._batch = None
+
+  def active(self) -> list[_Training]:
+    return [t for t in self._trainings if t.has_steps_left and t not in self._errors]
+
+  def attempt(self, training: _Training, part: Callable[..., None], *args: Any) -> None:
+    if training in self._errors:
+      return
+    try:
+      part(*args)
+    except Exception as error:
+      self._errors[training] = error
+
+  def prepare(self) -> None:
+    self._load()
+    self._pack.compile(self._batch)
+
+  def advance(self, is_last: bool) -> Any:
+    active, index = self.active(), self._trainings.index
+    current = self._pack.step(
+      self._batch, {index(t): t.starts_interval for t in active}
+    )
+    self._data_states = {
+      reader: reader.loader.get_state() for reader in self._reader.values()
+    }
+    if not is_last:
+      self._load()
+    return current
+
+  def _load(self) -> None:
+    readers = dict.fromkeys(self._reader[training] for training in self.active())
+    self._rows |= {t: t.run.split(next(t.loader)) for t in readers}
+    rows = list(self._rows.values())
+    if len(set(self._reader.values())) > 1:
+      # Of a run without steps left the rows do not count.
+      rows = [self._rows.get(t, rows[0]) for t in self._trainings]
+    self._batch = self._pack.put(rows)
+
+  def state(self, training: _Training) -> TrainState:
+    state = self._pack.state(self._trainings.index(training))
+    return jax.device_put(state, training.run.programs.shardings)
+
+  def batch(self, training: _Training) -> Batch:
+    return training.run.put(self._rows[self._reader[training]])
+
+  def report(self, training: _Training) -> dict[str, Any]:
+    return self._pack.report(self._trainings.index(training))
+
+  def data_state(self, training: _Training) -> dict[str, Any]:
+    return self._data_states[self._reader[training]]
+
+  def finish(
+    self, training: _Training, interrupt: "_Interrupt"
+  ) -> dict[str, Any] | Exception:
+    """Returns what became of a run, evaluated if it was trained to its end."""
+    if training in self._errors:
+      return self._errors[training]
+    return _outcome(lambda: training.finish(self.state(training), interrupt))
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+  """Returns what `work` returns, or raises."""
+  try:
+    return work()
+  except Exception as error:
+    return error
+
+
+def _train(steps: _Steps, clock: _Clock, interrupt: "_Interrupt") -> None:
+  """Runs the remaining steps of one run, or of several side by side."""
+  active = steps.active()
+  if not active:
+    return
+  for training in active:
+    training.observer.pauses("compiling")
+  steps.prepare()
+  for training in active:
+    training.bar.start(training.step)
+  clock.start()
+  previous = None
+  while active:
+    for training in active:
+      steps.attempt(training, training.diagnose, steps)
+    is_last = all(training.step + 1 == training.num_steps for training in active)
+    # The device works on this step while the host prepares the next batch; waiting for
+    # the step before it bounds the queue, so that a signal is answered at once.
+    current = steps.advance(is_last)
+    if previous is not None:
+      jax.block_until_ready(previous)
+    previous = current
+    for training in active:
+      training.stepped()
+    for training in active:
+      steps.attempt(training, training.log, steps)
+    signum = interrupt.received()
+    for training in active:
+      steps.attempt(training, training.keep, steps, signum)
+    active = steps.active()
+  clock.stop()
 
 
 def _train_record(
@@ -605,7 +960,9 @@ def _claim(workdir: Path, config: Config) -> None:
     write_json(path, to_dict(config))
 
 
-def _write_run_json(run: _Run, trunk_from: dict[str, Any] | None) -> None:
+def _write_run_json(
+  run: _Run, trunk_from: dict[str, Any] | None, num_packed: int = 1
+) -> None:
   if jax.process_index() != 0:
     return
   counts = dataclasses.asdict(accounting.count(run.config))
@@ -620,6 +977,7 @@ def _write_run_json(run: _Run, trunk_from: dict[str, Any] | None) -> None:
       "tokens_per_step": run.tokens_per_step,
       "num_steps": run.config.train.num_steps,
       "seq_len": run.config.data.seq_len,
+      "packed": num_packed,
       "hardware": _hardware(),
       "versions": {"python": platform.python_version()}
       | {name: importlib.metadata.version(name) for name in packages},
@@ -634,10 +992,7 @@ def _hardware() -> str:
   device = jax.devices()[0]
   name = f"{jax.device_count()} x {device.device_kind}"
   if device.platform == "cpu":
-    # Not every system can pin processes to cores.
-    pins = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if pins else os.cpu_count()
-    name += f", {cores} core(s) {platform.machine()}"
+    name += f", {len(cpu_cores())} core(s) {platform.machine()}"
   return name
 
 

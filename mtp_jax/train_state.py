@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -23,6 +24,14 @@ class Hyperparameters(NamedTuple):
   learning_rate: jax.Array
   mtp_weight: jax.Array
   num_steps: jax.Array
+
+
+def hyperparameters(config: Config) -> Hyperparameters:
+  """Returns those of a config, on the host."""
+  values = (
+    config.optimizer.learning_rate, config.mtp.weight, config.train.num_steps
+  )
+  return Hyperparameters(*(np.float32(x) for x in values))
 
 
 class Interval(NamedTuple):

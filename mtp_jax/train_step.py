@@ -5,6 +5,7 @@ Legend: A microbatches, B batch, T sequence, M = 1 + depth.
 
 import dataclasses
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,11 @@ from mtp_jax.train_state import (
   empty_interval,
   init_state,
   state_shardings,
+)
+
+# By program, then by what it is called with; forgotten with the program.
+_executables: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
+  weakref.WeakKeyDictionary()
 )
 
 
@@ -371,3 +377,16 @@ def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
     diagnostics=jax.jit(functools.partial(gradient_diagnostics, shape)),
     shardings=shardings,
   )
+
+
+def compiled(program: Any, *arguments: Any) -> Any:
+  """Returns a jitted function compiled for such arguments, once for each kind of them.
+
+  So compilation is over before a clock starts, and trials of one shape share it.
+  """
+  executables = _executables.setdefault(program, {})
+  leaves, structure = jax.tree.flatten(arguments)
+  kind = structure, tuple(leaf.shape for leaf in leaves)
+  if kind not in executables:
+    executables[kind] = program.lower(*arguments).compile()
+  return executables[kind]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import benchmark
-from launch.benchmarks import train
+from launch.benchmarks import pack, train
 from launch.benchmarks.contestants import Contestant, Failed, one_document_batch
 from mtp_jax.targets import future_targets
 from tests import common
@@ -25,6 +25,46 @@ def test_quick_run_writes_table_and_figures(tmp_path, capsys):
       assert all(s > 0 for steps in figures["seconds"] for s in steps)
     assert row["contestants"]["jax"]["xla_memory"] > 0
   assert (tmp_path / "train-quick.md").read_text() == train.markdown(record)
+
+
+@pytest.mark.slow
+def test_quick_run_of_packs_writes_table_and_figures(tmp_path):
+  benchmark.main(["pack", "--quick", "--output", str(tmp_path)])
+  record = json.loads((tmp_path / "pack-quick.json").read_text())
+  ((row),) = record["rows"]
+  assert row["contestants"].keys() == {"alone", "1", "2"}
+  for figures in row["contestants"].values():
+    assert len(figures["seconds"]) == 2 and figures["memory"] > 0
+  assert (tmp_path / "pack-quick.md").read_text() == pack.markdown(record)
+
+
+def test_a_pack_is_compared_with_as_many_trials_one_by_one():
+  figures = {"compile_seconds": 100.0, "memory": 2e6}
+  row = {
+    "size": "1", "parameters": 1_000_000, "device": "d", "contestants": {
+      # The second round was disturbed: both are ten times slower.
+      "alone": figures | {"seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
+      "4": figures | {"seconds": [[2.0, 2.0], [20.0, 20.0], [1.6, 1.6]]},
+      "8": {"error": "Failed: no memory"},
+    },
+  }
+  settings = {"seq_len": 8, "batch_size": 1, "rounds": 3, "steps_per_round": 2}
+  table = pack.markdown(
+    _record([row]) | {"settings": settings | {"num_steps": 100}}
+  )
+  # 100 steps of 1 s; of 4 trials, 50 s each. Compiled: 125 s and 75 s each.
+  assert (
+    "| 1,000,000 | 4 | 100.0 | 2000.0 | 2 | 72.0 | 2.00 [2.00, 2.50] | 48.0 | 1.92 ["
+    in table
+  )
+  assert "- 1,000,000 parameters, 8: Failed: no memory" in table
+
+
+def test_a_pack_without_trials_is_refused(capsys):
+  with pytest.raises(SystemExit) as caught:
+    benchmark.main(["pack", "--packs", "0"])
+  assert caught.value.code == 2
+  assert capsys.readouterr().err == "error: --packs must be at least 1, got 0.\n"
 
 
 def test_a_contestant_that_cannot_be_built_says_why():

@@ -538,7 +538,7 @@ def test_what_is_retried_follows_the_exit_class(tmp_path):
   crashed, broken = plan(tmp_path, "crashed", "broken")
   passed = local.Sweep([crashed, broken], tmp_path, "", max_attempts=2)
   passed._waiting = []
-  worker = types.SimpleNamespace(give=lambda _: None, trial=None, shape=None)
+  worker = types.SimpleNamespace(give=lambda *_: None, trials=[], shape=None)
   for trial, kinds in ((crashed, ("infrastructure",) * 2), (broken, ("config",))):
     for exit_class in kinds:
       passed._waiting = [trial]
@@ -547,6 +547,40 @@ def test_what_is_retried_follows_the_exit_class(tmp_path):
       passed._note(trial, event)
   assert passed._attempts == {"crashed": 2, "broken": 1}
   assert passed._failed.keys() == {"crashed", "broken"}
+
+
+def test_packs_are_even_and_hold_what_is_alike(tmp_path):
+  assert [local.pack_size(n, 8, 1) for n in (1, 8, 9, 13, 24)] == [1, 8, 5, 7, 8]
+  # Each of two workers is to have one.
+  assert [local.pack_size(n, 8, 2) for n in (1, 4, 13, 33)] == [1, 2, 7, 7]
+  planned = plan(tmp_path, *"abcde", "wide")
+  first = planned[0]
+  short = with_overrides(first.resolved, {"train.num_steps": 9})
+  planned[0] = trials.Trial(first.config, short, first.workdir)
+  found = {trial.name: State("waiting") for trial in planned}
+  found["b"] = State("stopped", step=3)
+  assert local.preview_packs(planned, found, 2, 1) == [
+    "shape 1, 2 trial(s): c d",
+    "shape 1, 2 trial(s): e a",
+    "shape 1, 1 trial(s): b",
+    "shape 2, 1 trial(s): wide",
+  ]
+
+
+def test_a_pack_that_failed_is_not_packed_again(tmp_path):
+  planned = plan(tmp_path, "a", "b", "c")
+  given = []
+  worker = types.SimpleNamespace(
+    give=lambda *args: given.append(args), trials=[], shape=None, measures=False
+  )
+  passed = local.Sweep(planned, tmp_path, "", max_attempts=1, pack=2)
+  passed._give(worker)
+  passed._note_all(planned[:2], workers.Event("died", "killed", "infrastructure"))
+  for _ in range(3):
+    passed._give(worker)
+  names = [("".join(trial.name for trial in trials), size) for trials, size in given]
+  assert names == [("ab", 2), ("c", 2), ("a", None), ("b", None)]
+  assert passed._attempts == {"a": 1, "b": 1, "c": 1} and not passed._failed
 
 
 # Other schedulers, and the command
@@ -572,6 +606,9 @@ def test_commands_are_printed_for_every_process(tmp_path, capsys):
   (["--on=ray"], "flag --on=ray: value should be one of <local|slurm|"),
   (["--slurm.nodes=2"], "--slurm.nodes is for --on=slurm, got --on=local."),
   (["--on=slurm", "--parallel=2"], "--parallel is for --on=local, got --on=slurm."),
+  (["--on=print", "--pack=2"], "--pack is for --on=local, got --on=print."),
+  (["--pack=0"], "--pack must be a number from 1 up or auto, got '0'."),
+  (["--pack=all"], "--pack must be a number from 1 up or auto, got 'all'."),
   (["--max_parallel=2"], "--max_parallel is for --on=slurm, got --on=local."),
   (["--on=slurm", "--slurm.nodes=two"], "flag --slurm.nodes=two: "),
   (["--on=print", "--print.processes=2"], "--print.coordinator must be HOST:PORT "),
@@ -604,6 +641,14 @@ def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
   assert result.code == 2
   assert result.output == f"error: another sweep is being started in {root}.\n"
   assert os.listdir(root) == [".lock"]
+
+
+def test_a_dry_run_shows_packs(command):
+  result = command("launch.sweep", NTP, "--dry_run", "--pack=auto")
+  assert result.code == 0 and "\nshape 1, 5 trial(s): seed=0 seed=1" in result.output
+  assert "\npacks of at most 32, if as many fit the memory:\n" in result.output
+  wide = command("launch.sweep", NTP, "--workdir=x", "--pack=2", "--config.mesh.fsdp=2")
+  assert wide.code == 2 and "The devices come from --pack: each trial" in wide.output
 
 
 def test_a_dry_run_shows_what_would_be_handed_over(command, tmp_path):

@@ -21,6 +21,7 @@ SEES = (
   "test_causality.py::test_a_loss_sees_its_document_up_to_its_place_and_nothing_else"
 )
 
+PACKED = "test_pack.py::test_packed_runs_are_those_that_were_trained_alone"
 DISTILLED = "test_distillation.py::test_losses_equal_sums_over_positions"
 CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
 DRAFTING = (
@@ -206,6 +207,24 @@ MUTANTS = {
     "test_drafter_files.py::"
     "test_the_published_forward_pass_on_the_files_gives_our_logits[eagle3]",
   ),
+  "a run of a pack goes on after its last step": Mutant(
+    "pack.py",
+    "jnp.where(is_active, new, old)",
+    "new",
+    f"{PACKED}[True]",
+  ),
+  "all runs of a pack begin an interval of the log at once": Mutant(
+    "pack.py",
+    "starts[list(active)] = list(active.values())",
+    "starts[list(active)] = any(active.values())",
+    f"{PACKED}[True]",
+  ),
+  "runs of a pack share rows that are not theirs": Mutant(
+    "train.py",
+    "shares = all(x == read[0] for x in read)",
+    "shares = True",
+    "test_pack.py::test_runs_at_different_steps_go_on_together",
+  ),
   "lambda not divided by depth": Mutant(
     "depth_weights.py",
     'scale / mtp.depth if mtp.weighting == "mean" else scale',
@@ -276,8 +295,8 @@ MUTANTS = {
   ),
   "checkpoint holds the iterator one batch ahead": Mutant(
     "train.py",
-    "        run.save(state, data_state, seconds)\n",
-    "        run.save(state, loader.get_state(), seconds)\n",
+    "self.run.save(state, steps.data_state(self), self.seconds)",
+    "self.run.save(state, self.loader.get_state(), self.seconds)",
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(

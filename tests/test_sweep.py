@@ -332,7 +332,7 @@ class Meddled(Sweep):
 
   def _show(self):
     super()._show()
-    pids = {w.trial.name: w._process.pid for w in self._workers if w.trial}
+    pids = {t.name: w._process.pid for w in self._workers for t in w.trials}
     if self.steps and self.steps[0](pids):
       self.steps.pop(0)
 
@@ -381,3 +381,41 @@ def test_killed_worker_and_stopped_sweep_are_continued(
   for trial in planned:
     steps = [line["step"] for line in metrics(trial) if line["kind"] == "train"]
     assert steps == list(range(100, trial.num_steps + 1, 100))
+
+
+def test_packs_as_large_as_fit_go_past_a_failure(
+  corpus, tmp_path, one_device, monkeypatch, capfd
+):
+  monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into log.txt.
+  planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
+  assert Sweep(planned, tmp_path, "", pack=None).run([Slot(None)]) == 1
+  assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
+  shown = capfd.readouterr().out
+  assert "seed=0: measures how many of its shape fit\n" in shown
+  assert "diverges: FAILED: Diverged: loss or gradient was not finite" in shown
+  # The program that was measured serves.
+  logs = [log.read_text() for log in tmp_path.glob("*/log.txt")]
+  assert len(logs) == 3
+  assert "Finished XLA compilation of jit(train_step)" not in "".join(logs)
+
+
+def test_trials_of_a_pack_that_dies_are_tried_alone(
+  corpus, tmp_path, one_device, monkeypatch, capfd
+):
+  monkeypatch.setattr(local, "_SECONDS_BETWEEN_LOOKS", 0.05)
+  planned = plan(corpus, tmp_path, SEEDS)
+
+  def kill(pids):
+    if len(pids) == 2 and (tmp_path / "seed=1" / "log.txt").exists():
+      os.kill(pids["seed=1"], signal.SIGKILL)
+      return True
+
+  cache = str(tmp_path / "cache")
+  sweep = Meddled(planned, tmp_path, cache, 1, False, 2, steps=[kill])
+  assert sweep.run([Slot(None)]) == 0
+  assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
+  shown = capfd.readouterr().out
+  assert "a pack of 2 failed, each is tried alone: the worker was ended by" in shown
+  assert "seed=0: starts\n" in shown and "seed=1: starts\n" in shown
+  log = (tmp_path / "seed=1" / "log.txt").read_text()
+  assert log.startswith(f"trained in a pack: see {tmp_path / 'seed=0' / 'log.txt'}\n")

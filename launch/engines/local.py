@@ -16,10 +16,13 @@ from tqdm import tqdm
 from launch import cli, engines, exits, status, trials
 from launch.engines import Job, Record, results, workers
 from launch.engines.workers import Event, Slot, Worker, WorkerError
-from launch.trials import Trial
+from launch.trials import State, Trial
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 
+# Of `--pack=auto`: the most that `launch.benchmark pack` measures. What a pack has
+# trained since its last checkpoints is lost together.
+MOST_PACKED = 32
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -39,6 +42,44 @@ def next_trial(waiting: list[Trial], worker: Worker, busy: Iterable[Worker]) -> 
   for trial in choice:
     work[trial.shape] = work.get(trial.shape, 0.0) + trial.flops
   return max(choice, key=lambda trial: (work[trial.shape], trial.flops))
+
+
+def pack_size(num_trials: int, most: int, num_workers: float) -> int:
+  """Returns the size of packs of trials of one shape, at most `most`, that are even.
+
+  13 trials, of which 8 fit, are two packs of up to 7: one program serves both, and one
+  of its places stays empty. `num_workers` are to have a pack each.
+  """
+  num_packs = max(-(-num_trials // most), min(num_trials, int(num_workers)), 1)
+  return -(-num_trials // num_packs)
+
+
+def in_packs(
+  mates: list[Trial], states: dict[str, State], size: int
+) -> list[list[Trial]]:
+  """Returns trials of one shape as packs of at most `size`, those alike together.
+
+  Trials at one step can share their batches, and those of one length end together. The
+  longest come first, else the order is that of the sweep.
+  """
+  alike = sorted(mates, key=lambda trial: (states[trial.name].step, -trial.num_steps))
+  return [alike[i : i + size] for i in range(0, len(alike), size)]
+
+
+def preview_packs(
+  waiting: list[Trial], states: dict[str, State], most: int, num_workers: int
+) -> list[str]:
+  """Returns a line for each pack that `Sweep` would make of trials."""
+  mates: dict[Config, list[Trial]] = {}
+  for trial in waiting:
+    mates.setdefault(trial.shape, []).append(trial)
+  lines = []
+  for shape, trials_of_shape in enumerate(mates.values(), start=1):
+    size = pack_size(len(trials_of_shape), most, num_workers / len(mates))
+    for pack in in_packs(trials_of_shape, states, size):
+      names = " ".join(trial.name for trial in pack)
+      lines.append(f"shape {shape}, {len(pack)} trial(s): {names}")
+  return lines
 
 
 def seconds_of(flops: float, cost: float, speeds: dict[float, float]) -> float:
@@ -63,6 +104,8 @@ class Sweep:
     compilation_cache: folder of compiled programs; empty for none.
     max_attempts: how often a trial is started that ends for no fault of its own.
     again: start also those that ended in bad input or diverged.
+    pack: most trials of one shape that are trained in one program; None is as many as
+      fit, up to `MOST_PACKED`.
   """
 
   def __init__(
@@ -72,14 +115,22 @@ class Sweep:
     compilation_cache: str,
     max_attempts: int = 1,
     again: bool = False,
+    pack: int | None = 1,
   ):
     self._planned = planned
     self._root = root
     self._compilation_cache = compilation_cache
     self._max_attempts = max_attempts
+    self._pack = pack
+    # By shape: trials that fit, as measured; and the size of its packs.
+    self._fitting: dict[Config, int] = {}
+    self._sizes: dict[Config, int] = {}
+    self._not_packed: set[str] = set()  # Their pack failed.
+    self._num_devices = 1
     choice = trials.choose(planned, again)
     self._states = choice.states
     self._waiting = choice.todo
+    self._num_shapes = len({trial.shape for trial in self._waiting})
     self._failed = {t.name: "another process trains it" for t in choice.active}
     for trial in choice.given_up:
       reason = self._states[trial.name].reason
@@ -88,9 +139,10 @@ class Sweep:
     self._workers: list[Worker] = []
     self._signum: int | None = None
     self._stopped_at = 0.0
-    # Of this pass: when each running trial was given out and its step then; FLOPs and
-    # seconds of the finished ones by their cost (FLOPs per token).
-    self._given: dict[str, tuple[float, int]] = {}
+    # Of this pass: when each running trial was given out, its step then, and how many
+    # were given out with it; FLOPs and seconds of the finished ones by their cost
+    # (FLOPs per token).
+    self._given: dict[str, tuple[float, int, int]] = {}
     self._measured: dict[float, tuple[float, float]] = {}
     self._bar: tqdm | None = None
     self._last_line = time.monotonic()
@@ -135,14 +187,17 @@ class Sweep:
   def _answer(self, worker: Worker, event: Event) -> None:
     """Notes what happened in a worker and gives it what comes next."""
     if event.kind == "warning":
-      where = worker.trial.name if worker.trial else "worker"
-      self._say(f"{where}: warning: {event.text}")
+      names = [trial.name for trial in worker.trials]
+      self._say(f"{', '.join(names) or 'worker'}: warning: {event.text}")
       return
-    trial, worker.trial = worker.trial, None
+    given, worker.trials = worker.trials, []
+    measured, worker.measures = worker.measures, False
     if event.kind == "ready":
       self._check_devices(event)
-    elif trial is not None:
-      self._note(trial, event)
+    elif given:
+      self._note_all(given, event)
+    elif measured:  # A worker that died of it has no room for two.
+      self._fitting[worker.shape] = event.size or 1
     elif self._signum is None:
       raise WorkerError(f"a worker could not start: {event.text}.")
     goes_on = bool(self._waiting) and self._signum is None
@@ -155,29 +210,80 @@ class Sweep:
       self._workers.append(Worker(worker.slot, self._compilation_cache))
 
   def _give(self, worker: Worker) -> None:
-    busy = [other for other in self._workers if other.trial is not None]
+    busy = [other for other in self._workers if other.trials or other.measures]
     trial = next_trial(self._waiting, worker, busy)
-    self._waiting.remove(trial)
-    step = self._states[trial.name].step
-    self._given[trial.name] = time.monotonic(), step
-    trial.workdir.mkdir(parents=True, exist_ok=True)
-    (trial.workdir / "error.txt").unlink(missing_ok=True)
-    engines.write_record(
-      trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
-    )
-    self._attempts[trial.name] += 1
-    worker.give(trial)
-    self._say(f"{trial.name}: " + (f"continues near step {step}" if step else "starts"))
+    mates = self._mates(trial)
+    if len(mates) > 1 and self._pack is None and trial.shape not in self._fitting:
+      worker.measure(trial, min(len(mates), MOST_PACKED))
+      self._say(f"{trial.name}: measures how many of its shape fit")
+      return
+    size = self._size(trial, len(mates))
+    given = in_packs(mates, self._states, size)[0] if size > 1 else [trial]
+    pack = f" in a pack of {len(given)}" if len(given) > 1 else ""
+    for trial in given:
+      self._waiting.remove(trial)
+      step = self._states[trial.name].step
+      self._given[trial.name] = time.monotonic(), step, len(given)
+      trial.workdir.mkdir(parents=True, exist_ok=True)
+      (trial.workdir / "error.txt").unlink(missing_ok=True)
+      engines.write_record(
+        trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
+      )
+      self._attempts[trial.name] += 1
+      how = f"continues near step {step}" if step else "starts"
+      self._say(f"{trial.name}: {how}{pack}")
+    is_plain = size == 1 and (self._pack == 1 or self._num_devices == 1)
+    worker.give(given, None if is_plain else size)
+
+  def _mates(self, trial: Trial) -> list[Trial]:
+    """Returns the waiting trials that may be in a pack with this one, itself too."""
+    if self._pack == 1 or trial.name in self._not_packed:
+      return [trial]
+    return [
+      other
+      for other in self._waiting
+      if other.shape == trial.shape and other.name not in self._not_packed
+    ]
+
+  def _size(self, trial: Trial, num_mates: int) -> int:
+    """Returns the size of a pack with this trial; that of a shape stays the same."""
+    if trial.name in self._not_packed:
+      return 1
+    if trial.shape not in self._sizes:
+      most = self._fitting.get(trial.shape, 1) if self._pack is None else self._pack
+      num_workers = len(self._workers) / self._num_shapes
+      self._sizes[trial.shape] = pack_size(num_mates, most, num_workers)
+    return self._sizes[trial.shape]
+
+  def _note_all(self, given: list[Trial], event: Event) -> None:
+    """Notes the end of a trial, or of a pack."""
+    if event.kind == "packed":
+      for trial, part in zip(given, event.parts, strict=True):
+        self._note(trial, part)
+    elif len(given) == 1 or self._signum is not None:
+      for trial in given:
+        self._note(trial, event)
+    else:
+      text = event.text or "the worker was told to stop (SIGTERM)"
+      self._say(
+        f"a pack of {len(given)} failed, each is tried alone: {text.splitlines()[0]}"
+      )
+      # It may be the fault of another one, or of their number: no attempt is counted.
+      for trial in given:
+        self._attempts[trial.name] -= 1
+        self._given.pop(trial.name)
+        self._not_packed.add(trial.name)
+        self._waiting.append(trial)
 
   def _note(self, trial: Trial, event: Event) -> None:
     """Notes the end of a trial, for better or worse."""
     self._states[trial.name] = state = trials.read_state(trial)
-    began, first_step = self._given.pop(trial.name)
+    began, first_step, num_given = self._given.pop(trial.name)
     elapsed = time.monotonic() - began
     if event.kind == "done":
       flops, seconds = self._measured.get(trial.cost, (0.0, 0.0))
       flops += self._work(trial, first_step)
-      self._measured[trial.cost] = flops, seconds + elapsed
+      self._measured[trial.cost] = flops, seconds + elapsed / num_given
       loss = math.nan if state.eval_loss is None else state.eval_loss
       self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
     elif self._signum is not None:
@@ -205,6 +311,7 @@ class Sweep:
     self._say(f"{trial.name}: FAILED: {summary}", True)
 
   def _check_devices(self, event: Event) -> None:
+    self._num_devices = event.num_devices
     shared = any(worker.slot.gpus is None for worker in self._workers)
     if event.platform != "cpu" and len(self._workers) > 1 and shared:
       raise ConfigError(
@@ -213,7 +320,7 @@ class Sweep:
       )
     for trial in self._waiting:
       try:
-        validate(trial.config, event.num_devices)
+        validate(trial.config, event.num_devices if self._pack == 1 else 1)
       except ConfigError as error:
         raise ConfigError(f"{trial.name}: {error}") from error
 
@@ -238,13 +345,13 @@ class Sweep:
 
   def _progress(self) -> tuple[float, str]:
     """Returns the share of FLOPs done and a line that says so."""
-    running = [worker.trial for worker in self._workers if worker.trial is not None]
+    running = [trial for worker in self._workers for trial in worker.trials]
     measured = self._measured.items()  # Of trials that only had to be evaluated: 0.
     speeds = {cost: flops / s for cost, (flops, s) in measured if flops}
     for trial in running:
       self._states[trial.name] = trials.read_state(trial)
-      began, first_step = self._given[trial.name]
-      if work := self._work(trial, first_step):
+      began, first_step, num_given = self._given[trial.name]
+      if work := num_given * self._work(trial, first_step):
         speeds.setdefault(trial.cost, work / (time.monotonic() - began))
     left = sum(
       seconds_of(trial.flops - self._work(trial), trial.cost, speeds)
@@ -300,7 +407,7 @@ class Local:
   """Worker processes on this machine; see `Engine`.
 
   Args:
-    root, compilation_cache, max_attempts, again: see `Sweep`.
+    root, compilation_cache, max_attempts, again, pack: see `Sweep`.
     parallel: trials that are trained at once.
   """
 
@@ -313,22 +420,35 @@ class Local:
     parallel: int = 1,
     max_attempts: int = 1,
     again: bool = False,
+    pack: int | None = 1,
   ):
     self._root = root
     self._compilation_cache = compilation_cache
     self._parallel = parallel
     self._max_attempts = max_attempts
     self._again = again
+    self._pack = pack
 
   def check(self, planned: list[Trial]) -> None:
     workers.slots(self._parallel)
+    if self._pack != 1:
+      trials.check_devices(planned, 1, "--pack: each trial has one of its own")
 
   def preview(self, planned: list[Trial]) -> str:
-    return ""
+    """Returns the packs in which trials would be trained, if any are to be."""
+    if self._pack == 1:
+      return ""
+    choice = trials.choose(planned, self._again)
+    most = self._pack or MOST_PACKED
+    lines = preview_packs(choice.todo, choice.states, most, self._parallel)
+    if self._pack is None:
+      lines.insert(0, f"packs of at most {most}, if as many fit the memory:")
+    return "\n".join(lines)
 
   def submit(self, planned: list[Trial]) -> int:
     sweep = Sweep(
-      planned, self._root, self._compilation_cache, self._max_attempts, self._again
+      planned, self._root, self._compilation_cache, self._max_attempts, self._again,
+      self._pack,
     )
     try:
       return sweep.run(workers.slots(self._parallel))

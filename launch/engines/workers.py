@@ -1,4 +1,4 @@
-"""Worker processes that train the trials of a sweep, one at a time each.
+"""Worker processes that train the trials of a sweep, one or a pack at a time each.
 
 A worker has a slot: its own share of the CPU cores (XLA starts as many threads) and of
 the GPUs. It keeps corpora and compiled programs from trial to trial, so trials of one
@@ -31,7 +31,8 @@ from launch.status import Status, exit_class_of
 from launch.trials import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
-from mtp_jax.train import Interrupted, fit
+from mtp_jax.pack import cpu_cores, fitting_size
+from mtp_jax.train import Interrupted, fit, fit_pack
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
@@ -61,26 +62,35 @@ class Event:
   text: why it failed or died, or the warning; its first line is a summary.
   exit_class: of a trial that failed or died, see `launch.exits`.
   platform, num_devices: of a worker that is ready.
+  size: trials of a pack that fit its memory, of a worker that has measured.
+  parts: of a pack that has ended, the events of its trials.
   """
 
-  kind: Literal["ready", "done", "failed", "claimed", "stopped", "warning", "died"]
+  kind: Literal[
+    "ready", "done", "failed", "claimed", "stopped", "warning", "died", "measured",
+    "packed",
+  ]
   text: str = ""
   exit_class: str = ""
   platform: str = ""
   num_devices: int = 0
+  size: int = 0
+  parts: tuple["Event", ...] = ()
 
 
 class Worker:
   """The sweep's end of one worker process.
 
-  trial: the one it trains, None while it is idle or starting.
+  trials: those it trains, none while it is idle or starting.
   shape: that of the last trial it was given.
+  measures: it tries how many trials of its shape fit.
   """
 
   def __init__(self, slot: Slot, compilation_cache: str):
     self.slot = slot
-    self.trial: Trial | None = None
+    self.trials: list[Trial] = []
     self.shape: Config | None = None
+    self.measures = False
     self._connection, theirs = _SPAWN.Pipe()
     self._process = _SPAWN.Process(
       target=_serve, args=(theirs, slot.cores, compilation_cache)
@@ -96,11 +106,20 @@ class Worker:
     """For `multiprocessing.connection.wait`: readable when there is an event."""
     return self._connection.fileno()
 
-  def give(self, trial: Trial) -> None:
-    """Starts training a trial."""
-    self.trial, self.shape = trial, trial.shape
+  def give(self, trials: list[Trial], size: int | None = None) -> None:
+    """Starts training a trial, or several as a pack of `size`."""
+    self.trials, self.shape = trials, trials[0].shape
+    runs = [(trial.config, trial.workdir) for trial in trials]
+    self._send(*((train, *runs[0]) if size is None else (train_pack, runs, size)))
+
+  def measure(self, trial: Trial, most: int) -> None:
+    """Starts looking how many trials of this shape fit, at most `most`."""
+    self.shape, self.measures = trial.shape, True
+    self._send(measure, trial.resolved, most)
+
+  def _send(self, *work: Any) -> None:
     with contextlib.suppress(BrokenPipeError):  # It died: the next event says so.
-      self._connection.send((trial.config, trial.workdir))
+      self._connection.send(work)
 
   def event(self) -> Event:
     """Returns the next event; waits for it."""
@@ -124,7 +143,7 @@ class Worker:
   def close(self) -> None:
     """Ends it at once if it is at work, and waits."""
     self._connection.close()
-    if self.trial is not None:
+    if self.trials or self.measures:
       self._process.kill()
     self._process.join()
 
@@ -140,8 +159,7 @@ def slots(num_workers: int) -> list[Slot]:
   Raises:
     ConfigError: there are fewer cores than workers, or GPUs cannot be shared evenly.
   """
-  pins = hasattr(os, "sched_setaffinity")
-  cores = sorted(os.sched_getaffinity(0)) if pins else range(os.cpu_count() or 1)
+  pins, cores = hasattr(os, "sched_setaffinity"), cpu_cores()
   if not 1 <= num_workers <= len(cores):
     raise ConfigError(
       f"--parallel must be from 1 to the number of CPU cores ({len(cores)}), got "
@@ -157,7 +175,7 @@ def slots(num_workers: int) -> list[Slot]:
   each = len(gpus) // num_workers
   return [
     Slot(
-      list(cores[a:b]) if pins else None,
+      cores[a:b] if pins else None,
       ",".join(gpus[i * each : (i + 1) * each]) if gpus else None,
     )
     for i, (a, b) in enumerate(itertools.pairwise(bounds))
@@ -201,7 +219,7 @@ def _serve(
   cores: list[int] | None,
   compilation_cache: str,
 ) -> None:
-  """Trains what comes over `connection` until it ends: the life of a worker."""
+  """Does what comes over `connection` until it ends: the life of a worker."""
   os.setpgrp()  # See `Worker`: Ctrl-C stays with the sweep.
   if cores is not None:
     os.sched_setaffinity(0, cores)
@@ -217,36 +235,101 @@ def _serve(
     platform, num_devices = jax.default_backend(), jax.device_count()
     connection.send(Event("ready", platform=platform, num_devices=num_devices))
     while True:
-      config, workdir = connection.recv()
-      connection.send(train(config, workdir))
+      work, *args = connection.recv()
+      connection.send(work(*args))
 
 
 def train(config: Config, workdir: Path) -> Event:
   """Trains one trial and returns what became of it; raises nothing but SystemExit."""
   with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(cli.exclusive(workdir))
-    except ConfigError as error:
-      return Event("claimed", str(error))
-    if (workdir / "DONE").exists():  # By another sweep, since this one looked.
-      return Event("done")
+    if event := _taken(stack, workdir):
+      return event
     stack.enter_context(_output_to(workdir / "log.txt"))
-    num_steps = accounting.resolve(config).train.num_steps
-    status = stack.enter_context(Status(workdir, num_steps, stall_seconds=0))
-    try:
-      fit(config, workdir, progress=False, observer=status)
-    except Interrupted as error:
-      status.ended("yielded", str(error))
-      return Event("stopped")
-    except SystemExit:
+    status = _status(stack, config, workdir)
+    with _leaving_word([status]):
+      try:
+        fit(config, workdir, progress=False, observer=status)
+      except Exception as error:
+        return _ended(status, error)
+      return _ended(status)
+
+
+def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
+  """Trains trials of one shape as a pack; see `train` and `fit_pack`.
+
+  The event has those of the trials as its parts, or it is a failure of them all. What
+  libraries print goes to the log of the first trial, and the others say so.
+  """
+  with contextlib.ExitStack() as stack:
+    events = [_taken(stack, workdir) for _, workdir in runs]
+    ours = [run for run, event in zip(runs, events, strict=True) if event is None]
+    if not ours:
+      return Event("packed", parts=tuple(events))
+    (_, first), *others = ours
+    stack.enter_context(_output_to(first / "log.txt"))
+    for _, workdir in others:
+      with (workdir / "log.txt").open("a") as log:
+        log.write(f"trained in a pack: see {first / 'log.txt'}\n")
+    statuses = [_status(stack, *run) for run in ours]
+    with _leaving_word(statuses):
+      try:
+        outcomes = fit_pack(*zip(*ours, strict=True), size=size, observers=statuses)
+      except Exception as error:
+        failures = [_ended(status, error) for status in statuses]
+        return failures[0]
+    ended = iter([
+      _ended(status, outcome if isinstance(outcome, Exception) else None)
+      for status, outcome in zip(statuses, outcomes, strict=True)
+    ])
+    return Event("packed", parts=tuple(event or next(ended) for event in events))
+
+
+def measure(config: Config, most: int) -> Event:
+  """Returns the size of a pack that fits, 1 if it cannot be found out."""
+  try:
+    return Event("measured", size=fitting_size(config, most, jax.devices()))
+  except Exception:  # Such as a program that the compiler has no memory for.
+    traceback.print_exc()
+    return Event("measured", size=1)
+
+
+def _taken(stack: contextlib.ExitStack, workdir: Path) -> Event | None:
+  """Holds a run folder, or says why there is nothing to be trained in it."""
+  try:
+    stack.enter_context(cli.exclusive(workdir))
+  except ConfigError as error:
+    return Event("claimed", str(error))
+  # By another sweep, since this one looked.
+  return Event("done") if (workdir / "DONE").exists() else None
+
+
+def _status(stack: contextlib.ExitStack, config: Config, workdir: Path) -> Status:
+  num_steps = accounting.resolve(config).train.num_steps
+  return stack.enter_context(Status(workdir, num_steps, stall_seconds=0))
+
+
+@contextlib.contextmanager
+def _leaving_word(statuses: list[Status]) -> Iterator[None]:
+  """Notes it in the run folders if the process is told to end meanwhile."""
+  try:
+    yield
+  except SystemExit:
+    for status in statuses:
       status.ended("yielded", "SIGTERM, nothing new was saved")
-      raise
-    except Exception as error:
-      text, exit_class = _explain(error)
-      status.ended(exit_class, text)
-      return Event("failed", text, exit_class)
+    raise
+
+
+def _ended(status: Status, error: Exception | None = None) -> Event:
+  """Notes the end of a trial in its run folder; returns it as an event."""
+  if error is None:
     status.ended("done")
     return Event("done")
+  if isinstance(error, Interrupted):
+    status.ended("yielded", str(error))
+    return Event("stopped")
+  text, exit_class = _explain(error)
+  status.ended(exit_class, text)
+  return Event("failed", text, exit_class)
 
 
 def _explain(error: Exception) -> tuple[str, str]:
@@ -254,7 +337,8 @@ def _explain(error: Exception) -> tuple[str, str]:
   if exit_class := exit_class_of(error):
     return f"{type(error).__name__}: {error}", exit_class
   summary = traceback.format_exception_only(error)[-1].strip()
-  return f"{summary}\n\n{traceback.format_exc()}", "infrastructure"
+  trace = "".join(traceback.format_exception(error))
+  return f"{summary}\n\n{trace}", "infrastructure"
 
 
 def _report(connection: Any, message: Warning | str, filename: str) -> None:

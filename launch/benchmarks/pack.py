@@ -1,0 +1,310 @@
+"""`launch.benchmark pack`: trials per hour side by side, against one after the other.
+
+A trial is a small Llama with one sequential module, on random tokens, one document per
+row, all trials on the same rows. The contestants of one size, the lone step and packs
+of N trials, take turns for several rounds, as the training loop takes their steps: the
+next one is started before the last has ended. Every ratio is formed within a round, so
+that a machine that is busy for a while slows both of its sides.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.benchmarks.contestants import Contestant, Failed, one_document_batch
+from launch.benchmarks.records import (
+  RESULTS,
+  Progress,
+  header,
+  make_config,
+  ratios,
+  slug,
+  spread,
+  table,
+  write,
+)
+from launch.huge_pages import HUGE_PAGES
+from mtp_jax import accounting
+from mtp_jax.config import Config, ConfigError
+from mtp_jax.config_rules import validate
+from mtp_jax.pack import make_pack
+from mtp_jax.sharding import make_mesh, put_batch
+from mtp_jax.train_state import hyperparameters
+from mtp_jax.train_step import compiled, programs, shape_of
+
+# Width and layers by millions of parameters.
+SIZES = {"0.3": (64, 4), "1": (128, 4), "3": (192, 6), "10": (384, 4)}
+_PRESETS = {
+  "cpu": {
+    "sizes": ["0.3", "1", "3"], "packs": [1, 4, 8], "seq_len": 128, "batch_size": 8,
+    "rounds": 3, "steps_per_round": 2,
+  },
+  "gpu": {
+    "sizes": list(SIZES), "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
+    "batch_size": 16, "rounds": 5, "steps_per_round": 20,
+  },
+}
+_QUICK = {
+  "sizes": ["0.3"], "packs": [1, 2], "seq_len": 32, "batch_size": 2, "rounds": 2,
+  "steps_per_round": 2,
+}
+_ALONE = "alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+  """What a contestant says once it is compiled and warm.
+
+  memory: bytes of arguments and temporaries of the program, by XLA's own analysis.
+  """
+
+  hardware: str
+  compile_seconds: float
+  memory: int
+
+
+def add_parser(commands: Any) -> None:
+  """Adds the `pack` subcommand to the subparsers of `launch.benchmark`."""
+  parser = commands.add_parser(
+    "pack",
+    help="trials per hour side by side in one program, against one after the other",
+    description=__doc__,
+    epilog=(
+      "Examples:\n"
+      "  python -m launch.benchmark pack --quick         a check that takes a minute\n"
+      "  python -m launch.benchmark pack                 the published table of a CPU\n"
+      "  python -m launch.benchmark pack --preset gpu    that of a GPU\n"
+      "  python -m launch.benchmark pack --sizes 1 --packs 8 16\n"
+    ),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
+  add(
+    "--sizes", nargs="+", choices=list(SIZES), metavar="MILLIONS",
+    help=f"of parameters: {', '.join(SIZES)}",
+  )
+  add("--packs", nargs="+", type=int, metavar="N", help="trials of a pack")
+  add("--seq_len", type=int)
+  add("--batch_size", type=int)
+  add("--rounds", type=int, help="turns of every contestant")
+  add("--steps_per_round", type=int)
+  add(
+    "--num_steps", type=int, default=2000,
+    help="of a trial, for the trials per hour that include compilation",
+  )
+  add(
+    "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
+    help=f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)",
+  )
+  add(
+    "--output", type=Path, default=RESULTS, metavar="FOLDER",
+    help="where the table (.md) and the figures (.json) go",
+  )
+  add(
+    "--quick", action="store_true",
+    help="tiny sizes, two rounds; says that it works, not how fast",
+  )
+  parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Measures, prints the table, writes it and its figures.
+
+  Raises:
+    ConfigError: a pack without trials, or sizes that no model has.
+  """
+  for key, value in (_QUICK if args.quick else _PRESETS[args.preset]).items():
+    if args.quick or getattr(args, key) is None:
+      setattr(args, key, value)
+  if min(args.packs) < 1:
+    raise ConfigError(f"--packs must be at least 1, got {min(args.packs)}.")
+  configs = {size: _config(args, size) for size in args.sizes}
+  for config in configs.values():
+    validate(config, 1)
+  say = Progress(len(args.sizes) * (1 + len(args.packs)), args.rounds)
+  rows = [_measure(args, size, config, say) for size, config in configs.items()]
+  record = header(args) | {"rows": rows}
+  name = "pack-quick" if args.quick else f"pack-{slug(rows[0]['device'])}"
+  write(args.output, name, record, markdown(record))
+
+
+def _config(args: argparse.Namespace, size: str) -> Config:
+  embed_dim, num_layers = SIZES[size]
+  sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": 4}
+  values = argparse.Namespace(**vars(args) | sizes | {"kind": "sequential"})
+  return make_config(values, "llama", 264, depth=1)
+
+
+def _measure(
+  args: argparse.Namespace, size: str, config: Config, say: Progress
+) -> dict[str, Any]:
+  """Returns the row of one size, its contestants in turns."""
+  row: dict[str, Any] = {
+    "size": size,
+    "parameters": accounting.count(config).total,
+    "device": "unknown",
+    "contestants": {},
+  }
+  running = []
+  try:
+    for name in (_ALONE, *map(str, args.packs)):
+      label = f"{size}M {name if name == _ALONE else f'pack of {name}'}"
+      contestant = Contestant(name, config, args.huge_pages, build_step)
+      try:
+        ready = contestant.wait_ready()
+      except Failed as error:
+        say(f"{label}: {error}", args.rounds + 1)
+        row["contestants"][name] = {"error": str(error)}
+        contestant.close()
+        continue
+      row["device"] = ready.hardware
+      figures = dataclasses.asdict(ready) | {"seconds": []}
+      row["contestants"][name] = figures
+      running.append((label, contestant, figures))
+      say(f"{label}: compiled in {ready.compile_seconds:.1f} s")
+    for round_index in range(args.rounds):
+      # Every other round backwards, so that no contestant always follows the same one.
+      for label, contestant, figures in running[:: 1 if round_index % 2 == 0 else -1]:
+        figures["seconds"].append(contestant.run(args.steps_per_round))
+        step = statistics.median(figures["seconds"][-1])
+        say(f"{label}: round {round_index + 1}, {step * 1e3:.1f} ms")
+  finally:
+    for _, contestant, _ in running:
+      contestant.close()
+  return row
+
+
+def build_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
+  """Returns the lone step, or that of a pack of `name` trials, compiled and warm."""
+  # Contestants share the GPU: none may reserve most of its memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  devices = jax.devices()[:1]
+  mesh, shape = make_mesh(config.mesh, devices), shape_of(config)
+  rows = jax.tree.map(lambda x: x[None], one_document_batch(config))
+  hyper, waits_for = hyperparameters(config), None
+  with jax.set_mesh(mesh):
+    one = programs(shape, mesh)
+    state = one.init(np.int32(0))
+
+  def put() -> Any:
+    return put_batch(mesh, rows, ("microbatch",))
+
+  if name == _ALONE:
+    with jax.set_mesh(mesh):
+      start = time.perf_counter()
+      program = compiled(one.step, state, put(), hyper, np.bool_(True))
+
+    def take() -> Any:
+      nonlocal state
+      state, report = program(state, put(), hyper, np.bool_(True))
+      return report["loss_total"]
+  else:
+    num_trials = int(name)
+    states = [jax.device_get(state)] * num_trials
+    pack = make_pack(shape, states, [hyper] * num_trials, num_trials, devices)
+    active = dict.fromkeys(range(num_trials), True)
+    start = time.perf_counter()
+    program = pack.compile(pack.put([rows]))
+
+    def take() -> Any:
+      return pack.step(pack.put([rows]), active)
+
+  seconds = time.perf_counter() - start
+
+  def step() -> None:
+    nonlocal waits_for
+    current = take()
+    jax.block_until_ready(waits_for)
+    waits_for = current
+
+  step()
+  step()
+  memory = program.memory_analysis()
+  return step, Ready(
+    hardware=devices[0].device_kind,
+    compile_seconds=seconds,
+    memory=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+  )
+
+
+def markdown(record: dict[str, Any]) -> str:
+  """Returns the table of a benchmark record, with what is needed to read it."""
+  settings = record["settings"]
+  parts = [
+    "# Packs: trials side by side, against one after the other",
+    "",
+    f"`{record['command']}`",
+    "",
+    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
+    f"{record['rows'][0]['device']}; "
+    + ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k != "torch")
+    + ".",
+    "",
+    f"Llama with one sequential module, T={settings['seq_len']}, "
+    f"B={settings['batch_size']}, one batch for all. {settings['rounds']} interleaved "
+    f"rounds of {settings['steps_per_round']} steps. Times: median over rounds. Ratios "
+    "to the lone step: median over rounds [least, greatest]; above 1 the pack gets "
+    f"more done. With compilation: N trials of {settings['num_steps']:,} steps, "
+    "compiled once either way. Evaluation and saving are not in it. Memory: arguments "
+    "and temporaries of one program, by XLA's own analysis.",
+    "",
+  ]
+  parts += table(
+    (
+      "parameters", "N", "compile s", "step ms", "program MB", "trials/h", "ratio",
+      "trials/h with compilation", "ratio",
+    ),
+    [
+      _table_row(row, name, settings["num_steps"])
+      for row in record["rows"]
+      for name, figures in row["contestants"].items()
+      if "error" not in figures
+    ],
+  )
+  failures = [
+    f"- {row['parameters']:,} parameters, {name}: {figures['error']}"
+    for row in record["rows"]
+    for name, figures in row["contestants"].items()
+    if "error" in figures
+  ]
+  if failures:
+    parts += ["", "Failed:", "", *failures]
+  return "\n".join(parts) + "\n"
+
+
+def _table_row(row: dict[str, Any], name: str, num_steps: int) -> tuple[Any, ...]:
+  figures, alone = (row["contestants"].get(x, {}) for x in (name, _ALONE))
+  trials = 1 if name == _ALONE else int(name)
+  warm = [num_steps * x / trials for x in _rounds(figures)]
+  warm_alone = [num_steps * x for x in _rounds(alone)]
+  # Seconds of one trial of `trials`, the program being compiled for all of them.
+  cold, cold_alone = (
+    [x + contestant.get("compile_seconds", 0.0) / trials for x in seconds]
+    for seconds, contestant in ((warm, figures), (warm_alone, alone))
+  )
+  per_hour = lambda seconds: f"{3600 / statistics.median(seconds):,.1f}"  # noqa: E731
+  return (
+    f"{row['parameters']:,}",
+    name,
+    f"{figures['compile_seconds']:.1f}",
+    f"{statistics.median(_rounds(figures)) * 1e3:.1f}",
+    f"{figures['memory'] / 1e6:.0f}",
+    per_hour(warm),
+    spread(ratios(warm_alone, warm)),
+    per_hour(cold),
+    spread(ratios(cold_alone, cold)),
+  )
+
+
+def _rounds(figures: dict[str, Any]) -> list[float]:
+  """The median step time of every round; empty if there is none."""
+  return [statistics.median(steps) for steps in figures.get("seconds", [])]

@@ -1,0 +1,382 @@
+"""Packs: every run ends as it does alone, whatever becomes of the others.
+
+On CPU the runs of a pack take turns; `stacked` is what accelerators do, run here.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import pack, train
+from mtp_jax.checkpoint import Checkpointer
+from mtp_jax.config import ConfigError, with_overrides
+from mtp_jax.pack import make_pack
+from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
+from mtp_jax.train_state import hyperparameters
+from mtp_jax.train_step import programs, shape_of
+from tests.common import (
+  EXPERTS,
+  assert_trees_close,
+  microbatches,
+  packed_batch,
+  quick_jit,
+  tiny_config,
+)
+from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
+
+# Losses of stacked runs agree to RTOL. Adam divides by what may be near zero, so single
+# parameters differ by more: an update is up to 3e-3.
+RTOL, PARAM_ATOL = 1e-5, 1e-4
+VARIANTS = {
+  "plain": {},
+  "rate": {"seed": 1, "optimizer.learning_rate": 1e-3, "train.log_every": 4},
+  "short": {"seed": 2, "mtp.weight": 0.7, "train.num_steps": 7},
+  "diverges": {"optimizer.learning_rate": 1e30, "train.max_nonfinite_steps": 2},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "jit", quick_jit)
+    yield
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+  texts = write_texts(tmp_path_factory.mktemp("corpus") / "texts")
+  base = run_config(
+    texts, {"mesh.data": 1, "eval.line_prompts": 0, "eval.function_prompts": 0}
+  )
+  return {
+    name: with_overrides(base, variant | {"name": name})
+    for name, variant in VARIANTS.items()
+  }
+
+
+@contextlib.contextmanager
+def machine(num_devices=1, is_stacked=False):
+  """Lets JAX have no more than these devices, and stacks trials as on a GPU."""
+  first = jax.devices()[:num_devices]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda: first)
+    patch.setattr(jax, "device_count", lambda: num_devices)
+    if is_stacked:
+      patch.setattr(pack, "platform", lambda: "gpu")
+    yield
+
+
+def fit_pack(configs, root, num_devices=1, is_stacked=True, observers=None):
+  """Returns what became of each run, by name; one place or more is left empty."""
+  folders = [root / name for name in configs]
+  with machine(num_devices, is_stacked):
+    ended = train.fit_pack(
+      list(configs.values()), folders, size=5, observers=observers
+    )
+  return dict(zip(configs, ended, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(configs, tmp_path_factory):
+  """The sweep folder of runs that were trained one by one, and how each ended."""
+  root, ended = tmp_path_factory.mktemp("alone"), {}
+  for name, config in configs.items():
+    try:
+      with machine():
+        ended[name] = train.fit(config, root / name, progress=False)
+    except train.Diverged as error:
+      ended[name] = error
+  return root, ended
+
+
+def restored(workdir, config, step=None):
+  """Returns the state of a checkpoint as numpy arrays."""
+  run = train._Run(config, workdir, read_only=True, devices=jax.devices()[:1])
+  with jax.set_mesh(run.mesh):
+    state = jax.device_get(run.restore(step).state)
+  run.checkpointer.close()
+  return state
+
+
+def close(value):
+  """Returns what is equal to values that differ by rounding."""
+  match value:
+    case dict():
+      return {k: close(v) for k, v in value.items()}
+    case list():
+      return [close(v) for v in value]
+    case float():
+      return pytest.approx(value, rel=RTOL, abs=1e-6)
+  return value
+
+
+def results(workdir):
+  """Returns the records of a run and its evaluation, without the time they took."""
+  found = [without_wall_clock(record) for record in read_metrics(workdir)]
+  path = workdir / "eval.json"
+  result = json.loads(path.read_text()) if path.exists() else {}
+  return found, without_wall_clock(result)
+
+
+def assert_close_run(found, expected, config):
+  """Fails unless files, records, evaluation and state agree to rounding."""
+  names = {path.name for path in expected.iterdir()}
+  assert {path.name for path in found.iterdir()} == names
+  (records, result), (wanted_records, wanted) = results(found), results(expected)
+  assert records == [close(record) for record in wanted_records]
+  if "DONE" in names:
+    for key in ("step", "train_flops", "main_loss", "depth_loss", "bits_per_byte"):
+      assert result[key] == close(wanted[key])
+    states = [restored(folder, config) for folder in (found, expected)]
+    assert_trees_close(*states, rtol=1e-3, atol=PARAM_ATOL)
+
+
+def assert_equal_run(found, expected, config):
+  """Fails unless records, evaluation and state agree to the last bit."""
+  assert results(found) == results(expected)
+  if (expected / "DONE").exists():
+    last = config.train.num_steps
+    assert fingerprint(found, last) == fingerprint(expected, last)
+
+
+def fingerprint(workdir, step):
+  reader = Checkpointer(workdir, read_only=True)
+  found = reader.meta(step)["fingerprint"]
+  reader.close()
+  return found
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_packed_runs_are_those_that_were_trained_alone(
+  configs, alone, is_stacked, tmp_path
+):
+  root, expected = alone
+  ended = fit_pack(configs, tmp_path, is_stacked=is_stacked)
+  for name, config in configs.items():
+    assert_close_run(tmp_path / name, root / name, config)
+    if not is_stacked:
+      assert_equal_run(tmp_path / name, root / name, config)
+  assert json.loads((tmp_path / "plain" / "run.json").read_text())["packed"] == 4
+  error = ended.pop("diverges")
+  assert type(error) is train.Diverged and str(error) == str(expected["diverges"])
+  assert not (tmp_path / "diverges" / "DONE").exists()
+  for name, result in ended.items():
+    assert json.loads((tmp_path / name / "eval.json").read_text()) == result
+
+
+def test_data_of_their_own_and_several_devices(configs, alone, tmp_path):
+  """Three runs on two devices, each on its own rows."""
+  root, _ = alone
+  chosen = {name: configs[name] for name in ("plain", "rate", "short")}
+  chosen["rate"] = with_overrides(chosen["rate"], {"data.seed": 5})
+  fit_pack(chosen, tmp_path, num_devices=2)
+  for name in ("plain", "short"):
+    assert_close_run(tmp_path / name, root / name, configs[name])
+  first, other = (
+    read_metrics(folder / "rate", "train")[0]["loss"] for folder in (root, tmp_path)
+  )
+  assert first != close(other)
+
+
+class Stops(train.Observer):
+  """Sends a signal when its run is at a step."""
+
+  def __init__(self, step, signum=signal.SIGTERM):
+    self._at, self._signum = step, signum
+
+  def stepped(self, step):
+    if step == self._at:
+      os.kill(os.getpid(), self._signum)
+
+
+def finished_steps(workdir):
+  reader = Checkpointer(workdir, read_only=True)
+  steps = reader.steps()
+  reader.close()
+  return steps
+
+
+@pytest.fixture(scope="module")
+def never_stopped(configs, tmp_path_factory):
+  """A pack of two runs that end at different steps, and what they ended in."""
+  root = tmp_path_factory.mktemp("never_stopped")
+  pair = {name: configs[name] for name in ("plain", "short")}
+  return pair, root, fit_pack(pair, root)
+
+
+def test_an_interrupted_pack_goes_on_bit_for_bit(never_stopped, tmp_path):
+  pair, root, _ = never_stopped
+  for step in (5, 10):  # At the second one, the short run has ended.
+    observers = [Stops(step), train.Observer()]
+    ended = fit_pack(pair, tmp_path, observers=observers)
+    assert [type(x) for x in ended.values()] == [train.Interrupted] * 2
+    assert finished_steps(tmp_path / "plain")[-1] == step
+    assert finished_steps(tmp_path / "short")[-1] == min(step, 7)
+    assert not list(tmp_path.glob("*/DONE"))
+  fit_pack(pair, tmp_path)
+  for name, config in pair.items():
+    assert_equal_run(tmp_path / name, root / name, config)
+
+
+def test_runs_at_different_steps_go_on_together(never_stopped, tmp_path):
+  pair, root, _ = never_stopped
+  fit_pack(pair, tmp_path, observers=[Stops(6), train.Observer()])
+  shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # Goes on from step 4.
+  fit_pack(pair, tmp_path, is_stacked=False)
+  for name, config in pair.items():
+    assert_close_run(tmp_path / name, root / name, config)
+
+
+def test_a_signal_during_evaluation_keeps_what_is_evaluated(
+  never_stopped, tmp_path, monkeypatch
+):
+  pair, root, expected = never_stopped
+  shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+  for name in pair:
+    (tmp_path / name / "DONE").unlink()
+  likelihood = train._Run.likelihood
+
+  def stop(run, *args):
+    if run.config.name == "short":
+      os.kill(os.getpid(), signal.SIGTERM)
+    return likelihood(run, *args)
+
+  monkeypatch.setattr(train._Run, "likelihood", stop)
+  ended = fit_pack(pair, tmp_path)
+  assert without_wall_clock(ended["plain"]) == without_wall_clock(expected["plain"])
+  assert str(ended["short"]) == "SIGTERM at step 7; checkpoint saved"
+  assert [path.parent.name for path in tmp_path.glob("*/DONE")] == ["plain"]
+
+
+def test_what_fails_in_one_run_is_its_own(never_stopped, tmp_path, monkeypatch):
+  pair, root, _ = never_stopped
+  save = Checkpointer.save
+
+  def full(checkpointer, *args):
+    if "short" in str(checkpointer.directory):
+      raise OSError(28, "No space left on device")
+    save(checkpointer, *args)
+
+  monkeypatch.setattr(Checkpointer, "save", full)
+  (tmp_path / "rate").mkdir()
+  (tmp_path / "rate" / "config.json").write_text(
+    (root / "short" / "config.json").read_text()
+  )
+  configs = pair | {"rate": pair["plain"]}
+  ended = fit_pack(configs, tmp_path)
+  assert isinstance(ended["short"], OSError)
+  assert isinstance(ended["rate"], ConfigError), "the folder holds another run"
+  assert ended["plain"]["step"] == 12
+
+
+def test_what_cannot_be_packed_is_refused(configs, tmp_path, monkeypatch):
+  plain = configs["plain"]
+  deeper = with_overrides(plain, {"mtp.depth": 1, "trunk.embed_dim": 32})
+  with pytest.raises(
+    ConfigError, match=r"one shape, but these keys differ: mtp.depth, trunk.embed_dim\."
+  ):
+    fit_pack({"a": plain, "b": deeper}, tmp_path)
+  with pytest.raises(ConfigError, match=r"mesh must be .* number of devices \(1\)"):
+    fit_pack({"a": with_overrides(plain, {"mesh.fsdp": 2})}, tmp_path)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ConfigError, match=r"trained by one process, got 2\."):
+    fit_pack({"a": plain}, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+# The program of a pack, without runs.
+
+
+@pytest.mark.parametrize("kind, depth, overrides", [
+  ("medusa", 1, {"train.freeze_trunk": True, "trunk.num_layers": 1}),
+  pytest.param("parallel", 1, {"train.accumulation_steps": 2}, marks=pytest.mark.slow),
+  pytest.param(
+    "sequential",
+    1,
+    EXPERTS | {"trunk.moe.grouped_matmul": "ragged", "trunk.num_layers": 2},
+    marks=pytest.mark.slow,
+  ),
+])
+def test_every_kind_of_step_can_be_stacked(kind, depth, overrides):
+  config = tiny_config(kind, depth, overrides)
+  configs = [
+    with_overrides(config, {"seed": seed, "optimizer.learning_rate": rate})
+    for seed, rate in enumerate((1e-3, 3e-3, 1e-2))
+  ]
+  shape, mesh = shape_of(config), make_mesh(config.mesh, jax.devices()[:1])
+  one = programs.__wrapped__(shape, mesh)
+  hypers = [hyperparameters(c) for c in configs]
+  batch = microbatches(packed_batch(config), config.train.accumulation_steps)
+  with jax.set_mesh(mesh):
+    states = [jax.device_get(one.init(np.int32(c.seed))) for c in configs]
+  packed = make_pack(shape, states, hypers, 4, jax.devices()[:2])
+  on_devices = packed.put([batch])
+  packed.compile(on_devices)
+  for i in range(2):
+    active = {0: i == 0, 2: True} if i else {0: True, 1: True, 2: True}
+    packed.step(on_devices, active)
+  with jax.set_mesh(mesh):
+    rows = put_batch(mesh, batch, ("microbatch",))
+    for index, (state, hyper) in enumerate(zip(states, hypers, strict=True)):
+      before = state
+      for i in range(1 if index == 1 else 2):
+        starts = i == 0 or index == 2
+        state, expected = one.step(state, rows, hyper, np.bool_(starts))
+      found = jax.device_get(packed.state(index))
+      assert found.step == state.step == (1 if index == 1 else 2)
+      if config.train.freeze_trunk:
+        assert_trees_close(found.params["trunk"], before.params["trunk"], 0, 0)
+      assert_trees_close(found, jax.device_get(state), rtol=1e-3, atol=PARAM_ATOL)
+      if index != 1:
+        expected = jax.device_get(expected)
+        assert_trees_close(packed.report(index), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stacked_step_is_one_that_gpus_have(monkeypatch):
+  """With what `auto` stands for there, as far as that can be told without one."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  config = tiny_config("none", 0, {"trunk.attention": "xla", "trunk.embed_dim": 32})
+  devices, batch = jax.devices()[:1], microbatches(packed_batch(config))
+  one = programs.__wrapped__(shape_of(config), make_mesh(config.mesh, devices))
+  state = jax.eval_shape(one.init, 0)
+  shape = shape_of(with_overrides(config, {"trunk.attention": "auto"}))
+  mesh = make_trial_mesh(devices)
+  trial = state, hyperparameters(config), np.bool_(True), np.bool_(True)
+  states, *others = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), trial
+  )
+  with jax.set_mesh(mesh):
+    traced = pack.stacked_step.__wrapped__(shape, mesh, True).trace(
+      states, batch, *others
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "bf16" in text and "cudnn" not in text
+
+
+def test_a_pack_is_as_large_as_the_memory(monkeypatch):
+  config = tiny_config("none", 0, {"trunk.num_layers": 1})
+  state = jax.eval_shape(
+    programs(shape_of(config), make_mesh(config.mesh, jax.devices()[:1])).init, 0
+  )
+  per_trial = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  monkeypatch.setattr(pack, "cpu_cores", lambda: [0, 1, 2])
+  for is_stacked in (True, False):
+    with machine(is_stacked=is_stacked):
+      fits = lambda: pack.fitting_size(config, 4, jax.devices())  # noqa: E731
+      monkeypatch.setattr(pack, "_memory", lambda _: 1e12)
+      assert fits() == (4 if is_stacked else 3), "no more than cores take turns"
+      monkeypatch.setattr(pack, "_memory", lambda _: 3 * per_trial)
+      assert fits() in (1, 2)
+      monkeypatch.setattr(pack, "_memory", lambda _: 1)
+      assert fits() == 1
+
+
+def test_a_pack_needs_a_place_for_each():
+  with pytest.raises(ValueError, match=r"size must be at least 2, got 1\."):
+    make_pack(shape_of(tiny_config()), [{}, {}], [(), ()], 1, jax.devices())
