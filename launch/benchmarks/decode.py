@@ -28,8 +28,8 @@ import numpy as np
 from launch.benchmarks import decode_parts
 from launch.benchmarks.contestants import Contestant, Failed
 from launch.benchmarks.records import (
-  RESULTS,
   Progress,
+  add_output,
   header,
   make_config,
   ratios,
@@ -152,15 +152,8 @@ def add_parser(commands: Any) -> None:
   add("--num_heads", type=int, default=8, help="Llama has half as many kv heads")
   add("--torch", action=argparse.BooleanOptionalAction, default=True)
   add = parser.add_argument
-  add(
-    "--output", type=Path, default=RESULTS, metavar="FOLDER",
-    help="where the tables (.md) and the figures (.json) go",
-  )
   add("--name", help="of the two files; by default decode-runs- or decode-sizes-DEVICE")
-  add(
-    "--quick", action="store_true",
-    help="tiny sizes, two rounds; says that it works, not how fast",
-  )
+  add_output(parser, "tiny sizes, two rounds")
   parser.set_defaults(run=run)
 
 

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,9 @@ import numpy as np
 
 from launch.benchmarks.contestants import Contestant, Failed, one_document_batch
 from launch.benchmarks.records import (
-  RESULTS,
   Progress,
+  add_huge_pages,
+  add_output,
   header,
   make_config,
   ratios,
@@ -31,7 +31,6 @@ from launch.benchmarks.records import (
   table,
   write,
 )
-from launch.huge_pages import HUGE_PAGES
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
@@ -101,18 +100,8 @@ def add_parser(commands: Any) -> None:
     "--num_steps", type=int, default=2000,
     help="of a trial, for the trials per hour that include compilation",
   )
-  add(
-    "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
-    help=f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)",
-  )
-  add(
-    "--output", type=Path, default=RESULTS, metavar="FOLDER",
-    help="where the table (.md) and the figures (.json) go",
-  )
-  add(
-    "--quick", action="store_true",
-    help="tiny sizes, two rounds; says that it works, not how fast",
-  )
+  add_huge_pages(parser)
+  add_output(parser, "tiny sizes, two rounds")
   parser.set_defaults(run=run)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import base
+from launch.huge_pages import HUGE_PAGES
 from mtp_jax.config import Config, from_config_dict, with_overrides
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
@@ -69,6 +70,25 @@ class Progress:
     rate = (time.monotonic() - self._start) / self._done
     left = datetime.timedelta(seconds=round(rate * (self._total - self._done)))
     print(f"[{self._done}/{self._total}, about {left} left] {text}", flush=True)
+
+
+def add_output(parser: argparse.ArgumentParser, quick: str) -> None:
+  """Adds --output and --quick; `quick` says what is less then."""
+  parser.add_argument(
+    "--output", type=Path, default=RESULTS, metavar="FOLDER",
+    help="where the tables (.md) and the figures (.json) go",
+  )
+  parser.add_argument(
+    "--quick", action="store_true",
+    help=f"{quick}; says that it works, not how fast",
+  )
+
+
+def add_huge_pages(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
+    help=f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)",
+  )
 
 
 def header(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,13 +9,13 @@ slows both of its sides.
 import argparse
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import Any
 
 from launch.benchmarks.contestants import NAMES, Contestant, Failed
 from launch.benchmarks.records import (
-  RESULTS,
   Progress,
+  add_huge_pages,
+  add_output,
   header,
   make_config,
   ratios,
@@ -70,18 +70,8 @@ def add_parser(commands: Any) -> None:
     "--contestants", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME",
     help=f"of {', '.join(map(repr, NAMES))}",
   )
-  add(
-    "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
-    help=f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)",
-  )
-  add(
-    "--output", type=Path, default=RESULTS, metavar="FOLDER",
-    help="where the table (.md) and the figures (.json) go",
-  )
-  add(
-    "--quick", action="store_true",
-    help="tiny sizes, two rounds, no torch.compile; says that it works, not how fast",
-  )
+  add_huge_pages(parser)
+  add_output(parser, "tiny sizes, two rounds, no torch.compile")
   parser.set_defaults(run=run)
 
 
