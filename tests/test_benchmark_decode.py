@@ -59,6 +59,7 @@ def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
   assert used <= forced.keys() and used <= record["definitions"].keys()
 
 
+@pytest.mark.slow
 def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
   texts = tiny_runs.write_texts(tmp_path / "texts")
   shape = {"trunk.num_layers": 1, "trunk.embed_dim": 8, "mtp.depth": 1}

@@ -85,8 +85,11 @@ def test_greedy_says_what_whole_forward_passes_say(name):
 @pytest.mark.parametrize(
   "name",
   [
-    "llama-parallel", "llama-sequential", "gpt2-grown", "latent-shared-grown",
-    "llama-eagle3-grown",
+    "llama-parallel", "llama-sequential", "llama-eagle3-grown",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("gpt2-grown", "latent-shared-grown")
+    ),
   ],
 )
 def test_caches_after_many_rounds_are_those_of_one_pass(name):

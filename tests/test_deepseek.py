@@ -42,13 +42,18 @@ def config(tmp_path_factory):
   return run_config(texts, MODEL)
 
 
+def one_device_mesh(sizes, devices=None):
+  del devices
+  return make_mesh(sizes, jax.devices()[:1])
+
+
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
   """Returns the folder of a finished run on one device."""
   folder = tmp_path_factory.mktemp("one") / "run"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "jit", quick_jit)
-    patch.setattr("mtp_jax.train.make_mesh", lambda c: make_mesh(c, jax.devices()[:1]))
+    patch.setattr("mtp_jax.train.make_mesh", one_device_mesh)
     patch.setattr("jax.device_count", lambda: 1)
     fit(config, folder, progress=False)
   return folder

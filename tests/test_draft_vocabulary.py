@@ -130,6 +130,7 @@ def test_in_decoding_other_tokens_have_no_probability():
   assert np.all(np.isfinite(network.unembed(weights, hidden)))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_frequent_tokens_of_its_text(tmp_path):
   config = run_config(write_texts(tmp_path / "texts"), {
     "mtp.kind": "eagle3", "mtp.depth": 2, "mtp.unembed": "own", "mtp.draft_vocab": 20,

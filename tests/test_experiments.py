@@ -172,7 +172,8 @@ def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
     assert config.train.num_steps == source.train.num_steps
   assert not any(c.train.freeze_trunk for c in found if not c.train.trunk_from)
   if machine == "cpu":
-    check_traces({trial.shape for trial in planned("drafters", machine)})
+    narrow = [t for t in planned("drafters", "cpu") if t.config.trunk.embed_dim == 32]
+    check_traces({trial.shape for trial in narrow})
 
 
 def test_drafters_at_equal_parameters_have_nearly_as_many():

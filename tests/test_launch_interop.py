@@ -56,6 +56,7 @@ def hf_logits(model, ids):
     return model(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
 
 
+@pytest.mark.slow
 def test_gpt2_gets_a_module_trains_on_and_goes_back_out(command, gpt2, flags, tmp_path):
   folder, theirs = gpt2
   run = tmp_path / "run"

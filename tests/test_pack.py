@@ -170,6 +170,7 @@ def test_packed_runs_are_those_that_were_trained_alone(
     assert json.loads((tmp_path / name / "eval.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_data_of_their_own_and_several_devices(configs, alone, tmp_path):
   """Three runs on two devices, each on its own rows."""
   root, _ = alone

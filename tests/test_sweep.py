@@ -337,6 +337,7 @@ class Meddled(Sweep):
       self.steps.pop(0)
 
 
+@pytest.mark.slow
 def test_killed_worker_and_stopped_sweep_are_continued(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
@@ -399,6 +400,7 @@ def test_packs_as_large_as_fit_go_past_a_failure(
   assert "Finished XLA compilation of jit(train_step)" not in "".join(logs)
 
 
+@pytest.mark.slow
 def test_trials_of_a_pack_that_dies_are_tried_alone(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
