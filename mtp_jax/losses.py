@@ -70,10 +70,9 @@ def kl(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
 def tv(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
   """Returns 1 - sum min(p, q): how often a sampled draft is rejected.
 
-  It is the total variation distance (Leviathan et al. 2023, arXiv 2211.17192, theorem
-  3.5).
+  It is the total variation distance (Leviathan et al. 2023, arXiv 2211.17192).
   """
-  return 1.0 - _overlap(logits_NV, teacher_NV)
+  return -jnp.expm1(_log_overlap(logits_NV, teacher_NV))
 
 
 def log_acceptance(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
@@ -82,13 +81,13 @@ def log_acceptance(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
   Its gradient is that of `tv` divided by the overlap, so that it does not vanish where
   the distributions have nothing in common.
   """
-  return -jnp.log(_overlap(logits_NV, teacher_NV))
+  return -_log_overlap(logits_NV, teacher_NV)
 
 
-def _overlap(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
-  return jnp.sum(
-    jnp.minimum(jax.nn.softmax(logits_NV), jax.nn.softmax(teacher_NV)), axis=-1
-  )
+def _log_overlap(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
+  """Returns log sum min(p, q), finite where all products of probabilities underflow."""
+  log_p_NV, log_q_NV = map(jax.nn.log_softmax, (teacher_NV, logits_NV))
+  return jax.nn.logsumexp(jnp.minimum(log_p_NV, log_q_NV), axis=-1)
 
 
 # mtp.objective -> (logits_NV, teacher_NV) -> loss_N; `cross_entropy` needs no teacher.
@@ -111,8 +110,8 @@ def feature_sums(
 ) -> jax.Array:
   """Returns sums_M over tokens of the smooth L1 distance, a mean over the features.
 
-  EAGLE (Li et al. 2024, arXiv 2401.15077, section 4.2): states that draft resemble the
-  trunk's. float32, or float64.
+  EAGLE (Li et al. 2024, arXiv 2401.15077): states that draft resemble the trunk's.
+  float32, or float64.
   """
   wide = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
   hidden_MBTD, teacher_MBTD = hidden_MBTD.astype(wide), teacher_MBTD.astype(wide)
