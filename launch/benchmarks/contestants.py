@@ -101,6 +101,49 @@ class Contestant:
     return result
 
 
+class Turns:
+  """Contestants that take turns; a context that ends their processes."""
+
+  def __init__(self, rounds: int, steps_per_round: int, say: Callable[..., None]):
+    """Args: `say(text, count)` shows progress, of a turn unless `count` says more."""
+    self._rounds, self._steps, self._say = rounds, steps_per_round, say
+    self._running: list[tuple[str, Contestant, dict[str, Any]]] = []
+
+  def __enter__(self) -> "Turns":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for _, contestant, _ in self._running:
+      contestant.close()
+
+  def enter(self, label: str, contestant: Contestant, row: dict[str, Any]) -> None:
+    """Waits until a contestant is ready; notes in its row what it says, or its error.
+
+    The seconds of its steps, a list a turn, are added there as `seconds`.
+    """
+    try:
+      ready = contestant.wait_ready()
+    except Failed as error:
+      self._say(f"{label}: {error}", self._rounds + 1)
+      row["contestants"][contestant.name] = {"error": str(error)}
+      contestant.close()
+      return
+    row["hardware"] = ready.hardware
+    figures = dataclasses.asdict(ready) | {"seconds": []}
+    row["contestants"][contestant.name] = figures
+    self._running.append((label, contestant, figures))
+    self._say(f"{label}: ready")
+
+  def take(self) -> None:
+    """Gives everyone as many turns as there are rounds."""
+    for number in range(self._rounds):
+      # Every other round backwards, so that no contestant always follows the same one.
+      for label, contestant, figures in self._running[:: 1 if number % 2 == 0 else -1]:
+        figures["seconds"].append(contestant.run(self._steps))
+        step = min(figures["seconds"][-1])
+        self._say(f"{label}: round {number + 1}, {step * 1e3:.1f} ms")
+
+
 def one_document_batch(config: Config, seed: int = 0) -> Batch:
   """Returns rows [B, ...] of random tokens, each row one document without an end."""
   rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.benchmarks.contestants import Contestant, Failed, one_document_batch
+from launch.benchmarks.contestants import Contestant, Turns, one_document_batch
 from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
   say = Progress(len(args.sizes) * (1 + len(args.packs)), args.rounds)
   rows = [_measure(args, size, config, say) for size, config in configs.items()]
   record = header(args) | {"rows": rows}
-  name = "pack-quick" if args.quick else f"pack-{slug(rows[0]['device'])}"
+  name = "pack-quick" if args.quick else f"pack-{slug(rows[0]['hardware'])}"
   write(args.output, name, record, markdown(record))
 
 
@@ -140,35 +140,14 @@ def _measure(
   row: dict[str, Any] = {
     "size": size,
     "parameters": accounting.count(config).total,
-    "device": "unknown",
+    "hardware": "unknown",
     "contestants": {},
   }
-  running = []
-  try:
+  with Turns(args.rounds, args.steps_per_round, say) as turns:
     for name in (_ALONE, *map(str, args.packs)):
       label = f"{size}M {name if name == _ALONE else f'pack of {name}'}"
-      contestant = Contestant(name, config, args.huge_pages, build_step)
-      try:
-        ready = contestant.wait_ready()
-      except Failed as error:
-        say(f"{label}: {error}", args.rounds + 1)
-        row["contestants"][name] = {"error": str(error)}
-        contestant.close()
-        continue
-      row["device"] = ready.hardware
-      figures = dataclasses.asdict(ready) | {"seconds": []}
-      row["contestants"][name] = figures
-      running.append((label, contestant, figures))
-      say(f"{label}: compiled in {ready.compile_seconds:.1f} s")
-    for round_index in range(args.rounds):
-      # Every other round backwards, so that no contestant always follows the same one.
-      for label, contestant, figures in running[:: 1 if round_index % 2 == 0 else -1]:
-        figures["seconds"].append(contestant.run(args.steps_per_round))
-        step = statistics.median(figures["seconds"][-1])
-        say(f"{label}: round {round_index + 1}, {step * 1e3:.1f} ms")
-  finally:
-    for _, contestant, _ in running:
-      contestant.close()
+      turns.enter(label, Contestant(name, config, args.huge_pages, build_step), row)
+    turns.take()
   return row
 
 
@@ -234,7 +213,7 @@ def markdown(record: dict[str, Any]) -> str:
     f"`{record['command']}`",
     "",
     f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{record['rows'][0]['device']}; "
+    f"{record['rows'][0]['hardware']}; "
     + ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k != "torch")
     + ".",
     "",

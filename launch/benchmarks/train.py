@@ -7,11 +7,10 @@ slows both of its sides.
 """
 
 import argparse
-import dataclasses
 import statistics
 from typing import Any
 
-from launch.benchmarks.contestants import NAMES, Contestant, Failed
+from launch.benchmarks.contestants import NAMES, Contestant, Turns
 from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
@@ -98,8 +97,8 @@ def _measure_group(
   args: argparse.Namespace, configs: list[tuple[int, Config]], say: Progress
 ) -> list[dict[str, Any]]:
   """Returns the table rows of one trunk and vocabulary, all contestants in turns."""
-  rows, running = [], []
-  try:
+  rows = []
+  with Turns(args.rounds, args.steps_per_round, say) as turns:
     for _, config in configs:
       row = {
         "trunk": config.trunk.kind,
@@ -113,28 +112,8 @@ def _measure_group(
       rows.append(row)
       for name in args.contestants:
         label = f"{row['trunk']} V={row['vocab']} D={row['depth']} {name}"
-        contestant = Contestant(name, config, args.huge_pages)
-        try:
-          ready = contestant.wait_ready()
-        except Failed as error:
-          say(f"{label}: {error}", args.rounds + 1)
-          row["contestants"][name] = {"error": str(error)}
-          contestant.close()
-          continue
-        row["hardware"] = ready.hardware
-        figures = dataclasses.asdict(ready) | {"seconds": []}
-        row["contestants"][name] = figures
-        running.append((label, contestant, figures))
-        say(f"{label}: built in {ready.build_seconds:.1f} s")
-    for round_index in range(args.rounds):
-      # Every other round backwards, so that no contestant always follows the same one.
-      for label, contestant, figures in running[:: 1 if round_index % 2 == 0 else -1]:
-        figures["seconds"].append(contestant.run(args.steps_per_round))
-        step = min(figures["seconds"][-1])
-        say(f"{label}: round {round_index + 1}, {step * 1e3:.0f} ms")
-  finally:
-    for _, contestant, _ in running:
-      contestant.close()
+        turns.enter(label, Contestant(name, config, args.huge_pages), row)
+    turns.take()
   return rows
 
 
