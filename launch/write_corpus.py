@@ -161,15 +161,10 @@ def _check_begun(output: Path, settings: dict[str, Any]) -> None:
       f"--output must be a new file or one of this command, {str(output)!r} is there "
       f"without a {about.name} of this command."
     ) from error
-  differing = [
-    f"{key} is {settings.get(key)!r} now and was {begun.get(key)!r} there"
-    for key in begun | settings
-    if settings.get(key) != begun.get(key)
-  ]
-  if differing:
+  if differing := files.changed_settings(begun, settings):
     raise ConfigError(
       f"--output {str(output)!r} was begun with other settings: "
-      f"{'; '.join(differing)}. Use them, or another file."
+      f"{differing}. Use them, or another file."
     )
 
 

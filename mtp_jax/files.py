@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, whatever kills the writer."""
+"""Files that are there whole or not at all, whatever kills the writer; and going on."""
 
 import os
+from typing import Any
 
 
 def write_whole(file: str | os.PathLike, content: bytes) -> None:
@@ -32,3 +33,12 @@ def commit(temporary: str | os.PathLike, file: str | os.PathLike) -> None:
   finally:
     os.close(descriptor)
   os.replace(temporary, file)
+
+
+def changed_settings(begun: dict[str, Any], now: dict[str, Any]) -> str:
+  """Returns which settings of an unfinished file differ from those of now; or ""."""
+  return "; ".join(
+    f"{key} is {now.get(key)!r} now and was {begun.get(key)!r} there"
+    for key in begun | now
+    if now.get(key) != begun.get(key)
+  )

@@ -174,15 +174,10 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     begun = json.loads(file.read_text())
   except ValueError as error:
     raise ConfigError(f"output {str(folder)!r}: {file.name} is damaged.") from error
-  differing = [
-    f"{key} is {settings.get(key)!r} now and was {begun.get(key)!r} there"
-    for key in begun | settings
-    if settings.get(key) != begun.get(key)
-  ]
-  if differing:
+  if differing := files.changed_settings(begun, settings):
     raise ConfigError(
-      f"output {str(folder)!r} was begun with other settings: {'; '.join(differing)}. "
-      "Use them, or another folder."
+      f"output {str(folder)!r} was begun with other settings: {differing}. Use them, "
+      "or another folder."
     )
   return begun
 
