@@ -47,9 +47,9 @@ def row_sums(
   """Returns per-row sums; every entry has a leading B axis.
 
   nll, correct, count [B, M] are over valid targets of each depth, with `draft_vocab`
-  over those of them that can be drafted; agree, prefix [B, D]
-  and reachable [B] over the positions where all D drafts can be compared with the
-  trunk's choice inside the row; bytes [B] counts the bytes of the next-token targets.
+  over those of them that can be drafted; agree, prefix [B, D] and reachable [B] over
+  the positions where all D drafts can be compared with the trunk's choice inside the
+  row; bytes [B] counts the bytes of the next-token targets.
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   depth = config.mtp.depth
@@ -154,10 +154,9 @@ def top_k_hits(
   Raises:
     ValueError: no position, or ranks not in [1, vocab].
   """
-  if not 1 <= ranks <= shape.tokenizer.vocab_size:
-    raise ValueError(
-      f"ranks must be 1 to {shape.tokenizer.vocab_size}, the vocabulary, got {ranks}."
-    )
+  most = shape.mtp.draft_vocab or shape.tokenizer.vocab_size
+  if not 1 <= ranks <= most:
+    raise ValueError(f"ranks must be 1 to {most}, the vocabulary, got {ranks}.")
   program = jax.jit(functools.partial(hit_sums, shape, ranks=ranks))
   hits_KR, count = np.zeros((shape.mtp.depth, ranks)), 0.0
   for batch, document_B in batches:

@@ -288,7 +288,7 @@ def measure(config: Config, most: int) -> Event:
   """Returns the size of a pack that fits, 1 if it cannot be found out."""
   try:
     return Event("measured", size=fitting_size(config, most, jax.devices()))
-  except Exception:  # Such as a program that the compiler has no memory for.
+  except jax.errors.JaxRuntimeError:  # No memory for the program, or to compile it.
     traceback.print_exc()
     return Event("measured", size=1)
 
