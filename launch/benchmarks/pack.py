@@ -44,7 +44,7 @@ SIZES = {"0.3": (64, 4), "1": (128, 4), "3": (192, 6), "10": (384, 4)}
 _PRESETS = {
   "cpu": {
     "sizes": ["0.3", "1", "3"], "packs": [1, 4, 8], "seq_len": 128, "batch_size": 8,
-    "rounds": 3, "steps_per_round": 2,
+    "rounds": 5, "steps_per_round": 8,
   },
   "gpu": {
     "sizes": list(SIZES), "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
