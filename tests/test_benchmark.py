@@ -5,8 +5,14 @@ import json
 import pytest
 
 from launch import benchmark
-from launch.benchmarks import pack, train
-from launch.benchmarks.contestants import Contestant, Failed, one_document_batch
+from launch.benchmarks import limits, pack, train
+from launch.benchmarks.contestants import (
+  Contestant,
+  Failed,
+  Turns,
+  one_document_batch,
+)
+from mtp_jax import metrics
 from mtp_jax.targets import future_targets
 from tests import common
 
@@ -14,12 +20,16 @@ from tests import common
 @pytest.mark.slow
 def test_quick_run_writes_table_and_figures(tmp_path, capsys):
   pytest.importorskip("torch", reason="the benchmark's peer needs torch")
-  benchmark.main(["train", "--quick", "--output", str(tmp_path)])
-  assert "left] llama V=264 D=1 jax: round 2" in capsys.readouterr().out
+  variant = "loss.block_tokens=64"
+  benchmark.main(
+    ["train", "--quick", "--variants", variant, "--output", str(tmp_path)]
+  )
+  assert "left] tiny llama V=264 D=1 jax: round 2" in capsys.readouterr().out
   record = json.loads((tmp_path / "train-quick.json").read_text())
   assert [row["depth"] for row in record["rows"]] == [0, 1]
   for row in record["rows"]:
-    assert row["contestants"].keys() == {"jax", "torch eager"}
+    assert row["contestants"].keys() == {"jax", f"jax {variant}", "torch eager"}
+    assert len(row["floor"]["seconds"]) == 2 and row["floor"]["flops"] > 0
     for figures in row["contestants"].values():
       assert len(figures["seconds"]) == 2
       assert all(s > 0 for steps in figures["seconds"] for s in steps)
@@ -77,7 +87,10 @@ def test_a_contestant_that_cannot_be_built_says_why():
 
 def test_ratios_are_formed_within_rounds_against_the_faster_peer():
   row = {
-    "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0, "flops_per_token": 100.0,
+    "model": "5M", "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0,
+    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "NVIDIA H100",
+    # 8 tokens of 100 FLOPs at 1000 a second, then at 100.
+    "floor": {"flops": 1000.0, "seconds": [[1.0], [10.0], [1.0]]},
     "contestants": {
       # The second round was disturbed: all are ten times slower.
       "jax": _figures([[1.0, 1.0], [10.0, 10.0], [1.2, 1.0]]),
@@ -90,11 +103,81 @@ def test_ratios_are_formed_within_rounds_against_the_faster_peer():
     "contestants": {"jax": _figures([[1.5], [15.0], [1.65]])},
   }
   table = train.markdown(_record([row, deeper]))
-  assert "| gpt2 | 264 | 0 | 1100 | 2000 | - | 0.50 [0.50, 0.55] |" in table
+  middle = "| 800.0 | 1100 | 2000 | - | 0.80 [0.73, 0.80] |"
+  peak = metrics.peak_flops("NVIDIA H100")
   assert (
-    "| gpt2 | 264 | 1 | 1.50 | 1.50 [1.50, 1.50] | - | - | 1.00 [1.00, 1.00] |" in table
+    f"| 5M | gpt2 | 264 | 0 {middle} {800 / 1.1 / peak:.0%} | 0.50 [0.50, 0.55] |"
+    in table
   )
-  assert "- gpt2, vocabulary 264, D=0, torch.compile: Failed: no compiler" in table
+  depth = "| 1.50 | 1.50 [1.50, 1.50] | - | - | 1.00 [1.00, 1.00] |"
+  assert f"| 5M | gpt2 | 264 | 1 {depth}" in table
+  assert (
+    "- 5M gpt2, vocabulary 264, D=0, torch.compile: Failed: no compiler" in table
+  )
+
+
+def test_variants_are_held_against_the_step_without_them():
+  row = {
+    "model": "5M", "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0,
+    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "cpu",
+    "floor": {"error": "Failed: no memory"},
+    "contestants": {
+      "jax": _figures([[1.0], [10.0]]),
+      "jax trunk.remat=full": _figures([[1.5], [15.0]]),
+    },
+  }
+  table = train.markdown(_record([row]))
+  assert "| 5M | gpt2 | 264 | 0 | 1.50 [1.50, 1.50] |" in table
+  assert "| 5M | gpt2 | 264 | 0 | - | 5500 | 8250 | - | - | - |" in table
+
+
+@pytest.mark.parametrize(
+  ("variant", "message"),
+  [
+    ("trunk.remat", "--variants must be KEY=VALUE, got 'trunk.remat'."),
+    ("trunk.remat=some", "trunk.remat must be one of"),
+    ("trunk.rematt=full", "trunk.rematt"),
+  ],
+)
+def test_a_variant_that_is_none_is_refused(variant, message, capsys):
+  with pytest.raises(SystemExit) as caught:
+    benchmark.main(["train", "--quick", "--variants", variant])
+  assert caught.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+class _Planted:
+  """A contestant of a test: it says how often it was asked, and whether it ended."""
+
+  def __init__(self, name, log):
+    self.name, self._log = name, log
+
+  def wait_ready(self):
+    return limits.Ready("cpu", 1.0)
+
+  def run(self, num_steps):
+    self._log.append(self.name)
+    return [1.0] * num_steps
+
+  def close(self):
+    self._log.append(f"{self.name} ends")
+
+
+@pytest.mark.parametrize(
+  ("apart", "log"),
+  [
+    (False, ["a", "b", "b", "a", "a ends", "b ends"]),
+    (True, ["a", "a", "a ends", "b", "b", "b ends"]),
+  ],
+)
+def test_contestants_take_turns_or_come_one_by_one(apart, log):
+  found, row = [], {"contestants": {}}
+  with Turns(2, 3, lambda *_: None, apart) as turns:
+    for name in "ab":
+      turns.enter(name, _Planted(name, found), row)
+    turns.take()
+  assert found == log
+  assert row["contestants"]["b"]["seconds"] == [[1.0] * 3] * 2
 
 
 def test_every_target_of_the_benchmark_batch_counts():
@@ -110,8 +193,8 @@ def _figures(seconds):
 
 def _record(rows):
   settings = {
-    "embed_dim": 8, "num_layers": 1, "num_heads": 1, "seq_len": 8, "batch_size": 1,
-    "kind": "sequential", "rounds": 3, "steps_per_round": 2, "huge_pages": True,
+    "seq_len": 8, "batch_size": 1, "kind": "sequential", "rounds": 3,
+    "steps_per_round": 2, "huge_pages": True, "apart": False,
   }
   return {
     "command": "c", "date": "d", "commit": "0", "hardware": "h", "versions": {},

@@ -104,9 +104,24 @@ class Contestant:
 class Turns:
   """Contestants that take turns; a context that ends their processes."""
 
-  def __init__(self, rounds: int, steps_per_round: int, say: Callable[..., None]):
-    """Args: `say(text, count)` shows progress, of a turn unless `count` says more."""
+  def __init__(
+    self,
+    rounds: int,
+    steps_per_round: int,
+    say: Callable[..., None],
+    apart: bool = False,
+  ):
+    """Prepares turns for everyone who enters.
+
+    Args:
+      rounds: turns of every contestant.
+      steps_per_round: that are timed in a turn.
+      say: `say(text, count)` shows progress, of a turn unless `count` says more.
+      apart: everyone takes all turns on entering and ends then, where memory does not
+        hold all of them. To be fair, the machine must have nothing else to do.
+    """
     self._rounds, self._steps, self._say = rounds, steps_per_round, say
+    self._apart = apart
     self._running: list[tuple[str, Contestant, dict[str, Any]]] = []
 
   def __enter__(self) -> "Turns":
@@ -133,6 +148,10 @@ class Turns:
     row["contestants"][contestant.name] = figures
     self._running.append((label, contestant, figures))
     self._say(f"{label}: ready")
+    if self._apart:
+      self.take()
+      contestant.close()
+      self._running.clear()
 
   def take(self) -> None:
     """Gives everyone as many turns as there are rounds."""
@@ -157,9 +176,16 @@ def one_document_batch(config: Config, seed: int = 0) -> Batch:
   )
 
 
-def build_train_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
-  """Returns the train step of one of `NAMES`, compiled and warm."""
-  if name == "jax":
+def build_train_step(
+  config: Config, name: str, xla_flags: str | None = None
+) -> tuple[Callable[[], None], Ready]:
+  """Returns the train step of one of `NAMES`, compiled and warm.
+
+  `xla_flags` are added to those of the environment; names of JAX steps begin with jax.
+  """
+  if xla_flags is not None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
+  if name.startswith("jax"):
     return _build_jax(config)
   return _build_torch(config, compiled=name == "torch.compile")
 

@@ -23,6 +23,7 @@ from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
   add_output,
+  apply_preset,
   header,
   make_config,
   ratios,
@@ -111,9 +112,7 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     ConfigError: a pack without trials, or sizes that no model has.
   """
-  for key, value in (_QUICK if args.quick else _PRESETS[args.preset]).items():
-    if args.quick or getattr(args, key) is None:
-      setattr(args, key, value)
+  apply_preset(args, _PRESETS, _QUICK)
   if min(args.packs) < 1:
     raise ConfigError(f"--packs must be at least 1, got {min(args.packs)}.")
   configs = {size: _config(args, size) for size in args.sizes}

@@ -84,6 +84,15 @@ def add_output(parser: argparse.ArgumentParser, quick: str) -> None:
   )
 
 
+def apply_preset(
+  args: argparse.Namespace, presets: dict[str, dict[str, Any]], quick: dict[str, Any]
+) -> None:
+  """Fills in what was not given: by the preset, or all of `quick` with --quick."""
+  for key, value in (quick if args.quick else presets[args.preset]).items():
+    if args.quick or getattr(args, key) is None:
+      setattr(args, key, value)
+
+
 def add_huge_pages(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--huge_pages", action=argparse.BooleanOptionalAction, default=True,
