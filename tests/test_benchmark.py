@@ -51,7 +51,7 @@ def test_quick_run_of_packs_writes_table_and_figures(tmp_path):
 def test_a_pack_is_compared_with_as_many_trials_one_by_one():
   figures = {"compile_seconds": 100.0, "memory": 2e6}
   row = {
-    "size": "1", "parameters": 1_000_000, "hardware": "d", "contestants": {
+    "size": "1M", "parameters": 1_000_000, "hardware": "d", "contestants": {
       # The second round was disturbed: both are ten times slower.
       "alone": figures | {"seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
       "4": figures | {"seconds": [[2.0, 2.0], [20.0, 20.0], [1.6, 1.6]]},

@@ -1,5 +1,6 @@
 """The decoding benchmark: its programs, its arithmetic, its tables, its refusals."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from launch import benchmark
-from launch.benchmarks import decode, decode_parts
+from launch.benchmarks import decode, decode_parts, decode_tables, limits
+from mtp_jax import accounting
 from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.metrics import write_json
@@ -28,14 +30,16 @@ def quick_compilation():
       program = getattr(module, name).__wrapped__
       patch.setattr(module, name, quick_jit(program, **options))
     patch.setattr(jax, "jit", quick_jit)
+    patch.setattr(limits, "_SIZES", {"other": (128, 1 << 20)})
     yield
 
 
 def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
   benchmark.main(["decode", "--quick", "--no-torch", "--output", str(tmp_path)])
-  assert "left] llama V=264 sequential D=2 B=2: round 2" in capsys.readouterr().out
+  assert "left] tiny llama V=264 sequential D=2 B=2: round 2" in capsys.readouterr().out
   record = json.loads((tmp_path / "decode-sizes-quick.json").read_text())
-  assert (tmp_path / "decode-sizes-quick.md").read_text() == decode.markdown(record)
+  text = (tmp_path / "decode-sizes-quick.md").read_text()
+  assert text == decode_tables.markdown(record)
   forced, oracle = record["rows"]
   assert (forced["drafter"], oracle["drafter"]) == ("forced, K=2", "oracle, K=2")
   for row in record["rows"]:
@@ -55,8 +59,39 @@ def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
     )
   ])
   assert oracle["sum_c"] == [0, 0] and "overhead" not in oracle
-  used = {"v", "sum_c", "predicted", "measured", "overhead", "plain_overhead"}
+  np.testing.assert_allclose(forced["floor_over_step"], [
+    a / b for a, b in zip(
+      forced["seconds"]["floor"], forced["seconds"]["step"], strict=True
+    )
+  ])
+  used = {
+    "v", "sum_c", "predicted", "measured", "overhead", "plain_overhead",
+    "floor_over_step",
+  }
   assert used <= forced.keys() and used <= record["definitions"].keys()
+
+
+def test_a_step_reads_the_plain_model_and_the_filled_slots():
+  config = tiny_config("sequential", 2, {"trunk.kind": "llama"})
+  params = random_params(config)
+  prompts_NP = np.zeros((2, 4), np.int32)
+  model = decode.Model(
+    "m", config, network.unstack(params, config), prompts_NP, 8, ()
+  )
+  plain = decode.Generation(
+    model, make_plan(config, Decoding(num_drafts=0)), [prompts_NP], [None]
+  )
+  trunk = config.trunk
+  plain_config = dataclasses.replace(
+    config, mtp=dataclasses.replace(config.mtp, kind="none", depth=0)
+  )
+  weights = accounting.count(plain_config).total
+  if not trunk.tie_embeddings:
+    weights -= config.tokenizer.vocab_size * trunk.embed_dim
+  # 4 tokens of prompt and on average 4 of 8 new ones, two sequences, keys and values.
+  cached = 8 * 2 * 2 * trunk.num_layers * trunk.num_kv_heads * trunk.head_dim
+  width = params["embed"]["embedding"].dtype.itemsize
+  assert decode._step_bytes(model, plain) == pytest.approx(width * (weights + cached))
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ With --runs, the extra predictors of trained models draft on held-out text: how 
 accepted, and how much faster decoding is than without them. With --sizes, models with
 random weights show the costs at sizes that nobody trained: drafts are then true by
 decree, with and without the work of the predictors. There, plain decoding is also timed
-against PyTorch with a KV cache.
+against PyTorch with a KV cache. The floor of a step is the time in which the device
+reads the bytes that it must.
 
 The parts of a round, whole generations and PyTorch take turns for several rounds; every
 ratio is formed within a round, so that a machine that is busy for a while slows both of
@@ -14,28 +15,31 @@ its sides.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.benchmarks import decode_parts
-from launch.benchmarks.contestants import Contestant, Failed
+from launch.benchmarks import decode_parts, decode_peers, limits
+from launch.benchmarks.contestants import Contestant
+from launch.benchmarks.decode_peers import start_peers
+from launch.benchmarks.decode_tables import markdown
 from launch.benchmarks.records import (
+  MODELS,
   Progress,
   add_output,
+  apply_preset,
   header,
   make_config,
   ratios,
   slug,
-  spread,
-  table,
   write,
 )
 from mtp_jax.config import TASKS, Config, ConfigError
@@ -43,6 +47,7 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, loop, network, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
+from mtp_jax.model.layers import compute_dtype
 from mtp_jax.model.lm import MtpLm, zeros_batch
 from mtp_jax.sharding import unbox
 
@@ -67,15 +72,35 @@ DEFINITIONS = {
   "excluded",
   "identical": "prompts whose text with drafts is that of plain decoding, token for "
   "token, by the programs that were timed",
-  "plain / torch": "time per token of plain decoding / of the same sizes in PyTorch, "
-  "prefill excluded; below 1 ours is the faster",
+  "plain_over_torch": "time per token of plain decoding / of the same sizes in "
+  "PyTorch, prefill excluded; below 1 ours is the faster",
+  "floor": "the time in which the device reads the bytes that a step must read: "
+  "weights of the plain model, its embedding's table left out, and the slots of the "
+  "cache that are filled, as a mean over a generation; at the rate of an array that no "
+  "cache holds. Smaller models can be faster than this floor, from the processor's "
+  "caches",
+  "floor_over_step": "floor / step, the share of the memory's bandwidth that is used",
   "oracle": "drafts are the tokens that the target will choose, and cost nothing",
   "forced": "the predictors do their work, then drafts are those of the oracle",
 }
 
+_PRESETS = {
+  "cpu": {
+    "models": ["25M"], "trunks": ["gpt2", "llama"], "vocabs": [264, 50304],
+    "kinds": ["sequential", "parallel"], "depth": 3, "batch_sizes": [1, 8, 32],
+    "prompts": 32, "prompt_tokens": 64, "max_new_tokens": 128, "rounds": 7,
+    "least_seconds": 0.2,
+  },
+  "gpu": {
+    "models": ["350M", "1.3B"], "trunks": ["llama"], "vocabs": [50304],
+    "kinds": ["sequential"], "depth": 3, "batch_sizes": [1, 8, 64],
+    "prompts": 64, "prompt_tokens": 64, "max_new_tokens": 128, "rounds": 5,
+    "least_seconds": 0.2,
+  },
+}
 _QUICK = {
-  "trunks": ["llama"], "vocabs": [264], "kinds": ["sequential"], "depth": 2,
-  "embed_dim": 16, "num_layers": 1, "num_heads": 2, "batch_sizes": [2], "prompts": 4,
+  "models": ["tiny"], "trunks": ["llama"], "vocabs": [264], "kinds": ["sequential"],
+  "depth": 2, "batch_sizes": [2], "prompts": 4,
   "prompt_tokens": 8, "max_new_tokens": 12, "rounds": 2, "least_seconds": 0.005,
 }
 
@@ -104,29 +129,31 @@ def add_parser(commands: Any) -> None:
       "  python -m launch.benchmark decode --runs runs/seq2\n"
       "  python -m launch.benchmark decode --runs RUN --trees own\n"
       "  python -m launch.benchmark decode --sizes       the published costs\n"
+      "  python -m launch.benchmark decode --sizes --preset gpu    those of a GPU\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
   add("--runs", nargs="+", type=Path, default=[], metavar="RUN", help="run folders")
   add("--sizes", action="store_true", help="random weights; the default without --runs")
-  add("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], metavar="B")
+  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
+  add("--batch_sizes", nargs="+", type=int, metavar="B")
   add(
-    "--max_new_tokens", type=int, default=128,
+    "--max_new_tokens", type=int,
     help="per prompt; of a run no more than fit into the length it was trained on",
   )
   add(
-    "--prompt_tokens", type=int, default=64,
+    "--prompt_tokens", type=int,
     help="per prompt; of a run no more than a quarter of that length",
   )
-  add("--rounds", type=int, default=7, help="turns of everything that is timed")
+  add("--rounds", type=int, help="turns of everything that is timed")
   add(
-    "--least_seconds", type=float, default=0.2,
+    "--least_seconds", type=float,
     help="how long a part of a round is repeated per turn",
   )
   add("--seed", type=int, default=0, help="of random weights, prompts and resamples")
   add = parser.add_argument_group("with --runs").add_argument
-  add("--prompts", type=int, default=32, help="from as many held-out documents")
+  add("--prompts", type=int, help="from as many held-out documents")
   add("--split", default="test", choices=["validation", "test"])
   add(
     "--drafts", nargs="+", type=int, metavar="K",
@@ -142,14 +169,12 @@ def add_parser(commands: Any) -> None:
     "or dynamic:DEPTH,WIDTH,NODES",
   )
   add = parser.add_argument_group("with --sizes").add_argument
-  add("--trunks", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
-  add("--vocabs", nargs="+", type=int, default=[264, 50304], metavar="V")
+  add("--models", nargs="+", choices=list(MODELS), help="by number of parameters")
+  add("--trunks", nargs="+", choices=["gpt2", "llama"])
+  add("--vocabs", nargs="+", type=int, metavar="V")
   kinds = ["sequential", "parallel", "linear", "medusa", "eagle", "eagle3"]
-  add("--kinds", nargs="+", default=kinds[:2], choices=kinds)
-  add("--depth", type=int, default=3, help="extra predictors, all of which draft")
-  add("--embed_dim", type=int, default=512)
-  add("--num_layers", type=int, default=8)
-  add("--num_heads", type=int, default=8, help="Llama has half as many kv heads")
+  add("--kinds", nargs="+", choices=kinds)
+  add("--depth", type=int, help="extra predictors, all of which draft")
   add("--torch", action=argparse.BooleanOptionalAction, default=True)
   add = parser.add_argument
   add("--name", help="of the two files; by default decode-runs- or decode-sizes-DEVICE")
@@ -163,8 +188,7 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     ConfigError: settings, a run folder or its text do not fit.
   """
-  if args.quick:
-    vars(args).update(_QUICK)
+  apply_preset(args, _PRESETS, _QUICK)
   if args.runs and args.sizes:
     raise ConfigError("--runs and --sizes write files of their own: give one of them.")
   for key in ("batch_sizes", "prompts", "prompt_tokens", "max_new_tokens", "rounds"):
@@ -248,37 +272,36 @@ def _decodings(path: Path, args: argparse.Namespace) -> list[Decoding]:
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:
   """Returns the costs of models with random weights, and plain decoding in PyTorch."""
-  say = Progress(
-    len(args.trunks) * len(args.vocabs) * len(args.kinds) * len(args.batch_sizes),
-    args.rounds,
-  )
+  cases = list(itertools.product(
+    args.models, args.trunks, args.vocabs, args.kinds, args.batch_sizes
+  ))
+  say = Progress(len(cases), args.rounds)
   rows = []
-  for trunk in args.trunks:
-    for vocab in args.vocabs:
-      for kind in args.kinds:
-        for batch_size in args.batch_sizes:
-          model = _random(args, trunk, vocab, kind, batch_size)
-          plan = make_plan(model.config, Decoding())
-          own, K = plan.drafter, plan.drafter.num_drafts
-          variants = {
-            f"forced, K={K}": Variant(
-              plan._replace(drafter=decode_parts.forced(own)),
-              lambda weights, drafts_BS: (weights, drafts_BS),
-            ),
-            f"oracle, K={K}": Variant(
-              plan._replace(drafter=drafters.given(K)),
-              lambda _, drafts_BS: drafts_BS,
-              has_cost=False,
-            ),
-          }
-          # The plain model does not depend on the predictors: one comparison will do.
-          with_torch = args.torch and kind == args.kinds[0] and kind != "parallel"
-          peer = _torch_peer(model, batch_size) if with_torch else None
-          try:
-            rows += measure(model, variants, batch_size, args, say, peer)
-          finally:
-            if peer:
-              peer.close()
+  for size, trunk, vocab, kind, batch_size in cases:
+    model = _random(args, size, trunk, vocab, kind, batch_size)
+    plan = make_plan(model.config, Decoding())
+    own, K = plan.drafter, plan.drafter.num_drafts
+    variants = {
+      f"forced, K={K}": Variant(
+        plan._replace(drafter=decode_parts.forced(own)),
+        lambda weights, drafts_BS: (weights, drafts_BS),
+      ),
+      f"oracle, K={K}": Variant(
+        plan._replace(drafter=drafters.given(K)),
+        lambda _, drafts_BS: drafts_BS,
+        has_cost=False,
+      ),
+    }
+    # The plain model does not depend on the predictors: one comparison will do.
+    with_torch = args.torch and kind == args.kinds[0] and kind != "parallel"
+    peers = start_peers(
+      model.config, batch_size, args.prompt_tokens, args.max_new_tokens
+    ) if with_torch else {}
+    try:
+      rows += measure(model, variants, batch_size, args, say, peers)
+    finally:
+      for peer in peers.values():
+        peer.close()
   return {"rows": rows}
 
 
@@ -301,16 +324,17 @@ def measure(
   batch_size: int,
   args: argparse.Namespace,
   say: Progress,
-  peer: Contestant | None = None,
+  peers: Mapping[str, Contestant] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
   """Returns a table row per variant; everything that is timed takes turns."""
   prompts_NP = model.prompts_NP
   batches = np.split(prompts_NP, len(prompts_NP) // batch_size)
   plan = make_plan(model.config, Decoding(num_drafts=0))
   plain = Generation(model, plan, batches, [None] * len(batches))
-  timers = _plain_timers(plain, args.least_seconds)
-  if peer:
-    timers["torch"] = lambda: peer.run(1)[0]
+  reads = _read_all(compute_dtype(model.config.trunk))
+  timers = _plain_timers(plain, args.least_seconds) | {"reads": reads.seconds}
+  for name, peer in peers.items():
+    timers[name] = lambda peer=peer: peer.run(1)[0]
   drafted = {}
   for name, variant in variants.items():
     K = variant.plan.drafter.num_drafts
@@ -327,11 +351,31 @@ def measure(
     for name in list(timers)[:: 1 if turn % 2 == 0 else -1]:
       seconds[name].append(timers[name]())
     say(f"{model.name} B={batch_size}: round {turn + 1}")
+  floor = np.array(seconds["reads"]) * _step_bytes(model, plain) / reads.amount
   return [
     _describe(model, batch_size, plain)
-    | _row(name, plain, generation, seconds)
+    | _row(name, plain, generation, seconds, floor)
     for name, generation in drafted.items()
   ]
+
+
+# An array that fills memory is kept for all models of a run.
+_read_all = functools.cache(limits.reads)
+
+
+def _step_bytes(model: Model, plain: "Generation") -> float:
+  """Returns the bytes that a 1-row step must read, as a mean over a generation.
+
+  Of experts, all count.
+  """
+  weights, (_, state) = model.weights, plain.first()
+  read = (weights.blocks, weights.final_norm, weights.unembed_DV)
+  filled = model.prompts_NP.shape[1] + model.max_new_tokens / 2
+  return _size(read) + _size(state.cache) * filled / state.tokens_BS.shape[1]
+
+
+def _size(tree: Any) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class Generation:
@@ -464,8 +508,12 @@ def _row(
   plain: Generation,
   drafted: Generation,
   seconds: dict[str, list[float]],
+  floor: np.ndarray,
 ) -> dict[str, Any]:
-  """Returns what was measured of one variant, and the ratios of every round."""
+  """Returns what was measured of one variant, and the ratios of every round.
+
+  `floor` are the least seconds of a 1-row step.
+  """
   step, num_drafts = np.array(seconds["step"]), drafted.plan.drafter.num_drafts
   own = {"verify": np.array(seconds[_verify(name, drafted.plan)])} | {
     key: np.array(seconds[f"{name} {key}"])
@@ -478,19 +526,22 @@ def _row(
   predicted = batch_tau / (v + sum_c)
   measured = np.array(ratios(seconds["plain"], seconds[name]))
   found = {
+    "floor_over_step": floor / step,
     "v": v, "sum_c": sum_c, "predicted": predicted, "measured": measured,
     "measured_over_predicted": measured / predicted,
     "plain_overhead": np.array(seconds["plain round"]) / step - 1,
   }
   if "round" in own:
     found["overhead"] = (own["round"] - own["verify"] - own["draft"]) / step
-  timed = {"step": step, "plain_round": seconds["plain round"], **own}
+  timed = {"floor": floor, "step": step, "plain_round": seconds["plain round"], **own}
   timed |= {"plain": seconds["plain"], "drafted": seconds[name]}
   timed["plain_prefill"] = plain.prefill_seconds
   timed["drafted_prefill"] = drafted.prefill_seconds
-  if "torch" in seconds:
-    timed["torch"] = seconds["torch"]
-    found["plain_over_torch"] = np.array(ratios(seconds["plain"], seconds["torch"]))
+  against_torch = {}
+  for peer in decode_peers.NAMES:
+    if peer in seconds:
+      timed[peer] = seconds[peer]
+      against_torch[peer] = ratios(seconds["plain"], seconds[peer])
   same = [
     np.all(a == b, axis=1).sum()
     for a, b in zip(plain.tokens, drafted.tokens, strict=True)
@@ -504,6 +555,7 @@ def _row(
     "rounds": drafted.rounds,
     "identical": int(sum(same)),
     **{key: np.asarray(values).tolist() for key, values in found.items()},
+    "plain_over_torch": against_torch,
     "seconds": {key: np.asarray(values).tolist() for key, values in timed.items()},
   }
 
@@ -550,20 +602,25 @@ def _trained(path: Path, args: argparse.Namespace) -> Model:
 
 
 def _random(
-  args: argparse.Namespace, trunk: str, vocab: int, kind: str, batch_size: int
+  args: argparse.Namespace,
+  size: str,
+  trunk: str,
+  vocab: int,
+  kind: str,
+  batch_size: int,
 ) -> Model:
   """Returns a model with random weights and as many prompts as one batch."""
   slots = args.prompt_tokens + args.max_new_tokens
   settings = argparse.Namespace(**vars(args) | {
     "kind": kind, "seq_len": max(slots, args.depth + 1), "batch_size": 1,
   })
-  config = make_config(settings, trunk, vocab, args.depth)
+  config = make_config(settings, size, trunk, vocab, args.depth)
   validate(config)
   init = lambda key: MtpLm(config).init(key, zeros_batch(config))["params"]  # noqa: E731
   params = jax.jit(lambda key: unbox(init(key)))(jax.random.key(args.seed))
   rng = np.random.default_rng(args.seed)
   prompts_NP = rng.integers(0, vocab, (batch_size, args.prompt_tokens), np.int32)
-  name = f"{trunk} V={vocab} {kind} D={args.depth}"
+  name = f"{size} {trunk} V={vocab} {kind} D={args.depth}"
   weights = network.unstack(params, config)
   return Model(name, config, weights, prompts_NP, args.max_new_tokens, ())
 
@@ -576,172 +633,3 @@ def _teacher_forced(path: Path) -> dict[str, Any]:
   return {
     "teacher_forced_split": found.get("split"), **{key: found.get(key) for key in keys}
   }
-
-
-def _torch_peer(model: Model, batch_size: int) -> Contestant | None:
-  """Returns a process that decodes as plain decoding does, in PyTorch."""
-  build = functools.partial(
-    build_torch, batch_size=batch_size, prompt_tokens=model.prompts_NP.shape[1],
-    max_new_tokens=model.max_new_tokens,
-  )
-  plain = dataclasses.replace(model.config.mtp, kind="none", depth=0)
-  config = dataclasses.replace(model.config, mtp=plain)
-  peer = Contestant("torch eager", config, huge_pages=False, build=build)
-  try:
-    peer.wait_ready()
-  except Failed as error:
-    print(f"{model.name} B={batch_size} torch: {error}", flush=True)
-    peer.close()
-    return None
-  return peer
-
-
-def build_torch(
-  config: Config, name: str, *, batch_size: int, prompt_tokens: int, max_new_tokens: int
-) -> tuple[Callable[[], None], None]:
-  """Returns a step that decodes as many tokens as plain decoding in its rounds."""
-  del name
-  from launch import torch_peer  # Torch is optional, and only this process needs it.
-
-  torch = torch_peer.torch
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  torch.manual_seed(0)
-  model = torch_peer.Peer(config).eval()
-  slots = prompt_tokens + max_new_tokens
-  cache = model.empty_cache(batch_size, slots)
-  prompts = torch.randint(config.tokenizer.vocab_size, (batch_size, prompt_tokens))
-
-  @torch.inference_mode()
-  def prefill() -> Any:
-    logits_BTV = model.decode_step(prompts, 0, cache)
-    return logits_BTV[:, -1:].argmax(-1)
-
-  first = prefill()
-
-  @torch.inference_mode()
-  def step() -> None:
-    tokens = first
-    for position in range(prompt_tokens, slots - 1):
-      tokens = model.decode_step(tokens, position, cache)[:, -1:].argmax(-1)
-
-  step()
-  return step, None
-
-
-def markdown(record: dict[str, Any]) -> str:
-  """Returns the tables of a record, with what is needed to read them."""
-  rows, settings = record["rows"], record["settings"]
-  parts = [
-    "# Decoding with drafts",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{record['device']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + f"; seed {settings['seed']}.",
-    "",
-    "Greedy. Ratios: median over "
-    f"{settings['rounds']} interleaved rounds [least, greatest]. Acceptance: mean "
-    "[95 % bootstrap interval over prompts]. All figures are defined in the JSON file "
-    "beside this one.",
-  ]
-  if "acceptance" in record:
-    parts += ["", "## Acceptance", "", *_acceptance_table(record["acceptance"])]
-  parts += [
-    "",
-    "## Costs and speed-up",
-    "",
-    "In units of a 1-row step (T_1): v, the verification of K + 1 rows (N + 1 of a "
-    "tree); sum c, all K drafts; overhead of the loop. Predicted speed-up: batch tau / "
-    "(v + sum c); measured: against plain decoding of the same prompts in the same "
-    "run.",
-    "",
-    *table(
-      (
-        "model", "B", "drafter", "T_1 ms", "v", "sum c", "overhead", "plain overhead",
-        "tau", "batch tau", "predicted", "measured", "measured / predicted",
-        "identical",
-      ),
-      [
-        (
-          r["model"], r["batch_size"], r["drafter"],
-          f"{1e3 * np.median(r['seconds']['step']):.3f}",
-          spread(r["v"]), spread(r["sum_c"]), spread(r.get("overhead", [])),
-          spread(r["plain_overhead"]), f"{r['tau']:.2f}", f"{r['batch_tau']:.2f}",
-          spread(r["predicted"]), spread(r["measured"]),
-          spread(r["measured_over_predicted"]),
-          f"{r['identical']}/{r['num_prompts']}",
-        )
-        for r in rows
-      ],
-    ),
-  ]
-  against_torch = {
-    (r["model"], r["batch_size"]): (
-      r["trunk"], r["vocab"], r["batch_size"],
-      _milliseconds(r, "plain"), _milliseconds(r, "torch"),
-      spread(r["plain_over_torch"]),
-    )
-    for r in rows
-    if "plain_over_torch" in r
-  }
-  if against_torch:
-    parts += [
-      "",
-      "## Plain decoding against PyTorch",
-      "",
-      "Greedy, KV cache, no drafts, prefill excluded; below 1 ours is the faster.",
-      "",
-      *table(
-        ("trunk", "vocab", "B", "plain ms/round", "torch ms/round", "plain / torch"),
-        against_torch.values(),
-      ),
-    ]
-  return "\n".join(parts) + "\n"
-
-
-def _acceptance_table(entries: list[dict[str, Any]]) -> list[str]:
-  lines = []
-  for entry in entries:
-    figures = entry["decoding"]
-    agreement = entry["teacher_forced_agreement"] or []
-    lines += [
-      f"{entry['model']}, {entry['drafter']}: {figures['num_prompts']} prompts "
-      f"of the {entry['split']} split, {figures['tokens']} tokens in "
-      f"{figures['rounds']} rounds; tau {_interval(figures['tau'])}, accepted / "
-      f"drafted {_interval(figures['accepted_per_drafted'])}; rounds by drafts "
-      f"emitted: {figures['histogram']}. Teacher-forced agreement is that of the run's "
-      f"eval.json ({entry['teacher_forced_split']} split) [mean +- 2 standard errors].",
-      "",
-      *table(
-        ("draft", "S_k", "alpha_k", "teacher-forced agreement"),
-        [
-          (
-            k + 1, _interval(figures["survival"][k]),
-            _interval(figures["conditional"][k]),
-            _two_errors(agreement[k]) if k < len(agreement) else "-",
-          )
-          for k in range(figures["num_drafts"])
-        ],
-      ),
-      "",
-    ]
-  return lines[:-1]
-
-
-def _interval(figure: dict[str, float | None]) -> str:
-  if figure["mean"] is None:
-    return "-"
-  return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**figure)
-
-
-def _two_errors(figure: dict[str, float | None]) -> str:
-  mean, error = figure["mean"], figure["stderr"]
-  if mean is None or error is None:
-    return "-"
-  return f"{mean:.3f} [{mean - 2 * error:.3f}, {mean + 2 * error:.3f}]"
-
-
-def _milliseconds(row: dict[str, Any], name: str) -> str:
-  return f"{1e3 * np.median(row['seconds'][name]) / row['plain_rounds']:.2f}"

@@ -40,20 +40,19 @@ from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import compiled, programs, shape_of
 
-# Width and layers by millions of parameters.
-SIZES = {"0.3": (64, 4), "1": (128, 4), "3": (192, 6), "10": (384, 4)}
+_SIZES = ["0.3M", "1M", "3M", "10M"]
 _PRESETS = {
   "cpu": {
-    "sizes": ["0.3", "1", "3"], "packs": [1, 4, 8], "seq_len": 128, "batch_size": 8,
+    "models": _SIZES[:3], "packs": [1, 4, 8], "seq_len": 128, "batch_size": 8,
     "rounds": 5, "steps_per_round": 8,
   },
   "gpu": {
-    "sizes": list(SIZES), "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
+    "models": _SIZES, "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
     "batch_size": 16, "rounds": 5, "steps_per_round": 20,
   },
 }
 _QUICK = {
-  "sizes": ["0.3"], "packs": [1, 2], "seq_len": 32, "batch_size": 2, "rounds": 2,
+  "models": ["0.3M"], "packs": [1, 2], "seq_len": 32, "batch_size": 2, "rounds": 2,
   "steps_per_round": 2,
 }
 _ALONE = "alone"
@@ -82,16 +81,13 @@ def add_parser(commands: Any) -> None:
       "  python -m launch.benchmark pack --quick         a check that takes a minute\n"
       "  python -m launch.benchmark pack                 the published table of a CPU\n"
       "  python -m launch.benchmark pack --preset gpu    that of a GPU\n"
-      "  python -m launch.benchmark pack --sizes 1 --packs 8 16\n"
+      "  python -m launch.benchmark pack --models 1M --packs 8 16\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
   add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
-  add(
-    "--sizes", nargs="+", choices=list(SIZES), metavar="MILLIONS",
-    help=f"of parameters: {', '.join(SIZES)}",
-  )
+  add("--models", nargs="+", choices=_SIZES, help="by number of parameters")
   add("--packs", nargs="+", type=int, metavar="N", help="trials of a pack")
   add("--seq_len", type=int)
   add("--batch_size", type=int)
@@ -115,10 +111,10 @@ def run(args: argparse.Namespace) -> None:
   apply_preset(args, _PRESETS, _QUICK)
   if min(args.packs) < 1:
     raise ConfigError(f"--packs must be at least 1, got {min(args.packs)}.")
-  configs = {size: _config(args, size) for size in args.sizes}
+  configs = {size: _config(args, size) for size in args.models}
   for config in configs.values():
     validate(config, 1)
-  say = Progress(len(args.sizes) * (1 + len(args.packs)), args.rounds)
+  say = Progress(len(args.models) * (1 + len(args.packs)), args.rounds)
   rows = [_measure(args, size, config, say) for size, config in configs.items()]
   record = header(args) | {"rows": rows}
   name = "pack-quick" if args.quick else f"pack-{slug(rows[0]['hardware'])}"
@@ -126,10 +122,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace, size: str) -> Config:
-  embed_dim, num_layers = SIZES[size]
-  sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": 4}
-  values = argparse.Namespace(**vars(args) | sizes | {"kind": "sequential"})
-  return make_config(values, "llama", 264, depth=1)
+  values = argparse.Namespace(**vars(args) | {"kind": "sequential"})
+  return make_config(values, size, "llama", 264, depth=1)
 
 
 def _measure(
@@ -144,7 +138,7 @@ def _measure(
   }
   with Turns(args.rounds, args.steps_per_round, say) as turns:
     for name in (_ALONE, *map(str, args.packs)):
-      label = f"{size}M {name if name == _ALONE else f'pack of {name}'}"
+      label = f"{size} {name if name == _ALONE else f'pack of {name}'}"
       turns.enter(label, Contestant(name, config, args.huge_pages, build_step), row)
     turns.take()
   return row

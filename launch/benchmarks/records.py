@@ -21,11 +21,29 @@ from mtp_jax.config import Config, from_config_dict, with_overrides
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
 
 
+# Width, layers, heads; those of 124M and more as GPT-2 and GPT-3 have them (Brown et
+# al. 2020, table 2.1), the largest with heads of 128.
+MODELS = {
+  "tiny": (64, 2, 4),
+  "0.3M": (64, 4, 4),
+  "1M": (128, 4, 4),
+  "3M": (192, 6, 4),
+  "5M": (256, 6, 4),
+  "10M": (384, 4, 4),
+  "25M": (512, 8, 8),
+  "124M": (768, 12, 12),
+  "350M": (1024, 24, 16),
+  "1.3B": (2048, 24, 16),
+}
+
 def make_config(
-  args: argparse.Namespace, trunk: str, vocab: int, depth: int
+  args: argparse.Namespace, model: str, trunk: str, vocab: int, depth: int
 ) -> Config:
-  """Returns the config of one row of the table."""
-  dim, heads = args.embed_dim, args.num_heads
+  """Returns the config of one of `MODELS`; Llama has half as many kv heads.
+
+  Of `args`: kind (of predictors, for depth > 0), seq_len, batch_size.
+  """
+  dim, layers, heads = MODELS[model]
   shape = {
     "gpt2": {"trunk.mlp_dim": 4 * dim, "trunk.num_kv_heads": heads},
     # 8/3 of the width (Touvron et al. 2023), rounded up to a multiple of 64.
@@ -40,7 +58,7 @@ def make_config(
       "trunk.kind": trunk,
       "trunk.tie_embeddings": trunk == "gpt2",
       "trunk.embed_dim": dim,
-      "trunk.num_layers": args.num_layers,
+      "trunk.num_layers": layers,
       "trunk.num_heads": heads,
       **shape,
       "mtp.kind": args.kind if depth else "none",

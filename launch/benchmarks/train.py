@@ -21,6 +21,7 @@ from launch.benchmarks.contestants import (
 )
 from launch.benchmarks.limits import build_products
 from launch.benchmarks.records import (
+  MODELS,
   Progress,
   add_huge_pages,
   add_output,
@@ -39,15 +40,6 @@ from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.metrics import peak_flops
 
-# Width, layers, heads; those of 124M and more as GPT-2 and GPT-3 have them (Brown et
-# al. 2020, table 2.1), the largest with heads of 128.
-MODELS = {
-  "tiny": (64, 2, 4),
-  "5M": (256, 6, 4),
-  "124M": (768, 12, 12),
-  "350M": (1024, 24, 16),
-  "1.3B": (2048, 24, 16),
-}
 _PRESETS = {
   "cpu": {
     "models": ["5M"], "trunks": ["gpt2", "llama"], "vocabs": [264, 50304],
@@ -156,9 +148,7 @@ def run(args: argparse.Namespace) -> None:
 def _config(
   args: argparse.Namespace, model: str, trunk: str, vocab: int, depth: int
 ) -> Config:
-  keys = ("embed_dim", "num_layers", "num_heads")
-  sizes = vars(args) | dict(zip(keys, MODELS[model], strict=True))
-  config = make_config(argparse.Namespace(**sizes), trunk, vocab, depth)
+  config = make_config(args, model, trunk, vocab, depth)
   validate(config)
   return config
 
