@@ -39,7 +39,7 @@ def test_quick_run_writes_table_and_figures(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_quick_run_of_packs_writes_table_and_figures(tmp_path):
-  benchmark.main(["pack", "--quick", "--output", str(tmp_path)])
+  benchmark.main(["pack", "--quick", "--no-torch", "--output", str(tmp_path)])
   record = json.loads((tmp_path / "pack-quick.json").read_text())
   ((row),) = record["rows"]
   assert row["contestants"].keys() == {"alone", "1", "2"}
@@ -51,7 +51,10 @@ def test_quick_run_of_packs_writes_table_and_figures(tmp_path):
 def test_a_pack_is_compared_with_as_many_trials_one_by_one():
   figures = {"compile_seconds": 100.0, "memory": 2e6}
   row = {
-    "size": "1M", "parameters": 1_000_000, "hardware": "d", "contestants": {
+    "size": "1M", "parameters": 1_000_000, "hardware": "d", "flops_per_step": 10.0,
+    # 100 FLOPs a second, then 10.
+    "floor": {"flops": 100.0, "seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
+    "contestants": {
       # The second round was disturbed: both are ten times slower.
       "alone": figures | {"seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
       "4": figures | {"seconds": [[2.0, 2.0], [20.0, 20.0], [1.6, 1.6]]},
@@ -64,8 +67,8 @@ def test_a_pack_is_compared_with_as_many_trials_one_by_one():
   )
   # 100 steps of 1 s; of 4 trials, 50 s each. Compiled: 125 s and 75 s each.
   assert (
-    "| 1,000,000 | 4 | 100.0 | 2000.0 | 2 | 72.0 | 2.00 [2.00, 2.50] | 48.0 | 1.92 ["
-    in table
+    "| 1,000,000 | 4 | 100.0 | 2000.0 | 0.20 [0.20, 0.25] | 2 | 72.0 | "
+    "2.00 [2.00, 2.50] | 48.0 | 1.92 [" in table
   )
   assert "- 1,000,000 parameters, 8: Failed: no memory" in table
 

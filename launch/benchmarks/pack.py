@@ -1,10 +1,12 @@
 """`launch.benchmark pack`: trials per hour side by side, against one after the other.
 
 A trial is a small Llama with one sequential module, on random tokens, one document per
-row, all trials on the same rows. The contestants of one size, the lone step and packs
-of N trials, take turns for several rounds, as the training loop takes their steps: the
-next one is started before the last has ended. Every ratio is formed within a round, so
-that a machine that is busy for a while slows both of its sides.
+row, all trials on the same rows. The contestants of one size, the lone step, packs of N
+trials and a lone PyTorch step, take turns for several rounds. Ours are taken as the
+training loop takes them: the next one is started before the last has ended. Every ratio
+is formed within a round, so that a machine that is busy for a while slows both of its
+sides. The floor takes turns with them: products of large matrices, at whose rate the
+model's FLOPs would take so long.
 """
 
 import argparse
@@ -18,15 +20,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.benchmarks.contestants import Contestant, Turns, one_document_batch
+from launch.benchmarks.contestants import (
+  NAMES,
+  Build,
+  Contestant,
+  Turns,
+  build_train_step,
+  one_document_batch,
+)
+from launch.benchmarks.limits import build_products
 from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
   add_output,
   apply_preset,
+  floor_seconds,
   header,
   make_config,
   ratios,
+  rounds,
   slug,
   spread,
   table,
@@ -56,18 +68,21 @@ _QUICK = {
   "steps_per_round": 2,
 }
 _ALONE = "alone"
+_FLOOR = "floor"
+_PEERS = [name for name in NAMES if name.startswith("torch")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
   """What a contestant says once it is compiled and warm.
 
-  memory: bytes of arguments and temporaries of the program, by XLA's own analysis.
+  memory: bytes of arguments and temporaries of the program, by XLA's own analysis; of
+    PyTorch the peak of a step, None where it is not known.
   """
 
   hardware: str
   compile_seconds: float
-  memory: int
+  memory: int | None
 
 
 def add_parser(commands: Any) -> None:
@@ -97,6 +112,7 @@ def add_parser(commands: Any) -> None:
     "--num_steps", type=int, default=2000,
     help="of a trial, for the trials per hour that include compilation",
   )
+  add("--torch", action=argparse.BooleanOptionalAction, default=True)
   add_huge_pages(parser)
   add_output(parser, "tiny sizes, two rounds")
   parser.set_defaults(run=run)
@@ -114,7 +130,8 @@ def run(args: argparse.Namespace) -> None:
   configs = {size: _config(args, size) for size in args.models}
   for config in configs.values():
     validate(config, 1)
-  say = Progress(len(args.models) * (1 + len(args.packs)), args.rounds)
+  contestants = _contestants(args)
+  say = Progress(len(args.models) * (1 + len(contestants)), args.rounds)
   rows = [_measure(args, size, config, say) for size, config in configs.items()]
   record = header(args) | {"rows": rows}
   name = "pack-quick" if args.quick else f"pack-{slug(rows[0]['hardware'])}"
@@ -130,18 +147,35 @@ def _measure(
   args: argparse.Namespace, size: str, config: Config, say: Progress
 ) -> dict[str, Any]:
   """Returns the row of one size, its contestants in turns."""
+  counts = accounting.count(config)
+  tokens = args.seq_len * args.batch_size
+  floor: dict[str, Any] = {"contestants": {}}
   row: dict[str, Any] = {
     "size": size,
-    "parameters": accounting.count(config).total,
+    "parameters": counts.total,
+    "flops_per_step": counts.train_flops_per_token * tokens,
     "hardware": "unknown",
     "contestants": {},
   }
   with Turns(args.rounds, args.steps_per_round, say) as turns:
-    for name in (_ALONE, *map(str, args.packs)):
-      label = f"{size} {name if name == _ALONE else f'pack of {name}'}"
-      turns.enter(label, Contestant(name, config, args.huge_pages, build_step), row)
+    entrant = Contestant(_FLOOR, config, args.huge_pages, build_products)
+    turns.enter(f"{size} {_FLOOR}", entrant, floor)
+    for name, build in _contestants(args).items():
+      label = f"{size} {f'pack of {name}' if name.isdigit() else name}"
+      turns.enter(label, Contestant(name, config, args.huge_pages, build), row)
     turns.take()
-  return row
+  return row | {"floor": floor["contestants"][_FLOOR]}
+
+
+def _contestants(args: argparse.Namespace) -> dict[str, Build]:
+  packs = {name: build_step for name in (_ALONE, *map(str, args.packs))}
+  return packs | (dict.fromkeys(_PEERS, build_peer) if args.torch else {})
+
+
+def build_peer(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
+  """Returns a lone PyTorch step, compiled where the name says so, and warm."""
+  step, ready = build_train_step(config, name)
+  return step, Ready(ready.hardware, ready.build_seconds, ready.peak_memory)
 
 
 def build_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
@@ -207,22 +241,25 @@ def markdown(record: dict[str, Any]) -> str:
     "",
     f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
     f"{record['rows'][0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k != "torch")
+    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     + ".",
     "",
     f"Llama with one sequential module, T={settings['seq_len']}, "
     f"B={settings['batch_size']}, one batch for all. {settings['rounds']} interleaved "
     f"rounds of {settings['steps_per_round']} steps. Times: median over rounds. Ratios "
-    "to the lone step: median over rounds [least, greatest]; above 1 the pack gets "
-    f"more done. With compilation: N trials of {settings['num_steps']:,} steps, "
-    "compiled once either way. Evaluation and saving are not in it. Memory: arguments "
-    "and temporaries of one program, by XLA's own analysis.",
+    "to the lone step: median over rounds [least, greatest]; above 1 more gets done. "
+    "Floor / step: the model's FLOPs of all trials at the rate of products of large "
+    "matrices, over the step. With compilation: N trials of "
+    f"{settings['num_steps']:,} steps, compiled once either way. Evaluation and saving "
+    "are not in it. Memory: arguments and temporaries of one program, by XLA's own "
+    "analysis; of PyTorch the peak of a step. PyTorch: a lone step, float32 on a CPU "
+    "and autocast to bfloat16 on a GPU.",
     "",
   ]
   parts += table(
     (
-      "parameters", "N", "compile s", "step ms", "program MB", "trials/h", "ratio",
-      "trials/h with compilation", "ratio",
+      "parameters", "N", "compile s", "step ms", "floor / step", "MB", "trials/h",
+      "ratio", "trials/h with compilation", "ratio",
     ),
     [
       _table_row(row, name, settings["num_steps"])
@@ -244,9 +281,10 @@ def markdown(record: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any], name: str, num_steps: int) -> tuple[Any, ...]:
   figures, alone = (row["contestants"].get(x, {}) for x in (name, _ALONE))
-  trials = 1 if name == _ALONE else int(name)
-  warm = [num_steps * x / trials for x in _rounds(figures)]
-  warm_alone = [num_steps * x for x in _rounds(alone)]
+  trials, steps = int(name) if name.isdigit() else 1, rounds(figures)
+  floor = floor_seconds(row["floor"], trials * row["flops_per_step"])
+  warm = [num_steps * x / trials for x in steps]
+  warm_alone = [num_steps * x for x in rounds(alone)]
   # Seconds of one trial of `trials`, the program being compiled for all of them.
   cold, cold_alone = (
     [x + contestant.get("compile_seconds", 0.0) / trials for x in seconds]
@@ -257,15 +295,11 @@ def _table_row(row: dict[str, Any], name: str, num_steps: int) -> tuple[Any, ...
     f"{row['parameters']:,}",
     name,
     f"{figures['compile_seconds']:.1f}",
-    f"{statistics.median(_rounds(figures)) * 1e3:.1f}",
-    f"{figures['memory'] / 1e6:.0f}",
+    f"{statistics.median(steps) * 1e3:.1f}",
+    spread(ratios(floor, steps)),
+    "-" if figures["memory"] is None else f"{figures['memory'] / 1e6:.0f}",
     per_hour(warm),
     spread(ratios(warm_alone, warm)),
     per_hour(cold),
     spread(ratios(cold_alone, cold)),
   )
-
-
-def _rounds(figures: dict[str, Any]) -> list[float]:
-  """The median step time of every round; empty if there is none."""
-  return [statistics.median(steps) for steps in figures.get("seconds", [])]

@@ -168,6 +168,16 @@ def _cpu_model() -> str:
   return next(names, platform.machine())
 
 
+def rounds(figures: dict[str, Any]) -> list[float]:
+  """Returns the median step time of every round of a contestant; empty without any."""
+  return [statistics.median(steps) for steps in figures.get("seconds", [])]
+
+
+def floor_seconds(products: dict[str, Any], flops: float) -> list[float]:
+  """Returns per round the seconds of `flops` at the rate of `limits.products`."""
+  return [seconds * flops / products["flops"] for seconds in rounds(products)]
+
+
 def ratios(above: list[float], below: list[float]) -> list[float]:
   return [a / b for a, b in zip(above, below, strict=True)] if above and below else []
 

@@ -26,9 +26,11 @@ from launch.benchmarks.records import (
   add_huge_pages,
   add_output,
   apply_preset,
+  floor_seconds,
   header,
   make_config,
   ratios,
+  rounds,
   slug,
   spread,
   table,
@@ -329,13 +331,7 @@ def _model_cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _floor(row: dict[str, Any], tokens: int) -> list[float]:
-  """Per round: seconds that the model's FLOPs would take at the rate of products."""
-  flops = row["flops_per_token"] * tokens
-  products = row["floor"]
-  return [
-    statistics.median(steps) * flops / products["flops"]
-    for steps in products.get("seconds", [])
-  ]
+  return floor_seconds(row["floor"], row["flops_per_token"] * tokens)
 
 
 def _mfu(row: dict[str, Any], tokens: int) -> str:
@@ -366,9 +362,7 @@ def _depth_row(
 
 
 def _rounds(row: dict[str, Any], name: str) -> list[float]:
-  """The median step time of every round; empty if the contestant has none."""
-  seconds = row["contestants"].get(name, {}).get("seconds", [])
-  return [statistics.median(steps) for steps in seconds]
+  return rounds(row["contestants"].get(name, {}))
 
 
 def _median(values: list[float], digits: int) -> str:
