@@ -115,7 +115,7 @@ class TrunkConfig:
   scan_layers: bool
   remat: Literal["none", "names", "full"]
   compute_dtype: Literal["auto", "float32", "bfloat16", "float64"]
-  attention: Literal["auto", "xla", "blocked", "cudnn"]
+  attention: Literal["auto", "xla", "blocked", "cudnn", "tokamax"]
 
   @property
   def head_dim(self) -> int:

@@ -216,8 +216,8 @@ def stacked_step(shape: Config, mesh: jax.sharding.Mesh, shares_batch: bool) -> 
   It takes what `train_step` takes, stacked, but for a batch that they share; and which
   trials are active. The others stay as they are, and their reports hold nothing.
   """
-  if shape.trunk.attention in ("auto", "cudnn"):
-    # cuDNN's attention cannot be vmapped with a mask.
+  if shape.trunk.attention in ("auto", "cudnn", "tokamax"):
+    # cuDNN's attention cannot be vmapped with a mask, and tokamax's only on one device.
     trunk = dataclasses.replace(shape.trunk, attention="xla")
     shape = dataclasses.replace(shape, trunk=trunk)
 

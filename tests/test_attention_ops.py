@@ -115,6 +115,31 @@ def test_bfloat16_keeps_its_dtype_and_stays_near_float32(small_blocks):
       np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.05, atol=0.05)
 
 
+def test_tokamax_is_the_same_function():
+  pytest.importorskip("tokamax", reason="the kernels of this optional package")
+  arrays, segments = _inputs(18, 4, 2, np.float32)
+  expected = _value_and_grads("xla", arrays, segments, 0.4)
+  found = _value_and_grads("tokamax", arrays, segments, 0.4)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_tokamax_is_refused_where_it_cannot_work(monkeypatch):
+  arguments = ("tokamax", "cpu", jnp.float32, 64, 256)
+  with monkeypatch.context() as patch:
+    patch.setattr(attention_ops.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'tokamax' where the package tokamax is not"):
+      choose_implementation(*arguments)
+  monkeypatch.setattr(attention_ops.importlib.util, "find_spec", lambda name: name)
+  assert choose_implementation(*arguments) == "tokamax"
+  config = MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, context=1)
+  with (
+    jax.set_mesh(make_mesh(config)),
+    pytest.raises(ValueError, match="'tokamax' on several devices, got a mesh of 8"),
+  ):
+    choose_implementation(*arguments)
+
+
 def test_blocks_cover_the_row_and_are_bounded_in_number():
   for length in (1, 63, 64, 65, 1024, 1025, 5000):
     blocks = attention_ops._blocks(length)

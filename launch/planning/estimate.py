@@ -215,7 +215,7 @@ def _mlp_width(trunk: TrunkConfig) -> int:
 
 def _scores(s: _Sizes) -> float:
   trunk, length = s.config.trunk, s.config.data.seq_len
-  if trunk.attention == "cudnn":
+  if trunk.attention in ("cudnn", "tokamax"):
     return s.bytes * s.rows * s.length * length
   each = (8 + s.bytes) * s.rows * s.heads * length
   if trunk.attention == "blocked":

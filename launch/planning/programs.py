@@ -108,9 +108,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def traceable(config: Config) -> Config:
-  """Returns the config with attention that traces anywhere, as cuDNN's does not."""
+  """Returns the config with attention that traces anywhere, as kernels do not."""
   trunk = config.trunk
-  if trunk.attention == "cudnn":
+  if trunk.attention in ("cudnn", "tokamax"):
     trunk = dataclasses.replace(trunk, attention="xla")
   return dataclasses.replace(config, trunk=trunk)
 

@@ -11,6 +11,8 @@ Legend: B batch, T sequence, S keys of a block or slots of a cache, N query head
 K kv heads, G = N / K, H head dim of queries and keys, V head dim of values.
 """
 import functools
+import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.sharding import partition_spec, platform
 
-IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tokamax")
 
 # What a rematerialisation policy should save of `attention`, besides its inputs: with
 # these the backward pass of `blocked` recomputes scores, never the forward pass.
@@ -37,15 +39,16 @@ def choose_implementation(
   seq_len: int,
   value_dim: int | None = None,
 ) -> str:
-  """Returns "xla", "blocked" or "cudnn"; the only place that looks at the platform.
+  """Returns one of `IMPLEMENTATIONS`; the only place that looks at the platform.
 
   `auto` is `blocked` on CPU, cuDNN flash attention on GPU where its constraints hold
   (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
-  length, sequence not split over devices), else `xla`. `value_dim` is `head_dim` unless
-  given.
+  length, sequence not split over devices), else `xla`. `tokamax` is never chosen unless
+  named. `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: unknown implementation, or cuDNN asked for with values of another size.
+    ValueError: unknown implementation, cuDNN asked for with values of another size, or
+      tokamax where it is not installed or on several devices.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -58,6 +61,18 @@ def choose_implementation(
       "trunk.attention must not be 'cudnn' where values differ in size from keys, got "
       f"heads of {value_dim} and {head_dim}."
     )
+  if implementation == "tokamax":
+    if importlib.util.find_spec("tokamax") is None:
+      raise ValueError(
+        "trunk.attention must not be 'tokamax' where the package tokamax is not "
+        "installed."
+      )
+    # Its kernels cannot be split by the compiler.
+    if (size := jax.sharding.get_abstract_mesh().size) > 1:
+      raise ValueError(
+        "trunk.attention must not be 'tokamax' on several devices, got a mesh of "
+        f"{size}."
+      )
   if implementation != "auto":
     return implementation
   if platform == "cpu":
@@ -97,12 +112,14 @@ def attention(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTKV.shape[-1]
   )
   scale = H**-0.5 if scale is None else scale
-  if chosen == "cudnn":
+  if chosen in ("cudnn", "tokamax"):
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKV, mask=same_B1TT, is_causal=True, scale=scale,
-      implementation="cudnn",
+    kernel = functools.partial(
+      jax.nn.dot_product_attention, implementation="cudnn"
+    ) if chosen == "cudnn" else _tokamax()
+    return kernel(
+      q_BTNH, k_BTKH, v_BTKV, mask=same_B1TT, is_causal=True, scale=scale
     )
   out_BKGTV = (_blocked if chosen == "blocked" else _plain)(
     _by_kv_head(q_BTNH, K),
@@ -112,6 +129,17 @@ def attention(
     scale,
   )
   return _by_token(out_BKGTV)
+
+
+def _tokamax() -> Callable[..., jax.Array]:
+  """Returns the attention of an optional package, which chooses its kernel itself."""
+  import tokamax
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    # It would read its own flags from a command line that may be anyone's.
+    flags.FLAGS.mark_as_parsed()
+  return tokamax.dot_product_attention
 
 
 def unrolled_attention(
