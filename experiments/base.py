@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     )
   )
 
-  config.loss = ConfigDict(dict(block_tokens=4096))
+  config.loss = ConfigDict(dict(block_tokens=0))
 
   config.tokenizer = ConfigDict(dict(kind="bytes", vocab_size=264, path=""))
 

@@ -1,13 +1,14 @@
 """Benchmarks that anyone can rerun; their tables go to experiments/results/benchmarks.
 
     python -m launch.benchmark train --help
+    python -m launch.benchmark loss --help
     python -m launch.benchmark decode --help
     python -m launch.benchmark pack --help
 """
 
 import argparse
 
-from launch.benchmarks import decode, pack, train
+from launch.benchmarks import decode, loss, pack, train
 from mtp_jax.config import ConfigError
 from mtp_jax.data.sources import DataError
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
   train.add_parser(commands)
+  loss.add_parser(commands)
   decode.add_parser(commands)
   pack.add_parser(commands)
   args = parser.parse_args(argv)

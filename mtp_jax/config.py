@@ -217,7 +217,10 @@ OWN_UNEMBED = ("medusa", "eagle3")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-  """`block_tokens`: positions whose logits are alive at once, per device."""
+  """`block_tokens`: positions whose logits are alive at once, per device.
+
+  0: 1024 on a CPU, 4096 elsewhere.
+  """
 
   block_tokens: int
 

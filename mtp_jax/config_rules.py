@@ -75,7 +75,7 @@ class _Rules:
 
 _AT_LEAST_1 = (
   "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
-  "trunk.num_kv_heads", "loss.block_tokens", "tokenizer.vocab_size", "data.seq_len",
+  "trunk.num_kv_heads", "tokenizer.vocab_size", "data.seq_len",
   "data.batch_size", "optimizer.base_width", "train.num_steps",
   "train.accumulation_steps", "train.log_every", "train.max_nonfinite_steps",
   "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_groups",
@@ -89,8 +89,8 @@ _AT_LEAST_1 = (
   "task.siblings.num_parents",
 )
 _AT_LEAST_0 = (
-  "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab", "train.eval_every",
-  "train.diagnostics_every", "data.num_workers",
+  "loss.block_tokens", "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab",
+  "train.eval_every", "train.diagnostics_every", "data.num_workers",
   "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
   "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.sharding import map_over_tokens, psum_tokens
+from mtp_jax.sharding import map_over_tokens, psum_tokens, tokens_per_block
 
 
 class LossSums(NamedTuple):
@@ -142,7 +142,7 @@ def loss_sums(
     targets_MBT: token ids.
     mask_MBT: true where the target counts.
     coefficients_M: see `loss_coefficients`.
-    block_tokens: positions per block of logits, on each device.
+    block_tokens: positions per block of logits, on each device; 0: as suits it.
     objective: cross_entropy, or a key of `OBJECTIVES`, which needs a teacher.
     teacher: see there.
   """
@@ -299,13 +299,12 @@ def _local_sums(
   arrays = [hidden_MBTD, targets_MBT, mask_MBT]
   if teacher is not None:
     arrays.append(teacher.hidden_MBTD)
-  per_depth = [
-    _split(block_tokens, *(x.reshape(B * T, *x.shape[2:]) for x in depth))[0]
-    for depth in zip(*arrays, strict=True)
-  ]
-  num_blocks = per_depth[0][0].shape[0]
+  per_depth = jax.vmap(lambda *depth: _split(block_tokens, *depth)[0])(
+    *(x.reshape(M, B * T, *x.shape[3:]) for x in arrays)
+  )
+  num_blocks = per_depth[0].shape[1]
   xs = (
-    *(jnp.concatenate(parts) for parts in zip(*per_depth, strict=True)),
+    *(x.reshape(M * num_blocks, *x.shape[2:]) for x in per_depth),
     jnp.repeat(coefficients_M, num_blocks),
   )
   d_unembed = jnp.zeros(unembed_DV.shape, accumulate) if with_grads else ()
@@ -337,7 +336,7 @@ def _pick(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
 def _split(block_tokens: int, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], int]:
   """Cuts leading axes of equal length into equal blocks; pads the last with zeros."""
   num_tokens = arrays[0].shape[0]
-  num_blocks = -(-num_tokens // block_tokens)
+  num_blocks = -(-num_tokens // tokens_per_block(block_tokens))
   size = -(-num_tokens // num_blocks)
   padding = num_blocks * size - num_tokens
   blocks = tuple(

@@ -152,6 +152,17 @@ def platform() -> str:
   return "tpu" if is_tpu else jax.default_backend()
 
 
+def tokens_per_block(block_tokens: int, for_platform: str | None = None) -> int:
+  """Returns `loss.block_tokens`, or what suits a platform if that is 0.
+
+  By default it is that of `platform`.
+
+  On a CPU a block of logits is to fit into its caches; elsewhere larger blocks add to
+  the gradient of the output matrix less often.
+  """
+  return block_tokens or (1024 if (for_platform or platform()) == "cpu" else 4096)
+
+
 def fewest_rows() -> int:
   """Returns how many rows a batch must have at least for the mesh in use."""
   mesh = _current_mesh()

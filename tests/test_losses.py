@@ -15,6 +15,7 @@ from mtp_jax.losses import (
   loss_sums,
   token_stats,
 )
+from mtp_jax.sharding import tokens_per_block
 from tests.common import assert_trees_close, quick_jit
 
 M, B, T, D, V = 4, 2, 9, 6, 11
@@ -226,9 +227,13 @@ def temporary_bytes(function, depth):
 
 
 def test_memory_follows_the_block_not_the_depth():
-  blockwise = functools.partial(blockwise_loss, base.get_config().loss.block_tokens)
+  block_tokens = tokens_per_block(base.get_config().loss.block_tokens)
+  blockwise = functools.partial(blockwise_loss, block_tokens)
   at_depth_3 = temporary_bytes(blockwise, 3)
-  assert at_depth_3 <= 1.3 * temporary_bytes(blockwise, 0)
+  at_depth_0 = temporary_bytes(blockwise, 0)
+  assert at_depth_3 <= 1.3 * at_depth_0
+  # The states are read where they are: not even those of one depth are copied.
+  assert at_depth_3 - at_depth_0 < 8 * 512 * 256 * 4
   assert 4 * at_depth_3 <= temporary_bytes(plain_loss, 3)
-  small_blocks = temporary_bytes(functools.partial(blockwise_loss, 512), 3)
-  assert 4 * small_blocks <= at_depth_3
+  large_blocks = functools.partial(blockwise_loss, 4 * block_tokens)
+  assert 2.5 * at_depth_3 <= temporary_bytes(large_blocks, 3)

@@ -263,6 +263,25 @@ MUTANTS = {
     "scale_N1 = jnp.where(True | mask_N, coefficient, 0.0)",
     "test_losses.py::test_equals_all_logits_at_once_in_float64",
   ),
+  "blocks of one depth weigh as those of another": Mutant(
+    "losses.py",
+    "jnp.repeat(coefficients_M, num_blocks)",
+    "jnp.tile(coefficients_M, num_blocks)",
+    "test_losses.py::test_equals_all_logits_at_once_in_float64",
+  ),
+  "the floor of the loss is that of one depth": Mutant(
+    "../launch/benchmarks/loss.py",
+    "return 3 * product * (1 + config.mtp.depth)",
+    "return 3 * product",
+    "test_benchmark_loss.py::"
+    "test_needed_products_are_those_that_the_compiler_counts[2]",
+  ),
+  "a peer adds its gradients to those of the step before": Mutant(
+    "../launch/benchmarks/loss.py",
+    "      x.grad = None",
+    "      pass",
+    "test_benchmark_loss.py::test_all_contestants_compute_the_same[torch eager]",
+  ),
   "attention across documents": Mutant(
     "model/attention_ops.py",
     "mask = (same_BTS & causal_TS)[:, None, None]",

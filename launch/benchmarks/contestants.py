@@ -218,7 +218,7 @@ def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
   start = time.perf_counter()
   device = jax.devices()[0]
   jax.block_until_ready(jnp.ones(()) + 1)  # Loads what any program needs.
-  before = _resident()
+  before = resident()
   mesh = make_mesh(config.mesh, [device])
   jax.set_mesh(mesh)
   train = programs(shape_of(config), mesh)
@@ -236,16 +236,12 @@ def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
 
   step()
   seconds = time.perf_counter() - start
-  if device.platform == "cpu":
-    peak = _peak_growth(step, before)
-  else:
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
   analysis = program.memory_analysis()
   return step, Ready(
     hardware=device.device_kind,
     threads=len(os.sched_getaffinity(0)),
     build_seconds=seconds,
-    peak_memory=peak,
+    peak_memory=peak_of_jax(step, before),
     xla_memory=analysis.temp_size_in_bytes + analysis.argument_size_in_bytes,
   )
 
@@ -253,14 +249,10 @@ def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
 def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
   from launch import torch_peer  # Torch is optional, and only this process needs it.
 
-  torch = torch_peer.torch
   start = time.perf_counter()
-  cuda = torch.cuda.is_available()
-  device = torch.device("cuda" if cuda else "cpu")
-  torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1))
-  before = _resident()
-  torch.set_float32_matmul_precision("high")
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch, device = start_torch()
+  cuda = device.type == "cuda"
+  before = resident()
   torch.manual_seed(0)
   model = torch_peer.Peer(config).to(device)
   optimizer = torch_peer.make_optimizer(model, config)
@@ -280,26 +272,53 @@ def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Re
 
   step()
   seconds = time.perf_counter() - start
-  if cuda:
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    peak = torch.cuda.max_memory_allocated()
-  else:
-    peak = _peak_growth(step, before)
   return step, Ready(
     hardware=torch.cuda.get_device_name() if cuda else "cpu",
     threads=torch.get_num_threads(),
     build_seconds=seconds,
-    peak_memory=peak,
+    peak_memory=peak_of_torch(step, before),
     xla_memory=None,
   )
 
 
-def _resident() -> int | None:
+def start_torch() -> tuple[Any, Any]:
+  """Returns `(torch, device)`, with all cores and what any program needs loaded."""
+  import torch  # Optional, and only this process needs it.
+
+  torch.set_float32_matmul_precision("high")
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1))
+  return torch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_of_jax(step: Callable[[], Any], before: int | None) -> int | None:
+  """Returns the bytes that a warm JAX step needs at most, see `Ready`.
+
+  `before` is what was `resident` before the arrays of the step existed.
+  """
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return _peak_growth(step, before)
+  return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def peak_of_torch(step: Callable[[], Any], before: int | None) -> int | None:
+  """The same of a PyTorch step."""
+  import torch
+
+  if not torch.cuda.is_available():
+    return _peak_growth(step, before)
+  torch.cuda.reset_peak_memory_stats()
+  step()
+  return torch.cuda.max_memory_allocated()
+
+
+def resident() -> int | None:
+  """Returns the bytes of this process's resident set, None where that is unknown."""
   return _status_bytes("VmRSS")
 
 
-def _peak_growth(step: Callable[[], None], before: int | None) -> int | None:
+def _peak_growth(step: Callable[[], Any], before: int | None) -> int | None:
   """Peak resident set of one warm step, over what was resident before the model.
 
   What compilation needed and freed does not count: it is returned to the kernel and

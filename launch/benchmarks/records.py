@@ -118,14 +118,23 @@ def add_huge_pages(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def header(args: argparse.Namespace) -> dict[str, Any]:
-  """Returns the head of a results file: command, date, environment, settings."""
+# Whose versions a record has.
+PACKAGES = ("jax", "torch")
+
+
+def header(
+  args: argparse.Namespace, packages: Iterable[str] = PACKAGES
+) -> dict[str, Any]:
+  """Returns the head of a results file: command, date, environment, settings.
+
+  The environment has the versions of `packages`, or says that they are missing.
+  """
   hidden = ("run", "output")
   settings = {k: v for k, v in vars(args).items() if k not in hidden}
   return {
     "command": " ".join(["python -m launch.benchmark", *sys.argv[1:]]),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    **environment(),
+    **environment(packages),
     "settings": settings,
   }
 
@@ -139,14 +148,14 @@ def write(folder: Path, name: str, record: dict[str, Any], text: str) -> None:
   print(f"Written to {folder / name}.md and .json")
 
 
-def environment() -> dict[str, Any]:
+def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
   """Returns hardware, versions and commit, for the head of a results file."""
   command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
   found = subprocess.run(
     command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
   )
   versions = {"python": platform.python_version()}
-  for package in ("jax", "torch"):
+  for package in packages:
     try:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

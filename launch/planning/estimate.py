@@ -46,7 +46,7 @@ from mtp_jax import accounting
 from mtp_jax.config import Config, TrunkConfig, routed_layers
 from mtp_jax.model import attention_ops, grouped_matmul
 from mtp_jax.model.layers import compute_dtype
-from mtp_jax.sharding import logical_axes, num_row_shards
+from mtp_jax.sharding import logical_axes, num_row_shards, tokens_per_block
 
 Mesh = jax.sharding.AbstractMesh
 
@@ -78,8 +78,11 @@ def resolve_auto(config: Config, mesh: Mesh, platform: str) -> Config:
     )
   experts = grouped_matmul.choose_implementation(trunk.moe.grouped_matmul, platform)
   moe = dataclasses.replace(trunk.moe, grouped_matmul=experts)
+  block_tokens = tokens_per_block(config.loss.block_tokens, platform)
   return dataclasses.replace(
-    config, trunk=dataclasses.replace(trunk, attention=attention, moe=moe)
+    config,
+    trunk=dataclasses.replace(trunk, attention=attention, moe=moe),
+    loss=dataclasses.replace(config.loss, block_tokens=block_tokens),
   )
 
 

@@ -12,8 +12,7 @@ K kv heads, G = N / K, H head dim of queries and keys, V head dim of values.
 """
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +114,10 @@ def attention(
   if chosen in ("cudnn", "tokamax"):
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    kernel = functools.partial(
-      jax.nn.dot_product_attention, implementation="cudnn"
-    ) if chosen == "cudnn" else _tokamax()
+    if chosen == "tokamax":
+      kernel = import_tokamax().dot_product_attention
+    else:
+      kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return kernel(
       q_BTNH, k_BTKH, v_BTKV, mask=same_B1TT, is_causal=True, scale=scale
     )
@@ -131,15 +131,15 @@ def attention(
   return _by_token(out_BKGTV)
 
 
-def _tokamax() -> Callable[..., jax.Array]:
-  """Returns the attention of an optional package, which chooses its kernel itself."""
+def import_tokamax() -> Any:
+  """Returns the optional package, whose functions choose their kernels themselves."""
   import tokamax
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
     # It would read its own flags from a command line that may be anyone's.
     flags.FLAGS.mark_as_parsed()
-  return tokamax.dot_product_attention
+  return tokamax
 
 
 def unrolled_attention(

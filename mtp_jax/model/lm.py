@@ -30,7 +30,12 @@ from mtp_jax.model.mtp import (
   SequentialModules,
 )
 from mtp_jax.model.trunk import Trunk
-from mtp_jax.sharding import constrain, fewest_rows, map_over_tokens
+from mtp_jax.sharding import (
+  constrain,
+  fewest_rows,
+  map_over_tokens,
+  tokens_per_block,
+)
 from mtp_jax.targets import shifted_tokens
 
 KINDS: dict[str, type[nn.Module]] = {
@@ -138,7 +143,7 @@ def likeliest_tokens(
     argmax_N = jax.lax.map(
       lambda h_D: jnp.argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
       hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-      batch_size=block_tokens,
+      batch_size=tokens_per_block(block_tokens),
     )
     return argmax_N.reshape(hidden_BTD.shape[:-1])
 
