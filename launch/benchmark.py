@@ -4,11 +4,12 @@
     python -m launch.benchmark loss --help
     python -m launch.benchmark decode --help
     python -m launch.benchmark pack --help
+    python -m launch.benchmark input --help
 """
 
 import argparse
 
-from launch.benchmarks import decode, loss, pack, train
+from launch.benchmarks import decode, input, loss, pack, train
 from mtp_jax.config import ConfigError
 from mtp_jax.data.sources import DataError
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
   loss.add_parser(commands)
   decode.add_parser(commands)
   pack.add_parser(commands)
+  input.add_parser(commands)
   args = parser.parse_args(argv)
   try:
     args.run(args)

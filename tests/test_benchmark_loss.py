@@ -161,7 +161,7 @@ def test_flags_come_before_the_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
   (["--rounds=0"], "--rounds must be at least 1, got 0."),
   (["--steps_per_round=0"], "--steps_per_round must be at least 1, got 0."),
-  (["--block_tokens=0"], "loss.block_tokens must be at least 0, got -1."),
+  (["--block_tokens=-1"], "loss.block_tokens must be at least 0, got -1."),
   (["--depths=-1"], "mtp.depth must be at least 0, got -1."),
   (["--contestants=liger"], "invalid choice: 'liger'"),
   (["--contestants=plain JAX"], "--contestants must have 'ours', got ['plain JAX']."),

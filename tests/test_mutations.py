@@ -308,9 +308,21 @@ MUTANTS = {
   ),
   "tokens after the row belong to the last document": Mutant(
     "data/packing.py",
-    "      at, segment = stop, segment + 1\n",
-    "      at, segment = stop, segment + (stop < begin + T)\n",
+    "np.repeat(segment_P.astype(np.int32), size_P)",
+    "np.repeat(segment_P.astype(np.int32) - (begin_P >= row_begin_P + T), size_P)",
     "test_packing.py::test_rows_equal_the_stream_cut_by_hand",
+  ),
+  "every epoch cuts its rows at the same places": Mutant(
+    "data/pipeline.py",
+    "numbers.append(epoch * num_rows + shuffled)",
+    "numbers.append(shuffled)",
+    "test_pipeline.py::test_every_epoch_has_each_row_once_in_another_order",
+  ),
+  "every epoch has the same order": Mutant(
+    "data/pipeline.py",
+    "epoch_seed = (first_seed + epoch) % 2**32",
+    "epoch_seed = first_seed % 2**32",
+    "test_pipeline.py::test_the_order_is_that_of_grain",
   ),
   "checkpoint holds the iterator one batch ahead": Mutant(
     "train.py",

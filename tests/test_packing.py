@@ -52,7 +52,12 @@ def test_rows_equal_the_stream_cut_by_hand(lengths, seq_len, num_extra, data):
       number = next(running)
       stream += [(token, number, i) for i, token in enumerate(documents[document])]
 
-  for r in range(num_rows):
+  # Read together, in an order of their own, rows are what they are one by one.
+  together = np.array(data.draw(st.permutations(range(num_rows))))
+  batch = rows.read(together)
+  assert {x.dtype for x in batch if x is not None} == {np.dtype(np.int32)}
+
+  for place, r in enumerate(together.tolist()):
     cut = stream[r * seq_len : (r + 1) * seq_len + num_extra]
     first = cut[0][1]
     tokens = [token for token, _, _ in cut]
@@ -65,7 +70,8 @@ def test_rows_equal_the_stream_cut_by_hand(lengths, seq_len, num_extra, data):
     assert row.positions.tolist() == positions[:seq_len]
     assert row.next_tokens.tolist() == tokens[seq_len:]
     assert row.next_segment_ids.tolist() == segments[seq_len:]
-    assert {x.dtype for x in row if x is not None} == {np.dtype(np.int32)}
+    for one, many in zip(row, batch, strict=True):
+      assert (one is None and many is None) or one.tolist() == many[place].tolist()
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_every_epoch_has_each_row_once_in_another_order():
     orders.append([expected.index(token) for token in part])
   assert len({tuple(order) for order in orders}) == 4
   assert orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 1000, 1 << 30])
+@pytest.mark.parametrize("seed", [0, 5, 1 << 40])
+def test_the_order_is_that_of_grain(num_rows, seed):
+  """Saved runs go on in the order that they had when grain itself computed it."""
+  order = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+  begin, end = 3, min(3 * num_rows, 2000) + 3
+  places = range(begin, end)
+  expected = [place // num_rows * num_rows + order[place] for place in places]
+  assert pipeline.shuffled_rows(num_rows, seed, begin, end).tolist() == expected
 
 
 def test_batches_hold_whole_rows():

@@ -70,28 +70,55 @@ class PackedRows:
 
   def __getitem__(self, row: int) -> Batch:
     """Returns row `row >= 0` as a Batch without its leading axis."""
-    if row < 0:
-      raise IndexError(f"row must be at least 0, got {row}.")
-    T, M = self.seq_len, self.num_extra
-    begin = row * T
-    tokens, segments, positions = np.zeros((3, T + M), np.int32)
-    epoch, offset = divmod(begin, self.num_tokens)
-    document = int(np.searchsorted(self._starts, offset, side="right")) - 1
-    start = epoch * self.num_tokens + int(self._starts[document])
-    at, segment = begin, 1
-    while at < begin + T + M:
-      length = int(self._lengths[document])
-      stop = min(start + length, begin + T + M)
-      here = slice(at - begin, stop - begin)
-      tokens[here] = self.store.read(
-        int(self._order[document]), at - start, stop - start
+    return map_fields(lambda field: field[0][0], self.read(np.array([row])))
+
+  def read(self, rows_B: np.ndarray) -> Batch:
+    """Returns the rows of these numbers, each at least 0, as a Batch [B, ...]."""
+    if np.min(rows_B) < 0:
+      raise IndexError(f"row must be at least 0, got {np.min(rows_B)}.")
+    T, X = self.seq_len, self.seq_len + self.num_extra
+    begin_B = rows_B.astype(np.int64) * T
+    first_B, last_B = self._document_at(begin_B), self._document_at(begin_B + X - 1)
+    # A piece is what a row has of one document. Legend: P pieces, row after row, and
+    # X = T + M.
+    count_B = 1 + last_B - first_B
+    before_P = np.repeat(np.cumsum(count_B) - count_B, count_B)
+    segment_P = 1 + np.arange(len(before_P)) - before_P
+    epoch_P, document_P = np.divmod(
+      np.repeat(first_B, count_B) + segment_P - 1, len(self._order)
+    )
+    start_P = epoch_P * self.num_tokens + self._starts[document_P]
+    row_begin_P = np.repeat(begin_B, count_B)
+    begin_P = np.maximum(start_P, row_begin_P)
+    end_P = np.minimum(start_P + self._lengths[document_P], row_begin_P + X)
+    tokens = np.concatenate([
+      self.store.read(document, begin, end)
+      for document, begin, end in zip(
+        self._order[document_P].tolist(),
+        (begin_P - start_P).tolist(),
+        (end_P - start_P).tolist(),
+        strict=True,
       )
-      segments[here] = segment
-      positions[here] = np.arange(stop - at)
-      start += length
-      at, segment = stop, segment + 1
-      document = (document + 1) % len(self._order)
-    return Batch(tokens[:T], segments[:T], positions[:T], tokens[T:], segments[T:])
+    ])
+    size_P = end_P - begin_P
+    segments = np.repeat(segment_P.astype(np.int32), size_P)
+    at_P = np.cumsum(size_P) - size_P
+    positions = np.arange(len(tokens), dtype=np.int32)
+    positions -= np.repeat(at_P.astype(np.int32), size_P)
+    tokens_BX, segments_BX, positions_BX = (
+      x.reshape(-1, X) for x in (tokens, segments, positions)
+    )
+    fields = (
+      *(x[:, :T] for x in (tokens_BX, segments_BX, positions_BX)),
+      *(x[:, T:] for x in (tokens_BX, segments_BX)),
+    )
+    return Batch(*map(np.ascontiguousarray, fields))
+
+  def _document_at(self, at_B: np.ndarray) -> np.ndarray:
+    """Returns which document of the endless stream its tokens `at_B` belong to."""
+    epoch_B, offset_B = np.divmod(at_B, self.num_tokens)
+    document_B = np.searchsorted(self._starts, offset_B, side="right") - 1
+    return epoch_B * len(self._order) + document_B
 
 
 def eval_batches(

@@ -17,6 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import index_shuffle
 
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
@@ -27,8 +28,13 @@ from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
 # The tokenizer library's encodings take far more memory than the ids in them.
 _BATCH_TEXTS = 256
-# Elements are whole batches: grain's default would keep 500 of them in memory.
-_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+# Rows that are counted at once.
+_GROUP_ROWS = 1024
+# Batches that are read ahead, and that every worker has ready. Of grain's defaults the
+# one would keep 500 in memory, and with the other, 1, workers wait for each other.
+_READ_AHEAD = 4
+# Groups of rows; more than any run takes.
+_ENDLESS = 1 << 48
 
 
 class MemoryStore:
@@ -276,13 +282,13 @@ class TrainLoader:
       "seed": seed,
     }
     self._num_workers = num_workers
-    share = batch_size // num_hosts
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-    read = functools.partial(_read_rows, rows)
-    # There is no remainder, but without the flag grain's length of batches of 1 row
-    # overflows.
-    batches = order.batch(share, drop_remainder=True).map_with_index(read)
-    self._batches = batches[host_index::num_hosts]
+    # Threads wait for a disk together; at rows in memory they only get into each
+    # other's way, and take twice as long as one does.
+    waits = isinstance(rows.store, prepared.ArrayRecordStore)
+    self._num_threads = _READ_AHEAD if waits else 1
+    read = functools.partial(_read_group, rows, seed, batch_size // num_hosts)
+    groups = grain.MapDataset.range(_ENDLESS).map(read)
+    self._batches = groups[host_index::num_hosts]
     self._taken = 0
     self._iterator: Iterator[Batch] | None = None
 
@@ -331,11 +337,14 @@ class TrainLoader:
       self._iterator = None
 
   def _start(self) -> Iterator[Batch]:
-    rest = self._batches[self._taken :].to_iter_dataset(_READ_OPTIONS)
+    options = grain.ReadOptions(self._num_threads, prefetch_buffer_size=_READ_AHEAD)
+    rest = self._batches[self._taken :].to_iter_dataset(options)
     if self._num_workers:
       if not flags.FLAGS.is_parsed():  # Outside of a command; grain reads its flags.
         flags.FLAGS.mark_as_parsed()
-      options = grain.multiprocessing.MultiprocessingOptions(self._num_workers)
+      options = grain.multiprocessing.MultiprocessingOptions(
+        self._num_workers, per_worker_buffer_size=_READ_AHEAD
+      )
       rest = rest.mp_prefetch(options, worker_init_fn=workers.serve_training)
     return iter(rest)
 
@@ -348,20 +357,36 @@ def token_counts(
   At least one row is read.
   """
   counts_V = np.zeros(vocab_size, np.int64)
-  for number in range(min(len(rows), max(1, most // rows.seq_len))):
-    row = rows[number]
-    counts_V += np.bincount(row.tokens[row.segment_ids > 0], minlength=vocab_size)
+  numbers = np.arange(min(len(rows), max(1, most // rows.seq_len)))
+  for group in np.array_split(numbers, -(-len(numbers) // _GROUP_ROWS)):
+    batch = rows.read(group)
+    counts_V += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
   return counts_V
 
 
-def _read_rows(
-  rows: packing.PackedRows | TaskRows, index: int, rows_of_epoch: np.ndarray
-) -> Batch:
-  """Returns the index-th group of rows of the shuffled order.
+def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
+  """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
 
-  The number of the epoch moves the cuts between rows: see `PackedRows`.
+  The number of the epoch is in the numbers, and moves the cuts between rows: see
+  `packing.PackedRows`. The order within an epoch is that of grain's
+  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`, which takes several times
+  as long: four Python objects handle every row.
   """
-  group = len(rows_of_epoch)
-  epochs = (index * group + np.arange(group)) // len(rows)
-  numbers = epochs * len(rows) + rows_of_epoch
-  return packing.stack_rows([rows[int(number)] for number in numbers])
+  (first_seed,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
+  numbers = []
+  for place in range(begin, end):
+    epoch, index = divmod(place, num_rows)
+    epoch_seed = (first_seed + epoch) % 2**32
+    shuffled = index_shuffle(
+      index, max_index=num_rows - 1, seed=epoch_seed, rounds=4
+    )
+    numbers.append(epoch * num_rows + shuffled)
+  return np.array(numbers)
+
+
+def _read_group(
+  rows: packing.PackedRows | TaskRows, seed: int, num_rows: int, index: int
+) -> Batch:
+  """Returns the index-th group of `num_rows` rows of the shuffled order."""
+  begin = index * num_rows
+  return rows.read(shuffled_rows(len(rows), seed, begin, begin + num_rows))

@@ -60,12 +60,12 @@ class ArrayRecordStore:
     if begin == end:
       return np.zeros(0, np.int32)
     base = int(self._first_record_N[document])
-    first, last = begin // RECORD_TOKENS, (end - 1) // RECORD_TOKENS
-    parts = [
-      np.frombuffer(self._records[base + i], "<i4") for i in range(first, last + 1)
-    ]
-    skipped = first * RECORD_TOKENS
-    return np.concatenate(parts)[begin - skipped : end - skipped]
+    parts = []
+    for i in range(begin // RECORD_TOKENS, -(-end // RECORD_TOKENS)):
+      record, skipped = self._records[base + i], i * RECORD_TOKENS
+      tokens = np.frombuffer(record, "<i4")
+      parts.append(tokens[max(0, begin - skipped) : end - skipped])
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)

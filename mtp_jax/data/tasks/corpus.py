@@ -108,6 +108,9 @@ class TaskRows:
       examples = [corpus.encode(corpus.train_examples[number]) for number in numbers]
     return pack(examples, self.seq_len, self._num_extra)
 
+  def read(self, rows_B: np.ndarray) -> Batch:
+    return packing.stack_rows([self[row] for row in rows_B.tolist()])
+
 
 def pack(
   examples: list[tuple[np.ndarray, int]], seq_len: int, num_extra: int
