@@ -5,11 +5,12 @@
     python -m launch.benchmark decode --help
     python -m launch.benchmark pack --help
     python -m launch.benchmark input --help
+    python -m launch.benchmark startup --help
 """
 
 import argparse
 
-from launch.benchmarks import decode, input, loss, pack, train
+from launch.benchmarks import decode, input, loss, pack, startup, train
 from mtp_jax.config import ConfigError
 from mtp_jax.data.sources import DataError
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
   decode.add_parser(commands)
   pack.add_parser(commands)
   input.add_parser(commands)
+  startup.add_parser(commands)
   args = parser.parse_args(argv)
   try:
     args.run(args)

@@ -43,6 +43,7 @@ from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_trunk
+from mtp_jax.startup import Startup, process_age
 from mtp_jax.train import Diverged, Interrupted, fit
 
 cli.define_config(required=False)
@@ -72,6 +73,8 @@ class End(NamedTuple):
 
 
 def main() -> int:
+  startup = Startup(process_age())
+  startup.ends("imports")
   workdir = Path(_WORKDIR.value)
   try:
     config = _config(workdir)
@@ -91,11 +94,13 @@ def main() -> int:
     return exits.after_signal(signal.SIGTERM, 1, 0)
   except (RuntimeError, TimeoutError) as error:
     return cli.fail(str(error), exits.FAILED)
-  end = train(config, workdir, _GROUP.stall_seconds.value)
+  end = train(config, workdir, startup, _GROUP.stall_seconds.value)
   return distributed.leave(end.code, end.together)
 
 
-def train(config: Config, workdir: Path, stall_seconds: int = 0) -> End:
+def train(
+  config: Config, workdir: Path, startup: Startup, stall_seconds: int = 0
+) -> End:
   """Trains, in all processes that were joined, and leaves a status in the run folder.
 
   Says on stderr why it ended early. Raises nothing.
@@ -103,6 +108,7 @@ def train(config: Config, workdir: Path, stall_seconds: int = 0) -> End:
   Args:
     config: see `fit`.
     workdir: the run folder.
+    startup: see `fit`.
     stall_seconds: see `Status`.
   """
   status = None
@@ -112,7 +118,7 @@ def train(config: Config, workdir: Path, stall_seconds: int = 0) -> End:
       stack.enter_context(distributed.exclusive(workdir))
       num_steps = accounting.resolve(config).train.num_steps
       status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
-      fit(config, workdir, observer=status)
+      fit(config, workdir, observer=status, startup=startup)
       end = End(exits.DONE, "done", together=True)
     except BaseException as error:
       end = _end(error)

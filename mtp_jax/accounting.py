@@ -40,8 +40,13 @@ class Counts:
   train_flops_per_token: float
 
 
+@functools.lru_cache(maxsize=32)
 def abstract_params(config: Config) -> Any:
-  """Returns the parameter tree as ShapeDtypeStructs wrapped with their logical axes."""
+  """Returns the parameter tree as ShapeDtypeStructs wrapped with their logical axes.
+
+  Equal configs get one and the same tree, which is not to be changed: a start of
+  training asks for it several times, and tracing the model takes a while.
+  """
   model = MtpLm(config)
   return jax.eval_shape(
     lambda: model.init(jax.random.key(0), zeros_batch(config))["params"]

@@ -59,15 +59,12 @@ class MetricsWriter:
     self._file = self._tensorboard = None
     if jax.process_index() != 0:
       return
-    # Imported here because it imports PyTorch, where there is one, which takes seconds.
-    from tensorboardX import SummaryWriter
-
     path = workdir / "metrics.jsonl"
     replacement = path.with_suffix(".tmp")
     replacement.write_bytes(_lines_before(path, step))
     replacement.replace(path)
     self._file = path.open("a")
-    self._tensorboard = SummaryWriter(
+    self._tensorboard = _import_summary_writer()(
       str(workdir / "tensorboard"),
       purge_step=step + 1 if step else 0,
       # The library tells files of one folder apart by the second they were opened.
@@ -101,6 +98,23 @@ class MetricsWriter:
     if self._file is not None:
       self._file.close()
       self._tensorboard.close()
+
+
+def _import_summary_writer() -> Any:
+  """Returns tensorboardX's writer, imported without PyTorch, which takes seconds.
+
+  It imports that, where there is one, to accept tensors, and nobody gives it any. It
+  also does without; None makes it believe that there is none.
+  """
+  hides_torch = "torch" not in sys.modules
+  if hides_torch:
+    sys.modules["torch"] = None
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hides_torch:
+      del sys.modules["torch"]
+  return SummaryWriter
 
 
 class Progress:

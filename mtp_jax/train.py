@@ -58,6 +58,7 @@ from mtp_jax.sharding import (
   replicated,
   row_share,
 )
+from mtp_jax.startup import Startup
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import Programs, compiled, programs, shape_of
 
@@ -93,6 +94,7 @@ def fit(
   *,
   progress: bool = True,
   observer: Observer | None = None,
+  startup: Startup | None = None,
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
@@ -104,6 +106,7 @@ def fit(
     workdir: the run folder (its contract is in launch/README.md).
     progress: show a bar or lines.
     observer: is told how far it is.
+    startup: what a command has measured before; by default, time begins here.
 
   Returns:
     What is in eval.json.
@@ -117,16 +120,18 @@ def fit(
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
       one had a signal.
   """
+  startup = startup or Startup()
   validate(config, jax.device_count())
   with contextlib.ExitStack() as stack:
     clock = _Clock()
     training, state = _open(
-      stack, config, Path(workdir), observer or Observer(), clock, progress=progress
+      stack, config, Path(workdir), observer or Observer(), clock, startup,
+      progress=progress,
     )
     interrupt = stack.enter_context(_Interrupt())
     alone = _Alone(training, state)
     with jax.set_mesh(training.run.mesh):
-      _train(alone, clock, interrupt)
+      _train(alone, clock, startup, interrupt)
     return training.finish(alone.state(training), interrupt)
 
 
@@ -171,12 +176,12 @@ def fit_pack(
         "runs of a pack must have one shape, but these keys differ: "
         f"{', '.join(sorted(keys))}."
       )
-  clock, devices = _Clock(), jax.devices()
+  startup, clock, devices = Startup(), _Clock(), jax.devices()
   with contextlib.ExitStack() as stack:
 
     def start(config: Config, workdir: Path, observer: Observer) -> Any:
       training, state = _open(
-        stack, config, Path(workdir), observer, clock, devices=devices[:1],
+        stack, config, Path(workdir), observer, clock, startup, devices=devices[:1],
         num_packed=len(configs),
       )
       return training, jax.device_get(state)  # The device has one of them at a time.
@@ -193,7 +198,7 @@ def fit_pack(
     trainings, states = zip(*started, strict=True)
     packed = _Packed(trainings, states, size or len(configs), devices)
     with jax.set_mesh(trainings[0].run.mesh):
-      _train(packed, clock, interrupt)
+      _train(packed, clock, startup, interrupt)
     ended: list[dict[str, Any] | Exception] = []
     try:
       for x in opened:
@@ -541,6 +546,13 @@ class _Training:
       state, batch = steps.state(self), steps.batch(self)
       self._writer.write(_diagnostics_record(self.run, state, batch, self.step))
 
+  def started(self, startup: Startup) -> None:
+    """Says how long it took until the first step of this start had ended."""
+    with self._clock.stopped():
+      if jax.process_index() == 0:
+        write_json(self.run.workdir / "startup.json", startup.record(self.step))
+      self.bar.say(startup.describe())
+
   def stepped(self) -> None:
     """Counts a step that has been started."""
     self.step += 1
@@ -614,6 +626,7 @@ def _open(
   workdir: Path,
   observer: Observer,
   clock: _Clock,
+  startup: Startup,
   progress: bool = False,
   devices: list[jax.Device] | None = None,
   num_packed: int = 1,
@@ -622,10 +635,12 @@ def _open(
   observer.pauses("starting")
   check_trunk(config, workdir)
   _claim(workdir, config)
+  startup.ends("devices")
   run = _Run(accounting.resolve(config), workdir, devices=devices)
   stack.push(run.close)
   loader = run.loader()
   stack.callback(loader.close)
+  startup.ends("data")
   with jax.set_mesh(run.mesh):
     state, seconds, trunk_from = run.start(loader)
   _write_run_json(run, trunk_from, num_packed)
@@ -636,6 +651,7 @@ def _open(
   bar.say(run.describe_data())
   if step:
     bar.say(f"resumed at step {step}")
+  startup.ends("state")
   return _Training(run, loader, writer, bar, observer, clock, step, seconds), state
 
 
@@ -804,7 +820,9 @@ def _outcome(work: Callable[[], Any]) -> Any:
     return error
 
 
-def _train(steps: _Steps, clock: _Clock, interrupt: "_Interrupt") -> None:
+def _train(
+  steps: _Steps, clock: _Clock, startup: Startup, interrupt: "_Interrupt"
+) -> None:
   """Runs the remaining steps of one run, or of several side by side."""
   active = steps.active()
   if not active:
@@ -812,6 +830,7 @@ def _train(steps: _Steps, clock: _Clock, interrupt: "_Interrupt") -> None:
   for training in active:
     training.observer.pauses("compiling")
   steps.prepare()
+  startup.ends("compile")
   for training in active:
     training.bar.start(training.step)
   clock.start()
@@ -819,12 +838,18 @@ def _train(steps: _Steps, clock: _Clock, interrupt: "_Interrupt") -> None:
   while active:
     for training in active:
       steps.attempt(training, training.diagnose, steps)
+    if previous is None:
+      startup.ends("diagnostics")
     is_last = all(training.step + 1 == training.num_steps for training in active)
     # The device works on this step while the host prepares the next batch; waiting for
     # the step before it bounds the queue, so that a signal is answered at once.
     current = steps.advance(is_last)
-    if previous is not None:
-      jax.block_until_ready(previous)
+    if previous is None:
+      jax.block_until_ready(current)
+      startup.ends("first step")
+      for training in active:
+        steps.attempt(training, training.started, startup)
+    jax.block_until_ready(previous)
     previous = current
     for training in active:
       training.stepped()
@@ -965,7 +990,7 @@ def _write_run_json(
 ) -> None:
   if jax.process_index() != 0:
     return
-  counts = dataclasses.asdict(accounting.count(run.config))
+  counts = dataclasses.asdict(accounting.count(shape_of(run.config)))
   flops = counts.pop("train_flops_per_token")
   save_tokenizer(run.corpus.tokenizer, run.workdir / "tokenizer.json")
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -6,12 +6,8 @@ import pytest
 
 from launch import benchmark
 from launch.benchmarks import limits, pack, train
-from launch.benchmarks.contestants import (
-  Contestant,
-  Failed,
-  Turns,
-  one_document_batch,
-)
+from launch.benchmarks.contestants import Contestant, Failed, Turns
+from launch.benchmarks.rows import one_document_batch
 from mtp_jax import metrics
 from mtp_jax.targets import future_targets
 from tests import common

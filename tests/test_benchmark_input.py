@@ -92,10 +92,10 @@ def test_peer_and_floor_read_the_tokens_of_the_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-  (["--seq_lens", "8"], "--seq_lens must be one for each of the 2 --sizes, got [8]."),
+  (["--seq_lens", "8"], "--seq_lens must be one for each of the 2 --models, got [8]."),
   (
-    ["--sizes", "1", "--seq_lens", "8", "--batch_sizes", "2", "3"],
-    "--batch_sizes must be one for each of the 1 --sizes, got [2, 3].",
+    ["--models", "1M", "--seq_lens", "8", "--batch_sizes", "2", "3"],
+    "--batch_sizes must be one for each of the 1 --models, got [2, 3].",
   ),
 ])
 def test_sizes_without_a_batch_are_refused(flags, message, capsys):

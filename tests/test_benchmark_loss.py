@@ -144,7 +144,7 @@ def test_flags_come_before_the_preset(tmp_path, monkeypatch):
   def measure(args, config, say):
     measured.append(config)
     return {"hardware": "A GPU", "contestants": {}} | dict.fromkeys(
-      ("vocab", "embed_dim", "depth", "block_tokens"), 0
+      ("vocab", "embed_dim", "depth", "block_tokens", "flops"), 0
     )
 
   monkeypatch.setattr(loss, "_measure", measure)

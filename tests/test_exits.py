@@ -9,6 +9,7 @@ from experiments import base
 from launch import cli, exits, status, train
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, from_config_dict
+from mtp_jax.startup import Startup
 from mtp_jax.train import Diverged, Interrupted
 
 
@@ -84,7 +85,7 @@ def test_process_0_writes_the_file_that_says_it_yielded(monkeypatch, tmp_path):
   (KeyError("x"), (1, "infrastructure", "KeyError: 'x'", False)),
 ])
 def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
-  def fail(*_, observer):
+  def fail(*_, observer, startup):
     observer.stepped(6)
     raise error
 
@@ -93,7 +94,7 @@ def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
   config = from_config_dict(base.get_config())
   workdir = tmp_path / "run"
   code, exit_class, message, together = end
-  found = train.train(config, workdir)
+  found = train.train(config, workdir, Startup())
   assert (found.code, found.exit_class, found.together) == (code, exit_class, together)
   assert found.message.startswith(message)
   said = capsys.readouterr().err.splitlines()[-1]

@@ -146,6 +146,9 @@ def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   done = command(*train, f"--config={experiment}")
   assert done.code == 0
   assert "tiny: resumed at step " in done.output
+  assert re.search(
+    r"^tiny: first step after [\d.]+ s: imports [\d.]+, devices ", done.output, re.M
+  )
   assert "tiny: done: main loss " in done.output
   assert (workdir / "DONE").exists()
   check_fields_are_documented(workdir)

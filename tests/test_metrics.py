@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 
@@ -75,6 +76,17 @@ def test_tensorboard_holds_the_same_values(tmp_path):
     ("train/rate", 2): 2.0,
     ("validation/bits_per_byte", 2): 3.0,
   }
+
+
+def test_logging_does_not_import_torch_and_leaves_it_importable(tmp_path):
+  code = (
+    "import pathlib, sys; from mtp_jax.metrics import MetricsWriter; "
+    "writer = MetricsWriter(pathlib.Path(sys.argv[1]), 0); "
+    "writer.write({'kind': 'train', 'step': 1, 'loss': [1.5]}); "
+    "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+  assert read_events(tmp_path)[0] == {("train/loss/0", 1): 1.5}
 
 
 def test_a_resumed_run_drops_what_will_be_done_again(tmp_path):

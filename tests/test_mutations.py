@@ -41,6 +41,18 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
+  "phases of a start overlap": Mutant(
+    "startup.py",
+    "    self._since = now\n",
+    "",
+    "test_startup.py::test_phases_follow_each_other_without_a_gap",
+  ),
+  "a resumed start says that it began anew": Mutant(
+    "train.py",
+    "startup.record(self.step)",
+    "startup.record(0)",
+    "test_train.py::test_resuming_ends_where_the_run_ended",
+  ),
   "every depth predicts the next token": Mutant(
     "targets.py",
     "shifted_tokens(batch, 1 + m) for m",

@@ -68,7 +68,7 @@ def test_the_folder_holds_what_the_contract_says(finished, config):
   workdir, result = finished
   assert {path.name for path in workdir.iterdir()} == {
     "config.json", "run.json", "tokenizer.json", "metrics.jsonl", "tensorboard",
-    "checkpoints", "eval.json", "DONE",
+    "checkpoints", "startup.json", "eval.json", "DONE",
   }
   assert json.loads((workdir / "eval.json").read_text()) == result
   run = json.loads((workdir / "run.json").read_text())
@@ -181,6 +181,7 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(finished, config):
 def test_resuming_ends_where_the_run_ended(finished, config, copy, capsys):
   result = train.fit(config, copy)
   assert "tiny: resumed at step 8" in capsys.readouterr().out
+  assert json.loads((copy / "startup.json").read_text())["step"] == 8
   assert without_wall_clock(result) == without_wall_clock(finished[1])
   found, expected = (
     [without_wall_clock(x) for x in read_metrics(folder)]
@@ -387,8 +388,16 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   finished, config, tmp_path, capsys
 ):
   train.fit(with_overrides(config, {"train.num_steps": 6}), tmp_path)
-  corpus, first, second, done = capsys.readouterr().out.splitlines()
+  corpus, start, first, second, done = capsys.readouterr().out.splitlines()
   assert corpus.startswith("tiny: 24 documents ")
+  record = json.loads((tmp_path / "startup.json").read_text())
+  assert record["step"] == 0
+  assert list(record["seconds"]) == [
+    "devices", "data", "state", "compile", "diagnostics", "first step"
+  ]
+  assert record["total"] == pytest.approx(sum(record["seconds"].values()))
+  assert all(x > 0 for x in record["seconds"].values())
+  assert start.startswith(f"tiny: first step after {record['total']:.1f} s: devices ")
   assert first.startswith("tiny: step 3/6, loss ")
   assert first.endswith(" s left")
   assert second.endswith(" tokens/s, 0 s left")

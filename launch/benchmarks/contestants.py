@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from launch.benchmarks.rows import one_document_batch
 from launch.huge_pages import start_with_huge_pages
-from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import Hyperparameters
@@ -163,19 +162,6 @@ class Turns:
         self._say(f"{label}: round {number + 1}, {step * 1e3:.1f} ms")
 
 
-def one_document_batch(config: Config, seed: int = 0) -> Batch:
-  """Returns rows [B, ...] of random tokens, each row one document without an end."""
-  rng = np.random.default_rng(seed)
-  rows, length = config.data.batch_size, config.data.seq_len
-  extra = 1 + config.mtp.depth
-  ids = rng.integers(0, config.tokenizer.vocab_size, (rows, length + extra), np.int32)
-  ones = np.ones_like(ids)
-  positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-  return Batch(
-    ids[:, :length], ones[:, :length], positions, ids[:, length:], ones[:, length:]
-  )
-
-
 def build_train_step(
   config: Config, name: str, xla_flags: str | None = None
 ) -> tuple[Callable[[], None], Ready]:
@@ -247,48 +233,22 @@ def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
 
 
 def _build_torch(config: Config, compiled: bool) -> tuple[Callable[[], None], Ready]:
-  from launch import torch_peer  # Torch is optional, and only this process needs it.
+  # Torch is optional, and only this process needs it.
+  from launch.benchmarks.torch_step import make_torch_step, start_torch
 
   start = time.perf_counter()
   torch, device = start_torch()
-  cuda = device.type == "cuda"
   before = resident()
-  torch.manual_seed(0)
-  model = torch_peer.Peer(config).to(device)
-  optimizer = torch_peer.make_optimizer(model, config)
-  fields = one_document_batch(config).arrays()
-  batch = {k: torch.tensor(v, dtype=torch.int64).to(device) for k, v in fields.items()}
-  forward = torch.compile(model) if compiled else model
-
-  def step() -> None:
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-      losses_M = forward(**batch, one_document=True)
-    torch_peer.total_loss(losses_M, config.mtp.weight).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-    optimizer.step()
-    if cuda:
-      torch.cuda.synchronize()
-
+  *_, step = make_torch_step(config, device, compiled)
   step()
   seconds = time.perf_counter() - start
   return step, Ready(
-    hardware=torch.cuda.get_device_name() if cuda else "cpu",
+    hardware=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     threads=torch.get_num_threads(),
     build_seconds=seconds,
     peak_memory=peak_of_torch(step, before),
     xla_memory=None,
   )
-
-
-def start_torch() -> tuple[Any, Any]:
-  """Returns `(torch, device)`, with all cores and what any program needs loaded."""
-  import torch  # Optional, and only this process needs it.
-
-  torch.set_float32_matmul_precision("high")
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1))
-  return torch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peak_of_jax(step: Callable[[], Any], before: int | None) -> int | None:

@@ -28,9 +28,11 @@ import numpy as np
 
 from launch.benchmarks.contestants import Contestant, Turns
 from launch.benchmarks.records import (
+  MODELS,
   Progress,
   add_huge_pages,
   add_output,
+  apply_preset,
   header,
   make_config,
   ratios,
@@ -50,21 +52,19 @@ from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import compiled, programs, shape_of
 
-# Width, layers and heads by millions of parameters.
-SIZES = {"1": (128, 4, 4), "350": (1024, 30, 16)}
 SOURCES = ("bytes", "bpe", "prepared")
 _PRESETS = {
   "cpu": {
-    "sizes": ["1", "350"], "seq_lens": [128, 64], "batch_sizes": [16, 1],
+    "models": ["1M", "350M"], "seq_lens": [128, 64], "batch_sizes": [16, 1],
     "workers": [0, 1, 2], "rounds": 5, "steps_per_round": 2,
   },
   "gpu": {
-    "sizes": ["1", "350"], "seq_lens": [256, 1024], "batch_sizes": [64, 16],
+    "models": ["1M", "350M"], "seq_lens": [256, 1024], "batch_sizes": [64, 16],
     "workers": [0, 1, 4, 16], "rounds": 7, "steps_per_round": 5,
   },
 }
 _QUICK = {
-  "sizes": ["1"], "seq_lens": [32], "batch_sizes": [2], "workers": [0],
+  "models": ["1M"], "seq_lens": [32], "batch_sizes": [2], "workers": [0],
   "sources": ["prepared"], "depths": [0], "text": "language_reference", "rounds": 2,
   "steps_per_round": 1, "least_seconds": 0.02,
 }
@@ -90,15 +90,15 @@ def add_parser(commands: Any) -> None:
       "  python -m launch.benchmark input --quick        a check that takes a minute\n"
       "  python -m launch.benchmark input                the published table of a CPU\n"
       "  python -m launch.benchmark input --preset gpu   that of a GPU\n"
-      "  python -m launch.benchmark input --sizes 1 --seq_lens 256 --batch_sizes 32\n"
+      "  python -m launch.benchmark input --models 1M --seq_lens 256 --batch_sizes 32\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
   add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add(
-    "--sizes", nargs="+", choices=list(SIZES), metavar="MILLIONS",
-    help=f"of parameters: {', '.join(SIZES)}",
+    "--models", nargs="+", choices=list(MODELS), metavar="MODEL",
+    help=f"by number of parameters: {', '.join(MODELS)}",
   )
   add("--seq_lens", nargs="+", type=int, metavar="T", help="one for every size")
   add("--batch_sizes", nargs="+", type=int, metavar="B", help="one for every size")
@@ -127,16 +127,14 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     ConfigError: sizes without a T and a B each, or sizes that no model has.
   """
-  for key, value in (_QUICK if args.quick else _PRESETS[args.preset]).items():
-    if args.quick or getattr(args, key) is None:
-      setattr(args, key, value)
+  apply_preset(args, _PRESETS, _QUICK)
   for key in ("seq_lens", "batch_sizes"):
-    if len(getattr(args, key)) != len(args.sizes):
+    if len(getattr(args, key)) != len(args.models):
       raise ConfigError(
-        f"--{key} must be one for each of the {len(args.sizes)} --sizes, got "
+        f"--{key} must be one for each of the {len(args.models)} --models, got "
         f"{getattr(args, key)}."
       )
-  shapes = list(zip(args.sizes, args.seq_lens, args.batch_sizes, strict=True))
+  shapes = list(zip(args.models, args.seq_lens, args.batch_sizes, strict=True))
   for shape in shapes:  # Before the text is read, which takes a while.
     for depth in args.depths:
       validate(_config(args, shape, depth), 1)
@@ -159,12 +157,8 @@ def _config(
   args: argparse.Namespace, shape: tuple[str, int, int], depth: int
 ) -> Config:
   size, seq_len, batch_size = shape
-  embed_dim, num_layers, num_heads = SIZES[size]
-  values = {
-    "embed_dim": embed_dim, "num_layers": num_layers, "num_heads": num_heads,
-    "seq_len": seq_len, "batch_size": batch_size, "kind": "sequential",
-  }
-  config = make_config(argparse.Namespace(**values), "llama", 264, depth)
+  values = {"seq_len": seq_len, "batch_size": batch_size, "kind": "sequential"}
+  config = make_config(argparse.Namespace(**values), size, "llama", 264, depth)
   return with_overrides(
     config, {"data.source": args.text, "data.num_workers": args.workers[0]}
   )
@@ -174,7 +168,7 @@ def _write_source(
   args: argparse.Namespace, name: str, folder: Path
 ) -> tuple[dict[str, Any], Path]:
   """Returns the config values of a source, and the file of its training tokens."""
-  config = _config(args, (args.sizes[0], args.seq_lens[0], args.batch_sizes[0]), 0)
+  config = _config(args, (args.models[0], args.seq_lens[0], args.batch_sizes[0]), 0)
   values: dict[str, Any] = {}
   if name == "bpe":
     vocab = {"tokenizer.vocab_size": args.bpe_vocab}

@@ -28,7 +28,6 @@ from launch.benchmarks.contestants import (
   peak_of_jax,
   peak_of_torch,
   resident,
-  start_torch,
 )
 from launch.benchmarks.records import (
   PACKAGES,
@@ -39,7 +38,7 @@ from launch.benchmarks.records import (
   floor_seconds,
   header,
   ratios,
-  rounds,
+  rounds_of,
   slug,
   spread,
   table,
@@ -317,6 +316,9 @@ def tokamax_loss(
 
 
 def _build_torch(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
+  # Torch is optional, and only this process needs it.
+  from launch.benchmarks.torch_step import start_torch
+
   torch, device = start_torch()
   functional, cuda = torch.nn.functional, device.type == "cuda"
   before = resident()
@@ -406,9 +408,9 @@ def markdown(record: dict[str, Any]) -> str:
     [
       (
         *_sizes(r), _milliseconds(_floor(r)),
-        *(_milliseconds(_rounds(r, n)) for n in (OURS, *peers)),
-        spread(ratios(_rounds(r, OURS), _floor(r))),
-        *(spread(ratios(_rounds(r, OURS), _rounds(r, n))) for n in peers),
+        *(_milliseconds(rounds_of(r, n)) for n in (OURS, *peers)),
+        spread(ratios(rounds_of(r, OURS), _floor(r))),
+        *(spread(ratios(rounds_of(r, OURS), rounds_of(r, n))) for n in peers),
       )
       for r in rows
     ],
@@ -461,14 +463,9 @@ def _figure(row: dict[str, Any], name: str, key: str) -> Any:
   return row["contestants"].get(name, {}).get(key)
 
 
-def _rounds(row: dict[str, Any], name: str) -> list[float]:
-  return rounds(row["contestants"].get(name, {}))
-
-
 def _floor(row: dict[str, Any]) -> list[float]:
   """Per round: the seconds of the needed products at the rate of large ones."""
-  products = row["contestants"].get(_FLOOR, {})
-  return floor_seconds(products, row["flops"]) if "flops" in products else []
+  return floor_seconds(row["contestants"].get(_FLOOR, {}), row["flops"])
 
 
 def _milliseconds(seconds: list[float]) -> str:

@@ -26,7 +26,6 @@ from launch.benchmarks.contestants import (
   Contestant,
   Turns,
   build_train_step,
-  one_document_batch,
 )
 from launch.benchmarks.limits import build_products
 from launch.benchmarks.records import (
@@ -44,6 +43,7 @@ from launch.benchmarks.records import (
   table,
   write,
 )
+from launch.benchmarks.rows import one_document_batch
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate

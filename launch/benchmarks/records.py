@@ -182,8 +182,16 @@ def rounds(figures: dict[str, Any]) -> list[float]:
   return [statistics.median(steps) for steps in figures.get("seconds", [])]
 
 
+def rounds_of(row: dict[str, Any], name: str) -> list[float]:
+  """Returns the `rounds` of the contestant of a row that has this name."""
+  return rounds(row["contestants"].get(name, {}))
+
+
 def floor_seconds(products: dict[str, Any], flops: float) -> list[float]:
-  """Returns per round the seconds of `flops` at the rate of `limits.products`."""
+  """Returns per round the seconds of `flops` at the rate of `limits.products`.
+
+  Empty if those failed.
+  """
   return [seconds * flops / products["flops"] for seconds in rounds(products)]
 
 

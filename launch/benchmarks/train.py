@@ -30,7 +30,7 @@ from launch.benchmarks.records import (
   header,
   make_config,
   ratios,
-  rounds,
+  rounds_of,
   slug,
   spread,
   table,
@@ -258,8 +258,8 @@ def markdown(record: dict[str, Any]) -> str:
       (
         *_model_cells(r),
         _median([1e3 * x for x in _floor(r, tokens)], 1),
-        *(_median([1e3 * x for x in _rounds(r, n)], 0) for n in names),
-        spread(ratios(_floor(r, tokens), _rounds(r, "jax"))),
+        *(_median([1e3 * x for x in rounds_of(r, n)], 0) for n in names),
+        spread(ratios(_floor(r, tokens), rounds_of(r, "jax"))),
         _mfu(r, tokens),
         spread(_against_torch(r, torch)),
       )
@@ -273,7 +273,7 @@ def markdown(record: dict[str, Any]) -> str:
       [
         (
           *_model_cells(r),
-          *(spread(ratios(_rounds(r, n), _rounds(r, "jax"))) for n in others),
+          *(spread(ratios(rounds_of(r, n), rounds_of(r, "jax"))) for n in others),
         )
         for r in rows
       ],
@@ -335,7 +335,7 @@ def _floor(row: dict[str, Any], tokens: int) -> list[float]:
 
 
 def _mfu(row: dict[str, Any], tokens: int) -> str:
-  peak, seconds = peak_flops(row["hardware"]), _rounds(row, "jax")
+  peak, seconds = peak_flops(row["hardware"]), rounds_of(row, "jax")
   if peak is None or not seconds:
     return "-"
   return f"{row['flops_per_token'] * tokens / statistics.median(seconds) / peak:.0%}"
@@ -343,26 +343,22 @@ def _mfu(row: dict[str, Any], tokens: int) -> str:
 
 def _against_torch(row: dict[str, Any], names: list[str]) -> list[float]:
   """Per round: our time over that of the torch contestant with the lower median."""
-  peers = [n for n in names if _rounds(row, n)]
-  if not peers or not _rounds(row, "jax"):
+  peers = [n for n in names if rounds_of(row, n)]
+  if not peers or not rounds_of(row, "jax"):
     return []
-  faster = min(peers, key=lambda n: statistics.median(_rounds(row, n)))
-  return ratios(_rounds(row, "jax"), _rounds(row, faster))
+  faster = min(peers, key=lambda n: statistics.median(rounds_of(row, n)))
+  return ratios(rounds_of(row, "jax"), rounds_of(row, faster))
 
 
 def _depth_row(
   row: dict[str, Any], plain: dict[str, Any], names: list[str]
 ) -> tuple[Any, ...]:
   flops = row["flops_per_token"] / plain["flops_per_token"]
-  measured = {n: ratios(_rounds(row, n), _rounds(plain, n)) for n in names}
+  measured = {n: ratios(rounds_of(row, n), rounds_of(plain, n)) for n in names}
   return (
     *_model_cells(row), f"{flops:.2f}", *(spread(measured[n]) for n in names),
     spread([ratio / flops for ratio in measured.get("jax", [])]),
   )
-
-
-def _rounds(row: dict[str, Any], name: str) -> list[float]:
-  return rounds(row["contestants"].get(name, {}))
 
 
 def _median(values: list[float], digits: int) -> str:
