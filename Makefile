@@ -2,11 +2,12 @@
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
-# make bench       the benchmarks of training and decoding against PyTorch
+# make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs/gains_with_scale
 BIN := $(VENV)/bin
+PRESET ?= cpu
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Most of a test is compilation, on one core. A file stays on one worker, with its
 # fixtures and compiled programs.
@@ -35,8 +36,9 @@ lint: setup-dev
 	$(BIN)/lint-imports
 
 bench: setup-dev
-	$(BIN)/python -m launch.benchmark train
-	$(BIN)/python -m launch.benchmark decode
+	for name in train loss decode pack startup input; do \
+	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
+	done
 
 setup: $(VENV)/.requirements
 setup-dev: $(VENV)/.requirements-dev

@@ -217,7 +217,7 @@ def _measure(
   with Turns(args.rounds, args.steps_per_round, say) as turns:
     for name, make in makes.items():
       build = functools.partial(_build, make, args.least_seconds)
-      label = f"{shape[0]}M D={depth} {source} {name}"
+      label = f"{shape[0]} D={depth} {source} {name}"
       turns.enter(label, Contestant(name, config, args.huge_pages, build), row)
     turns.take()
   return row
