@@ -390,7 +390,7 @@ def markdown(record: dict[str, Any]) -> str:
     "per depth, at the rate of products of large square matrices of that dtype, timed "
     "in the same rounds",
     f"- {OURS}: `mtp_jax.losses.loss_sums` as training calls it, with masks and "
-    f"counts, `loss.block_tokens` = {rows[0]['block_tokens']}",
+    f"counts, `loss.block_tokens` = {rows[0]['block_tokens']} (0: as suits the device)",
     f"- {PLAIN}: `h @ w` and optax's cross-entropy, one depth after the other, "
     "differentiated by JAX; logits are rounded to the compute dtype",
     f"- {', '.join(TORCH)}: `F.linear` and `F.cross_entropy`, one depth after the "
