@@ -9,6 +9,7 @@
 """
 
 import argparse
+import os
 
 from launch.benchmarks import decode, input, loss, pack, startup, train
 from mtp_jax.config import ConfigError
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
   input.add_parser(commands)
   startup.add_parser(commands)
   args = parser.parse_args(argv)
+  # This process and the contestants share the GPU: none may reserve most of its memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   try:
     args.run(args)
   except (ConfigError, DataError) as error:

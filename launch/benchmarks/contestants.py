@@ -199,8 +199,6 @@ def _serve(pipe: Any, build: Build, name: str, config: Config) -> None:
 
 
 def _build_jax(config: Config) -> tuple[Callable[[], None], Ready]:
-  # Contestants share the GPU: none may reserve most of its memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   start = time.perf_counter()
   device = jax.devices()[0]
   jax.block_until_ready(jnp.ones(()) + 1)  # Loads what any program needs.

@@ -14,7 +14,6 @@ ids, no positions, no epochs, and goes on after a stop with other rows.
 import argparse
 import dataclasses
 import functools
-import os
 import random
 import statistics
 import tempfile
@@ -230,8 +229,6 @@ def _build(
   name: str,
 ) -> tuple[Callable[[], None], Ready]:
   """Returns as many turns of `make(config)` at once as fill `least_seconds`, warm."""
-  # Contestants share the GPU: none may reserve most of its memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   take, count = make(config), 1
 
   def step() -> None:

@@ -5,7 +5,6 @@ while slows both.
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 
@@ -77,8 +76,6 @@ class Ready:
 def build_products(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
   """Returns products in the compute dtype of a model, a `contestants.Build`."""
   del name
-  # Contestants share the GPU: none may reserve most of its memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   work = products(jnp.dtype(compute_dtype(config.trunk)).name)
   return work.run, Ready(jax.devices()[0].device_kind, work.amount)
 

@@ -10,7 +10,6 @@ machine that is busy for a while slows both of its sides.
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -245,8 +244,6 @@ def build_step(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
 
 
 def _build_jax(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
-  # Contestants share the GPU: none may reserve most of its memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   jax.block_until_ready(jnp.ones(()) + 1)  # Loads what any program needs.
   before = resident()
   dtype = compute_dtype(config.trunk)

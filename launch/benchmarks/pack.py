@@ -11,7 +11,6 @@ model's FLOPs would take so long.
 
 import argparse
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -180,8 +179,6 @@ def build_peer(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
 
 def build_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
   """Returns the lone step, or that of a pack of `name` trials, compiled and warm."""
-  # Contestants share the GPU: none may reserve most of its memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices = jax.devices()[:1]
   mesh, shape = make_mesh(config.mesh, devices), shape_of(config)
   rows = jax.tree.map(lambda x: x[None], one_document_batch(config))
