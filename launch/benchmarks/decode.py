@@ -38,6 +38,7 @@ from launch.benchmarks.records import (
   apply_preset,
   header,
   make_config,
+  new_parser,
   ratios,
   slug,
   write,
@@ -119,24 +120,20 @@ class Model:
 
 def add_parser(commands: Any) -> None:
   """Adds the `decode` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "decode",
-    help="decoding with drafts: acceptance, costs, predicted and measured speed-up",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "decode", _PRESETS, __doc__,
+    "decoding with drafts: acceptance, costs, predicted and measured speed-up",
+    (
       "  python -m launch.benchmark decode --quick       a check that takes seconds\n"
       "  python -m launch.benchmark decode --runs runs/seq2\n"
       "  python -m launch.benchmark decode --runs RUN --trees own\n"
       "  python -m launch.benchmark decode --sizes       the published costs\n"
       "  python -m launch.benchmark decode --sizes --preset gpu    those of a GPU\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
   add("--runs", nargs="+", type=Path, default=[], metavar="RUN", help="run folders")
   add("--sizes", action="store_true", help="random weights; the default without --runs")
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add("--batch_sizes", nargs="+", type=int, metavar="B")
   add(
     "--max_new_tokens", type=int,

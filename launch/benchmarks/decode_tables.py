@@ -5,22 +5,17 @@ from typing import Any
 import numpy as np
 
 from launch.benchmarks.decode_peers import NAMES
-from launch.benchmarks.records import spread, table
+from launch.benchmarks.records import heading, spread, table
 
 
 def markdown(record: dict[str, Any]) -> str:
   """Returns the tables of a record, with what is needed to read them."""
   rows, settings = record["rows"], record["settings"]
   parts = [
-    "# Decoding with drafts",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{record['device']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + f"; seed {settings['seed']}.",
-    "",
+    *heading(
+      "Decoding with drafts",
+      record, record["device"], f"; seed {settings['seed']}",
+    ),
     "Greedy. Ratios: median over "
     f"{settings['rounds']} interleaved rounds [least, greatest]. Acceptance: mean "
     "[95 % bootstrap interval over prompts]. All figures are defined in the JSON file "

@@ -33,7 +33,9 @@ from launch.benchmarks.records import (
   add_output,
   apply_preset,
   header,
+  heading,
   make_config,
+  new_parser,
   ratios,
   slug,
   spread,
@@ -80,21 +82,17 @@ class Ready:
 
 def add_parser(commands: Any) -> None:
   """Adds the `input` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "input",
-    help="what the data pipeline delivers, against what a train step takes",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "input", _PRESETS, __doc__,
+    "what the data pipeline delivers, against what a train step takes",
+    (
       "  python -m launch.benchmark input --quick        a check that takes a minute\n"
       "  python -m launch.benchmark input                the published table of a CPU\n"
       "  python -m launch.benchmark input --preset gpu   that of a GPU\n"
       "  python -m launch.benchmark input --models 1M --seq_lens 256 --batch_sizes 32\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add(
     "--models", nargs="+", choices=list(MODELS), metavar="MODEL",
     help=f"by number of parameters: {', '.join(MODELS)}",
@@ -370,15 +368,10 @@ def markdown(record: dict[str, Any]) -> str:
   rows, settings = record["rows"], record["settings"]
   workers = settings["workers"]
   parts = [
-    "# Input: what the data pipeline delivers, against what a train step takes",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{rows[0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + ".",
-    "",
+    *heading(
+      "Input: what the data pipeline delivers, against what a train step takes",
+      record, rows[0]["hardware"],
+    ),
     "Llama, with one sequential module per depth D, in "
     f"{'float32' if rows[0]['hardware'] == 'cpu' else 'bfloat16'}; on a CPU T and B "
     "are small at 350 million parameters, so that a step takes seconds. Text: "

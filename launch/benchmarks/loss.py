@@ -36,6 +36,8 @@ from launch.benchmarks.records import (
   apply_preset,
   floor_seconds,
   header,
+  heading,
+  new_parser,
   ratios,
   rounds_of,
   slug,
@@ -101,21 +103,17 @@ class Inputs(NamedTuple):
 
 def add_parser(commands: Any) -> None:
   """Adds the `loss` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "loss",
-    help="our loss and its gradient against all logits at once, PyTorch and tokamax",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "loss", _PRESETS, __doc__,
+    "our loss and its gradient against all logits at once, PyTorch and tokamax",
+    (
       "  python -m launch.benchmark loss --quick         a check that takes a minute\n"
       "  python -m launch.benchmark loss                 the published table of a CPU\n"
       "  python -m launch.benchmark loss --preset gpu    that of a GPU\n"
       "  python -m launch.benchmark loss --vocabs 264 --depths 3 --block_tokens 4096\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add("--vocabs", nargs="+", type=int, metavar="V")
   add("--depths", nargs="+", type=int, metavar="D")
   add("--embed_dims", nargs="+", type=int, metavar="d", help="widths of the states")
@@ -365,15 +363,10 @@ def markdown(record: dict[str, Any]) -> str:
   rows, settings = record["rows"], record["settings"]
   peers = [n for n in settings["contestants"] if n != OURS]
   parts = [
-    "# The loss and its gradient: ours against all logits at once, PyTorch, tokamax",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{rows[0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + ".",
-    "",
+    *heading(
+      "The loss and its gradient: ours against all logits at once, PyTorch, tokamax",
+      record, rows[0]["hardware"],
+    ),
     f"N = {settings['batch_size']} x {settings['seq_len']} positions per depth, all "
     "of which count; V is the vocabulary, d the width of the states, D the extra "
     "depths. A step is the value of the training loss and its gradient with respect to "

@@ -34,7 +34,9 @@ from launch.benchmarks.records import (
   apply_preset,
   floor_seconds,
   header,
+  heading,
   make_config,
+  new_parser,
   ratios,
   rounds,
   slug,
@@ -86,21 +88,17 @@ class Ready:
 
 def add_parser(commands: Any) -> None:
   """Adds the `pack` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "pack",
-    help="trials per hour side by side in one program, against one after the other",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "pack", _PRESETS, __doc__,
+    "trials per hour side by side in one program, against one after the other",
+    (
       "  python -m launch.benchmark pack --quick         a check that takes a minute\n"
       "  python -m launch.benchmark pack                 the published table of a CPU\n"
       "  python -m launch.benchmark pack --preset gpu    that of a GPU\n"
       "  python -m launch.benchmark pack --models 1M --packs 8 16\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add("--models", nargs="+", choices=_SIZES, help="by number of parameters")
   add("--packs", nargs="+", type=int, metavar="N", help="trials of a pack")
   add("--seq_len", type=int)
@@ -232,15 +230,10 @@ def markdown(record: dict[str, Any]) -> str:
   """Returns the table of a benchmark record, with what is needed to read it."""
   settings = record["settings"]
   parts = [
-    "# Packs: trials side by side, against one after the other",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{record['rows'][0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + ".",
-    "",
+    *heading(
+      "Packs: trials side by side, against one after the other",
+      record, record["rows"][0]["hardware"],
+    ),
     f"Llama with one sequential module, T={settings['seq_len']}, "
     f"B={settings['batch_size']}, one batch for all. {settings['rounds']} interleaved "
     f"rounds of {settings['steps_per_round']} steps. Times: median over rounds. Ratios "

@@ -90,6 +90,28 @@ class Progress:
     print(f"[{self._done}/{self._total}, about {left} left] {text}", flush=True)
 
 
+def new_parser(
+  commands: Any,
+  name: str,
+  presets: Iterable[str],
+  description: str | None,
+  summary: str,
+  examples: str,
+) -> argparse.ArgumentParser:
+  """Adds a subcommand to the subparsers of `launch.benchmark`; it has --preset."""
+  parser = commands.add_parser(
+    name,
+    help=summary,
+    description=description,
+    epilog=f"Examples:\n{examples}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--preset", default="cpu", choices=list(presets), help="what is not given below"
+  )
+  return parser
+
+
 def add_output(parser: argparse.ArgumentParser, quick: str) -> None:
   """Adds --output and --quick; `quick` says what is less then."""
   parser.add_argument(
@@ -137,6 +159,22 @@ def header(
     **environment(packages),
     "settings": settings,
   }
+
+
+def heading(
+  title: str, record: dict[str, Any], device: str, more: str = ""
+) -> list[str]:
+  """Returns the first lines of a table: command, date, commit, hardware, versions."""
+  versions = ", ".join(f"{name} {x}" for name, x in record["versions"].items())
+  return [
+    f"# {title}",
+    "",
+    f"`{record['command']}`",
+    "",
+    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
+    f"{device}; {versions}{more}.",
+    "",
+  ]
 
 
 def write(folder: Path, name: str, record: dict[str, Any], text: str) -> None:

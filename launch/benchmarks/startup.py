@@ -28,7 +28,9 @@ from launch.benchmarks.records import (
   add_output,
   apply_preset,
   header,
+  heading,
   make_config,
+  new_parser,
   ratios,
   slug,
   spread,
@@ -79,21 +81,17 @@ _SHORT_END = {
 
 def add_parser(commands: Any) -> None:
   """Adds the `startup` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "startup",
-    help="time from the command to the first step, and what saving costs",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "startup", _PRESETS, __doc__,
+    "time from the command to the first step, and what saving costs",
+    (
       "  python -m launch.benchmark startup --quick        a check of half a minute\n"
       "  python -m launch.benchmark startup                the published tables\n"
       "  python -m launch.benchmark startup --preset gpu   those of a GPU\n"
       "  python -m launch.benchmark startup --tables saves --save_models 3M\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add("--tables", nargs="+", default=list(TABLES), choices=TABLES)
   for name, what in (("--models", "that are started"), ("--save_models", "that save")):
     add(
@@ -332,15 +330,10 @@ def markdown(record: dict[str, Any]) -> str:
   settings = record["settings"]
   rows = record["starts"] + record["saves"]
   parts = [
-    "# From the command to the first step, and what a save costs",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{rows[0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + ".",
-    "",
+    *heading(
+      "From the command to the first step, and what a save costs",
+      record, rows[0]["hardware"],
+    ),
     f"Llama with D sequential modules, T={settings['seq_len']}, "
     f"B={settings['batch_size']}, vocabulary {settings['vocab']}. "
     f"{settings['rounds']} round(s). Figures: median. Ratios: median over rounds "

@@ -28,7 +28,9 @@ from launch.benchmarks.records import (
   apply_preset,
   floor_seconds,
   header,
+  heading,
   make_config,
+  new_parser,
   ratios,
   rounds_of,
   slug,
@@ -65,12 +67,10 @@ _XLA_FLAGS = "XLA_FLAGS"
 
 def add_parser(commands: Any) -> None:
   """Adds the `train` subcommand to the subparsers of `launch.benchmark`."""
-  parser = commands.add_parser(
-    "train",
-    help="our train step against PyTorch and its floor: time, cost of depth, memory",
-    description=__doc__,
-    epilog=(
-      "Examples:\n"
+  parser = new_parser(
+    commands, "train", _PRESETS, __doc__,
+    "our train step against PyTorch and its floor: time, cost of depth, memory",
+    (
       "  python -m launch.benchmark train --quick        a check that takes seconds\n"
       "  python -m launch.benchmark train                the published table of a CPU\n"
       "  python -m launch.benchmark train --trunks gpt2 --vocabs 264 --depths 0 1\n"
@@ -79,10 +79,8 @@ def add_parser(commands: Any) -> None:
       "    --contestants jax --variants trunk.attention=xla trunk.attention=cudnn \\\n"
       "    trunk.remat=none trunk.remat=full loss.block_tokens=16384\n"
     ),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--preset", default="cpu", choices=list(_PRESETS), help="what is not given below")
   add("--models", nargs="+", choices=list(MODELS), help="by number of parameters")
   add("--trunks", nargs="+", choices=["gpt2", "llama"])
   add("--vocabs", nargs="+", type=int, metavar="V")
@@ -234,15 +232,10 @@ def markdown(record: dict[str, Any]) -> str:
   turns = "separate" if settings["apart"] else "interleaved"
   tokens = settings["seq_len"] * settings["batch_size"]
   parts = [
-    "# Train step: JAX, its floor, PyTorch",
-    "",
-    f"`{record['command']}`",
-    "",
-    f"{record['date']}, commit {record['commit']}, {record['hardware']}, device "
-    f"{rows[0]['hardware']}; "
-    + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    + f"; {_threads(rows)} threads each.",
-    "",
+    *heading(
+      "Train step: JAX, its floor, PyTorch",
+      record, rows[0]["hardware"], f"; {_threads(rows)} threads each",
+    ),
     f"T={settings['seq_len']}, B={settings['batch_size']}, kind {settings['kind']} at "
     f"D > 0. {settings['rounds']} {turns} rounds of {settings['steps_per_round']} "
     "steps. Times in ms: median over rounds. Ratios: median over rounds [least, "
