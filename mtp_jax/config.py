@@ -94,6 +94,8 @@ class TrunkConfig:
   attention_kind: grouped | latent (sizes in `latent`; needs kind `llama`).
   qkv_bias, qk_norm: biases of query, key and value (Qwen2); RMSNorm of every query and
                   key head (Qwen3); both for grouped attention of kind `llama`.
+  attention:      how it is computed: auto | xla | blocked | cudnn | tokamax; see
+                  model/attention_ops.py.
   """
 
   kind: Literal["llama", "gpt2"]
