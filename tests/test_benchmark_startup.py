@@ -25,8 +25,8 @@ def test_quick_run_writes_tables_and_figures(tmp_path, capsys, monkeypatch):
     "ours cold", "ours warm", "floor cold", "floor warm", "torch eager"
   }
   for ((figures),) in start["figures"].values():
-    # The parent waits a little longer than the process knows of, which knows when it was
-    # started to a hundredth of a second.
+    # The parent waits a little longer than the process knows of, which knows its own
+    # start to a hundredth of a second.
     assert 0 < sum(figures["seconds"].values()) < figures["total"] + 0.01
   (ours,), (peer,) = saves["figures"]["ours"], saves["figures"]["torch.save"]
   for name in ("copy", "blocked", "without", "with"):
