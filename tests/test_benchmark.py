@@ -128,6 +128,16 @@ def test_variants_are_held_against_the_step_without_them():
   table = train.markdown(_record([row]))
   assert "| 5M | gpt2 | 264 | 0 | 1.50 [1.50, 1.50] |" in table
   assert "| 5M | gpt2 | 264 | 0 | - | 5500 | 8250 | - | - | - |" in table
+  assert "- 5M gpt2, vocabulary 264, D=0, floor: Failed: no memory" in table
+
+
+@pytest.mark.parametrize("key", ["rounds", "steps_per_round"])
+@pytest.mark.parametrize("name", ["train", "pack", "input"])
+def test_turns_without_steps_are_refused(name, key, capsys):
+  with pytest.raises(SystemExit) as caught:
+    benchmark.main([name, f"--{key}=0"])
+  assert caught.value.code == 2
+  assert capsys.readouterr().err == f"error: --{key} must be at least 1, got 0.\n"
 
 
 @pytest.mark.parametrize(

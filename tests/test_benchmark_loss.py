@@ -36,10 +36,10 @@ def tokamax(monkeypatch):
     return -(jax.nn.one_hot(labels, weights.shape[1]) * log_probs).sum()
 
   if importlib.util.find_spec("tokamax") is None:
-    stub = types.SimpleNamespace(
+    package = types.SimpleNamespace(
       linear_softmax_cross_entropy_loss=linear_softmax_cross_entropy_loss
     )
-    monkeypatch.setitem(sys.modules, "tokamax", stub)
+    monkeypatch.setitem(sys.modules, "tokamax", package)
 
 
 def expected_step(inputs):

@@ -1,4 +1,4 @@
-"""What the training benchmark compares: each contestant is a process of its own.
+"""What the benchmarks compare: each contestant is a process of its own.
 
 A process per contestant keeps thread pools, allocators and failures apart, and makes
 its memory its own. Only one works at a time; the others wait at their pipe.

@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
   apply_preset(args, _PRESETS, _QUICK)
   if args.runs and args.sizes:
     raise ConfigError("--runs and --sizes write files of their own: give one of them.")
-  for key in ("batch_sizes", "prompts", "prompt_tokens", "max_new_tokens", "rounds"):
+  for key in ("batch_sizes", "prompts", "prompt_tokens", "max_new_tokens"):
     if np.min(getattr(args, key)) < 1:
       raise ConfigError(f"--{key} must be at least 1, got {getattr(args, key)}.")
   record = header(args) | {"definitions": acceptance.DEFINITIONS | DEFINITIONS}

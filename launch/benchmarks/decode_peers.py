@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +45,12 @@ def build_torch(
   config: Config, name: str, *, batch_size: int, prompt_tokens: int, max_new_tokens: int
 ) -> tuple[Callable[[], None], Ready]:
   """Returns a step that decodes as many tokens as plain decoding in its rounds."""
-  from launch import torch_peer  # Torch is optional, and only this process needs it.
+  # Torch is optional, and only this process needs it.
+  from launch import torch_peer
+  from launch.benchmarks.torch_step import start_torch
 
-  torch = torch_peer.torch
-  cuda = torch.cuda.is_available()
-  device = torch.device("cuda" if cuda else "cpu")
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch, device = start_torch()
+  cuda = device.type == "cuda"
   torch.manual_seed(0)
   model = torch_peer.Peer(config).eval().to(device)
   if cuda:  # As our weights are, in the compute dtype of a GPU.

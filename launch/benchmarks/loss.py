@@ -141,9 +141,6 @@ def run(args: argparse.Namespace) -> None:
     ConfigError: no rounds or steps, ours left out, or sizes that no model has.
   """
   apply_preset(args, _PRESETS, _QUICK)
-  for key in ("rounds", "steps_per_round"):
-    if (value := getattr(args, key)) < 1:
-      raise ConfigError(f"--{key} must be at least 1, got {value}.")
   if OURS not in args.contestants:
     raise ConfigError(f"--contestants must have {OURS!r}, got {args.contestants}.")
   configs = [
@@ -238,7 +235,6 @@ def build_step(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
   """
   build = _build_torch if name in TORCH else _build_jax
   return build(config, name)
-
 
 
 def _build_jax(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:

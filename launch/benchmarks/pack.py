@@ -261,7 +261,7 @@ def markdown(record: dict[str, Any]) -> str:
   failures = [
     f"- {row['parameters']:,} parameters, {name}: {figures['error']}"
     for row in record["rows"]
-    for name, figures in row["contestants"].items()
+    for name, figures in (row["contestants"] | {_FLOOR: row["floor"]}).items()
     if "error" in figures
   ]
   if failures:

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import base
 from launch.huge_pages import HUGE_PAGES
-from mtp_jax.config import Config, from_config_dict, with_overrides
+from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks"
 
@@ -127,10 +127,17 @@ def add_output(parser: argparse.ArgumentParser, quick: str) -> None:
 def apply_preset(
   args: argparse.Namespace, presets: dict[str, dict[str, Any]], quick: dict[str, Any]
 ) -> None:
-  """Fills in what was not given: by the preset, or all of `quick` with --quick."""
+  """Fills in what was not given: by the preset, or all of `quick` with --quick.
+
+  Raises:
+    ConfigError: no rounds, or rounds without steps.
+  """
   for key, value in (quick if args.quick else presets[args.preset]).items():
     if args.quick or getattr(args, key) is None:
       setattr(args, key, value)
+  for key in ("rounds", "steps_per_round"):
+    if (value := getattr(args, key, 1)) < 1:
+      raise ConfigError(f"--{key} must be at least 1, got {value}.")
 
 
 def add_huge_pages(parser: argparse.ArgumentParser) -> None:

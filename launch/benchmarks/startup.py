@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     ConfigError: nothing to measure, or sizes that no model has.
   """
   apply_preset(args, _PRESETS, _QUICK)
-  for key in ("rounds", "window", "saves"):
+  for key in ("window", "saves"):
     if getattr(args, key) < 1:
       raise ConfigError(f"--{key} must be at least 1, got {getattr(args, key)}.")
   starts, savers = [], []

@@ -304,7 +304,7 @@ def markdown(record: dict[str, Any]) -> str:
     f"- {r['model']} {r['trunk']}, vocabulary {r['vocab']}, D={r['depth']}, {name}: "
     f"{c['error']}"
     for r in rows
-    for name, c in r["contestants"].items()
+    for name, c in (r["contestants"] | {_FLOOR: r["floor"]}).items()
     if "error" in c
   ]
   if failures:
