@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtp_jax.argmax import argmax
 from mtp_jax.sharding import map_over_tokens, psum_tokens, tokens_per_block
 
 
@@ -205,7 +206,7 @@ def _token_stats(hidden_MBTD, unembed_DV, targets_MBT, block_tokens):
   def block(h_ND, t_N):
     logits_NV = _logits(h_ND, unembed_DV)
     nll_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, t_N)
-    return nll_N, jnp.argmax(logits_NV, axis=-1)
+    return nll_N, argmax(logits_NV)
 
   return TokenStats(*_by_blocks(block, hidden_MBTD, targets_MBT, block_tokens))
 

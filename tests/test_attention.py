@@ -1,9 +1,11 @@
 """Grouped attention: its cache says what training says, with every option; and both
 kinds of attention where the cache holds a tree."""
 
+import jax
 import numpy as np
 import pytest
 
+from mtp_jax.model import attention
 from mtp_jax.model.attention import Attention, KVCache
 from mtp_jax.model.attention_ops import Places
 from mtp_jax.model.block import empty_cache
@@ -13,8 +15,17 @@ from tests.common import GPT2, LATENT, quick_jit, random_layer_params, tiny_conf
 OPTIONS = {"trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 32}
 
 
+@pytest.fixture(params=[1, 4], ids=["whole", "parts"])
+def parts(request, monkeypatch):
+  """Into how many arrays a cache goes, as a large one does on a CPU."""
+  if request.param > 1:
+    monkeypatch.setattr(attention, "_PARTS", request.param)
+    monkeypatch.setattr(attention, "_LEAST_BYTES", 0)
+  return request.param
+
+
 @pytest.mark.parametrize("overrides", [OPTIONS, GPT2], ids=["llama", "gpt2"])
-def test_cached_decoding_equals_training(overrides):
+def test_cached_decoding_equals_training(overrides, parts):
   trunk = tiny_config(overrides=overrides).trunk
   layer = Attention(trunk)
   params = random_layer_params(layer, trunk)
@@ -25,6 +36,7 @@ def test_cached_decoding_equals_training(overrides):
   expected_BTD, _ = apply({"params": params}, x_BTD, positions_BT, ones_BT)
   assert np.abs(expected_BTD).max() > 0.1
   cache = KVCache.zeros(trunk, 2, 7)
+  assert [len(x) for x in cache] == [parts, parts]
   for new in (slice(0, 4), slice(4, 5), slice(5, 7)):
     out_BTD, cache = apply(
       {"params": params}, x_BTD[:, new], positions_BT[:, new], ones_BT[:, new], cache
@@ -43,7 +55,7 @@ SLOTS = (2, 5, 3, 7, 4, 6)
   [(Attention, OPTIONS), (Attention, GPT2), (LatentAttention, LATENT)],
   ids=["llama", "gpt2", "latent"],
 )
-def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides):
+def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides, parts):
   trunk = tiny_config(overrides=overrides).trunk
   layer = kind(trunk)
   params = random_layer_params(layer, trunk)
@@ -75,7 +87,7 @@ def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides):
   line_BT = in_a_line(*(SLOTS[node] for node in (*LINES[-1], 1)))
   moved = cache.move(line_BT, in_a_line(2, 3, 4, 9))
   _, expected = run([2, 5, 7], in_a_line(2, 3, 4), before)
-  for leaf, reference in zip(moved, expected, strict=True):
+  for leaf, reference in zip(*map(jax.tree.leaves, (moved, expected)), strict=True):
     axis = leaf.shape.index(9)
     np.testing.assert_allclose(
       np.take(leaf, range(5), axis), np.take(reference, range(5), axis), rtol=1e-5,

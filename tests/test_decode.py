@@ -16,6 +16,7 @@ from mtp_jax.decode.generate import Decoding
 from mtp_jax.decode.interface import Window
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
+from mtp_jax.model import attention
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
@@ -267,13 +268,24 @@ def test_an_always_wrong_drafter_costs_rounds_and_nothing_else(sequential):
   assert stats.accepted_BK.sum() == 0
 
 
-def ends(model, decoding):
+def ends(model, decoding, new=NEW):
   """Returns the plan, its inputs and the state after a whole generation."""
   plan = generate.make_plan(model.config, decoding)
   inputs = generate._inputs(model.weights, decoding, ())
-  sizes = generate._Sizes(model.config, plan, model.prompts, NEW, PROMPT_SLOTS)
+  sizes = generate._Sizes(model.config, plan, model.prompts, new, PROMPT_SLOTS)
   state = generate._prefill(plan, inputs, sizes, model.prompts, 0, 0, None)
   return plan, inputs, loop.finish(plan, inputs, state)
+
+
+def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
+  monkeypatch.setattr(attention, "_PARTS", len(LENGTHS))
+  monkeypatch.setattr(attention, "_LEAST_BYTES", 0)
+  new = NEW - 2  # Other sizes have programs of their own.
+  _, _, state = ends(sequential, Decoding(), new)
+  assert {len(cache.keys_BKHS) for cache in state.cache} == {len(LENGTHS)}
+  rows = zip(np.asarray(state.tokens_BS), LENGTHS, sequential.expected, strict=True)
+  for row, length, expected in rows:
+    assert row[length : length + new].tolist() == expected[:new]
 
 
 def test_caches_after_many_rounds_are_those_of_one_pass(model):

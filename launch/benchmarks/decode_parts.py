@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.argmax import argmax
 from mtp_jax.decode import loop, trees
 from mtp_jax.decode.interface import Drafter, Window, take_tokens
 
@@ -67,7 +68,7 @@ def forward_rows(
       inputs.weights, tokens_BR, position_BR, cache
     )
     logits_BRV = target.unembed(inputs.weights, hidden_BRD)
-    tokens_BR = jnp.argmax(logits_BRV, axis=-1).astype(jnp.int32)
+    tokens_BR = argmax(logits_BRV)
     return tokens_BR, (position_BR + 1) % slots, cache
 
   position_BR = state.length_B[:, None] - 1 + jnp.arange(rows)
@@ -88,7 +89,7 @@ def forward_nodes(
     tokens_BX, cache = carry
     hidden_BXD, _, cache = target.forward(inputs.weights, tokens_BX, places, cache)
     logits_BXV = target.unembed(inputs.weights, hidden_BXD)
-    return jnp.argmax(logits_BXV, axis=-1).astype(jnp.int32), cache
+    return argmax(logits_BXV), cache
 
   cache = jax.tree.map(jnp.copy, state.cache)
   tokens_BX = jnp.zeros(sees_BXX.shape[:2], jnp.int32)
@@ -133,7 +134,7 @@ def draft(
 def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
   """The `interface.Choose` of greedy decoding."""
   del k
-  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  return argmax(logits_BV)
 
 
 def whole_round(

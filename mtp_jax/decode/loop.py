@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.argmax import argmax
 from mtp_jax.decode import trees
 from mtp_jax.decode.interface import Drafter, Nodes, Target, Window, take_rows
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
@@ -292,7 +293,7 @@ def _own_tokens(
 ) -> jax.Array:
   """Returns what the target says for these positions by itself."""
   if plan.rule == "greedy":
-    return jnp.argmax(logits_BRV, axis=-1).astype(jnp.int32)
+    return argmax(logits_BRV)
   log_p_BRV = warp(logits_BRV, inputs.warp)
   gumbel_BRV = _gumbel(plan, state, position_BR, _TARGET, log_p_BRV)
   return sample_tokens(log_p_BRV, gumbel_BRV)
@@ -393,7 +394,7 @@ def _draft(
 
   def choose(logits_BV: jax.Array, k: int) -> jax.Array:
     if plan.proposal == "argmax":
-      return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+      return argmax(logits_BV)
     log_q_BV = warp(logits_BV, inputs.warp)
     role = _TARGET if plan.proposal == "coupled" else _DRAFT
     position_B1 = (n_B + k - 1)[:, None]

@@ -21,6 +21,8 @@ Legend: B batch, K drafts, R = K + 1 rows, V vocab.
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.argmax import argmax
+
 RULES = ("greedy", "match", "leviathan", "block")
 
 
@@ -45,7 +47,7 @@ def sample_tokens(log_weights: jax.Array, gumbel: jax.Array) -> jax.Array:
     log_weights: [..., V], need not be normalised; -inf is never sampled.
     gumbel: standard Gumbel noise of the same shape, finite (`jax.random.gumbel`).
   """
-  return jnp.argmax(log_weights + gumbel, axis=-1).astype(jnp.int32)
+  return argmax(log_weights + gumbel)
 
 
 def verify_sampled(

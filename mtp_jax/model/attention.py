@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, S cache slots, D embed, N heads, K kv heads, H head dim.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,40 +18,98 @@ from mtp_jax.model.attention_ops import (
   move_slots,
   positions_of,
   slot_weights,
+  slots_of,
   unrolled_attention,
   write_slots,
 )
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
 from mtp_jax.model.rotary import rotate
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, platform
 
 
 class KVCache(NamedTuple):
   """Keys and values of one sequence per row; slot s holds position s, see `Places`.
 
-  The axes are in the order in which a query reads them: XLA on CPU would otherwise
-  transpose the whole cache at every step.
+  Each is one array, or of `_num_parts` with some pairs of row and kv head each, [b, 1,
+  ...] with B K / parts of them. The axes are in the order in which a query reads them:
+  XLA on CPU would otherwise transpose the whole cache at every step.
   """
 
-  key_BKHS: jax.Array
-  value_BKSH: jax.Array
+  keys_BKHS: tuple[jax.Array, ...]
+  values_BKSH: tuple[jax.Array, ...]
 
   @classmethod
   def zeros(cls, trunk: TrunkConfig, rows: int, slots: int) -> "KVCache":
     """Returns the cache of one layer before any token, in the compute dtype."""
-    shape, dtype = (rows, trunk.num_kv_heads), compute_dtype(trunk)
+    K, H, dtype = trunk.num_kv_heads, trunk.head_dim, jnp.dtype(compute_dtype(trunk))
+    parts = _num_parts(rows * K, slots * H * dtype.itemsize)
+    shape = (rows, K) if parts == 1 else (rows * K // parts, 1)
     return cls(
-      jnp.zeros((*shape, trunk.head_dim, slots), dtype),
-      jnp.zeros((*shape, slots, trunk.head_dim), dtype),
+      tuple(jnp.zeros((*shape, H, slots), dtype) for _ in range(parts)),
+      tuple(jnp.zeros((*shape, slots, H), dtype) for _ in range(parts)),
+    )
+
+  def write(
+    self, key_BTKH: jax.Array, value_BTKH: jax.Array, places: Positions
+  ) -> "KVCache":
+    """Returns the cache with new tokens in their slots, see `write_slots`."""
+    slots = self._for_parts(slots_of(places))
+
+    def written(parts: tuple[jax.Array, ...], new_BTKH: jax.Array, slot_axis: int):
+      new = [x.swapaxes(1, 2) for x in _split(new_BTKH.swapaxes(1, 2), len(parts))]
+      return tuple(
+        write_slots(part, *new_and_slot, slot_axis)
+        for part, *new_and_slot in zip(parts, new, slots, strict=True)
+      )
+
+    return KVCache(
+      written(self.keys_BKHS, key_BTKH, 3), written(self.values_BKSH, value_BTKH, 2)
     )
 
   def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "KVCache":
     """Returns the cache with some slots moved, see `move_slots`."""
-    return KVCache(
-      move_slots(self.key_BKHS, source_BT, slot_BT, slot_axis=3),
-      move_slots(self.value_BKSH, source_BT, slot_BT, slot_axis=2),
-    )
+    places = list(zip(*map(self._for_parts, (source_BT, slot_BT)), strict=True))
+
+    def moved(parts: tuple[jax.Array, ...], slot_axis: int):
+      return tuple(
+        move_slots(part, *place, slot_axis)
+        for part, place in zip(parts, places, strict=True)
+      )
+
+    return KVCache(moved(self.keys_BKHS, 3), moved(self.values_BKSH, 2))
+
+  def _for_parts(self, slot_BT: jax.Array) -> list[jax.Array]:
+    """Returns the slots of the rows of every part."""
+    parts = len(self.keys_BKHS)
+    if parts == 1:
+      return [slot_BT]
+    heads = parts * self.keys_BKHS[0].shape[0] // slot_BT.shape[0]
+    return jnp.split(jnp.repeat(slot_BT, heads, axis=0), parts)
+
+
+# XLA on CPU starts to share out what is ready among its cores at nine things.
+_PARTS = 16
+_LEAST_BYTES = 1 << 22  # Of the keys of a cache, that parts are worth compiling.
+
+
+def _num_parts(pairs: int, bytes_per_pair: int) -> int:
+  """Returns into how many arrays a cache goes, of its pairs of row and kv head.
+
+  XLA on CPU multiplies a few queries by a cache on one core, which reads it at half the
+  rate of two. Products with arrays of their own run side by side; with slices of an
+  array they do not, as these are copied first.
+  """
+  small = pairs * bytes_per_pair < _LEAST_BYTES or pairs % _PARTS
+  one_device = jax.sharding.get_abstract_mesh().size <= 1
+  return _PARTS if platform() == "cpu" and one_device and not small else 1
+
+
+def _split(x_BK: jax.Array, parts: int) -> list[jax.Array]:
+  """Returns what [B, K, ...] has for every part of a cache."""
+  if parts == 1:
+    return [x_BK]
+  return jnp.split(x_BK.reshape(-1, 1, *x_BK.shape[2:]), parts)
 
 
 class Unrolled(NamedTuple):
@@ -131,10 +190,7 @@ class Attention(nn.Module):
           query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, implementation=c.attention
         )
     else:
-      cache = KVCache(
-        write_slots(cache.key_BKHS, key_BTKH, positions_BT, slot_axis=3),
-        write_slots(cache.value_BKSH, value_BTKH, positions_BT, slot_axis=2),
-      )
+      cache = cache.write(key_BTKH, value_BTKH, positions_BT)
       out_BTNH = _attend_to_cache(query_BTNH, cache, positions_BT)
 
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
@@ -156,23 +212,23 @@ def _attend_to_cache(
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
   B, T, N, H = query_BTNH.shape
-  K = cache.value_BKSH.shape[1]
+  parts = len(cache.keys_BKHS)
+  K = parts * math.prod(cache.keys_BKHS[0].shape[:2]) // B
   dtype = query_BTNH.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
+
+  def multiply(equation: str, rows_BKQ: jax.Array, cached: tuple[jax.Array, ...]):
+    products = [
+      jnp.einsum(equation, rows, part.astype(dtype), preferred_element_type=wide)
+      for rows, part in zip(_split(rows_BKQ, parts), cached, strict=True)
+    ]
+    return jnp.concatenate(products).reshape(*rows_BKQ.shape[:3], -1)
+
   # Queries that share a key head are rows of one product; its rows are (G, T).
   query_BKGTH = query_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  scores_BKQS = jnp.einsum(
-    "BKQH,BKHS->BKQS",
-    query_BKGTH.reshape(B, K, N // K * T, H),
-    cache.key_BKHS.astype(dtype),
-    preferred_element_type=wide,
-  )
+  query_BKQH = query_BKGTH.reshape(B, K, N // K * T, H)
+  scores_BKQS = multiply("BKQH,BKHS->BKQS", query_BKQH, cache.keys_BKHS)
   weights_BKQS = slot_weights(scores_BKQS * H**-0.5, positions_BT)
-  out_BKQH = jnp.einsum(
-    "BKQS,BKSH->BKQH",
-    weights_BKQS.astype(dtype),
-    cache.value_BKSH.astype(dtype),
-    preferred_element_type=wide,
-  )
+  out_BKQH = multiply("BKQS,BKSH->BKQH", weights_BKQS.astype(dtype), cache.values_BKSH)
   out_BKGTH = out_BKQH.astype(dtype).reshape(B, K, N // K, T, H)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -291,6 +291,11 @@ def positions_of(places: Positions) -> jax.Array:
   return places.position_BT if isinstance(places, Places) else places
 
 
+def slots_of(places: Positions) -> jax.Array:
+  """Returns slot_BT."""
+  return places.slot_BT if isinstance(places, Places) else places
+
+
 def write_slots(
   cache: jax.Array, new_BT: jax.Array, places: Positions, slot_axis: int
 ) -> jax.Array:
@@ -299,7 +304,7 @@ def write_slots(
   The cache has its rows first and its slots on `slot_axis`; `new_BT` has rows and
   tokens first, then the other axes of the cache in their order.
   """
-  slot_BT = places.slot_BT if isinstance(places, Places) else places
+  slot_BT = slots_of(places)
   if slot_BT.size == 1:
     # XLA makes a slice update of a write to one slot, for which it copies the cache; a
     # second write that is dropped keeps it a scatter in place.

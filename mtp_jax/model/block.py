@@ -35,7 +35,7 @@ def empty_cache(trunk: TrunkConfig, rows: int, slots: int) -> Cache:
 def cache_bytes_per_token(trunk: TrunkConfig) -> int:
   """Returns the memory that one token takes in the cache of one block."""
   cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 class Block(nn.Module):

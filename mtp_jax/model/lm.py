@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.argmax import argmax
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only, num_trunk_layers, tapped_layers
 from mtp_jax.drafters import vocabulary
@@ -141,7 +142,7 @@ def likeliest_tokens(
   def likeliest(hidden_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
     wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     argmax_N = jax.lax.map(
-      lambda h_D: jnp.argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
+      lambda h_D: argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
       hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
       batch_size=tokens_per_block(block_tokens),
     )
