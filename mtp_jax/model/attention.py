@@ -27,6 +27,10 @@ from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitio
 from mtp_jax.model.rotary import rotate
 from mtp_jax.sharding import constrain, platform
 
+# XLA on CPU starts to share out what is ready among its cores at nine things.
+_PARTS = 16
+_LEAST_BYTES = 1 << 22  # Of the keys of a cache, that parts are worth compiling.
+
 
 class KVCache(NamedTuple):
   """Keys and values of one sequence per row; slot s holds position s, see `Places`.
@@ -59,8 +63,7 @@ class KVCache(NamedTuple):
     def written(parts: tuple[jax.Array, ...], new_BTKH: jax.Array, slot_axis: int):
       new = [x.swapaxes(1, 2) for x in _split(new_BTKH.swapaxes(1, 2), len(parts))]
       return tuple(
-        write_slots(part, *new_and_slot, slot_axis)
-        for part, *new_and_slot in zip(parts, new, slots, strict=True)
+        write_slots(*part, slot_axis) for part in zip(parts, new, slots, strict=True)
       )
 
     return KVCache(
@@ -69,12 +72,11 @@ class KVCache(NamedTuple):
 
   def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "KVCache":
     """Returns the cache with some slots moved, see `move_slots`."""
-    places = list(zip(*map(self._for_parts, (source_BT, slot_BT)), strict=True))
+    sources, slots = self._for_parts(source_BT), self._for_parts(slot_BT)
 
     def moved(parts: tuple[jax.Array, ...], slot_axis: int):
       return tuple(
-        move_slots(part, *place, slot_axis)
-        for part, place in zip(parts, places, strict=True)
+        move_slots(*part, slot_axis) for part in zip(parts, sources, slots, strict=True)
       )
 
     return KVCache(moved(self.keys_BKHS, 3), moved(self.values_BKSH, 2))
@@ -86,11 +88,6 @@ class KVCache(NamedTuple):
       return [slot_BT]
     heads = parts * self.keys_BKHS[0].shape[0] // slot_BT.shape[0]
     return jnp.split(jnp.repeat(slot_BT, heads, axis=0), parts)
-
-
-# XLA on CPU starts to share out what is ready among its cores at nine things.
-_PARTS = 16
-_LEAST_BYTES = 1 << 22  # Of the keys of a cache, that parts are worth compiling.
 
 
 def _num_parts(pairs: int, bytes_per_pair: int) -> int:
