@@ -54,6 +54,10 @@ class KVCache(NamedTuple):
       tuple(jnp.zeros((*shape, slots, H), dtype) for _ in range(parts)),
     )
 
+  def num_heads(self, rows: int) -> int:
+    """Returns K of a cache of B rows."""
+    return sum(math.prod(key.shape[:2]) for key in self.keys_BKHS) // rows
+
   def write(
     self, key_BTKH: jax.Array, value_BTKH: jax.Array, places: Positions
   ) -> "KVCache":
@@ -86,7 +90,7 @@ class KVCache(NamedTuple):
     parts = len(self.keys_BKHS)
     if parts == 1:
       return [slot_BT]
-    heads = parts * self.keys_BKHS[0].shape[0] // slot_BT.shape[0]
+    heads = self.num_heads(slot_BT.shape[0])
     return jnp.split(jnp.repeat(slot_BT, heads, axis=0), parts)
 
 
@@ -210,7 +214,7 @@ def _attend_to_cache(
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
   B, T, N, H = query_BTNH.shape
   parts = len(cache.keys_BKHS)
-  K = parts * math.prod(cache.keys_BKHS[0].shape[:2]) // B
+  K = cache.num_heads(B)
   dtype = query_BTNH.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
 
