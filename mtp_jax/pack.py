@@ -7,7 +7,8 @@ of them: `Stacked`. They never meet in a sum, so each is trained as it would be 
 but for the order in which its products are summed.
 
 XLA for CPU is slower at many small products at once than at one after the other. There
-the program of the lone trial is called for each: `InTurn`, bit for bit as alone.
+the program of the lone trial is called for each, bit for bit as alone: `Separate`. A
+step alone does not keep all cores busy, so several are under way at once.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,17 +84,17 @@ def make_pack(
   """
   if size < len(states):
     raise ValueError(f"size must be at least {len(states)}, got {size}.")
-  if _takes_turns(devices):
-    return InTurn(shape, states, hypers, devices[0])
+  if _are_separate(devices):
+    return Separate(shape, states, hypers, devices[0])
   return Stacked(shape, states, hypers, size, devices)
 
 
-def _takes_turns(devices: Sequence[jax.Device]) -> bool:
+def _are_separate(devices: Sequence[jax.Device]) -> bool:
   return platform() == "cpu" and len(devices) == 1
 
 
-class InTurn(Pack):
-  """Trials whose steps are taken one after the other; see `make_pack`."""
+class Separate(Pack):
+  """Trials that take their steps apart, one for each core at once; see `make_pack`."""
 
   def __init__(
     self,
@@ -107,6 +109,10 @@ class InTurn(Pack):
     self._hypers = [jax.device_put(x, replicated(self._mesh)) for x in hypers]
     self._reports: dict[int, dict[str, jax.Array]] = {}
     self._program: Any = None
+    # JAX runs what one thread starts on a CPU device one after the other, and what
+    # several threads start at once.
+    num_threads = min(len(cpu_cores()), len(states))
+    self._threads = [ThreadPoolExecutor(1) for _ in range(num_threads)]
 
   def put(self, batches: Sequence[Batch]) -> list[Batch]:
     placed = [put_batch(self._mesh, x, ("microbatch",)) for x in batches]
@@ -120,10 +126,19 @@ class InTurn(Pack):
     return self._program
 
   def step(self, batch: list[Batch], active: dict[int, bool]) -> list[jax.Array]:
-    for i, starts_interval in active.items():
-      self._states[i], self._reports[i] = self._program(
-        self._states[i], batch[i], self._hypers[i], np.bool_(starts_interval)
-      )
+    def start(trials: list[int]) -> None:
+      for i in trials:
+        self._states[i], self._reports[i] = self._program(
+          self._states[i], batch[i], self._hypers[i], np.bool_(active[i])
+        )
+
+    shares = (list(active)[i :: len(self._threads)] for i in range(len(self._threads)))
+    started = [
+      thread.submit(start, share)
+      for thread, share in zip(self._threads, shares, strict=True)
+    ]
+    for share in started:
+      share.result()
     return [self._reports[i]["loss_total"] for i in active]
 
   def report(self, index: int) -> dict[str, Any]:
@@ -246,8 +261,8 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
 
   By XLA's own analysis of the compiled step: of a stacked one for `most` trials, then
   for fewer until they fit. It may take 80 % of a device, for evaluation and saving need
-  memory too. Trials that take turns gain from others only while these keep cores busy
-  that would wait, so there are no more of them than cores.
+  memory too. On one CPU a trial gains from others only where it leaves cores idle, so
+  there are no more of them than cores.
 
   Args:
     config: resolved; the trials share their batches.
@@ -263,12 +278,11 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
   state = jax.eval_shape(one.init, np.int32(0))
   hyper, flag = hyperparameters(config), np.bool_(True)
   room = _LARGEST_SHARE * _memory(devices[0])
-  if _takes_turns(devices):
+  if _are_separate(devices):
     arguments = _abstract((state, batch, hyper), replicated(mesh))
     with jax.set_mesh(mesh):
       memory = compiled(one.step, *arguments, flag).memory_analysis()
-    left = room - memory.temp_size_in_bytes
-    fitting = int(left / memory.argument_size_in_bytes)
+    fitting = int(room / (memory.argument_size_in_bytes + memory.temp_size_in_bytes))
     return max(1, min(most, fitting, len(cpu_cores())))
   size = most
   while size > 1:

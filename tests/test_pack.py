@@ -1,6 +1,6 @@
 """Packs: every run ends as it does alone, whatever becomes of the others.
 
-On CPU the runs of a pack take turns; `stacked` is what accelerators do, run here.
+On CPU the runs of a pack take steps apart; `stacked` is what accelerators do, run here.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -65,6 +66,7 @@ def machine(num_devices=1, is_stacked=False):
   """Lets JAX have no more than these devices, and stacks trials as on a GPU."""
   first = jax.devices()[:num_devices]
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pack, "cpu_cores", lambda: [0, 1, 2])
     patch.setattr(jax, "devices", lambda: first)
     patch.setattr(jax, "device_count", lambda: num_devices)
     if is_stacked:
@@ -366,16 +368,35 @@ def test_a_pack_is_as_large_as_the_memory(monkeypatch):
     programs(shape_of(config), make_mesh(config.mesh, jax.devices()[:1])).init, 0
   )
   per_trial = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  monkeypatch.setattr(pack, "cpu_cores", lambda: [0, 1, 2])
   for is_stacked in (True, False):
     with machine(is_stacked=is_stacked):
       fits = lambda: pack.fitting_size(config, 4, jax.devices())  # noqa: E731
       monkeypatch.setattr(pack, "_memory", lambda _: 1e12)
-      assert fits() == (4 if is_stacked else 3), "no more than cores take turns"
+      assert fits() == (4 if is_stacked else 3), "no more than cores"
       monkeypatch.setattr(pack, "_memory", lambda _: 3 * per_trial)
       assert fits() in (1, 2)
       monkeypatch.setattr(pack, "_memory", lambda _: 1)
       assert fits() == 1
+
+
+def test_as_many_steps_are_under_way_as_there_are_cores():
+  config = tiny_config("none", 0, {"trunk.num_layers": 1})
+  shape, hyper = shape_of(config), hyperparameters(config)
+  state = jax.eval_shape(
+    programs(shape, make_mesh(config.mesh, jax.devices()[:1])).init, 0
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+  waiting = threading.Barrier(3, timeout=30)
+
+  def step(state, batch, hyper, starts_interval):
+    waiting.wait()  # Breaks where fewer than three are called at once.
+    return state, {"loss_total": (batch, bool(starts_interval))}
+
+  with machine():
+    packed = make_pack(shape, [zeros] * 7, [hyper] * 7, 7, jax.devices())
+  packed._program = step
+  losses = packed.step(list("abcdefg"), dict.fromkeys(range(1, 7), True) | {3: False})
+  assert losses == [(name, name != "d") for name in "bcdefg"]
 
 
 def test_a_pack_needs_a_place_for_each():
