@@ -305,9 +305,12 @@ def gradient_diagnostics(
     trunk=dataclasses.replace(config.trunk, moe=moe),
     train=dataclasses.replace(config.train, freeze_trunk=False),
   )
-  _, _, ntp = loss_and_grads(config, params, batch, main_M)
-  _, _, mtp = loss_and_grads(config, params, batch, weights_M - main_M)
-  ntp, mtp = ntp["trunk"], mtp["trunk"]
+  # One after the other, by one program: compiled once.
+  both = jax.lax.map(
+    lambda weights_M: loss_and_grads(config, params, batch, weights_M)[2]["trunk"],
+    jnp.stack([main_M, weights_M - main_M]),
+  )
+  ntp, mtp = jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
   ntp_norm, mtp_norm = optax.tree.norm(ntp), optax.tree.norm(mtp)
   tiny = jnp.finfo(jnp.float32).tiny
   dot = optax.tree.vdot(ntp, mtp)
