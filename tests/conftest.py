@@ -2,12 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 _FLAG = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_MAPPINGS = Path("/proc/self/maps")
+_MANY = 20_000
 
 
 @pytest.fixture
@@ -16,3 +19,21 @@ def sigint_raises():
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgets_programs():
+  """Forgets the compiled programs after a file, where they have become many.
+
+  Each of them has mappings of memory of its own, of which Linux gives a process 65,530
+  (`vm.max_map_count`): XLA crashes when it compiles the next one. The largest files
+  need half of that.
+  """
+  yield
+  import jax  # Not above, where it would come before the flags.
+
+  from mtp_jax import train_step
+
+  if _MAPPINGS.exists() and len(_MAPPINGS.read_bytes().splitlines()) > _MANY:
+    jax.clear_caches()
+    train_step._executables.clear()
