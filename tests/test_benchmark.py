@@ -18,7 +18,10 @@ def test_quick_run_writes_table_and_figures(tmp_path, capsys):
   pytest.importorskip("torch", reason="the benchmark's peer needs torch")
   variant = "loss.block_tokens=64"
   benchmark.main(
-    ["train", "--quick", "--variants", variant, "--output", str(tmp_path)]
+    [
+      "train", "--quick", "--variants", variant, "--output", str(tmp_path),
+      "--trace", str(tmp_path / "profiles"),
+    ]
   )
   assert "left] tiny llama V=264 D=1 jax: round 2" in capsys.readouterr().out
   record = json.loads((tmp_path / "train-quick.json").read_text())
@@ -31,6 +34,9 @@ def test_quick_run_writes_table_and_figures(tmp_path, capsys):
       assert all(s > 0 for steps in figures["seconds"] for s in steps)
     assert row["contestants"]["jax"]["xla_memory"] > 0
   assert (tmp_path / "train-quick.md").read_text() == train.markdown(record)
+  profiled = {path.parents[3].name for path in tmp_path.rglob("*.xplane.pb")}
+  expected = {f"tiny-llama-v-264-d-{depth}-jax" for depth in (0, 1)}
+  assert expected < profiled and not any("torch" in name for name in profiled)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from launch.benchmarks.records import slug
 from launch.benchmarks.rows import one_document_batch
 from launch.huge_pages import start_with_huge_pages
 from mtp_jax.config import Config
@@ -26,6 +27,7 @@ from mtp_jax.train_state import Hyperparameters
 from mtp_jax.train_step import programs, shape_of
 
 NAMES = ("jax", "torch eager", "torch.compile")
+_TRACED_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,12 @@ class Contestant:
     """
     return self._receive()
 
-  def run(self, num_steps: int) -> list[float]:
-    """Returns the seconds of each of `num_steps` steps, after one that is not timed."""
-    self._pipe.send(num_steps)
+  def run(self, num_steps: int, trace: Path | None = None) -> list[float]:
+    """Returns the seconds of each of `num_steps` steps, after one that is not timed.
+
+    With `trace`, JAX's profiler writes there what these steps do, and slows them.
+    """
+    self._pipe.send((num_steps, trace))
     return self._receive()
 
   def close(self) -> None:
@@ -109,6 +114,7 @@ class Turns:
     steps_per_round: int,
     say: Callable[..., None],
     apart: bool = False,
+    trace: Path | None = None,
   ):
     """Prepares turns for everyone who enters.
 
@@ -118,9 +124,10 @@ class Turns:
       say: `say(text, count)` shows progress, of a turn unless `count` says more.
       apart: everyone takes all turns on entering and ends then, where memory does not
         hold all of them. To be fair, the machine must have nothing else to do.
+      trace: folder for a profile of everyone but PyTorch, of steps after the last turn.
     """
     self._rounds, self._steps, self._say = rounds, steps_per_round, say
-    self._apart = apart
+    self._apart, self._trace = apart, trace
     self._running: list[tuple[str, Contestant, dict[str, Any]]] = []
 
   def __enter__(self) -> "Turns":
@@ -160,6 +167,13 @@ class Turns:
         figures["seconds"].append(contestant.run(self._steps))
         step = min(figures["seconds"][-1])
         self._say(f"{label}: round {number + 1}, {step * 1e3:.1f} ms")
+    if self._trace is None:
+      return
+    for label, contestant, _ in self._running:
+      if not contestant.name.startswith("torch"):
+        folder = self._trace / slug(label)
+        contestant.run(_TRACED_STEPS, folder)
+        self._say(f"{label}: profile in {folder}", 0)
 
 
 def build_train_step(
@@ -181,15 +195,17 @@ def _serve(pipe: Any, build: Build, name: str, config: Config) -> None:
   try:
     step, ready = build(config, name)
     pipe.send(ready)
-    while (num_steps := pipe.recv()) is not None:
+    while (message := pipe.recv()) is not None:
+      num_steps, trace = message
       # With huge pages, a JAX step after seconds of waiting takes up to a second longer
       # than the next. Steps of a training run do not wait: this one is not timed.
       step()
       seconds = []
-      for _ in range(num_steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+      with jax.profiler.trace(trace) if trace else contextlib.nullcontext():
+        for _ in range(num_steps):
+          start = time.perf_counter()
+          step()
+          seconds.append(time.perf_counter() - start)
       pipe.send(seconds)
   except EOFError:  # The benchmark has gone.
     return

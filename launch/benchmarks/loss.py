@@ -33,6 +33,7 @@ from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
   add_output,
+  add_trace,
   apply_preset,
   floor_seconds,
   header,
@@ -130,6 +131,7 @@ def add_parser(commands: Any) -> None:
     help=f"of {', '.join(map(repr, NAMES))}",
   )
   add_huge_pages(parser)
+  add_trace(parser)
   add_output(parser, "tiny sizes, two rounds, no torch.compile")
   parser.set_defaults(run=run)
 
@@ -192,7 +194,7 @@ def _measure(
     "contestants": {},
   }
   builds = {_FLOOR: limits.build_products} | dict.fromkeys(args.contestants, build_step)
-  with Turns(args.rounds, args.steps_per_round, say) as turns:
+  with Turns(args.rounds, args.steps_per_round, say, trace=args.trace) as turns:
     for name, build in builds.items():
       label = f"V={row['vocab']} d={row['embed_dim']} D={row['depth']} {name}"
       turns.enter(label, Contestant(name, config, args.huge_pages, build), row)

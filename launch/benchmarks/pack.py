@@ -31,6 +31,7 @@ from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
   add_output,
+  add_trace,
   apply_preset,
   floor_seconds,
   header,
@@ -56,8 +57,8 @@ from mtp_jax.train_step import compiled, programs, shape_of
 _SIZES = ["0.3M", "1M", "3M", "10M"]
 _PRESETS = {
   "cpu": {
-    "models": _SIZES[:3], "packs": [1, 4, 8], "seq_len": 128, "batch_size": 8,
-    "rounds": 5, "steps_per_round": 8,
+    "models": _SIZES, "packs": [1, 2, 8, 32], "seq_len": 128, "batch_size": 8,
+    "rounds": 5, "steps_per_round": 3,
   },
   "gpu": {
     "models": _SIZES, "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
@@ -111,6 +112,7 @@ def add_parser(commands: Any) -> None:
   )
   add("--torch", action=argparse.BooleanOptionalAction, default=True)
   add_huge_pages(parser)
+  add_trace(parser)
   add_output(parser, "tiny sizes, two rounds")
   parser.set_defaults(run=run)
 
@@ -154,7 +156,7 @@ def _measure(
     "hardware": "unknown",
     "contestants": {},
   }
-  with Turns(args.rounds, args.steps_per_round, say) as turns:
+  with Turns(args.rounds, args.steps_per_round, say, trace=args.trace) as turns:
     entrant = Contestant(_FLOOR, config, args.huge_pages, build_products)
     turns.enter(f"{size} {_FLOOR}", entrant, floor)
     for name, build in _contestants(args).items():

@@ -147,6 +147,14 @@ def add_huge_pages(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_trace(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--trace", type=Path, metavar="FOLDER",
+    help="write a profile of some steps of each JAX contestant there, after its turns, "
+    "for XProf (`xprof FOLDER`) or TensorBoard",
+  )
+
+
 # Whose versions a record has.
 PACKAGES = ("jax", "torch")
 
@@ -158,7 +166,7 @@ def header(
 
   The environment has the versions of `packages`, or says that they are missing.
   """
-  hidden = ("run", "output")
+  hidden = ("run", "output", "trace")
   settings = {k: v for k, v in vars(args).items() if k not in hidden}
   return {
     "command": " ".join(["python -m launch.benchmark", *sys.argv[1:]]),

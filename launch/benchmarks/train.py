@@ -25,6 +25,7 @@ from launch.benchmarks.records import (
   Progress,
   add_huge_pages,
   add_output,
+  add_trace,
   apply_preset,
   floor_seconds,
   header,
@@ -110,6 +111,7 @@ def add_parser(commands: Any) -> None:
   )
   add("--name", help="of the two files; by default train-DEVICE")
   add_huge_pages(parser)
+  add_trace(parser)
   add_output(parser, "tiny sizes, two rounds, no torch.compile")
   parser.set_defaults(run=run)
 
@@ -190,7 +192,9 @@ def _measure_group(
 ) -> list[dict[str, Any]]:
   """Returns the table rows of one model and vocabulary, all contestants in turns."""
   rows: list[dict[str, Any]] = []
-  with Turns(args.rounds, args.steps_per_round, say, args.apart) as turns:
+  with Turns(
+    args.rounds, args.steps_per_round, say, args.apart, args.trace
+  ) as turns:
     floor: dict[str, Any] = {"contestants": {}}
     build = functools.partial(
       Contestant, config=configs[0], huge_pages=args.huge_pages, build=build_products
