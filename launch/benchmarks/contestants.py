@@ -120,7 +120,7 @@ class Turns:
 
     Args:
       rounds: turns of every contestant.
-      steps_per_round: that are timed in a turn.
+      steps_per_round: that are timed in a turn, where `enter` says nothing else.
       say: `say(text, count)` shows progress, of a turn unless `count` says more.
       apart: everyone takes all turns on entering and ends then, where memory does not
         hold all of them. To be fair, the machine must have nothing else to do.
@@ -128,19 +128,26 @@ class Turns:
     """
     self._rounds, self._steps, self._say = rounds, steps_per_round, say
     self._apart, self._trace = apart, trace
-    self._running: list[tuple[str, Contestant, dict[str, Any]]] = []
+    self._running: list[tuple[str, Contestant, dict[str, Any], int]] = []
 
   def __enter__(self) -> "Turns":
     return self
 
   def __exit__(self, *_: object) -> None:
-    for _, contestant, _ in self._running:
+    for _, contestant, *_ in self._running:
       contestant.close()
 
-  def enter(self, label: str, contestant: Contestant, row: dict[str, Any]) -> None:
+  def enter(
+    self,
+    label: str,
+    contestant: Contestant,
+    row: dict[str, Any],
+    steps: int | None = None,
+  ) -> None:
     """Waits until a contestant is ready; notes in its row what it says, or its error.
 
-    The seconds of its steps, a list a turn, are added there as `seconds`.
+    The seconds of its steps, a list a turn, are added there as `seconds`. `steps` are
+    timed in a turn of this one.
     """
     try:
       ready = contestant.wait_ready()
@@ -152,7 +159,7 @@ class Turns:
     row["hardware"] = ready.hardware
     figures = dataclasses.asdict(ready) | {"seconds": []}
     row["contestants"][contestant.name] = figures
-    self._running.append((label, contestant, figures))
+    self._running.append((label, contestant, figures, steps or self._steps))
     self._say(f"{label}: ready")
     if self._apart:
       self.take()
@@ -163,13 +170,14 @@ class Turns:
     """Gives everyone as many turns as there are rounds."""
     for number in range(self._rounds):
       # Every other round backwards, so that no contestant always follows the same one.
-      for label, contestant, figures in self._running[:: 1 if number % 2 == 0 else -1]:
-        figures["seconds"].append(contestant.run(self._steps))
+      order = 1 if number % 2 == 0 else -1
+      for label, contestant, figures, steps in self._running[::order]:
+        figures["seconds"].append(contestant.run(steps))
         step = min(figures["seconds"][-1])
         self._say(f"{label}: round {number + 1}, {step * 1e3:.1f} ms")
     if self._trace is None:
       return
-    for label, contestant, _ in self._running:
+    for label, contestant, *_ in self._running:
       if not contestant.name.startswith("torch"):
         folder = self._trace / slug(label)
         contestant.run(_TRACED_STEPS, folder)

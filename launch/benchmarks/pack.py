@@ -58,11 +58,11 @@ _SIZES = ["0.3M", "1M", "3M", "10M"]
 _PRESETS = {
   "cpu": {
     "models": _SIZES, "packs": [1, 2, 8, 32], "seq_len": 128, "batch_size": 8,
-    "rounds": 5, "steps_per_round": 3,
+    "rounds": 5, "steps_per_round": 24,
   },
   "gpu": {
     "models": _SIZES, "packs": [1, 2, 4, 8, 16, 32], "seq_len": 256,
-    "batch_size": 16, "rounds": 5, "steps_per_round": 20,
+    "batch_size": 16, "rounds": 5, "steps_per_round": 64,
   },
 }
 _QUICK = {
@@ -105,7 +105,10 @@ def add_parser(commands: Any) -> None:
   add("--seq_len", type=int)
   add("--batch_size", type=int)
   add("--rounds", type=int, help="turns of every contestant")
-  add("--steps_per_round", type=int)
+  add(
+    "--steps_per_round", type=int,
+    help="of one trial: a pack of N takes an Nth of them, but at least one",
+  )
   add(
     "--num_steps", type=int, default=2000,
     help="of a trial, for the trials per hour that include compilation",
@@ -161,7 +164,10 @@ def _measure(
     turns.enter(f"{size} {_FLOOR}", entrant, floor)
     for name, build in _contestants(args).items():
       label = f"{size} {f'pack of {name}' if name.isdigit() else name}"
-      turns.enter(label, Contestant(name, config, args.huge_pages, build), row)
+      turns.enter(
+        label, Contestant(name, config, args.huge_pages, build), row,
+        max(1, args.steps_per_round // (int(name) if name.isdigit() else 1)),
+      )
     turns.take()
   return row | {"floor": floor["contestants"][_FLOOR]}
 
@@ -238,7 +244,8 @@ def markdown(record: dict[str, Any]) -> str:
     ),
     f"Llama with one sequential module, T={settings['seq_len']}, "
     f"B={settings['batch_size']}, one batch for all. {settings['rounds']} interleaved "
-    f"rounds of {settings['steps_per_round']} steps. Times: median over rounds. Ratios "
+    f"rounds of {settings['steps_per_round']} steps of a trial, which N together take "
+    "in an Nth as many, but at least one. Times: median over rounds. Ratios "
     "to the lone step: median over rounds [least, greatest]; above 1 more gets done. "
     "Floor / step: the model's FLOPs of all trials at the rate of products of large "
     "matrices, over the step. With compilation: N trials of "
