@@ -57,7 +57,7 @@ from mtp_jax.train_step import compiled, programs, shape_of
 _SIZES = ["0.3M", "1M", "3M", "10M"]
 _PRESETS = {
   "cpu": {
-    "models": _SIZES, "packs": [1, 2, 8, 32], "seq_len": 128, "batch_size": 8,
+    "models": _SIZES[:3], "packs": [1, 2, 8, 32], "seq_len": 128, "batch_size": 8,
     "rounds": 5, "steps_per_round": 24,
   },
   "gpu": {
@@ -107,7 +107,7 @@ def add_parser(commands: Any) -> None:
   add("--rounds", type=int, help="turns of every contestant")
   add(
     "--steps_per_round", type=int,
-    help="of one trial: a pack of N takes an Nth of them, but at least one",
+    help="of one trial: a pack of N takes an Nth of them, but at least three",
   )
   add(
     "--num_steps", type=int, default=2000,
@@ -166,7 +166,7 @@ def _measure(
       label = f"{size} {f'pack of {name}' if name.isdigit() else name}"
       turns.enter(
         label, Contestant(name, config, args.huge_pages, build), row,
-        max(1, args.steps_per_round // (int(name) if name.isdigit() else 1)),
+        max(3, args.steps_per_round // (int(name) if name.isdigit() else 1)),
       )
     turns.take()
   return row | {"floor": floor["contestants"][_FLOOR]}
@@ -245,7 +245,7 @@ def markdown(record: dict[str, Any]) -> str:
     f"Llama with one sequential module, T={settings['seq_len']}, "
     f"B={settings['batch_size']}, one batch for all. {settings['rounds']} interleaved "
     f"rounds of {settings['steps_per_round']} steps of a trial, which N together take "
-    "in an Nth as many, but at least one. Times: median over rounds. Ratios "
+    "in an Nth as many, but at least three. Times: median over rounds. Ratios "
     "to the lone step: median over rounds [least, greatest]; above 1 more gets done. "
     "Floor / step: the model's FLOPs of all trials at the rate of products of large "
     "matrices, over the step. With compilation: N trials of "
