@@ -50,8 +50,9 @@ class Failed(RuntimeError):
   """A contestant could not be built or run; the message is the first line it gave."""
 
 
-# (config, name) -> (step, what `Contestant.wait_ready` returns).
-Build = Callable[[Config, str], tuple[Callable[[], None], Any]]
+# (config, name) -> (step, what `Contestant.wait_ready` returns). A step that does not
+# wait for what it starts returns what to wait for.
+Build = Callable[[Config, str], tuple[Callable[[], Any], Any]]
 
 
 class Contestant:
@@ -212,8 +213,9 @@ def _serve(pipe: Any, build: Build, name: str, config: Config) -> None:
       with jax.profiler.trace(trace) if trace else contextlib.nullcontext():
         for _ in range(num_steps):
           start = time.perf_counter()
-          step()
+          started = step()
           seconds.append(time.perf_counter() - start)
+        jax.block_until_ready(started)  # Or it would run on in the next one's turn.
       pipe.send(seconds)
   except EOFError:  # The benchmark has gone.
     return

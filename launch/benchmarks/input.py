@@ -221,17 +221,18 @@ def _measure(
 
 
 def _build(
-  make: Callable[[Config], Callable[[], None]],
+  make: Callable[[Config], Callable[[], Any]],
   least_seconds: float,
   config: Config,
   name: str,
-) -> tuple[Callable[[], None], Ready]:
+) -> tuple[Callable[[], Any], Ready]:
   """Returns as many turns of `make(config)` at once as fill `least_seconds`, warm."""
   take, count = make(config), 1
 
-  def step() -> None:
+  def step() -> Any:
     for _ in range(count):
-      take()
+      started = take()
+    return started
 
   step()
   step()
@@ -298,28 +299,29 @@ def _crops(config: Config, *, file: Path, num_workers: int) -> Callable[[], None
   return take
 
 
-def _pipeline(config: Config, *, num_workers: int) -> Callable[[], None]:
+def _pipeline(config: Config, *, num_workers: int) -> Callable[[], Batch]:
   """Takes batches of ours to the device, waiting for each while the next is read."""
   put, load = _loader(with_overrides(config, {"data.num_workers": num_workers}))
   previous = None
 
-  def take() -> None:
+  def take() -> Batch:
     nonlocal previous
     current = put(load())
     jax.block_until_ready(previous)
     previous = current
+    return current
 
   return take
 
 
-def _fixed_step(config: Config) -> Callable[[], None]:
+def _fixed_step(config: Config) -> Callable[[], jax.Array]:
   """Trains on the first batch of the pipeline, which stays on the device."""
   put, load = _loader(config)
   batch = put(load())
   return _trains(config, batch, lambda: batch)
 
 
-def _training_loop(config: Config) -> Callable[[], None]:
+def _training_loop(config: Config) -> Callable[[], jax.Array]:
   """Trains on what the pipeline delivers."""
   put, load = _loader(config)
   return _trains(config, put(load()), lambda: put(load()))
@@ -346,19 +348,20 @@ def _loader(config: Config) -> tuple[Callable[[Batch], Batch], Callable[[], Batc
 
 def _trains(
   config: Config, batch: Batch, load: Callable[[], Batch]
-) -> Callable[[], None]:
+) -> Callable[[], jax.Array]:
   """Returns a training step; as in `train.fit`, the next batch is loaded meanwhile."""
   one = programs(shape_of(config), make_mesh(config.mesh, jax.devices()[:1]))
   state, hyper = one.init(np.int32(0)), hyperparameters(config)
   program = compiled(one.step, state, batch, hyper, np.bool_(True))
   previous = None
 
-  def take() -> None:
+  def take() -> jax.Array:
     nonlocal state, batch, previous
     state, report = program(state, batch, hyper, np.bool_(True))
     batch = load()
     jax.block_until_ready(previous)
     previous = report["loss_total"]
+    return previous
 
   return take
 

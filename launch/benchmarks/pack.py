@@ -183,7 +183,7 @@ def build_peer(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
   return step, Ready(ready.hardware, ready.build_seconds, ready.peak_memory)
 
 
-def build_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
+def build_step(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
   """Returns the lone step, or that of a pack of `name` trials, compiled and warm."""
   devices = jax.devices()[:1]
   mesh, shape = make_mesh(config.mesh, devices), shape_of(config)
@@ -218,11 +218,12 @@ def build_step(config: Config, name: str) -> tuple[Callable[[], None], Ready]:
 
   seconds = time.perf_counter() - start
 
-  def step() -> None:
+  def step() -> Any:
     nonlocal waits_for
     current = take()
     jax.block_until_ready(waits_for)
     waits_for = current
+    return current
 
   step()
   step()
