@@ -50,10 +50,18 @@ LINES = ((0,), (1,), (0, 2), (0, 3), (1, 4), (0, 3, 5))
 SLOTS = (2, 5, 3, 7, 4, 6)
 
 
+# A latent cache is never in parts.
 @pytest.mark.parametrize(
-  "kind, overrides",
-  [(Attention, OPTIONS), (Attention, GPT2), (LatentAttention, LATENT)],
-  ids=["llama", "gpt2", "latent"],
+  "kind, overrides, parts",
+  [
+    (Attention, OPTIONS, 1),
+    (Attention, OPTIONS, 4),
+    (Attention, GPT2, 1),
+    (Attention, GPT2, 4),
+    (LatentAttention, LATENT, 1),
+  ],
+  ids=["llama", "llama-parts", "gpt2", "gpt2-parts", "latent"],
+  indirect=["parts"],
 )
 def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides, parts):
   trunk = tiny_config(overrides=overrides).trunk
