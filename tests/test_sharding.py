@@ -61,13 +61,17 @@ def mesh_of(config, axes):
   return make_mesh(config.mesh, jax.devices()[: np.prod([*axes.values(), 1])])
 
 
-def run_on(kind, axes, overrides=None):
-  """Returns sums, counts and gradients with parameters and batch laid out on a mesh."""
+def run_on(kind, axes, overrides=None, scale=1.0):
+  """Returns sums, counts and gradients with parameters and batch laid out on a mesh.
+
+  All parameters are taken times `scale`.
+  """
   config = config_on(kind, axes, overrides)
   mesh = mesh_of(config, axes)
   layout = tree_shardings(mesh, logical_axes(accounting.abstract_params(config)))
   with jax.set_mesh(mesh):
-    params = jax.device_put(random_params(config), layout)
+    params = jax.tree.map(lambda x: x * np.float32(scale), random_params(config))
+    params = jax.device_put(params, layout)
     batch = put_batch(mesh, microbatches(packed_batch(config)), ("microbatch",))
     return jax.device_get(gradient_program(config)(params, batch, WEIGHTS_M))
 
@@ -84,8 +88,9 @@ def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_predictors_equal_those_of_one_device(name):
   kind, options = OTHERS[name]
-  found, expected = (run_on(kind, axes, options) for axes in (MIXED, {}))
-  assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)
+  # At full scale, an ulp of the parameters changes EAGLE's gradients by up to 2e-4.
+  found, expected = (run_on(kind, axes, options, 0.5) for axes in (MIXED, {}))
+  assert_trees_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_batch_has_targets_beyond_the_next_shard():
