@@ -34,6 +34,7 @@ def quick_compilation():
     yield
 
 
+@pytest.mark.slow
 def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
   benchmark.main(["decode", "--quick", "--no-torch", "--output", str(tmp_path)])
   assert "left] tiny llama V=264 sequential D=2 B=2: round 2" in capsys.readouterr().out

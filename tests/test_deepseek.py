@@ -100,6 +100,7 @@ def test_the_bias_is_in_the_checkpoint_and_moved_by_gamma(model):
     assert np.abs(steps).max() >= 1
 
 
+@pytest.mark.slow
 def test_its_own_module_drafts_the_text_of_plain_decoding(model):
   drafted = model.generate(TEXT, 24)
   assert drafted.acceptance["num_drafts"] == 2

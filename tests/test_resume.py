@@ -174,6 +174,7 @@ def assert_close_evaluation(workdir, expected):
     assert found[key]["mean"] == pytest.approx(wanted[key]["mean"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_on_another_mesh(tiny, never_stopped, tmp_path):
   config, cache = tiny
   sharded = with_overrides(config, {"mesh.fsdp": 2}), cache
