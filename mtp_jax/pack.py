@@ -132,10 +132,9 @@ class Separate(Pack):
           self._states[i], batch[i], self._hypers[i], np.bool_(active[i])
         )
 
-    shares = (list(active)[i :: len(self._threads)] for i in range(len(self._threads)))
     started = [
-      thread.submit(start, share)
-      for thread, share in zip(self._threads, shares, strict=True)
+      thread.submit(start, list(active)[i :: len(self._threads)])
+      for i, thread in enumerate(self._threads)
     ]
     for share in started:
       share.result()

@@ -305,7 +305,7 @@ def gradient_diagnostics(
     trunk=dataclasses.replace(config.trunk, moe=moe),
     train=dataclasses.replace(config.train, freeze_trunk=False),
   )
-  # One after the other, by one program: compiled once.
+  # One after the other, by one function: traced once.
   both = jax.lax.map(
     lambda weights_M: loss_and_grads(config, params, batch, weights_M)[2]["trunk"],
     jnp.stack([main_M, weights_M - main_M]),
