@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
       draft_vocab=0,
       objective="cross_entropy",
       feature_weight=0.0,
+      score_from="start",
       arm="added",
     )
   )

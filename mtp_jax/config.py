@@ -168,6 +168,10 @@ class MtpConfig:
               distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
               those of the trunk for the same token (EAGLE), relative to `objective`.
+  score_from: where the extra depths are scored in an example of a task: start (wherever
+              their target belongs to the answer) | answer (only at positions whose next
+              token belongs to it: nobody can tell an answer before the end of the
+              prompt).
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).
@@ -194,6 +198,7 @@ class MtpConfig:
   draft_vocab: int
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"]
   feature_weight: float
+  score_from: Literal["start", "answer"]
   arm: Literal["added", "shortened", "flops"]
 
   @property
@@ -548,7 +553,8 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   return dataclasses.replace(
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
     dense_blocks=False, mlp_dim=0, unembed="shared", draft_vocab=0,
-    objective="cross_entropy", feature_weight=0.0, arm="added", **PUBLISHED_INPUTS,
+    objective="cross_entropy", feature_weight=0.0, score_from="start",
+    arm="added", **PUBLISHED_INPUTS,
   )
 
 

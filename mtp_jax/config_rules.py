@@ -342,6 +342,10 @@ def _check_data(rule: _Rules) -> None:
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",
     f"'symbols' for a task and for nothing else (data.source is {data.source!r})",
   )
+  rule(
+    is_task or rule.config.mtp.score_from == "start", "mtp.score_from",
+    f"'start' unless data.source is a task (it is {data.source!r})",
+  )
   if is_task:
     _check_task(rule)
   minimum = {"bytes": 258, "bpe": 258, "file": 1, "symbols": 1}[tokenizer.kind]

@@ -53,7 +53,7 @@ def row_sums(
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   depth = config.mtp.depth
-  tokens_MBT, valid_MBT = future_targets(batch, depth)
+  tokens_MBT, valid_MBT = future_targets(batch, depth, config.mtp.score_from)
   targets_MBT, mask_MBT = columns(params, config, tokens_MBT, valid_MBT)
   stats = token_stats(
     hidden_MBTD, unembeddings(params, config), targets_MBT, config.loss.block_tokens
@@ -110,7 +110,8 @@ def hit_sums(
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   blocks, tokens_C = config.loss.block_tokens, draft_tokens(params, config)
-  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  mtp = config.mtp
+  targets_MBT, mask_MBT = future_targets(batch, mtp.depth, mtp.score_from)
   main = [(slice(0, 1), unembed_matrix(params, config))]
   trunk = token_stats(hidden_MBTD[:1], main, targets_MBT[:1], blocks)
   chosen, reachable_BT = _trunk_choices(trunk.argmax_MBT[0], mask_MBT)

@@ -350,6 +350,11 @@ RULES = {
     "train.freeze_trunk must be False at mtp.depth 0: there would be nothing to train, "
     "got True.",
   ),
+  "text is scored everywhere": (
+    {"mtp.kind": "linear", "mtp.depth": 1, "mtp.score_from": "answer"},
+    "mtp.score_from must be 'start' unless data.source is a task (it is 'stdlib'), got "
+    "'answer'.",
+  ),
   "text field": (
     {"data.source": "jsonl", "data.path": "x", "data.text_field": ""},
     "data.text_field must be set for data.source 'jsonl', got ''.",

@@ -96,6 +96,12 @@ MUTANTS = {
     "(batch.segment_ids != 0)",
     "test_targets.py::test_two_packed_documents_depth_0_to_3_written_out",
   ),
+  "extra depths are scored before the answer": Mutant(
+    "targets.py",
+    "mask_MBT &= mask_MBT[:1]",
+    "pass",
+    "test_targets.py::test_depths_0_to_3_scored_from_the_answer_written_out",
+  ),
   "padding counts as a document": Mutant(
     "targets.py",
     "(ids == batch.segment_ids) & (batch.segment_ids != 0)",

@@ -52,6 +52,7 @@ _KIND_ORDER = (
 _NO_EFFECT = dict(
   weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
   final_weight=0.0, depth_weights=(), curriculum="none",
+  score_from="start",
 )
 
 
