@@ -354,6 +354,9 @@ class TaskConfig:
 # Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
 TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
 
+# Of these, the tasks whose answers can be new, see `evaluate.task_metrics`.
+TASKS_WITH_NEW = ("induction", "siblings")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -377,6 +380,15 @@ class OptimizerConfig:
 class TrainConfig:
   """How long to train, what, and how often to look.
 
+  eval_every: steps between validations; 0 = off.
+  evals_per_doubling: validations for each doubling of the step, k of them after the
+    steps round(2^(j / k)), each once; 0 = off. Both kinds may be on, and where one is,
+    the last step is validated too.
+  eval_test: each validation also measures the test split, in a record of its own, and
+    validation records are of the validation split whatever `eval.split` is.
+  stop_metric, stop_value: training ends when this field of validation records (`loss`
+    is that of depth 0) has reached the value twice in a row, accuracies from below and
+    losses from above; empty trains for all steps.
   diagnostics_every: steps between comparisons of MTP and NTP gradient; 0 = off.
   freeze_trunk: only the extra predictors (`mtp` in the parameter tree) learn; the rest
     stays as it is, bit for bit.
@@ -388,6 +400,10 @@ class TrainConfig:
   accumulation_steps: int
   log_every: int
   eval_every: int
+  evals_per_doubling: int
+  eval_test: bool
+  stop_metric: Literal["", "task_accuracy", "task_new", "loss", "bits_per_byte"]
+  stop_value: float
   diagnostics_every: int
   max_nonfinite_steps: int
   freeze_trunk: bool

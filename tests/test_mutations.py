@@ -344,8 +344,8 @@ MUTANTS = {
   ),
   "checkpoint holds the iterator one batch ahead": Mutant(
     "train.py",
-    "self.run.save(state, steps.data_state(self), self.seconds)",
-    "self.run.save(state, self.loader.get_state(), self.seconds)",
+    "self.run.save(state, steps.data_state(self), self.progress)",
+    "self.run.save(state, self.loader.get_state(), self.progress)",
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(

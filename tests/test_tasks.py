@@ -326,6 +326,12 @@ def test_targets_are_the_answers_and_never_cross_an_example():
   assert total > 100
 
 
+def test_the_tasks_with_new_answers_are_named():
+  tasks = {x: make_task(x, config_of(x).task) for x in TASKS}
+  expected = {x for x, task in tasks.items() if not task.splits_by_prompt}
+  assert set(config_lib.TASKS_WITH_NEW) == expected
+
+
 def test_a_training_set_with_an_end_is_repeated_whole():
   corpus = corpus_of("star_graph", task__num_train=10, data__seq_len=64)
   rows = corpus.train_rows(1)

@@ -29,7 +29,8 @@ IGNORED = (
   "name", "loss.block_tokens", "trunk.scan_layers", "trunk.remat", "trunk.attention",
   "trunk.moe.grouped_matmul",
   "data.num_workers", "train.accumulation_steps", "train.log_every",
-  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
+  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
+  "train.diagnostics_every", "train.max_nonfinite_steps",
   "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context",
   "checkpoint.every_steps", "checkpoint.keep", "eval.batch_size",
 )
