@@ -441,7 +441,9 @@ def task_metrics(
   groups.pop("", None)
   new = None
   if not task.splits_by_prompt and config.task.num_train:
-    known = {tuple(ids[first:-1]) for ids, first in corpus.train_set}
+    # An answer stands between what comes before it and eos.
+    rows = zip(*corpus.train_set, strict=True)
+    known = {tuple(row[first : length - 1].tolist()) for row, length, first in rows}
     seen: set[tuple[int, ...]] = set()
     new = []
     for answer, is_correct in zip(map(tuple, ids), correct, strict=True):

@@ -1,6 +1,7 @@
 """Tasks as data sources: what is drawn, what is scored, what counts as right."""
 
 import collections
+import copy
 import dataclasses
 import itertools
 
@@ -11,7 +12,9 @@ from experiments import base
 from mtp_jax import config as config_lib
 from mtp_jax import config_rules, evaluate
 from mtp_jax.config import TASKS, ConfigError
+from mtp_jax.data import sources
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
+from mtp_jax.data.tasks import corpus as corpus_lib
 from mtp_jax.data.tasks import countdown, polynomial
 from mtp_jax.data.tasks.corpus import Examples, TaskCorpus, make_task
 from mtp_jax.data.tokenizers import SymbolTokenizer, tokenizer_from_json
@@ -280,6 +283,81 @@ def test_induction_asks_for_new_names_of_known_words():
     assert {*prompt[1:], *answer} <= set(task.symbols)
 
 
+@pytest.mark.parametrize("source", TASKS)
+def test_many_examples_at_once_are_those_drawn_alone(source, monkeypatch):
+  corpus = corpus_of(source, data__validation_fraction=0.5)
+  numbers = np.array([3, 0, 41, 3, 2**40, 7, *range(100, 130)])
+
+  def alone(examples):
+    return [corpus.encode(examples[number]) for number in numbers.tolist()]
+
+  def at_once(examples):
+    rows = zip(*examples.encoded(numbers), strict=True)
+    return [(tokens[:length], first) for tokens, length, first in rows]
+
+  for split in ("train", "test"):  # Of "test" most draws are of another split.
+    examples = Examples(corpus.task, corpus.config.data, split, seed=5)
+    expected = alone(examples)
+    for most in (4096, 7):
+      monkeypatch.setattr(corpus_lib, "_MOST_DRAWS", most)
+      for (ids, first), (expected_ids, expected_first) in zip(
+        at_once(examples), expected, strict=True
+      ):
+        assert ids.tolist() == expected_ids.tolist()
+        assert ids.dtype == np.int32
+        assert first == expected_first
+
+
+def test_drawn_examples_are_the_same_on_every_machine():
+  """Literal values: another NumPy or processor would draw them too."""
+  golden = 0x9E3779B97F4A7C15
+  counts = np.array([golden, 2 * golden % 2**64], np.uint64)
+  # The first outputs of SplitMix64 from seed 0, as published.
+  assert sources.mix(counts).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+  star, siblings = (
+    examples_of(source, "train", 1)[0] for source in ("star_graph", "siblings")
+  )
+  assert " ".join(star.prompt + star.answer) == (
+    "20 21 | 15 13 | 24 15 | 13 18 | 25 29 | 26 20 | 24 25 | 29 9 | 24 26 "
+    "/ 24 18 = 24 15 13 18"
+  )
+  assert " ".join(siblings.prompt + siblings.answer) == "n i d i : c4 c10 p1"
+
+
+def test_siblings_are_drawn_uniformly():
+  drawn = collections.Counter(x.answer for x in examples_of("siblings", "train", 6000))
+  assert len(drawn) == 3 * 5 * 4  # Ordered pairs of every parent.
+  assert all(abs(count - 100) < 50 for count in drawn.values())  # 5 sd.
+  letters = collections.Counter(
+    x for example in examples_of("siblings", "train", 650) for x in example.prompt[:-1]
+  )
+  assert len(letters) == 26
+  assert all(abs(count - 100) < 50 for count in letters.values())
+
+
+def test_hosts_share_the_examples_of_one_host():
+  rows = corpus_of("star_graph").train_rows(1)
+
+  def batches(**hosts):
+    loader = TrainLoader(rows, batch_size=4, seed=0, **hosts)
+    taken = [next(loader).tokens for _ in range(3)]
+    loader.close()
+    return taken
+
+  parts = [batches(host_index=i, num_hosts=2) for i in range(2)]
+  for alone, *together in zip(batches(), *parts, strict=True):
+    assert alone.tolist() == np.concatenate(together).tolist()
+
+
+@pytest.mark.parametrize("source", ["star_graph", "siblings"])
+def test_a_run_on_examples_that_were_drawn_otherwise_does_not_resume(source):
+  loader = TrainLoader(corpus_of(source).train_rows(1), batch_size=4, seed=0)
+  state = copy.deepcopy(loader.get_state())
+  del state["identity"]["draws"]  # As it was before examples were drawn together.
+  with pytest.raises(sources.DataError, match="draws: None there, 'splitmix64' now"):
+    loader.set_state(state)
+
+
 @pytest.mark.parametrize("source", ["star_graph", "polynomial"])
 def test_rows_hold_whole_examples_and_score_answers_only(source):
   corpus = corpus_of(source)
@@ -465,7 +543,7 @@ def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
 def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
   corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
   tokenizer = corpus.tokenizer
-  known = {tokenizer.decode_symbols(ids[first:-1]) for ids, first in corpus.train_set}
+  known = {corpus.train_examples[number].answer for number in range(20)}
   pairs = itertools.permutations(range(0, 15, 3), 2)  # Children of parent 0.
   new = next(
     x for x in ((f"c{a}", f"c{b}", "p0") for a, b in pairs) if x not in known
