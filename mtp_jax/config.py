@@ -284,10 +284,19 @@ class StarGraphConfig:
   reversed: bool
 
 
+# Most variables of formulas whose assignments are all tried.
+SAT_TABLE_VARIABLES = 10
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SatConfig:
+  """unique: exactly one assignment satisfies a formula; for at most
+  `SAT_TABLE_VARIABLES` variables, since all assignments are tried.
+  """
+
   num_variables: int
   num_clauses: int
+  unique: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

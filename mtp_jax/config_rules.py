@@ -13,6 +13,7 @@ from mtp_jax.config import (
   EAGLES,
   OWN_UNEMBED,
   PUBLISHED_INPUTS,
+  SAT_TABLE_VARIABLES,
   TASKS,
   Config,
   ConfigError,
@@ -371,6 +372,16 @@ def _check_task(rule: _Rules) -> None:
     f"at least the number of nodes ({num_nodes})",
   )
   rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
+  if task.sat.unique:
+    rule(
+      task.sat.num_variables <= SAT_TABLE_VARIABLES, "task.sat.num_variables",
+      f"at most {SAT_TABLE_VARIABLES} if task.sat.unique, which tries them all",
+    )
+    rule(
+      task.sat.num_clauses >= 3 * task.sat.num_variables, "task.sat.num_clauses",
+      f"at least 3 * task.sat.num_variables ({3 * task.sat.num_variables}) with "
+      "task.sat.unique: with fewer, hardly any formula has one solution",
+    )
   rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
   rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
   rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")

@@ -410,6 +410,8 @@ def task_metrics(
   task_new:             share of answers that are right, differ from all before them,
                         and are not in the training set; for tasks with many right
                         answers to a prompt that says nothing (siblings).
+  task_baselines:       accuracy of trivial rules on the same examples, see
+                        `Task.baselines`.
   decoded_*:            see `acceptance_rates`.
   """
   task, tokenizer = corpus.task, corpus.tokenizer
@@ -453,6 +455,7 @@ def task_metrics(
     "task_accuracy": _proportion(correct),
     "task_accuracy_groups": {x: _proportion(groups[x]) for x in sorted(groups)},
     "task_new": None if new is None else _proportion(new),
+    "task_baselines": task.baselines([x.prompt for x in examples]),
     "next_line_exact_match": None,
     "function_parses": None,
     **acceptance_rates("decoded", completions),

@@ -171,6 +171,75 @@ def test_sat_agrees_with_trying_every_assignment():
   assert not task.is_correct(prompt, ("+2", "+1", "+3", "+4"))
 
 
+def solutions(prompt: tuple[str, ...], num_variables: int) -> list[tuple[str, ...]]:
+  """An oracle of its own: every assignment that satisfies a formula."""
+  clauses = " ".join(prompt).removesuffix(" =").split(" , ")
+  every = itertools.product(*((f"+{i}", f"-{i}") for i in range(1, 1 + num_variables)))
+  return [x for x in every if all(set(clause.split()) & {*x} for clause in clauses)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_unique_formulas_have_one_solution(split):
+  many = {"task__sat__num_variables": 5, "task__sat__num_clauses": 20}
+  counts = []
+  for unique in (False, True):
+    config = config_of("sat", task__sat__unique=unique, **many)
+    task = make_task("sat", config.task)
+    examples = Examples(task, config.data, split, 0)
+    found = [(x, solutions(x.prompt, 5)) for x in (examples[n] for n in range(40))]
+    assert all(answer in right for (_, answer), right in found)
+    counts.append([len(right) for _, right in found])
+  assert sum(x == 1 for x in counts[0]) < 20  # 11 % of all formulas.
+  assert counts[1] == [1] * 40
+
+
+def test_sat_draws_every_clause_alike():
+  config = config_of("sat", task__sat__num_variables=5, task__sat__num_clauses=1)
+  task = make_task("sat", config.task)
+  words = np.random.default_rng(0).integers(2**64, size=(33_600, 9), dtype=np.uint64)
+  symbols, is_valid = task.draw(words)
+  assert is_valid.all()
+  texts = np.array(task.symbols)[symbols].tolist()
+  clauses = collections.Counter(tuple(text[:3]) for text in texts)
+  assert len(clauses) == 5 * 4 * 3 * 8  # Ordered variables, and signs.
+  assert all(abs(count - 70) < 42 for count in clauses.values())  # 5 sd.
+  # Which literals are true: all but none of them, alike.
+  patterns = collections.Counter(
+    tuple(literal in text[4:] for literal in text[:3]) for text in texts
+  )
+  assert len(patterns) == 7
+  assert all(abs(count - 4800) < 325 for count in patterns.values())
+
+
+def test_sat_baselines_of_one_formula_and_of_many():
+  task = make_task("sat", config_of("sat", task__sat__num_variables=3).task)
+  right = tuple("+1 +2 -3 , +1 -2 -3 , -1 +2 -3 =".split())
+  # More often +1, +2 (twice each) and -3.
+  assert task.baselines([right]) == {"majority": 1.0, "coin": 5 / 8}
+  wrong = tuple("-1 -2 +3 , +1 +2 -3 , +1 -2 -3 , +1 +2 -3 , -1 +2 -3 =".split())
+  assert len(solutions(wrong, 3)) == 4
+  assert task.baselines([wrong]) == {"majority": 0.0, "coin": 4 / 8}
+  tie = tuple("+1 +2 +3 , -1 -2 -3 =".split())  # Ties are +: the second clause fails.
+  assert task.baselines([tie]) == {"majority": 0.0, "coin": 6 / 8}
+  two = [(*tie[:4], *tie[:4], *tie[4:]), right]  # +1 +2 +3 twice.
+  assert task.baselines(two) == {"majority": 0.5, "coin": (6 / 8 + 5 / 8) / 2}
+  # 5 variables, 15 clauses: what the rules solved in a simulation of another program.
+  config = config_of(
+    "sat", task__sat__num_variables=5, task__sat__num_clauses=15,
+    eval__task_examples=1500,
+  )
+  corpus = load_corpus(config)
+  prompts = [x.prompt for x in corpus.held_out(1500)]
+  found = corpus.task.baselines(prompts)
+  assert found["majority"] == pytest.approx(0.523, abs=0.05)
+  assert found["coin"] == pytest.approx(5.2 / 32, abs=0.02)
+  assert found["coin"] == pytest.approx(
+    np.mean([len(solutions(prompt, 5)) / 32 for prompt in prompts[:1500]])
+  )
+  large = make_task("sat", config_of("sat", task__sat__num_variables=11).task)
+  assert set(large.baselines([right])) == {"majority"}
+
+
 def test_countdown_checks_every_step():
   task = make_task("countdown", config_of("countdown").task)
   prompt = (*"25,4,7|93=", "<pause>", "<pause>")
@@ -349,7 +418,7 @@ def test_hosts_share_the_examples_of_one_host():
     assert alone.tolist() == np.concatenate(together).tolist()
 
 
-@pytest.mark.parametrize("source", ["star_graph", "siblings"])
+@pytest.mark.parametrize("source", ["star_graph", "siblings", "sat"])
 def test_a_run_on_examples_that_were_drawn_otherwise_does_not_resume(source):
   loader = TrainLoader(corpus_of(source).train_rows(1), batch_size=4, seed=0)
   state = copy.deepcopy(loader.get_state())
@@ -465,6 +534,7 @@ def test_what_cannot_be_drawn_is_refused():
     ("task__star_graph__num_labels", 9, r"task.star_graph.num_labels must be at least"),
     ("task__star_graph__length", 1, r"task.star_graph.length must be at least 2"),
     ("task__sat__num_variables", 2, r"task.sat.num_variables must be at least 3"),
+    ("task__sat__unique", True, r"task.sat.num_clauses must be at least 3 \* .*\(12\)"),
     ("task__countdown__largest", 9, r"task.countdown.largest must be at least 10"),
     ("task__countdown__num_inputs", 1, r"task.countdown.num_inputs must be at least 2"),
     ("task__siblings__num_children", 1, r"task.siblings.num_children must be at"),
@@ -474,6 +544,9 @@ def test_what_cannot_be_drawn_is_refused():
   ):
     with pytest.raises(ConfigError, match=message):
       config_of("star_graph", **{key: value})
+  many = {"task__sat__num_variables": 11, "task__sat__num_clauses": 33}
+  with pytest.raises(ConfigError, match=r"task.sat.num_variables must be at most 10"):
+    config_of("sat", task__sat__unique=True, **many)
   with pytest.raises(ConfigError, match=r"data.seq_len must be at least 36.*got 35"):
     corpus_of("star_graph", data__seq_len=35)
   with pytest.raises(ConfigError, match=r"tokenizer.vocab_size must be at least 35"):
@@ -524,6 +597,23 @@ def test_accuracy_counts_whole_answers_by_group(monkeypatch):
   assert sum(x["count"] for x in groups.values()) == 12
   assert sum(x["mean"] * x["count"] for x in groups.values()) == pytest.approx(right)
   assert found["task_new"] is None
+  assert found["task_baselines"] == {}
+
+
+@pytest.mark.parametrize("source", ["sat", "star_graph"])
+def test_accuracy_stands_beside_trivial_rules_on_the_same_examples(source, monkeypatch):
+  corpus = corpus_of(source, eval__task_examples=9)
+  eos = np.array([corpus.tokenizer.eos_id])
+  scripted(monkeypatch, [(eos, True)] * 9)
+  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  prompts = [x.prompt for x in corpus.held_out(9)]
+  expected = {
+    "sat": {"majority", "coin"}, "star_graph": {"random arm"}
+  }
+  assert set(found["task_baselines"]) == expected[source]
+  assert found["task_baselines"] == corpus.task.baselines(prompts)
+  if source == "star_graph":
+    assert found["task_baselines"] == {"random arm": 1 / 3}
 
 
 def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
