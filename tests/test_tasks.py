@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -352,6 +353,57 @@ def test_induction_asks_for_new_names_of_known_words():
     assert {*prompt[1:], *answer} <= set(task.symbols)
 
 
+def names_of(examples: list) -> list[list[tuple[str, str]]]:
+  """Returns the different names of each story."""
+  return [
+    sorted({
+      pair
+      for pair in itertools.pairwise((*example.prompt, *example.answer))
+      if pair[0].startswith("first")
+    })
+    for example in examples
+  ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_stories_has_fresh_names(share):
+  config = config_of(
+    "induction", task__induction__num_halves=20, task__induction__num_names=40,
+    task__induction__fresh_share=share,
+  )
+  task = make_task("induction", config.task)
+
+  def stories(split, count):
+    examples = Examples(task, config.data, split, 0)
+    return names_of([examples[number] for number in range(count)])
+
+  train, held_out = stories("train", 2000), stories("test", 400)
+  shift = lambda x: (int(x[1][6:]) - int(x[0][5:])) % 20  # noqa: E731
+  assert all(len({first for first, _ in names}) == len(names) for names in train)
+  trained = {name for names in train for name in names}
+  tested = {name for names in held_out for name in names}
+  assert not trained & tested
+  # 40 names are 2 of 20 shifts. Of the 18 others, 1 is held out, or all without fresh.
+  assert {shift(x) for x in tested} == ({19} if share else set(range(2, 20)))
+  assert len({x[0] for x in tested}) == 20
+  assert {shift(x) for x in trained} == (set(range(19)) if share else {0, 1})
+  # A story with fresh names seldom has none but names of the list: (2 / 19)^2.
+  fresh = np.mean([any(shift(x) > 1 for x in names) for names in train])
+  assert fresh == pytest.approx(share * (1 - (2 / 19) ** 2), abs=0.06)
+  if share == 1:  # All alike, the names of the list too.
+    counts = collections.Counter(x for names in train for x in names)
+    assert len(counts) > 370
+    assert max(counts.values()) < 30
+
+
+def test_stories_without_fresh_names_are_what_they_were():
+  digests = [
+    hashlib.sha256(repr(examples_of("induction", split, 50)).encode()).hexdigest()[:16]
+    for split in ("train", "validation")
+  ]
+  assert digests == ["00627eb262351007", "86c50d858d0c3faa"]
+
+
 @pytest.mark.parametrize("source", TASKS)
 def test_many_examples_at_once_are_those_drawn_alone(source, monkeypatch):
   corpus = corpus_of(source, data__validation_fraction=0.5)
@@ -539,11 +591,16 @@ def test_what_cannot_be_drawn_is_refused():
     ("task__countdown__num_inputs", 1, r"task.countdown.num_inputs must be at least 2"),
     ("task__siblings__num_children", 1, r"task.siblings.num_children must be at"),
     ("task__induction__num_names", 5, r"task.induction.num_names must be from"),
+    ("task__induction__fresh_share", 1.5, r"task.induction.fresh_share must be in \["),
     ("task__induction__num_names", 31, r"task.induction.num_names must be from"),
     ("tokenizer__kind", "bytes", r"tokenizer.kind must be 'symbols' for a task"),
   ):
     with pytest.raises(ConfigError, match=message):
       config_of("star_graph", **{key: value})
+  with pytest.raises(ConfigError, match=r"num_names must be at most .* \(24\) with"):
+    config_of(
+      "induction", task__induction__num_names=25, task__induction__fresh_share=0.1
+    )
   many = {"task__sat__num_variables": 11, "task__sat__num_clauses": 33}
   with pytest.raises(ConfigError, match=r"task.sat.num_variables must be at most 10"):
     config_of("sat", task__sat__unique=True, **many)
