@@ -688,23 +688,51 @@ def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
 
 
 def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
-  corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
-  tokenizer = corpus.tokenizer
-  known = {corpus.train_examples[number].answer for number in range(20)}
-  pairs = itertools.permutations(range(0, 15, 3), 2)  # Children of parent 0.
-  new = next(
-    x for x in ((f"c{a}", f"c{b}", "p0") for a, b in pairs) if x not in known
-  )
-  wrong = (*new[:2], "p1")
-  texts = [new, new, next(iter(sorted(known))), wrong, new[::-1]]
-  eos = [tokenizer.eos_id]
+  corpus = corpus_of("siblings", task__num_train=2, eval__task_examples=8)
+  encode = corpus.tokenizer.encode
+  rows = [
+    [0, *encode("a b c d : c0 c3 p0"), 1], [0, *encode("e f g h : c1 c4 p1"), 1]
+  ]
+  known = corpus_lib.Encoded(np.array(rows), np.full(2, 10), np.full(2, 6))
+  monkeypatch.setattr(corpus_lib, "_train_set", lambda data, config: known)
+  answers = [  # (text, whether eos came, right, new)
+    ("c0 c3 p0", True, True, False),  # It was trained on.
+    ("c3 c0 p0", True, True, True),
+    ("c3 c0 p0", True, True, False),  # It was given before.
+    ("c0 c1 p0", True, False, False),
+    ("c2 c5 p2", True, True, True),
+    ("c2 c2 p2", True, False, False),
+    ("c1 c7 p1 p1", False, False, False),  # It goes on.
+    ("c1 c7 p1", True, True, True),
+  ]
   scripted(
     monkeypatch,
-    [(np.concatenate([tokenizer.encode_symbols(x), eos]), True) for x in texts],
+    [
+      (np.array([*encode(text), *[corpus.tokenizer.eos_id] * ends]), ends)
+      for text, ends, *_ in answers
+    ],
   )
   found = evaluate.task_metrics(corpus.config, {}, corpus)
-  assert found["task_accuracy"]["mean"] == pytest.approx(3 / 5)
-  assert found["task_new"]["mean"] == pytest.approx(1 / 5)
+  assert found["task_accuracy"]["mean"] == sum(right for *_, right, _ in answers) / 8
+  assert found["task_new"]["mean"] == sum(new for *_, new in answers) / 8
+  assert found["task_baselines"] == {}
+
+
+@pytest.mark.parametrize("children", [40, 300])
+def test_siblings_of_the_sizes_that_leave_something_to_find(children):
+  corpus = corpus_of(
+    "siblings", task__siblings__num_parents=5, task__siblings__num_children=children,
+    task__siblings__prefix_length=0, task__num_train=10_000, data__seq_len=6,
+    tokenizer__vocab_size=34 + 5 * children,
+  )
+  triples = {tuple(x) for x in corpus.train_set.tokens_NL[:, 2:5].tolist()}
+  possible = 5 * children * (children - 1)
+  # So many of 10,000 draws differ on average; 5 standard deviations or more.
+  expected = possible * (1 - (1 - 1 / possible) ** 10_000)
+  assert len(triples) == pytest.approx(expected, abs=5 * possible**0.5 / 2)
+  few = corpus_of("siblings", task__num_train=300).train_set.tokens_NL
+  many = corpus_of("siblings", task__num_train=1000).train_set.tokens_NL
+  assert few.tolist() == many[:300].tolist()  # A larger set has the smaller one.
 
 
 def test_intermediate_results_stay_small():
