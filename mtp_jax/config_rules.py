@@ -13,6 +13,7 @@ from mtp_jax.config import (
   EAGLES,
   OWN_UNEMBED,
   PUBLISHED_INPUTS,
+  SAT_TABLE_VARIABLES,
   TASKS,
   TASKS_WITH_NEW,
   Config,
@@ -114,7 +115,7 @@ _FINITE_POSITIVE = (
 _FRACTIONS = (
   "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
   "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
-  "trunk.moe.bias_until",
+  "trunk.moe.bias_until", "task.induction.fresh_share",
 )
 
 
@@ -383,6 +384,16 @@ def _check_task(rule: _Rules) -> None:
     f"at least the number of nodes ({num_nodes})",
   )
   rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
+  if task.sat.unique:
+    rule(
+      task.sat.num_variables <= SAT_TABLE_VARIABLES, "task.sat.num_variables",
+      f"at most {SAT_TABLE_VARIABLES} if task.sat.unique, which tries them all",
+    )
+    rule(
+      task.sat.num_clauses >= 3 * task.sat.num_variables, "task.sat.num_clauses",
+      f"at least 3 * task.sat.num_variables ({3 * task.sat.num_variables}) with "
+      "task.sat.unique: with fewer, hardly any formula has one solution",
+    )
   rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
   rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
   rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")
@@ -392,6 +403,12 @@ def _check_task(rule: _Rules) -> None:
     2 <= halves <= names <= halves * (halves - 1), "task.induction.num_names",
     f"from num_halves ({halves}, at least 2), so that every half occurs, to "
     "num_halves * (num_halves - 1), so that every first half has a new name",
+  )
+  rule(
+    not task.induction.fresh_share or names <= halves * (halves - 2),
+    "task.induction.num_names",
+    f"at most num_halves * (num_halves - 2) ({halves * (halves - 2)}) with "
+    "task.induction.fresh_share, so that there are fresh names and held-out ones",
   )
 
 

@@ -410,7 +410,10 @@ def task_metrics(
   task_accuracy_groups: the same by kind of prompt, see `Task.group`.
   task_new:             share of answers that are right, differ from all before them,
                         and are not in the training set; for tasks with many right
-                        answers to a prompt that says nothing (siblings).
+                        answers to a prompt that says nothing (siblings, where two
+                        children in the other order are another answer).
+  task_baselines:       accuracy of trivial rules on the same examples, see
+                        `Task.baselines`.
   decoded_*:            see `acceptance_rates`.
   """
   task, tokenizer = corpus.task, corpus.tokenizer
@@ -442,16 +445,20 @@ def task_metrics(
   groups.pop("", None)
   new = None
   if not task.splits_by_prompt and config.task.num_train:
-    known = {tuple(ids[first:-1]) for ids, first in corpus.train_set}
+    # An answer stands between what comes before it and eos.
+    rows = zip(*corpus.train_set, strict=True)
+    known = {tuple(row[first : length - 1].tolist()) for row, length, first in rows}
     seen: set[tuple[int, ...]] = set()
     new = []
     for answer, is_correct in zip(map(tuple, ids), correct, strict=True):
       new.append(is_correct and answer not in known and answer not in seen)
-      seen.add(answer)
+      if is_correct:  # What never ended is cut to the length of one that did.
+        seen.add(answer)
   return {
     "task_accuracy": _proportion(correct),
     "task_accuracy_groups": {x: _proportion(groups[x]) for x in sorted(groups)},
     "task_new": None if new is None else _proportion(new),
+    "task_baselines": task.baselines([x.prompt for x in examples]),
     "next_line_exact_match": None,
     "function_parses": None,
     **acceptance_rates("decoded", completions),
