@@ -143,6 +143,7 @@ def plan(
     "trials": len(same),
     "parameters": trial.counts.total,
     "rows_per_chip": data.batch_size * shape.mesh.tensor * shape.mesh.context / chips,
+    "accumulation_steps": shape.train.accumulation_steps,
     "params_bytes": steps.tree_bytes(state.params),
     "optimizer_bytes": steps.tree_bytes(state.opt_state),
     "hbm_bytes": chip.hbm_bytes,
@@ -205,6 +206,7 @@ def _memory_cells(row: dict[str, Any]) -> dict[str, str]:
   return {
     "shape": row["shape"], "chips": row["topology"], "mesh": mesh or "data=1",
     "parameters": f"{row['parameters']:,}", "rows/chip": f"{row['rows_per_chip']:g}",
+    "microbatches": str(row["accumulation_steps"]),
     **{f"{key.removesuffix('_bytes')} GB": _giga(row.get(key)) for key in sizes},
     "fits": "yes" if row["fits"] else "NO",
   }
