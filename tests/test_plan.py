@@ -281,6 +281,27 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   assert plan._memory_cells(deep | {"fits": False})["fits"] == "NO"
 
 
+@pytest.mark.parametrize(("message", "peak"), [
+  ("RESOURCE_EXHAUSTED: Used 100.5G of 95.7G hbm. Exceeded by 4.8G.", 100.5 * 2**30),
+  ("RESOURCE_EXHAUSTED: no more is known", None),
+])
+def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatch):
+  def refuse(compiled):
+    raise jax.errors.JaxRuntimeError(message)
+
+  monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()))
+  monkeypatch.setattr(steps, "programs", quick_programs)
+  monkeypatch.setattr(steps, "analyse", refuse)
+  config = tiny_config("none", 0, {"mesh.data": 8})
+  row = plan.plan(
+    topologies.parse("v5p:2x2x2"), [Trial(config, config, Path("x"))], None, 0.4
+  )
+  assert row["peak"] == peak and not row["fits"]
+  shown = "107.91" if peak else "-"
+  assert plan._memory_cells(row)["peak GB"] == shown
+  assert plan._work_cells(row)["XLA TFLOPs"] == "-"
+
+
 # The compiler for TPUs.
 
 

@@ -4,6 +4,7 @@ A row has `flops`, the FLOPs of one step, and `contestants`, their figures by na
 """
 
 import datetime
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +84,7 @@ def write_page(
     more: further figures of the record.
   """
   record = {
-    "command": " ".join(["python -m launch.benchmark", benchmark, *sys.argv[1:]]),
+    "command": f"python -m launch.benchmark {shlex.join([benchmark, *sys.argv[1:]])}",
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "commit": environment.code_commit() or "unknown",
     "hardware": environment.cpu(),
