@@ -58,6 +58,7 @@ _OUTPUT = flags.DEFINE_string(
   "output", None, "folder for the plan as .md and .json; by default nothing is written"
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
+_GPU = re.compile(r"[abghl]+\d+\b", re.IGNORECASE)  # a100, h100, gb200, l40, ...
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -65,7 +66,7 @@ def main() -> int:
   jax.config.update("jax_platforms", "cpu")  # Not even a TPU that is there is needed.
   if not 0 < _MFU.value <= 1:
     raise ConfigError(f"--mfu must be in (0, 1], got {_MFU.value}.")
-  wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
+  wanted = [_parse(text) for text in _TOPOLOGY.value]
   file, preset = cli.config_file()
   points = trials.points(trials.load_experiment(file), preset, _SWEEP.value)
   everything = trials.plan(
@@ -100,6 +101,15 @@ def main() -> int:
       _write(Path(_OUTPUT.value) / name, record, text)
   progress.close()
   return 0 if fits else 1
+
+
+def _parse(text: str) -> Topology:
+  if _GPU.match(text):
+    raise ConfigError(
+      f"--topology must be of TPUs ({', '.join(topologies.CHIPS)}), got {text!r}: "
+      "launch.plan does not compile for GPUs yet."
+    )
+  return topologies.parse(text)
 
 
 def check(

@@ -51,7 +51,6 @@ CHIPS = {
     Chip("v6e", "TPU v6 lite", 32e9, 256, axes=2),
   )
 }
-_GPU = re.compile(r"[abh]\d{2,3}\b")  # a100, h100, h200, b200, ...
 # libtpu reads these when it is loaded: it need not be alone, and looks for no TPUs.
 _LIBTPU = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -82,14 +81,9 @@ def parse(text: str) -> Topology:
   """Returns the topology that a flag names.
 
   Raises:
-    ConfigError: an unknown kind of chip, a GPU, or a shape that a slice cannot have.
+    ConfigError: an unknown kind of chip, or a shape that a slice cannot have.
   """
   name, colon, shape = text.partition(":")
-  if _GPU.match(name):
-    raise ConfigError(
-      f"--topology must be of TPUs ({', '.join(CHIPS)}), got {text!r}: launch.plan "
-      "does not compile for GPUs yet."
-    )
   if name not in CHIPS:
     raise ConfigError(
       f"--topology must name one of {', '.join(CHIPS)}, got {text!r} (examples: "
