@@ -36,7 +36,7 @@ lint: setup-dev
 	$(BIN)/lint-imports
 
 bench: setup-dev
-	for name in train loss decode pack startup input; do \
+	for name in train loss decode pack; do \
 	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
 	done
 

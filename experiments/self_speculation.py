@@ -2,7 +2,7 @@
 
   python -m launch.train --config=experiments/self_speculation.py --workdir=runs/drafts
   python -m launch.generate --workdir=runs/drafts --prompt="def "
-  python -m launch.benchmark decode --runs runs/drafts
+  python -m launch.benchmark decode --runs=runs/drafts
 
 Hardware and time: about 7 minutes on two CPU cores. Width 512, 8 layers, D = 3: the
 models of `gains_with_scale:cpu` (width 64) and a first try at width 256 are too small

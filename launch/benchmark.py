@@ -1,41 +1,40 @@
-"""Benchmarks that anyone can rerun; their tables go to experiments/results/benchmarks.
+"""Runs one benchmark: train, loss, decode or pack.
 
-    python -m launch.benchmark train --help
-    python -m launch.benchmark loss --help
-    python -m launch.benchmark decode --help
-    python -m launch.benchmark pack --help
-    python -m launch.benchmark input --help
-    python -m launch.benchmark startup --help
+  python -m launch.benchmark train --help
+  python -m launch.benchmark train --preset=quick     takes seconds, shows that it works
+  python -m launch.benchmark train --preset=gpu
+
+Every benchmark measures a floor, our code and its peers in turns, prints their ratios,
+and writes a page (.md) and its figures (.json) to experiments/results/benchmarks.
 """
 
-import argparse
+import importlib
 import os
+import sys
 
-from launch.benchmarks import decode, input, loss, pack, startup, train
-from mtp_jax.config import ConfigError
-from mtp_jax.data.sources import DataError
+from absl import flags
+
+from launch import cli
+
+NAMES = ("train", "loss", "decode", "pack")
 
 
-def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="python -m launch.benchmark",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-  train.add_parser(commands)
-  loss.add_parser(commands)
-  decode.add_parser(commands)
-  pack.add_parser(commands)
-  input.add_parser(commands)
-  startup.add_parser(commands)
-  args = parser.parse_args(argv)
+def main() -> None:
+  name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if name in ("--help", "-h"):
+    print(__doc__)
+    sys.exit(0)
+  if name not in NAMES:
+    message = f"launch.benchmark must be given one of {', '.join(NAMES)}, got {name!r}."
+    sys.exit(cli.fail(message, cli.BAD_INPUT))
   # This process and the contestants share the GPU: none may reserve most of its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  try:
-    args.run(args)
-  except (ConfigError, DataError) as error:
-    parser.exit(2, f"error: {error}\n")
+  del sys.argv[1]
+  benchmark = importlib.import_module(f"launch.benchmarks.{name}")
+  # The help of this command is the help of the benchmark.
+  sys.modules["__main__"].__doc__ = benchmark.__doc__
+  flags.adopt_module_key_flags(benchmark)
+  cli.run(benchmark.main)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,48 @@
-r"""Plans training on accelerators that are not there: memory, work, traffic, time.
+r"""Plans training on TPUs that are not there: memory, work, collectives, time.
 
   python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
-  python -m launch.plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16
-  python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
-      --topology=h100,h200 --output=experiments/results/plan
+  python -m launch.plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
+      --output=experiments/results/plan
 
-A topology is a TPU slice (v5p:4x4x4, chips along each axis), GPUs of a node (h100:8) or
-of several (h100:8x16, nodes last). A bare name takes as many chips as each trial's mesh
-has. --config.mesh.* tries another mesh.
+A topology is a TPU slice: v4, v5e, v5p or v6e with the chips along each axis. A bare
+name takes as many chips as each trial's mesh has. --config.mesh.* tries another mesh.
 
-For TPUs the real train step is compiled, on any machine that has the package libtpu
-(requirements-plan.txt): memory and collectives are XLA's. It takes minutes per shape of
-trial, and is kept in --compilation_cache. For GPUs they are the formula in
-launch/planning/estimate.py. Time follows from model FLOPs and --mfu, which is an
-assumption, not a result. Nothing is trained and no text is read.
+The real train step is compiled for the slice, on any Linux machine that has the package
+libtpu (requirements-plan.txt): memory and collectives are XLA's. A compilation takes
+one to ten minutes per shape of trial; its report is kept in --compilation_cache. Time
+follows from model FLOPs and --mfu, which is an assumption, not a result. Nothing is
+trained and no text is read.
 
 Exit code 1: some shape does not fit.
 """
 
-import json
+import datetime
 import re
+import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
 from launch import cli, trials
-from launch.benchmarks.records import environment
-from launch.planning import report, rows, topologies
+from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
+from launch.progress import Progress
+from launch.tables import markdown
 from launch.trials import Trial
-from mtp_jax.config import ConfigError
+from mtp_jax import accounting, environment
+from mtp_jax.config import Config, ConfigError, to_dict
+from mtp_jax.config_rules import validate
 from mtp_jax.metrics import write_json
+from mtp_jax.sharding import MESH_AXES, make_mesh
 
 cli.define_config()
 _TOPOLOGY = flags.DEFINE_list(
-  "topology", None, "accelerators, separated by commas: v5p:4x4x4, h100:8x16, v5p"
+  "topology", None, "TPU slices, separated by commas: v5p:4x4x4, v6e:16x16, v5p"
 )
 flags.mark_flag_as_required("topology")
 _MFU = flags.DEFINE_float(
@@ -52,88 +55,243 @@ _ONLY = flags.DEFINE_string(
   "only", None, "plan only the trials whose name has these parts; see launch.sweep"
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "folder for PLAN.md and PLAN.json; by default nothing is written"
+  "output", None, "folder for the plan as .md and .json; by default nothing is written"
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
+_GPU = re.compile(r"[abghl]+\d+\b", re.IGNORECASE)  # a100, h100, gb200, l40, ...
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def main() -> int:
   jax.config.update("jax_platforms", "cpu")  # Not even a TPU that is there is needed.
   if not 0 < _MFU.value <= 1:
     raise ConfigError(f"--mfu must be in (0, 1], got {_MFU.value}.")
+  wanted = [_parse(text) for text in _TOPOLOGY.value]
   file, preset = cli.config_file()
-  experiment = trials.load_experiment(file)
+  points = trials.points(trials.load_experiment(file), preset, _SWEEP.value)
   everything = trials.plan(
-    cli.load_config(),
-    cli.config_overrides(),
-    trials.points(experiment, preset, _SWEEP.value),
-    Path("."),
+    cli.load_config(), cli.config_overrides(), points, Path(".")
   )
   chosen = trials.select(everything, _ONLY.value)
-  wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
   # All meshes before the first compilation.
-  shapes = [rows.check(chosen, topology) for topology in wanted]
+  shapes = [check(chosen, topology) for topology in wanted]
   cache = Path(_COMPILATION_CACHE.value) if _COMPILATION_CACHE.value else None
+  progress, done, total = Progress("shapes"), 0, sum(map(len, shapes))
   fits = True
   for topology, of_shape in zip(wanted, shapes, strict=True):
-    found = _plan(list(of_shape.values()), cache)
-    text = _text(topology, found, chosen, everything)
+    rows = {}
+    for shape, (fitted, same) in of_shape.items():
+      print(f"{same[0].name} on {fitted}", file=sys.stderr, flush=True)
+      progress("planned", done, total)
+      rows[shape] = plan(fitted, same, cache, _MFU.value)
+      done += 1
+    record = {
+      "command": shlex.join(["python", "-m", "launch.plan", *_arguments()]),
+      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+      "commit": environment.code_commit() or "unknown",
+      "versions": environment.versions(_PACKAGES),
+      "mfu": _MFU.value,
+      "rows": list(rows.values()),
+    }
+    text = _page(topology, record, rows, chosen, everything)
     print(f"\n{text}")
-    fits = fits and all(row.fits for row in found)
+    fits = fits and all(row["fits"] for row in rows.values())
     if _OUTPUT.value:
-      _write(Path(_OUTPUT.value), topology, found, text)
+      name = f"{_title()}-{topology}".replace(":", "-")
+      _write(Path(_OUTPUT.value) / name, record, text)
+  progress.close()
   return 0 if fits else 1
 
 
-def _plan(
-  of_shape: Sequence[tuple[Topology, list[Trial]]], cache: Path | None
-) -> list[rows.Row]:
-  """Makes the rows, and says how far it is and how long the rest may take."""
-  start, found = time.monotonic(), []
-  for number, (topology, same) in enumerate(of_shape, start=1):
-    left = ""
-    if found:
-      rate = (time.monotonic() - start) / len(found)
-      left = f", about {rate * (len(of_shape) - len(found)) / 60:.0f} min left"
-    _say(f"[{number}/{len(of_shape)}{left}] {same[0].name} on {topology}")
-    found.append(rows.make_row(topology, same, cache, _say))
-  return found
+def _parse(text: str) -> Topology:
+  if _GPU.match(text):
+    raise ConfigError(
+      f"--topology must be of TPUs ({', '.join(topologies.CHIPS)}), got {text!r}: "
+      "launch.plan does not compile for GPUs yet."
+    )
+  return topologies.parse(text)
 
 
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
+def check(
+  chosen: Iterable[Trial], topology: Topology
+) -> dict[Config, tuple[Topology, list[Trial]]]:
+  """Returns the topology and the trials of every shape.
+
+  Raises:
+    ConfigError: a mesh that the topology does not have, or libtpu is missing.
+  """
+  shapes: dict[Config, tuple[Topology, list[Trial]]] = {}
+  for trial in chosen:
+    try:
+      fitted = topologies.fit_to_mesh(topology, trial.config.mesh)
+      validate(trial.config, fitted.num_chips)
+      topologies.devices(fitted)
+    except ConfigError as error:
+      raise ConfigError(f"{trial.name} on {topology}: {error}") from error
+    shapes.setdefault(trial.shape, (fitted, []))[1].append(trial)
+  return shapes
 
 
-def _text(
+def plan(
+  topology: Topology, same: Sequence[Trial], cache: Path | None, mfu: float
+) -> dict[str, Any]:
+  """Returns the row of trials of one shape; bytes and collectives are of one chip."""
+  trial, chip, chips = same[0], topology.chip, topology.num_chips
+  shape, data = trial.shape, trial.shape.data
+  mesh = make_mesh(shape.mesh, list(topologies.devices(topology)))
+  state = steps.abstract_state(shape, mesh)
+  report = steps.compile_step(shape, mesh, cache)
+  tokens = data.batch_size * data.seq_len
+  flops = accounting.train_flops_per_token(shape) * tokens
+  seconds = flops / (mfu * chip.peak_flops * chips)
+  peak = report["peak"]
+  return {
+    "shape": trial.name,
+    "topology": str(topology),
+    "chips": chips,
+    "mesh": {k: v for k, v in to_dict(trial.config)["mesh"].items() if k in MESH_AXES},
+    "trials": len(same),
+    "parameters": trial.counts.total,
+    "rows_per_chip": data.batch_size * shape.mesh.tensor * shape.mesh.context / chips,
+    "accumulation_steps": shape.train.accumulation_steps,
+    "params_bytes": steps.tree_bytes(state.params),
+    "optimizer_bytes": steps.tree_bytes(state.opt_state),
+    "hbm_bytes": chip.hbm_bytes,
+    "hbm_source": chip.source,
+    "peak_flops": chip.peak_flops,
+    **report,
+    "fits": peak is not None and peak <= chip.hbm_bytes,
+    "model_flops": flops,
+    "steps": trial.num_steps,
+    "tokens": trial.num_tokens,
+    "seconds_per_step": seconds,
+  }
+
+
+def _page(
   topology: Topology,
-  found: list[rows.Row],
+  record: dict[str, Any],
+  rows: dict[Config, dict[str, Any]],
   chosen: list[Trial],
   everything: list[Trial],
 ) -> str:
   """Returns the plan of one topology as Markdown."""
-  chip, mfu = topology.chip, _MFU.value
-  depth = report.depth_table(found)
+  chip, versions = topology.chip, record["versions"].items()
+  depth = [
+    cells
+    for shape, row in rows.items()
+    if (cells := _depth_cells(shape, row, rows)) is not None
+  ]
   parts = [
     f"# {_title()} on {topology}",
-    f"`python -m launch.plan {' '.join(map(_shell, _arguments()))}`",
-    f"{report.today()}, commit {environment()['commit']}; "
-    + ", ".join(f"{k} {v}" for k, v in report.versions().items())
-    + ".",
+    f"`{record['command']}`",
+    f"{record['date']}, commit {record['commit']}; "
+    f"{', '.join(f'{k} {v}' for k, v in versions)}.",
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
     f"({chip.source}).",
     "## Memory of one chip",
-    report.markdown(report.memory_table(found)),
-    "## Work and traffic of one chip in a step",
-    report.markdown(report.traffic_table(found)),
-    f"## A run at {mfu:.0%} of the peak (assumed)",
-    report.markdown(report.run_table(found, chosen, mfu)),
-    f"Planned: {report.totals(found, chosen, mfu)}.",
+    markdown(map(_memory_cells, rows.values())),
+    "## Work and collectives of one chip in a step",
+    "XLA's count of FLOPs has the body of every loop once. Collectives: how often they "
+    "run, and the bytes of their results.",
+    markdown(map(_work_cells, rows.values())),
+    f"## A run at {_MFU.value:.0%} of the peak (assumed)",
+    markdown(map(_run_cells, rows.values())),
+    f"Planned: {_totals(chip, chosen)}.",
   ]
   if len(everything) > len(chosen):
-    parts.append(f"Whole sweep: {report.totals(found, everything, mfu)}.")
-  if depth is not None:
-    parts += ["## What depth costs, against D = 0", report.markdown(depth)]
+    parts.append(f"Whole sweep: {_totals(chip, everything)}.")
+  if depth:
+    parts += [
+      "## Cost of depth, against D = 0",
+      "Time at equal utilisation: the ratio of model FLOPs.",
+      markdown(depth),
+    ]
   return "\n\n".join(parts) + "\n"
+
+
+def _memory_cells(row: dict[str, Any]) -> dict[str, str]:
+  mesh = ",".join(f"{k}={v}" for k, v in row["mesh"].items() if v != 1)
+  sizes = ("params_bytes", "optimizer_bytes", "temporaries", "peak", "hbm_bytes")
+  return {
+    "shape": row["shape"], "chips": row["topology"], "mesh": mesh or "data=1",
+    "parameters": f"{row['parameters']:,}", "rows/chip": f"{row['rows_per_chip']:g}",
+    "microbatches": str(row["accumulation_steps"]),
+    **{f"{key.removesuffix('_bytes')} GB": _giga(row.get(key)) for key in sizes},
+    "fits": "yes" if row["fits"] else "NO",
+  }
+
+
+def _work_cells(row: dict[str, Any]) -> dict[str, str]:
+  found, xla = row.get("collectives", {}), row.get("xla_flops")
+  return {
+    "shape": row["shape"],
+    "model TFLOPs": f"{row['model_flops'] / row['chips'] / 1e12:.4g}",
+    "XLA TFLOPs": f"{xla / 1e12:.4g}" if xla else "-",
+    **{
+      kind: f"{counts['count']:,}, {_giga(counts['bytes'])} GB"
+      for kind, counts in found.items()
+    },
+    "loops of unknown length": str(row.get("unknown_loops", "-")),
+  }
+
+
+def _run_cells(row: dict[str, Any]) -> dict[str, str]:
+  seconds = row["seconds_per_step"]
+  hours = seconds * row["steps"] / 3600
+  return {
+    "shape": row["shape"], "steps": f"{row['steps']:,}",
+    "tokens": f"{row['tokens']:.3g}", "seconds/step": f"{seconds:.3g}",
+    "tokens/s": f"{row['tokens'] / row['steps'] / seconds:,.0f}",
+    "days": f"{hours / 24:.3g}", "chip-hours": f"{hours * row['chips']:,.0f}",
+  }
+
+
+def _depth_cells(
+  shape: Config, row: dict[str, Any], rows: dict[Config, dict[str, Any]]
+) -> dict[str, Any] | None:
+  """Returns what depth costs against the plain row of the same trunk and mesh."""
+  plain = next((
+    other
+    for key, other in rows.items()
+    if key.mtp.kind == "none" and _trunk(key) == _trunk(shape)
+  ), None)
+  if plain is None or plain is row:
+    return None
+
+  def ratio(size: Any) -> str:
+    above, below = size(row), size(plain)
+    return f"x{above / below:.3f}" if above and below else "-"
+
+  return {
+    "width": shape.trunk.embed_dim, "layers": shape.trunk.num_layers,
+    "kind": shape.mtp.kind, "D": shape.mtp.depth, "arm": shape.mtp.arm,
+    "parameters": ratio(lambda r: r["parameters"]),
+    "peak GB": _giga(row["peak"]),
+    "peak": ratio(lambda r: r["peak"]),
+    "time": ratio(lambda r: r["model_flops"]),
+    "collectives": ratio(
+      lambda r: sum(x["bytes"] for x in r.get("collectives", {}).values())
+    ),
+  }
+
+
+def _trunk(shape: Config) -> tuple[Any, ...]:
+  return shape.trunk, shape.data, shape.mesh, shape.train, shape.loss
+
+
+def _totals(chip: topologies.Chip, of: Sequence[Trial]) -> str:
+  flops = sum(trial.flops for trial in of)
+  hours = flops / (_MFU.value * chip.peak_flops) / 3600
+  tokens = sum(trial.num_tokens for trial in of)
+  return (
+    f"{len(of)} trial(s): {tokens:.3g} tokens, {flops:.3g} model FLOPs, {hours:,.0f} "
+    f"{chip.name} chip-hours"
+  )
+
+
+def _giga(size: float | None) -> str:
+  return "-" if size is None else f"{size / 1e9:,.2f}"
 
 
 def _title() -> str:
@@ -142,33 +300,15 @@ def _title() -> str:
 
 
 def _arguments() -> list[str]:
-  """The flags that a plan depends on."""
+  """Returns the flags that a plan depends on."""
   return [a for a in sys.argv[1:] if not re.match("--?compilation_cache", a)]
 
 
-def _shell(argument: str) -> str:
-  return f"'{argument}'" if any(c in argument for c in "*,; ") else argument
-
-
-def _write(
-  folder: Path, topology: Topology, found: list[rows.Row], text: str
-) -> None:
-  folder.mkdir(parents=True, exist_ok=True)
-  name = f"{_title()}-{topology}".replace(":", "-")
-  (folder / f"{name}.md").write_text(text)
-  write_json(
-    folder / f"{name}.json",
-    {
-      "command": ["python", "-m", "launch.plan", *_arguments()],
-      "date": report.today(),
-      "commit": environment()["commit"],
-      "versions": report.versions(),
-      "overrides": json.loads(json.dumps(cli.config_overrides(), default=str)),
-      "mfu": _MFU.value,
-      "rows": [report.record(row, _MFU.value) for row in found],
-    },
-  )
-  print(f"written to {folder / name}.md and .json")
+def _write(path: Path, record: dict[str, Any], text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.with_name(f"{path.name}.md").write_text(text)
+  write_json(path.with_name(f"{path.name}.json"), record)
+  print(f"written to {path}.md and .json")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ on the one before it, only the most likely drafts have children.
 
 The tree is written to tree.json in the run folder; launch/README.md describes the file.
 More nodes are never expected to bring fewer tokens, but every one has its cost:
-`launch.benchmark decode --runs RUN --trees RUN/tree.json` measures it.
+`launch.benchmark decode --runs=RUN --trees=own` measures it.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from absl import flags
 
 import mtp_jax
 from launch import cli
-from launch.benchmarks.records import environment
 from mtp_jax import evaluate
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import drafters, trees
+from mtp_jax.environment import code_commit
 from mtp_jax.loading import TrainedModel
 from mtp_jax.metrics import write_json
 from mtp_jax.train_step import shape_of
@@ -67,7 +67,7 @@ def main() -> int:
   except ValueError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   command = ["python", "-m", "launch.tree", *sys.argv[1:]]
-  found |= {"command": shlex.join(command), "commit": environment()["commit"]}
+  found |= {"command": shlex.join(command), "commit": code_commit()}
   path = workdir / "tree.json"
   write_json(path, found)
   print(_table(found))

@@ -37,9 +37,9 @@ from mtp_jax import files, writing
 from mtp_jax.checkpoint import CheckpointError, fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
 from mtp_jax.data.pipeline import Corpus, load_corpus
+from mtp_jax.environment import code_commit
 from mtp_jax.loading import TrainedModel
 from mtp_jax.metrics import write_json
-from mtp_jax.train import code_commit
 
 _WORKDIR = cli.define_workdir("run folder of the model that writes")
 _STEP = flags.DEFINE_integer(

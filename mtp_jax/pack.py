@@ -26,6 +26,7 @@ import numpy as np
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
+from mtp_jax.environment import cpu_cores
 from mtp_jax.model.lm import zeros_batch
 from mtp_jax.sharding import (
   make_mesh,
@@ -322,10 +323,3 @@ def _memory(device: jax.Device) -> float:
     sizes = dict(line.split(":") for line in lines)
     free = int(sizes["MemAvailable"].split()[0]) * 1024
   return free * len(cpu_cores()) / (os.cpu_count() or 1)
-
-
-def cpu_cores() -> list[int]:
-  """Returns the CPU cores of this process; all where processes cannot be pinned."""
-  if hasattr(os, "sched_getaffinity"):
-    return sorted(os.sched_getaffinity(0))
-  return list(range(os.cpu_count() or 1))

@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +41,7 @@ from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import save_tokenizer
 from mtp_jax.drafters.vocabulary import most_frequent
+from mtp_jax.environment import code_commit, hardware
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -50,7 +50,7 @@ from mtp_jax.metrics import (
   write_json,
 )
 from mtp_jax.model.lm import copied_unembed
-from mtp_jax.pack import cpu_cores, make_pack
+from mtp_jax.pack import make_pack
 from mtp_jax.saved_model import check_trunk, load_trunk
 from mtp_jax.sharding import (
   make_mesh,
@@ -1092,7 +1092,7 @@ def _write_run_json(
       "num_steps": run.config.train.num_steps,
       "seq_len": run.config.data.seq_len,
       "packed": num_packed,
-      "hardware": _hardware(),
+      "hardware": hardware(),
       "versions": {"python": platform.python_version()}
       | {name: importlib.metadata.version(name) for name in packages},
       "commit": code_commit(),
@@ -1100,29 +1100,6 @@ def _write_run_json(
       "trunk_from": trunk_from,
     },
   )
-
-
-def _hardware() -> str:
-  device = jax.devices()[0]
-  name = f"{jax.device_count()} x {device.device_kind}"
-  if device.platform == "cpu":
-    name += f", {len(cpu_cores())} core(s) {platform.machine()}"
-  return name
-
-
-@functools.cache
-def code_commit() -> str:
-  """Returns the commit of the code, marked if the tree has changes; '' outside git."""
-  here = Path(__file__).parent
-  try:
-    run = functools.partial(
-      subprocess.run, cwd=here, capture_output=True, text=True, check=True
-    )
-    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-    dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
-  except (OSError, subprocess.CalledProcessError):
-    return ""
-  return commit + ("+changes" if dirty.strip() else "")
 
 
 class _Interrupt:

@@ -1,217 +1,274 @@
-"""The benchmark runs, writes what it measured, and reports what failed."""
+"""The harness of the benchmarks, and the benchmarks of training and of packs."""
 
+import functools
 import json
+import types
 
 import pytest
 
-from launch import benchmark
-from launch.benchmarks import limits, pack, train
-from launch.benchmarks.contestants import Contestant, Failed, Turns
-from launch.benchmarks.rows import one_document_batch
+from launch.benchmarks import harness, limits, pack, pages, train
 from mtp_jax import metrics
+from mtp_jax.config import ConfigError
 from mtp_jax.targets import future_targets
 from tests import common
 
+pytest_plugins = ("tests.commands",)
 
-@pytest.mark.slow
-def test_quick_run_writes_table_and_figures(tmp_path, capsys):
-  pytest.importorskip("torch", reason="the benchmark's peer needs torch")
-  variant = "loss.block_tokens=64"
-  benchmark.main(
-    [
-      "train", "--quick", "--variants", variant, "--output", str(tmp_path),
-      "--trace", str(tmp_path / "profiles"),
-    ]
+
+# Floors.
+
+
+@pytest.fixture
+def small_work(monkeypatch):
+  monkeypatch.setattr(limits, "_SIZES", {"other": (128, 1 << 20)})
+
+
+def test_products_are_as_many_operations_as_the_compiler_counts(small_work):
+  work = limits.products("float32")
+  assert work.amount == 8 * 2 * 128**3
+  assert work.program.cost_analysis()["flops"] == pytest.approx(work.amount, rel=0.01)
+  assert work.seconds() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reads_touch_as_many_bytes_as_they_count(small_work, dtype):
+  work = limits.reads(dtype)
+  assert work.amount == work.array.nbytes == 1 << 20
+  assert work.program.cost_analysis()["bytes accessed"] >= work.amount
+
+
+def test_the_floor_of_a_model_is_in_its_compute_dtype(small_work, monkeypatch):
+  dtypes = []
+  products = limits.products
+  monkeypatch.setattr(
+    limits, "products", lambda dtype: dtypes.append(dtype) or products(dtype)
   )
-  assert "left] tiny llama V=264 D=1 jax: round 2" in capsys.readouterr().out
-  record = json.loads((tmp_path / "train-quick.json").read_text())
-  assert [row["depth"] for row in record["rows"]] == [0, 1]
-  for row in record["rows"]:
-    assert row["contestants"].keys() == {"jax", f"jax {variant}", "torch eager"}
-    assert len(row["floor"]["seconds"]) == 2 and row["floor"]["flops"] > 0
-    for figures in row["contestants"].values():
-      assert len(figures["seconds"]) == 2
-      assert all(s > 0 for steps in figures["seconds"] for s in steps)
-    assert row["contestants"]["jax"]["xla_memory"] > 0
-  assert (tmp_path / "train-quick.md").read_text() == train.markdown(record)
-  profiled = {path.parents[3].name for path in tmp_path.rglob("*.xplane.pb")}
-  expected = {f"tiny-llama-v-264-d-{depth}-jax" for depth in (0, 1)}
-  assert expected < profiled and not any("torch" in name for name in profiled)
-
-
-@pytest.mark.slow
-def test_quick_run_of_packs_writes_table_and_figures(tmp_path):
-  benchmark.main(["pack", "--quick", "--no-torch", "--output", str(tmp_path)])
-  record = json.loads((tmp_path / "pack-quick.json").read_text())
-  ((row),) = record["rows"]
-  assert row["contestants"].keys() == {"alone", "1", "2"}
-  for figures in row["contestants"].values():
-    assert len(figures["seconds"]) == 2 and figures["memory"] > 0
-  assert (tmp_path / "pack-quick.md").read_text() == pack.markdown(record)
-
-
-def test_a_pack_is_compared_with_as_many_trials_one_by_one():
-  figures = {"compile_seconds": 100.0, "memory": 2e6}
-  row = {
-    "size": "1M", "parameters": 1_000_000, "hardware": "d", "flops_per_step": 10.0,
-    # 100 FLOPs a second, then 10.
-    "floor": {"flops": 100.0, "seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
-    "contestants": {
-      # The second round was disturbed: both are ten times slower.
-      "alone": figures | {"seconds": [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]]},
-      "4": figures | {"seconds": [[2.0, 2.0], [20.0, 20.0], [1.6, 1.6]]},
-      "8": {"error": "Failed: no memory"},
-    },
-  }
-  settings = {"seq_len": 8, "batch_size": 1, "rounds": 3, "steps_per_round": 2}
-  table = pack.markdown(
-    _record([row]) | {"settings": settings | {"num_steps": 100}}
-  )
-  # 100 steps of 1 s; of 4 trials, 50 s each. Compiled: 125 s and 75 s each.
-  assert (
-    "| 1,000,000 | 4 | 100.0 | 2000.0 | 0.20 [0.20, 0.25] | 2 | 72.0 | "
-    "2.00 [2.00, 2.50] | 48.0 | 1.92 [" in table
-  )
-  assert "- 1,000,000 parameters, 8: Failed: no memory" in table
-
-
-def test_a_pack_without_trials_is_refused(capsys):
-  with pytest.raises(SystemExit) as caught:
-    benchmark.main(["pack", "--packs", "0"])
-  assert caught.value.code == 2
-  assert capsys.readouterr().err == "error: --packs must be at least 1, got 0.\n"
-
-
-def test_a_contestant_that_cannot_be_built_says_why():
-  config = common.tiny_config("none", 0, {"trunk.attention": "cudnn"})
-  contestant = Contestant("jax", config, huge_pages=False)
-  with pytest.raises(Failed, match=r"Error: .*(cudnn|cuDNN|GPU|gpu)"):
-    contestant.wait_ready()
-  contestant.close()
-
-
-def test_ratios_are_formed_within_rounds_against_the_faster_peer():
-  row = {
-    "model": "5M", "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0,
-    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "NVIDIA H100",
-    # 8 tokens of 100 FLOPs at 1000 a second, then at 100.
-    "floor": {"flops": 1000.0, "seconds": [[1.0], [10.0], [1.0]]},
-    "contestants": {
-      # The second round was disturbed: all are ten times slower.
-      "jax": _figures([[1.0, 1.0], [10.0, 10.0], [1.2, 1.0]]),
-      "torch eager": _figures([[2.0, 2.0], [20.0, 20.0], [2.0, 2.0]]),
-      "torch.compile": {"error": "Failed: no compiler"},
-    },
-  }
-  deeper = row | {
-    "kind": "sequential", "depth": 1, "flops_per_token": 150.0,
-    "contestants": {"jax": _figures([[1.5], [15.0], [1.65]])},
-  }
-  table = train.markdown(_record([row, deeper]))
-  middle = "| 800.0 | 1100 | 2000 | - | 0.80 [0.73, 0.80] |"
-  peak = metrics.peak_flops("NVIDIA H100")
-  assert (
-    f"| 5M | gpt2 | 264 | 0 {middle} {800 / 1.1 / peak:.0%} | 0.50 [0.50, 0.55] |"
-    in table
-  )
-  depth = "| 1.50 | 1.50 [1.50, 1.50] | - | - | 1.00 [1.00, 1.00] |"
-  assert f"| 5M | gpt2 | 264 | 1 {depth}" in table
-  assert (
-    "- 5M gpt2, vocabulary 264, D=0, torch.compile: Failed: no compiler" in table
-  )
-
-
-def test_variants_are_held_against_the_step_without_them():
-  row = {
-    "model": "5M", "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0,
-    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "cpu",
-    "floor": {"error": "Failed: no memory"},
-    "contestants": {
-      "jax": _figures([[1.0], [10.0]]),
-      "jax trunk.remat=full": _figures([[1.5], [15.0]]),
-    },
-  }
-  table = train.markdown(_record([row]))
-  assert "| 5M | gpt2 | 264 | 0 | 1.50 [1.50, 1.50] |" in table
-  assert "| 5M | gpt2 | 264 | 0 | - | 5500 | 8250 | - | - | - |" in table
-  assert "- 5M gpt2, vocabulary 264, D=0, floor: Failed: no memory" in table
-
-
-@pytest.mark.parametrize("key", ["rounds", "steps_per_round"])
-@pytest.mark.parametrize("name", ["train", "pack", "input"])
-def test_turns_without_steps_are_refused(name, key, capsys):
-  with pytest.raises(SystemExit) as caught:
-    benchmark.main([name, f"--{key}=0"])
-  assert caught.value.code == 2
-  assert capsys.readouterr().err == f"error: --{key} must be at least 1, got 0.\n"
-
-
-@pytest.mark.parametrize(
-  ("variant", "message"),
-  [
-    ("trunk.remat", "--variants must be KEY=VALUE, got 'trunk.remat'."),
-    ("trunk.remat=some", "trunk.remat must be one of"),
-    ("trunk.rematt=full", "trunk.rematt"),
-  ],
-)
-def test_a_variant_that_is_none_is_refused(variant, message, capsys):
-  with pytest.raises(SystemExit) as caught:
-    benchmark.main(["train", "--quick", "--variants", variant])
-  assert caught.value.code == 2
-  assert message in capsys.readouterr().err
-
-
-class _Planted:
-  """A contestant of a test: it says how often it was asked, and whether it ended."""
-
-  def __init__(self, name, log):
-    self.name, self._log = name, log
-
-  def wait_ready(self):
-    return limits.Ready("cpu", 1.0)
-
-  def run(self, num_steps):
-    self._log.append(self.name)
-    return [1.0] * num_steps
-
-  def close(self):
-    self._log.append(f"{self.name} ends")
-
-
-@pytest.mark.parametrize(
-  ("apart", "log"),
-  [
-    (False, ["a", "b", "b", "a", "a ends", "b ends"]),
-    (True, ["a", "a", "a ends", "b", "b", "b ends"]),
-  ],
-)
-def test_contestants_take_turns_or_come_one_by_one(apart, log):
-  found, row = [], {"contestants": {}}
-  with Turns(2, 3, lambda *_: None, apart) as turns:
-    for name in "ab":
-      turns.enter(name, _Planted(name, found), row)
-    turns.take()
-  assert found == log
-  assert row["contestants"]["b"]["seconds"] == [[1.0] * 3] * 2
+  config = common.tiny_config("none", 0, {"trunk.compute_dtype": "bfloat16"})
+  step, facts = limits.build_products(config)
+  step()
+  assert facts["flops"] == 8 * 2 * 128**3 and dtypes == ["bfloat16"]
 
 
 def test_every_target_of_the_benchmark_batch_counts():
   config = common.tiny_config("sequential", 3)
-  _, mask_MBT = future_targets(one_document_batch(config), 3)
+  _, mask_MBT = future_targets(harness.one_document_batch(config), 3)
   assert mask_MBT.all()
 
 
-def _figures(seconds):
-  sizes = {"peak_memory": None, "xla_memory": None}
-  return {"seconds": seconds, "threads": 2, "build_seconds": 1.0} | sizes
+# Turns.
 
 
-def _record(rows):
-  settings = {
-    "seq_len": 8, "batch_size": 1, "kind": "sequential", "rounds": 3,
-    "steps_per_round": 2, "huge_pages": True, "apart": False,
-  }
+class _Planted:
+  """A contestant in this process; it logs its turns and its end."""
+
+  def __init__(self, build, huge_pages):
+    self.name, self.log = build
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.log.append(f"{self.name} ends")
+
+  def wait_ready(self):
+    if self.name == "bad":
+      raise harness.Failed("no memory")
+    return {"hardware": "cpu"}
+
+  def run(self, num_steps, trace=None):
+    self.log.append(self.name)
+    return [1.0] * num_steps
+
+
+@pytest.mark.parametrize(("apart", "log"), [
+  (False, ["a", "b", "b", "a", "b ends", "bad ends", "a ends"]),
+  (True, ["a", "a", "a ends", "bad ends", "b", "b", "b ends"]),
+])
+def test_contestants_take_turns_or_come_one_by_one(apart, log, monkeypatch, capsys):
+  monkeypatch.setattr(harness, "Contestant", _Planted)
+  monkeypatch.setattr(harness, "_TRACE", types.SimpleNamespace(value=None))
+  found, done = [], []
+  entrants = {name: harness.Entrant((name, found), 3) for name in ("a", "bad", "b")}
+  settings = types.SimpleNamespace(rounds=2, huge_pages=False, apart=apart)
+  measured = harness.measure(entrants, settings, done.append)
+  assert found == log
+  assert measured["b"]["seconds"] == [[1.0] * 3] * 2
+  assert measured["bad"] == {"error": "no memory"}
+  assert sum(done) == 3 * (1 + 2)  # As many as were announced.
+  assert "bad: no memory" in capsys.readouterr().out
+
+
+def test_a_contestant_that_cannot_be_built_gives_the_reason():
+  config = common.tiny_config("none", 0, {"trunk.attention": "cudnn"})
+  build = functools.partial(train.build_ours, config)
+  with (
+    harness.Contestant(build, huge_pages=False) as contestant,
+    pytest.raises(harness.Failed, match=r"Error: .*(cudnn|cuDNN|GPU|gpu)"),
+  ):
+    contestant.wait_ready()
+
+
+# Ratios.
+
+
+def _row(contestants, **sizes):
   return {
-    "command": "c", "date": "d", "commit": "0", "hardware": "h", "versions": {},
-    "settings": settings, "rows": rows,
+    "model": "5M", "trunk": "gpt2", "vocab": 264, "depth": 0, "flops": 800.0,
+    "contestants": contestants,
+  } | sizes
+
+
+def _figures(seconds, **facts):
+  return {"hardware": "NVIDIA H100", "seconds": seconds} | facts
+
+
+# The second round was disturbed: all are ten times slower.
+_FLOOR = _figures([[1.0], [10.0], [1.0]], flops=1000.0)
+
+
+def test_ratios_are_formed_within_rounds():
+  row = _row({
+    "floor": _FLOOR,  # 800 FLOPs at 1000 a second, then at 100.
+    "ours": _figures([[1.0, 1.0], [10.0, 10.0], [1.2, 1.0]]),
+    "torch eager": _figures([[2.0, 2.0], [20.0, 20.0], [2.0, 2.0]]),
+    "torch.compile": {"error": "Failed: no compiler"},
+  })
+  assert pages.compare(row) == {
+    "floor ms": "800", "ours ms": "1100", "torch eager ms": "2000",
+    "torch.compile ms": "-",
+    "ours / floor": "1.25 [1.25, 1.38]",
+    "ours / torch eager": "0.50 [0.50, 0.55]",
+    "ours / torch.compile": "-",
   }
+  peak = metrics.peak_flops("NVIDIA H100")
+  assert train._mfu(row) == {"MFU": f"{800 / 1.1 / peak:.0%}"}
+
+
+def test_depth_costs_as_much_as_its_flops_or_more():
+  plain = _row({"floor": _FLOOR, "ours": _figures([[1.0], [10.0]])})
+  deeper = _row({"ours": _figures([[1.5], [18.0]])}, flops=1200.0, depth=1)
+  assert train._depth_cost(deeper, plain) == {
+    "FLOPs": "1.50", "ours": "1.65 [1.50, 1.80]", "ours / FLOPs": "1.10 [1.00, 1.20]"
+  }
+
+
+def test_a_pack_is_compared_with_as_many_trials_one_by_one():
+  compiled = {"compile_seconds": 100.0, "memory": 2e6}
+  row = _row({
+    "floor": _FLOOR | {"flops": 8000.0},  # 800 FLOPs take 0.1 s, then 1 s.
+    "ours": _figures([[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]], **compiled),
+    "4": _figures([[2.0, 2.0], [20.0, 20.0], [1.6, 1.6]], **compiled),
+  })
+  # 100 steps of 1 s; of 4 trials, 50 s each. Compiled: 125 s and 75 s each.
+  found = pack.cells(row, "4", 100)
+  assert found["step ms"] == "2000" and found["step / floor"] == "5.00 [4.00, 5.00]"
+  assert found["trials/h"] == "72.0" and found["with compilation"] == "48.0"
+  assert found["trials/h over lone"] == "2.00 [2.00, 2.50]"
+  cold = [125 / 75, 1025 / 525, 125 / 65]
+  assert found["with compilation over lone"] == pages.spread(cold)
+
+
+# Settings.
+
+
+CONFIG = harness.make_config("tiny", "llama", 264, "sequential", 0, 64, 4)
+
+
+def _settings(**changed):
+  return types.SimpleNamespace(**train.PRESETS["quick"] | {"variants": []} | changed)
+
+
+def test_variants_are_contestants_with_one_other_value():
+  builds = train._builds(
+    _settings(variants=["trunk.remat=full", "XLA_FLAGS=--a=1 --b=2"]), CONFIG
+  )
+  assert list(builds) == [
+    "ours", "torch eager", "trunk.remat=full", "XLA_FLAGS=--a=1 --b=2"
+  ]
+  (changed,) = builds["trunk.remat=full"].args
+  assert (changed.trunk.remat, CONFIG.trunk.remat) == ("full", "names")
+  assert builds["XLA_FLAGS=--a=1 --b=2"].args == (CONFIG, "--a=1 --b=2")
+
+
+@pytest.mark.parametrize(("variant", "message"), [
+  ("trunk.remat", "--variants must be KEY=VALUE, got 'trunk.remat'."),
+  ("trunk.remat=some", "trunk.remat must be one of"),
+  ("trunk.rematt=full", "trunk.rematt"),
+])
+def test_a_variant_that_is_none_is_refused(variant, message):
+  with pytest.raises(ConfigError) as error:
+    train._builds(_settings(variants=[variant]), CONFIG)
+  assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+  ("", "train, loss, decode or pack"),
+  ("speed", "must be given one of train, loss, decode, pack, got 'speed'."),
+  ("train --rounds=0", "--rounds must be at least 1, got 0."),
+  ("pack --steps_per_round=0", "--steps_per_round must be at least 1, got 0."),
+  ("pack --packs=2,0", "--packs must be at least 1, got 2,0."),
+  ("train --depths=0,x", "--depths=0,x: must be whole numbers separated by commas"),
+  ("train --depths=-1", "--depths must be at least 0, got -1."),
+  ("train --models=5M,7M", "--models must be of tiny, 0.3M"),
+  ("loss --contestants=liger", "--contestants must be of ours, plain JAX"),
+  ("loss --contestants=tokamax", "--contestants must have ours, got tokamax."),
+  ("loss --block_tokens=-1", "--block_tokens must be at least 0, got -1."),
+  ("decode --batch_sizes=4,0", "--batch_sizes must be at least 1, got 4,0."),
+  ("decode --runs=no/run", "--runs must name run folders, 'no/run' is none."),
+  ("decode --drafts=two", "--drafts must be whole numbers, got two."),
+  ("train extra", "'extra': arguments must be flags"),
+])
+def test_bad_settings_are_refused_before_any_work(command, arguments, message):
+  result = command("launch.benchmark", *arguments.split())
+  assert result.code == (2 if arguments else 0)
+  assert message in result.output and "Traceback" not in result.output
+  assert not result.touched_backend
+
+
+def test_help_is_that_of_the_benchmark(command):
+  result = command("launch.benchmark", "train", "--help")
+  assert result.code == 0 and train.__doc__.splitlines()[0] in result.output
+  assert "--[no]apart" in result.output and "--variants" in result.output
+  assert "264,50304 (cpu), 50304 (gpu)" in result.output
+
+
+# Whole runs.
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_all_and_writes_the_page(command, tmp_path):
+  pytest.importorskip("torch", reason="the benchmark's peer needs torch")
+  variant = "loss.block_tokens=64"
+  result = command(
+    "launch.benchmark", "train", "--preset=quick", f"--variants={variant}",
+    f"--output={tmp_path}", f"--trace={tmp_path / 'profiles'}",
+  )
+  assert result.code == 0, result.output
+  assert "tiny llama V=264 D=1 ours: ready after" in result.output
+  record = json.loads((tmp_path / "train-quick.json").read_text())
+  assert record["command"].startswith("python -m launch.benchmark train --preset=quick")
+  assert record["commit"] and record["versions"].keys() == {"python", "jax", "torch"}
+  assert [row["depth"] for row in record["rows"]] == [0, 1]
+  for row in record["rows"]:
+    assert list(row["contestants"]) == ["floor", "ours", "torch eager", variant]
+    for figures in row["contestants"].values():
+      assert len(figures["seconds"]) == 2
+      assert all(s > 0 for steps in figures["seconds"] for s in steps)
+    assert row["contestants"]["ours"]["xla_memory"] > 0
+  assert (tmp_path / "train-quick.md").read_text() in result.output
+  profiled = {path.parents[3].name for path in tmp_path.rglob("*.xplane.pb")}
+  expected = {f"tiny-llama-v-264-d-{depth}-ours" for depth in (0, 1)}
+  assert expected < profiled and not any("torch" in name for name in profiled)
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_packs_measures_all(command, tmp_path):
+  result = command(
+    "launch.benchmark", "pack", "--preset=quick", "--notorch", f"--output={tmp_path}"
+  )
+  assert result.code == 0, result.output
+  ((row),) = json.loads((tmp_path / "pack-quick.json").read_text())["rows"]
+  assert list(row["contestants"]) == ["floor", "ours", "1", "2"]
+  for name in ("ours", "1", "2"):
+    figures = row["contestants"][name]
+    assert len(figures["seconds"]) == 2 and figures["memory"] > 0

@@ -1,16 +1,16 @@
-"""The decoding benchmark: its programs, its arithmetic, its tables, its refusals."""
+"""The decoding benchmark: its programs, its arithmetic, its refusals."""
 
 import dataclasses
-import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import benchmark
-from launch.benchmarks import decode, decode_parts, decode_tables, limits
+from launch.benchmarks import decode, decode_parts, limits
 from mtp_jax import accounting
+from mtp_jax.config import ConfigError
 from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.metrics import write_json
@@ -34,52 +34,46 @@ def quick_compilation():
     yield
 
 
+def settings(**changed):
+  flags = {"torch": False, "seed": 0, "runs": [], "trees": [], "drafts": [None]}
+  flags |= {"recurse": False, "split": "validation"}
+  return types.SimpleNamespace(**decode.PRESETS["quick"] | flags | changed)
+
+
 @pytest.mark.slow
-def test_true_drafts_are_all_accepted_and_the_ratios_add_up(tmp_path, capsys):
-  benchmark.main(["decode", "--quick", "--no-torch", "--output", str(tmp_path)])
-  assert "left] tiny llama V=264 sequential D=2 B=2: round 2" in capsys.readouterr().out
-  record = json.loads((tmp_path / "decode-sizes-quick.json").read_text())
-  text = (tmp_path / "decode-sizes-quick.md").read_text()
-  assert text == decode_tables.markdown(record)
-  forced, oracle = record["rows"]
+def test_true_drafts_are_all_accepted_and_the_ratios_add_up():
+  rows = decode._sizes(settings())
+  assert "| oracle, K=2" in "\n".join(decode.page(settings(), [], rows))
+  forced, oracle = rows
   assert (forced["drafter"], oracle["drafter"]) == ("forced, K=2", "oracle, K=2")
-  for row in record["rows"]:
+  for row in rows:
     # 11 tokens after the prefill's, by threes.
     assert row["plain_rounds"] == 11 and row["rounds"] == 4
     assert row["tau"] == row["batch_tau"] == 11 / 4
     assert row["identical"] == row["num_prompts"] == 2
     seconds = {name: np.array(x) for name, x in row["seconds"].items()}
-    assert all(len(x) == 2 and np.all(x > 0) for x in seconds.values())
+    assert all(len(x) == 2 for x in seconds.values())
+    assert all(np.all(x > 0) for name, x in seconds.items() if name != "draft")
     np.testing.assert_allclose(row["v"], seconds["verify"] / seconds["step"])
+    np.testing.assert_allclose(row["sum_c"], seconds["draft"] / seconds["step"])
     np.testing.assert_allclose(row["measured"], seconds["plain"] / seconds["drafted"])
+    np.testing.assert_allclose(
+      row["floor_over_step"], seconds["floor"] / seconds["step"]
+    )
     costs = np.add(row["v"], row["sum_c"])
     np.testing.assert_allclose(row["predicted"], row["batch_tau"] / costs)
-  np.testing.assert_allclose(forced["sum_c"], [
-    a / b for a, b in zip(
-      forced["seconds"]["draft"], forced["seconds"]["step"], strict=True
-    )
-  ])
+  assert min(forced["sum_c"]) > 0 and len(forced["overhead"]) == 2
   assert oracle["sum_c"] == [0, 0] and "overhead" not in oracle
-  np.testing.assert_allclose(forced["floor_over_step"], [
-    a / b for a, b in zip(
-      forced["seconds"]["floor"], forced["seconds"]["step"], strict=True
-    )
-  ])
-  used = {
-    "v", "sum_c", "predicted", "measured", "overhead", "plain_overhead",
-    "floor_over_step",
-  }
-  assert used <= forced.keys() and used <= record["definitions"].keys()
 
 
 def test_a_step_reads_the_plain_model_and_the_filled_slots():
   config = tiny_config("sequential", 2, {"trunk.kind": "llama"})
   params = random_params(config)
   prompts_NP = np.zeros((2, 4), np.int32)
-  model = decode.Model(
+  model = decode_parts.Model(
     "m", config, network.unstack(params, config), prompts_NP, 8, ()
   )
-  plain = decode.Generation(
+  plain = decode_parts.Generation(
     model, make_plan(config, Decoding(num_drafts=0)), [prompts_NP], [None]
   )
   trunk = config.trunk
@@ -92,11 +86,12 @@ def test_a_step_reads_the_plain_model_and_the_filled_slots():
   # 4 tokens of prompt and on average 4 of 8 new ones, two sequences, keys and values.
   cached = 8 * 2 * 2 * trunk.num_layers * trunk.num_kv_heads * trunk.head_dim
   width = params["embed"]["embedding"].dtype.itemsize
-  assert decode._step_bytes(model, plain) == pytest.approx(width * (weights + cached))
+  found = decode_parts._step_bytes(model, plain)
+  assert found == pytest.approx(width * (weights + cached))
 
 
 @pytest.mark.slow
-def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
+def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
   texts = tiny_runs.write_texts(tmp_path / "texts")
   shape = {"trunk.num_layers": 1, "trunk.embed_dim": 8, "mtp.depth": 1}
   workdir = save_run(tmp_path / "run", tiny_runs.run_config(texts, shape))
@@ -108,65 +103,40 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path, capsys):
       "simulated_accepted_length": {"mean": 1.25, "stderr": 0.01},
     },
   )
-  start = ["decode", "--quick", "--runs", str(workdir), "--output", str(tmp_path)]
   static = workdir / "tree.json"
   write_json(static, {"paths": [[0], [1], [2]]})
   write_json(same := tmp_path / "same.json", {"paths": [[0], [1], [3]]})
-  benchmark.main([
-    *start, "--split", "validation", "--name", "found",
-    "--trees", "own", "dynamic:2,2,5",
-  ])
-  record = json.loads((tmp_path / "found.json").read_text())
-  assert [x["drafter"] for x in record["rows"]] == [
+  asked = settings(runs=[str(workdir)], trees=["own", "dynamic:2,2,5"])
+  accepted, rows = decode._runs(asked)
+  assert [x["drafter"] for x in rows] == [
     "own, K=1", "own, static tree, N=3 K=1", "own, dynamic tree, W=2 N=5 K=2"
   ]
-  assert [x["num_drafted"] for x in record["rows"]] == [1, 3, 5]
-  for entry, row in zip(record["acceptance"], record["rows"], strict=True):
+  assert [x["num_drafted"] for x in rows] == [1, 3, 5]
+  for entry, row in zip(accepted, rows, strict=True):
     assert entry["drafter"] == row["drafter"]
-    assert row["identical"] == 4 and min(row["v"]) > 0 and min(row["sum_c"]) > 0
+    assert row["identical"] == row["num_prompts"] == 4
+    assert min(row["v"]) > 0 and min(row["sum_c"]) > 0
+    # The acceptance that is reported is that of the decoding that is timed.
     assert row["tau"] == pytest.approx(entry["decoding"]["tau"]["mean"])
-  assert len({tuple(x["seconds"]["verify"]) for x in record["rows"]}) == 3
+  assert len({tuple(x["seconds"]["verify"]) for x in rows}) == 3
   # A tree that begins with the chain accepts no less.
-  assert record["rows"][1]["tau"] >= record["rows"][0]["tau"]
-  entry, row = record["acceptance"][0], record["rows"][0]
-  assert entry["teacher_forced_agreement"] == agreement
-  figures = entry["decoding"]
-  assert figures["num_prompts"] == row["num_prompts"] == 4
-  # The acceptance that is reported is that of the decoding that is timed.
-  assert row["tau"] == pytest.approx(figures["tau"]["mean"])
+  assert rows[1]["tau"] >= rows[0]["tau"]
+  assert accepted[0]["teacher_forced"]["teacher_forced_agreement"] == agreement
+  figures = accepted[0]["decoding"]
   assert sum(figures["histogram"]) == figures["rounds"]
-  assert record["definitions"].keys() > {"tau", "batch tau", "survival", "v"}
-  assert "| 1 | " in capsys.readouterr().out
+  assert "0.250 (validation)" in "\n".join(decode.page(asked, accepted, rows))
 
-  for flags, message in (
-    (["--prompts=1", "--drafts=2"], "num_drafts must be at most the model's 1 extra"),
-    (["--prompts=99"], "--prompts must be at most 4, as many as the test split of "),
-    (["--prompts=9", "--batch_sizes=2"], "--prompts must be divisible by every one of"),
-    (["--prompts=1", "--trees=none"], "--trees: tree must be dynamic:DEPTH,WIDTH,NOD"),
-    (
-      ["--prompts=1", "--trees", "dynamic:1,2,2", "dynamic:1,2,2", str(static),
-       str(same)],
-      "--trees must differ in nodes or depth, got [",
-    ),
+  for changed, message in (
+    ({"drafts": [2]}, "num_drafts must be at most the model's 1 extra"),
+    ({"drafts": [0]}, "no extra predictors, or no drafts"),
+    ({"prompts": 99, "batch_sizes": [1]}, "--prompts must be at most "),
+    ({"prompts": 9}, "--prompts must be divisible by every one of"),
+    ({"trees": ["none"]}, "--trees: tree must be dynamic:DEPTH,WIDTH,NOD"),
+    ({"trees": [str(static), str(same)]}, "--trees must differ in nodes or depth"),
   ):
-    with pytest.raises(SystemExit) as error:
-      small = ["--batch_sizes=1", "--prompt_tokens=8", *flags]
-      benchmark.main(["decode", f"--runs={workdir}", *small])
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags, message", [
-  (["--runs", "no/run"], "--runs must name run folders, 'no/run' is none."),
-  (["--runs", "a", "--sizes"], "--runs and --sizes write files of their own"),
-  (["--rounds", "0"], "--rounds must be at least 1, got 0."),
-  (["--batch_sizes", "4", "0"], "--batch_sizes must be at least 1, got [4, 0]."),
-])
-def test_bad_settings_are_refused(flags, message, capsys):
-  with pytest.raises(SystemExit) as error:
-    benchmark.main(["decode", *flags])
-  assert error.value.code == 2
-  assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError) as error:
+      decode._runs(settings(runs=[str(workdir)], **changed))
+    assert message in str(error.value)
 
 
 def test_drafts_are_made_from_features_of_any_width():

@@ -1,4 +1,4 @@
-"""The loss benchmark: its contestants, its arithmetic, its table, its refusals."""
+"""The loss benchmark: its contestants and its arithmetic."""
 
 import importlib.util
 import json
@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch import benchmark
-from launch.benchmarks import loss
+from launch.benchmarks import harness, loss
 from tests import common
+
+pytest_plugins = ("tests.commands",)
 
 
 @pytest.fixture
@@ -61,9 +62,9 @@ def expected_step(inputs):
   pytest.param(x, marks=[pytest.mark.slow] * (x == "torch.compile")) for x in loss.NAMES
 ])
 def test_all_contestants_compute_the_same(name, request):
-  request.getfixturevalue("torch_settings" if name in loss.TORCH else "tokamax")
+  request.getfixturevalue("torch_settings" if name in harness.TORCH else "tokamax")
   config = common.tiny_config("sequential", 3)
-  step, ready = loss.build_step(config, name)
+  step, facts = loss.build_step(config, name)
   step()
   total, (d_hidden, d_unembed) = step()  # Nothing is left over from a step before.
   expected = expected_step(loss.make_inputs(config))
@@ -72,8 +73,8 @@ def test_all_contestants_compute_the_same(name, request):
     found = np.stack(found) if isinstance(found, list) else np.asarray(found)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5 * exact.max())
   sizes = [np.size(x) for x in expected[1:]]
-  assert ready.least_memory == 2 * 4 * sum(sizes)
-  assert (ready.temporaries is None) == (name in loss.TORCH)
+  assert facts["least_memory"] == 2 * 4 * sum(sizes)
+  assert ("temporaries" in facts) == (name not in harness.TORCH)
 
 
 def test_depths_count_as_in_training():
@@ -95,119 +96,30 @@ def test_needed_products_are_those_that_the_compiler_counts(depth):
   assert 1 <= counted / loss.needed_flops(config) < 1.03
 
 
-def test_ratios_are_formed_within_rounds_against_floor_and_peers():
-  row = {
-    "vocab": 264, "embed_dim": 8, "depth": 1, "block_tokens": 32, "flops": 50.0,
-    "hardware": "device", "contestants": {
-      # 100 operations in 4 ms: the row's 50 need 2 ms.
-      "floor": {"hardware": "device", "flops": 100.0, "seconds": _seconds(4e-3)},
-      "ours": _figures(3e-3, 4_000_000, 1_000_000),
-      "plain JAX": _figures(6e-3, 8_000_000, 10_000_000),
-      "torch eager": _figures(2e-3, 5_000_000, None),
-      "torch.compile": {"error": "Failed: no compiler"},
-      "tokamax": {"error": "ModuleNotFoundError: No module named 'tokamax'"},
-    },
+def test_memory_is_compared_with_floor_and_peers():
+  row = {"contestants": {
+    "floor": {"flops": 1.0},
+    "ours": {"least_memory": 2_000_000, "peak_memory": 4_000_000},
+    "torch eager": {"least_memory": 2_000_000, "peak_memory": 5_000_000},
+    "tokamax": {"error": "ModuleNotFoundError: No module named 'tokamax'"},
+  }}
+  assert loss._memory(row) == {
+    "floor MB": "2", "ours MB": "4", "torch eager MB": "5", "ours / floor": "2.00",
+    "ours / torch eager": "0.80",
   }
-  lone = {"contestants": {"ours": row["contestants"]["ours"]}, "vocab": 11}
-  table = loss.markdown(_record([row, row | lone]))
-  assert (
-    "| V | d | D | floor ms | ours ms | plain JAX ms | torch eager ms | torch.compile "
-    "ms | tokamax ms | ours / floor | ours / plain JAX | ours / torch eager | ours / "
-    "torch.compile | ours / tokamax |"
-  ) in table
-  assert (
-    "| 264 | 8 | 1 | 2.0 | 3.0 | 6.0 | 2.0 | - | - | 1.50 [1.50, 1.50] | "
-    "0.50 [0.50, 0.50] | 1.50 [1.50, 1.50] | - | - |"
-  ) in table
-  assert "| 11 | 8 | 1 | - | 3.0 | - | - | - | - | - | - | - | - | - |" in table
-  assert (
-    "| V | d | D | floor | ours | plain JAX | torch eager | torch.compile | tokamax | "
-    "ours (XLA) | plain JAX (XLA) | tokamax (XLA) | ours / floor | ours / plain JAX | "
-    "ours / torch eager | ours / torch.compile | ours / tokamax | "
-    "ours / plain JAX (XLA) | ours / tokamax (XLA) |"
-  ) in table
-  assert (
-    "| 264 | 8 | 1 | 2 | 4 | 8 | 5 | - | - | 1 | 10 | - | 2.00 | 0.50 | 0.80 | - | - | "
-    "0.10 | - |"
-  ) in table
-  for text in (
-    "- V=264, d=8, D=1, torch.compile: Failed: no compiler",
-    "- V=264, d=8, D=1, tokamax: ModuleNotFoundError: No module named 'tokamax'",
-    "`loss.block_tokens` = 32",
-  ):
-    assert text in table
-
-
-def test_flags_come_before_the_preset(tmp_path, monkeypatch):
-  measured = []
-
-  def measure(args, config, say):
-    measured.append(config)
-    return {"hardware": "A GPU", "contestants": {}} | dict.fromkeys(
-      ("vocab", "embed_dim", "depth", "block_tokens", "flops"), 0
-    )
-
-  monkeypatch.setattr(loss, "_measure", measure)
-  flags = ["--preset=gpu", "--depths", "2", "--vocabs=300", "--block_tokens=512"]
-  benchmark.main(["loss", *flags, "--output", str(tmp_path)])
-  assert [
-    (c.trunk.embed_dim, c.tokenizer.vocab_size, c.mtp.depth, c.loss.block_tokens)
-    for c in measured
-  ] == [(1024, 300, 2, 512), (2048, 300, 2, 512)]
-  assert all(c.data.batch_size * c.data.seq_len == 16384 for c in measured)
-  assert json.loads((tmp_path / "loss-a-gpu.json").read_text())["settings"]["rounds"]
-
-
-@pytest.mark.parametrize("flags, message", [
-  (["--rounds=0"], "--rounds must be at least 1, got 0."),
-  (["--steps_per_round=0"], "--steps_per_round must be at least 1, got 0."),
-  (["--block_tokens=-1"], "loss.block_tokens must be at least 0, got -1."),
-  (["--depths=-1"], "mtp.depth must be at least 0, got -1."),
-  (["--contestants=liger"], "invalid choice: 'liger'"),
-  (["--contestants=plain JAX"], "--contestants must have 'ours', got ['plain JAX']."),
-])
-def test_bad_settings_are_refused(flags, message, capsys):
-  with pytest.raises(SystemExit) as error:
-    benchmark.main(["loss", *flags])
-  assert error.value.code == 2
-  assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_quick_run_writes_table_and_figures(tmp_path, capsys):
-  benchmark.main(["loss", "--quick", "--output", str(tmp_path)])
-  assert "left] V=264 d=64 D=1 ours: round 2" in capsys.readouterr().out
+def test_a_quick_run_measures_all(command, tmp_path):
+  result = command("launch.benchmark", "loss", "--preset=quick", f"--output={tmp_path}")
+  assert result.code == 0, result.output
   record = json.loads((tmp_path / "loss-quick.json").read_text())
   assert [row["depth"] for row in record["rows"]] == [0, 1]
   for row in record["rows"]:
     for name in ("floor", "ours", "plain JAX"):
       seconds = row["contestants"][name]["seconds"]
       assert len(seconds) == 2 and all(s > 0 for steps in seconds for s in steps)
-    for name in {"torch eager", "tokamax"}:
+    for name in ("torch eager", "tokamax"):
       figures = row["contestants"][name]
       assert "seconds" in figures or figures["error"].startswith("ModuleNotFoundError")
-  assert (tmp_path / "loss-quick.md").read_text() == loss.markdown(record)
   assert record["versions"].keys() == {"python", "jax", "torch", "tokamax"}
-
-
-def _seconds(step):
-  # The second round was disturbed: all are ten times slower.
-  return [[factor * step] * 2 for factor in (1, 10, 1)]
-
-
-def _figures(step, peak_memory, temporaries):
-  return {
-    "hardware": "device", "least_memory": 2_000_000, "peak_memory": peak_memory,
-    "temporaries": temporaries, "seconds": _seconds(step),
-  }
-
-
-def _record(rows):
-  settings = {
-    "contestants": list(loss.NAMES), "seq_len": 8, "batch_size": 1, "rounds": 3,
-    "steps_per_round": 2, "huge_pages": True,
-  }
-  return {
-    "command": "c", "date": "d", "commit": "0", "hardware": "h", "versions": {},
-    "settings": settings, "rows": rows,
-  }

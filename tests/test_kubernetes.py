@@ -194,7 +194,7 @@ def test_names_are_short_and_no_two_configs_share_one(tmp_path):
   ({"image": None}, r"--kubernetes.image is required"),
   ({"nodes": 0}, r"--kubernetes.nodes must be at least 1, got 0"),
   ({"tpu": "v9"}, r"--kubernetes.tpu must name one of .*, got 'v9'"),
-  ({"tpu": "h100:8"}, r"--kubernetes.tpu must be a slice of .*, got 'h100:8'"),
+  ({"tpu": "h100:8"}, r"--kubernetes.tpu must name one of .*, got 'h100:8'"),
   ({"tpu": "v5p"}, r"--kubernetes.tpu must be a slice of .* with its shape"),
   ({"tpu": "v6e:4x4", "gpus": 8}, r"--kubernetes.nodes and .* not be set .* 1 and 8"),
   ({"tpu": "v6e:2x2", "chips": 8}, r"--kubernetes.chips must divide .* \(4\), got 8"),

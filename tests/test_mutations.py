@@ -307,7 +307,7 @@ MUTANTS = {
     "test_needed_products_are_those_that_the_compiler_counts[2]",
   ),
   "a peer adds its gradients to those of the step before": Mutant(
-    "../launch/benchmarks/loss.py",
+    "../launch/benchmarks/torch_steps.py",
     "      x.grad = None",
     "      pass",
     "test_benchmark_loss.py::test_all_contestants_compute_the_same[torch eager]",

@@ -1,10 +1,13 @@
 """Our model, losses and gradients equal an independent PyTorch implementation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.config import Config, num_trunk_layers
 from mtp_jax.decode import network
 from mtp_jax.depth_weights import depth_weights
 from mtp_jax.model.lm import MtpLm
@@ -13,7 +16,7 @@ from mtp_jax.train_step import loss_and_grads
 from tests import common
 
 torch = pytest.importorskip("torch", reason="the parity test needs torch")
-torch_peer = pytest.importorskip("launch.torch_peer")
+torch_peer = pytest.importorskip("launch.benchmarks.torch_peer")
 
 LAMBDA = 0.375  # lambda / 3 is exact in float32, in which schedules are computed.
 CASES = [
@@ -26,6 +29,90 @@ CASES = [
   ("gpt2", "none", False),
   ("gpt2", "sequential", False),
 ]
+
+
+def export_params(params: Any, config: Config) -> dict[str, np.ndarray]:
+  """Returns the state dict of `Peer(config)` for our parameter tree.
+
+  Only names and layouts change, so the same function turns our gradients into the
+  gradients that the peer should have.
+  """
+  state: dict[str, np.ndarray] = {"embed.weight": _array(params["embed"]["embedding"])}
+  if config.trunk.kind == "gpt2":
+    state["position_embed.weight"] = _array(params["position_embed"]["embedding"])
+  if not config.trunk.tie_embeddings:
+    state["unembed.weight"] = _array(params["unembed"]["kernel"]).T
+  state |= _norm("final_norm", params["final_norm"])
+  blocks = params["trunk"]["blocks"]
+  for i in range(num_trunk_layers(config)):
+    state |= _block(f"blocks.{i}", _entry(blocks, i))
+  mtp = config.mtp
+  if mtp.kind == "parallel":
+    for i in range(1 + mtp.depth):
+      state |= _block(f"heads.{i}", _entry(params["mtp"]["heads"], i))
+  elif mtp.kind == "sequential" and mtp.depth:
+    modules = params["mtp"]["modules"]
+    for i in range(1 if mtp.share_modules else mtp.depth):
+      module = modules if mtp.share_modules else _entry(modules, i)
+      name = f"modules_.{i}"
+      for norm in ("hidden_norm", "embed_norm", "out_norm"):
+        state |= _norm(f"{name}.{norm}", module[norm])
+      state[f"{name}.projection.weight"] = _array(module["projection"]).T
+      state |= _block(f"{name}.block", module["block"])
+  elif mtp.kind == "linear":
+    for i in range(mtp.depth):
+      state[f"maps.{i}.weight"] = _array(params["mtp"]["maps"])[i].T
+  elif mtp.kind == "medusa":
+    for i in range(mtp.depth):
+      state[f"maps.{i}.weight"] = _array(params["mtp"]["kernels"])[i].T
+      state[f"maps.{i}.bias"] = _array(params["mtp"]["biases"])[i]
+  return state
+
+
+def load_params(model: Any, state: dict[str, np.ndarray]) -> None:
+  """Fills the model; every parameter must be named, a tied one once."""
+  tensors = {name: torch.tensor(value) for name, value in state.items()}
+  if model.config.trunk.tie_embeddings:
+    tensors["unembed.weight"] = tensors["embed.weight"]
+  model.load_state_dict(tensors)
+
+
+def _block(name: str, tree: Any) -> dict[str, np.ndarray]:
+  attention, mlp = tree["attention"], tree["mlp"]
+  names = ("query", "key", "value")
+  flat = [_array(attention[n]).reshape(len(attention[n]), -1).T for n in names]
+  out = _array(attention["out"])
+  state = {
+    f"{name}.attention.qkv.weight": np.concatenate(flat),
+    f"{name}.attention.out.weight": out.reshape(-1, out.shape[-1]).T,
+  }
+  if "out_bias" in attention:
+    biases = [_array(attention[f"{n}_bias"]).ravel() for n in names]
+    state[f"{name}.attention.qkv.bias"] = np.concatenate(biases)
+    state[f"{name}.attention.out.bias"] = _array(attention["out_bias"])
+  for key, value in mlp.items():
+    layer, is_bias = key.removesuffix("_bias"), key.endswith("_bias")
+    kind = "bias" if is_bias else "weight"
+    state[f"{name}.mlp.{layer}.{kind}"] = _array(value).T
+  for norm in ("attention_norm", "mlp_norm"):
+    state |= _norm(f"{name}.{norm}", tree[norm])
+  return state
+
+
+def _norm(name: str, tree: Any) -> dict[str, np.ndarray]:
+  names = {"scale": "weight", "bias": "bias"}
+  return {f"{name}.{names[key]}": _array(value) for key, value in tree.items()}
+
+
+def _entry(tree: Any, index: int) -> Any:
+  """One layer of a tree of stacked parameters."""
+  if isinstance(tree, dict):
+    return {key: _entry(value, index) for key, value in tree.items()}
+  return tree[index]
+
+
+def _array(value: Any) -> np.ndarray:
+  return np.asarray(value)
 
 
 def _config(trunk: str, kind: str, shared: bool):
@@ -62,11 +149,11 @@ def test_losses_and_gradients_equal_torch(trunk, kind, shared):
     )
     sums, counts_M, grads = step(params, common.microbatches(batch))
     losses_M = np.asarray(sums.nll_M / counts_M)
-    expected = torch_peer.export_params(grads, config)
-    state = torch_peer.export_params(params, config)
+    expected = export_params(grads, config)
+    state = export_params(params, config)
 
   peer = torch_peer.Peer(config).double()
-  torch_peer.load_params(peer, state)
+  load_params(peer, state)
   fields = {k: torch.tensor(v, dtype=torch.int64) for k, v in batch.arrays().items()}
   peer_losses_M = peer(**fields)
   torch_peer.total_loss(peer_losses_M, LAMBDA).backward()
@@ -100,7 +187,7 @@ def test_cached_decoding_equals_torch(trunk, kind):
   with jax.enable_x64(True):
     params = _random_params(config, batch)
     peer = torch_peer.Peer(config).double()
-    torch_peer.load_params(peer, torch_peer.export_params(params, config))
+    load_params(peer, export_params(params, config))
     weights = network.unstack(params, config)
     cache, peer_cache = target.init(rows, slots), peer.empty_cache(rows, slots)
     # A prompt, one token, several tokens: the three shapes of a decoding loop.

@@ -1,27 +1,62 @@
-"""What a round of decoding consists of, each part repeated in a program of its own.
+"""What `launch.benchmark decode` times: whole generations, and the parts of a round.
 
-A part runs many times within one compiled loop, on the same pure functions, caches and
-shapes as in `mtp_jax.decode.loop`, so that what is measured is its work and not the
-dispatch of programs. What it computes is carried into its next turn, as in decoding,
-and so cannot be left out or taken out of the loop by the compiler.
+A part runs many times within one compiled loop, on the functions, caches and shapes of
+`mtp_jax.decode.loop`, so that its work is measured and not the dispatch of programs.
+Each turn of the loop uses results of the turn before, as in decoding, so the compiler
+cannot leave the work out or take it out of the loop.
 
-Legend: B batch, S slots, R = K + 1 rows of a verification, X of that of a tree, W rows
-of the window, D feature.
+Legend: B batch, S slots, X rows of a verification, W rows of the window, D feature.
 """
 
+import dataclasses
+import functools
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from launch.benchmarks import harness, limits
+from launch.benchmarks.harness import TORCH, Contestant
+from launch.benchmarks.pages import ratios
 from mtp_jax.argmax import argmax
-from mtp_jax.decode import loop, trees
+from mtp_jax.config import Config
+from mtp_jax.decode import loop, network, trees
+from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.decode.interface import Drafter, Window, take_tokens
+from mtp_jax.model.layers import compute_dtype
 
 _MOST_TURNS = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model to decode with; `prompts_NP` are all of one length."""
+
+  name: str
+  config: Config
+  weights: network.Weights
+  prompts_NP: np.ndarray
+  max_new_tokens: int
+  stop_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A way to draft.
+
+  make_weights: (weights, true tokens drafts_BS) -> weights of the drafter.
+  has_cost: making its drafts is work that is worth timing.
+  """
+
+  plan: loop.Plan
+  make_weights: Callable[[Any, jax.Array], Any]
+  has_cost: bool = True
 
 
 class Part:
@@ -52,48 +87,33 @@ class Part:
     return (time.perf_counter() - start) / self._count
 
 
-def forward_rows(
-  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState, rows: int
+def forward(
+  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState, rows: int | None
 ) -> Part:
   """Runs the target on the next `rows` tokens of every sequence, up to its choices.
 
-  With one row it is the least that decoding can do for a token; with R the
-  verification.
+  One row is the least that decoding can do for a token, K + 1 rows are a verification.
+  None runs the newest token and all nodes of a tree.
   """
   target, slots = plan.target, state.tokens_BS.shape[1]
+  if rows is None:
+    sees_BXX = trees.ancestors(state.nodes.parent_BN, plan.drafter.num_drafts)
+    places = trees.places(sees_BXX, state.length_B, slots)
+    tokens_BX = jnp.zeros(sees_BXX.shape[:2], jnp.int32)
+  else:
+    places = state.length_B[:, None] - 1 + jnp.arange(rows)
+    tokens_BX = jnp.zeros_like(places)
 
   def body(inputs: loop.Inputs, carry: Any) -> Any:
-    tokens_BR, position_BR, cache = carry
-    hidden_BRD, _, cache = target.forward(
-      inputs.weights, tokens_BR, position_BR, cache
-    )
-    logits_BRV = target.unembed(inputs.weights, hidden_BRD)
-    tokens_BR = argmax(logits_BRV)
-    return tokens_BR, (position_BR + 1) % slots, cache
-
-  position_BR = state.length_B[:, None] - 1 + jnp.arange(rows)
-  cache = jax.tree.map(jnp.copy, state.cache)
-  return Part(body, inputs, (jnp.zeros_like(position_BR), position_BR, cache))
-
-
-def forward_nodes(
-  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
-) -> Part:
-  """Runs the target on the newest token and all nodes of a tree, up to its choices."""
-  target, nodes = plan.target, state.nodes
-  sees_BXX = trees.ancestors(nodes.parent_BN, plan.drafter.num_drafts)
-  places = trees.places(sees_BXX, state.length_B, state.tokens_BS.shape[1])
-
-  def body(fixed: Any, carry: Any) -> Any:
-    inputs, places = fixed
-    tokens_BX, cache = carry
+    tokens_BX, places, cache = carry
     hidden_BXD, _, cache = target.forward(inputs.weights, tokens_BX, places, cache)
     logits_BXV = target.unembed(inputs.weights, hidden_BXD)
-    return argmax(logits_BXV), cache
+    if rows is not None:
+      places = (places + 1) % slots
+    return argmax(logits_BXV), places, cache
 
   cache = jax.tree.map(jnp.copy, state.cache)
-  tokens_BX = jnp.zeros(sees_BXX.shape[:2], jnp.int32)
-  return Part(body, (inputs, places), (tokens_BX, cache))
+  return Part(body, inputs, (tokens_BX, places, cache))
 
 
 def draft(
@@ -167,3 +187,209 @@ def forced(drafter: Drafter) -> Drafter:
     catch_up=lambda weights, cache, window: drafter.catch_up(weights[0], cache, window),
     propose=propose,
   )
+
+
+class Generation:
+  """The decoding of all batches by one plan, again and again.
+
+  tokens: what it decoded, tokens_BS of every batch. rounds: of all batches together.
+  sequence_rounds, sequence_tokens: of all sequences together, prefill excluded.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    plan: loop.Plan,
+    batches: Sequence[np.ndarray],
+    draft_weights: Sequence[Any],
+  ):
+    self.plan = plan
+    self.limit = batches[0].shape[1] + model.max_new_tokens
+    stop_ids = np.array(model.stop_ids, np.int32)
+    self._batches = [
+      (batch, loop.Inputs(model.weights, weights, None, stop_ids))
+      for batch, weights in zip(batches, draft_weights, strict=True)
+    ]
+    self.tokens: list[jax.Array] = []
+    self.rounds = self.sequence_rounds = self.sequence_tokens = 0
+    for batch, inputs in self._batches:
+      state = loop.finish(plan, inputs, self._start(batch, inputs))
+      self.tokens.append(state.tokens_BS[:, : self.limit])
+      self.rounds += int(state.stats.rounds_B.max())
+      self.sequence_rounds += int(state.stats.rounds_B.sum())
+      self.sequence_tokens += int((state.length_B - batch.shape[1] - 1).sum())
+
+  def seconds(self) -> float:
+    """Decodes everything; returns the time without prefill."""
+    total = 0.0
+    for batch, inputs in self._batches:
+      state = jax.block_until_ready(self._start(batch, inputs))
+      start = time.perf_counter()
+      jax.block_until_ready(loop.finish(self.plan, inputs, state))
+      total += time.perf_counter() - start
+    return total
+
+  def first(self) -> tuple[loop.Inputs, loop.DecodeState]:
+    """Returns the inputs of the first batch and its state after the prefill."""
+    batch, inputs = self._batches[0]
+    return inputs, self._start(batch, inputs)
+
+  def _start(self, batch_BP: np.ndarray, inputs: loop.Inputs) -> loop.DecodeState:
+    rows, length = batch_BP.shape
+    slots = loop.slots_for(self.limit, self.plan.drafter.num_drafted)
+    tokens_BS = np.zeros((rows, slots), np.int32)
+    tokens_BS[:, :length] = batch_BP
+    full_B = functools.partial(np.full, rows, dtype=np.int32)
+    return loop.prefill(
+      self.plan, length, inputs, tokens_BS, full_B(length), full_B(self.limit),
+      np.uint32(0), np.arange(rows, dtype=np.int32),  # Noise, which greedy has none of.
+    )
+
+
+# An array that fills memory is kept for all models of a run.
+_read_all = functools.cache(limits.reads)
+
+
+def measure(
+  model: Model,
+  variants: Mapping[str, Variant],
+  batch_size: int,
+  settings: SimpleNamespace,
+  peers: Mapping[str, Contestant],
+  advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+  """Returns a row per variant; everything that is timed takes turns.
+
+  `advance` is called once per round.
+  """
+  batches = np.split(model.prompts_NP, len(model.prompts_NP) // batch_size)
+  plain_plan = make_plan(model.config, Decoding(num_drafts=0))
+  plain = Generation(model, plain_plan, batches, [None] * len(batches))
+  reads = _read_all(compute_dtype(model.config.trunk))
+  inputs, state = plain.first()
+  parts = {
+    "step": forward(plain_plan, inputs, state, 1),
+    "plain round": whole_round(plain_plan, inputs, state),
+  }
+  generations = {"plain": plain}
+  for name, variant in variants.items():
+    plan = variant.plan
+    weights = [
+      variant.make_weights(
+        model.weights, jnp.pad(tokens_BS, ((0, 0), (0, plan.drafter.num_drafts)))
+      )
+      for tokens_BS in plain.tokens
+    ]
+    generations[name] = Generation(model, plan, batches, weights)
+    inputs, state = generations[name].first()
+    if (verify := _verify(name, plan)) not in parts:
+      parts[verify] = forward(
+        plan, inputs, state,
+        None if plan.drafter.num_nodes else 1 + plan.drafter.num_drafts,
+      )
+    if variant.has_cost:
+      parts[f"{name} draft"] = draft(plan, inputs, state)
+      parts[f"{name} round"] = whole_round(plan, inputs, state)
+  for part in parts.values():
+    part.warm_up(settings.least_seconds)
+  timed = generations | parts | {"reads": reads}
+  timers = {name: x.seconds for name, x in timed.items()}
+  timers |= {name: functools.partial(_run_once, peer) for name, peer in peers.items()}
+  share = itertools.count(1)
+  seconds = harness.take_turns(
+    timers, settings.rounds, lambda _: advance(next(share) % len(timers) == 0)
+  )
+  of_round = {name: np.array(times) for name, times in seconds.items()}
+  floor = of_round["reads"] * _step_bytes(model, plain) / reads.amount
+  return [
+    _row(model, batch_size, name, plain, generations[name], of_round, floor)
+    for name in variants
+  ]
+
+
+def _run_once(peer: Contestant) -> float:
+  return peer.run(1)[0]
+
+
+def _verify(name: str, plan: loop.Plan) -> str:
+  """Returns the name of a variant's verification: chains of one length share theirs."""
+  return f"verify {name if plan.drafter.num_nodes else plan.drafter.num_drafts}"
+
+
+def _step_bytes(model: Model, plain: Generation) -> float:
+  """Returns the bytes that a step of one token must read, as a mean over a generation.
+
+  All experts count.
+  """
+  weights, (_, state) = model.weights, plain.first()
+  read = (weights.blocks, weights.final_norm, weights.unembed_DV)
+  filled = model.prompts_NP.shape[1] + model.max_new_tokens / 2
+  return _size(read) + _size(state.cache) * filled / state.tokens_BS.shape[1]
+
+
+def _size(tree: Any) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _row(
+  model: Model,
+  batch_size: int,
+  name: str,
+  plain: Generation,
+  drafted: Generation,
+  seconds: Mapping[str, np.ndarray],
+  floor: np.ndarray,
+) -> dict[str, Any]:
+  """Returns what was measured of one variant, and the ratios of every round.
+
+  `floor` are the least seconds of a step of one token.
+  """
+  config, drafter = model.config, drafted.plan.drafter
+  step, verify = seconds["step"], seconds[_verify(name, drafted.plan)]
+  draft = seconds.get(f"{name} draft", np.zeros_like(step))
+  timed = {
+    "floor": floor, "step": step, "plain_round": seconds["plain round"],
+    "verify": verify, "draft": draft, "plain": seconds["plain"],
+    "drafted": seconds[name],
+  }
+  batch_tau = plain.rounds / drafted.rounds
+  predicted = batch_tau * step / (verify + draft)
+  measured = seconds["plain"] / seconds[name]
+  found = {
+    "floor_over_step": floor / step, "v": verify / step, "sum_c": draft / step,
+    "plain_overhead": seconds["plain round"] / step - 1, "predicted": predicted,
+    "measured": measured, "measured_over_predicted": measured / predicted,
+  }
+  if (whole := seconds.get(f"{name} round")) is not None:
+    timed["round"], found["overhead"] = whole, (whole - verify - draft) / step
+  same = (
+    np.all(a == b, axis=1).sum()
+    for a, b in zip(plain.tokens, drafted.tokens, strict=True)
+  )
+  torch = {peer: seconds[peer] for peer in TORCH if peer in seconds}
+  return {
+    "model": model.name,
+    "trunk": config.trunk.kind,
+    "vocab": config.tokenizer.vocab_size,
+    "embed_dim": config.trunk.embed_dim,
+    "num_layers": config.trunk.num_layers,
+    "kind": config.mtp.kind,
+    "depth": config.mtp.depth,
+    "batch_size": batch_size,
+    "num_prompts": len(model.prompts_NP),
+    "prompt_tokens": model.prompts_NP.shape[1],
+    "max_new_tokens": model.max_new_tokens,
+    "drafter": name,
+    "num_drafts": drafter.num_drafts,
+    "num_drafted": drafter.num_drafted,
+    "plain_rounds": plain.rounds,
+    "rounds": drafted.rounds,
+    "tau": drafted.sequence_tokens / drafted.sequence_rounds,
+    "batch_tau": batch_tau,
+    "identical": int(sum(same)),
+    **{key: values.tolist() for key, values in found.items()},
+    "plain_over_torch": {
+      peer: ratios(seconds["plain"].tolist(), x.tolist()) for peer, x in torch.items()
+    },
+    "seconds": {key: values.tolist() for key, values in (timed | torch).items()},
+  }

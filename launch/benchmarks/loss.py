@@ -1,17 +1,17 @@
-"""`launch.benchmark loss`: our loss against all logits at once, PyTorch and tokamax.
+"""Times the loss and its gradient against all logits at once, PyTorch and tokamax.
+
+  python -m launch.benchmark loss --vocabs=264 --depths=3 --block_tokens=4096
 
 A step is the value and the gradient of the training loss alone, with respect to the
 hidden states of every depth and the output matrix, from given hidden states; every
-position counts. The contestants of one row take turns for several rounds, with large
-products whose rate is the floor's; every ratio is formed within a round, so that a
-machine that is busy for a while slows both of its sides.
+position counts. The floor is the time of the products that no implementation can leave
+out, at the rate of products of large matrices.
 """
 
-import argparse
-import dataclasses
 import functools
-import statistics
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,73 +20,40 @@ import numpy as np
 import optax
 
 from experiments import base
-from launch.benchmarks import limits
-from launch.benchmarks.contestants import (
-  Contestant,
-  Turns,
-  peak_of_jax,
-  peak_of_torch,
-  resident,
-)
-from launch.benchmarks.records import (
-  PACKAGES,
-  Progress,
-  add_huge_pages,
-  add_output,
-  add_trace,
-  apply_preset,
-  floor_seconds,
-  header,
-  heading,
-  new_parser,
-  ratios,
-  rounds_of,
-  slug,
-  spread,
-  table,
-  write,
-)
+from launch.benchmarks import harness, limits, pages, torch_steps
+from launch.benchmarks.harness import FLOOR, OURS, TORCH, Entrant
+from launch.tables import markdown
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.losses import loss_sums
 from mtp_jax.model.attention_ops import import_tokamax
 from mtp_jax.model.layers import compute_dtype
 
-OURS, PLAIN, TOKAMAX = "ours", "plain JAX", "tokamax"
-TORCH = ("torch eager", "torch.compile")
+PLAIN, TOKAMAX = "plain JAX", "tokamax"
 NAMES = (OURS, PLAIN, *TORCH, TOKAMAX)
-_FLOOR = "floor"
-_PRESETS = {
+PRESETS = {
   "cpu": {
     "vocabs": [264, 50304], "depths": [0, 1, 3], "embed_dims": [256], "seq_len": 256,
-    "batch_size": 16, "rounds": 5, "steps_per_round": 2,
+    "batch_size": 16, "rounds": 5, "steps_per_round": 2, "block_tokens": 0,
+    "contestants": list(NAMES),
   },
   "gpu": {
     "vocabs": [264, 50304], "depths": [0, 1, 3], "embed_dims": [1024, 2048],
     "seq_len": 2048, "batch_size": 8, "rounds": 7, "steps_per_round": 10,
+    "block_tokens": 0, "contestants": list(NAMES),
+  },
+  "quick": {
+    "vocabs": [264], "depths": [0, 1], "embed_dims": [64], "seq_len": 64,
+    "batch_size": 4, "rounds": 2, "steps_per_round": 2, "block_tokens": 0,
+    "contestants": [OURS, PLAIN, "torch eager", TOKAMAX],
   },
 }
-_QUICK = {
-  "vocabs": [264], "depths": [0, 1], "embed_dims": [64], "seq_len": 64,
-  "batch_size": 4, "rounds": 2, "steps_per_round": 2,
-  "contestants": [OURS, PLAIN, "torch eager", TOKAMAX],
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-  """What a contestant says once it is compiled and warm; sizes in bytes.
-
-  least_memory: of the states, the matrix and their gradients.
-  peak_memory: what one warm step needs at most, these included: allocator peak on a
-    GPU, growth of the resident set on a CPU; None if unknown.
-  temporaries: of the program, by XLA's own analysis; None for torch.
-  """
-
-  hardware: str
-  least_memory: int
-  peak_memory: int | None
-  temporaries: int | None
+harness.define_settings(
+  PRESETS,
+  embed_dims="widths of the hidden states",
+  block_tokens="positions per block of logits in our loss; 0 suits the device",
+  contestants=f"of {', '.join(NAMES)}",
+)
 
 
 class Inputs(NamedTuple):
@@ -102,67 +69,33 @@ class Inputs(NamedTuple):
   coefficients_M: np.ndarray
 
 
-def add_parser(commands: Any) -> None:
-  """Adds the `loss` subcommand to the subparsers of `launch.benchmark`."""
-  parser = new_parser(
-    commands, "loss", _PRESETS, __doc__,
-    "our loss and its gradient against all logits at once, PyTorch and tokamax",
-    (
-      "  python -m launch.benchmark loss --quick         a check that takes a minute\n"
-      "  python -m launch.benchmark loss                 the published table of a CPU\n"
-      "  python -m launch.benchmark loss --preset gpu    that of a GPU\n"
-      "  python -m launch.benchmark loss --vocabs 264 --depths 3 --block_tokens 4096\n"
-    ),
-  )
-  add = parser.add_argument
-  add("--vocabs", nargs="+", type=int, metavar="V")
-  add("--depths", nargs="+", type=int, metavar="D")
-  add("--embed_dims", nargs="+", type=int, metavar="d", help="widths of the states")
-  add("--seq_len", type=int)
-  add("--batch_size", type=int)
-  add("--rounds", type=int, help="turns of every contestant")
-  add("--steps_per_round", type=int)
-  add(
-    "--block_tokens", type=int,
-    help="positions per block of logits in our loss; by default as in training",
-  )
-  add(
-    "--contestants", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME",
-    help=f"of {', '.join(map(repr, NAMES))}",
-  )
-  add_huge_pages(parser)
-  add_trace(parser)
-  add_output(parser, "tiny sizes, two rounds, no torch.compile")
-  parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> None:
-  """Measures, prints the table, writes it and its figures.
+def main() -> None:
+  """Measures, and writes the page.
 
   Raises:
-    ConfigError: no rounds or steps, ours left out, or sizes that no model has.
+    ConfigError: our loss is left out, or sizes that no model has.
   """
-  apply_preset(args, _PRESETS, _QUICK)
-  if OURS not in args.contestants:
-    raise ConfigError(f"--contestants must have {OURS!r}, got {args.contestants}.")
-  configs = [
-    _config(args, vocab, dim, depth)
-    for dim in args.embed_dims
-    for vocab in args.vocabs
-    for depth in args.depths
-  ]
+  settings = harness.read_settings(PRESETS, {"contestants": NAMES})
+  if OURS not in settings.contestants:
+    raise ConfigError(
+      f"--contestants must have {OURS}, got {','.join(settings.contestants)}."
+    )
+  cases = itertools.product(settings.embed_dims, settings.vocabs, settings.depths)
+  configs = [_config(settings, *case) for case in cases]
   for config in configs:
     validate(config, 1)
-  say = Progress(len(configs) * (1 + len(args.contestants)), args.rounds)
-  rows = [_measure(args, config, say) for config in configs]
-  record = header(args, (*PACKAGES, TOKAMAX)) | {"rows": rows}
-  name = "loss-quick" if args.quick else f"loss-{slug(rows[0]['hardware'])}"
-  write(args.output, name, record, markdown(record))
+  turns = len(configs) * (1 + len(settings.contestants))
+  advance = harness.count_turns(turns * (1 + settings.rounds))
+  rows = [_measure(settings, config, advance) for config in configs]
+  pages.write_page(
+    "loss", settings, rows, pages.device_of(rows), page(settings, rows),
+    ("jax", "torch", TOKAMAX),
+  )
 
 
-def _config(args: argparse.Namespace, vocab: int, dim: int, depth: int) -> Config:
+def _config(settings: SimpleNamespace, dim: int, vocab: int, depth: int) -> Config:
   """Returns a small model with such states; only its loss is computed."""
-  sizes = {
+  return with_overrides(from_config_dict(base.get_config()), {
     "trunk.embed_dim": dim,
     "trunk.num_layers": 1,
     "trunk.num_heads": 1,
@@ -170,43 +103,40 @@ def _config(args: argparse.Namespace, vocab: int, dim: int, depth: int) -> Confi
     "mtp.kind": "sequential" if depth else "none",
     "mtp.depth": depth,
     "tokenizer.vocab_size": vocab,
-    "data.seq_len": args.seq_len,
-    "data.batch_size": args.batch_size,
+    "data.seq_len": settings.seq_len,
+    "data.batch_size": settings.batch_size,
+    "loss.block_tokens": settings.block_tokens,
     "mesh.data": 1,
     "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
-  }
-  if args.block_tokens is not None:
-    sizes["loss.block_tokens"] = args.block_tokens
-  return with_overrides(from_config_dict(base.get_config()), sizes)
+  })
 
 
 def _measure(
-  args: argparse.Namespace, config: Config, say: Progress
+  settings: SimpleNamespace, config: Config, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-  """Returns one row, its contestants and the products of its floor in turns."""
-  row: dict[str, Any] = {
+  """Returns the row of one config: its contestants and its floor in turns."""
+  row = {
     "vocab": config.tokenizer.vocab_size,
-    "depth": config.mtp.depth,
     "embed_dim": config.trunk.embed_dim,
-    "block_tokens": config.loss.block_tokens,
+    "depth": config.mtp.depth,
     "flops": needed_flops(config),
-    "hardware": "unknown",
-    "contestants": {},
   }
-  builds = {_FLOOR: limits.build_products} | dict.fromkeys(args.contestants, build_step)
-  with Turns(args.rounds, args.steps_per_round, say, trace=args.trace) as turns:
-    for name, build in builds.items():
-      label = f"V={row['vocab']} d={row['embed_dim']} D={row['depth']} {name}"
-      turns.enter(label, Contestant(name, config, args.huge_pages, build), row)
-    turns.take()
-  return row
+  builds = {FLOOR: functools.partial(limits.build_products, config)} | {
+    name: functools.partial(build_step, config, name) for name in settings.contestants
+  }
+  label = f"V={row['vocab']} d={row['embed_dim']} D={row['depth']}"
+  found = harness.measure(
+    {f"{label} {n}": Entrant(b, settings.steps_per_round) for n, b in builds.items()},
+    settings, advance,
+  )
+  return row | {"contestants": dict(zip(builds, found.values(), strict=True))}
 
 
 def needed_flops(config: Config) -> float:
-  """Returns those of the products that no implementation can leave out.
+  """Returns the FLOPs of the products that no implementation can leave out.
 
-  Three per depth, each of 2 N d V with N = B T: the logits, their gradient times the
-  output matrix, and times the states.
+  Three products per depth, each of 2 N d V with N = B T: the logits, their gradient
+  times the output matrix, and their gradient times the states.
   """
   tokens = config.data.batch_size * config.data.seq_len
   product = 2.0 * tokens * config.trunk.embed_dim * config.tokenizer.vocab_size
@@ -218,7 +148,7 @@ def make_inputs(config: Config, seed: int = 0) -> Inputs:
   rng = np.random.default_rng(seed)
   width, vocab = config.trunk.embed_dim, config.tokenizer.vocab_size
   tokens = (1 + config.mtp.depth, config.data.batch_size, config.data.seq_len)
-  # Numpy's: in a PyTorch contestant, JAX does not start. Every position counts.
+  # By numpy: in a PyTorch contestant, JAX does not start.
   weights_M = np.full(tokens[0], config.mtp.weight / max(config.mtp.depth, 1))
   weights_M[0] = 1
   return Inputs(
@@ -229,19 +159,15 @@ def make_inputs(config: Config, seed: int = 0) -> Inputs:
   )
 
 
-def build_step(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
-  """Returns the step of one of `NAMES`, compiled and warm, and what it says.
+def build_step(config: Config, name: str) -> tuple[Callable[[], Any], dict[str, Any]]:
+  """Builds the step of one of `NAMES`.
 
-  A step returns `(total, (d_hidden, d_unembed_DV))`; `d_hidden` is a list of the
-  depths' where the depths are computed one after the other.
+  A step returns `(total, (d_hidden, d_unembed_DV))`; `d_hidden` is a list by depth
+  where the depths are computed one after the other.
   """
-  build = _build_torch if name in TORCH else _build_jax
-  return build(config, name)
-
-
-def _build_jax(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
-  jax.block_until_ready(jnp.ones(()) + 1)  # Loads what any program needs.
-  before = resident()
+  if name in TORCH:
+    return torch_steps.build_loss(functools.partial(make_inputs, config), name)
+  before = limits.resident_with_jax()
   dtype = compute_dtype(config.trunk)
   inputs = make_inputs(config)
   unembed_DV = jnp.asarray(inputs.unembed_DV, dtype)
@@ -252,7 +178,7 @@ def _build_jax(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
     targets = jnp.asarray(inputs.targets_MBT), jnp.asarray(mask)
   else:
     loss = {PLAIN: plain_loss, TOKAMAX: tokamax_loss}[name]
-    # As a model has them that never stacks its depths.
+    # A model that never stacks its depths has them one by one.
     hidden = [jnp.asarray(h_BTD, dtype) for h_BTD in inputs.hidden_MBTD]
     targets = [jnp.asarray(t_BT) for t_BT in inputs.targets_MBT]
   arguments = (hidden, unembed_DV, targets, jnp.asarray(inputs.coefficients_M))
@@ -263,12 +189,12 @@ def _build_jax(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
     return jax.block_until_ready(program(*arguments))
 
   step()
-  return step, Ready(
-    hardware=jax.devices()[0].device_kind,
-    least_memory=2 * sum(x.nbytes for x in jax.tree.leaves(arguments[:2])),
-    peak_memory=peak_of_jax(step, before),
-    temporaries=program.memory_analysis().temp_size_in_bytes,
-  )
+  return step, {
+    "hardware": jax.devices()[0].device_kind,
+    "least_memory": 2 * sum(x.nbytes for x in jax.tree.leaves(arguments[:2])),
+    "peak_memory": limits.peak_memory(step, before),
+    "temporaries": program.memory_analysis().temp_size_in_bytes,
+  }
 
 
 def _our_loss(block_tokens, hidden_MBTD, unembed_DV, targets, coefficients_M):
@@ -284,7 +210,7 @@ def plain_loss(
   targets: list[jax.Array],
   coefficients_M: jax.Array,
 ) -> jax.Array:
-  """Returns the total; depth by depth from [B, T, D] states and [B, T] ids."""
+  """Returns the total, depth by depth from states [B, T, D] and ids [B, T]."""
   total = jnp.float32(0)
   for h_BTD, t_BT, coefficient in zip(hidden, targets, coefficients_M, strict=True):
     logits_BTV = (h_BTD @ unembed_DV).astype(jnp.float32)
@@ -299,7 +225,7 @@ def tokamax_loss(
   targets: list[jax.Array],
   coefficients_M: jax.Array,
 ) -> jax.Array:
-  """Returns the same of tokamax's fused product and cross-entropy."""
+  """Returns the total by tokamax's fused product and cross-entropy."""
   tokamax, total = import_tokamax(), jnp.float32(0)
   for h_BTD, t_BT, coefficient in zip(hidden, targets, coefficients_M, strict=True):
     total += coefficient * tokamax.linear_softmax_cross_entropy_loss(
@@ -308,162 +234,42 @@ def tokamax_loss(
   return total
 
 
-def _build_torch(config: Config, name: str) -> tuple[Callable[[], Any], Ready]:
-  # Torch is optional, and only this process needs it.
-  from launch.benchmarks.torch_step import start_torch
-
-  torch, device = start_torch()
-  functional, cuda = torch.nn.functional, device.type == "cuda"
-  before = resident()
-  dtype = torch.bfloat16 if cuda else torch.float32
-  inputs = make_inputs(config)
-
-  def leaf(x: np.ndarray) -> Any:
-    return torch.tensor(x).to(device, dtype).requires_grad_()
-
-  hidden = [leaf(h_BTD) for h_BTD in inputs.hidden_MBTD]
-  unembed_VD = leaf(inputs.unembed_DV.T)
-  targets = torch.tensor(inputs.targets_MBT, dtype=torch.int64).to(device)
-  coefficients = [float(c) for c in inputs.coefficients_M]
-  del inputs
-
-  def loss() -> Any:
-    total = 0.0
-    for h_BTD, t_BT, coefficient in zip(hidden, targets, coefficients, strict=True):
-      logits_BTV = functional.linear(h_BTD, unembed_VD).float()
-      total = total + coefficient * functional.cross_entropy(
-        logits_BTV.flatten(0, 1), t_BT.flatten(), reduction="sum"
-      )
-    return total
-
-  forward = torch.compile(loss) if name == "torch.compile" else loss
-
-  def step() -> Any:
-    for x in (*hidden, unembed_VD):
-      x.grad = None
-    total = forward()
-    total.backward()
-    if cuda:
-      torch.cuda.synchronize()
-    return total.detach(), ([h_BTD.grad for h_BTD in hidden], unembed_VD.grad.T)
-
-  step()
-  return step, Ready(
-    hardware=torch.cuda.get_device_name() if cuda else "cpu",
-    least_memory=2 * sum(x.nbytes for x in (*hidden, unembed_VD)),
-    peak_memory=peak_of_torch(step, before),
-    temporaries=None,
-  )
-
-
-def markdown(record: dict[str, Any]) -> str:
-  """Returns the tables of a benchmark record, with what is needed to read them."""
-  rows, settings = record["rows"], record["settings"]
-  peers = [n for n in settings["contestants"] if n != OURS]
-  parts = [
-    *heading(
-      "The loss and its gradient: ours against all logits at once, PyTorch, tokamax",
-      record, rows[0]["hardware"],
-    ),
-    f"N = {settings['batch_size']} x {settings['seq_len']} positions per depth, all "
-    "of which count; V is the vocabulary, d the width of the states, D the extra "
-    "depths. A step is the value of the training loss and its gradient with respect to "
-    "the states of all depths and the output matrix, in the compute dtype of the "
-    "device (float32 on a CPU, else bfloat16), from given states; softmax and sums are "
-    f"float32. {settings['rounds']} interleaved rounds of "
-    f"{settings['steps_per_round']} steps. Times: median over rounds. Ratios: median "
-    "over rounds [least, greatest]; below 1 our step is the faster.",
-    "",
-    "- floor: the three products that nothing can leave out, 3 x 2 N d V operations "
-    "per depth, at the rate of products of large square matrices of that dtype, timed "
-    "in the same rounds",
-    f"- {OURS}: `mtp_jax.losses.loss_sums` as training calls it, with masks and "
-    f"counts, `loss.block_tokens` = {rows[0]['block_tokens']} (0: as suits the device)",
-    f"- {PLAIN}: `h @ w` and optax's cross-entropy, one depth after the other, "
-    "differentiated by JAX; logits are rounded to the compute dtype",
-    f"- {', '.join(TORCH)}: `F.linear` and `F.cross_entropy`, one depth after the "
-    "other, then `backward`; logits are rounded to the compute dtype",
-    f"- {TOKAMAX}: its `linear_softmax_cross_entropy_loss`, one depth after the other, "
-    "by the implementation that it picks; where it has no kernel for the device, as on "
-    "a CPU, that is all logits at once",
-    "",
+def page(settings: SimpleNamespace, rows: list[dict[str, Any]]) -> list[str]:
+  """Returns the paragraphs and tables of the page."""
+  return [
+    f"N = {settings.batch_size} x {settings.seq_len} positions per depth, all of which "
+    "count; V is the vocabulary, d the width of the states, D the number of extra "
+    "depths. States and matrix are in the compute dtype of the device (float32 on a "
+    f"CPU, else bfloat16); softmax and sums are float32. {settings.rounds} interleaved "
+    f"rounds of {settings.steps_per_round} steps. Times: median over rounds. Ratios: "
+    "median over rounds [least, greatest]; below 1 our step is the faster.",
+    "Floor: three products of 2 N d V operations per depth, at the rate of products of "
+    f"large matrices. {OURS}: `mtp_jax.losses.loss_sums` as training calls it, with "
+    f"`loss.block_tokens` = {settings.block_tokens} (0: as suits the device). {PLAIN}: "
+    "`h @ w` and optax's cross-entropy, depth by depth. PyTorch: `F.linear` and "
+    f"`F.cross_entropy`, depth by depth. {TOKAMAX}: its fused loss, depth by depth, by "
+    "the implementation that it picks; on a CPU that is all logits at once.",
+    markdown(_sizes(r) | pages.compare(r) for r in rows),
+    "Peak memory of one warm step: on a CPU the growth of the resident set since "
+    "before the inputs, on a GPU the allocator's peak. Floor: states, matrix and their "
+    "gradients.",
+    markdown(_sizes(r) | _memory(r) for r in rows),
+    "Temporaries of the compiled JAX programs, by XLA's analysis.",
+    markdown(_sizes(r) | pages.megabytes(r, "temporaries") for r in rows),
   ]
-  parts += table(
-    (
-      "V", "d", "D", "floor ms", *(f"{n} ms" for n in (OURS, *peers)), "ours / floor",
-      *(f"ours / {n}" for n in peers),
-    ),
-    [
-      (
-        *_sizes(r), _milliseconds(_floor(r)),
-        *(_milliseconds(rounds_of(r, n)) for n in (OURS, *peers)),
-        spread(ratios(rounds_of(r, OURS), _floor(r))),
-        *(spread(ratios(rounds_of(r, OURS), rounds_of(r, n))) for n in peers),
-      )
-      for r in rows
-    ],
-  )
-  parts += [
-    "",
-    "Peak memory of one warm step in MB: on a CPU the growth of the resident set since "
-    "before the inputs, on a GPU the allocator's peak. Its floor: the states, the "
-    "matrix and their gradients. Last: the temporaries of the compiled programs, by "
-    "XLA's own analysis.",
-    "",
-  ]
-  programs = [n for n in (OURS, PLAIN, TOKAMAX) if n in settings["contestants"]]
-  pairs = [("peak_memory", n) for n in peers]
-  pairs += [("temporaries", n) for n in programs if n != OURS]
-  parts += table(
-    (
-      "V", "d", "D", "floor", OURS, *peers, *(f"{n} (XLA)" for n in programs),
-      "ours / floor",
-      *(f"ours / {n}{' (XLA)' * (key == 'temporaries')}" for key, n in pairs),
-    ),
-    [
-      (
-        *_sizes(r), _megabytes(r, OURS, "least_memory"),
-        *(_megabytes(r, n, "peak_memory") for n in (OURS, *peers)),
-        *(_megabytes(r, n, "temporaries") for n in programs),
-        _quotient(_figure(r, OURS, "peak_memory"), _figure(r, OURS, "least_memory")),
-        *(_quotient(_figure(r, OURS, key), _figure(r, n, key)) for key, n in pairs),
-      )
-      for r in rows
-    ],
-  )
-  failures = [
-    f"- V={r['vocab']}, d={r['embed_dim']}, D={r['depth']}, {name}: {c['error']}"
-    for r in rows
-    for name, c in r["contestants"].items()
-    if "error" in c
-  ]
-  if failures:
-    parts += ["", "Without figures:", "", *failures]
-  return "\n".join(parts) + "\n"
 
 
-def _sizes(row: dict[str, Any]) -> tuple[int, int, int]:
-  return row["vocab"], row["embed_dim"], row["depth"]
+def _sizes(row: dict[str, Any]) -> dict[str, Any]:
+  return {"V": row["vocab"], "d": row["embed_dim"], "D": row["depth"]}
 
 
-def _figure(row: dict[str, Any], name: str, key: str) -> Any:
-  """What a contestant said; None where it could not be built or does not know."""
-  return row["contestants"].get(name, {}).get(key)
-
-
-def _floor(row: dict[str, Any]) -> list[float]:
-  """Per round: the seconds of the needed products at the rate of large ones."""
-  return floor_seconds(row["contestants"].get(_FLOOR, {}), row["flops"])
-
-
-def _milliseconds(seconds: list[float]) -> str:
-  return f"{statistics.median(seconds) * 1e3:.1f}" if seconds else "-"
-
-
-def _megabytes(row: dict[str, Any], name: str, key: str) -> str:
-  size = _figure(row, name, key)
-  return "-" if size is None else f"{size / 1e6:.0f}"
-
-
-def _quotient(above: int | None, below: int | None) -> str:
-  return f"{above / below:.2f}" if above is not None and below else "-"
+def _memory(row: dict[str, Any]) -> dict[str, str]:
+  contestants = row["contestants"]
+  sizes = {name: facts.get("peak_memory") for name, facts in contestants.items()}
+  sizes[FLOOR] = contestants[OURS].get("least_memory")
+  known = {name: size for name, size in sizes.items() if size}
+  return {f"{name} MB": f"{size / 1e6:.0f}" for name, size in known.items()} | {
+    f"{OURS} / {name}": f"{known[OURS] / size:.2f}"
+    for name, size in known.items()
+    if name != OURS and OURS in known
+  }

@@ -1,1 +1,1 @@
-"""What a training step takes on accelerators that are not there."""
+"""What a train step takes on accelerators that are not there."""

@@ -1,20 +1,19 @@
 """The same language models in plain PyTorch, written from the published equations.
 
-The peer of `launch.benchmark` and the oracle of the parity test: it shares no code with
-`mtp_jax.model` and takes its parameters through one function, `export_params`. Sources:
-Llama (Touvron et al. 2023, arXiv 2302.13971) with grouped-query attention (Ainslie et
-al. 2023, arXiv 2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeckle et
-al. 2024, arXiv 2404.19737), Medusa heads (Cai et al. 2024, arXiv 2401.10774, section
-2.1.1, without matrices of their own), sequential modules (DeepSeek-V3, arXiv
-2412.19437, equations 21 to 25).
+The peer of `launch.benchmark` and the oracle of the parity test, which fills it with
+our parameters. It shares no code with `mtp_jax.model`. Sources: Llama (Touvron et al.
+2023, arXiv 2302.13971) with grouped-query attention (Ainslie et al. 2023, arXiv
+2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeckle et al. 2024, arXiv
+2404.19737), Medusa heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1, without
+matrices of their own), sequential modules (DeepSeek-V3, arXiv 2412.19437, equations 21
+to 25).
 
 Legend: B batch, T sequence, S cache slots, D embed, F mlp, N query heads, K kv heads,
 H head dim, V vocab, M = 1 + depth.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -335,87 +334,3 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
   return torch.optim.AdamW(
     groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
   )
-
-
-def export_params(params: Any, config: Config) -> dict[str, np.ndarray]:
-  """Returns the state dict of `Peer(config)` for our parameter tree.
-
-  Only names and layouts change, so the same function turns our gradients into the
-  gradients that the peer should have.
-  """
-  state: dict[str, np.ndarray] = {"embed.weight": _array(params["embed"]["embedding"])}
-  if config.trunk.kind == "gpt2":
-    state["position_embed.weight"] = _array(params["position_embed"]["embedding"])
-  if not config.trunk.tie_embeddings:
-    state["unembed.weight"] = _array(params["unembed"]["kernel"]).T
-  state |= _norm("final_norm", params["final_norm"])
-  blocks = params["trunk"]["blocks"]
-  for i in range(num_trunk_layers(config)):
-    state |= _block(f"blocks.{i}", _entry(blocks, i))
-  mtp = config.mtp
-  if mtp.kind == "parallel":
-    for i in range(1 + mtp.depth):
-      state |= _block(f"heads.{i}", _entry(params["mtp"]["heads"], i))
-  elif mtp.kind == "sequential" and mtp.depth:
-    modules = params["mtp"]["modules"]
-    for i in range(1 if mtp.share_modules else mtp.depth):
-      module = modules if mtp.share_modules else _entry(modules, i)
-      name = f"modules_.{i}"
-      for norm in ("hidden_norm", "embed_norm", "out_norm"):
-        state |= _norm(f"{name}.{norm}", module[norm])
-      state[f"{name}.projection.weight"] = _array(module["projection"]).T
-      state |= _block(f"{name}.block", module["block"])
-  elif mtp.kind == "linear":
-    for i in range(mtp.depth):
-      state[f"maps.{i}.weight"] = _array(params["mtp"]["maps"])[i].T
-  elif mtp.kind == "medusa":
-    for i in range(mtp.depth):
-      state[f"maps.{i}.weight"] = _array(params["mtp"]["kernels"])[i].T
-      state[f"maps.{i}.bias"] = _array(params["mtp"]["biases"])[i]
-  return state
-
-
-def load_params(model: Peer, state: dict[str, np.ndarray]) -> None:
-  """Fills the model; every parameter must be named, a tied one once."""
-  tensors = {name: torch.tensor(value) for name, value in state.items()}
-  if model.config.trunk.tie_embeddings:
-    tensors["unembed.weight"] = tensors["embed.weight"]
-  model.load_state_dict(tensors)
-
-
-def _block(name: str, tree: Any) -> dict[str, np.ndarray]:
-  attention, mlp = tree["attention"], tree["mlp"]
-  names = ("query", "key", "value")
-  flat = [_array(attention[n]).reshape(len(attention[n]), -1).T for n in names]
-  out = _array(attention["out"])
-  state = {
-    f"{name}.attention.qkv.weight": np.concatenate(flat),
-    f"{name}.attention.out.weight": out.reshape(-1, out.shape[-1]).T,
-  }
-  if "out_bias" in attention:
-    biases = [_array(attention[f"{n}_bias"]).ravel() for n in names]
-    state[f"{name}.attention.qkv.bias"] = np.concatenate(biases)
-    state[f"{name}.attention.out.bias"] = _array(attention["out_bias"])
-  for key, value in mlp.items():
-    layer, is_bias = key.removesuffix("_bias"), key.endswith("_bias")
-    kind = "bias" if is_bias else "weight"
-    state[f"{name}.mlp.{layer}.{kind}"] = _array(value).T
-  for norm in ("attention_norm", "mlp_norm"):
-    state |= _norm(f"{name}.{norm}", tree[norm])
-  return state
-
-
-def _norm(name: str, tree: Any) -> dict[str, np.ndarray]:
-  names = {"scale": "weight", "bias": "bias"}
-  return {f"{name}.{names[key]}": _array(value) for key, value in tree.items()}
-
-
-def _entry(tree: Any, index: int) -> Any:
-  """One layer of a tree of stacked parameters."""
-  if isinstance(tree, dict):
-    return {key: _entry(value, index) for key, value in tree.items()}
-  return tree[index]
-
-
-def _array(value: Any) -> np.ndarray:
-  return np.asarray(value)

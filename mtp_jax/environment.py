@@ -1,0 +1,61 @@
+"""What a program runs on: hardware, package versions, commit of the code."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+
+def hardware() -> str:
+  """Returns the devices of JAX, and the CPU where they are CPU devices."""
+  device = jax.devices()[0]
+  name = f"{jax.device_count()} x {device.device_kind}"
+  return f"{name}, {cpu()}" if device.platform == "cpu" else name
+
+
+def cpu() -> str:
+  """Returns the number of usable cores and the CPU's name; starts no JAX backend."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+  return f"{len(cpu_cores())} core(s) {next(names, platform.machine())}"
+
+
+def cpu_cores() -> list[int]:
+  """Returns the CPU cores of this process; all where processes cannot be pinned."""
+  if hasattr(os, "sched_getaffinity"):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+  """Returns the versions of Python and of `packages`; "missing" if not installed."""
+  found = {"python": platform.python_version()}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "missing"
+  return found
+
+
+@functools.cache
+def code_commit() -> str:
+  """Returns the commit of the code, marked if the tree has changes; '' outside git."""
+  here = Path(__file__).parent
+  try:
+    run = functools.partial(
+      subprocess.run, cwd=here, capture_output=True, text=True, check=True
+    )
+    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+    dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return ""
+  return commit + ("+changes" if dirty.strip() else "")
