@@ -93,7 +93,7 @@ def test_a_contestant_that_cannot_be_built_says_why():
 def test_ratios_are_formed_within_rounds_against_the_faster_peer():
   row = {
     "model": "5M", "trunk": "gpt2", "vocab": 264, "kind": "none", "depth": 0,
-    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "NVIDIA H100",
+    "parameters": 5_000_000, "flops_per_token": 100.0, "hardware": "NVIDIA H200",
     # 8 tokens of 100 FLOPs at 1000 a second, then at 100.
     "floor": {"flops": 1000.0, "seconds": [[1.0], [10.0], [1.0]]},
     "contestants": {
@@ -109,7 +109,7 @@ def test_ratios_are_formed_within_rounds_against_the_faster_peer():
   }
   table = train.markdown(_record([row, deeper]))
   middle = "| 800.0 | 1100 | 2000 | - | 0.80 [0.73, 0.80] |"
-  peak = metrics.peak_flops("NVIDIA H100")
+  peak = metrics.peak_flops("NVIDIA H200")
   assert (
     f"| 5M | gpt2 | 264 | 0 {middle} {800 / 1.1 / peak:.0%} | 0.50 [0.50, 0.55] |"
     in table

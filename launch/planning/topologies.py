@@ -58,8 +58,8 @@ CHIPS = {
     _tpu("v5e", "TPU v5 lite", 16, 256, axes=2),
     _tpu("v5p", "TPU v5", 95, 8960, axes=3),
     _tpu("v6e", "TPU v6 lite", 32, 256, axes=2),
-    _gpu("a100", "NVIDIA A100", 80, "A100 80GB SXM"),
-    _gpu("h100", "NVIDIA H100", 80, "H100 SXM"),
+    _gpu("a100", "NVIDIA A100-SXM4-80GB", 80, "A100 80GB SXM"),
+    _gpu("h100", "NVIDIA H100 80GB HBM3", 80, "H100 SXM"),
     _gpu("h200", "NVIDIA H200", 141, "H200 SXM"),
   )
 }
