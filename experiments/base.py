@@ -77,6 +77,8 @@ def get_config() -> ConfigDict:
       hidden="chained",
       hidden_norm="after",
       fed="true",
+      out_norm="own",
+      norm="trunk",
       unembed="shared",
       draft_vocab=0,
       objective="cross_entropy",

@@ -64,8 +64,8 @@ ARCHITECTURE = (
     for field in dataclasses.fields(RopeScalingConfig)
   ),
   "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.mlp_dim",
-  "mtp.hidden",
-  "mtp.hidden_norm", "mtp.fed", "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
+  "mtp.hidden", "mtp.hidden_norm", "mtp.fed", "mtp.out_norm", "mtp.norm",
+  "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 
@@ -90,6 +90,7 @@ def contract(config: Config) -> dict[str, Any]:
   """Returns what a reader of the parameters must know about the extra predictors."""
   kind = config.mtp.kind
   trunk_state = f"trunk output {config.mtp.hidden_norm} its final norm"
+  has_norm = config.mtp.out_norm == "own"
   return {
     "kind": kind,
     "depth": config.mtp.depth,
@@ -107,7 +108,7 @@ def contract(config: Config) -> dict[str, Any]:
       "depth k - 1, by the same layer",
       "sequential": f"depth 1: {trunk_state}; depth k: "
       + {
-        "chained": "the normed output of module k - 1",
+        "chained": f"the {'normed ' if has_norm else ''}output of module k - 1",
         "trunk": "the same",
         "trunk_shifted": "the same, k - 1 positions on",
       }[config.mtp.hidden],
@@ -116,8 +117,13 @@ def contract(config: Config) -> dict[str, Any]:
       "true": "token i + k", "none": None, "own": "arg max of depth k - 1",
     }[config.mtp.fed] if config.mtp.is_autoregressive else None,
     "output_norm": {
-      "sequential": "own norm per module", "eagle": None, "eagle3": "own norm",
+      "sequential": "own norm per module" if has_norm else None,
+      "eagle": None,
+      "eagle3": "own norm",
     }.get(kind, "final norm"),
+    "module_norms": {
+      "rms": "RMSNorm", "trunk": "as in the trunk",
+    }[config.mtp.norm] if kind == "sequential" else None,
     "concat_order": ["hidden", "embedding"] if config.mtp.is_autoregressive else None,
     "next_token_head": "first parallel head" if kind == "parallel" else "trunk",
     "embedding_shared": True,

@@ -12,7 +12,7 @@ from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
   OWN_UNEMBED,
-  PUBLISHED_INPUTS,
+  PUBLISHED_MODULES,
   TASKS,
   Config,
   ConfigError,
@@ -276,7 +276,7 @@ def _check_mtp(rule: _Rules) -> None:
       predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
-  for key, published in PUBLISHED_INPUTS.items():
+  for key, published in PUBLISHED_MODULES.items():
     rule(
       mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
       f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",

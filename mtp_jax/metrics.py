@@ -19,7 +19,7 @@ from mtp_jax import files
 
 # Dense bfloat16 peak in FLOP/s (products summed in float32) of one JAX device, by the
 # whole `device_kind`: a variant (PCIe, a MIG slice, a laptop's) has another peak. From
-# the makers' data sheets; NVIDIA states twice as much, with sparsity, for all from A100.
+# the makers' data sheets, where NVIDIA's figures with sparsity are twice as high.
 PEAK_FLOPS = {
   # NVIDIA A100, A10, A30, A40 data sheets; RTX 3090, A6000: GA102 white paper.
   "NVIDIA A100-SXM4-40GB": 312e12,

@@ -192,7 +192,8 @@ RULES = {
     )
     for key, plain, value in (
       ("mtp.hidden", "chained", "trunk"), ("mtp.hidden_norm", "after", "before"),
-      ("mtp.fed", "true", "own"),
+      ("mtp.fed", "true", "own"), ("mtp.out_norm", "own", "none"),
+      ("mtp.norm", "trunk", "rms"),
     )
   },
   "own output matrices of sequential modules": (

@@ -326,6 +326,10 @@ LAYOUTS = (
     ("sequential", 2, DEEPSEEK | common.INPUTS["trunk"], "", "deepseek_v3"),
     ("sequential", 1, common.INPUTS["before"], "", "llama"),
     ("sequential", 1, common.INPUTS["own"], "", "llama"),
+    ("sequential", 1, common.MINIMAL, "", "llama"),
+    ("sequential", 2, DEEPSEEK | common.INPUTS["bare"], "", "deepseek_v3"),
+    ("sequential", 1, {"mtp.norm": "rms"}, "mimo", "llama"),  # As the trunk's.
+    ("sequential", 1, common.GPT2 | {"mtp.norm": "rms"}, "", "gpt2"),
     ("none", 0, DEEPSEEK | {"trunk.moe.num_shared": 0}, "", ""),
     ("none", 0, {"trunk.moe.num_experts": 8}, "", ""),
     ("none", 0, {"trunk.attention_dim": 8, "trunk.qkv_bias": True}, "", ""),
@@ -350,10 +354,13 @@ def test_layouts_of_a_config(kind, depth, overrides, possible, with_trunk_only):
     assert found == ([expected] if expected else [])
 
 
-def test_a_refused_layout_names_what_modules_start_from():
-  config = common.tiny_config("sequential", 1, common.INPUTS["shifted"])
-  obstacle = interop.layouts_for(config)["mimo"]
-  assert obstacle == "mtp.hidden must be 'chained' there, got 'trunk_shifted'"
+@pytest.mark.parametrize("name, obstacle", [
+  ("shifted", "mtp.hidden must be 'chained' there, got 'trunk_shifted'"),
+  ("bare", "mtp.out_norm must be 'own' there, got 'none'"),
+])
+def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacle):
+  config = common.tiny_config("sequential", 1, common.INPUTS[name])
+  assert interop.layouts_for(config)["mimo"] == obstacle
 
 
 # Refusals: of what is written ...
@@ -575,6 +582,10 @@ def test_an_index_that_is_wrong_is_refused(tmp_path):
     (
       "deepseek", "sequential", 2, {"mtp.fed": "none"},
       "has MTP layers, and mtp.fed must be 'true' there, got 'none'",
+    ),
+    (
+      "deepseek", "sequential", 2, common.INPUTS["bare"],
+      "has MTP layers, and mtp.out_norm must be 'own' there, got 'none'",
     ),
   ],
 )

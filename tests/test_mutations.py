@@ -140,8 +140,8 @@ MUTANTS = {
   ),
   "module's own output norm left out": Mutant(
     "model/mtp.py",
-    'return make_norm(self.trunk, "out_norm")(x_BTD)',
-    'return x_BTD + 0 * make_norm(self.trunk, "out_norm")(x_BTD)',
+    'x_BTD = make_norm(self.trunk, "out_norm", self.norm)(x_BTD)',
+    'x_BTD += 0 * make_norm(self.trunk, "out_norm", self.norm)(x_BTD)',
     f"{PARITY}[llama-sequential-False]",
   ),
   "later steps of EAGLE see the later keys of other rows": Mutant(

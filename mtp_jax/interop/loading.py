@@ -102,6 +102,7 @@ def read_model(folder: Path) -> HfModel:
       "mtp.share_modules": False,
       "mtp.dense_blocks": False,
       **{f"mtp.{key}": published for key, published in PUBLISHED_INPUTS.items()},
+      "mtp.out_norm": "own",
       "mtp.arm": "added",
     }
     _check_contract(folder, described.family)
