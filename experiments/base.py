@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
       max_nonfinite_steps=10,
       freeze_trunk=False,
       trunk_from="",
+      start_from="",
     )
   )
 

@@ -40,11 +40,12 @@ from mtp_jax.config import (
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
 # Paths may: the state of the data iterator says whether they hold the same text, and
-# the trunk that a run began with is needed no more.
+# the run that this one began with is needed no more.
 RESUMABLE = (
   "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.train_on",
-  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.log_every",
-  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
+  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.start_from",
+  "train.log_every", "train.eval_every", "train.diagnostics_every",
+  "train.max_nonfinite_steps",
   "trunk.remat", "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
   "loss.block_tokens",
 )
@@ -87,7 +88,7 @@ class Restored(NamedTuple):
 
 
 def contract(config: Config) -> dict[str, Any]:
-  """Returns what a reader of the parameters must know about the extra predictors."""
+  """Returns what a reader of the parameters must know besides their names."""
   kind = config.mtp.kind
   trunk_state = f"trunk output {config.mtp.hidden_norm} its final norm"
   has_norm = config.mtp.out_norm == "own"
@@ -129,6 +130,13 @@ def contract(config: Config) -> dict[str, Any]:
     "embedding_shared": True,
     "unembedding_shared": config.mtp.unembed == "shared",
     "tied_embeddings": config.trunk.tie_embeddings,
+    "positions": {"kind": "learned", "count": config.data.seq_len}
+    if config.trunk.kind == "gpt2"
+    else {
+      "kind": "rotary",
+      "theta": config.trunk.rope_theta,
+      "scaling": dataclasses.asdict(config.trunk.rope_scaling),
+    },
   }
 
 

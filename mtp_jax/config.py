@@ -387,6 +387,8 @@ class TrainConfig:
     stays as it is, bit for bit.
   trunk_from: folder of the run whose newest deployed model (all but the extra
     predictors) a new run begins with; empty begins at random.
+  start_from: the same, with the extra predictors: a new run, from step 0 and with a new
+    optimizer state, on from all parameters of that one.
   """
 
   num_steps: int
@@ -397,6 +399,7 @@ class TrainConfig:
   max_nonfinite_steps: int
   freeze_trunk: bool
   trunk_from: str
+  start_from: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -397,7 +397,11 @@ def _check_training(rule: _Rules) -> None:
       "layer(s) is shorter than the deployed model, trunk.num_layers "
       f"({rule.config.trunk.num_layers})",
     )
-  optimizer = rule.config.optimizer
+  train, optimizer = rule.config.train, rule.config.optimizer
+  rule(
+    not (train.start_from and train.trunk_from), "train.start_from",
+    f"'' beside train.trunk_from ({train.trunk_from!r})",
+  )
   rule.divisible("data.batch_size", "train.accumulation_steps")
   if optimizer.schedule == "wsd":
     rule(

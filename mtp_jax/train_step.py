@@ -344,7 +344,7 @@ def shape_of(config: Config) -> Config:
     tokenizer=replace(config.tokenizer, kind="bytes", path=""),
     train=replace(
       config.train, num_steps=1, log_every=1, eval_every=0, diagnostics_every=0,
-      max_nonfinite_steps=1, trunk_from="",
+      max_nonfinite_steps=1, trunk_from="", start_from="",
     ),
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
     eval=replace(

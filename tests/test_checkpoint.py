@@ -26,7 +26,7 @@ from mtp_jax.checkpoint import (
 from mtp_jax.config import ConfigError, flatten, to_dict, with_overrides
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.train_state import init_state, state_shardings
-from tests.common import MINIMAL, tiny_config
+from tests.common import GPT2, MINIMAL, tiny_config
 
 # Reads that were under way when Orbax gave up on a file complain when collected.
 pytestmark = pytest.mark.filterwarnings(
@@ -464,6 +464,18 @@ def test_contract_says_what_modules_start_from(options, hidden, embedding):
   found = contract(tiny_config("sequential", 2, options))
   assert found["hidden_source"] == hidden
   assert found["embedding_source"] == embedding
+
+
+def test_contract_says_what_positions_are():
+  assert contract(tiny_config("none", 0, GPT2 | {"data.seq_len": 24}))["positions"] == {
+    "kind": "learned", "count": 24,
+  }
+  options = {"trunk.rope_theta": 5e5, "trunk.rope_scaling.kind": "linear"}
+  found = contract(tiny_config("none", 0, options | {"trunk.rope_scaling.factor": 2.0}))
+  assert found["positions"]["kind"] == "rotary" and found["positions"]["theta"] == 5e5
+  scaling = found["positions"]["scaling"]
+  assert (scaling["kind"], scaling["factor"]) == ("linear", 2.0)
+  assert found == json.loads(json.dumps(found))  # As it comes back from a checkpoint.
 
 
 def test_contract_says_which_norms_modules_have():

@@ -184,6 +184,10 @@ RULES = {
     )
     for kind, arm in (("parallel", "added"), ("sequential", "shortened"))
   },
+  "two runs to begin with": (
+    {"train.trunk_from": "runs/x", "train.start_from": "runs/y"},
+    "train.start_from must be '' beside train.trunk_from ('runs/x'), got 'runs/y'.",
+  ),
   **{
     key: (
       {"mtp.kind": "parallel", "mtp.depth": 1, key: value},

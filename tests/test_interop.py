@@ -604,6 +604,21 @@ def test_a_longer_context_is_allowed(tmp_path, folders):
   load(folder, config_of("qwen3", stretched))
 
 
+def test_learned_positions_are_cut_to_the_rows(tmp_path, folders):
+  folder = folders("gpt2", tmp_path / "out")
+  params, config = load(folder, config_of("gpt2", {"data.seq_len": 6}))
+  expected = common.random_params(config_of("gpt2"))
+  whole_PD = expected["position_embed"]["embedding"]
+  assert whole_PD.shape == (16, 16)
+  expected["position_embed"]["embedding"] = whole_PD[:6]
+  assert_same_bits(params, expected)
+  interop.export_params(params, config, tmp_path / "again", "gpt2")
+  assert json.loads((tmp_path / "again/config.json").read_text())["n_positions"] == 6
+  assert_same_bits(load(tmp_path / "again")[0], expected)
+  with pytest.raises(InteropError, match=r"wpe.weight is \[16, 16\], expected \[20, 1"):
+    load(folder, config_of("gpt2", {"data.seq_len": 20}))
+
+
 @pytest.mark.parametrize("kind, depth", [("none", 0), ("linear", 1)])
 def test_the_trunk_is_loaded_without_modules_that_are_not_wanted(
   tmp_path, folders, kind, depth

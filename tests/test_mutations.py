@@ -182,7 +182,7 @@ MUTANTS = {
   ),
   "frozen trunk begins at random": Mutant(
     "train.py",
-    "state = self.initial_state(trunk)",
+    "state = self.initial_state(given)",
     "state = self.initial_state({})",
     "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
   ),

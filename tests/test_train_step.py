@@ -48,6 +48,7 @@ OTHER = {
   "train.num_steps": 20,
   "train.log_every": 3,
   "train.trunk_from": "runs/other",
+  "train.start_from": "runs/third",
   "data.seed": 5,
 }
 PROGRAMS = ("init_state", "train_step", "gradient_diagnostics")

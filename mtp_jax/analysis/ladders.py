@@ -187,7 +187,8 @@ def _recipe(config: Config) -> dict[str, Any]:
   flat = flatten(to_dict(config))
   dropped = {*IGNORED, *WITHIN}
   # Whether there is such a run is a setting; which one follows the seed.
-  flat["train.trunk_from"] = bool(flat["train.trunk_from"])
+  for key in ("train.trunk_from", "train.start_from"):
+    flat[key] = bool(flat[key])
   return {
     k: tuple(v) if isinstance(v, list) else v
     for k, v in flat.items()
