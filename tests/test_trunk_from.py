@@ -138,7 +138,8 @@ STARTS = {
     MESH | {"data.seq_len": 32, "data.seed": 3, "mtp.weight": 0.9, "seed": 5},
   ),
   "shorter rows with learned positions": (
-    "sequential", GPT2 | MINIMAL, {"data.seq_len": 8, "optimizer.kind": "muon"}
+    "sequential", GPT2 | MINIMAL,
+    {"data.seq_len": 8, "optimizer.kind": "muon", "train.freeze_trunk": True},
   ),
   "heads and a shorter trunk": ("parallel", {"mtp.arm": "shortened"}, {}),
   "a drafter with a vocabulary of its own": (
