@@ -2,9 +2,9 @@
 
 Each takes what the trunk gives (`Given`) and returns the hidden state of every depth,
 [M, B, T, D], as its unembedding reads it, and the routing of its blocks where they have
-experts. Depth m predicts token i + 1 + m at position i. All run on all T
-positions; a position whose target lies in another document is masked in the loss, and
-because attention is causal within documents no valid position ever sees it.
+experts. Depth m predicts token i + 1 + m at position i. All run on all T positions; a
+position whose target lies in another document is masked in the loss, and because
+attention is causal within documents no valid position ever sees it.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
