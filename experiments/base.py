@@ -77,6 +77,8 @@ def get_config() -> ConfigDict:
       hidden="chained",
       hidden_norm="after",
       fed="true",
+      out_norm="own",
+      norm="trunk",
       unembed="shared",
       draft_vocab=0,
       objective="cross_entropy",
@@ -148,6 +150,7 @@ def get_config() -> ConfigDict:
       max_nonfinite_steps=10,
       freeze_trunk=False,
       trunk_from="",
+      start_from="",
     )
   )
 

@@ -16,6 +16,10 @@ folder, until training moves them; with --config.train.freeze_trunk=True they st
 layers that the folder has are taken over with their depth. --drafter names a folder
 with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
+Rows may be shorter than the folder's texts: learned positions are then cut to
+data.seq_len. --config.trunk.rope_theta and --config.trunk.rope_scaling.* replace what
+the folder has, for longer rows. Export writes what the run has.
+
 The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
 otherwise. Weights that do not fit are refused by name; nothing is written then.
 """
@@ -42,6 +46,9 @@ _DRAFTER = flags.DEFINE_string(
 )
 _WORKDIR = cli.define_workdir("the new run folder")
 _COMPILATION_CACHE = cli.define_compilation_cache()
+
+# What may differ from the folder: parameters do not depend on it.
+_ROTARY = ("trunk.rope_theta", "trunk.rope_scaling.")
 
 
 def main() -> int:
@@ -88,14 +95,23 @@ def combine(
 
   Raises:
     ConfigError: the command line sets what the folder decides, to another value; or
-      there is no tokenizer, or more positions than the folder has.
+      there is no tokenizer, or more positions than the folder has. Rows may be shorter,
+      and rotary embedding another one, for rows of any length.
   """
   decided = dict(model.overrides)
   for key, value in overrides.items():
     if key in decided and decided[key] != value:
-      raise ConfigError(
-        f"{key} must be {decided[key]!r}, as {model.folder} has it, got {value!r}."
-      )
+      if not key.startswith((*_ROTARY, "data.seq_len")):
+        raise ConfigError(
+          f"{key} must be {decided[key]!r}, as {model.folder} has it, got {value!r}."
+        )
+      del decided[key]
+  scaling = "trunk.rope_scaling."
+  if f"{scaling}kind" not in decided:  # What the folder says is of another kind.
+    decided = {k: v for k, v in decided.items() if not k.startswith(scaling)}
+    if config.trunk.rope_scaling.kind in ("llama3", "yarn"):
+      length = f"{scaling}original_length"
+      decided |= {} if length in overrides else {length: model.max_length}
   if not {"tokenizer.kind", "tokenizer.path"} & overrides.keys():
     if model.tokenizer is None:
       raise ConfigError(
@@ -109,10 +125,14 @@ def combine(
   if config.optimizer.base_width == config.trunk.embed_dim:
     decided["optimizer.base_width"] = decided["trunk.embed_dim"]
   combined = with_overrides(config, decided)
-  if combined.data.seq_len > model.max_length:
+  is_rotary = model.family != "gpt2"
+  if combined.data.seq_len > model.max_length and not (
+    is_rotary and any(key.startswith(_ROTARY) for key in overrides)
+  ):
+    instead = " (or set trunk.rope_theta or trunk.rope_scaling)" if is_rotary else ""
     raise ConfigError(
       f"data.seq_len must be at most {model.max_length}, the positions of "
-      f"{model.folder}, got {combined.data.seq_len}."
+      f"{model.folder}{instead}, got {combined.data.seq_len}."
     )
   return combined
 

@@ -42,7 +42,7 @@ from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
-from mtp_jax.saved_model import check_trunk
+from mtp_jax.saved_model import check_source
 from mtp_jax.startup import Startup, process_age
 from mtp_jax.train import Diverged, Interrupted, fit
 
@@ -171,7 +171,7 @@ def _config(workdir: Path) -> Config:
     )
   validate(config)
   cli.check_files(config.data, config.tokenizer)
-  check_trunk(config, workdir)
+  check_source(config, workdir)
   return config
 
 

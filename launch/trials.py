@@ -36,7 +36,7 @@ from mtp_jax.config import (
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.metrics import write_json
-from mtp_jax.saved_model import check_trunk
+from mtp_jax.saved_model import check_source
 from mtp_jax.train_step import shape_of
 
 Overrides = dict[str, Any]
@@ -221,7 +221,7 @@ def check_folders(trials: list[Trial], files_are_here: bool = True) -> None:
   def check(trial: Trial) -> None:
     if files_are_here:
       check_files(trial.config.data, trial.config.tokenizer)
-      check_trunk(trial.config, trial.workdir)
+      check_source(trial.config, trial.workdir)
     _check_folder(trial)
 
   _collect_errors(check, [(trial.name, trial) for trial in trials])

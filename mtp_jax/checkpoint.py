@@ -40,11 +40,11 @@ from mtp_jax.config import (
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
 # Paths may: the state of the data iterator says whether they hold the same text, and
-# the trunk that a run began with is needed no more.
+# the run that this one began with is needed no more.
 RESUMABLE = (
   "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.train_on",
-  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.log_every",
-  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
+  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.start_from",
+  "train.log_every", "train.eval_every", "train.evals_per_doubling", "train.eval_test",
   "train.diagnostics_every", "train.max_nonfinite_steps", "trunk.remat",
   "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
   "loss.block_tokens",
@@ -65,8 +65,8 @@ ARCHITECTURE = (
     for field in dataclasses.fields(RopeScalingConfig)
   ),
   "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.mlp_dim",
-  "mtp.hidden",
-  "mtp.hidden_norm", "mtp.fed", "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
+  "mtp.hidden", "mtp.hidden_norm", "mtp.fed", "mtp.out_norm", "mtp.norm",
+  "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 
@@ -88,9 +88,10 @@ class Restored(NamedTuple):
 
 
 def contract(config: Config) -> dict[str, Any]:
-  """Returns what a reader of the parameters must know about the extra predictors."""
+  """Returns what a reader of the parameters must know besides their names."""
   kind = config.mtp.kind
   trunk_state = f"trunk output {config.mtp.hidden_norm} its final norm"
+  has_norm = config.mtp.out_norm == "own"
   return {
     "kind": kind,
     "depth": config.mtp.depth,
@@ -108,7 +109,7 @@ def contract(config: Config) -> dict[str, Any]:
       "depth k - 1, by the same layer",
       "sequential": f"depth 1: {trunk_state}; depth k: "
       + {
-        "chained": "the normed output of module k - 1",
+        "chained": f"the {'normed ' if has_norm else ''}output of module k - 1",
         "trunk": "the same",
         "trunk_shifted": "the same, k - 1 positions on",
       }[config.mtp.hidden],
@@ -117,13 +118,25 @@ def contract(config: Config) -> dict[str, Any]:
       "true": "token i + k", "none": None, "own": "arg max of depth k - 1",
     }[config.mtp.fed] if config.mtp.is_autoregressive else None,
     "output_norm": {
-      "sequential": "own norm per module", "eagle": None, "eagle3": "own norm",
+      "sequential": "own norm per module" if has_norm else None,
+      "eagle": None,
+      "eagle3": "own norm",
     }.get(kind, "final norm"),
+    "module_norms": {
+      "rms": "RMSNorm", "trunk": "as in the trunk",
+    }[config.mtp.norm] if kind == "sequential" else None,
     "concat_order": ["hidden", "embedding"] if config.mtp.is_autoregressive else None,
     "next_token_head": "first parallel head" if kind == "parallel" else "trunk",
     "embedding_shared": True,
     "unembedding_shared": config.mtp.unembed == "shared",
     "tied_embeddings": config.trunk.tie_embeddings,
+    "positions": {"kind": "learned", "count": config.data.seq_len}
+    if config.trunk.kind == "gpt2"
+    else {
+      "kind": "rotary",
+      "theta": config.trunk.rope_theta,
+      "scaling": dataclasses.asdict(config.trunk.rope_scaling),
+    },
   }
 
 

@@ -159,6 +159,11 @@ class MtpConfig:
   hidden_norm: the trunk's state as the modules get it: after or before the final norm.
   fed:        the token i + k whose embedding module k sees: true | none (zeros) | own
               (the most likely one by depth k - 1).
+  out_norm:   what the output matrix and the next sequential module read: own (the
+              output of the block after a norm of the module's own) | none (the output
+              as it is). launch/README.md has what published systems do.
+  norm:       kind of the norms of a sequential module besides those in its block:
+              trunk (that of the trunk) | rms (RMSNorm on any trunk).
   unembed:    the output matrix of the extra depths: shared (the trunk's) | own (one of
               their own, which begins as a copy of the trunk's).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
@@ -194,6 +199,8 @@ class MtpConfig:
   hidden: Literal["chained", "trunk", "trunk_shifted"]
   hidden_norm: Literal["after", "before"]
   fed: Literal["true", "none", "own"]
+  out_norm: Literal["own", "none"]
+  norm: Literal["trunk", "rms"]
   unembed: Literal["shared", "own"]
   draft_vocab: int
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"]
@@ -217,6 +224,9 @@ AUTOREGRESSIVE = ("sequential", *EAGLES)
 # What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
 # predictor has the choice.
 PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
+
+# The same with their norms: RMSNorm, as their trunk has.
+PUBLISHED_MODULES = PUBLISHED_INPUTS | {"out_norm": "own", "norm": "trunk"}
 
 # The kinds that may have output matrices of their own.
 OWN_UNEMBED = ("medusa", "eagle3")
@@ -408,6 +418,8 @@ class TrainConfig:
     stays as it is, bit for bit.
   trunk_from: folder of the run whose newest deployed model (all but the extra
     predictors) a new run begins with; empty begins at random.
+  start_from: the same, with the extra predictors: a new run, from step 0 and with a new
+    optimizer state, on from all parameters of that one.
   """
 
   num_steps: int
@@ -422,6 +434,7 @@ class TrainConfig:
   max_nonfinite_steps: int
   freeze_trunk: bool
   trunk_from: str
+  start_from: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -584,7 +597,7 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
     dense_blocks=False, mlp_dim=0, unembed="shared", draft_vocab=0,
     objective="cross_entropy", feature_weight=0.0, score_from="start",
-    arm="added", **PUBLISHED_INPUTS,
+    arm="added", **PUBLISHED_MODULES,
   )
 
 

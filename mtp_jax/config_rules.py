@@ -12,7 +12,7 @@ from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
   OWN_UNEMBED,
-  PUBLISHED_INPUTS,
+  PUBLISHED_MODULES,
   SAT_TABLE_VARIABLES,
   TASKS,
   TASKS_WITH_NEW,
@@ -279,7 +279,7 @@ def _check_mtp(rule: _Rules) -> None:
       predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
-  for key, published in PUBLISHED_INPUTS.items():
+  for key, published in PUBLISHED_MODULES.items():
     rule(
       mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
       f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
@@ -427,7 +427,11 @@ def _check_training(rule: _Rules) -> None:
       f"({rule.config.trunk.num_layers})",
     )
   _check_stop(rule)
-  optimizer = rule.config.optimizer
+  train, optimizer = rule.config.train, rule.config.optimizer
+  rule(
+    not (train.start_from and train.trunk_from), "train.start_from",
+    f"'' beside train.trunk_from ({train.trunk_from!r})",
+  )
   rule.divisible("data.batch_size", "train.accumulation_steps")
   if optimizer.schedule == "wsd":
     rule(

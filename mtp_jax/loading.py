@@ -8,7 +8,6 @@ Legend: T tokens of a text, B rows, P padded length, D embed, V vocab, M = 1 + d
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ class TrainedModel:
     return np.concatenate([before, self.tokenizer.encode(text), after]).astype(np.int32)
 
   def hidden(self, text: Text) -> np.ndarray:
-    """Returns hidden_MTD, float32: the normed states that logits are made from.
+    """Returns hidden_MTD, float32: the states that logits are made from.
 
     A sequential module m at row i reads the tokens up to i + m, if `mtp.fed` is "true",
     and so does step m of EAGLE. Where the text ends before that, the row is NaN,
@@ -278,18 +277,9 @@ def load(
       what was asked for is damaged.
     ConfigError: the checkpoint was written by code with other settings.
   """
-  *candidates, oldest = _checkpoint_folders(Path(path).expanduser(), step)
+  folders = _checkpoint_folders(Path(path).expanduser(), step)
   mesh = _one_device() if mesh is None else mesh
-  for folder in candidates:
-    try:
-      return _load(folder, mesh)
-    except CheckpointError as error:
-      warnings.warn(f"{error} Trying the one before it.", stacklevel=2)
-  return _load(oldest, mesh)
-
-
-def _load(folder: Path, mesh: jax.sharding.Mesh) -> TrainedModel:
-  saved = saved_model.restore(folder, mesh)
+  folder, saved = saved_model.restore_newest(folders, mesh)
   return TrainedModel(
     config=saved.config,
     params=saved.params,

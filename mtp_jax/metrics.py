@@ -17,35 +17,68 @@ from tqdm import tqdm
 
 from mtp_jax import files
 
-# Dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak in FLOP/s (products summed in float32) of one JAX device, by the
+# whole `device_kind`: a variant (PCIe, a MIG slice, a laptop's) has another peak. From
+# the makers' data sheets, where NVIDIA's figures with sparsity are twice as high.
 PEAK_FLOPS = {
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
+  # NVIDIA A100, A10, A30, A40 data sheets; RTX 3090, A6000: GA102 white paper.
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA A100-PCIE-40GB": 312e12,
+  "NVIDIA A100 80GB PCIe": 312e12,
+  "NVIDIA A10": 125e12,
+  "NVIDIA A30": 165e12,
+  "NVIDIA A40": 149.7e12,
+  "NVIDIA GeForce RTX 3090": 71e12,
+  "NVIDIA RTX A6000": 154.8e12,
+  # L4, L40, L40S data sheets; RTX 4090, 6000: Ada white paper; 5090: RTX Blackwell's.
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40": 181e12,
+  "NVIDIA L40S": 362e12,
+  "NVIDIA GeForce RTX 4090": 165.2e12,
+  "NVIDIA RTX 6000 Ada Generation": 364.2e12,
+  "NVIDIA GeForce RTX 5090": 209.5e12,
+  # H100 data sheet (SXM 1,979, PCIe 1,513 and NVL 1,671 TFLOP/s with sparsity), and
+  # those of H200 (SXM 1,979, NVL 1,671) and GH200 (1,979).
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
   "NVIDIA H200": 989e12,
+  "NVIDIA H200 NVL": 835e12,
+  "NVIDIA GH200 480GB": 989e12,
+  "NVIDIA GH200 144G HBM3e": 989e12,
+  # HGX B200 and HGX B300 (36 PFLOP/s of 8 with sparsity), GB200 NVL72 and GB300 NVL72
+  # (360 PFLOP/s of 72) data sheets.
+  "NVIDIA B200": 2250e12,
+  "NVIDIA B300 SXM6 AC": 2250e12,
+  "NVIDIA GB200": 2500e12,
+  "NVIDIA GB300": 2500e12,
+  # Google Cloud documentation, per chip. A chip is one device, but each of the two
+  # cores of a TPU7x chip (2,307 TFLOP/s) is one.
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
   "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
   "TPU v5": 459e12,
+  "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,
   "TPU v6e": 918e12,
+  "TPU7x": 1153.5e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Returns the chip's bfloat16 peak, or None where it is not known (a CPU, say)."""
-  matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-  return PEAK_FLOPS[max(matches, key=len)] if matches else None
+  """Returns the bfloat16 peak of a device; None where it is unknown (a CPU, say)."""
+  return PEAK_FLOPS.get(device_kind)
 
 
 def model_flop_utilisation(
   flops_per_token: float, tokens_per_second: float
 ) -> float | None:
-  """Returns model FLOPs per second over the peak of all devices, or None."""
-  peak = peak_flops(jax.devices()[0].device_kind)
-  if peak is None:
+  """Returns model FLOPs per second over the peak of all devices; None: unknown."""
+  peaks = [peak_flops(device.device_kind) for device in jax.devices()]
+  if None in peaks:
     return None
-  return flops_per_token * tokens_per_second / (peak * jax.device_count())
+  return flops_per_token * tokens_per_second / sum(peaks)
 
 
 class MetricsWriter:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +11,14 @@ import jax
 import numpy as np
 
 from mtp_jax import accounting, checkpoint
+from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict
 from mtp_jax.model.lm import deployed, deployed_config
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
+
+# Keys of `train` that name a run to begin with, of which one may be set: the trunk of
+# that run, or all its parameters.
+SOURCES = ("trunk_from", "start_from")
 
 
 class SavedModel(NamedTuple):
@@ -49,8 +56,28 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
   return SavedModel(config, params, meta["tokenizer"], int(step))
 
 
-def check_trunk(config: Config, workdir: Path) -> None:
-  """Checks that `train.trunk_from` names a run that this one can begin with.
+def restore_newest(
+  folders: Sequence[Path], mesh: jax.sharding.Mesh
+) -> tuple[Path, SavedModel]:
+  """Returns the first of the checkpoints that is whole, and its model, as `restore`.
+
+  Damaged ones are reported. Of several processes one alone may meet the damage, so that
+  none of them tries another checkpoint than the first.
+
+  Raises:
+    CheckpointError: none is whole; the first is not, and there are several processes.
+  """
+  *candidates, last = folders if jax.process_count() == 1 else folders[:1]
+  for folder in candidates:
+    try:
+      return folder, restore(folder, mesh)
+    except CheckpointError as error:
+      warnings.warn(f"{error} Trying the one before it.", stacklevel=3)
+  return last, restore(last, mesh)
+
+
+def check_source(config: Config, workdir: Path) -> None:
+  """Checks that a new run can begin with the run that one of `SOURCES` names.
 
   Loads no parameters. A run that has a checkpoint of its own goes on from that, and
   needs no other.
@@ -60,12 +87,12 @@ def check_trunk(config: Config, workdir: Path) -> None:
     workdir: its folder, which may not be there yet.
 
   Raises:
-    ConfigError: no run, no checkpoint, or another trunk or size of vocabulary.
+    ConfigError: no run, no checkpoint, or one that differs in what is taken over.
   """
-  if not config.train.trunk_from or _finished_steps(workdir):
+  name, source = _source(config)
+  if source is None or _finished_steps(workdir):
     return
-  source = Path(config.train.trunk_from)
-  rule = "train.trunk_from must be a run folder with a finished checkpoint"
+  rule = f"train.{name} must be a run folder with a finished checkpoint"
   if not (source / "config.json").is_file():
     raise ConfigError(
       f"{rule}, got {str(source)!r}: there is no {source / 'config.json'}."
@@ -78,20 +105,31 @@ def check_trunk(config: Config, workdir: Path) -> None:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
     ) from error
-  found = difference(deployed_config(accounting.resolve(saved)), config)
-  differing = {key: found[key] for key in found if key in _trunk_keys(config)}
+  saved, config = accounting.resolve(saved), accounting.resolve(config)
+  keys, has = _trunk_keys(config), "whose deployed model has the trunk and the"
+  if name == "trunk_from":
+    saved = deployed_config(saved)
+  else:
+    keys |= {key for key in checkpoint.ARCHITECTURE if key.startswith("mtp.")}
+    has = "with the trunk, the extra predictors and the"
+  differing = {key: x for key, x in difference(saved, config).items() if key in keys}
+  theirs, ours = differing.get("data.seq_len", (0, 0))
+  if theirs > ours:  # Of learned positions the first ones are taken.
+    del differing["data.seq_len"]
   if differing:
+    lines = [f"  {k}: {a!r} there, {b!r} here" for k, (a, b) in differing.items()]
+    if any(key.startswith("mtp.") for key in differing):
+      lines.append("train.trunk_from takes over a trunk without its extra predictors.")
     raise ConfigError(
-      "train.trunk_from must be a run whose deployed model has the trunk and the "
-      f"vocabulary of this config, got {str(source)!r}:\n"
-      + "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, (a, b) in differing.items())
+      f"train.{name} must be a run {has} vocabulary of this config, got "
+      f"{str(source)!r}:\n" + "\n".join(lines)
     )
 
 
-def load_trunk(
+def load_source(
   config: Config, tokenizer: str, shardings: dict[str, Any], mesh: jax.sharding.Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the deployed model that `train.trunk_from` names, and a record of it.
+) -> tuple[dict[str, Any], dict[str, dict[str, Any] | None]]:
+  """Returns the parameters that a new run begins with, and where they are from.
 
   Args:
     config: of the new run.
@@ -100,31 +138,50 @@ def load_trunk(
     mesh: that they are on.
 
   Returns:
-    All parameters but `mtp`, laid out by `shardings`, of the newest checkpoint; and its
-    `path` as given, `step`, and the `commit` of the code that trained it, "" if its
-    folder does not say.
+    Parameters of the newest whole checkpoint, laid out by `shardings`: with
+    `train.trunk_from` those of the deployed model, with `train.start_from` all, with
+    neither none. And by name of `SOURCES` None, or the `path` as given, the `step`, and
+    the `commit` of the code that trained it, "" if its folder does not say.
 
   Raises:
-    CheckpointError: that checkpoint is damaged.
+    CheckpointError: no checkpoint of it is whole; see `restore_newest`.
     ConfigError: another tokenizer.
   """
-  source = Path(config.train.trunk_from)
-  folder = source / "checkpoints" / str(_finished_steps(source)[-1])
-  saved = restore(folder, mesh)
+  origin = dict.fromkeys(SOURCES)
+  name, source = _source(config)
+  if source is None:
+    return {}, origin
+  steps = map(str, reversed(_finished_steps(source)))
+  _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
     raise ConfigError(
-      "train.trunk_from must be a run with the tokenizer of this one, got "
+      f"train.{name} must be a run with the tokenizer of this one, got "
       f"{str(source)!r}, which has another; set tokenizer.kind 'file' and "
       f"tokenizer.path {str(source / 'tokenizer.json')!r} to take it over."
     )
-  kept = {name: tree for name, tree in shardings.items() if name != "mtp"}
-  take = jax.jit(lambda params: deployed(params, saved.config)[0], out_shardings=kept)
+  if name == "trunk_from":
+    shardings = {key: tree for key, tree in shardings.items() if key != "mtp"}
+
+  def take(params: dict[str, Any]) -> dict[str, Any]:
+    taken = deployed(params, saved.config)[0] if name == "trunk_from" else params
+    if config.trunk.kind == "gpt2":
+      position_PD = taken["position_embed"]["embedding"][: config.data.seq_len]
+      taken = taken | {"position_embed": {"embedding": position_PD}}
+    return taken
+
   run_json = source / "run.json"
   run = json.loads(run_json.read_text()) if run_json.is_file() else {}
-  record = {
-    "path": config.train.trunk_from, "step": saved.step, "commit": run.get("commit", "")
+  origin[name] = {
+    "path": getattr(config.train, name), "step": saved.step,
+    "commit": run.get("commit", ""),
   }
-  return take(saved.params), record
+  return jax.jit(take, out_shardings=shardings)(saved.params), origin
+
+
+def _source(config: Config) -> tuple[str, Path | None]:
+  """Returns which of `SOURCES` is set, and the folder; `("", None)` if none is."""
+  named = [name for name in SOURCES if getattr(config.train, name)]
+  return (named[0], Path(getattr(config.train, named[0]))) if named else ("", None)
 
 
 def _trunk_keys(config: Config) -> set[str]:

@@ -51,7 +51,7 @@ from mtp_jax.metrics import (
 )
 from mtp_jax.model.lm import copied_unembed
 from mtp_jax.pack import make_pack
-from mtp_jax.saved_model import check_trunk, load_trunk
+from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import (
   make_mesh,
   max_over_processes,
@@ -115,8 +115,8 @@ def fit(
   Raises:
     ConfigError: the config cannot work, or the folder holds another run.
     DataError: the corpus cannot be used, or is not that of the run.
-    CheckpointError: no checkpoint of the folder is whole, or one cannot be written; or
-      that of `train.trunk_from` is damaged.
+    CheckpointError: no checkpoint of the folder is whole, or none of the run that this
+      one is to begin with; or one cannot be written.
     Diverged: see `train.max_nonfinite_steps`.
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
       one had a signal.
@@ -229,11 +229,11 @@ def start_run(
     CheckpointError: the checkpoint could not be written.
   """
   validate(config, jax.device_count())
-  if config.train.trunk_from:
-    raise ConfigError(
-      "train.trunk_from must be '' where the weights come from elsewhere, got "
-      f"{config.train.trunk_from!r}."
-    )
+  for name in SOURCES:
+    if value := getattr(config.train, name):
+      raise ConfigError(
+        f"train.{name} must be '' where the weights come from elsewhere, got {value!r}."
+      )
   workdir = Path(workdir)
   if (workdir / "config.json").exists():
     raise ConfigError(f"{workdir} holds a run already; name a new folder.")
@@ -247,7 +247,7 @@ def start_run(
       run.save(run.initial_state(given), loader.get_state(), _NO_PROGRESS)
     run.checkpointer.wait()
     _claim(workdir, config)
-    _write_run_json(run, None)
+    _write_run_json(run, dict.fromkeys(SOURCES))
 
 
 def evaluate_run(
@@ -339,31 +339,34 @@ class _Run:
 
   def start(
     self, loader: TrainLoader
-  ) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
-    """Returns state, `_Training.progress`, and where the trunk is from.
+  ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    """Returns state, `_Training.progress`, and where the parameters are from.
 
-    Restored, `loader` too, or fresh; see `saved_model.load_trunk` for the last one.
+    Restored, `loader` too, or fresh; see `saved_model.load_source` for the last one.
     """
     restored = self.restore()
-    if restored is None:
-      if not self.config.train.trunk_from:
-        state = self.programs.init(np.int32(self.config.seed))
-        return self.with_draft_tokens(state), _NO_PROGRESS, None
-      trunk, record = load_trunk(
-        self.config,
-        self.corpus.tokenizer.to_json(),
-        self.programs.shardings.params,
-        self.mesh,
-      )
-      state = self.initial_state(trunk)
-      return self.with_draft_tokens(state), _NO_PROGRESS, record
-    loader.set_state(restored.data)
-    return restored.state, restored.progress, self._recorded_trunk()
+    if restored is not None:
+      loader.set_state(restored.data)
+      return restored.state, restored.progress, self._recorded_origin()
+    given, origin = load_source(
+      self.config,
+      self.corpus.tokenizer.to_json(),
+      self.programs.shardings.params,
+      self.mesh,
+    )
+    if given:
+      state = self.initial_state(given)
+    else:
+      state = self.programs.init(np.int32(self.config.seed))
+    if "mtp" not in given:
+      state = self.with_draft_tokens(state)
+    return state, _NO_PROGRESS, origin
 
-  def _recorded_trunk(self) -> dict[str, Any] | None:
-    """Returns where the trunk is from, as the run folder says."""
+  def _recorded_origin(self) -> dict[str, Any]:
+    """Returns where the parameters are from, as the run folder says."""
     path = self.workdir / "run.json"
-    return json.loads(path.read_text()).get("trunk_from") if path.is_file() else None
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: run.get(name) for name in SOURCES}
 
   def initial_state(self, given: dict[str, Any]) -> TrainState:
     """Returns the state before the first step, with given parts of its parameters.
@@ -702,7 +705,7 @@ def _open(
 ) -> tuple[_Training, TrainState]:
   """Starts a run or goes on with it; what is to be closed goes on the stack."""
   observer.pauses("starting")
-  check_trunk(config, workdir)
+  check_source(config, workdir)
   _claim(workdir, config)
   startup.ends("devices")
   run = _Run(accounting.resolve(config), workdir, devices=devices)
@@ -711,8 +714,8 @@ def _open(
   stack.callback(loader.close)
   startup.ends("data")
   with jax.set_mesh(run.mesh):
-    state, done, trunk_from = run.start(loader)
-  _write_run_json(run, trunk_from, num_packed)
+    state, done, origin = run.start(loader)
+  _write_run_json(run, origin, num_packed)
   step = int(state.step)
   writer = stack.enter_context(MetricsWriter(workdir, step))
   bar = Progress(config.name, run.config.train.num_steps, enabled=progress)
@@ -1075,7 +1078,7 @@ def _claim(workdir: Path, config: Config) -> None:
 
 
 def _write_run_json(
-  run: _Run, trunk_from: dict[str, Any] | None, num_packed: int = 1
+  run: _Run, origin: dict[str, Any], num_packed: int = 1
 ) -> None:
   if jax.process_index() != 0:
     return
@@ -1097,8 +1100,8 @@ def _write_run_json(
       | {name: importlib.metadata.version(name) for name in packages},
       "commit": code_commit(),
       "data": run.corpus.stats,
-      "trunk_from": trunk_from,
-    },
+    }
+    | origin,
   )
 
 

@@ -346,7 +346,7 @@ def shape_of(config: Config) -> Config:
     train=replace(
       config.train, num_steps=1, log_every=1, eval_every=0, evals_per_doubling=0,
       eval_test=False, stop_metric="", stop_value=0.0, diagnostics_every=0,
-      max_nonfinite_steps=1, trunk_from="",
+      max_nonfinite_steps=1, trunk_from="", start_from="",
     ),
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
     eval=replace(

@@ -102,7 +102,7 @@ KINDS = (
   ("eagle", 3), ("eagle3", 3),
 )
 SHARED = {"mtp.share_modules": True}
-# What sequential modules may start from besides the published inputs.
+# What sequential modules may start from and end in besides what is published.
 INPUTS = {
   "trunk": {"mtp.hidden": "trunk"},
   "shifted": {"mtp.hidden": "trunk_shifted"},
@@ -110,7 +110,10 @@ INPUTS = {
   "trunk-before": {"mtp.hidden": "trunk", "mtp.hidden_norm": "before"},
   "none": {"mtp.fed": "none"},
   "own": {"mtp.fed": "own"},
+  "bare": {"mtp.out_norm": "none"},
 }
+# The modules of the minimal code: no norm at their end, RMSNorm on any trunk.
+MINIMAL = INPUTS["bare"] | {"mtp.norm": "rms"}
 
 
 def tiny_config(

@@ -11,6 +11,7 @@ from tests.common import (
   GPT2,
   INPUTS,
   KINDS,
+  MINIMAL,
   SHARED,
   TRUNKS,
   flops_counted_by_xla,
@@ -131,6 +132,20 @@ def test_sizes_of_own_parts_of_predictors():
   for kind, layers in (("sequential", 2), ("eagle", 1), ("eagle3", 1)):
     wide = total(kind, 2, {"mtp.mlp_dim": 30}) - total(kind, 2)
     assert wide == layers * 3 * D * (30 - F)
+
+
+def test_norms_of_modules_are_parameters_and_no_flops():
+  def total(options):
+    return accounting.count(tiny_config("sequential", 3, GPT2 | options)).total
+
+  # Each of three modules has three norms, of a scale and a bias on this trunk.
+  assert total({}) - total(INPUTS["bare"]) == 3 * 2 * D
+  assert total({}) - total({"mtp.norm": "rms"}) == 3 * 3 * D
+  assert total({}) - total(MINIMAL) == 3 * (2 + 2) * D
+  flops = accounting.train_flops_per_token
+  for options in ({}, GPT2):
+    plain, minimal = (tiny_config("sequential", 3, options | o) for o in ({}, MINIMAL))
+    assert flops(minimal) == flops(plain)
 
 
 def test_sharing_modules_saves_parameters_but_no_flops():

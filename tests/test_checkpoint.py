@@ -26,7 +26,7 @@ from mtp_jax.checkpoint import (
 from mtp_jax.config import ConfigError, flatten, to_dict, with_overrides
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.train_state import init_state, state_shardings
-from tests.common import tiny_config
+from tests.common import GPT2, MINIMAL, tiny_config
 
 # Reads that were under way when Orbax gave up on a file complain when collected.
 pytestmark = pytest.mark.filterwarnings(
@@ -421,6 +421,8 @@ def test_fingerprint_is_the_same_on_every_mesh():
     ("parallel", 2, "hidden_source", "trunk residual stream before the final norm"),
     ("parallel", 2, "next_token_head", "first parallel head"),
     ("sequential", 2, "output_norm", "own norm per module"),
+    ("sequential", 2, "module_norms", "as in the trunk"),
+    ("linear", 2, "module_norms", None),
     ("linear", 2, "concat_order", None),
     ("medusa", 2, "hidden_source", "trunk output after its final norm"),
     ("eagle", 2, "output_norm", None),
@@ -462,3 +464,24 @@ def test_contract_says_what_modules_start_from(options, hidden, embedding):
   found = contract(tiny_config("sequential", 2, options))
   assert found["hidden_source"] == hidden
   assert found["embedding_source"] == embedding
+
+
+def test_contract_says_what_positions_are():
+  assert contract(tiny_config("none", 0, GPT2 | {"data.seq_len": 24}))["positions"] == {
+    "kind": "learned", "count": 24,
+  }
+  options = {"trunk.rope_theta": 5e5, "trunk.rope_scaling.kind": "linear"}
+  found = contract(tiny_config("none", 0, options | {"trunk.rope_scaling.factor": 2.0}))
+  assert found["positions"]["kind"] == "rotary" and found["positions"]["theta"] == 5e5
+  scaling = found["positions"]["scaling"]
+  assert (scaling["kind"], scaling["factor"]) == ("linear", 2.0)
+  assert found == json.loads(json.dumps(found))  # As it comes back from a checkpoint.
+
+
+def test_contract_says_which_norms_modules_have():
+  found = contract(tiny_config("sequential", 2, MINIMAL))
+  assert found["output_norm"] is None
+  assert found["module_norms"] == "RMSNorm"
+  assert found["hidden_source"] == (
+    "depth 1: trunk output after its final norm; depth k: the output of module k - 1"
+  )

@@ -188,6 +188,10 @@ RULES = {
     )
     for kind, arm in (("parallel", "added"), ("sequential", "shortened"))
   },
+  "two runs to begin with": (
+    {"train.trunk_from": "runs/x", "train.start_from": "runs/y"},
+    "train.start_from must be '' beside train.trunk_from ('runs/x'), got 'runs/y'.",
+  ),
   **{
     key: (
       {"mtp.kind": "parallel", "mtp.depth": 1, key: value},
@@ -196,7 +200,8 @@ RULES = {
     )
     for key, plain, value in (
       ("mtp.hidden", "chained", "trunk"), ("mtp.hidden_norm", "after", "before"),
-      ("mtp.fed", "true", "own"),
+      ("mtp.fed", "true", "own"), ("mtp.out_norm", "own", "none"),
+      ("mtp.norm", "trunk", "rms"),
     )
   },
   "own output matrices of sequential modules": (

@@ -23,6 +23,7 @@ from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
   INPUTS,
   LATENT,
+  MINIMAL,
   SHARED,
   TRUNKS,
   batch_of,
@@ -53,6 +54,7 @@ MODELS = {
   "llama-trunk": ("llama", "sequential", DEPTH, INPUTS["trunk-before"]),
   "llama-shifted": ("llama", "sequential", DEPTH, INPUTS["shifted"]),
   "gpt2-fed-none": ("gpt2", "sequential", DEPTH, INPUTS["none"]),
+  "gpt2-minimal": ("gpt2", "sequential", DEPTH, MINIMAL),
 }
 
 
@@ -214,7 +216,7 @@ def test_eagle_drafts_as_far_as_wanted(kind):
   assert len(reached) == DEPTH + 2 and reached[1] > 0
 
 
-@pytest.mark.parametrize("name", ["own", "trunk", "shifted"])
+@pytest.mark.parametrize("name", ["own", "trunk", "shifted", "bare"])
 def test_recursion_from_other_inputs(name):
   model = Model("llama", "sequential", 2, INPUTS[name])
   completions = model.generate(decoding=Decoding(num_drafts=5, recurse=True))

@@ -22,7 +22,7 @@ from mtp_jax.decode.generate import Decoding
 from mtp_jax.decode.interface import Drafter, Nodes, Recursion, Window
 from mtp_jax.decode.trees import DynamicTree, StaticTree, best_static_tree
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
-from tests.common import INPUTS, LATENT, SHARED, quick_jit, tiny_config
+from tests.common import INPUTS, LATENT, MINIMAL, SHARED, quick_jit, tiny_config
 from tests.test_decode import (
   LENGTHS,
   MODELS,
@@ -53,7 +53,7 @@ CASES = {
   "gpt2-fed-none": (MODELS["gpt2-fed-none"], WIDE),
   "latent-sequential": (MODELS["latent-sequential"], SHORT),
   "llama-grown": (("llama", "sequential", 1, {}), GROWN),
-  "gpt2-grown": (("gpt2", "sequential", 1, INPUTS["before"]), GROWN),
+  "gpt2-grown": (("gpt2", "sequential", 1, INPUTS["before"] | MINIMAL), GROWN),
   "latent-shared-grown": (("llama", "sequential", 2, LATENT | SHARED), GROWN),
   "gpt2-own": (MODELS["gpt2-medusa-own"], WIDE),
   "llama-eagle-grown": (("llama", "eagle", 1, {}), GROWN),

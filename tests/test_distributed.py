@@ -19,11 +19,13 @@ import time
 
 import pytest
 
+import mtp_jax
 from launch.distributed import Group, find_group, initialize, share_of_devices
 from launch.exits import classify
 from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError
+from tests.common import assert_trees_close
 from tests.tiny_runs import read_metrics, without_wall_clock, write_texts
 
 # A server that has imported JAX, but not started it, forks every process: one import.
@@ -269,6 +271,25 @@ def check_survivors(job, note, ranks):
   print(f"ended {taken:.1f} s after the fault with exit codes {codes}")
   assert taken < ENDS_WITHIN
   check_infrastructure(codes)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_run_of_one(tiny, tmp_path):
+  """They split what they read over both, and steps so small change nothing of it."""
+  start = ("--config.mtp.kind=sequential", "--config.mtp.depth=1")
+  job = Job(tiny, tmp_path / "source", 1, *start)
+  assert job.wait() == [0], job.output()
+  job = Job(
+    tiny, tmp_path / "run", 2, *start, "--config.mesh.data=1", "--config.mesh.fsdp=2",
+    f"--config.train.start_from={tmp_path / 'source'}",
+    "--config.optimizer.learning_rate=1e-30", "--config.data.seq_len=16",
+  )
+  assert job.wait() == [0, 0], job.output()
+  source, run = (mtp_jax.load(tmp_path / name) for name in ("source", "run"))
+  assert source.step == run.step == NUM_STEPS
+  assert_trees_close(run.params, source.params, rtol=0, atol=0)
+  origin = json.loads((tmp_path / "run/run.json").read_text())["start_from"]
+  assert (origin["path"], origin["step"]) == (str(tmp_path / "source"), NUM_STEPS)
 
 
 @pytest.mark.slow

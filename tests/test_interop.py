@@ -326,6 +326,10 @@ LAYOUTS = (
     ("sequential", 2, DEEPSEEK | common.INPUTS["trunk"], "", "deepseek_v3"),
     ("sequential", 1, common.INPUTS["before"], "", "llama"),
     ("sequential", 1, common.INPUTS["own"], "", "llama"),
+    ("sequential", 1, common.MINIMAL, "", "llama"),
+    ("sequential", 2, DEEPSEEK | common.INPUTS["bare"], "", "deepseek_v3"),
+    ("sequential", 1, {"mtp.norm": "rms"}, "mimo", "llama"),  # As the trunk's.
+    ("sequential", 1, common.GPT2 | {"mtp.norm": "rms"}, "", "gpt2"),
     ("none", 0, DEEPSEEK | {"trunk.moe.num_shared": 0}, "", ""),
     ("none", 0, {"trunk.moe.num_experts": 8}, "", ""),
     ("none", 0, {"trunk.attention_dim": 8, "trunk.qkv_bias": True}, "", ""),
@@ -350,10 +354,13 @@ def test_layouts_of_a_config(kind, depth, overrides, possible, with_trunk_only):
     assert found == ([expected] if expected else [])
 
 
-def test_a_refused_layout_names_what_modules_start_from():
-  config = common.tiny_config("sequential", 1, common.INPUTS["shifted"])
-  obstacle = interop.layouts_for(config)["mimo"]
-  assert obstacle == "mtp.hidden must be 'chained' there, got 'trunk_shifted'"
+@pytest.mark.parametrize("name, obstacle", [
+  ("shifted", "mtp.hidden must be 'chained' there, got 'trunk_shifted'"),
+  ("bare", "mtp.out_norm must be 'own' there, got 'none'"),
+])
+def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacle):
+  config = common.tiny_config("sequential", 1, common.INPUTS[name])
+  assert interop.layouts_for(config)["mimo"] == obstacle
 
 
 # Refusals: of what is written ...
@@ -576,6 +583,10 @@ def test_an_index_that_is_wrong_is_refused(tmp_path):
       "deepseek", "sequential", 2, {"mtp.fed": "none"},
       "has MTP layers, and mtp.fed must be 'true' there, got 'none'",
     ),
+    (
+      "deepseek", "sequential", 2, common.INPUTS["bare"],
+      "has MTP layers, and mtp.out_norm must be 'own' there, got 'none'",
+    ),
   ],
 )
 def test_a_config_of_another_model_is_refused(
@@ -591,6 +602,21 @@ def test_a_longer_context_is_allowed(tmp_path, folders):
   folder = folders("qwen3", tmp_path / "out")
   stretched = {"trunk.rope_scaling.factor": 16.0, "trunk.rope_theta": 1e6}
   load(folder, config_of("qwen3", stretched))
+
+
+def test_learned_positions_are_cut_to_the_rows(tmp_path, folders):
+  folder = folders("gpt2", tmp_path / "out")
+  params, config = load(folder, config_of("gpt2", {"data.seq_len": 6}))
+  expected = common.random_params(config_of("gpt2"))
+  whole_PD = expected["position_embed"]["embedding"]
+  assert whole_PD.shape == (16, 16)
+  expected["position_embed"]["embedding"] = whole_PD[:6]
+  assert_same_bits(params, expected)
+  interop.export_params(params, config, tmp_path / "again", "gpt2")
+  assert json.loads((tmp_path / "again/config.json").read_text())["n_positions"] == 6
+  assert_same_bits(load(tmp_path / "again")[0], expected)
+  with pytest.raises(InteropError, match=r"wpe.weight is \[16, 16\], expected \[20, 1"):
+    load(folder, config_of("gpt2", {"data.seq_len": 20}))
 
 
 @pytest.mark.parametrize("kind, depth", [("none", 0), ("linear", 1)])

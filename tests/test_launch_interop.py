@@ -1,12 +1,19 @@
 """Weights in, training on, weights out: the commands, as a nanoGPT user would go."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mtp_jax
+from launch import import_hf
+from mtp_jax import interop
+from mtp_jax.checkpoint import contract
+from mtp_jax.config import ConfigError
 from tests import tiny_runs
+from tests.common import tiny_config
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
@@ -111,6 +118,100 @@ def test_an_unfrozen_trunk_moves(command, gpt2, flags, tmp_path):
   model = mtp_jax.load(run)
   ids = model.encode(TEXT)
   assert not np.allclose(model.logits(ids), hf_logits(theirs, ids), atol=1e-4)
+
+
+def test_shorter_rows_have_the_first_of_the_positions(command, gpt2, flags, tmp_path):
+  folder, theirs = gpt2
+  run, out = tmp_path / "run", tmp_path / "out"
+  result = command(
+    "launch.import_hf", f"--from={folder}", f"--workdir={run}", *flags,
+    "--config.data.seq_len=24",
+  )
+  assert result.code == 0, result.output
+  start = mtp_jax.load(run)
+  ids = start.encode(TEXT)
+  assert len(ids) == 21 and start.config.data.seq_len == 24
+  np.testing.assert_allclose(start.logits(ids), hf_logits(theirs, ids), atol=1e-4)
+  assert contract(start.config)["positions"] == {"kind": "learned", "count": 24}
+  result = command(
+    "launch.export", f"--workdir={run}", "--layout=gpt2", "--trunk_only",
+    f"--output={out}",
+  )
+  assert result.code == 0, result.output
+  again = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
+  assert again.config.n_positions == 24
+  np.testing.assert_array_equal(hf_logits(again, ids), hf_logits(theirs, ids))
+
+
+def hf_model(family="llama", max_length=16, **rope):
+  """Returns what `interop.read_model` says of a folder without MTP layers."""
+  config = tiny_config(overrides={"trunk.kind": family} if family == "gpt2" else None)
+  decided = {
+    f"trunk.{key}": getattr(config.trunk, key)
+    for key in ("kind", "num_layers", "embed_dim", "rope_theta")
+  }
+  if family == "gpt2":
+    del decided["trunk.rope_theta"]
+    decided |= {"data.seq_len": max_length, "trunk.num_kv_heads": 4}
+  decided |= {f"trunk.rope_scaling.{key}": x for key, x in rope.items()}
+  return interop.HfModel(
+    Path("folder"), family, decided, 0, max_length, Path("tokenizer.json"), {}
+  )
+
+
+def combined(model, **overrides):
+  overrides = {key.replace("__", "."): value for key, value in overrides.items()}
+  config = tiny_config(overrides=overrides)
+  return import_hf.combine(config, overrides, model)
+
+
+LLAMA3 = {
+  "kind": "llama3", "factor": 8.0, "original_length": 6, "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+}
+
+
+def test_rows_and_rotary_embedding_may_be_others_than_the_folder_has():
+  none = hf_model(kind="none")
+  assert combined(none).trunk.rope_theta == 1e4
+  longer = combined(none, trunk__rope_theta=1e6, data__seq_len=64)
+  assert (longer.trunk.rope_theta, longer.data.seq_len) == (1e6, 64)
+  assert contract(longer)["positions"]["theta"] == 1e6
+  # Stretched from the texts of the folder, unless another length is named.
+  yarn = {"trunk__rope_scaling__kind": "yarn", "trunk__rope_scaling__factor": 4.0}
+  scaling = combined(none, data__seq_len=64, **yarn).trunk.rope_scaling
+  assert (scaling.kind, scaling.factor, scaling.original_length) == ("yarn", 4.0, 16)
+  scaling = combined(none, trunk__rope_scaling__original_length=8, **yarn)
+  assert scaling.trunk.rope_scaling.original_length == 8
+
+  llama3 = hf_model(max_length=48, **LLAMA3)
+  found = combined(llama3, trunk__rope_scaling__factor=16.0, data__seq_len=96)
+  assert dataclasses.asdict(found.trunk.rope_scaling).items() >= (
+    LLAMA3 | {"factor": 16.0}
+  ).items()
+  assert contract(found)["positions"]["scaling"]["factor"] == 16.0
+  # Nothing is left of a scaling that another one replaces.
+  plain = combined(llama3, trunk__rope_scaling__kind="none")
+  assert plain.trunk.rope_scaling == tiny_config().trunk.rope_scaling
+
+  assert combined(hf_model("gpt2", 64)).data.seq_len == 64
+  assert combined(hf_model("gpt2", 64), data__seq_len=32).data.seq_len == 32
+
+
+@pytest.mark.parametrize("model, overrides, message", [
+  (
+    hf_model(kind="none"), {"data__seq_len": 64},
+    r"data.seq_len must be at most 16, the positions of folder \(or set trunk\.rope_",
+  ),
+  (
+    hf_model("gpt2"), {"data__seq_len": 64},
+    r"data.seq_len must be at most 16, the positions of folder, got 64\.",
+  ),
+  (hf_model(), {"trunk__embed_dim": 32}, r"trunk.embed_dim must be 16, as folder has "),
+])
+def test_what_the_folder_decides(model, overrides, message):
+  with pytest.raises(ConfigError, match=message):
+    combined(model, **overrides)
 
 
 BAD = {

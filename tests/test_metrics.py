@@ -9,12 +9,14 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 
 import jax
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from launch.planning import topologies
 from mtp_jax import metrics
 from mtp_jax.metrics import MetricsWriter, Progress
 
@@ -167,18 +169,35 @@ def test_progress_can_be_silent(capsys):
   assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-  "kind, peak",
-  [
-    ("NVIDIA H100 80GB HBM3", 989e12),
-    ("NVIDIA A100-SXM4-40GB", 312e12),
-    ("TPU v5 lite", 197e12),  # Not "TPU v5", which is a prefix of it.
-    ("TPU v5", 459e12),
-    ("cpu", None),
-  ],
-)
-def test_peak_of_known_chips(kind, peak):
-  assert metrics.peak_flops(kind) == peak
+@pytest.mark.parametrize("kind, teraflops", [
+  ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-80GB", 312),
+  ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+  ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+  ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989),
+  ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+  ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB300", 2500),
+  ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+  ("NVIDIA RTX A6000", 154.8), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+  ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165.2),
+  ("NVIDIA GeForce RTX 5090", 209.5),
+  ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459),
+  ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 1153.5),
+])
+def test_peak_of_known_devices(kind, teraflops):
+  assert metrics.peak_flops(kind) == teraflops * 1e12
+
+
+@pytest.mark.parametrize("kind", [
+  "cpu", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+  "NVIDIA H20", "NVIDIA L40G", "NVIDIA GeForce RTX 4090 D",
+  "NVIDIA GeForce RTX 4090 Laptop GPU", "TPU v4 lite", "TPU v3", "TPU8i", "gfx942",
+])
+def test_what_only_begins_like_a_known_device_has_no_peak(kind):
+  assert metrics.peak_flops(kind) is None
+
+
+def test_every_chip_that_can_be_planned_for_has_a_peak():
+  assert all(chip.peak_flops for chip in topologies.CHIPS.values())
 
 
 def test_model_flop_utilisation(monkeypatch):
@@ -186,6 +205,10 @@ def test_model_flop_utilisation(monkeypatch):
   monkeypatch.setattr(metrics, "peak_flops", lambda kind: 1e12)
   # 8 devices could do 8e12 FLOP/s.
   assert metrics.model_flop_utilisation(2e9, 1e3) == pytest.approx(0.25)
+  kinds = [types.SimpleNamespace(device_kind=kind) for kind in ("known", "unknown")]
+  monkeypatch.setattr(jax, "devices", lambda: kinds)
+  monkeypatch.setattr(metrics, "peak_flops", {"known": 1e12}.get)
+  assert metrics.model_flop_utilisation(2e9, 1e3) is None
 
 
 def test_json_files_are_replaced_in_one_piece(tmp_path):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.config import num_trunk_layers
 from mtp_jax.model.block import Block
@@ -14,7 +15,9 @@ from mtp_jax.model.mtp import SequentialModule
 from mtp_jax.model.trunk import Trunk
 from mtp_jax.sharding import unbox
 from tests.common import (
+  GPT2,
   INPUTS,
+  MINIMAL,
   SHARED,
   TRUNKS,
   assert_trees_close,
@@ -88,7 +91,7 @@ def sliced_chain(config, params, residual_TD, batch):
     for start, end in DOCUMENTS:
       places = range(start, min(end - 1 - k, T))
       length = len(places)
-      states_1TD, _, _ = SequentialModule(config.trunk).apply(
+      states_1TD, _, _ = SequentialModule(config.trunk, mtp.out_norm, mtp.norm).apply(
         {"params": own},
         jnp.stack([given(k, i) for i in places])[None],
         jnp.stack([seen(k, i) for i in places])[None],
@@ -105,6 +108,7 @@ def sliced_chain(config, params, residual_TD, batch):
     *((trunk, options) for trunk in TRUNKS for options in ({}, SHARED)),
     *(("llama", options) for options in INPUTS.values()),
     ("gpt2", INPUTS["none"]),  # Its norms have biases.
+    ("gpt2", MINIMAL),
   ],
 )
 def test_masked_chain_equals_slicing_each_document(trunk, options):
@@ -166,6 +170,26 @@ def test_likeliest_tokens_by_block(block_tokens):
   unembed_DV = rng.standard_normal((4, 9), np.float32)
   found_BT = likeliest_tokens(hidden_BTD, unembed_DV, block_tokens)
   np.testing.assert_array_equal(found_BT, (hidden_BTD @ unembed_DV).argmax(-1))
+
+
+def test_norms_of_modules_are_parameters_of_their_kind():
+  def norms(options):
+    shapes = unbox(accounting.abstract_params(tiny_config("sequential", 2, options)))
+    modules = shapes["mtp"]["modules"]
+    return {
+      name: set(modules[name]) for name in ("hidden_norm", "embed_norm", "out_norm")
+      if name in modules
+    }, set(modules["block"]["mlp_norm"])
+
+  layer, rms = {"scale", "bias"}, {"scale"}
+  both = ("hidden_norm", "embed_norm")
+  assert norms(GPT2) == (dict.fromkeys((*both, "out_norm"), layer), layer)
+  assert norms(GPT2 | {"mtp.norm": "rms"}) == (
+    dict.fromkeys((*both, "out_norm"), rms), layer
+  )
+  assert norms(GPT2 | INPUTS["bare"]) == (dict.fromkeys(both, layer), layer)
+  assert norms(GPT2 | MINIMAL) == (dict.fromkeys(both, rms), layer)
+  assert norms(MINIMAL) == (dict.fromkeys(both, rms), rms)
 
 
 def test_unit_rms_of_what_the_unembedding_reads():

@@ -146,9 +146,15 @@ MUTANTS = {
   ),
   "module's own output norm left out": Mutant(
     "model/mtp.py",
-    'return make_norm(self.trunk, "out_norm")(x_BTD)',
-    'return x_BTD + 0 * make_norm(self.trunk, "out_norm")(x_BTD)',
+    'x_BTD = make_norm(self.trunk, "out_norm", self.norm)(x_BTD)',
+    'x_BTD += 0 * make_norm(self.trunk, "out_norm", self.norm)(x_BTD)',
     f"{PARITY}[llama-sequential-False]",
+  ),
+  "module has the norms of its trunk in any case": Mutant(
+    "model/layers.py",
+    'kind == "rms" or trunk.kind == "llama"',
+    'trunk.kind == "llama"',
+    "test_minimal_module.py::test_a_config_is_the_minimal_code[gpt2-after]",
   ),
   "later steps of EAGLE see the later keys of other rows": Mutant(
     "model/attention_ops.py",
@@ -188,9 +194,15 @@ MUTANTS = {
   ),
   "frozen trunk begins at random": Mutant(
     "train.py",
-    "state = self.initial_state(trunk)",
+    "state = self.initial_state(given)",
     "state = self.initial_state({})",
     "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
+  ),
+  "a run from another one has draft tokens of its own": Mutant(
+    "train.py",
+    'if "mtp" not in given:',
+    "if True:",
+    "test_trunk_from.py::test_a_run_starts_from_all_parameters_of_another",
   ),
   "text that a model wrote is held out as well": Mutant(
     "data/pipeline.py",

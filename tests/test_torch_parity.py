@@ -209,8 +209,8 @@ def test_eagle_is_refused():
     torch_peer.Peer(common.tiny_config("eagle3", 2))
 
 
-@pytest.mark.parametrize("name", ["trunk", "before", "own"])
-def test_other_inputs_of_modules_are_refused(name):
+@pytest.mark.parametrize("name", ["trunk", "before", "own", "bare"])
+def test_other_inputs_and_norms_of_modules_are_refused(name):
   ((key, value),) = common.INPUTS[name].items()
   config = common.tiny_config("sequential", 2, common.INPUTS[name])
   with pytest.raises(ValueError, match=rf"^{key} must be .* PyTorch, got {value!r}"):

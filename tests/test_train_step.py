@@ -53,6 +53,7 @@ OTHER = {
   "train.stop_metric": "loss",
   "train.stop_value": 1.0,
   "train.trunk_from": "runs/other",
+  "train.start_from": "runs/third",
   "data.seed": 5,
 }
 PROGRAMS = ("init_state", "train_step", "gradient_diagnostics")

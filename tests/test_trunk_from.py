@@ -1,4 +1,4 @@
-"""Predictors that are trained after the fact, on the trunk of another run."""
+"""Runs that begin with the trunk of another run, or with all its parameters."""
 
 import contextlib
 import json
@@ -11,11 +11,12 @@ import pytest
 import mtp_jax
 from launch import trials
 from mtp_jax import train
+from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.model.lm import deployed
-from mtp_jax.saved_model import check_trunk
-from tests.common import GPT2, assert_trees_close
+from mtp_jax.saved_model import check_source
+from tests.common import GPT2, MINIMAL, assert_trees_close
 from tests.tiny_runs import run_config, write_texts
 from tests.untrained_runs import save_run
 
@@ -124,10 +125,159 @@ def test_next_token_prediction_and_the_tokenizer_of_the_source_are_taken_up(
   }
   run = train._Run(medusa_on(config, source, **plain), tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
-    state, progress, record = run.start(run.loader())
+    state, progress, origin = run.start(run.loader())
   expected = without_predictors(mtp_jax.load(source).params)
   assert_trees_close(state.params, expected, rtol=0, atol=0)
-  assert (int(state.step), progress["seconds"], record["path"]) == (0, 0.0, str(source))
+  assert (int(state.step), progress["seconds"]) == (0, 0.0)
+  assert origin["trunk_from"]["path"] == str(source) and origin["start_from"] is None
+
+
+# Kind of predictor, what the source has, and what the run has that begins with it.
+STARTS = {
+  "longer rows, another mesh and text": (
+    "sequential", {},
+    MESH | {"data.seq_len": 32, "data.seed": 3, "mtp.weight": 0.9, "seed": 5},
+  ),
+  "shorter rows with learned positions": (
+    "sequential", GPT2 | MINIMAL,
+    {"data.seq_len": 8, "optimizer.kind": "muon", "train.freeze_trunk": True},
+  ),
+  "heads and a shorter trunk": ("parallel", {"mtp.arm": "shortened"}, {}),
+  "a drafter with a vocabulary of its own": (
+    "eagle3", {"mtp.unembed": "own", "mtp.draft_vocab": 40}, MESH
+  ),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_run_starts_from_all_parameters_of_another(case, config, tmp_path):
+  kind, of_source, of_run = STARTS[case]
+  own = with_overrides(
+    config, {"mtp.kind": kind, "mtp.depth": 1, "trunk.num_layers": 3} | of_source
+  )
+  source = save_run(tmp_path / "source", own)
+  expected = mtp_jax.load(source).params
+  new = with_overrides(own, of_run | {"train.start_from": str(source)})
+  check_source(new, tmp_path / "run")
+  run = train._Run(new, tmp_path / "run")
+  with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
+    state, progress, origin = run.start(run.loader())
+    fresh = run.programs.init(np.int32(0))
+  if "position_embed" in expected:
+    expected["position_embed"]["embedding"] = (
+      expected["position_embed"]["embedding"][: new.data.seq_len]
+    )
+  assert_trees_close(state.params, expected, rtol=0, atol=0)
+  for leaf, sharding in zip(
+    jax.tree.leaves(state), jax.tree.leaves(run.programs.shardings), strict=True
+  ):
+    assert leaf.sharding == sharding
+  assert (int(state.step), progress["seconds"]) == (0, 0.0)
+  assert_trees_close(state.opt_state, fresh.opt_state, rtol=0, atol=0)
+  record = {"path": str(source), "step": 0, "commit": ""}
+  assert origin == {"trunk_from": None, "start_from": record}
+
+
+def test_a_started_run_trains_and_goes_on_without_its_source(config, tmp_path):
+  """All of it, of modules without an output norm: training, evaluation with drafts."""
+  own = with_overrides(config, GPT2 | MINIMAL | {
+    "mtp.kind": "sequential", "mtp.depth": 2, "optimizer.learning_rate": 1e-30,
+    "eval.middle_prompts": 2,
+  })
+  source, run = save_run(tmp_path / "source", own), tmp_path / "run"
+  (source / "run.json").write_text(json.dumps({"commit": "of the source"}))
+  expected = mtp_jax.load(source)
+  new = with_overrides(own, {"train.start_from": str(source)})
+  result = train.fit(new, run, progress=False)
+  # Steps this small change nothing: what was trained are the parameters of the source.
+  found = mtp_jax.load(run)
+  assert found.step == 4
+  assert_trees_close(found.params, expected.params, rtol=0, atol=0)
+  assert result["sampled_tokens_per_round"]["mean"] >= 1
+  ids = [1, 2, 3]
+  np.testing.assert_array_equal(found.logits(ids, 1), expected.logits(ids, 1))
+  record = {"path": str(source), "step": 0, "commit": "of the source"}
+  assert json.loads((run / "run.json").read_text())["start_from"] == record
+
+  shutil.rmtree(source)
+  shutil.rmtree(run / "checkpoints/4")
+  (run / "DONE").unlink()
+  resumed = train.fit(new, run, progress=False)
+  assert resumed["depth_loss"] == result["depth_loss"]
+  written = json.loads((run / "run.json").read_text())
+  assert (written["trunk_from"], written["start_from"]) == (None, record)
+
+
+def test_runs_of_a_pack_start_from_other_runs(config, sources, tmp_path):
+  source, own = sources["sequential"]
+  shared = {"mesh.data": 1, "optimizer.learning_rate": 1e-30, "eval.num_rows": 8}
+  starts = {
+    "start": {"train.start_from": str(source)},
+    "trunk": {"train.trunk_from": str(source)},
+  }
+  configs = [with_overrides(own, shared | start) for start in starts.values()]
+  folders = [tmp_path / name for name in starts]
+  for result in train.fit_pack(configs, folders):
+    assert not isinstance(result, Exception), result
+  expected = mtp_jax.load(source).params
+  whole, trunk = (mtp_jax.load(folder).params for folder in folders)
+  assert_trees_close(whole, expected, rtol=0, atol=0)
+  assert_trees_close(
+    without_predictors(trunk), without_predictors(expected), rtol=0, atol=0
+  )
+  with pytest.raises(AssertionError):
+    assert_trees_close(trunk["mtp"], expected["mtp"], rtol=0, atol=1e-3)
+  kept = [json.loads((folder / "run.json").read_text()) for folder in folders]
+  assert [x["start_from"] is None for x in kept] == [False, True]
+  assert [x["trunk_from"] is None for x in kept] == [True, False]
+
+
+@pytest.mark.parametrize("key", ["train.start_from", "train.trunk_from"])
+def test_the_newest_whole_checkpoint_is_taken(key, config, sources, tmp_path):
+  source, own = sources["sequential"]
+  copy = shutil.copytree(source, tmp_path / "source")
+  damaged = shutil.copytree(copy / "checkpoints/0", copy / "checkpoints/5")
+  (damaged / "state" / "manifest.ocdbt").write_bytes(b"")
+  expected = without_predictors(mtp_jax.load(source).params)
+  run = train._Run(with_overrides(own, {key: str(copy)}), tmp_path / "run")
+  with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
+    with pytest.warns(UserWarning, match="5 is damaged .* Trying the one before it"):
+      state, _, origin = run.start(run.loader())
+    assert_trees_close(without_predictors(state.params), expected, rtol=0, atol=0)
+    assert origin[key.removeprefix("train.")]["step"] == 0
+    shutil.rmtree(copy / "checkpoints/0")
+    with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged"):
+      run.start(run.loader())
+
+
+def test_other_predictors_are_refused_by_key(config, sources, tmp_path):
+  source, own = sources["sequential"]
+  start = {"train.start_from": str(source)}
+  other = {"mtp.kind": "linear", "mtp.depth": 2, "trunk.norm_eps": 1e-5}
+  with pytest.raises(ConfigError) as caught:
+    train.fit(with_overrides(own, start | other), tmp_path / "run", progress=False)
+  assert str(caught.value) == (
+    "train.start_from must be a run with the trunk, the extra predictors and the "
+    f"vocabulary of this config, got {str(source)!r}:\n"
+    "  trunk.norm_eps: 1e-06 there, 1e-05 here\n"
+    "  mtp.kind: 'sequential' there, 'linear' here\n  mtp.depth: 1 there, 2 here\n"
+    "train.trunk_from takes over a trunk without its extra predictors."
+  )
+  assert not (tmp_path / "run").exists()
+  check_source(with_overrides(own, other | {
+    "train.trunk_from": str(source), "trunk.norm_eps": 1e-6
+  }), tmp_path / "run")
+  for key, value, there in (
+    ("mtp.out_norm", "none", "own"), ("mtp.hidden", "trunk", "chained"),
+    ("mtp.share_modules", True, False), ("trunk.rope_theta", 1e6, 1e4),
+  ):
+    with pytest.raises(ConfigError, match=rf"\n  {key}: {there!r} there, {value!r} h"):
+      check_source(with_overrides(own, start | {key: value}), tmp_path / "run")
+  # What no parameter depends on may differ.
+  check_source(with_overrides(own, start | {
+    "mtp.weight": 0.7, "optimizer.kind": "muon", "optimizer.schedule": "wsd",
+    "train.num_steps": 9, "data.seq_len": 64, "mtp.objective": "kl",
+  }), tmp_path / "run")
 
 
 def test_what_is_no_source_is_refused_before_anything_is_written(
@@ -154,7 +304,7 @@ def test_what_is_no_source_is_refused_before_anything_is_written(
   assert not (tmp_path / "run").exists()
   other = {"trunk.num_layers": 3, "trunk.embed_dim": 32, "tokenizer.vocab_size": 272}
   with pytest.raises(ConfigError) as caught:
-    check_trunk(medusa_on(config, source, **other), tmp_path / "run")
+    check_source(medusa_on(config, source, **other), tmp_path / "run")
   assert str(caught.value) == (
     "train.trunk_from must be a run whose deployed model has the trunk and the "
     f"vocabulary of this config, got {str(source)!r}:\n"
@@ -162,9 +312,15 @@ def test_what_is_no_source_is_refused_before_anything_is_written(
     "  tokenizer.vocab_size: 264 there, 272 here"
   )
   longer = {"data.seq_len": 32}
-  check_trunk(medusa_on(config, source, **longer), tmp_path / "run")
+  check_source(medusa_on(config, source, **longer), tmp_path / "run")
   with pytest.raises(ConfigError, match=r"\n  data.seq_len: 16 there, 32 here"):
-    check_trunk(medusa_on(config, source, **GPT2 | longer), tmp_path / "run")
+    check_source(medusa_on(config, source, **GPT2 | longer), tmp_path / "run")
+  # Learned positions are cut.
+  with pytest.raises(ConfigError) as caught:
+    check_source(
+      medusa_on(config, source, **GPT2 | {"data.seq_len": 8}), tmp_path / "run"
+    )
+  assert "data.seq_len" not in str(caught.value)
 
 
 def test_another_tokenizer_is_refused(config, sources, tmp_path):
@@ -175,8 +331,12 @@ def test_another_tokenizer_is_refused(config, sources, tmp_path):
 
 
 def test_weights_from_elsewhere_and_from_a_run_exclude_each_other(config, tmp_path):
-  with pytest.raises(ConfigError, match=r"^train\.trunk_from must be '' where the "):
-    train.start_run(medusa_on(config, "runs/x"), tmp_path / "run", lambda mesh: {})
+  for name in ("trunk_from", "start_from"):
+    with pytest.raises(ConfigError, match=rf"^train\.{name} must be '' where the "):
+      train.start_run(
+        with_overrides(config, {f"train.{name}": "runs/x"}), tmp_path / "run",
+        lambda mesh: {},
+      )
   assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtp_jax.config import (
   EAGLES,
-  PUBLISHED_INPUTS,
+  PUBLISHED_MODULES,
   Config,
   TrunkConfig,
   num_trunk_layers,
@@ -148,8 +148,8 @@ class Peer(nn.Module):
   """Trunk, predictors and losses of one config.
 
   Raises:
-    ValueError: an EAGLE drafter, or sequential modules with other inputs than the
-      published ones.
+    ValueError: an EAGLE drafter, or sequential modules with other inputs or norms than
+      the published ones.
   """
 
   def __init__(self, config: Config):
@@ -159,7 +159,7 @@ class Peer(nn.Module):
       raise ValueError(
         f"mtp.kind must not be an EAGLE drafter for PyTorch, got {mtp.kind!r}."
       )
-    for key, published in PUBLISHED_INPUTS.items():
+    for key, published in PUBLISHED_MODULES.items():
       if getattr(mtp, key) != published:
         raise ValueError(
           f"mtp.{key} must be {published!r} for PyTorch, got {getattr(mtp, key)!r}."

@@ -20,7 +20,14 @@ from typing import Any
 import pandas as pd
 
 from mtp_jax.analysis.runs import Runs
-from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, flatten, to_dict
+from mtp_jax.config import (
+  PUBLISHED_INPUTS,
+  PUBLISHED_MODULES,
+  Config,
+  MtpConfig,
+  flatten,
+  to_dict,
+)
 
 NTP = "NTP"
 
@@ -90,12 +97,12 @@ def canonical(mtp: MtpConfig) -> MtpConfig:
   if mtp.depth == 0:
     kind = "parallel" if mtp.kind == "parallel" else "none"
     return dataclasses.replace(
-      mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_INPUTS,
+      mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_MODULES,
       **_NO_EFFECT,
     )
   if mtp.arm == "flops":  # Kind, depth and own tokens say how long NTP is trained.
-    inputs = PUBLISHED_INPUTS | ({"fed": "own"} if mtp.fed == "own" else {})
-    return dataclasses.replace(mtp, **inputs, **_NO_EFFECT)
+    modules = PUBLISHED_MODULES | ({"fed": "own"} if mtp.fed == "own" else {})
+    return dataclasses.replace(mtp, **modules, **_NO_EFFECT)
   changes: dict[str, Any] = {}
   if mtp.depth == 1:  # The first module starts from the same state in each.
     changes["hidden"] = PUBLISHED_INPUTS["hidden"]
@@ -182,7 +189,8 @@ def _recipe(config: Config) -> dict[str, Any]:
   flat = flatten(to_dict(config))
   dropped = {*IGNORED, *WITHIN}
   # Whether there is such a run is a setting; which one follows the seed.
-  flat["train.trunk_from"] = bool(flat["train.trunk_from"])
+  for key in ("train.trunk_from", "train.start_from"):
+    flat[key] = bool(flat[key])
   return {
     k: tuple(v) if isinstance(v, list) else v
     for k, v in flat.items()

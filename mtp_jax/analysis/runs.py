@@ -109,7 +109,9 @@ def counts(config: Config) -> accounting.Counts:
       mtp=_shape(resolved.mtp),
       data=dataclasses.replace(resolved.data, seed=0, path=""),
       optimizer=dataclasses.replace(resolved.optimizer, learning_rate=1.0),
-      train=dataclasses.replace(resolved.train, num_steps=1, trunk_from=""),
+      train=dataclasses.replace(
+        resolved.train, num_steps=1, trunk_from="", start_from=""
+      ),
     )
   )
 

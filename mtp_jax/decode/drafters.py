@@ -67,8 +67,9 @@ def own_predictors(
   if kind == "medusa":
     return _heads_on_one_state(trunk, num_drafts, _medusa_head)
   mtp = config.mtp
+  module = SequentialModule(trunk, mtp.out_norm, mtp.norm)
   return _sequential_modules(
-    trunk, depth, num_drafts, mtp.hidden, mtp.hidden_norm, mtp.fed
+    module, depth, num_drafts, mtp.hidden, mtp.hidden_norm, mtp.fed
   )
 
 
@@ -89,7 +90,8 @@ def own_recursion(config: Config) -> Recursion:
       f"mtp.kind {mtp.kind!r} with mtp.depth {mtp.depth}."
     )
   trunk = predictor_trunk(config.trunk, mtp)
-  return _module_recursion(trunk, mtp.hidden_norm, mtp.fed)
+  module = SequentialModule(trunk, mtp.out_norm, mtp.norm)
+  return _module_recursion(module, mtp.hidden_norm, mtp.fed)
 
 
 @functools.cache
@@ -175,7 +177,7 @@ def _parallel_heads(trunk: TrunkConfig, num_drafts: int) -> Drafter:
 
 @functools.cache
 def _sequential_modules(
-  trunk: TrunkConfig,
+  module: SequentialModule,
   depth: int,
   num_drafts: int,
   hidden: str,
@@ -203,8 +205,7 @@ def _sequential_modules(
   the place of a rejected draft, is not what was predicted; so does the newest row where
   tokens are sampled. The drafts are then worse, and the text no other.
   """
-  chained = min(num_drafts, depth)
-  module = SequentialModule(trunk)
+  chained, trunk = min(num_drafts, depth), module.trunk
 
   def init(rows: int, slots: int):
     edge_BD = jnp.zeros((rows, trunk.embed_dim), compute_dtype(trunk))
@@ -285,13 +286,15 @@ def _sequential_modules(
 
 
 @functools.cache
-def _module_recursion(trunk: TrunkConfig, hidden_norm: str, fed: str) -> Recursion:
+def _module_recursion(
+  module: SequentialModule, hidden_norm: str, fed: str
+) -> Recursion:
   """One sequential module, given the trunk's features first and then what it says.
 
   Row i has read token i + 1. This is what depth 1 is trained on, and the same as
   `_sequential_modules` with `recurse` at D = 1.
   """
-  module = SequentialModule(trunk)
+  trunk = module.trunk
 
   def init(rows: int, slots: int):
     return network.empty_caches(trunk, 1, rows, slots)[0]

@@ -527,8 +527,12 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
 
 
 def unpublished_inputs(mtp: MtpConfig) -> str:
-  """Returns what sequential modules have that no layout has; "" where it has all."""
-  for key, published in (PUBLISHED_INPUTS | {"mlp_dim": 0}).items():
+  """Returns what sequential modules have that no layout has; "" where it has all.
+
+  Layouts with modules have trunks with RMSNorm, so that `mtp.norm` decides nothing.
+  """
+  more = {"out_norm": "own", "mlp_dim": 0}
+  for key, published in (PUBLISHED_INPUTS | more).items():
     if getattr(mtp, key) != published:
       return f"mtp.{key} must be {published!r} there, got {getattr(mtp, key)!r}"
   return ""

@@ -102,6 +102,7 @@ def read_model(folder: Path) -> HfModel:
       "mtp.share_modules": False,
       "mtp.dense_blocks": False,
       **{f"mtp.{key}": published for key, published in PUBLISHED_INPUTS.items()},
+      "mtp.out_norm": "own",
       "mtp.arm": "added",
     }
     _check_contract(folder, described.family)
@@ -118,7 +119,8 @@ def load_params(
   """Returns the parameters that the folder has, float32, laid out on `mesh`.
 
   That is all of `config`, without `mtp` where the folder has no MTP layers or
-  `config.mtp` is of another kind than they are.
+  `config.mtp` is of another kind than they are. Of learned positions the first
+  `data.seq_len` are taken.
 
   Raises:
     InteropError: the config is of another model than the folder; a tensor is missing,
@@ -126,6 +128,7 @@ def load_params(
       embedding or the head differs from it.
   """
   _check_config(model, config)
+  model = _cropped(model, config)
   boxed = accounting.abstract_params(config)
   stored_shapes = _shapes(boxed)
   stored = dataclasses.replace(config, mtp=_stored_mtp(model, config.mtp))
@@ -137,6 +140,21 @@ def load_params(
   _check_tensors(model.folder, model.tensors, entries, required)
   _check_copies(model, entries)
   return _assemble(boxed, entries, model.tensors, mesh)
+
+
+def _cropped(model: HfModel, config: Config) -> HfModel:
+  """Returns the model with no more learned positions than rows have tokens.
+
+  What is left out are the last ones, as nanoGPT's `crop_block_size` does.
+  """
+  name, length = "transformer.wpe.weight", config.data.seq_len
+  table = model.tensors.get(name)
+  if table is None or table.shape[:1] != (model.max_length,):
+    return model
+  shape = (min(length, model.max_length), *table.shape[1:])
+  return dataclasses.replace(
+    model, tensors=model.tensors | {name: table._replace(shape=shape)}
+  )
 
 
 def read_drafter(

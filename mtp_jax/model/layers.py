@@ -62,10 +62,12 @@ class LayerNorm(nn.Module):
     return (normed * scale_D + bias_D).astype(x.dtype)
 
 
-def make_norm(trunk: TrunkConfig, name: str | None = None) -> nn.Module:
-  """Returns the trunk's kind of norm."""
-  kind = RMSNorm if trunk.kind == "llama" else LayerNorm
-  return kind(trunk.norm_eps, name=name)
+def make_norm(
+  trunk: TrunkConfig, name: str | None = None, kind: str = "trunk"
+) -> nn.Module:
+  """Returns the trunk's kind of norm, or RMSNorm where `kind` is "rms"."""
+  is_rms = kind == "rms" or trunk.kind == "llama"
+  return (RMSNorm if is_rms else LayerNorm)(trunk.norm_eps, name=name)
 
 
 class Embedding(nn.Module):

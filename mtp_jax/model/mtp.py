@@ -1,10 +1,10 @@
 """The predictors of more than one token, behind one call signature.
 
-Each takes what the trunk gives (`Given`) and returns the normed hidden state of every
-depth, [M, B, T, D], ready for its unembedding, and the routing of its blocks where they
-have experts. Depth m predicts token i + 1 + m at position i. All run on all T
-positions; a position whose target lies in another document is masked in the loss, and
-because attention is causal within documents no valid position ever sees it.
+Each takes what the trunk gives (`Given`) and returns the hidden state of every depth,
+[M, B, T, D], as its unembedding reads it, and the routing of its blocks where they have
+experts. Depth m predicts token i + 1 + m at position i. All run on all T positions; a
+position whose target lies in another document is masked in the loss, and because
+attention is causal within documents no valid position ever sees it.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
@@ -127,9 +127,14 @@ class ParallelHeads(nn.Module):
 
 
 class SequentialModule(nn.Module):
-  """One module of the causal chain, DeepSeek-V3 equations 21 and 22."""
+  """One module of the causal chain, DeepSeek-V3 equations 21 and 22.
+
+  `out_norm` and `norm` are those of `config.MtpConfig`.
+  """
 
   trunk: TrunkConfig
+  out_norm: str
+  norm: str
 
   @nn.compact
   def __call__(
@@ -140,15 +145,15 @@ class SequentialModule(nn.Module):
     segment_ids_BT: jax.Array,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None, Routing | None]:
-    """Returns this depth's normed state from the one given, cache and routing.
+    """Returns this depth's state from the one given, cache and routing.
 
     Without an embedding there are zeros in the place of its normed form.
     """
     dim, dtype = self.trunk.embed_dim, compute_dtype(self.trunk)
-    hidden_BTD = make_norm(self.trunk, "hidden_norm")(hidden_BTD)
+    hidden_BTD = make_norm(self.trunk, "hidden_norm", self.norm)(hidden_BTD)
     no_embedding_BTD = jnp.zeros_like(hidden_BTD)
     # The norm has parameters in any case, and a layer norm makes its bias of zeros.
-    embedded_BTD = make_norm(self.trunk, "embed_norm")(
+    embedded_BTD = make_norm(self.trunk, "embed_norm", self.norm)(
       no_embedding_BTD if embedding_BTD is None else embedding_BTD
     )
     if embedding_BTD is None:
@@ -162,7 +167,9 @@ class SequentialModule(nn.Module):
     x_BTD = dense(joined, projection.astype(dtype))
     block = Block(self.trunk, name="block")
     x_BTD, cache, routing = block(x_BTD, positions_BT, segment_ids_BT, cache)
-    return make_norm(self.trunk, "out_norm")(x_BTD), cache, routing
+    if self.out_norm == "own":
+      x_BTD = make_norm(self.trunk, "out_norm", self.norm)(x_BTD)
+    return x_BTD, cache, routing
 
 
 class SequentialModules(nn.Module):
@@ -184,6 +191,9 @@ class SequentialModules(nn.Module):
   - `hidden_norm`: h_0 as the modules get it; depth 0 is always the normed state.
   - `fed`: `own` embeds the arg max of depth k - 1 at i instead of t_{i+k}, and `none`
     has zeros for its normed embedding.
+
+  And other norms: with `out_norm` `none` h_k is the output of the block, and with
+  `norm` `rms` the norms in the equation are RMSNorm on a trunk with layer norms too.
   """
 
   trunk: TrunkConfig
@@ -230,7 +240,9 @@ class SequentialModules(nn.Module):
       unroll=1 if self.trunk.scan_layers else depth,
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(
-      rematted(SequentialModule, trunk)(trunk, name="modules"),
+      rematted(SequentialModule, trunk)(
+        trunk, mtp.out_norm, mtp.norm, name="modules"
+      ),
       (first_BTD, normed_BTD if mtp.fed == "own" else None),
       ahead_kBTD,
     )
