@@ -3,6 +3,7 @@
 import functools
 
 import pandas as pd
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mtp_jax.analysis.claims.arms import NTP, parallel, penalty
 from mtp_jax.analysis.claims.claim import (
@@ -77,6 +78,10 @@ def draw(results: Results) -> Drawing:
   ax = axes[0, 0]
   ax.set_xscale("log")
   table = lines(ax, rows, "trained_on", ["method"])
+  shares = sorted(rows["trained_on"].unique())
+  ax.xaxis.set_major_locator(FixedLocator(shares))
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+  ax.xaxis.set_minor_locator(NullLocator())
   zero_line(ax)
   ax.set(
     xlabel="share of documents not held out for test",

@@ -60,18 +60,21 @@ def lines(
 ) -> pd.DataFrame:
   """Draws mean and interval over seeds against `x`, a line for each value of the keys.
 
-  Without styles the first key is the method: colour and marker are its own, the line
-  and the filling of the marker tell the values of the second apart. Returns the numbers
-  drawn.
+  Without styles the first key is the method: colour and marker are its own. The line
+  tells methods of one kind apart or, with the filling of the marker, the values of a
+  second key. Returns the numbers drawn.
   """
   table = []
   groups = list(rows.dropna(subset="value").groupby(list(keys), sort=False))
   seconds = list(dict.fromkeys(key[1:] for key, _ in groups))
+  of_kind: dict[str, int] = {}
   for index, (key, own) in enumerate(groups):
     second = seconds.index(key[1:])
+    kind = "" if styles else own["mtp.kind"].iloc[0]
+    place = of_kind[kind] = of_kind.get(kind, -1) + 1
     look = styles[key] if styles else style(own.iloc[0]) | {
-      "linestyle": LINES[second % len(LINES)],
-      "markerfacecolor": "white" if second % 2 else COLOURS[own["mtp.kind"].iloc[0]],
+      "linestyle": LINES[(second if len(seconds) > 1 else place) % len(LINES)],
+      "markerfacecolor": "white" if second % 2 else COLOURS[kind],
     }
     line = pd.DataFrame({at: interval(y) for at, y in own.groupby(x)["value"]}).T
     # A few points apart, whatever the axis: intervals at one place stay legible.
