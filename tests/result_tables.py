@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from mtp_jax.analysis.claims.drafters import ARMS, WRITTEN
 from mtp_jax.analysis.results import Facts
@@ -96,6 +98,18 @@ def write_results(
   run = dataclasses.asdict(FACTS) | {"config": shared or {}}
   write_json(folder / "run.json", run)
   return folder
+
+
+def clipped_texts(figure: Figure) -> list[str]:
+  """Returns the titles and axis labels that reach beyond the figure."""
+  FigureCanvasAgg(figure).draw()
+  inside = figure.bbox.padded(1)
+  texts = [x for ax in figure.axes for x in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+  boxes = {x.get_text(): x.get_window_extent() for x in texts if x.get_text()}
+  return [
+    text for text, box in boxes.items()
+    if not (inside.contains(*box.min) and inside.contains(*box.max))
+  ]
 
 
 def star_graph(folder: Path) -> Path:

@@ -106,8 +106,21 @@ def test_every_experiment_has_its_picture(root, name):
   experiment = EXPERIMENTS[name]
   with matplotlib.rc_context(STYLE):
     figure, numbers = experiment.draw(experiment.read(root / name))
+    assert worlds.clipped_texts(figure) == []
   assert all(ax.has_data() for ax in figure.axes)
   assert len(numbers)
+
+
+@pytest.mark.parametrize(
+  "name", ["star_graph_cpu", "sat_gpu", "acceptance_by_depth_cpu"]
+)
+def test_shares_are_drawn_from_0_to_1(root, name):
+  experiment = EXPERIMENTS[name]
+  figure, _ = experiment.draw(experiment.read(root / name))
+  for ax in figure.axes:
+    low, high = ax.get_ylim()
+    assert -0.05 <= low <= 0 and 1 <= high <= 1.05
+    assert ax.get_yticks().min() == 0 and ax.get_yticks().max() == 1
 
 
 def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):

@@ -318,6 +318,7 @@ def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
   results = {"tax": experiment.read(tax(tmp_path / "tax_cpu"))}
   with matplotlib.rc_context(STYLE):
     figure, numbers = tax_and_gain.draw(results)
+    assert worlds.clipped_texts(figure) == []
   (ax,) = figure.axes
   published = [
     box for box in ax.containers if box.get_label().startswith("published, not fitted")
@@ -339,4 +340,5 @@ def test_each_ladder_has_its_picture(tmp_path, write, request):
   kept = experiment.read(write(tmp_path / name))
   with matplotlib.rc_context(STYLE):
     figure, numbers = experiment.draw(kept)
+    assert worlds.clipped_texts(figure) == []
   assert all(ax.has_data() for ax in figure.axes) and len(numbers)

@@ -44,7 +44,7 @@ def draw(results: dict[str, Results]) -> Drawing | None:
   if not shown:
     return None
   figure, axes = panels(
-    1, len(shown), width=5.6 * len(shown), height=5.2
+    1, len(shown), width=5.6 * len(shown), height=7.0
   )
   tables = []
   for ax, name in zip(axes.flat, shown, strict=True):
@@ -85,18 +85,18 @@ def _tax(ax: Axes, results: Results) -> pd.DataFrame:
   low, high = np.nanmin([low, ends[0], -0.05]), np.nanmax([high, ends[1]])
   ax.set_ylim(low - 0.02, high + 0.02)
   size_axis(ax, pd.concat([ours["size"], published["size"]]), "parameters")
-  ax.set_ylabel("main loss minus NTP's, nats (above 0: MTP costs)")
+  ax.set_ylabel("main loss minus NTP's, nats\n(above 0: MTP costs)")
   return pd.concat(tables, ignore_index=True)
 
 
 def _siblings(ax: Axes, results: Results) -> pd.DataFrame:
   pairs = siblings.gains(results, "loss")
   table = siblings.draw_gains(ax, pairs[pairs["mtp.weight"] == siblings.WEIGHT])
-  ax.set_ylabel("NTP's held-out loss minus n = 2's, nats (above 0: MTP pays)")
+  ax.set_ylabel("held-out loss, NTP's minus n = 2's, nats\n(above 0: MTP pays)")
   return table
 
 
 def _look_ahead(ax: Axes, results: Results) -> pd.DataFrame:
   table = look_ahead.draw_gains(ax, look_ahead.ladder(results))
-  ax.set_ylabel("ln(tokens) saved until solved (above 0: MTP pays)")
+  ax.set_ylabel("ln(tokens) saved until solved\n(above 0: MTP pays)")
   return table

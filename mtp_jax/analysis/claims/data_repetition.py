@@ -3,7 +3,7 @@
 import functools
 
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mtp_jax.analysis.claims.arms import NTP, parallel, penalty
 from mtp_jax.analysis.claims.claim import (
@@ -78,9 +78,8 @@ def draw(results: Results) -> Drawing:
   ax = axes[0, 0]
   ax.set_xscale("log")
   table = lines(ax, rows, "trained_on", ["method"])
-  shares = sorted(rows["trained_on"].unique())
-  ax.xaxis.set_major_locator(FixedLocator(shares))
-  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
   ax.xaxis.set_minor_locator(NullLocator())
   zero_line(ax)
   ax.set(

@@ -226,7 +226,7 @@ def table(results: Results) -> pd.DataFrame:
 
 def draw(results: Results) -> Drawing:
   """The tax of every arm against size."""
-  figure, axes = panels(1, 1, width=6.5, height=4.2)
+  figure, axes = panels(1, 1, width=6.5, height=5.0)
   table = draw_taxes(axes[0, 0], results)
   size_axis(axes[0, 0], table["size"])
   zero_line(axes[0, 0])
@@ -251,7 +251,7 @@ def draw_taxes(ax, results: Results) -> pd.DataFrame:
         **series_style(index, is_hollow=regime == "repeated"),
       )
       drawn.append(line.assign(method=words, regime=regime))
-  ax.set_ylabel("tax: main loss minus NTP's, nats per token")
+  ax.set_ylabel("main loss minus NTP's,\nnats per token")
   return pd.concat(drawn, ignore_index=True)
 
 
