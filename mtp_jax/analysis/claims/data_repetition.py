@@ -1,4 +1,4 @@
-"""Repeated text: the gain against the share of documents that is not trained on."""
+"""Repeated text: the gain against the share of documents not held out for test."""
 
 import functools
 
@@ -25,8 +25,9 @@ HELD_OUT = "data.test_fraction"
 def experiment(preset: str) -> Experiment:
   return Experiment(
     "data_repetition", preset, "Repeated text",
-    "Gain in next-token loss against the share of documents that is trained on (the "
-    "less, the more epochs); mean and 95 % t interval over seeds.",
+    "Gain in next-token loss against the share of documents not held out for test (5 % "
+    "more are validation; the less, the more epochs); mean and 95 % t interval over "
+    "seeds.",
     tuple(
       Claim(
         f"shrinks_{n}", f"Repetition shrinks the gain of n = {n}",
@@ -64,7 +65,7 @@ def gain(results: Results, n: int, fraction: float) -> pd.Series:
 
 
 def draw(results: Results) -> Drawing:
-  """Gain against the share of documents that is trained on."""
+  """Gain against the share of documents that is not held out for test."""
   fractions = results.select({})[results.key(HELD_OUT)].unique()
   rows = with_method(
     pd.concat([
