@@ -19,10 +19,10 @@ that equal FLOPs and equal wall clock are measured with.
 With --results it writes what is worth keeping of the runs instead, as small tables.
 
 With --findings it reads such results, one folder an experiment, and sets every
-published claim beside what was measured: findings.html (everything in one file),
-findings.csv, estimates.csv (every interval), findings.md, summary.png, and one PNG and
-one CSV per experiment. The verdicts are printed, each claim's rule stands beside it on
-the page.
+published claim beside what was measured: findings.md, findings.csv, estimates.csv
+(every interval), one PNG and one CSV per experiment, and tax_and_gain.png where the
+ladders it shows were run. The verdicts are printed, each claim's rule and margin stand
+beside it on the page.
 
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from mtp_jax.analysis.drafter_claims import ARMS, WRITTEN
+from mtp_jax.analysis.claims.drafters import ARMS, WRITTEN
 from mtp_jax.analysis.results import Facts
+from mtp_jax.analysis.runs import METRIC_COLUMNS
 from mtp_jax.metrics import write_json
 
 Trial = dict[str, Any]
@@ -47,8 +50,12 @@ def write_results(
   trials: list[Trial],
   measure: Callable[[Trial, np.random.Generator], dict[tuple[str, int], float]],
   shared: dict[str, Any] | None = None,
+  curve: Callable[[Trial, np.random.Generator], Iterable[dict]] | None = None,
 ) -> Path:
-  """Writes the results of trials; `measure` gives {(metric, at_depth): mean}."""
+  """Writes the results of trials; `measure` gives {(metric, at_depth): mean}.
+
+  `curve` yields the records of curves.csv; without it there are two of the accuracy.
+  """
   folder.mkdir(parents=True)
   rows, metrics, curves = [], [], []
   for index, trial in enumerate(trials):
@@ -67,6 +74,12 @@ def write_results(
       }
       for (metric, depth), mean in values.items()
     ]
+    if curve:
+      curves += [
+        {"trial": name, "tokens": 10 * x["step"], "bits_per_byte": 1.0} | x
+        for x in curve(trial, rng)
+      ]
+      continue
     accuracy = values.get(("task_accuracy", 0), np.nan)
     curves += [
       {
@@ -75,11 +88,28 @@ def write_results(
       }
       for step in (5, 10)
     ]
-  for file, table in (("trials", rows), ("metrics", metrics), ("curves", curves)):
-    pd.DataFrame(table).to_csv(folder / f"{file}.csv", index=False)
+  tables = {
+    "trials": pd.DataFrame(rows),
+    "metrics": pd.DataFrame(metrics, columns=METRIC_COLUMNS),
+    "curves": pd.DataFrame(curves),
+  }
+  for file, table in tables.items():
+    table.to_csv(folder / f"{file}.csv", index=False)
   run = dataclasses.asdict(FACTS) | {"config": shared or {}}
   write_json(folder / "run.json", run)
   return folder
+
+
+def clipped_texts(figure: Figure) -> list[str]:
+  """Returns the titles and axis labels that reach beyond the figure."""
+  FigureCanvasAgg(figure).draw()
+  inside = figure.bbox.padded(1)
+  texts = [x for ax in figure.axes for x in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+  boxes = {x.get_text(): x.get_window_extent() for x in texts if x.get_text()}
+  return [
+    text for text, box in boxes.items()
+    if not (inside.contains(*box.min) and inside.contains(*box.max))
+  ]
 
 
 def star_graph(folder: Path) -> Path:
@@ -223,7 +253,7 @@ def hidden_source(folder: Path) -> Path:
     first = 0.8 if trial["mtp.fed"] == "true" else 0.95
     noise = lambda: rng.uniform(-0.01, 0.01)  # noqa: E731
     return {
-      ("main_loss", 0): 2.0 + noise(),
+      ("main_loss", 0): 2.0 + 0.1 * noise(),
       ("sampled_acceptance", 1): first + noise(),
       ("sampled_acceptance", 2): second + noise(),
     }

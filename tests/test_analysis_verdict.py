@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 
 from mtp_jax.analysis.checks import check_ladder
-from mtp_jax.analysis.gains import FLOPS, LOWER, TOKENS, UPPER, analyse
+from mtp_jax.analysis.gains import (
+  FLOPS,
+  LOWER,
+  TOKENS,
+  UPPER,
+  analyse,
+  rough_clocks,
+)
 from mtp_jax.analysis.runs import load
 from mtp_jax.analysis.verdict import (
   BETTER,
@@ -15,6 +22,7 @@ from mtp_jax.analysis.verdict import (
   NO_EFFECT,
   NO_SPREAD,
   ONE_SEED,
+  ROUGH_CLOCK,
   WORSE,
   as_text,
   effect,
@@ -43,8 +51,11 @@ def words_of(ladder):
   return as_text(verdict(ladder))
 
 
-def gain_row(low, high, bound=""):
-  return pd.Series({"mean": (low + high) / 2, "low": low, "high": high, "bound": bound})
+def gain_row(low, high, bound="", is_rough=False):
+  return pd.Series({
+    "mean": (low + high) / 2, "low": low, "high": high, "bound": bound,
+    "is_rough": is_rough,
+  })
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,11 @@ def test_effect(low, high, bound, word):
   assert effect(gain_row(low, high, bound)) == word
 
 
+def test_a_clock_that_cannot_carry_a_verdict_has_none():
+  assert effect(gain_row(0.01, 0.03, is_rough=True)) == ROUGH_CLOCK
+  assert effect(gain_row(np.nan, np.nan, is_rough=True)) == ONE_SEED
+
+
 @pytest.mark.parametrize(
   "slope, low, high, means, words",
   [
@@ -80,13 +96,15 @@ def test_effect(low, high, bound, word):
 )
 def test_trend(slope, low, high, means, words):
   row = pd.Series({"slope": slope, "low": low, "high": high, "misfit": 0.0})
-  gains = pd.DataFrame({"mean": means, "size": (1e6, 1e7)})
+  gains = pd.DataFrame({"mean": means, "size": (1e6, 1e7), "is_rough": False})
   assert trend(row, gains).startswith(words)
 
 
 def test_a_crooked_trend_is_called_so():
   row = pd.Series({"slope": 0.02, "low": 0.01, "high": 0.03, "misfit": 0.02})
-  gains = pd.DataFrame({"mean": (0.0, 0.04, 0.02), "size": (1e6, 3e6, 1e7)})
+  gains = pd.DataFrame(
+    {"mean": (0.0, 0.04, 0.02), "size": (1e6, 3e6, 1e7), "is_rough": False}
+  )
   assert trend(row, gains).endswith("not along a straight line")
 
 
@@ -221,19 +239,47 @@ def test_without_longer_ntp_runs_equal_flops_is_only_a_bound(tmp_path):
   assert "no finished NTP run reaches" in words
 
 
-def test_a_rough_clock_is_said(tmp_path):
+def test_a_rough_clock_gives_no_verdict(tmp_path):
+  """Equal runs differ by a factor of two, the method and NTP by less: no word on it."""
   write_ladder(tmp_path, GROWS)
   slow = dataclasses.replace(GROWS, speed=GROWS.speed / 2)
-  config = trial_config(16, "sequential", 1, 9)
-  write_trial(tmp_path, slow, config)
+  write_trial(tmp_path, slow, trial_config(16, "sequential", 1, 9))
   write_trial(tmp_path, slow, trial_config(16, seed=9))
-  words = words_of(analyse(load(tmp_path)))
-  assert "by a rough clock (equal runs differ by up to 100%)" in words
-  assert "Wall clock is rough here" in words
+  ladder = analyse(load(tmp_path))
+  clocks = rough_clocks(ladder.trials).set_index("size")
+  small = clocks.index.min()
+  assert clocks["is_rough"].to_dict() == {size: size == small for size in clocks.index}
+  assert clocks.loc[small, "spread"] == pytest.approx(1.0)
+  assert clocks.loc[small, "difference"] < 1.0
+  words = words_of(ladder)
+  assert f"at equal wall clock {ROUGH_CLOCK} at 13k, " in words
+  assert f"no verdict on a trend: {ROUGH_CLOCK}" in words
+  assert "Wall clock has no verdict for 1 of 3 methods and sizes" in words
+  assert "(by up to 100%)" in words
+  at = ladder.gains.set_index(["comparison", "size"])["is_rough"]
+  assert not at[TOKENS].any() and not at[FLOPS].any()
+
+
+def test_a_clock_carries_differences_larger_than_its_spread(tmp_path):
+  """Equal runs differ by 5 %, the method and NTP by far more."""
+  write_ladder(tmp_path, GROWS)
+  slow = dataclasses.replace(GROWS, speed=GROWS.speed / 1.05)
+  for kind, depth in (("sequential", 1), ("none", 0)):
+    write_trial(tmp_path, slow, trial_config(16, kind, depth, 9))
+  ladder = analyse(load(tmp_path))
+  assert rough_clocks(ladder.trials)["spread"].max() == pytest.approx(0.05)
+  assert not ladder.gains["is_rough"].any()
+  assert ROUGH_CLOCK not in words_of(ladder)
+
+
+def test_one_run_of_each_cannot_tell_how_rough_the_clock_is(tmp_path):
+  ladder = ladder_of(tmp_path, seeds=(0,), arms=("added",))
+  clocks = rough_clocks(ladder.trials)
+  assert clocks["is_rough"].all() and clocks["spread"].isna().all()
 
 
 def test_an_even_clock_is_not_called_rough(growing):
-  assert "rough" not in words_of(growing)
+  assert "Wall clock has no verdict" not in words_of(growing)
 
 
 def test_rates_tried_on_other_seeds_only_are_no_check(tmp_path):

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from mtp_jax.analysis.gains import TOKENS, Analysis, interval
+from mtp_jax.analysis.gains import TOKENS, Analysis
 from mtp_jax.analysis.ladders import NTP, size_text
+from mtp_jax.analysis.statistics import interval
 
 # A neighbour farther away than this factor says little about the optimum.
 NEIGHBOUR_FACTOR = 4.0

@@ -1,11 +1,13 @@
 """How a figure of the report looks: colours, markers, lines, bars, axes, legends.
 
-Colour is the kind of predictor, the marker is D; line style and filling of the marker
-tell further variants of the same kind and D apart. A hollow marker is a bound.
+Colour is the kind of predictor, the marker is D; another marker and line style tell
+further variants of the same kind and D apart. A hollow marker with an arrow is a bound.
+All text has one size.
 """
 
 import itertools
-from typing import Any
+import textwrap
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,11 +36,13 @@ COLOURS = {
 }
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 LINES = ("-", "--", ":", "-.")
-ZERO = dict(color="#777777", linewidth=0.8)
-_FILLS = ("full", "left", "bottom", "right", "top")
+_ZERO = dict(color="#777777", linewidth=0.8)
+# No marker of a depth is among those of further variants.
+_VARIANTS = "hpd<>8HX"
+_SERIES = "os^DvPX*"
 STYLE = {
   "font.size": 9,
-  "axes.titlesize": 10,
+  "axes.titlesize": 9,
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
@@ -62,7 +66,7 @@ def panels(
 
 
 def method_styles(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-  """Colour by kind, marker by D, line and filling by what else differs."""
+  """Colour by kind, marker by D; another marker and line where else they differ."""
   methods = rows.sort_values("order").drop_duplicates("method")
   seen: dict[tuple, int] = {}
   styles = {}
@@ -71,16 +75,42 @@ def method_styles(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     index = seen[key] = seen.get(key, -1) + 1
     styles[row["method"]] = {
       "color": COLOURS[row["kind"]],
-      "marker": marker(row["depth"]),
-      "markerfacecoloralt": "white",
+      "marker": _VARIANTS[(index - 1) % 8] if index else marker(row["depth"]),
       "linestyle": LINES[index % len(LINES)],
-      "fillstyle": _FILLS[index % len(_FILLS)],
     }
   return styles
 
 
 def marker(depth: int) -> str:
   return _MARKERS.get(depth, "h")
+
+
+def series_marker(index: int) -> str:
+  """Returns the marker of a series that is not told by its depth."""
+  return _SERIES[index % len(_SERIES)]
+
+
+def series_style(index: int, is_hollow: bool = False) -> dict[str, Any]:
+  """Returns colour, marker and line of a series that is told by none of its own."""
+  colour = list(COLOURS.values())[index % len(COLOURS)]
+  return {
+    "color": colour, "marker": series_marker(index),
+    "linestyle": LINES[index % len(LINES)],
+    "markerfacecolor": "white" if is_hollow else colour,
+  }
+
+
+def share_axis(ax: Axes) -> None:
+  """Shows shares from 0 to 1, whatever the data; only markers stick out."""
+  ax.set_ylim(-0.03, 1.03)
+  ax.yaxis.set_major_locator(FixedLocator(np.linspace(0, 1, 6)))
+
+
+def zero_line(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
+  """Marks 0 on an axis, if it lies within what is drawn; to be called last."""
+  low, high = sorted(ax.get_ylim() if axis == "y" else ax.get_xlim())
+  if low <= 0 <= high:
+    (ax.axhline if axis == "y" else ax.axvline)(0, **_ZERO)
 
 
 def level_lines(ax: Axes, rows: pd.DataFrame, styles: dict[str, Any]) -> None:
@@ -105,8 +135,8 @@ def gain_lines(ax: Axes, rows: pd.DataFrame, styles: dict[str, Any]) -> None:
     )
     for position, (_, row) in zip(x[~exact], line[~exact].iterrows(), strict=True):
       _bound(ax, (position, row["mean"]), (0, 16), row["bound"], style)
-  ax.axhline(0, **ZERO)
   ax.margins(y=0.12)
+  zero_line(ax)
 
 
 def forest(columns: dict[str, pd.DataFrame], zero: bool) -> Figure:
@@ -128,8 +158,8 @@ def forest(columns: dict[str, pd.DataFrame], zero: bool) -> Figure:
           row["mean"], place, xerr=error_bars(pd.DataFrame([row])), capsize=3, **style
         )
     if zero:
-      ax.axvline(0, **ZERO)
-    ax.set_xlabel(label)
+      zero_line(ax, "x")
+    ax.set_xlabel(textwrap.fill(label, 24))  # Narrower than a panel.
     ax.set_yticks(range(len(methods)), methods)
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))

@@ -18,7 +18,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from mtp_jax.analysis.drawing import (
   COLOURS,
   STYLE,
-  ZERO,
   fitted_lines,
   forest,
   gain_lines,
@@ -27,7 +26,9 @@ from mtp_jax.analysis.drawing import (
   marker,
   method_styles,
   panels,
+  share_axis,
   size_axis,
+  zero_line,
 )
 from mtp_jax.analysis.gains import COMPARISONS, TOKENS, Analysis
 from mtp_jax.analysis.ladders import size_text
@@ -114,11 +115,11 @@ def gain_beside_published(ladder: Analysis) -> Drawing:
     (ladder.gains["metric"] == "main_loss") & (ladder.gains["comparison"] == TOKENS)
   ]
   published = published_gains()
-  figure, axes = panels(3, 1, height=7.6, width=6.4, sharex=True)
+  figure, axes = panels(3, 1, height=7.6, width=7.2, sharex=True)
   measured, *below = axes.flat
   if len(gains):
     gain_lines(measured, gains, method_styles(gains))
-    measured.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    measured.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
   measured.set_title("measured here: next-token loss, equal tokens")
   measured.set_ylabel("gain, nats per token")
   for ax, k in zip(below, (1, 100), strict=True):
@@ -131,10 +132,10 @@ def gain_beside_published(ladder: Analysis) -> Drawing:
           rows["size"], rows["gain"], line, color=_PUBLISHED_COLOURS[depth],
           marker=marker(depth), label=f"{name}, n={depth + 1} (D={depth})",
         )
-    ax.axhline(0, **ZERO)
+    zero_line(ax)
     ax.set_title(f"published: pass@{k}, parallel heads (Gloeckle et al. 2024)")
     ax.set_ylabel("gain, percentage points")
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
   everything = [*gains["size"], *published["size"]]
   size_axis(axes.flat[-1], pd.Series(everything), "parameters")
   table = pd.concat(
@@ -162,6 +163,8 @@ def depth_losses(ladder: Analysis) -> Drawing:
     for ax, depth in zip(row_axes, depths, strict=True):
       chosen = rows[(rows["metric"] == metric) & (rows["at_depth"] == depth)]
       level_lines(ax, chosen, styles)
+      if metric == "depth_accuracy":
+        share_axis(ax)
   for ax, depth in zip(axes[0], depths, strict=True):
     ax.set_title("next token (depth 0)" if depth == 0 else f"depth {depth}")
   for ax in axes[1]:
@@ -200,7 +203,7 @@ def acceptance(ladder: Analysis) -> Drawing:
       level_lines(ax, rows[chosen], styles)
       ax.set_title(f"{shares[share]}, depth {depth}")
       ax.set_ylabel("share")
-      ax.sharey(axes[0, 1])
+      share_axis(ax)
   for ax in axes[-1]:
     size_axis(ax, rows["size"])
   legend_below(figure, axes.flat)
@@ -231,6 +234,7 @@ def generation(ladder: Analysis) -> Drawing:
     level_lines(ax, rows[rows["metric"] == metric], styles)
     ax.set_title(names[metric])
     ax.set_ylabel("share of prompts")
+    share_axis(ax)
     size_axis(ax, rows["size"])
   legend_below(figure, axes.flat)
   return figure, rows
@@ -256,7 +260,8 @@ def learning_rates(ladder: Analysis) -> Drawing:
         color=styles[method]["color"],
       )
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(sorted(rows["learning_rate"].unique())))
+    tried = sorted(rows.loc[rows["size"] == size, "learning_rate"].unique())
+    ax.xaxis.set_major_locator(FixedLocator(tried))  # Of this size alone.
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="x", labelrotation=45)
@@ -272,7 +277,10 @@ def learning_rates(ladder: Analysis) -> Drawing:
 
 def curves(ladder: Analysis) -> Drawing:
   trials = ladder.trials[ladder.trials["chosen"] & (ladder.trials["arm"] != "flops")]
-  rows = ladder.runs.curves.merge(trials, on="trial", suffixes=("", "_final"))
+  records = ladder.runs.curves
+  rows = records[records["split"] == "validation"].merge(
+    trials, on="trial", suffixes=("", "_final")
+  )
   if not len(rows):
     return None
   keys = ["size", "order", "method", "kind", "depth", "arm", "tokens"]
@@ -306,8 +314,9 @@ PLOTS = (
     "Gain over next-token prediction against size",
     "Paired differences of the next-token loss with the extra predictors deleted, NTP "
     "minus MTP: mean and 95 % t interval over pairs of seeds (no bar: one pair). Thin "
-    "lines are the fitted trends. Hollow markers with an arrow are bounds: no finished "
-    "NTP run has that budget.",
+    "lines are the fitted trends. A wall clock that differs more between equal runs "
+    "than between methods has no verdict. Hollow markers with an arrow are bounds: no "
+    "finished NTP run has that budget.",
     gain_vs_size,
   ),
   Plot(

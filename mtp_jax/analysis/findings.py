@@ -1,48 +1,51 @@
 """The page of verdicts: every claim beside what was measured here.
 
-Reads the results folders of all experiments; one that is not there is "not yet run".
+Reads the results folders of all experiments; one that is missing is "not yet run".
+Writes Markdown, tables (CSV) and figures (PNG).
 """
 
 import dataclasses
-import html
 import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mtp_jax.analysis import claims as claims_lib
-from mtp_jax.analysis.claims import Claim, Experiment
-from mtp_jax.analysis.drawing import STYLE, ZERO
-from mtp_jax.analysis.page import html_figure, html_page, html_table
+from mtp_jax.analysis import tax_and_gain
+from mtp_jax.analysis.claims import NOT_RUN, NOT_TESTED, Claim, Experiment
+from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.report import Report
 from mtp_jax.analysis.results import Facts
-from mtp_jax.analysis.rules import Estimate, Finding
+from mtp_jax.analysis.rules import (
+  EQUIVALENT,
+  OPPOSITE,
+  SUPPORTED,
+  UNDECIDED,
+  Estimate,
+  Finding,
+)
 from mtp_jax.analysis.runs import RunsError
 
-TITLE = "Multi-token prediction: published claims, measured here"
-# Okabe and Ito's colours; the mark and the word say it too.
-COLOURS = {
-  claims_lib.REPRODUCED: "#0072B2",
-  claims_lib.AS_EXPECTED: "#0072B2",
-  claims_lib.NOT_REPRODUCED: "#D55E00",
-  claims_lib.NOT_AS_EXPECTED: "#D55E00",
-  claims_lib.UNDECIDABLE: "#6b6b6b",
-  claims_lib.NOT_RUN: "#6b6b6b",
-}
-MARKS = {
-  claims_lib.REPRODUCED: "+",
-  claims_lib.AS_EXPECTED: "+",
-  claims_lib.NOT_REPRODUCED: "−",  # noqa: RUF001
-  claims_lib.NOT_AS_EXPECTED: "−",  # noqa: RUF001
-  claims_lib.UNDECIDABLE: "?",
-  claims_lib.NOT_RUN: "·",
-}
+VERDICTS = (SUPPORTED, OPPOSITE, EQUIVALENT, UNDECIDED, NOT_TESTED, NOT_RUN)
 _NO_FACTS = Facts((), (), (), (), (), 0, 0, "")
+_HEADINGS = {
+  SUPPORTED: "Supported",
+  OPPOSITE: "Opposite: measured the other way round",
+  EQUIVALENT: "Equivalent: any difference is smaller than the margin",
+  UNDECIDED: "Undecided",
+  NOT_TESTED: "Not tested, because of the design",
+}
+_HOW_TO_READ = """\
+Brackets are 95 % intervals over seeds (Student's t, Wilson's for shares of seeds, BCa
+or Welch's for slopes); held-out examples are shared by all trials. An interval inside
+the claim's margin is *equivalent*; else it is *supported* or *opposite* by its side of
+the threshold, else *undecided*. Verdicts are about the models trained here, which are
+far smaller than the published ones. Rules were written before their results were read,
+unless they say otherwise; the margins, and the rules on tokens until a star graph is
+solved, came after the runs of `star_graph` and of all experiments below it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +79,15 @@ class Row:
       "published": self.claim.published,
       "ours": self.ours,
       "seeds": self.finding.seeds if self.finding else 0,
+      "margin": str(self.claim.margin),
       "verdict": self.verdict,
       "rule": self.claim.rule,
+      "not_tested": self.claim.not_tested,
       "hardware": "; ".join(self.facts.hardware),
       "commit": "; ".join(self.facts.commit),
       "date": self.facts.date,
       "command": "; ".join(self.facts.command) or self.experiment.command,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """What is seen of an experiment: its figure, the numbers in it, perhaps a table."""
-
-  figure: Figure
-  numbers: pd.DataFrame
-  table: pd.DataFrame | None
 
 
 def write_findings(results: Path, output: Path, command: str = "") -> Report:
@@ -103,57 +99,53 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   """
   if not results.is_dir():
     raise RunsError(f"{results}: no such folder; it holds the results of experiments.")
-  rows, drawn = [], []
+  rows, kept, drawn = [], {}, {}
   for experiment in claims_lib.experiments():
-    own, drawing = _findings(experiment, results / experiment.folder)
+    own, read = _findings(experiment, results / experiment.folder)
     rows += own
-    if drawing:
-      drawn.append((experiment, drawing))
+    if any(row.verdict != NOT_RUN for row in own):
+      kept[experiment.folder] = (experiment, read)
+  with matplotlib.rc_context(STYLE):
+    for folder, (experiment, read) in kept.items():
+      drawn[folder] = experiment.draw(read)
+    # The largest preset of each experiment that has results.
+    by_name = {experiment.name: read for experiment, read in kept.values()}
+    page = tax_and_gain.draw(by_name)
   output.mkdir(parents=True, exist_ok=True)
-  figures, paths = [], []
-  for experiment, seen in drawn:
-    png = output / f"{experiment.folder}.png"
-    figures.append(html_figure(seen.figure, png, experiment.title, experiment.caption))
-    seen.numbers.to_csv(png.with_suffix(".csv"), index=False)
-    paths += [png, png.with_suffix(".csv")]
-    if seen.table is not None:
-      figures[-1] += html_table(seen.table)
-      paths.append(output / f"{experiment.folder}_table.csv")
-      seen.table.to_csv(paths[-1], index=False)
-  measured = [row for row in rows if row.verdict != claims_lib.NOT_RUN]
-  if measured:
-    paths.append(output / "summary.png")
-    _summary(measured).savefig(paths[-1])
+  drawings = drawn | ({"tax_and_gain": page} if page else {})
+  paths = []
+  for name, (figure, numbers) in drawings.items():
+    paths += [output / f"{name}.png", output / f"{name}.csv"]
+    figure.savefig(paths[-2])
+    numbers.to_csv(paths[-1], index=False)
+  for folder, (experiment, read) in kept.items():
+    if experiment.table:
+      paths.append(output / f"{folder}_table.csv")
+      experiment.table(read).to_csv(paths[-1], index=False)
+  measured = [row for row in rows if row.verdict != NOT_RUN]
   tables = {
-    "findings.html": html_page(TITLE, _body(rows, measured, figures, command)),
+    "findings.md": _markdown(rows, bool(page), command),
     "findings.csv": pd.DataFrame([row.as_dict() for row in rows]).to_csv(index=False),
     "estimates.csv": _estimates(measured).to_csv(index=False),
-    "findings.md": _markdown(rows, measured),
   }
   for name, content in tables.items():
     (output / name).write_text(content)
   return Report(_as_text(rows), (*(output / name for name in tables), *paths))
 
 
-def _findings(
-  experiment: Experiment, folder: Path
-) -> tuple[list[Row], Drawn | None]:
-  """Returns the rows of an experiment and its drawing, if there is something to see."""
+def _findings(experiment: Experiment, folder: Path) -> tuple[list[Row], Any]:
+  """Returns the rows of an experiment and its results, None if it was not run."""
   if not folder.is_dir():
     return [Row(experiment, x, None, _NO_FACTS) for x in experiment.claims], None
   results = experiment.read(folder)
   rows = []
   for claim in experiment.claims:
     try:
-      finding = claim.test(results)
+      finding = claim.judge(results)
     except RunsError as e:
       raise RunsError(f"{folder}, claim {claim.key!r}: {e}") from e
     rows.append(Row(experiment, claim, finding, results.facts))
-  if all(row.verdict == claims_lib.NOT_RUN for row in rows):
-    return rows, None
-  with matplotlib.rc_context(STYLE):
-    seen = experiment.draw(results)
-  return rows, Drawn(*seen, experiment.table(results) if experiment.table else None)
+  return rows, results
 
 
 def _estimates(rows: list[Row]) -> pd.DataFrame:
@@ -163,15 +155,16 @@ def _estimates(rows: list[Row]) -> pd.DataFrame:
     [
       {"experiment": row.experiment.folder, "claim": row.claim.key}
       | {field: getattr(estimate, field) for field in fields}
+      | {"verdict": estimate.verdict}
       for row in rows for estimate in row.finding.estimates
     ],
-    columns=["experiment", "claim", *fields],
+    columns=["experiment", "claim", *fields, "verdict"],
   )
 
 
 def _as_text(rows: list[Row]) -> str:
   """Returns the verdicts for a terminal; experiments that were not run in one line."""
-  width = max(map(len, COLOURS))
+  width = max(map(len, VERDICTS))
   waiting = _waiting(rows)
   lines = []
   for folder, own in _by_experiment(rows).items():
@@ -182,14 +175,14 @@ def _as_text(rows: list[Row]) -> str:
       lines.append(f"  {row.verdict:<{width}}  {row.claim.statement}")
       lines += [f"  {'':{width}}    {x}" for x in textwrap.wrap(row.ours, 76)]
   if waiting:
-    lines.append(claims_lib.NOT_RUN)
+    lines.append(NOT_RUN)
     lines += [f"  {x}: {own[0].experiment.command}" for x, own in waiting.items()]
   return "\n".join([*lines, _count(rows)])
 
 
 def _count(rows: list[Row]) -> str:
   verdicts = [row.verdict for row in rows]
-  counts = ", ".join(f"{verdicts.count(x)} {x}" for x in COLOURS if x in verdicts)
+  counts = ", ".join(f"{verdicts.count(x)} {x}" for x in VERDICTS if x in verdicts)
   return f"{len(rows)} claims: {counts}."
 
 
@@ -200,102 +193,75 @@ def _by_experiment(rows: list[Row]) -> dict[str, list[Row]]:
   return groups
 
 
-def _markdown(rows: list[Row], measured: list[Row]) -> str:
-  """Returns the measured claims as a table, then what waits for a machine."""
-  lines = [
-    "| claim | source: published | ours, 95 % interval over seeds | seeds | verdict |",
-    "|---|---|---|---|---|",
-  ]
-  for row in measured:
-    cells = (
-      row.claim.statement, f"{row.claim.source}: {row.claim.published}", row.ours,
-      str(row.finding.seeds), f"**{row.verdict}**",
-    )
-    lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-  waiting = _waiting(rows)
-  if waiting:
-    lines += ["", "Not yet run:", ""]
-    lines += [
-      f"- {folder} (claims: {len(own)}): `{own[0].experiment.command}`"
-      for folder, own in waiting.items()
-    ]
-  return "\n".join(lines) + "\n"
-
-
 def _waiting(rows: list[Row]) -> dict[str, list[Row]]:
   """Returns the rows, by folder, of experiments without any finding."""
   return {
     folder: own
     for folder, own in _by_experiment(rows).items()
-    if all(row.verdict == claims_lib.NOT_RUN for row in own)
+    if all(row.verdict == NOT_RUN for row in own)
   }
 
 
-def _body(
-  rows: list[Row], measured: list[Row], figures: list[str], command: str
-) -> str:
-  parts = [f'<div class="verdict"><p>{html.escape(_count(rows))}</p></div>']
-  for own in _by_experiment(measured).values():
-    parts += [
-      f"<h2>{html.escape(own[0].experiment.title)} ({own[0].experiment.preset})</h2>",
-      _claims_html(own),
-      _facts_html(own[0]),
-      figures.pop(0),
-    ]
+def _markdown(rows: list[Row], has_page: bool, command: str) -> str:
+  """Returns the page: decided claims, the others, then each experiment, folded."""
+  lines = ["# What multi-token prediction does at the sizes of a CPU", ""]
+  if has_page:
+    lines += [f"![{tax_and_gain.CAPTION}](tax_and_gain.png)", "", tax_and_gain.CAPTION]
+  for verdict in (SUPPORTED, OPPOSITE, EQUIVALENT):
+    own = [row for row in rows if row.verdict == verdict]
+    if own:
+      lines += [f"**{_HEADINGS[verdict]}**", "", *map(_bullet, own), ""]
+  lines += [_HOW_TO_READ, ""]
+  for verdict in (UNDECIDED, NOT_TESTED):
+    own = [row for row in rows if row.verdict == verdict]
+    if own:
+      lines += [f"## {_HEADINGS[verdict]}", "", *map(_bullet, own), ""]
   waiting = _waiting(rows)
-  parts.append("<h2>Not yet run</h2>")
+  lines += ["## Each experiment: rules, figure, where it comes from", ""]
+  for folder, own in _by_experiment(rows).items():
+    if folder not in waiting:
+      lines += _details(f"{own[0].experiment.title} ({folder})", _section(own))
   if waiting:
-    table = [
-      {"experiment": x, "claims": len(own), "command": own[0].experiment.command}
-      for x, own in waiting.items()
-    ]
-    parts.append(html_table(pd.DataFrame(table)))
-  listed = [row for row in rows if row.verdict == claims_lib.NOT_RUN]
-  if listed:
-    parts.append(
-      f"<details><summary>Their {len(listed)} claims, with the rules</summary>"
-      f"{_claims_html(listed)}</details>"
+    lines += _details(
+      f"Not yet run: {len(waiting)} presets",
+      (f"- {x}: `{own[0].experiment.command}`" for x, own in waiting.items()),
     )
-  else:
-    parts.append("<p>Nothing: every claim has a finding.</p>")
-  parts.append(
-    "<h2>How to read this</h2><p>Every rule is code, and was written before its "
-    "results were read, unless it says otherwise. Brackets are 95 % intervals: "
-    "Wilson's for shares of seeds, Student's t over seeds for all else; they speak of "
-    "seeds, not of the choice of held-out examples, which all trials share. A verdict "
-    "is about the models trained here, which are far smaller than the published ones: "
-    "<em>not reproduced</em> does not say that the published figure is wrong. Many "
-    "intervals are shown, and of those without any effect one in twenty misses its "
-    "threshold by chance.</p>"
-  )
   if command:
-    parts.append(f"<p>Written by <code>{html.escape(command)}</code>.</p>")
-  return "\n".join(parts)
+    lines.append(f"Written by `{command}`.")
+  return "\n".join(lines) + "\n"
 
 
-def _claims_html(rows: list[Row]) -> str:
-  header = ("verdict", "claim", "published", "ours", "seeds", "rule")
-  lines = ["".join(f"<th>{name}</th>" for name in header)]
+def _bullet(row: Row) -> str:
+  """One claim in a line: what was claimed, what was measured, where."""
+  reason = row.claim.not_tested if row.verdict == NOT_TESTED else row.ours
+  short = textwrap.shorten(reason, 10_000 if reason != row.ours else 160)
+  return f"- {row.claim.statement}: {short} (`{row.experiment.folder}`)"
+
+
+def _details(title: str, lines: Iterable[str]) -> list[str]:
+  summary = f"<summary>{title}</summary>"
+  return ["<details>", summary, "", *lines, "", "</details>", ""]
+
+
+def _section(rows: list[Row]) -> Iterator[str]:
+  """Yields an experiment's table of claims, its figure and its facts."""
+  yield "| claim | source: published | rule, margin | ours | seeds | verdict |"
+  yield "|---|---|---|---|---|---|"
   for row in rows:
-    badge = (
-      f'<span style="background:{COLOURS[row.verdict]};color:#fff;padding:.1rem .4rem;'
-      f'border-radius:3px">{MARKS[row.verdict]} {html.escape(row.verdict)}</span>'
-    )
-    seeds = str(row.finding.seeds) if row.finding else ""
+    claim = row.claim
     cells = (
-      row.claim.statement, f"{row.claim.source}: {row.claim.published}", row.ours,
-      seeds, row.claim.rule,
+      claim.statement, f"{claim.source}: {claim.published}",
+      f"{claim.rule}; margin {claim.margin}", row.ours,
+      str(row.finding.seeds if row.finding else 0), row.verdict,
     )
-    escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    lines.append(f"<td>{badge}</td>{escaped}")
-  body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-  return f'<div class="wide"><table>{body}</table></div>'
-
-
-def _facts_html(row: Row) -> str:
-  facts = row.facts
-  values = {
-    "Command": "; ".join(facts.command) or row.experiment.command,
+    yield f"| {' | '.join(x.replace('|', '/') for x in cells)} |"
+  experiment, facts = rows[0].experiment, rows[0].facts
+  yield ""
+  yield f"![{experiment.title}]({experiment.folder}.png)"
+  more = f", `{experiment.folder}_table.csv`" if experiment.table else ""
+  yield f"\n{experiment.caption} Numbers: `{experiment.folder}.csv`{more}.\n"
+  told = {
+    "Command": "; ".join(f"`{x}`" for x in facts.command or (experiment.command,)),
     "Commit": "; ".join(facts.commit),
     "Hardware": "; ".join(facts.hardware),
     "Versions": "; ".join(facts.versions),
@@ -303,65 +269,5 @@ def _facts_html(row: Row) -> str:
     "Trials": f"{facts.finished} of {facts.trials} finished",
     "Date": facts.date,
   }
-  lines = "".join(
-    f"<tr><th>{key}</th><td>{html.escape(value or 'not recorded')}</td></tr>"
-    for key, value in values.items()
-  )
-  return f"<table>{lines}</table>"
-
-
-def _summary(rows: list[Row]) -> Figure:
-  """Draws one row a claim: words, where the interval lies, the verdict.
-
-  The middle line is the threshold of the claim's rule; to its right the claim holds.
-  Every row has its own scale, and the texts their places in inches.
-  """
-  height = 0.46 * len(rows) + 0.5
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(8.0, height), dpi=150)
-    ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    ax.set(xlim=(0, 8), ylim=(len(rows) + 0.2, -0.9))
-    ax.axis("off")
-    ax.text(0.1, -0.45, "claim, and what was measured here", color="#444444")
-    ax.text(5.45, -0.45, "against | for it", color="#444444", ha="center")
-    ax.plot([5.45, 5.45], [-0.25, len(rows)], **ZERO)
-    for place, row in enumerate(rows):
-      _summary_row(ax, place, row)
-  return figure
-
-
-def _summary_row(ax: Axes, place: int, row: Row) -> None:
-  colour = COLOURS[row.verdict]
-  preset = "" if row.experiment.preset == "cpu" else f" ({row.experiment.preset})"
-  ax.text(0.1, place + 0.2, row.claim.statement + preset, va="bottom", weight="bold")
-  estimates = row.finding.estimates
-  weakest = min(estimates, key=_margin)
-  more = f", weakest of {len(estimates)}" if len(estimates) > 1 else ""
-  ours = textwrap.shorten(f"{weakest}{more}", 78, placeholder=" ...")
-  ax.text(0.1, place + 0.27, ours, va="top", color="#444444", fontsize=8)
-  gap = 0.5 / (1 + len(estimates))
-  for index, estimate in enumerate(estimates):
-    bar = _to_scale(estimate)
-    y = place + 0.05 + gap * (1 + index)
-    ax.plot(5.45 + 0.8 * bar[[0, 2]], [y, y], color=colour, linewidth=1.6)
-    ax.plot(5.45 + 0.8 * bar[1], y, color=colour, marker="o", markersize=4)
-  words = textwrap.fill(f"{MARKS[row.verdict]} {row.verdict}", 18)
-  ax.text(6.45, place + 0.3, words, va="center", color=colour, weight="bold")
-  ax.axhline(place + 0.82, color="#e3e3e3", linewidth=0.6)
-
-
-def _margin(estimate: Estimate) -> float:
-  """How clearly an estimate is for the claim, on its own scale; less is weaker."""
-  low, _, high = _to_scale(estimate)
-  if np.isnan(low):
-    return -np.inf
-  return -max(abs(low), abs(high)) if estimate.side == "around" else low
-
-
-def _to_scale(estimate: Estimate) -> np.ndarray:
-  """Returns (low, mean, high) from the threshold, in [-1, 1]; positive is for it."""
-  sign = -1.0 if estimate.side == "below" else 1.0
-  ends = [estimate.low, estimate.mean, estimate.high]
-  distance = sign * (np.array(ends[:: int(sign)], float) - estimate.threshold)
-  largest = np.nanmax(np.abs(distance), initial=0.0)
-  return distance / largest if largest else distance
+  for key, value in told.items():
+    yield f"- {key}: {value or 'not recorded'}"

@@ -12,6 +12,9 @@ longer NTP runs of arm `flops`, of the same size and seeds. An MTP trial's FLOPs
 seconds are turned into the tokens that NTP trains on with them, and the NTP metric at
 that many tokens is interpolated, linearly in their logarithm, between the neighbouring
 finished runs. Outside them nothing is extrapolated: the nearest run gives a bound.
+
+A clock carries no verdict where equal runs differ more by it than the two methods do:
+see `rough_clocks`.
 """
 
 import dataclasses
@@ -22,8 +25,8 @@ from scipy import stats
 
 from mtp_jax.analysis.ladders import NTP, arrange
 from mtp_jax.analysis.runs import Runs
+from mtp_jax.analysis.statistics import LEVEL, interval
 
-LEVEL = 0.95
 TOKENS, FLOPS, CLOCK = COMPARISONS = ("tokens", "FLOPs", "wall clock")
 LOSSES = ("main_loss", "bits_per_byte")
 SHARES = ("next_line_exact_match", "function_parses")
@@ -70,22 +73,10 @@ def analyse(runs: Runs) -> Analysis:
     trials=trials,
     levels=levels(table),
     pairs=pairs,
-    gains=gains(pairs),
+    gains=gains(pairs, rough_clocks(trials)),
     slopes=slopes(pairs),
     rates=learning_rates(trials, runs.metrics),
   )
-
-
-def interval(values: np.ndarray) -> dict[str, float]:
-  """Returns n, mean and the t interval (low, high); NaN bounds for fewer than two."""
-  values = np.asarray(values, float)
-  n = len(values)
-  if n == 0:
-    return {"n": 0, "mean": np.nan, "low": np.nan, "high": np.nan}
-  mean, half = values.mean(), np.nan
-  if n > 1:
-    half = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
-  return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:
@@ -142,10 +133,43 @@ def paired_gains(table: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(rows, columns=columns)
 
 
-def gains(pairs: pd.DataFrame) -> pd.DataFrame:
+def rough_clocks(trials: pd.DataFrame) -> pd.DataFrame:
+  """Returns how far the clock can be trusted, per ladder, method and size.
+
+  spread: by how much the seconds per token of equal runs (one method and size) differ,
+    largest over smallest minus 1, of this method or of NTP, whichever is more.
+  difference: by how much the median seconds per token of the method and of NTP differ,
+    larger over smaller minus 1.
+  is_rough: equal runs differ by more than the two methods do, or there are no equal
+    runs to compare.
+  """
+  used = trials[trials["chosen"]]
+  pace = used["train_seconds"] / used["tokens"]
+  model = used["method"].where(used["arm"] != "flops", NTP)
+  cells = pace.groupby([used["ladder"], model, used["size"]])
+  over = cells.agg(["max", "min", "median", "size"])
+  over["spread"] = (over["max"] / over["min"] - 1).where(over["size"] > 1)
+  rows = []
+  for (ladder, method, size), own in over.iterrows():
+    if method == NTP or (ladder, NTP, size) not in over.index:
+      continue
+    ntp = over.loc[(ladder, NTP, size)]
+    spread = np.fmax(own["spread"], ntp["spread"])
+    ratio = own["median"] / ntp["median"]
+    difference = max(ratio, 1 / ratio) - 1
+    rows.append({
+      "ladder": ladder, "method": method, "size": size, "spread": spread,
+      "difference": difference, "is_rough": not spread <= difference,
+    })
+  columns = ["ladder", "method", "size", "spread", "difference", "is_rough"]
+  return pd.DataFrame(rows, columns=columns)
+
+
+def gains(pairs: pd.DataFrame, clocks: pd.DataFrame | None = None) -> pd.DataFrame:
   """Returns the mean gain and its interval per method, size, metric and comparison.
 
-  Where some pairs are gains and others bounds, the bounds are left out.
+  Where some pairs are gains and others bounds, the bounds are left out. `is_rough`
+  marks gains at equal wall clock that the clock (`rough_clocks`) cannot carry.
   """
   keys = [*_CELL, "metric", "comparison"]
   rows = []
@@ -158,7 +182,13 @@ def gains(pairs: pd.DataFrame) -> pd.DataFrame:
       | {"bound": used["bound"].iloc[0], "budget": used["budget"].iloc[0]}
     )
   columns = [*keys, "n", "mean", "low", "high", "bound", "budget"]
-  return pd.DataFrame(rows, columns=columns)
+  table = pd.DataFrame(rows, columns=columns)
+  if clocks is None or not len(table):
+    return table.assign(is_rough=False)
+  rough = clocks[clocks["is_rough"]][["ladder", "method", "size"]]
+  where = pd.MultiIndex.from_frame(table[["ladder", "method", "size"]])
+  is_rough = where.isin(pd.MultiIndex.from_frame(rough))
+  return table.assign(is_rough=is_rough & (table["comparison"] == CLOCK))
 
 
 def slopes(pairs: pd.DataFrame) -> pd.DataFrame:

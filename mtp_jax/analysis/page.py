@@ -43,7 +43,8 @@ _DEFINITIONS = {
     middle of a longer run is not used: its learning rate has not come down yet, which
     would flatter MTP. Beyond the finished runs only a bound is given. Budgets within
     1 % count as equal. The clock runs while training steps run; compilation and
-    evaluation are left out.""",
+    evaluation are left out. It has no verdict where the seconds per token of equal
+    runs differ by more than the method's and NTP's do.""",
   "Slope": """Gain per factor of ten in size: every seed's gains are regressed on log10
     of the size; mean and t interval over the seeds that have every size. The interval
     accounts for seeds, not for a trend that is not a straight line.""",

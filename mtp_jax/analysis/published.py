@@ -9,9 +9,14 @@ and one model was trained per point, so that there is no spread over seeds.
 
 Star graphs: "TOP" (arXiv 2508.19228), table 5: exact path in percent, 30 labels,
 300,000 training graphs, 8 layers of width 384; one training run a cell.
+
+Text losses: MTP minus NTP in next-token loss of the deployed model, in nats of the
+source's own unit (a token, or a byte where the source has bits per byte); only figures
+read in the source, of models whose size is stated.
 """
 
 import itertools
+import math
 
 import pandas as pd
 
@@ -53,6 +58,35 @@ STAR_GRAPHS = {
   (5, 5): {("none", 0): 0.1, ("parallel", 1): 0.1, ("parallel", 3): 19.5,
            ("sequential", 1): 19.2, ("sequential", 3): 19.3},
 }
+
+
+_TOP = "TOP, table 2 (log LAMBADA perplexity)"
+_GOLF = "parameter-golf notes (no seeds)"
+# (source, method, parameters, MTP minus NTP, low, high); NaN: no interval.
+_TEXT_LOSSES = (
+  (_GOLF, "n = 2, weight 0.1", 27e6, 0.006 * math.log(2), math.nan, math.nan),
+  (_GOLF, "n = 2, weight 0.3", 27e6, 0.014 * math.log(2), math.nan, math.nan),
+  (_GOLF, "n = 2, weight 1", 27e6, 0.033 * math.log(2), math.nan, math.nan),
+  (_GOLF, "n = 4, weight 0.3", 27e6, 0.018 * math.log(2), math.nan, math.nan),
+  ("parameter-golf PR 1031 (unreviewed)", "2 heads, weight 0.1", 27e6,
+   -0.0037 * math.log(2), math.nan, math.nan),
+  ("mmiovski/deepseek-reimplementation (10 seeds)", "offsets 2 and 3, weight 0.3",
+   121e6, -0.040, -0.069, -0.011),
+  (_TOP, "parallel n = 4", 340e6, 0.15, math.nan, math.nan),
+  (_TOP, "parallel n = 4", 1.8e9, 0.19, math.nan, math.nan),
+  (_TOP, "parallel n = 4", 7e9, 0.12, math.nan, math.nan),
+  (_TOP, "sequential D = 3", 340e6, 0.30, math.nan, math.nan),
+  (_TOP, "sequential D = 3", 1.8e9, 0.16, math.nan, math.nan),
+  (_TOP, "sequential D = 3", 7e9, 0.07, math.nan, math.nan),
+  ("DeepSeek-V3, table 4", "D = 1", 15.7e9, 0.0, math.nan, math.nan),
+  ("DeepSeek-V3, table 4", "D = 1", 228.7e9, -0.001 * math.log(2), math.nan, math.nan),
+)
+
+
+def published_taxes() -> pd.DataFrame:
+  """Returns what extra losses cost in published text losses, one row a point."""
+  columns = ["source", "method", "size", "mean", "low", "high"]
+  return pd.DataFrame(_TEXT_LOSSES, columns=columns)
 
 
 def published_gains() -> pd.DataFrame:

@@ -141,7 +141,8 @@ def method_table(ladder: Analysis) -> pd.DataFrame:
     for comparison in COMPARISONS:
       gain = _where(gains, **key, comparison=comparison)
       row[f"gain, equal {comparison}"] = (
-        f"{gain['bound'].iloc[0]} {_number(gain.iloc[0], 4)}".strip()
+        f"{gain['bound'].iloc[0]} {_number(gain.iloc[0], 4)}"
+        f"{' (rough clock: no verdict)' if gain['is_rough'].iloc[0] else ''}".strip()
         if len(gain) else ""
       )
     rows.append(row)

@@ -4,7 +4,7 @@ trials.csv   one row a trial: state, size, cost (`added_parameters` are those th
              deployed model has not), and the config keys (dotted) that tell the trials
              apart.
 metrics.csv  long: the final evaluation; see `runs.Runs`.
-curves.csv   long: the validation records of training.
+curves.csv   long: the validation and test records of training.
 run.json     the commands, commits, hardware, versions, seeds and day of the runs, and
              under `config` every config value that all trials share.
 
@@ -12,6 +12,7 @@ Nothing is rounded. A ladder keeps the tables of its report instead, see `read_l
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,10 +37,14 @@ _STATE = (
   "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
 )
 # Written for every trial; older results lack them.
-_COUNTS = ("added_parameters", "flops_per_token")
+_COUNTS = (
+  "added_parameters", "flops_per_token", "stopped_step", "stopped_tokens",
+)
 _ALWAYS = (*REPLICATE, "data.source", "mtp.kind", "mtp.depth")
 _CURVES = tuple(column for column in CURVE_COLUMNS if column != "seconds")
-_WORDS = ("trial", "status", "metric", "data.source", "mtp.kind")
+# What older curves lack: they hold validation records only.
+_NEW_CURVES = {"split": "validation", "task_new": math.nan}
+_WORDS = ("trial", "status", "metric", "data.source", "mtp.kind", "split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +177,9 @@ def read(folder: Path) -> Results:
   missing = {k: [v] * len(trials) for k, v in shared.items() if k not in trials}
   trials = pd.concat([trials, pd.DataFrame(missing, index=trials.index)], axis=1)
   metrics = _read_table(folder / "metrics.csv", METRIC_COLUMNS)
-  curves = _read_table(folder / "curves.csv", _CURVES)
+  needed = [x for x in _CURVES if x not in _NEW_CURVES]
+  curves = _read_table(folder / "curves.csv", needed)
+  curves = curves.assign(**{k: v for k, v in _NEW_CURVES.items() if k not in curves})
   for name, table in (("metrics.csv", metrics), ("curves.csv", curves)):
     strangers = set(table["trial"]) - set(trials["trial"])
     if strangers:

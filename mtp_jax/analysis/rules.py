@@ -1,29 +1,63 @@
-"""The statistics of a claim: estimates with intervals, and what they decide.
+"""What an interval decides about a claim, and how arms are paired by seed.
 
-An estimate decides by its whole interval (95 %): it lies on the right side of the
-threshold, on the wrong side, or on both. A claim with several estimates holds if all of
-them do, and fails if one does; else it is not decided.
+Every claim has a margin: the smallest effect of interest. An estimate has one of four
+verdicts by its whole interval (95 %):
+
+  equivalent   the interval lies inside threshold +- margin: any effect is smaller than
+               the margin, whichever its sign (two one-sided tests);
+  supported    else, the interval lies on the claim's side of the threshold;
+  opposite     else, it lies on the other side;
+  undecided    else, or there is no interval.
+
+A claim with several estimates has a verdict if all of them have it, and is opposite if
+one of them is; else it is undecided.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from mtp_jax.analysis.gains import LEVEL, interval
+from mtp_jax.analysis import statistics
 from mtp_jax.analysis.results import REPLICATE
 from mtp_jax.analysis.runs import RunsError
+
+SUPPORTED, OPPOSITE = "supported", "opposite"
+EQUIVALENT, UNDECIDED = "equivalent", "undecided"
+
+Side = Literal["above", "below", "within"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+  """The smallest effect of interest, and its unit."""
+
+  value: float
+  unit: str
+
+  def __str__(self) -> str:
+    return f"{self.value:.3g} {self.unit}"
+
+
+NATS = Margin(0.01, "nats")
+BITS = Margin(0.01 / math.log(2), "bits per byte")
+NATS_PER_DECADE = Margin(0.01, "nats per decade")
+POINTS = Margin(0.05, "(5 points)")
+TOKENS = Margin(0.1, "tokens per round")
+# ln 1.3: a factor of 1.3 in time.
+FACTOR = Margin(math.log(1.3), "in ln(tokens), a factor of 1.3")
+FACTOR_PER_DECADE = Margin(math.log(1.3), "in ln(tokens) per decade, a factor of 1.3")
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
   """A measured number, its interval over `n` seeds, and where it has to lie.
 
-  side: the claim holds if the interval lies `above` or `below` the threshold, or, for
-        `around`, if it contains it.
+  side: the claim is supported if the interval lies `above` or `below` the threshold;
+        `within` is a claim of no difference, which is equivalent or opposite.
   """
 
   label: str
@@ -33,20 +67,23 @@ class Estimate:
   low: float
   high: float
   threshold: float = 0.0
-  side: Literal["above", "below", "around"] = "above"
+  side: Side = "above"
+  margin: float = 0.0
 
   @property
-  def holds(self) -> bool | None:
-    """True, False, or None where the interval does not decide (or is missing)."""
-    if np.isnan(self.low):
-      return None
-    is_above = bool(self.low > self.threshold)
-    is_below = bool(self.high < self.threshold)
-    if self.side == "around":
-      return not (is_above or is_below)
-    if not (is_above or is_below):
-      return None
-    return is_above == (self.side == "above")
+  def verdict(self) -> str:
+    # Seeds that all give the same number, often 0, show no spread to judge by.
+    if not self.high - self.low > 1e-12:
+      return UNDECIDED
+    low, high = self.low - self.threshold, self.high - self.threshold
+    if -self.margin < low and high < self.margin:
+      return EQUIVALENT
+    if self.side == "within":
+      is_outside = low > self.margin or high < -self.margin
+      return OPPOSITE if is_outside else UNDECIDED
+    if low <= 0 <= high:
+      return UNDECIDED
+    return SUPPORTED if (low > 0) == (self.side == "above") else OPPOSITE
 
   def __str__(self) -> str:
     return f"{self.label}: {self.text}" if self.label else self.text
@@ -56,12 +93,12 @@ class Estimate:
 class Finding:
   """What was measured about a claim.
 
-  holds: None where the estimates do not decide. note: why, or what else to know.
+  note: what else to know. fixed: a verdict that replaces the one of the estimates.
   """
 
   estimates: tuple[Estimate, ...]
-  holds: bool | None
   note: str = ""
+  fixed: str = ""
 
   @property
   def seeds(self) -> int:
@@ -69,56 +106,76 @@ class Finding:
     return min((x.n for x in self.estimates), default=0)
 
   @property
+  def verdict(self) -> str:
+    verdicts = {x.verdict for x in self.estimates}
+    if self.fixed or not verdicts:
+      return self.fixed or UNDECIDED
+    if OPPOSITE in verdicts:
+      return OPPOSITE
+    return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
+
+  @property
   def ours(self) -> str:
     """The estimates with their intervals, in words."""
-    return "; ".join([*map(str, self.estimates), *([self.note] if self.note else [])])
+    differ = len({x.verdict for x in self.estimates}) > 1
+    parts = [f"{x} ({x.verdict})" if differ else str(x) for x in self.estimates]
+    return "; ".join([*parts, *([self.note] if self.note else [])])
 
-
-def decide(estimates: Sequence[Estimate], note: str = "") -> Finding:
-  """Returns the finding of estimates that must all hold."""
-  outcomes = [x.holds for x in estimates]
-  if False in outcomes:
-    return Finding(tuple(estimates), False, note)
-  holds = bool(outcomes) and all(outcomes)
-  return Finding(tuple(estimates), holds or None, note)
+  def at(self, margin: Margin) -> "Finding":
+    """Returns the finding with each estimate judged by this margin."""
+    judged = (dataclasses.replace(x, margin=margin.value) for x in self.estimates)
+    return dataclasses.replace(self, estimates=tuple(judged))
 
 
 def undecided(finding: Finding, why: str) -> Finding:
-  """Returns the finding without its decision, and says why."""
-  return dataclasses.replace(finding, holds=None, note=why)
+  """Returns the finding without its verdict, and the reason."""
+  note = "; ".join(x for x in (finding.note, why) if x)
+  return dataclasses.replace(finding, note=note, fixed=UNDECIDED)
 
 
 def share(successes: pd.Series, label: str = "") -> Estimate:
   """Returns the share of seeds that succeeded, with Wilson's interval, against 1/2."""
   n, count = len(successes), int(successes.sum())
-  if n == 0:
-    return Estimate(label, "no seed", 0, np.nan, np.nan, np.nan, 0.5)
-  low, high = stats.binomtest(count, n).proportion_ci(LEVEL, method="wilson")
-  text = f"{count} of {n} seeds [{low:.2f}, {high:.2f}]"
-  return Estimate(label, text, n, count / n, low, high, 0.5)
+  low, high = statistics.share(count, n)
+  text = f"{count} of {n} seeds [{low:.2f}, {high:.2f}]" if n else "no seed"
+  return Estimate(label, text, n, count / n if n else np.nan, low, high, 0.5)
 
 
 def mean_over_seeds(
   per_seed: pd.Series,
   label: str = "",
   threshold: float = 0.0,
-  side: Literal["above", "below", "around"] = "above",
+  side: Side = "above",
   sign: str = "+",
+  level: float = statistics.LEVEL,
 ) -> Estimate:
   """Returns mean and t interval of one value a seed; NaN is left out, and said."""
   values = per_seed.dropna()
-  over = interval(values.to_numpy())
+  over = statistics.interval(values.to_numpy(), level)
+  left_out = len(per_seed) - len(values)
+  more = f" ({left_out} seed(s) incomplete, left out)" if left_out else ""
+  if level != statistics.LEVEL:
+    more = f" ({level:.0%} interval){more}"
+  return estimate(over, label, threshold, side, sign, more)
+
+
+def estimate(
+  over: dict[str, float],
+  label: str = "",
+  threshold: float = 0.0,
+  side: Side = "above",
+  sign: str = "+",
+  more: str = "",
+) -> Estimate:
+  """Returns the estimate of what a function of `statistics` returned."""
   if over["n"] == 0:
     text = "no complete seed"
   elif over["n"] == 1:
     text = f"{over['mean']:{sign}.4f} (one seed: no interval)"
   else:
     text = "{mean:{s}.4f} [{low:{s}.4f}, {high:{s}.4f}]".format(s=sign, **over)
-  if len(values) < len(per_seed):
-    text += f" ({len(per_seed) - len(values)} seed(s) incomplete, left out)"
-  return Estimate(
-    label, text, over["n"], over["mean"], over["low"], over["high"], threshold, side
-  )
+  ends = (over["mean"], over["low"], over["high"])
+  return Estimate(label, text + more, int(over["n"]), *ends, threshold, side)
 
 
 def paired(

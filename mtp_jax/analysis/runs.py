@@ -28,7 +28,7 @@ from mtp_jax.config import (
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
 GENERATIVE = (
-  "task_accuracy", "next_line_exact_match", "function_parses",
+  "task_accuracy", "task_new", "next_line_exact_match", "function_parses",
   "decoded_tokens_per_round", "sampled_tokens_per_round",
 )
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
@@ -40,7 +40,8 @@ PER_DRAFT = (
 
 METRIC_COLUMNS = ("trial", "metric", "at_depth", "mean", "stderr", "count")
 CURVE_COLUMNS = (
-  "trial", "step", "tokens", "seconds", "loss", "bits_per_byte", "task_accuracy",
+  "trial", "split", "step", "tokens", "seconds", "loss", "bits_per_byte",
+  "task_accuracy", "task_new",
 )
 
 
@@ -56,8 +57,9 @@ class Runs:
   metrics: long: trial, metric, at_depth, mean, stderr (over held-out documents), count
            (of what was averaged, where eval.json has it). `task_accuracy:GROUP` is the
            accuracy of one group of a task's prompts.
-  curves:  long: trial, step, tokens, seconds, loss (next token), bits_per_byte,
-           task_accuracy (NaN where no task is scored).
+  curves:  long: trial, split (validation or test), step, tokens, seconds, loss
+           (next token), bits_per_byte, task_accuracy, task_new (NaN where no task is
+           scored).
   """
 
   root: Path
@@ -163,6 +165,8 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
     "train_seconds": math.nan,
     "split": config.eval.split,
     "num_documents": 0,
+    "stopped_step": math.nan,
+    "stopped_tokens": math.nan,
     "date": "",
     "commit": run.get("commit", ""),
     "hardware": run.get("hardware", ""),
@@ -173,6 +177,9 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
     path = folder / "eval.json"
     keys = ("step", "tokens", "train_flops", "train_seconds", "num_documents")
     trial |= {key: require(evaluation, key, path) for key in keys}
+    # Null where training did not stop on success; older runs could not.
+    stopped = evaluation.get("stopped") or {}
+    trial |= {f"stopped_{key}": _number(stopped.get(key)) for key in ("step", "tokens")}
     trial["date"] = _day(path)
     metrics = [{"trial": name} | x for x in _metrics(evaluation, path)]
   curve = [{"trial": name} | x for x in _curve(records, folder / "metrics.jsonl")]
@@ -195,7 +202,10 @@ def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]
   for metric in SCALARS:
     yield row(metric, 0, require(evaluation, metric, path))
   for metric in GENERATIVE:
-    value = require(evaluation, metric, path)
+    # Older evaluations have no task_new.
+    value = evaluation.get(metric) if metric == "task_new" else require(
+      evaluation, metric, path
+    )
     if value is not None:
       yield row(metric, 0, value)
   # Only tasks have groups.
@@ -209,11 +219,12 @@ def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]
 
 def _curve(records: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
   for record in records:
-    if record["kind"] == "validation":
+    if record["kind"] in ("validation", "test"):
       keys = ("step", "tokens", "seconds", "bits_per_byte")
       values = {key: _number(require(record, key, path)) for key in keys}
       values["loss"] = _number(require(record, "loss", path)[0])
-      yield values | {"task_accuracy": _number(record.get("task_accuracy"))}
+      scores = {k: _number(record.get(k)) for k in ("task_accuracy", "task_new")}
+      yield {"split": record["kind"]} | values | scores
 
 
 def _read_config(path: Path) -> Config:

@@ -10,10 +10,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 from mtp_jax.analysis.drawing import (
   COLOURS,
   LINES,
-  ZERO,
   error_bars,
   legend_below,
   panels,
+  series_marker,
+  zero_line,
 )
 from mtp_jax.analysis.gains import TOKENS, Analysis
 from mtp_jax.analysis.ladders import NTP, size_text
@@ -41,7 +42,7 @@ def _setting_sweep(ladder: Analysis, setting: str, label: str) -> Drawing:
     for index, (family, line) in enumerate(here.groupby("family")):
       style = dict(
         color=COLOURS[line["kind"].iloc[0]], linestyle=LINES[index % len(LINES)],
-        marker="o", capsize=3, label=family,
+        marker=series_marker(index), capsize=3, label=family,
       )
       for ax, quantity in zip(column, ("loss", "gain"), strict=True):
         part = line[line["quantity"] == quantity].sort_values(setting)
@@ -49,7 +50,7 @@ def _setting_sweep(ladder: Analysis, setting: str, label: str) -> Drawing:
     ntp = here["ntp_loss"].iloc[0]
     if np.isfinite(ntp):
       column[0].axhline(ntp, color=COLOURS["none"], linestyle="--", label=NTP)
-    column[1].axhline(0, **ZERO)
+    zero_line(column[1])
     column[0].set_title(f"{size_text(size)} parameters")
     column[1].set_xlabel(label)
     column[1].xaxis.set_major_locator(FixedLocator(sorted(rows[setting].unique())))

@@ -24,14 +24,14 @@ from mtp_jax.analysis.gains import (
   SHARES,
   UPPER,
   Analysis,
+  rough_clocks,
 )
 from mtp_jax.analysis.ladders import NTP, size_text
 
 BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
 ONE_SEED, BOUND = "no verdict from one pair of seeds", "no verdict from a bound"
 NO_SPREAD = "no verdict from pairs that are all the same"
-# Runs of one kind and size whose speeds differ by more make a rough clock.
-ROUGH_CLOCK = 0.1
+ROUGH_CLOCK = "no verdict from this clock"
 _METRIC_NAMES = {
   "next_line_exact_match": "next-line exact match",
   "function_parses": "completed functions that parse",
@@ -51,6 +51,8 @@ def effect(gain: pd.Series) -> str:
   """Returns what one row of `gains` supports."""
   if math.isnan(gain["low"]):
     return ONE_SEED
+  if gain["is_rough"]:
+    return ROUGH_CLOCK
   if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
     return NO_SPREAD
   if gain["low"] > 0 and gain["bound"] != UPPER:
@@ -64,6 +66,8 @@ def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
   """Returns what one row of `slopes` supports; it was fitted to the rows `gains`."""
   if math.isnan(slope["low"]):
     return "no verdict on a trend: fewer than two seeds have every size"
+  if gains["is_rough"].any():
+    return f"no verdict on a trend: {ROUGH_CLOCK}"
   if slope["low"] > 0:
     words = "the gain grows with size"
     if (gains["mean"] < 0).all():
@@ -155,9 +159,6 @@ def _in_short(ladder: Analysis, check: Check, method: str) -> str:
     if len(slope):
       clause += f" ({trend(slope.iloc[0], rows[rows['bound'] == ''])})"
     clauses.append(clause)
-  spread = _clock_spread(ladder.trials)
-  if spread > ROUGH_CLOCK:
-    clauses[-1] += f", by a rough clock (equal runs differ by up to {spread:.0%})"
   words = f"{method}: {'; '.join(clauses)}."
   if method in check.spans and not check.counts(method):
     words += " No evidence about size: the ladder does not count for it, see below."
@@ -250,11 +251,14 @@ def _reading_notes(ladder: Analysis) -> Iterator[str]:
       "\"At most\" marks budgets that no finished NTP run reaches, \"at least\" those "
       "below every one: the nearest run gives a bound, and nothing is extrapolated."
     )
-  spread = _clock_spread(ladder.trials)
-  if spread > ROUGH_CLOCK:
+  clocks = rough_clocks(ladder.trials)
+  if clocks["is_rough"].any():
+    spread, rough = clocks["spread"].max(), int(clocks["is_rough"].sum())
+    by = f"by up to {spread:.0%}" if np.isfinite(spread) else "by an unknown amount"
     yield (
-      f"Wall clock is rough here: the tokens per second of runs of one size and kind "
-      f"differ by up to {spread:.0%}. Runs beside each other share a machine."
+      f"Wall clock has no verdict for {rough} of {len(clocks)} methods and sizes: the "
+      f"seconds per token of equal runs differ ({by}) at least as much as the method "
+      f"and NTP do. Runs beside each other share a machine."
     )
   hardware = sorted(set(ladder.trials["hardware"]) - {""})
   if len(hardware) > 1:
@@ -263,11 +267,3 @@ def _reading_notes(ladder: Analysis) -> Iterator[str]:
       f"use it."
     )
 
-
-def _clock_spread(trials: pd.DataFrame) -> float:
-  """Largest relative range of tokens per second of one size and kind of model."""
-  used = trials[trials["chosen"]]
-  speed = used["tokens"] / used["train_seconds"]
-  model = used["method"].where(used["arm"] != "flops", NTP)
-  by_model = speed.groupby([used["size"], model])
-  return float((by_model.max() / by_model.min() - 1).max()) if len(used) else 0.0

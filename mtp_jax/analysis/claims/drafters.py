@@ -1,21 +1,42 @@
 """Drafters trained after the fact and jointly: their claims' tests, table and figure.
 
-Results of `experiments/drafters.py`. An arm is told by its config values, as in
-`claim_tests`; differences and ratios are formed between trials of one width and seed,
-then averaged over the widths, so that an interval is over seeds.
+Results of `experiments/drafters.py`. An arm is told by its config values; differences
+and ratios are formed between trials of one width and seed, then averaged over the
+widths, so that an interval is over seeds.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from mtp_jax.analysis.claim_tests import WIDTH, Where
-from mtp_jax.analysis.drawing import COLOURS, ZERO, error_bars, legend_below, panels
-from mtp_jax.analysis.gains import interval
+from mtp_jax.analysis.claims.arms import WIDTH, Where
+from mtp_jax.analysis.claims.claim import (
+  NO_FIGURE,
+  OWN,
+  PAIRED,
+  Claim,
+  Drawing,
+  Experiment,
+)
+from mtp_jax.analysis.drawing import (
+  COLOURS,
+  error_bars,
+  legend_below,
+  panels,
+  series_marker,
+  zero_line,
+)
 from mtp_jax.analysis.results import REPLICATE, Results
-from mtp_jax.analysis.rules import Finding, by_key, decide, mean_over_seeds
+from mtp_jax.analysis.rules import (
+  TOKENS,
+  Finding,
+  Margin,
+  by_key,
+  mean_over_seeds,
+)
+from mtp_jax.analysis.statistics import interval
 
 _WRITTEN = "data.train_on"
 _FROZEN: Where = {"train.freeze_trunk": True}
@@ -27,7 +48,6 @@ _OWN: Where = {"mtp.kind": "medusa", "mtp.unembed": "own"}
 # Of Medusa on a frozen trunk; how near "as many" is; both were written beforehand.
 FEW_TOKENS = 1.5
 NEAR = 0.9
-LITTLE = 0.1
 # Largest price in nats that counts as none; `parallel` is to cost at least its own.
 PRICES = {"modules, joint": 0.02, "medusa, joint": 0.03, "parallel, joint": 0.05}
 
@@ -53,6 +73,89 @@ ARMS: dict[str, Where] = {
   "medusa, joint": _JOINT | _OWN,
 }
 WRITTEN = "module, KL, written text"
+
+
+def experiment(preset: str) -> Experiment:
+  of = "sampled tokens per round of {}, averaged over widths within a seed"
+  minus = f"{of.format('the first minus the second')}, {PAIRED}"
+
+  def own(key, statement, rule, margin, test):
+    return Claim(key, statement, OWN, "nothing", rule, margin, test)
+
+  def more(
+    key: str, statement: str, *arms: str, source: str = OWN, published: str = "nothing",
+    by: float = 0.0, side: str = "above",
+  ) -> Claim:
+    rule = minus if not by else (
+      f"{of.format('the first minus the second')}, t interval over seeds, {side} {by:g}"
+    )
+    return Claim(
+      key, statement, source, published, f"{' against '.join(arms)}: {rule}", TOKENS,
+      functools.partial(
+        brings_more, more=arms[0], less=arms[1], by=by, side=side
+      ),
+    )
+
+  return Experiment(
+    "drafters", preset, "Drafters trained after the fact and jointly",
+    "Mean and 95 % t interval over seeds. All draft three tokens a round; those "
+    "without 'joint' were trained on the frozen trunk of an NTP run.",
+    (
+      own(
+        "keeps_of_joint", "Modules trained after the fact draft about as well",
+        f"{of.format('modules on a frozen trunk over that of joint ones')}, t interval "
+        f"over seeds, above {NEAR:g}",
+        Margin(0.05, "of the joint ones'"), keeps_of_joint,
+      ),
+      own(
+        "medusa_few", f"Medusa brings at most {FEW_TOKENS:g} tokens a round",
+        f"{of.format('Medusa on a frozen trunk')}, t interval over seeds, below "
+        f"{FEW_TOKENS:g}",
+        # The threshold is the margin: a bound is met or not.
+        Margin(0.0, "tokens per round"), medusa_brings_little,
+      ),
+      more("modules_more", "Modules draft better than Medusa", "modules", "medusa"),
+      own(
+        "medusa_jointly", "Training Medusa jointly makes no difference to its drafts",
+        f"medusa, joint against medusa: {of.format('the first minus the second')}, t "
+        "interval over seeds, within the margin",
+        TOKENS,
+        functools.partial(
+          brings_more, more="medusa, joint", less="medusa", side="within"
+        ),
+      ),
+      own(
+        "price", "Joint modules and Medusa cost the trunk little, heads more",
+        "main loss minus NTP's, averaged over widths within a seed, t intervals over "
+        "seeds: "
+        + ", ".join(
+          f"{'above' if 'parallel' in arm else 'below'} {bound:g} for {arm}"
+          for arm, bound in PRICES.items()
+        ),
+        Margin(0.0, "nats"), price_of_joint,
+      ),
+      more(
+        "eagle3_more", "EAGLE-3 drafts better than EAGLE-1", "eagle3", "eagle",
+        source="Li et al. 2025, arXiv 2503.01840", published=NO_FIGURE,
+      ),
+      more(
+        "eagle3_is_module", "EAGLE-3 drafts no better than one module trained on KL",
+        "eagle3", "module, KL", by=0.05, side="below",
+      ),
+      more("kl_more", "KL to the trunk drafts better than cross-entropy", "module, KL",
+           "module"),
+      more(
+        "lk_more", "LK losses draft better than KL", "module, LK", "module, KL",
+        source="arXiv 2602.23881",
+        published="up to 8 to 10 % more accepted length, 8B to 685B",
+      ),
+      more(
+        "written_more", "Text that the trunk wrote is better to learn from",
+        WRITTEN, "module, KL",
+      ),
+    ),
+    draw, table=table,
+  )
 
 
 def measured(
@@ -83,15 +186,15 @@ def tokens(results: Results, arm: str, how: str = "sampled") -> pd.Series:
 def keeps_of_joint(results: Results) -> Finding:
   """Tests whether modules on a frozen trunk keep `NEAR` of the tokens of joint ones."""
   ratio = tokens(results, "modules") / tokens(results, "modules, joint")
-  return decide([
-    mean_over_seeds(per_seed(ratio), "frozen / joint", NEAR, sign="")
-  ])
+  return Finding((
+    mean_over_seeds(per_seed(ratio), "frozen / joint", NEAR, sign=""),
+  ))
 
 
 def medusa_brings_little(results: Results) -> Finding:
   """Tests whether Medusa on a frozen trunk stays below `FEW_TOKENS` a round."""
   own = per_seed(tokens(results, "medusa"))
-  return decide([mean_over_seeds(own, "tokens per round", FEW_TOKENS, "below", "")])
+  return Finding((mean_over_seeds(own, "tokens per round", FEW_TOKENS, "below", ""),))
 
 
 def brings_more(
@@ -99,21 +202,21 @@ def brings_more(
 ) -> Finding:
   """Tests the difference in sampled tokens per round of two arms against `by`."""
   difference = tokens(results, more) - tokens(results, less)
-  return decide([
-    mean_over_seeds(per_seed(difference), f"{more} minus {less}", by, side)
-  ])
+  return Finding((
+    mean_over_seeds(per_seed(difference), f"{more} minus {less}", by, side),
+  ))
 
 
 def price_of_joint(results: Results) -> Finding:
   """Tests the main loss of joint training against NTP's, each arm against its bound."""
   plain = ntp_loss(results)
-  return decide([
+  return Finding(tuple(
     mean_over_seeds(
       per_seed(measured(results, "main_loss", arm) - plain), arm, bound,
       "above" if arm.startswith("parallel") else "below",
     )
     for arm, bound in PRICES.items()
-  ])
+  ))
 
 
 def table(results: Results) -> pd.DataFrame:
@@ -146,7 +249,7 @@ def table(results: Results) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
+def draw(results: Results) -> Drawing:
   """Draws sampled tokens per round and the price in main loss, one line an arm."""
   shown = {
     "sampled tokens per round": lambda arm: tokens(results, arm),
@@ -165,10 +268,11 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         if width not in by_width:
           continue
         over = pd.DataFrame([interval(by_width[width].dropna().to_numpy())])
-        aside = 0.14 * (index - (len(widths) - 1) / 2)
+        aside = 0.34 * (index - (len(widths) - 1) / 2)
         ax.errorbar(
-          over["mean"], place + aside, xerr=error_bars(over), capsize=2, markersize=4,
-          color=COLOURS[ARMS[arm]["mtp.kind"]], marker="os^D"[index % 4],
+          over["mean"], place + aside, xerr=error_bars(over), capsize=2,
+          color=COLOURS[ARMS[arm]["mtp.kind"]], marker=series_marker(index),
+          markerfacecolor="white" if index % 2 else COLOURS[ARMS[arm]["mtp.kind"]],
           linestyle="none", label=f"width {width}" if place == 0 else None,
         )
         numbers.append({"shown": title, "drafter": arm, "width": width})
@@ -176,7 +280,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     ax.set_xlabel(title)
   axes[0, 0].set_yticks(range(len(arms)), arms)
   axes[0, 0].invert_yaxis()
-  axes[0, 1].axvline(0, **ZERO)
+  zero_line(axes[0, 1], "x")
   legend_below(figure, axes.flat)
   return figure, pd.DataFrame(numbers)
 

@@ -1,0 +1,87 @@
+"""Bytes or BPE: what extra heads cost in bits per byte on either."""
+
+import functools
+
+import pandas as pd
+
+from mtp_jax.analysis.claims.arms import NTP, parallel
+from mtp_jax.analysis.claims.claim import (
+  AYNETDINOV,
+  GLOECKLE,
+  NO_FIGURE,
+  PAIRED,
+  Claim,
+  Drawing,
+  Experiment,
+)
+from mtp_jax.analysis.claims.pictures import lines
+from mtp_jax.analysis.drawing import (
+  COLOURS,
+  legend_below,
+  panels,
+  series_marker,
+  zero_line,
+)
+from mtp_jax.analysis.results import Results
+from mtp_jax.analysis.rules import BITS, Finding, mean_over_seeds, paired
+
+
+def experiment(preset: str) -> Experiment:
+  return Experiment(
+    "bytes_or_bpe", preset, "Bytes or BPE",
+    "Bits per byte more than NTP's, mean and 95 % t interval over seeds.",
+    tuple(
+      Claim(
+        f"bytes_pay_less_{n}", f"Bytes pay less for n = {n} than BPE",
+        f"{AYNETDINOV}; {GLOECKLE}, table 1", published,
+        f"penalty of n = {n} in bits per byte on BPE minus on bytes, {PAIRED}",
+        BITS, functools.partial(bytes_pay_less, n=n),
+      )
+      for n, published in (
+        (4, NO_FIGURE),
+        (8, "pass rates only, 7B, n = 1 and 8, MBPP pass@1: bytes 19.3 and 32.3 %, "
+            "subwords 30.0 and 30.7 %"),
+      )
+    ),
+    draw,
+  )
+
+
+def bytes_pay_less(results: Results, n: int) -> Finding:
+  """Tests whether n heads cost fewer bits per byte on bytes than on BPE tokens."""
+  bpe, own = (bits_penalty(results, kind, n) for kind in ("bpe", "bytes"))
+  return Finding((mean_over_seeds(bpe - own, "penalty on BPE minus on bytes"),))
+
+
+def bits_penalty(results: Results, tokenizer: str, n: int) -> pd.Series:
+  """Returns bits per byte of n heads minus those of NTP, a seed."""
+  where = {"tokenizer.kind": tokenizer}
+  return paired(
+    results.measured("bits_per_byte", where | parallel(n)),
+    results.measured("bits_per_byte", where | NTP),
+  )
+
+
+def draw(results: Results) -> Drawing:
+  """Penalty in bits per byte against n, one line a tokenizer."""
+  rows = pd.concat([
+    bits_penalty(results, kind, n).rename("value").reset_index().assign(
+      predicted=n, tokenizer=kind
+    )
+    for kind in ("bytes", "bpe") for n in (4, 8)
+  ])
+  figure, axes = panels(1, 1, width=5.5)
+  styles = {
+    ("bytes",): {"color": COLOURS["parallel"], "marker": series_marker(0)},
+    ("bpe",): {
+      "color": COLOURS["sequential"], "marker": series_marker(1), "linestyle": "--"
+    },
+  }
+  table = lines(axes[0, 0], rows, "predicted", ["tokenizer"], styles)
+  zero_line(axes[0, 0])
+  axes[0, 0].set(
+    xlabel="tokens predicted at once, n", ylabel="bits per byte over NTP",
+    xticks=(4, 8),
+  )
+  legend_below(figure, axes.flat)
+  return figure, table

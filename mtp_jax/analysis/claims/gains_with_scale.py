@@ -1,0 +1,160 @@
+"""Gains with size on text: the ladder that `launch.report` left."""
+
+import functools
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mtp_jax.analysis import results as results_lib
+from mtp_jax.analysis.claims.claim import (
+  DEEPSEEK,
+  GLOECKLE,
+  NO_FIGURE,
+  TOP,
+  Claim,
+  Drawing,
+  Experiment,
+)
+from mtp_jax.analysis.claims.pictures import lines, with_method
+from mtp_jax.analysis.drawing import legend_below, panels, size_axis, zero_line
+from mtp_jax.analysis.ladders import size_text
+from mtp_jax.analysis.published import published_gains
+from mtp_jax.analysis.results import LadderResults
+from mtp_jax.analysis.rules import (
+  NATS,
+  NATS_PER_DECADE,
+  Finding,
+  estimate,
+  mean_over_seeds,
+)
+from mtp_jax.analysis.runs import RunsError
+
+
+def experiment(preset: str) -> Experiment:
+  late = " (a rule that was written after this run)" if preset == "cpu" else ""
+  lambada = "LAMBADA perplexity, 340M / 1.8B / 7B: NTP 30.34 / 11.38 / 7.97"
+  return Experiment(
+    "gains_with_scale", preset, "Gains with size",
+    "Gain over NTP at equal tokens in nats per token, mean and 95 % t interval over "
+    "seeds.",
+    (
+      Claim(
+        "heads_cost", "Parallel heads of weight 1 cost next-token loss",
+        f"{TOP}, table 2", f"{lambada}, parallel n = 4 35.31 / 13.69 / 8.99",
+        "gain at equal tokens of D = 1 and D = 3, paired by seed, t interval over "
+        f"seeds, below 0 at every size{late}",
+        NATS, heads_cost_loss,
+      ),
+      Claim(
+        "more_heads_cost_more", "More parallel heads cost more next-token loss",
+        "NextLat, arXiv 2511.05963, table 2", NO_FIGURE,
+        "gain of D = 3 minus gain of D = 1, paired by seed, t interval over seeds, "
+        f"below 0 at every size{late}",
+        NATS, more_heads_cost_more,
+      ),
+      *(
+        Claim(
+          f"{kind}{depth}_grows", f"Gains grow with size: {kind} D={depth}",
+          source, published,
+          "slope of the gain (NTP minus MTP main loss at equal tokens) per decade of "
+          f"parameters, one line a seed, t interval over seeds, above 0{late}",
+          NATS_PER_DECADE,
+          functools.partial(gain_grows_with_size, kind=kind, depth=depth),
+        )
+        for kind, depth, source, published in (
+          ("parallel", 1, f"{GLOECKLE}, table S7", _pass_rates(2)),
+          ("parallel", 3, f"{GLOECKLE}, table S7", _pass_rates(4)),
+          ("sequential", 1, f"{DEEPSEEK}, table 4",
+           "bits per byte on the Pile, without and with D = 1: 0.729 and 0.729 (15.7B "
+           "parameters), 0.658 and 0.657 (228.7B)"),
+          ("sequential", 3, f"{TOP}, table 2",
+           f"{lambada}, sequential D = 3 of weight 1 40.99 / 13.32 / 8.52"),
+        )
+      ),
+    ),
+    draw,
+    results_lib.read_ladder,
+  )
+
+
+def _pass_rates(n: int) -> str:
+  """The ends of the published ladder."""
+  rows = published_gains()
+  rows = rows[(rows["n"] == n) & (rows["benchmark"] == "MBPP@1")].set_index("size")
+  ends = ", ".join(
+    f"{rows['gain'][size]:+.1f} at {size / 1e9:g}B"
+    for size in (rows.index.min(), rows.index.max())
+  )
+  return f"pass rates only, gain of n = {n} in points of MBPP pass@1: {ends}"
+
+
+def heads_cost_loss(results: LadderResults) -> Finding:
+  """Tests whether parallel heads of weight 1 lose to NTP, at every size and depth."""
+  return Finding(tuple(
+    mean_over_seeds(gains, f"D={depth}, {size_text(size)}", side="below")
+    for depth in (1, 3)
+    for size, gains in _gains(results, "parallel", depth)
+  ))
+
+
+def more_heads_cost_more(results: LadderResults) -> Finding:
+  """Tests whether three extra heads lose more than one, at every size."""
+  three, one = (dict(_gains(results, "parallel", depth)) for depth in (3, 1))
+  return Finding(tuple(
+    mean_over_seeds(
+      three[size] - one[size], f"D=3 minus D=1, {size_text(size)}", side="below"
+    )
+    for size in sorted(three.keys() & one.keys())
+  ))
+
+
+def gain_grows_with_size(results: LadderResults, kind: str, depth: int) -> Finding:
+  """Tests the slope of the gain at equal tokens, per decade of parameters."""
+  fits = _at_equal_tokens(results.slopes, kind, depth)
+  if len(fits) > 1:
+    raise RunsError(
+      f"{results.folder / 'all_slopes.csv'}: {kind} with depth {depth} must have one "
+      f"row for main_loss at equal tokens, got {len(fits)}."
+    )
+  fits = fits.rename(columns={"slope": "mean"})
+  return Finding(tuple(estimate(row, "per decade") for _, row in fits.iterrows()))
+
+
+def _at_equal_tokens(table: pd.DataFrame, kind: str, depth: int) -> pd.DataFrame:
+  """Returns the rows of a ladder's table for the main loss of one kind and depth."""
+  return table[
+    (table["metric"] == "main_loss") & (table["comparison"] == "tokens")
+    & (table["kind"] == kind) & (table["depth"] == depth) & (table["arm"] == "added")
+  ]
+
+
+def pairs_of(results: LadderResults, kind: str, depth: int) -> pd.DataFrame:
+  """Returns the gains a seed of methods that more than one size was trained with."""
+  methods = _at_equal_tokens(results.slopes, kind, depth)["method"]
+  pairs = _at_equal_tokens(results.pairs, kind, depth)
+  return pairs[pairs["method"].isin(methods)]
+
+
+def _gains(
+  results: LadderResults, kind: str, depth: int
+) -> Sequence[tuple[float, pd.Series]]:
+  """Returns (size, gain a seed) from the smallest size up."""
+  pairs = pairs_of(results, kind, depth)
+  seed = ["seed", "data_seed"]
+  return [(size, cell.set_index(seed)["gain"]) for size, cell in pairs.groupby("size")]
+
+
+def draw(results: LadderResults) -> Drawing:
+  """Gain at equal tokens against size."""
+  rows = pd.concat([
+    pairs_of(results, kind, depth)
+    for kind in ("parallel", "sequential") for depth in (1, 3)
+  ]).rename(columns={"gain": "value", "kind": "mtp.kind", "depth": "mtp.depth"})
+  rows = with_method(rows)
+  figure, axes = panels(1, 1, width=5.5)
+  table = lines(axes[0, 0], rows, "size", ["method"])
+  size_axis(axes[0, 0], rows["size"])
+  zero_line(axes[0, 0])
+  axes[0, 0].set_ylabel("gain over NTP, nats per token")
+  legend_below(figure, axes.flat)
+  return figure, table

@@ -1,0 +1,170 @@
+"""The path of a star graph: which ways of predicting solve it, and how soon."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+
+from mtp_jax.analysis.claims import arms, solving
+from mtp_jax.analysis.claims.claim import NO_FIGURE, TOP, Claim, Drawing, Experiment
+from mtp_jax.analysis.claims.pictures import DASHED, dots, style, with_method
+from mtp_jax.analysis.drawing import LINES, legend_below, panels, share_axis
+from mtp_jax.analysis.published import STAR_GRAPHS
+from mtp_jax.analysis.results import REPLICATE, Results
+from mtp_jax.analysis.rules import (
+  FACTOR,
+  OPPOSITE,
+  POINTS,
+  SUPPORTED,
+  UNDECIDED,
+  Finding,
+  by_key,
+  share,
+)
+
+EASIER = "cpu_8_labels"  # NTP and n = 2 alone.
+SOLVED = solving.SOLVED
+AT_CHANCE = 0.1  # Distance from 1 / arms.
+_BACHMANN = "Bachmann and Nagarajan 2024, arXiv 2403.06963"
+_SHARE = "Wilson interval of the share of such seeds, above 1/2"
+
+
+def experiment(preset: str) -> Experiment:
+  graphs = ((2, 3),) if preset in ("cpu", EASIER) else tuple(STAR_GRAPHS)
+  claims = [claim for graph in graphs for claim in _claims(*graph)]
+  if preset == EASIER:
+    kept = ("none0", "parallel1", "sooner_parallel1")
+    claims = [x for x in claims if x.key in [f"{key}_2_3" for key in kept]]
+  return Experiment(
+    "star_graph", preset, "The path of a star graph",
+    "Exact paths, decoded freely: one dot a seed above, one line a seed during "
+    "training below. Dashed: chance, one over the arms.",
+    tuple(claims), draw,
+  )
+
+
+def _claims(num_arms: int, length: int) -> Iterator[Claim]:
+  # The table has no G(2,3): of its graphs G(3,3) is the smallest.
+  cells = STAR_GRAPHS.get((num_arms, length), STAR_GRAPHS[3, 3])
+  of = "" if (num_arms, length) in STAR_GRAPHS else "G(3,3): "
+  graph = f"G({num_arms},{length})"
+  on_graph = {"task.star_graph.arms": num_arms, "task.star_graph.length": length}
+  forward = on_graph | {"task.star_graph.reversed": False}
+  for (kind, depth), percent in cells.items():
+    method = arms.label(kind, depth)
+    where = forward | {"mtp.kind": kind, "mtp.depth": depth}
+    source, published = f"{_BACHMANN}; {TOP}, table 5", f"{of}{percent:g} % exact paths"
+    if kind == "none" and percent > 1:
+      outcome, says = is_at_chance, "stays at chance"
+      rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
+    elif percent > 100 * SOLVED:
+      outcome, says = is_solved, "solves it"
+      rule = f"a seed solves it from {SOLVED:g} of exact paths"
+    else:
+      outcome, says = is_unsolved, "fails"
+      rule = f"a seed fails below {SOLVED:g} of exact paths"
+    yield Claim(
+      f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {says}", source,
+      f"{published} (one run)", f"{rule}; {_SHARE}", POINTS,
+      functools.partial(share_of_seeds, where=where, outcome=outcome),
+    )
+    if kind == "parallel":
+      yield Claim(
+        f"sooner_{kind}{depth}_{num_arms}_{length}",
+        f"{graph}: {method} learns it in fewer tokens than NTP", source,
+        f"{published}, NTP {cells['none', 0]:g} % (one run)",
+        f"{solving.RULE}, above 0", FACTOR,
+        functools.partial(solving.sooner, where=where, ntp=forward | arms.NTP),
+      )
+  yield Claim(
+    f"reversed_{num_arms}_{length}", f"{graph}: NTP solves the reversed path",
+    _BACHMANN, NO_FIGURE,
+    f"a control of few seeds: supported if all reach {SOLVED:g} of exact paths, "
+    "opposite if none does",
+    POINTS,
+    functools.partial(
+      every_seed_solves, where=on_graph | arms.NTP | {"task.star_graph.reversed": True}
+    ),
+  )
+
+
+def is_solved(rows: pd.DataFrame) -> pd.Series:
+  return rows["value"] >= SOLVED
+
+
+def is_unsolved(rows: pd.DataFrame) -> pd.Series:
+  return rows["value"] < SOLVED
+
+
+def is_at_chance(rows: pd.DataFrame) -> pd.Series:
+  return (rows["value"] - 1 / rows["task.star_graph.arms"]).abs() <= AT_CHANCE
+
+
+def accuracy(results: Results, where: arms.Where) -> pd.DataFrame:
+  """Returns the accuracy of trials whose modules are fed as in DeepSeek-V3."""
+  for key in ("arms", "length", "reversed"):
+    results.key(f"task.star_graph.{key}")
+  # Results from before there was a choice have the true tokens only.
+  fed = {"mtp.fed": "true"} if "mtp.fed" in results.trials else {}
+  return results.measured("task_accuracy", fed | where).dropna(subset="value")
+
+
+def share_of_seeds(
+  results: Results,
+  where: arms.Where,
+  outcome: Callable[[pd.DataFrame], pd.Series],
+) -> Finding:
+  """Tests whether most seeds end so, on one graph."""
+  rows = accuracy(results, where)
+  by_key(rows, REPLICATE)  # Every seed counts once.
+  return Finding((share(outcome(rows)),))
+
+
+def every_seed_solves(results: Results, where: arms.Where) -> Finding:
+  """Tests a control of few seeds: all of them, none of them, or undecided."""
+  finding = share_of_seeds(results, where, is_solved)
+  verdicts = {1.0: SUPPORTED, 0.0: OPPOSITE}
+  mean = finding.estimates[0].mean
+  return Finding(finding.estimates, fixed=verdicts.get(mean, UNDECIDED))
+
+
+def draw(results: Results) -> Drawing:
+  """Accuracy of each seed by method, and during training."""
+  final = with_method(accuracy(results, {}))
+  final["method"] += np.where(final["task.star_graph.reversed"], " reversed", "")
+  graphs = list(final.groupby(["task.star_graph.arms", "task.star_graph.length"]))
+  figure, axes = panels(2, len(graphs), height=6.0, sharey=True)
+  validation = results.curves[results.curves["split"] == "validation"]
+  tables = []
+  for (graph, rows), (above, below) in zip(graphs, axes.T, strict=True):
+    curves = validation.dropna(subset="task_accuracy").merge(
+      rows[["trial", "method", "mtp.kind", "mtp.depth", "seed"]]
+    )
+    dots(above, rows)
+    for ax in (above, below):
+      ax.axhline(1 / graph[0], **DASHED)
+      share_axis(ax)
+    for trial, curve in curves.groupby("trial", sort=False):
+      method, depth = curve["method"].iloc[0], curve["mtp.depth"].iloc[0]
+      below.plot(
+        curve["step"], curve["task_accuracy"], linewidth=0.8,
+        color=style(curve.iloc[0])["color"], label=method,
+        linestyle=":" if method.endswith("reversed") else LINES[int(depth > 1)],
+      )
+      tables.append(
+        curve[["method", "seed", "step", "task_accuracy"]].assign(
+          graph=str(graph), trial=trial, shown="validation"
+        )
+      )
+    above.set_title(f"G({graph[0]:g},{graph[1]:g})")
+    below.set_xlabel("step")
+    tables.append(
+      rows[["method", "seed", "step", "value", "trial"]].rename(
+        columns={"value": "task_accuracy"}
+      ).assign(graph=str(graph), shown="final")
+    )
+  for ax in axes[:, 0]:
+    ax.set_ylabel("exact paths")
+  legend_below(figure, axes[1])
+  return figure, pd.concat(tables, ignore_index=True)
