@@ -199,7 +199,7 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
         trials.prepare(trial)
     code = engine.submit(choice.todo) if choice.todo else 0
   results.collect(root)
-  _tell(len(choice.todo), planned, choice)
+  _tell(engine.outcome, planned, choice)
   return code
 
 
@@ -214,10 +214,10 @@ def _alone(root: Path) -> Iterator[None]:
     yield
 
 
-def _tell(started: int, planned: list[Trial], choice: trials.Choice) -> None:
+def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
   """Says what became of every trial; on stderr, for `print` has its own output."""
   done = sum(state.kind == "done" for state in choice.states.values())
-  lines = [f"{started} of {len(planned)} trial(s) given to {_ON.value}, {done} done"]
+  lines = [f"{len(choice.todo)} of {len(planned)} trial(s) {outcome}, {done} done"]
   for trial in choice.active:
     lines.append(f"  {trial.name}: {choice.states[trial.name].kind}, left alone")
   for trial in choice.given_up:

@@ -151,11 +151,93 @@ def test_time_limits_are_those_of_slurm(time_limit, minutes):
   ({"time": "2"}, r"--slurm.time must be longer than --slurm.grace \(180 s\), got '2'"),
   ({"nodes": 0}, r"--slurm.nodes must be at least 1, got 0"),
   ({"gpus": 8, "tasks": 3}, r"--slurm.gpus must be a multiple .* \(3\), got 8"),
-  ({"sbatch": "mem 5"}, r"--slurm.sbatch must be KEY=VALUE ..., got '5'"),
+  ({"gpus": "a100:8", "tasks": 3}, r"a multiple .* \(3\), got a100:8"),
+  ({"gpus": "a100"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got 'a100'"),
+  ({"gpus": "a100:4,v100:4"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER"),
+  ({"gpus": -1}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got -1"),
+  ({"sbatch": "exclusive 5"}, r"--slurm.sbatch must be KEY=VALUE .*, got '5'"),
+  ({"sbatch": "comment='x"}, r"--slurm.sbatch must be .* got \"comment='x\" \(No clos"),
+  ({"sbatch": "-w n1"}, r"--slurm.sbatch must be .* of long options, got '-w'"),
+  ({"sbatch": "nice=1 nice=2"}, r"--slurm.sbatch must set nice once, got"),
 ])
 def test_flags_of_slurm_are_checked(options, message):
   with pytest.raises(ConfigError, match=message):
     slurm.Options(**options).check()
+
+
+@pytest.mark.parametrize("word, key, owner", [
+  ("gpus-per-node=a100:4", "gpus-per-node", "--slurm.gpus"),
+  ("gpus_per_node=4", "gpus-per-node", "--slurm.gpus"),
+  ("--gpus-per-task=1", "gpus-per-task", "--slurm.gpus"),
+  ("gpus=4", "gpus", "--slurm.gpus"),
+  ("-G4", "gpus", "--slurm.gpus"),
+  ("gpus-per-n=4", "gpus-per-n", "--slurm.gpus"),  # sbatch takes beginnings of names.
+  ("gres=gpu:a100:4", "gres", "--slurm.gpus"),
+  ("gres=nvme:1,gpu=2", "gres", "--slurm.gpus"),
+  ("gre=gres/gpu:2", "gre", "--slurm.gpus"),
+  ("tres-per-task=gres/gpu:1", "tres-per-task", "--slurm.gpus and --slurm.cpus"),
+  ("time=60", "time", "--slurm.time"),
+  ("t=60", "time", "--slurm.time"),
+  ("-t60", "time", "--slurm.time"),
+  ("-p", "partition", "--slurm.partition"),
+  ("part=gpu", "part", "--slurm.partition"),
+  ("N=2", "nodes", "--slurm.nodes"),
+  ("nodes=2-4", "nodes", "--slurm.nodes"),
+  ("ntasks=8", "ntasks", "--slurm.nodes and --slurm.tasks"),
+  ("ntasks-per-gpu=1", "ntasks-per-gpu", "--slurm.tasks"),
+  ("cpus-per-gpu=8", "cpus-per-gpu", "--slurm.cpus"),
+  ("mem-per-cpu=4G", "mem-per-cpu", "--slurm.memory"),
+  ("signal=USR1@60", "signal", "--slurm.grace"),
+  ("no-requeue", "no-requeue", "the sweep itself"),
+  ("array=0-9", "array", "the sweep itself"),
+  ("output=x", "output", "the sweep itself"),
+  ("e=x", "error", "the sweep itself"),
+  ("job_name=x", "job-name", "the sweep itself"),
+  ("parsable", "parsable", "the sweep itself"),
+  ("chdir=/tmp", "chdir", "the sweep itself"),
+])
+def test_what_a_flag_or_the_sweep_sets_is_not_passed_on(word, key, owner):
+  with pytest.raises(ConfigError) as caught:
+    slurm.Options(sbatch=f"reservation=x {word}").check()
+  assert str(caught.value) == (
+    f"--slurm.sbatch must not set {key}, which {owner} sets, got {word!r}."
+  )
+
+
+def test_what_nobody_sets_is_passed_on(tmp_path):
+  free = (
+    "comment=x", "exclusive", "export=ALL", "gpu-bind=none", "gres=nvme:1",
+    "gres-flags=enforce-binding", "mail-type=END", "mem-bind=local", "nodelist=n1",
+    "time-min=60", "wckey=y", "x11=first",
+  )
+  options = slurm.Options(sbatch=" ".join(free))
+  options.check()
+  lines = slurm.Slurm(tmp_path, options).preview(plan(tmp_path, "a")).splitlines()
+  for word in free:
+    assert lines.count(f"#SBATCH --{word}") == 1
+
+
+def test_gpus_of_a_type_are_counted_and_asked_for(tmp_path, fake_slurm):
+  options = slurm.Options(nodes=2, gpus="nvidia_a100_1g.5gb:4", tasks=2)
+  assert options.num_devices == 8
+  engine = slurm.Slurm(tmp_path, options)
+  lines = engine.preview(plan(tmp_path, "a")).splitlines()
+  (line,) = [line for line in lines if line.startswith("#SBATCH --gpu")]
+  assert line == "#SBATCH --gpus-per-node=nvidia_a100_1g.5gb:4"
+  with pytest.raises(ConfigError, match=r"devices \(8\).* --slurm.gpus=nvidia_a100_1g"):
+    engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
+
+
+def test_variables_that_sbatch_would_take_instead_are_refused(
+  tmp_path, fake_slurm, monkeypatch
+):
+  monkeypatch.setenv("SBATCH_PARTITION", "debug")
+  slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+  with pytest.raises(ConfigError, match=r"SBATCH_PARTITION .* --slurm.partition .*bug"):
+    slurm.Slurm(tmp_path, slurm.Options(partition="gpu")).check(plan(tmp_path, "a"))
+  monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
+  with pytest.raises(ConfigError, match=r"SBATCH_TIMELIMIT must not .* got '5'"):
+    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
 
 
 def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
@@ -627,7 +709,7 @@ def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
   result = command(*sweep_command, "--on=print")
   assert result.code == 0
   assert f"-m launch.train --workdir={root}/seed=1" in result.output
-  assert "1 of 1 trial(s) given to print, 0 done" in result.output
+  assert "1 of 1 trial(s) printed, 0 done" in result.output
   assert cli.load_run_config(root / "seed=1").seed == 1
   shown = command(*sweep_command, "--status").output.splitlines()
   assert shown[1].split()[:2] == ["seed=1", "waiting"]

@@ -412,6 +412,7 @@ class Local:
   """
 
   needs_folders = False
+  outcome = "trained"
 
   def __init__(
     self,
