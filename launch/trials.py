@@ -43,7 +43,8 @@ Overrides = dict[str, Any]
 _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
 _TAIL_BYTES = 1 << 16
-# A run that another machine wrote about so lately is taken to be at work there.
+# Where locks do not say it, a run that another machine wrote about so lately is taken
+# to be at work there.
 _SILENT_SECONDS = 600
 
 
@@ -301,14 +302,16 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
     result = json.loads((folder / "eval.json").read_text())
     return State("done", **facts, eval_loss=result["main_loss"]["mean"])
   at_work = job is not None and job.state in ("queued", "running")
-  if cli.is_in_use(folder) or (at_work and job.state == "running"):
+  in_use = cli.is_in_use(folder)
+  if in_use or (at_work and job.state == "running"):
     now = said.get("state") != "ended"  # Else an earlier attempt said so.
     return State("running", **facts, reason=said.get("reason") if now else None)
   if at_work:
     return State("queued", **facts, reason=job.reason or None)
   if job is not None and job.state == "cancelled":
     return State("cancelled", **facts)
-  if (job is None or job.state == "unknown") and _lives_elsewhere(said):
+  is_unknown = in_use is None and (job is None or job.state == "unknown")
+  if is_unknown and _lives_elsewhere(said):
     return State("running", **facts, reason="as its machine wrote lately")
   return dataclasses.replace(_ended(folder, said, job), **facts)
 

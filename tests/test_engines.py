@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -469,8 +470,8 @@ def kind(trial, job=None):
 
 
 def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
-  new, done, killed, saved, elsewhere, old, stale = plan(
-    tmp_path, "new", "done", "killed", "saved", "elsewhere", "old", "stale"
+  new, done, killed, saved, stale = plan(
+    tmp_path, "new", "done", "killed", "saved", "stale"
   )
   assert kind(new) == "waiting"
   fill(new)  # Prepared, not begun.
@@ -488,14 +489,54 @@ def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
     "running", host=socket.gethostname()
   )
   assert kind(saved) == "stopped" and kind(saved, Job("cancelled")) == "cancelled"
-  fill(elsewhere, state="training", host="another")
-  assert kind(elsewhere) == "running" and kind(elsewhere, Job("ended")) == "lost"
-  fill(old, state="training", host="another", time=time.time() - 3600)
-  assert kind(old) == "lost"
   fill(stale, state="ended", exit_class="diverged", time=time.time() - 60)
   assert kind(stale) == "failed"
   engines.write_record(stale.workdir, "slurm", id="1")  # That was another job.
   assert kind(stale, Job("queued")) == "queued" and kind(stale) == "waiting"
+
+
+def no_locks(*_):
+  raise OSError(38, "Function not implemented")
+
+
+def test_the_lock_decides_whether_a_trial_is_running(tmp_path):
+  # A container that was restarted has another name, and its old self wrote lately.
+  killed, at_work, unlocked = plan(tmp_path, "killed", "at_work", "unlocked")
+  for trial in (killed, at_work, unlocked):
+    fill(trial, state="training", host="another")
+  with cli.exclusive(killed.workdir):
+    assert kind(killed) == "running"
+  assert kind(killed) == kind(killed, Job("unknown")) == kind(unlocked) == "lost"
+  with cli.exclusive(at_work.workdir):
+    assert trials.choose([killed, at_work], again=False).todo == [killed]
+
+
+@pytest.mark.parametrize("options", [
+  None, "rw,nolock", "rw,vers=3,local_lock=all", "rw,localflock"
+])
+def test_where_locks_say_nothing_ten_minutes_count(tmp_path, monkeypatch, options):
+  elsewhere, old = plan(tmp_path, "elsewhere", "old")
+  fill(elsewhere, state="training", host="another")
+  fill(old, state="training", host="another", time=time.time() - 3600)
+  for trial in (elsewhere, old):
+    (trial.workdir / cli.LOCK).touch()
+  if options is None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+  else:
+    mounts = f"/dev/a / ext4 rw 0 0\nhost:/x {tmp_path} nfs {options} 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda _, text=Path.read_text: (
+      mounts if str(_) == "/proc/self/mounts" else text(_)
+    ))
+  assert kind(elsewhere) == "running" and kind(elsewhere, Job("ended")) == "lost"
+  assert kind(old) == "lost"
+
+
+def test_asking_for_a_state_keeps_nobody_from_starting(tmp_path):
+  lock = (tmp_path / cli.LOCK).open("w")
+  fcntl.flock(lock, fcntl.LOCK_SH)
+  threading.Timer(0.1, lock.close).start()
+  with cli.exclusive(tmp_path):
+    assert cli.is_in_use(tmp_path)
 
 
 def test_the_table_shows_states_and_reasons(tmp_path):
@@ -591,10 +632,7 @@ def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
 
 
 def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
-  def flock(*_):
-    raise OSError(38, "Function not implemented")
-
-  monkeypatch.setattr(fcntl, "flock", flock)
+  monkeypatch.setattr(fcntl, "flock", no_locks)
   with cli.exclusive(tmp_path):
     assert not cli.is_in_use(tmp_path)
   assert "nothing keeps a second process out" in capsys.readouterr().err
