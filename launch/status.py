@@ -77,7 +77,8 @@ class Status(Observer):
       "exit_class": None,
       "reason": None,
     }
-    self._lock = threading.Lock()
+    # A signal may end the process amid a write, and have its own last word.
+    self._lock = threading.RLock()
     self._leaves = threading.Event()
     self._thread: threading.Thread | None = None
     # Of the steps since the last pause: how many, when the last ended; and of the
@@ -86,6 +87,7 @@ class Status(Observer):
     self._slowest = 0.0
 
   def __enter__(self) -> "Status":
+    _entered.append(self)
     self._write()
     if jax.process_count() > 1 and self._stall_seconds:
       self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -93,6 +95,7 @@ class Status(Observer):
     return self
 
   def __exit__(self, *_: object) -> None:
+    _entered.remove(self)
     self._leaves.set()
     if self._thread is not None:
       self._thread.join()
@@ -118,6 +121,10 @@ class Status(Observer):
       tokens_per_second=record["tokens_per_second"],
       reason=None,
     )
+
+  @property
+  def has_ended(self) -> bool:
+    return self._record["state"] == "ended"
 
   def ended(self, exit_class: str, reason: str | None = None) -> None:
     """Writes how it ended; of `reason`, the first line."""
@@ -159,6 +166,16 @@ class Status(Observer):
     self.ended("infrastructure", text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     distributed.leave(exits.FAILED, together=False)
+
+
+_entered: list[Status] = []
+
+
+def last_words(exit_class: str, reason: str) -> None:
+  """Notes how the process ends in every run folder that it is at work in."""
+  for status in _entered:
+    if not status.has_ended:
+      status.ended(exit_class, reason)
 
 
 def refused(workdir: Path, reason: str) -> None:

@@ -67,7 +67,8 @@ class Interrupted(Exception):
   """SIGTERM or SIGINT arrived; everything is saved. `signum` says which."""
 
   def __init__(self, signum: int, step: int):
-    super().__init__(f"{signal.Signals(signum).name} at step {step}; checkpoint saved")
+    where = f"at step {step}; checkpoint saved" if step else "before the first step"
+    super().__init__(f"{signal.Signals(signum).name} {where}")
     self.signum = signum
 
 
@@ -123,12 +124,11 @@ def fit(
   startup = startup or Startup()
   validate(config, jax.device_count())
   with contextlib.ExitStack() as stack:
-    clock = _Clock()
+    interrupt, clock = stack.enter_context(_Interrupt()), _Clock()
     training, state = _open(
       stack, config, Path(workdir), observer or Observer(), clock, startup,
       progress=progress,
     )
-    interrupt = stack.enter_context(_Interrupt())
     alone = _Alone(training, state)
     with jax.set_mesh(training.run.mesh):
       _train(alone, clock, startup, interrupt)
@@ -178,6 +178,7 @@ def fit_pack(
       )
   startup, clock, devices = Startup(), _Clock(), jax.devices()
   with contextlib.ExitStack() as stack:
+    interrupt = stack.enter_context(_Interrupt())
 
     def start(config: Config, workdir: Path, observer: Observer) -> Any:
       training, state = _open(
@@ -194,19 +195,13 @@ def fit_pack(
     started = [x for x in opened if not isinstance(x, Exception)]
     if not started:
       return opened
-    interrupt = stack.enter_context(_Interrupt())
     trainings, states = zip(*started, strict=True)
     packed = _Packed(trainings, states, size or len(configs), devices)
     with jax.set_mesh(trainings[0].run.mesh):
       _train(packed, clock, startup, interrupt)
-    ended: list[dict[str, Any] | Exception] = []
-    try:
-      for x in opened:
-        is_open = not isinstance(x, Exception)
-        ended.append(packed.finish(x[0], interrupt) if is_open else x)
-    except Interrupted as error:  # The signal came between two evaluations.
-      ended += [error] * (len(opened) - len(ended))
-    return ended
+    return [
+      x if isinstance(x, Exception) else packed.finish(x[0], interrupt) for x in opened
+    ]
 
 
 def start_run(
@@ -433,16 +428,16 @@ class _Run:
     return put_batch(self.mesh, self.split(batch), ("microbatch",))
 
   def likelihood(
-    self, params: Any, interrupt: "_Interrupt | None" = None
+    self, params: Any, before_batch: Callable[[], None] | None = None
   ) -> dict[str, Any]:
-    """Returns `evaluate.summarize` of the held-out rows; looks for signals between."""
+    """Returns `evaluate.summarize` of the held-out rows."""
     c = self.config
     batches = self.corpus.eval_batches(1 + c.mtp.depth)
     with jax.set_mesh(self.mesh):
       sums = evaluate.document_sums(
         shape_of(c),
         params,
-        batches if interrupt is None else interrupt.between(batches),
+        batches if before_batch is None else _each_after(before_batch, batches),
         self.corpus.tokenizer.token_bytes_V,
         self.mesh,
       )
@@ -457,13 +452,17 @@ class _Run:
       return describe(stats)
     return f"{describe(stats['train_on'])}; held out, of {describe(stats)}"
 
-  def generation(self, params: Any) -> dict[str, Any]:
+  def generation(
+    self, params: Any, before_batch: Callable[[], None] | None = None
+  ) -> dict[str, Any]:
     """Returns the part of eval.json that is measured by decoding."""
     c, corpus = self.config, self.corpus
     if isinstance(corpus, TaskCorpus):
-      return evaluate.task_metrics(c, params, corpus)
+      return evaluate.task_metrics(c, params, corpus, before_batch)
     texts = corpus.texts(c.eval.split)
-    return evaluate.generative_metrics(c, params, corpus.tokenizer, texts)
+    return evaluate.generative_metrics(
+      c, params, corpus.tokenizer, texts, before_batch
+    )
 
   def task_record(self, params: Any) -> dict[str, float]:
     """Returns the accuracy on a task for metrics.jsonl; nothing for text."""
@@ -605,13 +604,27 @@ class _Training:
         self.run.checkpointer.wait()
         raise Interrupted(signum, self.step)
 
+  def stop(self, signum: int) -> None:
+    """Raises `Interrupted` before the next step, where there is nothing to save."""
+    raise Interrupted(signum, self.step)
+
   def finish(self, state: TrainState, interrupt: "_Interrupt") -> dict[str, Any]:
-    """Evaluates the trained model; writes and returns eval.json."""
+    """Evaluates the trained model; writes and returns eval.json.
+
+    Raises:
+      Interrupted: a signal asks for an end; nothing of the evaluation is kept.
+    """
     run = self.run
+
+    def look() -> None:
+      if signum := interrupt.received():
+        self.stop(signum)
+
     self.observer.pauses("evaluating")
-    interrupt.raises_at_once(self.step)
-    result = _evaluate(run, state, self.seconds, interrupt)
+    look()
+    result = _evaluate(run, state, self.seconds, look)
     run.checkpointer.wait()
+    look()
     main, error = result["main_loss"].values()
     self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
     if jax.process_index() == 0:
@@ -824,13 +837,20 @@ def _train(
   steps: _Steps, clock: _Clock, startup: Startup, interrupt: "_Interrupt"
 ) -> None:
   """Runs the remaining steps of one run, or of several side by side."""
-  active = steps.active()
+  def look() -> list[_Training]:
+    if signum := interrupt.received():
+      for training in steps.active():
+        steps.attempt(training, training.stop, signum)
+    return steps.active()
+
+  active = look()
   if not active:
     return
   for training in active:
     training.observer.pauses("compiling")
   steps.prepare()
   startup.ends("compile")
+  active = look()
   for training in active:
     training.bar.start(training.step)
   clock.start()
@@ -958,7 +978,10 @@ def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
 
 
 def _evaluate(
-  run: _Run, state: TrainState, seconds: float, interrupt: "_Interrupt | None" = None
+  run: _Run,
+  state: TrainState,
+  seconds: float,
+  before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Returns eval.json: see `evaluate` for the definitions."""
   step = int(state.step)
@@ -970,9 +993,16 @@ def _evaluate(
     "train_seconds": seconds,
     "train_flops": tokens * run.flops_per_token,
     "split": split,
-    **run.likelihood(state.params, interrupt),
-    **run.generation(state.params),
+    **run.likelihood(state.params, before_batch),
+    **run.generation(state.params, before_batch),
   }
+
+
+def _each_after(work: Callable[[], None], batches: Iterator[Any]) -> Iterator[Any]:
+  """Yields the batches, each when `work` is done."""
+  for batch in batches:
+    work()
+    yield batch
 
 
 def _claim(workdir: Path, config: Config) -> None:
@@ -1039,20 +1069,22 @@ def code_commit() -> str:
 class _Interrupt:
   """Notes SIGTERM and SIGINT while it is entered; a second one acts as it always did.
 
-  A cluster may send SIGTERM by several ways at once: that is one signal. Outside the
-  main thread nothing can be caught, and nothing is. Processes that train
-  together tell each other: all must ask at the same places, and all get the same
-  answer. A signal of one reaches the others with the answer after the next, so that
-  nobody waits for it. (JAX's own preemption service is not asked: Orbax reports the
-  steps of its saves to it from another thread, and then processes may stop at
-  different steps. It must be off, or SIGTERM would not reach Python.)
+  The handler only sets a flag, which is looked at between batches. An exception would
+  be lost where the signal hits amid a callback, as that of JAX to the garbage
+  collector. A cluster may send SIGTERM by several ways at once: that is one signal.
+  Outside the main thread nothing can be caught, and nothing is.
+
+  Processes that train together tell each other: all must ask at the same places, and
+  all get the same answer. A signal of one reaches the others with the answer after the
+  next, so that nobody waits for it. (JAX's own preemption service is not asked: Orbax
+  reports the steps of its saves to it from another thread, and then processes may stop
+  at different steps. It must be off, or SIGTERM would not reach Python.)
   """
 
   def __init__(self):
     self._received: int | None = None
     self._received_at = 0.0
     self._told: jax.Array | None = None
-    self._saved_at: int | None = None
     self._old: dict[int, Any] = {}
 
   def received(self) -> int | None:
@@ -1060,31 +1092,13 @@ class _Interrupt:
     if jax.process_count() == 1:
       return self._received
     told, self._told = self._told, max_over_processes(self._received or 0)
-    return int(told) or None
-
-  def raises_at_once(self, step: int) -> None:
-    """Makes a signal raise `Interrupted`: `step` is saved.
-
-    It is raised where it hits, or, with several processes, `between` batches.
-    """
-    self._saved_at = step
-    if jax.process_count() == 1 and self._received is not None:
-      raise Interrupted(self._received, step)
-
-  def between(self, batches: Iterator[Any]) -> Iterator[Any]:
-    """Yields the batches; ends with `Interrupted` if a process had a signal."""
-    for batch in batches:
-      if jax.process_count() > 1 and (signum := self.received()):
-        raise Interrupted(signum, self._saved_at)
-      yield batch
+    return None if told is None else int(told) or None
 
   def __enter__(self) -> "_Interrupt":
     if threading.current_thread() is threading.main_thread():
       for signum in (signal.SIGTERM, signal.SIGINT):
         # None stands for a handler that is not Python's.
         self._old[signum] = signal.signal(signum, self._handle) or signal.SIG_DFL
-    if jax.process_count() > 1:
-      self._told = max_over_processes(0)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -1095,8 +1109,6 @@ class _Interrupt:
     now = time.monotonic()
     if self._received is None:
       self._received, self._received_at = signum, now
-      if self._saved_at is not None and jax.process_count() == 1:
-        raise Interrupted(signum, self._saved_at)
     elif signum == signal.SIGINT or now - self._received_at > _ONE_SIGNAL_SECONDS:
       signal.signal(signum, self._old[signum])
       signal.raise_signal(signum)

@@ -669,6 +669,28 @@ def test_what_is_retried_follows_the_exit_class(tmp_path):
   assert passed._failed.keys() == {"crashed", "broken"}
 
 
+def test_a_second_signal_ends_the_sweep_and_raises_nothing_amid_a_callback(
+  tmp_path, monkeypatch, capfd
+):
+  ended = []
+  worker = types.SimpleNamespace(
+    trials=[], stop=lambda: ended.append("stop"), close=lambda: ended.append("close")
+  )
+  monkeypatch.setattr(local, "Worker", lambda *_: worker)
+
+  def wait(*_):
+    signal.raise_signal(signal.SIGTERM)
+    return []
+
+  monkeypatch.setattr(workers, "wait", wait)
+  monkeypatch.setattr(local, "_SECONDS_BETWEEN_LOOKS", 0)
+  sweep = local.Sweep(plan(tmp_path, "a"), tmp_path, "")
+  with pytest.raises(SystemExit) as caught:
+    sweep.run([Slot(None)])
+  assert caught.value.code == 143 and ended == ["stop", "close"]
+  assert capfd.readouterr().out.count("a second signal ends at once") == 1
+
+
 def test_packs_are_even_and_hold_what_is_alike(tmp_path):
   assert [local.pack_size(n, 8, 1) for n in (1, 8, 9, 13, 24)] == [1, 8, 5, 7, 8]
   # Each of two workers is to have one.

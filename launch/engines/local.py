@@ -138,7 +138,7 @@ class Sweep:
     self._attempts: collections.Counter[str] = collections.Counter()
     self._workers: list[Worker] = []
     self._signum: int | None = None
-    self._stopped_at = 0.0
+    self._stopped_at, self._ends_at_once = 0.0, False
     # Of this pass: when each running trial was given out, its step then, and how many
     # were given out with it; FLOPs and seconds of the finished ones by their cost
     # (FLOPs per token).
@@ -175,6 +175,8 @@ class Sweep:
         for worker in workers.wait(self._workers, _SECONDS_BETWEEN_LOOKS):
           self._answer(worker, worker.event())
         self._show()
+        if self._ends_at_once:
+          raise SystemExit(128 + self._signum)
     finally:
       for worker in self._workers:
         worker.close()
@@ -329,8 +331,7 @@ class Sweep:
     now = time.monotonic()
     if self._signum is not None:
       # Some tools signal a process and its group at once: that is one signal, not two.
-      if now - self._stopped_at > _SECONDS_BETWEEN_LOOKS:
-        raise SystemExit(128 + signum)
+      self._ends_at_once |= now - self._stopped_at > _SECONDS_BETWEEN_LOOKS
       return
     self._signum, self._stopped_at = signum, now
     for worker in self._workers:
