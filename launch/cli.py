@@ -43,6 +43,7 @@ LOCK = ".lock"
 # Mount options of NFS and Lustre.
 _LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELP = {"--help", "-help", "-h", "--helpshort"}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
@@ -223,7 +224,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
-  ConfigError and DataError end in their message and exit code 2, without a traceback.
+  ConfigError and DataError end in their message and exit code 2, a full disk in its
+  message and 1, without a traceback.
   """
 
   def guarded(_: list[str]) -> int | None:
@@ -233,8 +235,17 @@ def run(main: Callable[[], int | None]) -> None:
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except OSError as error:
+      if not is_disk_full(error):
+        raise
+      return fail(str(error), 1)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Returns whether an error says that a disk, or a quota, has no room."""
+  return isinstance(error, OSError) and error.errno in _FULL
 
 
 def fail(message: str, code: int) -> int:

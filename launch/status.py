@@ -44,6 +44,8 @@ _EXPLAINED = {
 
 def exit_class_of(error: BaseException) -> str | None:
   """Returns the class (see `exits`) of an error that explains itself, else None."""
+  if cli.is_disk_full(error):
+    return "infrastructure"
   found = (name for kind, name in _EXPLAINED.items() if isinstance(error, kind))
   return next(found, None)
 
@@ -79,6 +81,7 @@ class Status(Observer):
     }
     # A signal may end the process amid a write, and have its own last word.
     self._lock = threading.RLock()
+    self._is_warned = False
     self._leaves = threading.Event()
     self._thread: threading.Thread | None = None
     # Of the steps since the last pause: how many, when the last ended; and of the
@@ -134,8 +137,14 @@ class Status(Observer):
   def _write(self, **changes: Any) -> None:
     with self._lock:
       self._record |= changes
-      if jax.process_index() == 0:
+      if jax.process_index() != 0:
+        return
+      try:
         _write(self._path, self._record)
+      except OSError as error:  # It is for those who look on; training needs it not.
+        if not self._is_warned:
+          self._is_warned = True
+          _warn(f"{self._path} could not be written ({error}).")
 
   def _watch(self) -> None:
     while not self._leaves.wait(1.0):
@@ -209,7 +218,27 @@ def read(workdir: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-  """Replaces the file at once, but does not wait for the disk: it is written often."""
+  """Replaces the file at once, but does not wait for the disk: it is written often.
+
+  On a full disk the old file has room for the new text, but may be found half written.
+
+  Raises:
+    OSError: it could not be written.
+  """
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(plain(record | {"time": time.time()})) + "\n")
-  temporary.replace(path)
+  text = json.dumps(plain(record | {"time": time.time()})) + "\n"
+  try:
+    temporary.write_text(text)
+    temporary.replace(path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    if not cli.is_disk_full(error) or not path.exists():
+      raise
+    with path.open("r+") as file:
+      file.write(text)
+      file.truncate()
+
+
+def _warn(text: str) -> None:
+  with contextlib.suppress(OSError):  # stderr may be a file on the same disk.
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -128,7 +128,8 @@ def train(
       is_error = end.exit_class != "yielded"
       who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
       prefix = "error: " if is_error else ""
-      print(f"{who}{prefix}{end.message}", file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):  # The log may be on a disk that is full.
+        print(f"{who}{prefix}{end.message}", file=sys.stderr, flush=True)
   return end
 
 
@@ -142,7 +143,8 @@ def _end(error: BaseException) -> End:
   if exit_class := exit_class_of(error):
     together = isinstance(error, Diverged)
     return End(exits.code_of(exit_class), exit_class, str(error), together)
-  traceback.print_exception(error)
+  with contextlib.suppress(OSError):
+    traceback.print_exception(error)
   summary = traceback.format_exception_only(error)[-1].strip()
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -293,10 +294,19 @@ class _Run:
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
 
   def close(self, kind: type[BaseException] | None, *_: object) -> None:
-    """Finishes the save under way, unless a process may be gone that it waits for."""
+    """Finishes the save under way, unless a process may be gone that it waits for.
+
+    A save that fails is not to hide the error of a run (a full disk has several), but
+    after `Interrupted` all must be saved.
+    """
     is_agreed = kind is None or issubclass(kind, (Interrupted, Diverged))
     if is_agreed or jax.process_count() == 1:
-      self.checkpointer.close()
+      try:
+        self.checkpointer.close()
+      except CheckpointError as error:
+        if kind is None or issubclass(kind, Interrupted):
+          raise
+        warnings.warn(str(error), stacklevel=2)
 
   @functools.cached_property
   def programs(self) -> Programs:

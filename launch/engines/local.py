@@ -1,13 +1,14 @@
 """The engine of one machine: which worker trains which trial, and how a sweep ends."""
 
 import collections
+import contextlib
 import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,12 @@ class Sweep:
       self._waiting.remove(trial)
       step = self._states[trial.name].step
       self._given[trial.name] = time.monotonic(), step, len(given)
-      trial.workdir.mkdir(parents=True, exist_ok=True)
-      (trial.workdir / "error.txt").unlink(missing_ok=True)
-      engines.write_record(
-        trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
-      )
+      with self._warnings(trial):
+        trial.workdir.mkdir(parents=True, exist_ok=True)
+        (trial.workdir / "error.txt").unlink(missing_ok=True)
+        engines.write_record(
+          trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
+        )
       self._attempts[trial.name] += 1
       how = f"continues near step {step}" if step else "starts"
       self._say(f"{trial.name}: {how}{pack}")
@@ -299,7 +301,8 @@ class Sweep:
 
   def _note_failure(self, trial: Trial, event: Event) -> None:
     text = event.text or "the worker was told to stop (SIGTERM)"
-    (trial.workdir / "error.txt").write_text(text + "\n")
+    with self._warnings(trial):
+      (trial.workdir / "error.txt").write_text(text + "\n")
     if event.kind == "died":
       status.left_behind(trial.workdir, event.exit_class, text)
     attempt, summary = self._attempts[trial.name], text.splitlines()[0]
@@ -311,6 +314,14 @@ class Sweep:
       return
     self._failed[trial.name] = text
     self._say(f"{trial.name}: FAILED: {summary}", True)
+
+  @contextlib.contextmanager
+  def _warnings(self, trial: Trial) -> Iterator[None]:
+    """Says what could not be written: the disk of one trial may be full, or of all."""
+    try:
+      yield
+    except OSError as error:
+      self._say(f"{trial.name}: warning: {error}")
 
   def _check_devices(self, event: Event) -> None:
     self._num_devices = event.num_devices

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -241,6 +241,10 @@ def _serve(
 
 def train(config: Config, workdir: Path) -> Event:
   """Trains one trial and returns what became of it; raises nothing."""
+  return _or_failed(_train, config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> Event:
   with contextlib.ExitStack() as stack:
     if event := _taken(stack, workdir):
       return event
@@ -259,6 +263,18 @@ def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
   The event has those of the trials as its parts, or it is a failure of them all. What
   libraries print goes to the log of the first trial, and the others say so.
   """
+  return _or_failed(_train_pack, runs, size)
+
+
+def _or_failed(work: Callable[..., Event], *args: Any) -> Event:
+  """Returns what `work` returns, or that it failed: no log can be opened, perhaps."""
+  try:
+    return work(*args)
+  except Exception as error:
+    return Event("failed", *_explain(error))
+
+
+def _train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
   with contextlib.ExitStack() as stack:
     events = [_taken(stack, workdir) for _, workdir in runs]
     ours = [run for run, event in zip(runs, events, strict=True) if event is None]
@@ -336,7 +352,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 def _report(connection: Any, message: Warning | str, filename: str) -> None:
   """Sends the warnings that speak of the run (a damaged checkpoint); logs all."""
-  print(f"warning: {message}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # The disk of the log is full.
+    print(f"warning: {message}", file=sys.stderr, flush=True)
   if "mtp_jax" in Path(filename).parts:
     connection.send(Event("warning", str(message)))
 
@@ -351,8 +368,9 @@ def _output_to(path: Path) -> Iterator[None]:
   try:
     yield
   finally:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # The disk of the log is full.
+        stream.flush()
     for fd, old in zip((1, 2), saved, strict=True):
       os.dup2(old, fd)
       os.close(old)
