@@ -46,7 +46,7 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_trunk
 from mtp_jax.startup import Startup, process_age
-from mtp_jax.train import Diverged, Interrupted, fit
+from mtp_jax.train import Diverged, Interrupted, finished, fit
 
 cli.define_config(required=False)
 _WORKDIR = cli.define_workdir("folder of this run; continued if it holds it already")
@@ -114,8 +114,9 @@ def train(
     try:
       validate(config, jax.device_count())
       stack.enter_context(distributed.exclusive(workdir))
-      num_steps = accounting.resolve(config).train.num_steps
-      status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
+      if finished(config, workdir) is None:
+        num_steps = accounting.resolve(config).train.num_steps
+        status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
       fit(config, workdir, observer=status, startup=startup)
       end = End(exits.DONE, "done", together=True)
     except BaseException as error:
@@ -164,8 +165,9 @@ def _config(workdir: Path) -> Config:
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
   validate(config)
-  cli.check_files(config.data, config.tokenizer)
-  check_trunk(config, workdir)
+  if finished(config, workdir) is None:
+    cli.check_files(config.data, config.tokenizer)
+    check_trunk(config, workdir)
   return config
 
 

@@ -100,6 +100,8 @@ def fit(
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
+  A run that is done is left as it is, unless a value differs that may (`finished`).
+
   Several processes that called `jax.distributed.initialize` train together: all call
   this with the same config and a folder that they share.
 
@@ -124,6 +126,11 @@ def fit(
   """
   startup = startup or Startup()
   validate(config, jax.device_count())
+  if result := finished(config, Path(workdir)):
+    loss, where = result["main_loss"]["mean"], Path(workdir) / "eval.json"
+    bar = Progress(config.name, result["step"], enabled=progress)
+    bar.say(f"done before: main loss {loss:.4f} nats per token, see {where}")
+    return result
   with contextlib.ExitStack() as stack:
     interrupt, clock = stack.enter_context(_Interrupt()), _Clock()
     training, state = _open(
@@ -182,6 +189,8 @@ def fit_pack(
     interrupt = stack.enter_context(_Interrupt())
 
     def start(config: Config, workdir: Path, observer: Observer) -> Any:
+      if result := finished(config, Path(workdir)):
+        return result
       training, state = _open(
         stack, config, Path(workdir), observer, clock, startup, devices=devices[:1],
         num_packed=len(configs),
@@ -193,7 +202,7 @@ def fit_pack(
       _outcome(functools.partial(start, *run))
       for run in zip(configs, workdirs, observers, strict=True)
     ]
-    started = [x for x in opened if not isinstance(x, Exception)]
+    started = [x for x in opened if isinstance(x, tuple)]
     if not started:
       return opened
     trainings, states = zip(*started, strict=True)
@@ -201,8 +210,16 @@ def fit_pack(
     with jax.set_mesh(trainings[0].run.mesh):
       _train(packed, clock, startup, interrupt)
     return [
-      x if isinstance(x, Exception) else packed.finish(x[0], interrupt) for x in opened
+      packed.finish(x[0], interrupt) if isinstance(x, tuple) else x for x in opened
     ]
+
+
+def finished(config: Config, workdir: Path) -> dict[str, Any] | None:
+  """Returns eval.json of a run that is done under this very config, else None."""
+  if not (workdir / "DONE").exists():
+    return None
+  saved = from_config_dict(json.loads((workdir / "config.json").read_text()))
+  return json.loads((workdir / "eval.json").read_text()) if saved == config else None
 
 
 def start_run(

@@ -405,6 +405,24 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   assert done.startswith("tiny: done: main loss ")
 
 
+def test_a_run_that_is_done_is_left_alone(
+  config, finished, tmp_path, monkeypatch, capsys
+):
+  workdir, expected = finished
+  copied = shutil.copytree(workdir, tmp_path / "run")
+  times = lambda: {x: x.stat().st_mtime_ns for x in copied.rglob("*")}  # noqa: E731
+  before = times()
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "_open", None)
+    assert train.fit(config, copied) == expected
+  assert times() == before
+  loss = expected["main_loss"]["mean"]
+  assert f"tiny: done before: main loss {loss:.4f} nats" in capsys.readouterr().out
+  # What may be different is measured.
+  other = train.fit(with_overrides(config, {"eval.num_rows": 4}), copied)
+  assert other["depth_loss"][0]["count"] < expected["depth_loss"][0]["count"]
+
+
 def collect_garbage(function):
   """Sends a signal amid a callback to the garbage collector, where raising is lost."""
 
