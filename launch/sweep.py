@@ -138,6 +138,8 @@ def main() -> int:
     except KeyboardInterrupt:  # The trials do not notice.
       return 128 + signal.SIGINT
   if _STATUS.value:
+    if root.is_dir():
+      trials.share(planned)
     print(states.table(planned, trials.read_states(planned)))
     if root.is_dir():
       results.collect(root)
@@ -187,6 +189,8 @@ def _pack() -> int | None:
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   """Gives the engine what is to be trained; returns the exit code."""
   trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
+  if root.is_dir():
+    trials.share(planned)
   if _ON.value == "local":
     engine.check(planned)
     return engine.submit(planned)
@@ -220,6 +224,8 @@ def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
   lines = [f"{len(choice.todo)} of {len(planned)} trial(s) {outcome}, {done} done"]
   for trial in choice.active:
     lines.append(f"  {trial.name}: {choice.states[trial.name].kind}, left alone")
+  for name, original in choice.copies.items():
+    lines.append(f"  {name}: the same run as {original.name}, gets its results")
   for trial in choice.given_up:
     state = choice.states[trial.name]
     lines.append(
@@ -231,7 +237,9 @@ def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
 
 def preview(planned: list[Trial], engine: Engine) -> str:
   """Returns the table of trials, as comments before what the engine would hand over."""
-  table, handed_over = dry_run_table(planned), engine.preview(planned)
+  copies = trials.copies(planned)
+  trained = [trial for trial in planned if trial.name not in copies]
+  table, handed_over = dry_run_table(planned), engine.preview(trained)
   if not handed_over:
     return table
   return "\n".join(f"# {line}" for line in table.splitlines()) + f"\n{handed_over}"
@@ -254,11 +262,13 @@ def dry_run_table(planned: list[Trial]) -> str:
   header = (
     "trial", "parameters", "deployed", "FLOPs/token", "steps", "tokens", "FLOPs"
   )
-  total = sum(trial.flops for trial in planned)
+  copies = trials.copies(planned)
+  total = sum(trial.flops for trial in planned if trial.name not in copies)
+  same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
   shapes = len({trial.shape for trial in planned})
   return (
     f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
-    f"{total:.3g} FLOPs"
+    f"{total:.3g} FLOPs{same}"
   )
 
 

@@ -33,6 +33,7 @@ from mtp_jax.config import (
   LatentConfig,
   RopeScalingConfig,
   difference,
+  essential,
   from_config_dict,
   tapped_layers,
   to_dict,
@@ -150,7 +151,7 @@ def check_resumable(saved: Config, config: Config) -> None:
   """
   differing = {
     key: values
-    for key, values in difference(saved, config).items()
+    for key, values in difference(essential(saved), essential(config)).items()
     if not any(key == k or (k.endswith(".") and key.startswith(k)) for k in RESUMABLE)
   }
   if not differing:

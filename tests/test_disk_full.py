@@ -207,7 +207,8 @@ def test_a_worker_that_cannot_log_goes_on_with_the_next_trial(
 def test_a_sweep_goes_past_a_trial_whose_disk_is_full(
   config, tmp_path, monkeypatch, capfd
 ):
-  planned = trials.plan(config, {}, [{"name": "a"}, {"name": "b"}], tmp_path)
+  swept = [{"name": "a", "seed": 1}, {"name": "b", "seed": 2}]
+  planned = trials.plan(config, {}, swept, tmp_path)
   given = []
 
   class Worker(types.SimpleNamespace):

@@ -45,7 +45,10 @@ def plan(root, *names, **overrides):
   """Returns trials of one shape, and of another for names with `wide`."""
   wide = {"trunk.mlp_dim": 512}
   config = with_overrides(from_config_dict(base.get_config()), overrides)
-  swept = [{"name": name} | (wide if "wide" in name else {}) for name in names]
+  swept = [
+    {"name": name, "data.seed": i} | (wide if "wide" in name else {})
+    for i, name in enumerate(names)
+  ]
   return trials.plan(config, {}, swept, Path(root))
 
 

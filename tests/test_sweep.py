@@ -14,10 +14,11 @@ import types
 import pytest
 
 from experiments import base
-from launch import trials
+from launch import cli, trials
 from launch.engines import local, workers
 from launch.engines.local import Sweep
 from launch.engines.workers import Slot
+from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 
 TINY = {
@@ -229,6 +230,88 @@ def test_only_selects_by_parts_of_the_name(corpus, tmp_path):
   assert only("weight=0.5,seed=1*") == ["weight=0.5,seed=1", "weight=0.5,seed=10"]
   with pytest.raises(ConfigError, match="no trial matches 'seed=2'; there are"):
     only("seed=2")
+
+
+# Equal runs
+
+GRID = experiment("""
+  def sweep_depth():
+    for depth in (0, 1):
+      yield {"mtp.kind": "sequential", "mtp.depth": depth, "name": f"depth={depth}"}
+  def sweep_weight():
+    for weight in (0.1, 0.3):
+      yield {"mtp.weight": weight}
+  def sweep_schedule():
+    yield {"mtp.schedule": "constant"}
+    yield {"mtp.schedule": "linear", "mtp.final_weight": 0.0}
+""")
+
+
+def done(trial):
+  """Fills the run folder of a trial as training does."""
+  (trial.workdir / "checkpoints" / "40").mkdir(parents=True)
+  (trial.workdir / "checkpoints" / "40" / "x").write_text("weights")
+  write_config(trial, trial.config)
+  result = {"main_loss": {"mean": 1.5, "stderr": 0.1}, "step": 40}
+  for name, value in (("run", {"commit": "abc"}), ("eval", result)):
+    (trial.workdir / f"{name}.json").write_text(json.dumps(value))
+  (trial.workdir / "log.txt").write_text("mine")
+  (trial.workdir / "DONE").touch()
+
+
+def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
+  planned = plan(corpus, tmp_path, trials.points(GRID, None))
+  assert len(planned) == 8
+  first, *others = (trial for trial in planned if trial.config.mtp.depth == 0)
+  expected = {trial.name: first for trial in others}
+  assert trials.copies(planned) == expected
+  choice = trials.choose(planned, again=False)
+  assert choice.copies == expected
+  assert [t.name for t in choice.todo] == [
+    t.name for t in planned if t is first or t.config.mtp.depth
+  ]
+  assert choice.states[others[0].name].reason == f"the same run as {first.name}"
+  assert not list(tmp_path.iterdir())
+
+  done(first)
+  with cli.exclusive(others[0].workdir):
+    trials.share(planned)
+  found = kinds(planned)
+  assert [found[trial.name] for trial in (first, *others)] == [
+    "done", "waiting", "done", "done"
+  ]
+  trials.share(planned)
+  for trial in others:
+    assert trials.read_state(trial).eval_loss == 1.5
+    run = json.loads((trial.workdir / "run.json").read_text())
+    assert run == {"commit": "abc", "same_run_as": first.name}
+    assert (trial.workdir / "checkpoints" / "40" / "x").read_text() == "weights"
+    assert not (trial.workdir / "log.txt").exists()
+  trials.check_folders(planned)  # Each holds its own config.
+  # What was trained is resumable under the weights of any of them.
+  check_resumable(first.resolved, others[-1].resolved)
+  with pytest.raises(ConfigError, match=r"mtp\.weight"):
+    check_resumable(planned[-1].resolved, planned[-3].resolved)
+
+
+def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
+  one, two, three, other = plan(corpus, tmp_path, [
+    {"name": "one", "mtp.weight": 0.1}, {"name": "two", "mtp.weight": 0.2},
+    {"name": "three", "mtp.weight": 0.3}, {"name": "other", "seed": 5},
+  ])
+  two.workdir.mkdir()
+  record = {"kind": "train", "step": 20, "seconds": 1.0, "loss": [2.0]}
+  (two.workdir / "metrics.jsonl").write_text(
+    json.dumps(record | {"tokens_per_second": 9.0}) + "\n"
+  )
+  choice = trials.choose([one, two, three, other], again=False)
+  assert choice.todo == [two, other]
+  with cli.exclusive(three.workdir):
+    choice = trials.choose([one, two, three, other], again=False)
+  assert (choice.active, choice.todo) == ([three], [other])
+  done(one)
+  choice = trials.choose([one, two, three, other], again=False)
+  assert choice.todo == [other] and choice.copies == {"two": one, "three": one}
 
 
 # Schedules

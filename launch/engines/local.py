@@ -130,7 +130,7 @@ class Sweep:
     self._num_devices = 1
     choice = trials.choose(planned, again)
     self._states = choice.states
-    self._waiting = choice.todo
+    self._waiting, self._copies = choice.todo, choice.copies
     self._num_shapes = len({trial.shape for trial in self._waiting})
     self._failed = {t.name: "another process trains it" for t in choice.active}
     for trial in choice.given_up:
@@ -290,6 +290,7 @@ class Sweep:
       self._measured[trial.cost] = flops, seconds + elapsed / num_given
       loss = math.nan if state.eval_loss is None else state.eval_loss
       self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
+      self._share(trial)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
     elif event.kind == "claimed":
@@ -298,6 +299,15 @@ class Sweep:
     else:
       self._note_failure(trial, event)
     results.collect(self._root)
+
+  def _share(self, original: Trial) -> None:
+    """Gives the results of a trial to those that are the same run."""
+    for trial in self._planned:
+      if self._copies.get(trial.name) is original:
+        with self._warnings(trial):
+          trials.adopt(trial, original)
+          self._say(f"{trial.name}: the same run as {original.name}")
+        self._states[trial.name] = trials.read_state(trial)
 
   def _note_failure(self, trial: Trial, event: Event) -> None:
     text = event.text or "the worker was told to stop (SIGTERM)"
@@ -369,8 +379,9 @@ class Sweep:
       seconds_of(trial.flops - self._work(trial), trial.cost, speeds)
       for trial in (*running, *self._waiting)
     )
-    share = sum(self._work(trial) for trial in self._planned)
-    share /= sum(trial.flops for trial in self._planned)
+    trained = [trial for trial in self._planned if trial.name not in self._copies]
+    share = sum(self._work(trial) for trial in trained)
+    share /= sum(trial.flops for trial in trained)
     finished = sum(self._states[t.name].kind == "done" for t in self._planned)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
     if speeds and self._workers:
@@ -402,6 +413,9 @@ class Sweep:
       name = signal.Signals(self._signum).name
       print(f"{name}: the sweep has stopped; the same command continues it.")
       return 128 + self._signum
+    for name, original in self._copies.items():
+      if self._states[name].kind != "done":
+        self._failed[name] = f"the same run as {original.name}"
     if self._failed:
       print(f"{len(self._failed)} of {len(self._planned)} trial(s) failed:")
       for name, text in self._failed.items():

@@ -27,6 +27,8 @@ def watch(planned: list[Trial], root: Path, seconds: float) -> int:
     if console.is_terminal:
       live = stack.enter_context(Live(console=console, auto_refresh=False))
     while True:
+      if root.is_dir():
+        trials.share(planned)
       states = trials.read_states(planned)
       if root.is_dir():
         results.collect(root)
