@@ -138,9 +138,8 @@ def main() -> int:
     except KeyboardInterrupt:  # The trials do not notice.
       return 128 + signal.SIGINT
   if _STATUS.value:
-    if root.is_dir():
-      trials.share(planned)
-    print(states.table(planned, trials.read_states(planned)))
+    found = trials.share(planned, trials.read_states(planned))
+    print(states.table(planned, found))
     if root.is_dir():
       results.collect(root)
   return 0
@@ -189,8 +188,7 @@ def _pack() -> int | None:
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   """Gives the engine what is to be trained; returns the exit code."""
   trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
-  if root.is_dir():
-    trials.share(planned)
+  trials.share(planned, trials.read_states(planned))
   if _ON.value == "local":
     engine.check(planned)
     return engine.submit(planned)

@@ -326,14 +326,18 @@ def copies(
   return found
 
 
-def share(planned: Sequence[Trial]) -> None:
-  """Gives trials the results of one that is done and the same run, see `copies`."""
-  states = read_states(planned)
-  originals = copies(planned, states)
+def share(planned: Sequence[Trial], states: dict[str, State]) -> dict[str, State]:
+  """Gives trials the results of one that is done and the same run, see `copies`.
+
+  Returns the states after that.
+  """
+  originals, after = copies(planned, states), dict(states)
   for trial in planned:
     original = originals.get(trial.name)
     if original is not None and states[original.name].kind == "done":
       adopt(trial, original)
+      after[trial.name] = read_state(trial)
+  return after
 
 
 def adopt(trial: Trial, original: Trial) -> None:

@@ -4,7 +4,9 @@ The trials are so small that starting workers and compiling is nearly all that t
 of `Sweep` take: each of them does several things in one sweep.
 """
 
+import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -17,6 +19,7 @@ from experiments import base
 from launch import cli, trials
 from launch.engines import local, workers
 from launch.engines.local import Sweep
+from launch.engines.pace import Pace, Seen, Work, makespan
 from launch.engines.workers import Slot
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
@@ -259,6 +262,10 @@ def done(trial):
   (trial.workdir / "DONE").touch()
 
 
+def share(planned):
+  trials.share(planned, trials.read_states(planned))
+
+
 def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   planned = plan(corpus, tmp_path, trials.points(GRID, None))
   assert len(planned) == 8
@@ -275,12 +282,12 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
 
   done(first)
   with cli.exclusive(others[0].workdir):
-    trials.share(planned)
+    share(planned)
   found = kinds(planned)
   assert [found[trial.name] for trial in (first, *others)] == [
     "done", "waiting", "done", "done"
   ]
-  trials.share(planned)
+  share(planned)
   for trial in others:
     assert trials.read_state(trial).eval_loss == 1.5
     run = json.loads((trial.workdir / "run.json").read_text())
@@ -341,11 +348,80 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
   assert pick(None, "a", "b", "c") == "c"
 
 
-def test_time_left_follows_the_nearest_measured_cost():
-  speeds = {100.0: 10.0, 10_000.0: 50.0}
-  assert local.seconds_of(500.0, 200.0, speeds) == 50.0
-  assert local.seconds_of(500.0, 5_000.0, speeds) == 10.0
-  assert str(local.seconds_of(500.0, 1.0, {})) == "nan"
+def test_time_left_follows_the_nearest_cost():
+  work = Work(cost=400.0, flops=1000.0, evaluation=100.0, is_first=False)
+  pace = Pace([
+    (work._replace(cost=100.0), Seen(startup=3.0, training=10.0, flops=100.0)),
+    (work._replace(cost=10_000.0), Seen(startup=9.0, training=2.0, flops=100.0)),
+  ])
+  assert pace.left(work) == 3 + 50 + 5
+  assert pace.left(work._replace(cost=2_500.0)) == 9 + 40 + 4
+  assert pace.left(work, Seen(waited=1.0)) == 2 + 50 + 5
+  assert pace.left(work, Seen(startup=3.0, waited=20.0)) == 30 + 5
+  assert pace.left(work._replace(flops=0.0), Seen(startup=3.0, waited=4.0)) == 1
+  assert str(Pace([]).left(work)) == "nan"
+  assert makespan([4.0, 1.0], [2.0, 5.0]) == 6.0 and makespan([], []) == 0.0
+
+
+def simulate(trials, num_workers):
+  """Yields `(estimate, truth)` each second of a schedule that is known beforehand.
+
+  `trials` are (shape, cost, flops, startup, seconds of training, of evaluation), in the
+  order in which they are taken; the first of a shape compiles for 20 s more, and its
+  evaluation for 10 s.
+  """
+  clock, begun, plan = [0.0] * num_workers, set(), []
+  for shape, cost, flops, startup, training, evaluation in trials:
+    worker = clock.index(min(clock))
+    began, is_first = clock[worker], shape not in begun
+    begun.add(shape)
+    parts = [startup + 20 * is_first, training, evaluation + 10 * is_first]
+    clock[worker] += sum(parts)
+    plan.append((worker, began, is_first, cost, flops, parts))
+  end = max(clock)
+  for now in range(1, int(end)):
+    seen, busy, waiting = [], {i: [] for i in range(num_workers)}, []
+    for worker, began, is_first, cost, flops, parts in plan:
+      at, work = now - began, Work(cost, flops, flops / 10, is_first)
+      if at < 0:
+        waiting.append(work)
+        continue
+      if at >= sum(parts):
+        seen.append((work._replace(flops=0.0), Seen(*parts[:2], flops, parts[2])))
+        continue
+      trained = min(max(at - parts[0], 0.0), parts[1])
+      logged = trained - trained % 3 if trained < parts[1] else trained
+      share = logged / parts[1]
+      startup = parts[0] if at >= parts[0] else None
+      waited = at if startup is None else at - parts[0] - logged
+      pair = (
+        work._replace(flops=flops * (1 - share)),
+        Seen(startup, logged, flops * share, None, waited),
+      )
+      seen.append(pair)
+      busy[worker].append(pair)
+    pace = Pace(seen)
+    left = makespan(
+      [sum(pace.left(*pair) for pair in pairs) for pairs in busy.values()],
+      [pace.left(work) for work in waiting],
+    )
+    if not math.isnan(left):
+      yield left, end - now, any(x.evaluation is not None for _, x in seen)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_time_left_falls_with_the_time_and_does_not_jump(num_workers):
+  small = [("small", 100.0, 3e4, 2.0, 30.0, 12.0)] * 6
+  large = [("large", 1000.0, 1e6, 3.0, 200.0, 25.0)] * 4
+  found = list(simulate(large + small, num_workers))
+  total = found[0][1]
+  known = [(left, truth) for left, truth, is_known in found if is_known]
+  assert len(known) > 0.2 * total
+  for (before, _), (after, truth) in itertools.pairwise(known):
+    assert after <= before + 0.06 * total
+    assert abs(after - truth) <= 0.25 * total
+  # Near the end it is nearly right, with one worker still at work.
+  assert all(abs(left - truth) < 15 for left, truth in known[-30:])
 
 
 def test_workers_share_the_cores(monkeypatch):
