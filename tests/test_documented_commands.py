@@ -91,7 +91,7 @@ def test_a_documented_command_begins_its_work(stopped, line):
     arguments += [] if "--dry_run" in arguments else ["--dry_run"]
   result = stopped(module, *arguments)
   if "needs the package libtpu" in result.output:
-    pytest.skip("plans for TPUs need libtpu, looked for when all else is checked")
+    pytest.skip("libtpu is not installed; it is looked for before the mesh")
   assert result.code == 0, result.output
   if "--help" not in arguments and "--dry_run" not in arguments:
     assert result.output.endswith(f"{STOP}\n"), result.output
