@@ -14,8 +14,10 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 from absl import app, flags, logging
@@ -38,7 +40,10 @@ flags.disclaim_key_flags()
 
 BAD_INPUT = 2
 LOCK = ".lock"
+# Mount options of NFS and Lustre.
+_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELP = {"--help", "-help", "-h", "--helpshort"}
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
@@ -154,7 +159,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open("w") as lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(lock)
     except BlockingIOError as error:
       raise ConfigError(f"{workdir} is in use by another process.") from error
     except OSError as error:
@@ -165,8 +170,20 @@ def exclusive(workdir: Path) -> Iterator[None]:
     yield
 
 
-def is_in_use(workdir: Path) -> bool:
-  """Returns whether a process holds the run folder; see `exclusive`."""
+def _lock(lock: IO[str]) -> None:
+  """Takes the lock; whoever only asks for it (`is_in_use`) has it for an instant."""
+  for seconds in (0.05, 0.1, 0.2):
+    with contextlib.suppress(BlockingIOError):
+      return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    time.sleep(seconds)
+  return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_in_use(workdir: Path) -> bool | None:
+  """Returns whether a process holds the run folder; see `exclusive`.
+
+  None: no process of this host does, and locks of other hosts do not show here.
+  """
   try:
     with (workdir / LOCK).open() as lock:
       fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -177,7 +194,20 @@ def is_in_use(workdir: Path) -> bool:
   except OSError as error:
     if error.errno not in _NO_LOCKS:
       raise
-  return False
+    return None
+  return None if _has_own_locks(workdir) else False
+
+
+def _has_own_locks(folder: Path) -> bool:
+  """Whether the file system is mounted so that each host sees its own locks alone."""
+  try:
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+  except OSError:
+    return False
+  path, mounts = f"{folder.resolve()}/", [line.split() for line in lines]
+  above = [mount for mount in mounts if path.startswith(mount[1].rstrip("/") + "/")]
+  options = max(above, key=lambda mount: len(mount[1]))[3].split(",") if above else []
+  return not _LOCAL_LOCKS.isdisjoint(options)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -194,7 +224,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
-  ConfigError and DataError end in their message and exit code 2, without a traceback.
+  ConfigError and DataError end in their message and exit code 2, a full disk in its
+  message and 1, without a traceback.
   """
 
   def guarded(_: list[str]) -> int | None:
@@ -204,8 +235,17 @@ def run(main: Callable[[], int | None]) -> None:
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except OSError as error:
+      if not is_disk_full(error):
+        raise
+      return fail(str(error), 1)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Returns whether an error says that a disk, or a quota, has no room."""
+  return isinstance(error, OSError) and error.errno in _FULL
 
 
 def fail(message: str, code: int) -> int:

@@ -72,6 +72,9 @@ def after_signal(signum: int, num_processes: int, process_id: int) -> int:
   if not marker:
     return YIELDED
   if process_id == 0:
-    with open(marker, "w"):
-      pass
+    try:
+      with open(marker, "w"):
+        pass
+    except OSError:  # A full disk: the code has to say it.
+      return YIELDED
   return DONE

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import jax
 
-from launch import cli
+from launch import cli, exits
 from mtp_jax.analysis import results as results_lib
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.analysis.report import Report, write_report
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       report = _report(flags)
   except RunsError as e:
     return cli.fail(str(e), cli.BAD_INPUT)
+  except OSError as e:
+    return cli.fail(f"the report could not be written: {e}", exits.FAILED)
   print(report.text)
   print("\nWritten:")
   for path in report.paths:

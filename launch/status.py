@@ -44,6 +44,8 @@ _EXPLAINED = {
 
 def exit_class_of(error: BaseException) -> str | None:
   """Returns the class (see `exits`) of an error that explains itself, else None."""
+  if cli.is_disk_full(error):
+    return "infrastructure"
   found = (name for kind, name in _EXPLAINED.items() if isinstance(error, kind))
   return next(found, None)
 
@@ -77,7 +79,9 @@ class Status(Observer):
       "exit_class": None,
       "reason": None,
     }
-    self._lock = threading.Lock()
+    # A signal may end the process amid a write, and have its own last word.
+    self._lock = threading.RLock()
+    self._is_warned = False
     self._leaves = threading.Event()
     self._thread: threading.Thread | None = None
     # Of the steps since the last pause: how many, when the last ended; and of the
@@ -86,6 +90,7 @@ class Status(Observer):
     self._slowest = 0.0
 
   def __enter__(self) -> "Status":
+    _entered.append(self)
     self._write()
     if jax.process_count() > 1 and self._stall_seconds:
       self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -93,6 +98,7 @@ class Status(Observer):
     return self
 
   def __exit__(self, *_: object) -> None:
+    _entered.remove(self)
     self._leaves.set()
     if self._thread is not None:
       self._thread.join()
@@ -119,6 +125,10 @@ class Status(Observer):
       reason=None,
     )
 
+  @property
+  def has_ended(self) -> bool:
+    return self._record["state"] == "ended"
+
   def ended(self, exit_class: str, reason: str | None = None) -> None:
     """Writes how it ended; of `reason`, the first line."""
     reason = (reason or "").strip().partition("\n")[0] or None
@@ -127,8 +137,14 @@ class Status(Observer):
   def _write(self, **changes: Any) -> None:
     with self._lock:
       self._record |= changes
-      if jax.process_index() == 0:
+      if jax.process_index() != 0:
+        return
+      try:
         _write(self._path, self._record)
+      except OSError as error:  # It is for those who look on; training needs it not.
+        if not self._is_warned:
+          self._is_warned = True
+          _warn(f"{self._path} could not be written ({error}).")
 
   def _watch(self) -> None:
     while not self._leaves.wait(1.0):
@@ -159,6 +175,16 @@ class Status(Observer):
     self.ended("infrastructure", text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     distributed.leave(exits.FAILED, together=False)
+
+
+_entered: list[Status] = []
+
+
+def last_words(exit_class: str, reason: str) -> None:
+  """Notes how the process ends in every run folder that it is at work in."""
+  for status in _entered:
+    if not status.has_ended:
+      status.ended(exit_class, reason)
 
 
 def refused(workdir: Path, reason: str) -> None:
@@ -192,7 +218,27 @@ def read(workdir: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-  """Replaces the file at once, but does not wait for the disk: it is written often."""
+  """Replaces the file at once, but does not wait for the disk: it is written often.
+
+  On a full disk the old file has room for the new text, but may be found half written.
+
+  Raises:
+    OSError: it could not be written.
+  """
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(plain(record | {"time": time.time()})) + "\n")
-  temporary.replace(path)
+  text = json.dumps(plain(record | {"time": time.time()})) + "\n"
+  try:
+    temporary.write_text(text)
+    temporary.replace(path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    if not cli.is_disk_full(error) or not path.exists():
+      raise
+    with path.open("r+") as file:
+      file.write(text)
+      file.truncate()
+
+
+def _warn(text: str) -> None:
+  with contextlib.suppress(OSError):  # stderr may be a file on the same disk.
+    print(f"warning: {text}", file=sys.stderr, flush=True)

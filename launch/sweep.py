@@ -138,7 +138,8 @@ def main() -> int:
     except KeyboardInterrupt:  # The trials do not notice.
       return 128 + signal.SIGINT
   if _STATUS.value:
-    print(states.table(planned, trials.read_states(planned)))
+    found = trials.share(planned, trials.read_states(planned))
+    print(states.table(planned, found))
     if root.is_dir():
       results.collect(root)
   return 0
@@ -187,6 +188,7 @@ def _pack() -> int | None:
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   """Gives the engine what is to be trained; returns the exit code."""
   trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
+  trials.share(planned, trials.read_states(planned))
   if _ON.value == "local":
     engine.check(planned)
     return engine.submit(planned)
@@ -199,7 +201,7 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
         trials.prepare(trial)
     code = engine.submit(choice.todo) if choice.todo else 0
   results.collect(root)
-  _tell(len(choice.todo), planned, choice)
+  _tell(engine.outcome, planned, choice)
   return code
 
 
@@ -214,12 +216,14 @@ def _alone(root: Path) -> Iterator[None]:
     yield
 
 
-def _tell(started: int, planned: list[Trial], choice: trials.Choice) -> None:
+def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
   """Says what became of every trial; on stderr, for `print` has its own output."""
   done = sum(state.kind == "done" for state in choice.states.values())
-  lines = [f"{started} of {len(planned)} trial(s) given to {_ON.value}, {done} done"]
+  lines = [f"{len(choice.todo)} of {len(planned)} trial(s) {outcome}, {done} done"]
   for trial in choice.active:
     lines.append(f"  {trial.name}: {choice.states[trial.name].kind}, left alone")
+  for name, original in choice.copies.items():
+    lines.append(f"  {name}: the same run as {original.name}, gets its results")
   for trial in choice.given_up:
     state = choice.states[trial.name]
     lines.append(
@@ -231,7 +235,9 @@ def _tell(started: int, planned: list[Trial], choice: trials.Choice) -> None:
 
 def preview(planned: list[Trial], engine: Engine) -> str:
   """Returns the table of trials, as comments before what the engine would hand over."""
-  table, handed_over = dry_run_table(planned), engine.preview(planned)
+  copies = trials.copies(planned)
+  trained = [trial for trial in planned if trial.name not in copies]
+  table, handed_over = dry_run_table(planned), engine.preview(trained)
   if not handed_over:
     return table
   return "\n".join(f"# {line}" for line in table.splitlines()) + f"\n{handed_over}"
@@ -254,11 +260,13 @@ def dry_run_table(planned: list[Trial]) -> str:
   header = (
     "trial", "parameters", "deployed", "FLOPs/token", "steps", "tokens", "FLOPs"
   )
-  total = sum(trial.flops for trial in planned)
+  copies = trials.copies(planned)
+  total = sum(trial.flops for trial in planned if trial.name not in copies)
+  same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
   shapes = len({trial.shape for trial in planned})
   return (
     f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
-    f"{total:.3g} FLOPs"
+    f"{total:.3g} FLOPs{same}"
   )
 
 

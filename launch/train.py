@@ -27,6 +27,8 @@ exit codes are in launch/README.md.
 """
 
 import contextlib
+import functools
+import os
 import signal
 import sys
 import traceback
@@ -37,14 +39,14 @@ import jax
 from absl import flags
 
 from launch import cli, distributed, exits
-from launch.status import Status, exit_class_of, refused
+from launch.status import Status, exit_class_of, last_words, refused
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_source
 from mtp_jax.startup import Startup, process_age
-from mtp_jax.train import Diverged, Interrupted, fit
+from mtp_jax.train import Diverged, Interrupted, finished, fit
 
 cli.define_config(required=False)
 _WORKDIR = cli.define_workdir("folder of this run; continued if it holds it already")
@@ -52,10 +54,6 @@ _COMPILATION_CACHE = cli.define_compilation_cache()
 _GROUP = distributed.define_flags()
 
 _CONTINUES = "the same command continues it."
-
-
-class Terminated(Exception):
-  """SIGTERM, when there is nothing to save yet or a save was not to be waited for."""
 
 
 class End(NamedTuple):
@@ -85,13 +83,13 @@ def main() -> int:
     refused(workdir, str(error))
     raise
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
-  signal.signal(signal.SIGTERM, _terminate)
+  for signum in (signal.SIGTERM, signal.SIGINT):
+    # `fit` has handlers of its own.
+    signal.signal(signum, functools.partial(_end_at_once, group))
   try:
     distributed.initialize(
       group, _GROUP.start_seconds.value, _GROUP.heartbeat_seconds.value
     )
-  except Terminated:
-    return exits.after_signal(signal.SIGTERM, 1, 0)
   except (RuntimeError, TimeoutError) as error:
     return cli.fail(str(error), exits.FAILED)
   end = train(config, workdir, startup, _GROUP.stall_seconds.value)
@@ -116,8 +114,9 @@ def train(
     try:
       validate(config, jax.device_count())
       stack.enter_context(distributed.exclusive(workdir))
-      num_steps = accounting.resolve(config).train.num_steps
-      status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
+      if finished(config, workdir) is None:
+        num_steps = accounting.resolve(config).train.num_steps
+        status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
       fit(config, workdir, observer=status, startup=startup)
       end = End(exits.DONE, "done", together=True)
     except BaseException as error:
@@ -130,7 +129,8 @@ def train(
       is_error = end.exit_class != "yielded"
       who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
       prefix = "error: " if is_error else ""
-      print(f"{who}{prefix}{end.message}", file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):  # The log may be on a disk that is full.
+        print(f"{who}{prefix}{end.message}", file=sys.stderr, flush=True)
   return end
 
 
@@ -141,16 +141,11 @@ def _end(error: BaseException) -> End:
     case Interrupted():
       code = exits.after_signal(error.signum, *rank)
       return End(code, "yielded", f"{error}; {_CONTINUES}", together=True)
-    case Terminated():
-      code = exits.after_signal(signal.SIGTERM, *rank)
-      return End(code, "yielded", f"SIGTERM, nothing new was saved; {_CONTINUES}")
-    case KeyboardInterrupt():
-      code = 128 + signal.SIGINT
-      return End(code, "infrastructure", f"interrupted, nothing saved; {_CONTINUES}")
   if exit_class := exit_class_of(error):
     together = isinstance(error, Diverged)
     return End(exits.code_of(exit_class), exit_class, str(error), together)
-  traceback.print_exception(error)
+  with contextlib.suppress(OSError):
+    traceback.print_exception(error)
   summary = traceback.format_exception_only(error)[-1].strip()
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (
@@ -170,13 +165,25 @@ def _config(workdir: Path) -> Config:
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
   validate(config)
-  cli.check_files(config.data, config.tokenizer)
-  check_source(config, workdir)
+  if finished(config, workdir) is None:
+    cli.check_files(config.data, config.tokenizer)
+    check_source(config, workdir)
   return config
 
 
-def _terminate(*_: Any) -> None:
-  raise Terminated
+def _end_at_once(group: distributed.Group | None, signum: int, _: Any) -> None:
+  """Ends the process on a signal before training begins, or on a second one.
+
+  Raises nothing: an exception may be lost, see `mtp_jax.train._Interrupt`.
+  """
+  reason = f"{signal.Signals(signum).name}, nothing new was saved"
+  is_yielded = signum == signal.SIGTERM
+  last_words("yielded" if is_yielded else "infrastructure", reason)
+  os.write(2, f"{reason}; {_CONTINUES}\n".encode())
+  rank = 1, 0
+  if jax.distributed.is_initialized():  # JAX itself may be amid its start.
+    rank = group.num_processes or 2, group.process_id or 0
+  os._exit(exits.after_signal(signum, *rank))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ trials are, one by one. Every function gets the preset, if one is named.
 """
 
 import collections
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -13,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +31,7 @@ from mtp_jax.config import (
   ConfigError,
   difference,
   dotted_keys,
+  essential,
   from_config_dict,
   to_dict,
   with_overrides,
@@ -43,8 +46,14 @@ Overrides = dict[str, Any]
 _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
 _TAIL_BYTES = 1 << 16
-# A run that another machine wrote about so lately is taken to be at work there.
+# Where locks do not say it, a run that another machine wrote about so lately is taken
+# to be at work there.
 _SILENT_SECONDS = 600
+_STAYS = ("done", "running", "queued")
+_OF_ONE_FOLDER = (
+  cli.LOCK, engines.RECORD, "config.json", "run.json", "DONE", "error.txt",
+  "attempts.jsonl",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +134,14 @@ class Choice:
   active:   queued or running.
   given_up: ended in bad input or diverged: it would end the same way.
   states:   of all trials, by name.
+  copies:   by name, trials that get the results of another one (`copies`).
   """
 
   todo: list[Trial]
   active: list[Trial]
   given_up: list[Trial]
   states: dict[str, State]
+  copies: dict[str, Trial]
 
 
 def load_experiment(file: Path) -> ModuleType:
@@ -281,7 +292,72 @@ def select(trials: list[Trial], pattern: str | None) -> list[Trial]:
 def read_states(planned: list[Trial]) -> dict[str, State]:
   """Returns the state of every trial by its name; asks the schedulers once."""
   jobs = engines.find_jobs(planned)
-  return {trial.name: read_state(trial, jobs.get(trial.name)) for trial in planned}
+  states = {trial.name: read_state(trial, jobs.get(trial.name)) for trial in planned}
+  for name, original in copies(planned, states).items():
+    reason = f"the same run as {original.name}"
+    states[name] = dataclasses.replace(states[name], reason=reason)
+  return states
+
+
+def copies(
+  planned: Iterable[Trial], states: dict[str, State] | None = None
+) -> dict[str, Trial]:
+  """Returns, by the name of a trial, the one that is trained in its place.
+
+  A sweep over depth and lambda has the baseline once for each lambda: one of equal runs
+  (`config.essential`) is trained, the first or, by `states`, the one that is furthest;
+  `share` gives the others its results. Trials that are at work or done stay.
+  """
+  groups: dict[Config, list[Trial]] = {}
+  for trial in planned:
+    groups.setdefault(essential(trial.resolved), []).append(trial)
+
+  def progress(trial: Trial) -> tuple[int, int]:
+    state = states[trial.name]
+    return (*_STAYS, state.kind).index(state.kind), -state.step
+
+  found = {}
+  for group in groups.values():
+    original = min(group, key=progress) if states else group[0]
+    for trial in group:
+      stays = states is not None and states[trial.name].kind in _STAYS
+      if trial is not original and not stays:
+        found[trial.name] = original
+  return found
+
+
+def share(planned: Sequence[Trial], states: dict[str, State]) -> dict[str, State]:
+  """Gives trials the results of one that is done and the same run, see `copies`.
+
+  Returns the states after that.
+  """
+  originals, after = copies(planned, states), dict(states)
+  for trial in planned:
+    original = originals.get(trial.name)
+    if original is not None and states[original.name].kind == "done":
+      adopt(trial, original)
+      after[trial.name] = read_state(trial)
+  return after
+
+
+def adopt(trial: Trial, original: Trial) -> None:
+  """Fills the run folder of a trial from that of one that is the same run, and done.
+
+  Does nothing where a process holds the folder.
+  """
+  with contextlib.suppress(ConfigError), cli.exclusive(trial.workdir):
+    for path in sorted(original.workdir.iterdir()):
+      copy = trial.workdir / path.name
+      if path.is_dir():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(path, copy)
+      elif path.name not in _OF_ONE_FOLDER and not path.name.startswith("log."):
+        shutil.copy2(path, copy)
+    run = json.loads((original.workdir / "run.json").read_text())
+    write_json(trial.workdir / "run.json", run | {"same_run_as": original.name})
+    write_json(trial.workdir / "config.json", to_dict(trial.config))
+    (trial.workdir / "error.txt").unlink(missing_ok=True)
+    (trial.workdir / "DONE").touch()
 
 
 def read_state(trial: Trial, job: Job | None = None) -> State:
@@ -301,14 +377,16 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
     result = json.loads((folder / "eval.json").read_text())
     return State("done", **facts, eval_loss=result["main_loss"]["mean"])
   at_work = job is not None and job.state in ("queued", "running")
-  if cli.is_in_use(folder) or (at_work and job.state == "running"):
+  in_use = cli.is_in_use(folder)
+  if in_use or (at_work and job.state == "running"):
     now = said.get("state") != "ended"  # Else an earlier attempt said so.
     return State("running", **facts, reason=said.get("reason") if now else None)
   if at_work:
     return State("queued", **facts, reason=job.reason or None)
   if job is not None and job.state == "cancelled":
     return State("cancelled", **facts)
-  if (job is None or job.state == "unknown") and _lives_elsewhere(said):
+  is_unknown = in_use is None and (job is None or job.state == "unknown")
+  if is_unknown and _lives_elsewhere(said):
     return State("running", **facts, reason="as its machine wrote lately")
   return dataclasses.replace(_ended(folder, said, job), **facts)
 
@@ -352,9 +430,11 @@ def _lives_elsewhere(said: dict[str, Any]) -> bool:
 def choose(planned: list[Trial], again: bool) -> Choice:
   """Returns what is to be started; with `again` also what was given up."""
   states = read_states(planned)
-  choice = Choice([], [], [], states)
+  choice = Choice([], [], [], states, copies(planned, states))
   for trial in planned:
     state = states[trial.name]
+    if trial.name in choice.copies:
+      continue
     if state.kind in ("queued", "running"):
       choice.active.append(trial)
     elif state.kind == "failed" and not (again or exits.is_retried(state.exit_class)):

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from mtp_jax.config import (
   LatentConfig,
   RopeScalingConfig,
   difference,
+  essential,
   from_config_dict,
   tapped_layers,
   to_dict,
@@ -73,6 +75,21 @@ ARCHITECTURE = (
 
 # What a process meets in Orbax when another one is gone or waits for something else.
 _PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a log line is more than an error that Orbax also raises.
+
+  Where a save fails, on a full disk say, each of its threads and futures logs a
+  traceback: hundreds of lines, among which our message would be lost.
+  """
+  is_of_orbax = "orbax" in Path(record.pathname).parts
+  is_error = is_of_orbax and record.levelno >= logging.ERROR
+  return not is_error and "exception was never retrieved" not in record.getMessage()
+
+
+for _name in ("absl", "asyncio"):
+  logging.getLogger(_name).addFilter(_is_news)
 
 
 class CheckpointError(RuntimeError):
@@ -148,7 +165,7 @@ def check_resumable(saved: Config, config: Config) -> None:
   """
   differing = {
     key: values
-    for key, values in difference(saved, config).items()
+    for key, values in difference(essential(saved), essential(config)).items()
     if not any(key == k or (k.endswith(".") and key.startswith(k)) for k in RESUMABLE)
   }
   if not differing:

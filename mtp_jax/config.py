@@ -601,6 +601,21 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   )
 
 
+def essential(config: Config) -> Config:
+  """Returns the config with one value for all that decides nothing about a run.
+
+  Runs of equal ones have the same bits. That is the name, and, of a run that trains no
+  extra depth, what weighs them.
+  """
+  mtp = config.mtp
+  if mtp.depth == 0:
+    mtp = dataclasses.replace(
+      mtp, weight=0.0, weighting="mean", schedule="constant", schedule_fraction=1.0,
+      final_weight=0.0, curriculum="none",
+    )
+  return dataclasses.replace(config, name="", mtp=mtp)
+
+
 def routed_layers(config: Config) -> dict[str, int]:
   """Returns how many layers with experts there are in the `trunk` and in `mtp`.
 

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -331,7 +331,11 @@ def completed_function(prompt: str, completion: str) -> str | None:
 
 
 def generative_metrics(
-  config: Config, params: Any, tokenizer: Any, texts: list[str]
+  config: Config,
+  params: Any,
+  tokenizer: Any,
+  texts: list[str],
+  before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Returns next-line exact match, the share of functions that parse, and acceptance.
 
@@ -341,7 +345,7 @@ def generative_metrics(
   leviathan), or of whole documents from their middle where `eval.middle_prompts` asks
   for them: a small model soon repeats itself greedily, and then every draft is right.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
-  text suits it.
+  text suits it. For `before_batch` see `generate`.
   """
   limits = config.eval
   prompt_length = config.data.seq_len - limits.max_new_tokens
@@ -362,6 +366,7 @@ def generative_metrics(
       decoding=_decoding(config, rule),
       prompt_length=prompt_length,
       batch_size=limits.batch_size,
+      before_batch=before_batch,
     )
 
   def text(x: Completion) -> str:
@@ -398,13 +403,17 @@ def generative_metrics(
 
 
 def task_metrics(
-  config: Config, params: Any, corpus: TaskCorpus
+  config: Config,
+  params: Any,
+  corpus: TaskCorpus,
+  before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Returns the share of held-out examples of a task that are answered exactly.
 
   Answers are decoded greedily and freely, from the prompt alone, with all extra
   predictors as drafters; an answer counts if it is right up to its end
-  (`Task.is_correct`), which is eos if `Task.answer_ends`. Errors are binomial.
+  (`Task.is_correct`), which is eos if `Task.answer_ends`. Errors are binomial. For
+  `before_batch` see `generate`.
 
   task_accuracy:        of all `eval.task_examples`.
   task_accuracy_groups: the same by kind of prompt, see `Task.group`.
@@ -427,6 +436,7 @@ def task_metrics(
     decoding=_decoding(config),
     prompt_length=task.max_prompt + 1,
     batch_size=config.eval.batch_size,
+    before_batch=before_batch,
   )
   # An answer that the text goes on after is what comes first.
   whole = [x.is_stopped == task.answer_ends for x in completions]

@@ -97,12 +97,7 @@ class MetricsWriter:
     replacement.write_bytes(_lines_before(path, step))
     replacement.replace(path)
     self._file = path.open("a")
-    self._tensorboard = _import_summary_writer()(
-      str(workdir / "tensorboard"),
-      purge_step=step + 1 if step else 0,
-      # The library tells files of one folder apart by the second they were opened.
-      filename_suffix=f".{os.getpid()}.{step}",
-    )
+    self._tensorboard = _Tensorboard(workdir / "tensorboard", step)
 
   def write(self, record: dict[str, Any]) -> None:
     """Writes one record; every entry of a list becomes a TensorBoard scalar."""
@@ -111,13 +106,7 @@ class MetricsWriter:
     record = plain(record)
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
-    for key, value in record.items():
-      if key in ("kind", "step"):
-        continue
-      for name, scalar in _scalars(key, value):
-        tag = f"{record['kind']}/{name}"
-        self._tensorboard.add_scalar(tag, scalar, record["step"])
-    self._tensorboard.flush()
+    self._tensorboard.write(record)
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -128,26 +117,64 @@ class MetricsWriter:
     value: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    if self._file is not None:
+    if self._file is None:
+      return
+    try:
       self._file.close()
       self._tensorboard.close()
+    except OSError:  # A full disk, where that has been raised already.
+      if kind is None:
+        raise
 
 
-def _import_summary_writer() -> Any:
-  """Returns tensorboardX's writer, imported without PyTorch, which takes seconds.
+class _Tensorboard:
+  """An event file, written by tensorboardX in this thread.
 
-  It imports that, where there is one, to accept tensors, and nobody gives it any. It
-  also does without; None makes it believe that there is none.
+  Its own writer has a thread behind a queue of ten events. Where the disk is full the
+  thread ends, and whoever writes waits for it for ever.
+  """
+
+  def __init__(self, folder: Path, step: int):
+    writer, self._event = _import_tensorboard()
+    folder.mkdir(exist_ok=True)
+    # The library tells files of one folder apart by the second they were opened.
+    self._writer = writer(str(folder / "events"), f".{os.getpid()}.{step}")
+    # Hides what an earlier start wrote about steps that are done again.
+    self._add(step + 1 if step else 0, session_log={"status": "START"})
+
+  def write(self, record: dict[str, Any]) -> None:
+    values = [
+      {"tag": f"{record['kind']}/{name}", "simple_value": scalar}
+      for key, value in record.items()
+      if key not in ("kind", "step")
+      for name, scalar in _scalars(key, value)
+    ]
+    self._add(record["step"], summary={"value": values})
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._writer.write_event(self._event(wall_time=time.time(), step=step, **what))
+
+
+def _import_tensorboard() -> tuple[Any, Any]:
+  """Returns `(EventsWriter, Event)`, imported without PyTorch, which takes seconds.
+
+  tensorboardX imports that, where there is one, to accept tensors, and nobody gives it
+  any. It also does without; None makes it believe that there is none.
   """
   hides_torch = "torch" not in sys.modules
   if hides_torch:
     sys.modules["torch"] = None
   try:
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
   finally:
     if hides_torch:
       del sys.modules["torch"]
-  return SummaryWriter
+  return EventsWriter, Event
 
 
 class Progress:

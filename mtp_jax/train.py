@@ -17,6 +17,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,8 @@ class Interrupted(Exception):
   """SIGTERM or SIGINT arrived; everything is saved. `signum` says which."""
 
   def __init__(self, signum: int, step: int):
-    super().__init__(f"{signal.Signals(signum).name} at step {step}; checkpoint saved")
+    where = f"at step {step}; checkpoint saved" if step else "before the first step"
+    super().__init__(f"{signal.Signals(signum).name} {where}")
     self.signum = signum
 
 
@@ -99,6 +101,8 @@ def fit(
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
+  A run that is done is left as it is, unless a value differs that may (`finished`).
+
   Several processes that called `jax.distributed.initialize` train together: all call
   this with the same config and a folder that they share.
 
@@ -123,13 +127,17 @@ def fit(
   """
   startup = startup or Startup()
   validate(config, jax.device_count())
+  if result := finished(config, Path(workdir)):
+    loss, where = result["main_loss"]["mean"], Path(workdir) / "eval.json"
+    bar = Progress(config.name, result["step"], enabled=progress)
+    bar.say(f"done before: main loss {loss:.4f} nats per token, see {where}")
+    return result
   with contextlib.ExitStack() as stack:
-    clock = _Clock()
+    interrupt, clock = stack.enter_context(_Interrupt()), _Clock()
     training, state = _open(
       stack, config, Path(workdir), observer or Observer(), clock, startup,
       progress=progress,
     )
-    interrupt = stack.enter_context(_Interrupt())
     alone = _Alone(training, state)
     with jax.set_mesh(training.run.mesh):
       _train(alone, clock, startup, interrupt)
@@ -179,8 +187,11 @@ def fit_pack(
       )
   startup, clock, devices = Startup(), _Clock(), jax.devices()
   with contextlib.ExitStack() as stack:
+    interrupt = stack.enter_context(_Interrupt())
 
     def start(config: Config, workdir: Path, observer: Observer) -> Any:
+      if result := finished(config, Path(workdir)):
+        return result
       training, state = _open(
         stack, config, Path(workdir), observer, clock, startup, devices=devices[:1],
         num_packed=len(configs),
@@ -192,22 +203,24 @@ def fit_pack(
       _outcome(functools.partial(start, *run))
       for run in zip(configs, workdirs, observers, strict=True)
     ]
-    started = [x for x in opened if not isinstance(x, Exception)]
+    started = [x for x in opened if isinstance(x, tuple)]
     if not started:
       return opened
-    interrupt = stack.enter_context(_Interrupt())
     trainings, states = zip(*started, strict=True)
     packed = _Packed(trainings, states, size or len(configs), devices)
     with jax.set_mesh(trainings[0].run.mesh):
       _train(packed, clock, startup, interrupt)
-    ended: list[dict[str, Any] | Exception] = []
-    try:
-      for x in opened:
-        is_open = not isinstance(x, Exception)
-        ended.append(packed.finish(x[0], interrupt) if is_open else x)
-    except Interrupted as error:  # The signal came between two evaluations.
-      ended += [error] * (len(opened) - len(ended))
-    return ended
+    return [
+      packed.finish(x[0], interrupt) if isinstance(x, tuple) else x for x in opened
+    ]
+
+
+def finished(config: Config, workdir: Path) -> dict[str, Any] | None:
+  """Returns eval.json of a run that is done under this very config, else None."""
+  if not (workdir / "DONE").exists():
+    return None
+  saved = from_config_dict(json.loads((workdir / "config.json").read_text()))
+  return json.loads((workdir / "eval.json").read_text()) if saved == config else None
 
 
 def start_run(
@@ -307,10 +320,19 @@ class _Run:
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
 
   def close(self, kind: type[BaseException] | None, *_: object) -> None:
-    """Finishes the save under way, unless a process may be gone that it waits for."""
+    """Finishes the save under way, unless a process may be gone that it waits for.
+
+    A save that fails is not to hide the error of a run (a full disk has several), but
+    after `Interrupted` all must be saved.
+    """
     is_agreed = kind is None or issubclass(kind, (Interrupted, Diverged))
     if is_agreed or jax.process_count() == 1:
-      self.checkpointer.close()
+      try:
+        self.checkpointer.close()
+      except CheckpointError as error:
+        if kind is None or issubclass(kind, Interrupted):
+          raise
+        warnings.warn(str(error), stacklevel=2)
 
   @functools.cached_property
   def programs(self) -> Programs:
@@ -446,16 +468,16 @@ class _Run:
     self,
     params: Any,
     corpus: Corpus | TaskCorpus,
-    interrupt: "_Interrupt | None" = None,
+    before_batch: Callable[[], None] | None = None,
   ) -> dict[str, Any]:
-    """Returns `evaluate.summarize` of the held-out rows; looks for signals between."""
+    """Returns `evaluate.summarize` of the held-out rows."""
     c = self.config
     batches = corpus.eval_batches(1 + c.mtp.depth)
     with jax.set_mesh(self.mesh):
       sums = evaluate.document_sums(
         shape_of(c),
         params,
-        batches if interrupt is None else interrupt.between(batches),
+        batches if before_batch is None else _each_after(before_batch, batches),
         corpus.tokenizer.token_bytes_V,
         self.mesh,
       )
@@ -470,13 +492,17 @@ class _Run:
       return describe(stats)
     return f"{describe(stats['train_on'])}; held out, of {describe(stats)}"
 
-  def generation(self, params: Any) -> dict[str, Any]:
+  def generation(
+    self, params: Any, before_batch: Callable[[], None] | None = None
+  ) -> dict[str, Any]:
     """Returns the part of eval.json that is measured by decoding."""
     c, corpus = self.config, self.corpus
     if isinstance(corpus, TaskCorpus):
-      return evaluate.task_metrics(c, params, corpus)
+      return evaluate.task_metrics(c, params, corpus, before_batch)
     texts = corpus.texts(c.eval.split)
-    return evaluate.generative_metrics(c, params, corpus.tokenizer, texts)
+    return evaluate.generative_metrics(
+      c, params, corpus.tokenizer, texts, before_batch
+    )
 
   def task_record(self, params: Any, corpus: Corpus | TaskCorpus) -> dict[str, Any]:
     """Returns the metrics of a task for metrics.jsonl; nothing for text."""
@@ -677,13 +703,27 @@ class _Training:
         self.run.checkpointer.wait()
         raise Interrupted(signum, self.step)
 
+  def stop(self, signum: int) -> None:
+    """Raises `Interrupted` before the next step, where there is nothing to save."""
+    raise Interrupted(signum, self.step)
+
   def finish(self, state: TrainState, interrupt: "_Interrupt") -> dict[str, Any]:
-    """Evaluates the trained model; writes and returns eval.json."""
+    """Evaluates the trained model; writes and returns eval.json.
+
+    Raises:
+      Interrupted: a signal asks for an end; nothing of the evaluation is kept.
+    """
     run = self.run
+
+    def look() -> None:
+      if signum := interrupt.received():
+        self.stop(signum)
+
     self.observer.pauses("evaluating")
-    interrupt.raises_at_once(self.step)
-    result = _evaluate(run, state, self.progress, interrupt)
+    look()
+    result = _evaluate(run, state, self.progress, look)
     run.checkpointer.wait()
+    look()
     main, error = result["main_loss"].values()
     self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
     if jax.process_index() == 0:
@@ -896,13 +936,20 @@ def _train(
   steps: _Steps, clock: _Clock, startup: Startup, interrupt: "_Interrupt"
 ) -> None:
   """Runs the remaining steps of one run, or of several side by side."""
-  active = steps.active()
+  def look() -> list[_Training]:
+    if signum := interrupt.received():
+      for training in steps.active():
+        steps.attempt(training, training.stop, signum)
+    return steps.active()
+
+  active = look()
   if not active:
     return
   for training in active:
     training.observer.pauses("compiling")
   steps.prepare()
   startup.ends("compile")
+  active = look()
   for training in active:
     training.bar.start(training.step)
   clock.start()
@@ -1049,7 +1096,7 @@ def _evaluate(
   run: _Run,
   state: TrainState,
   progress: dict[str, Any],
-  interrupt: "_Interrupt | None" = None,
+  before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Returns eval.json: see `evaluate` for the definitions."""
   step = int(state.step)
@@ -1062,9 +1109,16 @@ def _evaluate(
     "train_flops": tokens * run.flops_per_token,
     "stopped": _stopped(progress),
     "split": split,
-    **run.likelihood(state.params, run.corpus, interrupt),
-    **run.generation(state.params),
+    **run.likelihood(state.params, run.corpus, before_batch),
+    **run.generation(state.params, before_batch),
   }
+
+
+def _each_after(work: Callable[[], None], batches: Iterator[Any]) -> Iterator[Any]:
+  """Yields the batches, each when `work` is done."""
+  for batch in batches:
+    work()
+    yield batch
 
 
 def _claim(workdir: Path, config: Config) -> None:
@@ -1108,20 +1162,22 @@ def _write_run_json(
 class _Interrupt:
   """Notes SIGTERM and SIGINT while it is entered; a second one acts as it always did.
 
-  A cluster may send SIGTERM by several ways at once: that is one signal. Outside the
-  main thread nothing can be caught, and nothing is. Processes that train
-  together tell each other: all must ask at the same places, and all get the same
-  answer. A signal of one reaches the others with the answer after the next, so that
-  nobody waits for it. (JAX's own preemption service is not asked: Orbax reports the
-  steps of its saves to it from another thread, and then processes may stop at
-  different steps. It must be off, or SIGTERM would not reach Python.)
+  The handler only sets a flag, which is looked at between batches. An exception would
+  be lost where the signal hits amid a callback, as that of JAX to the garbage
+  collector. A cluster may send SIGTERM by several ways at once: that is one signal.
+  Outside the main thread nothing can be caught, and nothing is.
+
+  Processes that train together tell each other: all must ask at the same places, and
+  all get the same answer. A signal of one reaches the others with the answer after the
+  next, so that nobody waits for it. (JAX's own preemption service is not asked: Orbax
+  reports the steps of its saves to it from another thread, and then processes may stop
+  at different steps. It must be off, or SIGTERM would not reach Python.)
   """
 
   def __init__(self):
     self._received: int | None = None
     self._received_at = 0.0
     self._told: jax.Array | None = None
-    self._saved_at: int | None = None
     self._old: dict[int, Any] = {}
 
   def received(self) -> int | None:
@@ -1129,31 +1185,13 @@ class _Interrupt:
     if jax.process_count() == 1:
       return self._received
     told, self._told = self._told, max_over_processes(self._received or 0)
-    return int(told) or None
-
-  def raises_at_once(self, step: int) -> None:
-    """Makes a signal raise `Interrupted`: `step` is saved.
-
-    It is raised where it hits, or, with several processes, `between` batches.
-    """
-    self._saved_at = step
-    if jax.process_count() == 1 and self._received is not None:
-      raise Interrupted(self._received, step)
-
-  def between(self, batches: Iterator[Any]) -> Iterator[Any]:
-    """Yields the batches; ends with `Interrupted` if a process had a signal."""
-    for batch in batches:
-      if jax.process_count() > 1 and (signum := self.received()):
-        raise Interrupted(signum, self._saved_at)
-      yield batch
+    return None if told is None else int(told) or None
 
   def __enter__(self) -> "_Interrupt":
     if threading.current_thread() is threading.main_thread():
       for signum in (signal.SIGTERM, signal.SIGINT):
         # None stands for a handler that is not Python's.
         self._old[signum] = signal.signal(signum, self._handle) or signal.SIG_DFL
-    if jax.process_count() > 1:
-      self._told = max_over_processes(0)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -1164,8 +1202,6 @@ class _Interrupt:
     now = time.monotonic()
     if self._received is None:
       self._received, self._received_at = signum, now
-      if self._saved_at is not None and jax.process_count() == 1:
-        raise Interrupted(signum, self._saved_at)
     elif signum == signal.SIGINT or now - self._received_at > _ONE_SIGNAL_SECONDS:
       signal.signal(signum, self._old[signum])
       signal.raise_signal(signum)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -44,7 +45,10 @@ def plan(root, *names, **overrides):
   """Returns trials of one shape, and of another for names with `wide`."""
   wide = {"trunk.mlp_dim": 512}
   config = with_overrides(from_config_dict(base.get_config()), overrides)
-  swept = [{"name": name} | (wide if "wide" in name else {}) for name in names]
+  swept = [
+    {"name": name, "data.seed": i} | (wide if "wide" in name else {})
+    for i, name in enumerate(names)
+  ]
   return trials.plan(config, {}, swept, Path(root))
 
 
@@ -151,11 +155,93 @@ def test_time_limits_are_those_of_slurm(time_limit, minutes):
   ({"time": "2"}, r"--slurm.time must be longer than --slurm.grace \(180 s\), got '2'"),
   ({"nodes": 0}, r"--slurm.nodes must be at least 1, got 0"),
   ({"gpus": 8, "tasks": 3}, r"--slurm.gpus must be a multiple .* \(3\), got 8"),
-  ({"sbatch": "mem 5"}, r"--slurm.sbatch must be KEY=VALUE ..., got '5'"),
+  ({"gpus": "a100:8", "tasks": 3}, r"a multiple .* \(3\), got a100:8"),
+  ({"gpus": "a100"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got 'a100'"),
+  ({"gpus": "a100:4,v100:4"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER"),
+  ({"gpus": -1}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got -1"),
+  ({"sbatch": "exclusive 5"}, r"--slurm.sbatch must be KEY=VALUE .*, got '5'"),
+  ({"sbatch": "comment='x"}, r"--slurm.sbatch must be .* got \"comment='x\" \(No clos"),
+  ({"sbatch": "-w n1"}, r"--slurm.sbatch must be .* of long options, got '-w'"),
+  ({"sbatch": "nice=1 nice=2"}, r"--slurm.sbatch must set nice once, got"),
 ])
 def test_flags_of_slurm_are_checked(options, message):
   with pytest.raises(ConfigError, match=message):
     slurm.Options(**options).check()
+
+
+@pytest.mark.parametrize("word, key, owner", [
+  ("gpus-per-node=a100:4", "gpus-per-node", "--slurm.gpus"),
+  ("gpus_per_node=4", "gpus-per-node", "--slurm.gpus"),
+  ("--gpus-per-task=1", "gpus-per-task", "--slurm.gpus"),
+  ("gpus=4", "gpus", "--slurm.gpus"),
+  ("-G4", "gpus", "--slurm.gpus"),
+  ("gpus-per-n=4", "gpus-per-n", "--slurm.gpus"),  # sbatch takes beginnings of names.
+  ("gres=gpu:a100:4", "gres", "--slurm.gpus"),
+  ("gres=nvme:1,gpu=2", "gres", "--slurm.gpus"),
+  ("gre=gres/gpu:2", "gre", "--slurm.gpus"),
+  ("tres-per-task=gres/gpu:1", "tres-per-task", "--slurm.gpus and --slurm.cpus"),
+  ("time=60", "time", "--slurm.time"),
+  ("t=60", "time", "--slurm.time"),
+  ("-t60", "time", "--slurm.time"),
+  ("-p", "partition", "--slurm.partition"),
+  ("part=gpu", "part", "--slurm.partition"),
+  ("N=2", "nodes", "--slurm.nodes"),
+  ("nodes=2-4", "nodes", "--slurm.nodes"),
+  ("ntasks=8", "ntasks", "--slurm.nodes and --slurm.tasks"),
+  ("ntasks-per-gpu=1", "ntasks-per-gpu", "--slurm.tasks"),
+  ("cpus-per-gpu=8", "cpus-per-gpu", "--slurm.cpus"),
+  ("mem-per-cpu=4G", "mem-per-cpu", "--slurm.memory"),
+  ("signal=USR1@60", "signal", "--slurm.grace"),
+  ("no-requeue", "no-requeue", "the sweep itself"),
+  ("array=0-9", "array", "the sweep itself"),
+  ("output=x", "output", "the sweep itself"),
+  ("e=x", "error", "the sweep itself"),
+  ("job_name=x", "job-name", "the sweep itself"),
+  ("parsable", "parsable", "the sweep itself"),
+  ("chdir=/tmp", "chdir", "the sweep itself"),
+])
+def test_what_a_flag_or_the_sweep_sets_is_not_passed_on(word, key, owner):
+  with pytest.raises(ConfigError) as caught:
+    slurm.Options(sbatch=f"reservation=x {word}").check()
+  assert str(caught.value) == (
+    f"--slurm.sbatch must not set {key}, which {owner} sets, got {word!r}."
+  )
+
+
+def test_what_nobody_sets_is_passed_on(tmp_path):
+  free = (
+    "comment=x", "exclusive", "export=ALL", "gpu-bind=none", "gres=nvme:1",
+    "gres-flags=enforce-binding", "mail-type=END", "mem-bind=local", "nodelist=n1",
+    "time-min=60", "wckey=y", "x11=first",
+  )
+  options = slurm.Options(sbatch=" ".join(free))
+  options.check()
+  lines = slurm.Slurm(tmp_path, options).preview(plan(tmp_path, "a")).splitlines()
+  for word in free:
+    assert lines.count(f"#SBATCH --{word}") == 1
+
+
+def test_gpus_of_a_type_are_counted_and_asked_for(tmp_path, fake_slurm):
+  options = slurm.Options(nodes=2, gpus="nvidia_a100_1g.5gb:4", tasks=2)
+  assert options.num_devices == 8
+  engine = slurm.Slurm(tmp_path, options)
+  lines = engine.preview(plan(tmp_path, "a")).splitlines()
+  (line,) = [line for line in lines if line.startswith("#SBATCH --gpu")]
+  assert line == "#SBATCH --gpus-per-node=nvidia_a100_1g.5gb:4"
+  with pytest.raises(ConfigError, match=r"devices \(8\).* --slurm.gpus=nvidia_a100_1g"):
+    engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
+
+
+def test_variables_that_sbatch_would_take_instead_are_refused(
+  tmp_path, fake_slurm, monkeypatch
+):
+  monkeypatch.setenv("SBATCH_PARTITION", "debug")
+  slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+  with pytest.raises(ConfigError, match=r"SBATCH_PARTITION .* --slurm.partition .*bug"):
+    slurm.Slurm(tmp_path, slurm.Options(partition="gpu")).check(plan(tmp_path, "a"))
+  monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
+  with pytest.raises(ConfigError, match=r"SBATCH_TIMELIMIT must not .* got '5'"):
+    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
 
 
 def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
@@ -387,8 +473,8 @@ def kind(trial, job=None):
 
 
 def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
-  new, done, killed, saved, elsewhere, old, stale = plan(
-    tmp_path, "new", "done", "killed", "saved", "elsewhere", "old", "stale"
+  new, done, killed, saved, stale = plan(
+    tmp_path, "new", "done", "killed", "saved", "stale"
   )
   assert kind(new) == "waiting"
   fill(new)  # Prepared, not begun.
@@ -406,14 +492,54 @@ def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
     "running", host=socket.gethostname()
   )
   assert kind(saved) == "stopped" and kind(saved, Job("cancelled")) == "cancelled"
-  fill(elsewhere, state="training", host="another")
-  assert kind(elsewhere) == "running" and kind(elsewhere, Job("ended")) == "lost"
-  fill(old, state="training", host="another", time=time.time() - 3600)
-  assert kind(old) == "lost"
   fill(stale, state="ended", exit_class="diverged", time=time.time() - 60)
   assert kind(stale) == "failed"
   engines.write_record(stale.workdir, "slurm", id="1")  # That was another job.
   assert kind(stale, Job("queued")) == "queued" and kind(stale) == "waiting"
+
+
+def no_locks(*_):
+  raise OSError(38, "Function not implemented")
+
+
+def test_the_lock_decides_whether_a_trial_is_running(tmp_path):
+  # A container that was restarted has another name, and its old self wrote lately.
+  killed, at_work, unlocked = plan(tmp_path, "killed", "at_work", "unlocked")
+  for trial in (killed, at_work, unlocked):
+    fill(trial, state="training", host="another")
+  with cli.exclusive(killed.workdir):
+    assert kind(killed) == "running"
+  assert kind(killed) == kind(killed, Job("unknown")) == kind(unlocked) == "lost"
+  with cli.exclusive(at_work.workdir):
+    assert trials.choose([killed, at_work], again=False).todo == [killed]
+
+
+@pytest.mark.parametrize("options", [
+  None, "rw,nolock", "rw,vers=3,local_lock=all", "rw,localflock"
+])
+def test_where_locks_say_nothing_ten_minutes_count(tmp_path, monkeypatch, options):
+  elsewhere, old = plan(tmp_path, "elsewhere", "old")
+  fill(elsewhere, state="training", host="another")
+  fill(old, state="training", host="another", time=time.time() - 3600)
+  for trial in (elsewhere, old):
+    (trial.workdir / cli.LOCK).touch()
+  if options is None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+  else:
+    mounts = f"/dev/a / ext4 rw 0 0\nhost:/x {tmp_path} nfs {options} 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda _, text=Path.read_text: (
+      mounts if str(_) == "/proc/self/mounts" else text(_)
+    ))
+  assert kind(elsewhere) == "running" and kind(elsewhere, Job("ended")) == "lost"
+  assert kind(old) == "lost"
+
+
+def test_asking_for_a_state_keeps_nobody_from_starting(tmp_path):
+  lock = (tmp_path / cli.LOCK).open("w")
+  fcntl.flock(lock, fcntl.LOCK_SH)
+  threading.Timer(0.1, lock.close).start()
+  with cli.exclusive(tmp_path):
+    assert cli.is_in_use(tmp_path)
 
 
 def test_the_table_shows_states_and_reasons(tmp_path):
@@ -509,10 +635,7 @@ def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
 
 
 def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
-  def flock(*_):
-    raise OSError(38, "Function not implemented")
-
-  monkeypatch.setattr(fcntl, "flock", flock)
+  monkeypatch.setattr(fcntl, "flock", no_locks)
   with cli.exclusive(tmp_path):
     assert not cli.is_in_use(tmp_path)
   assert "nothing keeps a second process out" in capsys.readouterr().err
@@ -547,6 +670,28 @@ def test_what_is_retried_follows_the_exit_class(tmp_path):
       passed._note(trial, event)
   assert passed._attempts == {"crashed": 2, "broken": 1}
   assert passed._failed.keys() == {"crashed", "broken"}
+
+
+def test_a_second_signal_ends_the_sweep_and_raises_nothing_amid_a_callback(
+  tmp_path, monkeypatch, capfd
+):
+  ended = []
+  worker = types.SimpleNamespace(
+    trials=[], stop=lambda: ended.append("stop"), close=lambda: ended.append("close")
+  )
+  monkeypatch.setattr(local, "Worker", lambda *_: worker)
+
+  def wait(*_):
+    signal.raise_signal(signal.SIGTERM)
+    return []
+
+  monkeypatch.setattr(workers, "wait", wait)
+  monkeypatch.setattr(local, "_SECONDS_BETWEEN_LOOKS", 0)
+  sweep = local.Sweep(plan(tmp_path, "a"), tmp_path, "")
+  with pytest.raises(SystemExit) as caught:
+    sweep.run([Slot(None)])
+  assert caught.value.code == 143 and ended == ["stop", "close"]
+  assert capfd.readouterr().out.count("a second signal ends at once") == 1
 
 
 def test_packs_are_even_and_hold_what_is_alike(tmp_path):
@@ -627,7 +772,7 @@ def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
   result = command(*sweep_command, "--on=print")
   assert result.code == 0
   assert f"-m launch.train --workdir={root}/seed=1" in result.output
-  assert "1 of 1 trial(s) given to print, 0 done" in result.output
+  assert "1 of 1 trial(s) printed, 0 done" in result.output
   assert cli.load_run_config(root / "seed=1").seed == 1
   shown = command(*sweep_command, "--status").output.splitlines()
   assert shown[1].split()[:2] == ["seed=1", "waiting"]

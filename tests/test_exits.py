@@ -1,12 +1,14 @@
 """What an exit means, and what a run leaves about it."""
 
 import json
+import os
 import signal
 
 import pytest
 
 from experiments import base
 from launch import cli, exits, status, train
+from launch.engines import workers
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, from_config_dict
 from mtp_jax.startup import Startup
@@ -77,8 +79,10 @@ def test_process_0_writes_the_file_that_says_it_yielded(monkeypatch, tmp_path):
     Interrupted(signal.SIGTERM, 7),
     (143, "yielded", "SIGTERM at step 7; checkpoint saved; the same command", True),
   ),
-  (train.Terminated(), (143, "yielded", "SIGTERM, nothing new was saved; ", False)),
-  (KeyboardInterrupt(), (130, "infrastructure", "interrupted, nothing saved", False)),
+  (
+    Interrupted(signal.SIGINT, 0),
+    (130, "yielded", "SIGINT before the first step; the same command", True),
+  ),
   (ConfigError("a.b: no"), (2, "config", "a.b: no", False)),
   (Diverged("not finite"), (3, "diverged", "not finite", True)),
   (CheckpointError("disk"), (1, "infrastructure", "disk", False)),
@@ -125,6 +129,29 @@ def test_status_follows_the_run(tmp_path):
     "ended", "diverged", "first"
   )
   assert left["time"] > 0 and left["pid"] and left["host"]
+
+
+@pytest.mark.parametrize("signum, exit_class, code", [
+  (signal.SIGTERM, "yielded", 143), (signal.SIGINT, "infrastructure", 130)
+])
+def test_a_second_signal_leaves_a_word_and_raises_nothing(
+  tmp_path, monkeypatch, capfd, signum, exit_class, code
+):
+  ends = []
+  for name in "ab":
+    (tmp_path / name).mkdir()
+  monkeypatch.setattr(os, "_exit", ends.append)
+  with status.Status(tmp_path / "a", 12, 0) as first, first._lock:  # Amid a write.
+    train._end_at_once(None, signum, None)
+    left = status.read(tmp_path / "a")
+    assert (left["state"], left["exit_class"]) == ("ended", exit_class)
+    assert left["reason"] == f"{signal.Signals(signum).name}, nothing new was saved"
+  assert capfd.readouterr().err == f"{left['reason']}; the same command continues it.\n"
+  with status.Status(tmp_path / "b", 12, 0) as done:
+    done.ended("done")
+    workers._end_at_once(signum, None)
+  assert status.read(tmp_path / "b")["exit_class"] == "done"
+  assert ends == [code, 128 + signum]
 
 
 def test_a_refused_command_says_so_where_there_is_a_folder(tmp_path):

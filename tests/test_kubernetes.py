@@ -6,6 +6,7 @@ words that are allowed in them, the other all of the job inside.
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -76,6 +77,52 @@ def test_manifests_follow_the_schemas(tmp_path, name):
     config, kubernetes_validate.latest_version(), strict=True
   )
   assert jobset["metadata"]["name"] == config["metadata"]["name"]
+
+
+WORDS = (
+  "25921e05", "1e3", "1E3", ".5", "12", "+1", "-0", "0o7", "0x1f", "0b1", "1_000",
+  "12:30:45", ".inf", ".nan", "on", "off", "yes", "n", "y", "NO", "true", "False",
+  "null", "Null", "~", "", "2025-01-01", "=", "<<", "a: b", "#x", "é", "\t", "- a",
+  "{}",
+)
+
+
+def bare_words(text):
+  """Returns the scalars that a YAML reader of whatever version has to interpret."""
+  return {
+    token.value
+    for token in yaml.scan(text)
+    if isinstance(token, yaml.ScalarToken) and token.plain
+  }
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_texts_are_texts_to_every_yaml(tmp_path, word):
+  key = word.strip("=") or "y"
+  options = Options(
+    image=word or "x", selector=f"{key}=1,rev={word}", memory=word or "1Gi",
+    namespace=word, queue=word, service_account=word, claim=f"c:/{word}",
+  )
+  (trial,) = plan(tmp_path, "25921e05")
+  engine = Kubernetes(tmp_path, options)
+  text = engine.preview([trial])
+  # 0 and 1 mean the same in all; so do a few numbers of ours.
+  assert all(re.fullmatch(r"0|[1-9][0-9]*", bare) for bare in bare_words(text))
+  expected = kubernetes.manifest(trial, options, tmp_path, 1)
+  assert list(yaml.safe_load_all(text)) == expected
+  pod = expected[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["nodeSelector"] == {key: "1", "rev": word}
+  # Several documents in one file, as they are handed over.
+  both = engine.preview(plan(tmp_path, "1e3", "null"))
+  assert len(list(yaml.safe_load_all(both))) == 4
+
+
+def test_a_selector_sets_no_label_twice(tmp_path):
+  topology = "cloud.google.com/gke-tpu-topology"
+  for tpu, selector in (("v5p:4x4x4", f"{topology}=2x2x1"), (None, "a=1,a=2")):
+    options = Options(image="x", tpu=tpu, selector=selector)
+    with pytest.raises(ConfigError, match=r"--kubernetes.selector must have each key"):
+      Kubernetes(tmp_path, options).check([])
 
 
 @pytest.mark.parametrize("path, value", [

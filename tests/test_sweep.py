@@ -5,7 +5,9 @@ of `Sweep` take: each of them does several things in one sweep.
 """
 
 import csv
+import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -15,10 +17,12 @@ import types
 import pytest
 
 from experiments import base
-from launch import trials
+from launch import cli, trials
 from launch.engines import local, states, workers
 from launch.engines.local import Sweep
+from launch.engines.pace import Pace, Seen, Work, makespan
 from launch.engines.workers import Slot
+from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 
 TINY = {
@@ -237,6 +241,92 @@ def test_only_selects_by_parts_of_the_name(corpus, tmp_path):
     only("seed=2")
 
 
+# Equal runs
+
+GRID = experiment("""
+  def sweep_depth():
+    for depth in (0, 1):
+      yield {"mtp.kind": "sequential", "mtp.depth": depth, "name": f"depth={depth}"}
+  def sweep_weight():
+    for weight in (0.1, 0.3):
+      yield {"mtp.weight": weight}
+  def sweep_schedule():
+    yield {"mtp.schedule": "constant"}
+    yield {"mtp.schedule": "linear", "mtp.final_weight": 0.0}
+""")
+
+
+def done(trial):
+  """Fills the run folder of a trial as training does."""
+  (trial.workdir / "checkpoints" / "40").mkdir(parents=True)
+  (trial.workdir / "checkpoints" / "40" / "x").write_text("weights")
+  write_config(trial, trial.config)
+  result = {"main_loss": {"mean": 1.5, "stderr": 0.1}, "step": 40}
+  for name, value in (("run", {"commit": "abc"}), ("eval", result)):
+    (trial.workdir / f"{name}.json").write_text(json.dumps(value))
+  (trial.workdir / "log.txt").write_text("mine")
+  (trial.workdir / "DONE").touch()
+
+
+def share(planned):
+  trials.share(planned, trials.read_states(planned))
+
+
+def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
+  planned = plan(corpus, tmp_path, trials.points(GRID, None))
+  assert len(planned) == 8
+  first, *others = (trial for trial in planned if trial.config.mtp.depth == 0)
+  expected = {trial.name: first for trial in others}
+  assert trials.copies(planned) == expected
+  choice = trials.choose(planned, again=False)
+  assert choice.copies == expected
+  assert [t.name for t in choice.todo] == [
+    t.name for t in planned if t is first or t.config.mtp.depth
+  ]
+  assert choice.states[others[0].name].reason == f"the same run as {first.name}"
+  assert not list(tmp_path.iterdir())
+
+  done(first)
+  with cli.exclusive(others[0].workdir):
+    share(planned)
+  found = kinds(planned)
+  assert [found[trial.name] for trial in (first, *others)] == [
+    "done", "waiting", "done", "done"
+  ]
+  share(planned)
+  for trial in others:
+    assert trials.read_state(trial).eval_loss == 1.5
+    run = json.loads((trial.workdir / "run.json").read_text())
+    assert run == {"commit": "abc", "same_run_as": first.name}
+    assert (trial.workdir / "checkpoints" / "40" / "x").read_text() == "weights"
+    assert not (trial.workdir / "log.txt").exists()
+  trials.check_folders(planned)  # Each holds its own config.
+  # What was trained is resumable under the weights of any of them.
+  check_resumable(first.resolved, others[-1].resolved)
+  with pytest.raises(ConfigError, match=r"mtp\.weight"):
+    check_resumable(planned[-1].resolved, planned[-3].resolved)
+
+
+def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
+  one, two, three, other = plan(corpus, tmp_path, [
+    {"name": "one", "mtp.weight": 0.1}, {"name": "two", "mtp.weight": 0.2},
+    {"name": "three", "mtp.weight": 0.3}, {"name": "other", "seed": 5},
+  ])
+  two.workdir.mkdir()
+  record = {"kind": "train", "step": 20, "seconds": 1.0, "loss": [2.0]}
+  (two.workdir / "metrics.jsonl").write_text(
+    json.dumps(record | {"tokens_per_second": 9.0}) + "\n"
+  )
+  choice = trials.choose([one, two, three, other], again=False)
+  assert choice.todo == [two, other]
+  with cli.exclusive(three.workdir):
+    choice = trials.choose([one, two, three, other], again=False)
+  assert (choice.active, choice.todo) == ([three], [other])
+  done(one)
+  choice = trials.choose([one, two, three, other], again=False)
+  assert choice.todo == [other] and choice.copies == {"two": one, "three": one}
+
+
 # Schedules
 
 
@@ -264,11 +354,80 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
   assert pick(None, "a", "b", "c") == "c"
 
 
-def test_time_left_follows_the_nearest_measured_cost():
-  speeds = {100.0: 10.0, 10_000.0: 50.0}
-  assert local.seconds_of(500.0, 200.0, speeds) == 50.0
-  assert local.seconds_of(500.0, 5_000.0, speeds) == 10.0
-  assert str(local.seconds_of(500.0, 1.0, {})) == "nan"
+def test_time_left_follows_the_nearest_cost():
+  work = Work(cost=400.0, flops=1000.0, evaluation=100.0, is_first=False)
+  pace = Pace([
+    (work._replace(cost=100.0), Seen(startup=3.0, training=10.0, flops=100.0)),
+    (work._replace(cost=10_000.0), Seen(startup=9.0, training=2.0, flops=100.0)),
+  ])
+  assert pace.left(work) == 3 + 50 + 5
+  assert pace.left(work._replace(cost=2_500.0)) == 9 + 40 + 4
+  assert pace.left(work, Seen(waited=1.0)) == 2 + 50 + 5
+  assert pace.left(work, Seen(startup=3.0, waited=20.0)) == 30 + 5
+  assert pace.left(work._replace(flops=0.0), Seen(startup=3.0, waited=4.0)) == 1
+  assert str(Pace([]).left(work)) == "nan"
+  assert makespan([4.0, 1.0], [2.0, 5.0]) == 6.0 and makespan([], []) == 0.0
+
+
+def simulate(trials, num_workers):
+  """Yields `(estimate, truth)` each second of a schedule that is known beforehand.
+
+  `trials` are (shape, cost, flops, startup, seconds of training, of evaluation), in the
+  order in which they are taken; the first of a shape compiles for 20 s more, and its
+  evaluation for 10 s.
+  """
+  clock, begun, plan = [0.0] * num_workers, set(), []
+  for shape, cost, flops, startup, training, evaluation in trials:
+    worker = clock.index(min(clock))
+    began, is_first = clock[worker], shape not in begun
+    begun.add(shape)
+    parts = [startup + 20 * is_first, training, evaluation + 10 * is_first]
+    clock[worker] += sum(parts)
+    plan.append((worker, began, is_first, cost, flops, parts))
+  end = max(clock)
+  for now in range(1, int(end)):
+    seen, busy, waiting = [], {i: [] for i in range(num_workers)}, []
+    for worker, began, is_first, cost, flops, parts in plan:
+      at, work = now - began, Work(cost, flops, flops / 10, is_first)
+      if at < 0:
+        waiting.append(work)
+        continue
+      if at >= sum(parts):
+        seen.append((work._replace(flops=0.0), Seen(*parts[:2], flops, parts[2])))
+        continue
+      trained = min(max(at - parts[0], 0.0), parts[1])
+      logged = trained - trained % 3 if trained < parts[1] else trained
+      share = logged / parts[1]
+      startup = parts[0] if at >= parts[0] else None
+      waited = at if startup is None else at - parts[0] - logged
+      pair = (
+        work._replace(flops=flops * (1 - share)),
+        Seen(startup, logged, flops * share, None, waited),
+      )
+      seen.append(pair)
+      busy[worker].append(pair)
+    pace = Pace(seen)
+    left = makespan(
+      [sum(pace.left(*pair) for pair in pairs) for pairs in busy.values()],
+      [pace.left(work) for work in waiting],
+    )
+    if not math.isnan(left):
+      yield left, end - now, any(x.evaluation is not None for _, x in seen)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_time_left_falls_with_the_time_and_does_not_jump(num_workers):
+  small = [("small", 100.0, 3e4, 2.0, 30.0, 12.0)] * 6
+  large = [("large", 1000.0, 1e6, 3.0, 200.0, 25.0)] * 4
+  found = list(simulate(large + small, num_workers))
+  total = found[0][1]
+  known = [(left, truth) for left, truth, is_known in found if is_known]
+  assert len(known) > 0.2 * total
+  for (before, _), (after, truth) in itertools.pairwise(known):
+    assert after <= before + 0.06 * total
+    assert abs(after - truth) <= 0.25 * total
+  # Near the end it is nearly right, with one worker still at work.
+  assert all(abs(left - truth) < 15 for left, truth in known[-30:])
 
 
 def test_workers_share_the_cores(monkeypatch):

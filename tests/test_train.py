@@ -1,5 +1,6 @@
 """The training loop: what it writes, refuses, survives and shares."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import accounting, train
+from mtp_jax import accounting, evaluate, train
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.sources import DataError
@@ -646,15 +647,100 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   assert done.startswith("tiny: done: main loss ")
 
 
-def test_a_signal_during_evaluation_ends_it_at_once():
+def test_a_run_that_is_done_is_left_alone(
+  config, finished, tmp_path, monkeypatch, capsys
+):
+  workdir, expected = finished
+  copied = shutil.copytree(workdir, tmp_path / "run")
+  times = lambda: {x: x.stat().st_mtime_ns for x in copied.rglob("*")}  # noqa: E731
+  before = times()
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "_open", None)
+    assert train.fit(config, copied) == expected
+  assert times() == before
+  loss = expected["main_loss"]["mean"]
+  assert f"tiny: done before: main loss {loss:.4f} nats" in capsys.readouterr().out
+  # What may be different is measured.
+  other = train.fit(with_overrides(config, {"eval.num_rows": 4}), copied)
+  assert other["depth_loss"][0]["count"] < expected["depth_loss"][0]["count"]
+
+
+def collect_garbage(function):
+  """Sends a signal amid a callback to the garbage collector, where raising is lost."""
+
+  def callback(phase, _):
+    if phase == "start":
+      gc.callbacks.remove(callback)
+      signal.raise_signal(signal.SIGTERM)
+
+  def collect_and_call(*args, **kwargs):
+    gc.callbacks.append(callback)
+    gc.collect()
+    return function(*args, **kwargs)
+
+  return collect_and_call
+
+
+def signal_itself(function):
+  """Sends a signal, then calls `function`."""
+
+  def signal_and_call(*args, **kwargs):
+    signal.raise_signal(signal.SIGTERM)
+    return function(*args, **kwargs)
+
+  return signal_and_call
+
+
+# Where a signal hits, in the order of a run, and what is done by then.
+PLACES = [
+  (train, "load_corpus", signal_itself, None),
+  (train, "load_corpus", collect_garbage, None),
+  (train._Run, "start", signal_itself, None),
+  (train._Alone, "prepare", signal_itself, None),
+  (train, "_diagnostics_record", signal_itself, 1),
+  (train.Observer, "stepped", collect_garbage, 2),
+  (train._Run, "start", signal_itself, 2),
+  (train, "_validation_record", collect_garbage, 7),
+  (train._Run, "save", signal_itself, 9),
+  (train, "_evaluate", signal_itself, 12),
+  (evaluate, "put_batch", collect_garbage, 12),
+  (evaluate, "line_prompts", signal_itself, 12),
+  (evaluate, "function_prompts", collect_garbage, 12),
+  (Checkpointer, "wait", signal_itself, 12),
+]
+
+
+def test_a_signal_is_answered_wherever_it_hits_and_the_run_goes_on(
+  finished, config, tmp_path, monkeypatch, capfd
+):
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(train.Interrupted, match="SIGTERM at step 7"):
-    with train._Interrupt() as interrupt:
-      assert interrupt.received() is None
-      interrupt.raises_at_once(7)
-      os.kill(os.getpid(), signal.SIGTERM)
-      time.sleep(5)
+  for owner, name, how, step in PLACES:
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, how(getattr(owner, name)))
+      where = "before the first step" if step is None else f"at step {step};"
+      with pytest.raises(train.Interrupted, match=f"^SIGTERM {where}") as caught:
+        train.fit(config, tmp_path, progress=False)
+    assert caught.value.signum == signal.SIGTERM
+    assert not (tmp_path / "eval.json").exists() and not (tmp_path / "DONE").exists()
   assert signal.getsignal(signal.SIGTERM) is before
+  assert "Exception ignored" not in capfd.readouterr().err
+
+  workdir, expected = finished
+  result = train.fit(config, tmp_path, progress=False)
+  assert without_wall_clock(result) == without_wall_clock(expected)
+  found, wanted = (
+    [without_wall_clock(record) for record in read_metrics(folder)]
+    for folder in (tmp_path, workdir)
+  )
+  assert found == wanted
+  assert fingerprint_of(tmp_path) == fingerprint_of(workdir)
+
+
+def fingerprint_of(workdir):
+  reader = Checkpointer(workdir, read_only=True)
+  meta = reader.meta(12)
+  reader.close()
+  return meta["fingerprint"]
 
 
 @pytest.mark.usefixtures("sigint_raises")
@@ -664,13 +750,6 @@ def test_a_second_signal_acts_as_ever():
     assert interrupt.received() == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)
-
-
-def test_a_signal_before_evaluation_is_not_lost():
-  with pytest.raises(train.Interrupted, match="SIGTERM at step 9"):
-    with train._Interrupt() as interrupt:
-      os.kill(os.getpid(), signal.SIGTERM)
-      interrupt.raises_at_once(9)
 
 
 def test_outside_the_main_thread_nothing_is_caught():

@@ -48,9 +48,11 @@ class Engine(Protocol):
   """Gives machines to trials.
 
   needs_folders: training begins elsewhere, so run folders are prepared first.
+  outcome: what `submit` has done with trials, in words.
   """
 
   needs_folders: bool
+  outcome: str
 
   def check(self, planned: list["Trial"]) -> None:
     """Raises ConfigError if the trials could not be started. Starts nothing."""

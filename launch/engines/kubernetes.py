@@ -12,6 +12,7 @@ from version 0.10 on.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -167,6 +168,11 @@ class Options:
       key, equals, value = pair.partition("=")
       if not key or not equals:
         raise ConfigError(f"--kubernetes.selector must be KEY=VALUE,..., got {pair!r}.")
+      if key in labels:
+        raise ConfigError(
+          "--kubernetes.selector must have each key once, and none that "
+          f"--kubernetes.tpu sets, got {pair!r}."
+        )
       labels[key] = value
     return labels
 
@@ -183,13 +189,17 @@ class Options:
 
 
 class _Dumper(yaml.SafeDumper):
-  """Writes texts of several lines as they are."""
+  """Writes every text in quotes, or line by line if it has several.
+
+  PyYAML leaves `25921e05` and `0o7` bare: texts to YAML 1.1, numbers to YAML 1.2, which
+  kubectl reads.
+  """
 
 
 _Dumper.add_representer(
   str,
   lambda dumper, text: dumper.represent_scalar(
-    "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    "tag:yaml.org,2002:str", text, style="|" if "\n" in text else '"'
   ),
 )
 
@@ -214,9 +224,11 @@ class Kubernetes:
     submits: bool = False,
   ):
     self._root = Path(root).absolute()
+    self._folder = self._root / _FOLDER
     self._options = options or Options()
     self._max_attempts = max_attempts
     self._submits = submits
+    self.outcome = "given to kubernetes" if submits else "written as manifests"
 
   def check(self, planned: list[Trial]) -> None:
     options = self._options
@@ -230,10 +242,9 @@ class Kubernetes:
     return "---\n".join(self._text(trial) for trial in planned)
 
   def submit(self, planned: list[Trial]) -> int:
-    folder = self._root / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    self._folder.mkdir(parents=True, exist_ok=True)
     for trial in planned:
-      path, name = folder / f"{trial.name}.yaml", jobset_name(trial)
+      path, name = self._folder / f"{trial.name}.yaml", jobset_name(trial)
       path.write_text(self._text(trial))
       if not self._submits:
         print(f"{trial.name}: {path}")
@@ -248,7 +259,7 @@ class Kubernetes:
       )
       print(f"{trial.name}: {name}", flush=True)
     if not self._submits:
-      print(f"Nothing was submitted: --submit does, or kubectl apply -f {folder}")
+      print(f"Nothing was submitted: --submit does, or kubectl apply -f {self._folder}")
     return 0
 
   def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
@@ -274,7 +285,7 @@ class Kubernetes:
 
   def _text(self, trial: Trial) -> str:
     objects = manifest(trial, self._options, self._root, self._max_attempts)
-    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False)
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=math.inf)
 
 
 def jobset_name(trial: Trial) -> str:

@@ -1,13 +1,14 @@
 """The engine of one machine: which worker trains which trial, and how a sweep ends."""
 
 import collections
+import contextlib
 import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from launch import cli, engines, exits, status, trials
 from launch.engines import Job, Record, results, workers
+from launch.engines.pace import Pace, Seen, Work, makespan
 from launch.engines.workers import Event, Slot, Worker, WorkerError
 from launch.trials import State, Trial
 from mtp_jax.config import Config, ConfigError
@@ -82,19 +84,6 @@ def preview_packs(
   return lines
 
 
-def seconds_of(flops: float, cost: float, speeds: dict[float, float]) -> float:
-  """Returns how long `flops` take in a worker, as far as is known.
-
-  `cost` is FLOPs per token. `speeds` holds the measured FLOPs per second by cost: small
-  models are slower for their FLOPs, so the nearest cost counts. Nothing is known
-  before the first measurement: NaN.
-  """
-  if not speeds:
-    return math.nan
-  nearest = min(speeds, key=lambda other: abs(math.log(other / cost)))
-  return flops / speeds[nearest]
-
-
 class Sweep:
   """One pass over the trials of a sweep; see `run`.
 
@@ -129,7 +118,7 @@ class Sweep:
     self._num_devices = 1
     choice = trials.choose(planned, again)
     self._states = choice.states
-    self._waiting = choice.todo
+    self._waiting, self._copies = choice.todo, choice.copies
     self._num_shapes = len({trial.shape for trial in self._waiting})
     self._failed = {t.name: "another process trains it" for t in choice.active}
     for trial in choice.given_up:
@@ -138,12 +127,13 @@ class Sweep:
     self._attempts: collections.Counter[str] = collections.Counter()
     self._workers: list[Worker] = []
     self._signum: int | None = None
-    self._stopped_at = 0.0
-    # Of this pass: when each running trial was given out, its step then, and how many
-    # were given out with it; FLOPs and seconds of the finished ones by their cost
-    # (FLOPs per token).
-    self._given: dict[str, tuple[float, int, int]] = {}
-    self._measured: dict[float, tuple[float, float]] = {}
+    self._stopped_at, self._ends_at_once = 0.0, False
+    # Of this pass: when each running trial was given out, its step then, how many were
+    # given out with it, and whether it is the first of its shape; what finished ones
+    # took; the shapes that were given out.
+    self._given: dict[str, tuple[float, int, int, bool]] = {}
+    self._finished: list[tuple[Work, Seen]] = []
+    self._begun: set[Config] = set()
     self._bar: tqdm | None = None
     self._last_line = time.monotonic()
 
@@ -175,6 +165,8 @@ class Sweep:
         for worker in workers.wait(self._workers, _SECONDS_BETWEEN_LOOKS):
           self._answer(worker, worker.event())
         self._show()
+        if self._ends_at_once:
+          raise SystemExit(128 + self._signum)
     finally:
       for worker in self._workers:
         worker.close()
@@ -220,15 +212,18 @@ class Sweep:
     size = self._size(trial, len(mates))
     given = in_packs(mates, self._states, size)[0] if size > 1 else [trial]
     pack = f" in a pack of {len(given)}" if len(given) > 1 else ""
+    is_first = given[0].shape not in self._begun
+    self._begun.add(given[0].shape)
     for trial in given:
       self._waiting.remove(trial)
       step = self._states[trial.name].step
-      self._given[trial.name] = time.monotonic(), step, len(given)
-      trial.workdir.mkdir(parents=True, exist_ok=True)
-      (trial.workdir / "error.txt").unlink(missing_ok=True)
-      engines.write_record(
-        trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
-      )
+      self._given[trial.name] = time.time(), step, len(given), is_first
+      with self._warnings(trial):
+        trial.workdir.mkdir(parents=True, exist_ok=True)
+        (trial.workdir / "error.txt").unlink(missing_ok=True)
+        engines.write_record(
+          trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
+        )
       self._attempts[trial.name] += 1
       how = f"continues near step {step}" if step else "starts"
       self._say(f"{trial.name}: {how}{pack}")
@@ -278,14 +273,14 @@ class Sweep:
   def _note(self, trial: Trial, event: Event) -> None:
     """Notes the end of a trial, for better or worse."""
     self._states[trial.name] = state = trials.read_state(trial)
-    began, first_step, num_given = self._given.pop(trial.name)
-    elapsed = time.monotonic() - began
+    elapsed = time.time() - self._given[trial.name][0]
+    work, seen = self._seen(trial)
+    self._given.pop(trial.name)
     if event.kind == "done":
-      flops, seconds = self._measured.get(trial.cost, (0.0, 0.0))
-      flops += self._work(trial, first_step)
-      self._measured[trial.cost] = flops, seconds + elapsed / num_given
+      self._finished.append((work, seen._replace(evaluation=seen.waited)))
       loss = math.nan if state.eval_loss is None else state.eval_loss
       self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
+      self._share(trial)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
     elif event.kind == "claimed":
@@ -295,9 +290,19 @@ class Sweep:
       self._note_failure(trial, event)
     results.collect(self._root)
 
+  def _share(self, original: Trial) -> None:
+    """Gives the results of a trial to those that are the same run."""
+    for trial in self._planned:
+      if self._copies.get(trial.name) is original:
+        with self._warnings(trial):
+          trials.adopt(trial, original)
+          self._say(f"{trial.name}: the same run as {original.name}")
+        self._states[trial.name] = trials.read_state(trial)
+
   def _note_failure(self, trial: Trial, event: Event) -> None:
     text = event.text or "the worker was told to stop (SIGTERM)"
-    (trial.workdir / "error.txt").write_text(text + "\n")
+    with self._warnings(trial):
+      (trial.workdir / "error.txt").write_text(text + "\n")
     if event.kind == "died":
       status.left_behind(trial.workdir, event.exit_class, text)
     attempt, summary = self._attempts[trial.name], text.splitlines()[0]
@@ -309,6 +314,14 @@ class Sweep:
       return
     self._failed[trial.name] = text
     self._say(f"{trial.name}: FAILED: {summary}", True)
+
+  @contextlib.contextmanager
+  def _warnings(self, trial: Trial) -> Iterator[None]:
+    """Says what could not be written: the disk of one trial may be full, or of all."""
+    try:
+      yield
+    except OSError as error:
+      self._say(f"{trial.name}: warning: {error}")
 
   def _check_devices(self, event: Event) -> None:
     self._num_devices = event.num_devices
@@ -329,8 +342,7 @@ class Sweep:
     now = time.monotonic()
     if self._signum is not None:
       # Some tools signal a process and its group at once: that is one signal, not two.
-      if now - self._stopped_at > _SECONDS_BETWEEN_LOOKS:
-        raise SystemExit(128 + signum)
+      self._ends_at_once |= now - self._stopped_at > _SECONDS_BETWEEN_LOOKS
       return
     self._signum, self._stopped_at = signum, now
     for worker in self._workers:
@@ -342,26 +354,49 @@ class Sweep:
     step = self._states[trial.name].step
     return trial.flops * max(0, step - first_step) / trial.num_steps
 
+  def _left(self, trial: Trial, is_first: bool) -> Work:
+    """Returns what a trial has to do."""
+    data, limits = trial.resolved.data, trial.resolved.eval
+    prompts = limits.line_prompts + limits.function_prompts + limits.middle_prompts
+    tokens = limits.num_rows * data.seq_len + prompts * limits.max_new_tokens
+    # A forward pass is a third of what training costs.
+    left = trial.flops - self._work(trial)
+    return Work(trial.cost, left, tokens * trial.cost / 3, is_first)
+
+  def _seen(self, trial: Trial) -> tuple[Work, Seen]:
+    """Returns what a trial that was given out has to do, and what it took so far."""
+    began, first_step, num_given, is_first = self._given[trial.name]
+    now, work = time.time(), self._left(trial, is_first)
+    startup = _time_of(trial.workdir / "startup.json")
+    if startup < began:
+      return work, Seen(waited=(now - began) / num_given)
+    logged = max(startup, _time_of(trial.workdir / "metrics.jsonl"))
+    flops = self._work(trial, first_step)
+    training = logged - startup if flops else 0.0
+    return work, Seen(
+      *(x / num_given for x in (startup - began, training)), flops, None,
+      (now - logged) / num_given,
+    )
+
   def _progress(self) -> tuple[float, str]:
     """Returns the share of FLOPs done and a line that says so."""
-    running = [trial for worker in self._workers for trial in worker.trials]
-    measured = self._measured.items()  # Of trials that only had to be evaluated: 0.
-    speeds = {cost: flops / s for cost, (flops, s) in measured if flops}
-    for trial in running:
-      self._states[trial.name] = trials.read_state(trial)
-      began, first_step, num_given = self._given[trial.name]
-      if work := num_given * self._work(trial, first_step):
-        speeds.setdefault(trial.cost, work / (time.monotonic() - began))
-    left = sum(
-      seconds_of(trial.flops - self._work(trial), trial.cost, speeds)
-      for trial in (*running, *self._waiting)
+    for worker in self._workers:
+      for trial in worker.trials:
+        self._states[trial.name] = trials.read_state(trial)
+    at_work = [[self._seen(t) for t in worker.trials] for worker in self._workers]
+    pace = Pace([*self._finished, *(x for pairs in at_work for x in pairs)])
+    left = makespan(
+      [sum(pace.left(*pair) for pair in pairs) for pairs in at_work],
+      [pace.left(self._left(t, t.shape not in self._begun)) for t in self._waiting],
     )
-    done = {t for t in self._planned if self._states[t.name].kind == "done"}
-    share = sum(t.flops if t in done else self._work(t) for t in self._planned)
-    share /= sum(trial.flops for trial in self._planned)
-    text = f"{len(done)}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
-    if speeds and self._workers:
-      text += f", about {_duration(left / len(self._workers))} left"
+    trained = [trial for trial in self._planned if trial.name not in self._copies]
+    done = {t for t in trained if self._states[t.name].kind == "done"}
+    share = sum(t.flops if t in done else self._work(t) for t in trained)
+    share /= sum(trial.flops for trial in trained)
+    finished = sum(self._states[t.name].kind == "done" for t in self._planned)
+    text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
+    if self._workers and not math.isnan(left):
+      text += f", about {_duration(left)} left"
     return share, text
 
   def _show(self) -> None:
@@ -389,6 +424,9 @@ class Sweep:
       name = signal.Signals(self._signum).name
       print(f"{name}: the sweep has stopped; the same command continues it.")
       return 128 + self._signum
+    for name, original in self._copies.items():
+      if self._states[name].kind != "done":
+        self._failed[name] = f"the same run as {original.name}"
     if self._failed:
       print(f"{len(self._failed)} of {len(self._planned)} trial(s) failed:")
       for name, text in self._failed.items():
@@ -411,6 +449,7 @@ class Local:
   """
 
   needs_folders = False
+  outcome = "trained"
 
   def __init__(
     self,
@@ -469,6 +508,11 @@ class Local:
     if elsewhere:
       text += f"; stop those on {', '.join(sorted(elsewhere))} there"
     return text
+
+
+def _time_of(path: Path) -> float:
+  """Returns when a file was written, 0 if it is not there."""
+  return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ def option(default: Any, text: str) -> Any:
 def define(prefix: str, options: type[Options]) -> Callable[[], Options]:
   """Defines `--PREFIX.FIELD` for every field; returns what reads them all.
 
-  Fields are `int` or `str | None`.
+  Fields of type `int` are flags of numbers, all others of texts.
   """
   holders = {}
   for field in dataclasses.fields(options):

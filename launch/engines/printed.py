@@ -40,6 +40,7 @@ class Printed:
   """
 
   needs_folders = True
+  outcome = "printed"
 
   def __init__(
     self,

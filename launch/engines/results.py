@@ -8,6 +8,7 @@ import csv
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,32 +20,48 @@ _LOCK = ".results.lock"
 def collect(root: Path) -> Path:
   """Writes `results.csv` of a sweep folder; returns its path.
 
+  Where it cannot be written a warning says so: no trial depends on it.
+
   Columns: `trial`; `complete`, whether it is trained and evaluated; `step`, the last
   one known; `exit_class` and `reason` of the last end; every config key that is not
   the same in all rows; and the measures of eval.json, means beside `_stderr`, lists
   numbered from 0, other entries by their names. What is not there is empty.
   """
-  with _one_at_a_time(root):
-    found = sorted(path.parent for path in root.glob("*/config.json"))
-    runs = {folder: _read(folder / "config.json") for folder in found}
-    configs = {folder: _flat(config) for folder, config in runs.items() if config}
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    varying = [
-      key
-      for key in keys
-      if key != "name"
-      and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
-    ]
-    rows = [_row(folder, config, varying) for folder, config in configs.items()]
-    path = root / FILE
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+  path = root / FILE
+  try:
+    with _one_at_a_time(root):
+      _write(path, _rows(root))
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      print(f"warning: {path} could not be written ({error}).", file=sys.stderr)
+  return path
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+  columns = dict.fromkeys(column for row in rows for column in row)
+  temporary = path.with_suffix(f".{os.getpid()}.tmp")
+  try:
     with temporary.open("w", newline="") as file:
-      columns = dict.fromkeys(column for row in rows for column in row)
       writer = csv.DictWriter(file, list(columns), restval="")
       writer.writeheader()
       writer.writerows(rows)
     temporary.replace(path)
-  return path
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _rows(root: Path) -> list[dict[str, Any]]:
+  found = sorted(path.parent for path in root.glob("*/config.json"))
+  runs = {folder: _read(folder / "config.json") for folder in found}
+  configs = {folder: _flat(config) for folder, config in runs.items() if config}
+  keys = dict.fromkeys(key for config in configs.values() for key in config)
+  varying = [
+    key
+    for key in keys
+    if key != "name"
+    and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
+  ]
+  return [_row(folder, config, varying) for folder, config in configs.items()]
 
 
 @contextlib.contextmanager

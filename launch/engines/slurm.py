@@ -17,6 +17,7 @@ one step, so it is left waiting for USR2, which nobody sends.
 
 import contextlib
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -45,6 +46,50 @@ _MAX_ARRAY_SIZE = 1001
 # What lies in memory, or in a container, is of this host alone.
 _OF_ONE_HOST = ("tmpfs", "ramfs", "overlayfs", "aufs", "squashfs")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPUS = re.compile(r"(?:[\w.+-]*[A-Za-z][\w.+-]*:)?(\d+)")  # 4, or a100:4
+# Options of sbatch that --slurm.sbatch may not set, and what sets each of them. sbatch
+# takes the last of two values without a word, and some options replace others.
+_OWNED = {
+  "account": "--slurm.account",
+  "constraint": "--slurm.constraint",
+  "cpus-per-gpu": "--slurm.cpus",
+  "cpus-per-task": "--slurm.cpus",
+  "exclude": "--slurm.exclude",
+  "gpus": "--slurm.gpus",
+  "gpus-per-node": "--slurm.gpus",
+  "gpus-per-socket": "--slurm.gpus",
+  "gpus-per-task": "--slurm.gpus",
+  "mem": "--slurm.memory",
+  "mem-per-cpu": "--slurm.memory",
+  "mem-per-gpu": "--slurm.memory",
+  "nodes": "--slurm.nodes",
+  "ntasks": "--slurm.nodes and --slurm.tasks",
+  "ntasks-per-core": "--slurm.tasks",
+  "ntasks-per-gpu": "--slurm.tasks",
+  "ntasks-per-node": "--slurm.tasks",
+  "ntasks-per-socket": "--slurm.tasks",
+  "partition": "--slurm.partition",
+  "qos": "--slurm.qos",
+  "signal": "--slurm.grace",
+  "time": "--slurm.time",
+  "tres-per-task": "--slurm.gpus and --slurm.cpus",
+} | dict.fromkeys(
+  (
+    "array", "chdir", "dependency", "error", "job-name", "no-requeue", "open-mode",
+    "output", "parsable", "quiet", "requeue", "test-only", "wait", "wrap",
+  ),
+  "the sweep itself",
+)
+_SHORT = {
+  "A": "account", "C": "constraint", "D": "chdir", "G": "gpus", "J": "job-name",
+  "N": "nodes", "Q": "quiet", "W": "wait", "a": "array", "c": "cpus-per-task",
+  "d": "dependency", "e": "error", "n": "ntasks", "o": "output", "p": "partition",
+  "q": "qos", "t": "time", "x": "exclude",
+}
+# As sbatch reads options from the environment, where not SBATCH_ and the name.
+_VARIABLES = {
+  "array": "SBATCH_ARRAY_INX", "mem": "SBATCH_MEM_PER_NODE", "time": "SBATCH_TIMELIMIT"
+}
 _STATES = {
   "queued": (
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
@@ -70,7 +115,11 @@ class Options:
     "limit of a job: minutes, H:MM:SS or D-HH:MM:SS; longer trials go on in a new turn",
   )
   nodes: int = option(1, "nodes of a trial")
-  gpus: int = option(0, "GPUs of each node; 0 trains on CPU cores, a device a process")
+  gpus: int | str = option(
+    "0",
+    "GPUs of each node, of one type perhaps (a100:4); 0 trains on CPU cores, a device "
+    "a process",
+  )
   tasks: int = option(1, "processes on each node, which share its GPUs evenly")
   cpus: int = option(0, "CPU cores of each process; 0 leaves it to the cluster")
   memory: str | None = option(None, "memory of each node (64G)")
@@ -86,7 +135,17 @@ class Options:
 
   @property
   def num_devices(self) -> int:
-    return self.nodes * (self.gpus or self.tasks)
+    return self.nodes * (self.num_gpus or self.tasks)
+
+  @property
+  def num_gpus(self) -> int:
+    """Of `gpus`, the number."""
+    found = _GPUS.fullmatch(str(self.gpus))
+    if not found:
+      raise ConfigError(
+        f"--slurm.gpus must be NUMBER or TYPE:NUMBER (a100:4), got {self.gpus!r}."
+      )
+    return int(found[1])
 
   @property
   def minutes(self) -> int:
@@ -111,13 +170,13 @@ class Options:
 
   def check(self) -> None:
     """Raises ConfigError if a flag cannot be meant."""
-    lowest = {"nodes": 1, "tasks": 1, "gpus": 0, "cpus": 0, "grace": 1}
+    lowest = {"nodes": 1, "tasks": 1, "cpus": 0, "grace": 1}
     for name, least in lowest.items():
       if getattr(self, name) < least:
         raise ConfigError(
           f"--slurm.{name} must be at least {least}, got {getattr(self, name)}."
         )
-    if self.gpus % self.tasks:
+    if self.num_gpus % self.tasks:
       raise ConfigError(
         f"--slurm.gpus must be a multiple of --slurm.tasks ({self.tasks}), got "
         f"{self.gpus}."
@@ -130,14 +189,53 @@ class Options:
     self.more()
 
   def more(self) -> dict[str, Any]:
-    """Returns `sbatch` by key; a key alone is a switch."""
+    """Returns `sbatch` by key; a key alone is a switch.
+
+    Raises:
+      ConfigError: not KEY=VALUE, a key twice, or one that a flag or the sweep sets.
+    """
     found: dict[str, Any] = {}
-    for word in shlex.split(self.sbatch or ""):
-      key, equals, value = word.removeprefix("--").partition("=")
-      if not re.fullmatch(r"[a-z][a-z-]*", key):
-        raise ConfigError(f"--slurm.sbatch must be KEY=VALUE ..., got {word!r}.")
+    try:
+      words = shlex.split(self.sbatch or "")
+    except ValueError as error:
+      raise ConfigError(
+        f"--slurm.sbatch must be KEY=VALUE ..., got {self.sbatch!r} ({error})."
+      ) from error
+    for word in words:
+      key, equals, value = word.lstrip("-").partition("=")
+      if word.startswith("-") and not word.startswith("--"):
+        key = key[:1]  # `-t60`
+      elif len(key) > 1:
+        key = key.replace("_", "-")
+      if owner := _owner(key, value):
+        raise ConfigError(
+          f"--slurm.sbatch must not set {_SHORT.get(key, key)}, which {owner} sets, "
+          f"got {word!r}."
+        )
+      if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+        raise ConfigError(
+          f"--slurm.sbatch must be KEY=VALUE ... of long options, got {word!r}."
+        )
+      if key in found:
+        raise ConfigError(f"--slurm.sbatch must set {key} once, got {self.sbatch!r}.")
       found[key] = value if equals else True
     return found
+
+
+def _owner(key: str, value: str) -> str | None:
+  """Returns what sets an option of sbatch, None if it is free.
+
+  sbatch also takes the beginning of a name for the whole (`--part`).
+  """
+  name = _SHORT.get(key, key)
+  if len(name) > 1 and "gres".startswith(name):
+    # Free but for GPUs; newer versions put `gres` before each.
+    names_gpus = re.search(r"(?:^|,)(?:gres[:/])?gpu(?:[:=,]|$)", value)
+    return _OWNED["gpus"] if names_gpus else None
+  if name in _OWNED:
+    return _OWNED[name]
+  whole = [x for x in _OWNED if len(name) > 1 and x.startswith(name)]
+  return _OWNED[whole[0]] if whole else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +286,19 @@ def arrays(
   ]
 
 
+def _check_environment(script: str) -> None:
+  """Refuses variables that win over what a script sets: sbatch does not say so."""
+  in_script = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+  owners = {_OWNED[name] for name in in_script if name in _OWNED}
+  for name, owner in _OWNED.items():
+    variable = _VARIABLES.get(name, f"SBATCH_{name.upper().replace('-', '_')}")
+    if owner in owners and variable in os.environ:
+      raise ConfigError(
+        f"{variable} must not be set in the environment: sbatch takes it instead of "
+        f"what {owner} sets, got {os.environ[variable]!r}."
+      )
+
+
 class _Executor(SlurmExecutor):
   """submitit's, which also writes scripts where there is no Slurm."""
 
@@ -215,6 +326,7 @@ class Slurm:
   """
 
   needs_folders = True
+  outcome = "given to slurm"
 
   def __init__(
     self,
@@ -237,7 +349,7 @@ class Slurm:
       planned,
       options.num_devices,
       f"--slurm.nodes={options.nodes} times --slurm.gpus={options.gpus}"
-      if options.gpus
+      if options.num_gpus
       else f"--slurm.nodes={options.nodes} times --slurm.tasks={options.tasks}",
     )
     if missing := [name for name in _COMMANDS if shutil.which(name) is None]:
@@ -322,7 +434,7 @@ class Slurm:
       time=options.minutes,
       nodes=options.nodes,
       ntasks_per_node=options.tasks,
-      gpus_per_node=options.gpus or None,
+      gpus_per_node=options.gpus if options.num_gpus else None,
       cpus_per_task=options.cpus or None,
       mem=options.memory,
       wckey=None,  # Clusters that do not use them refuse jobs that have one.
@@ -401,6 +513,7 @@ class Slurm:
     """Lets sbatch judge partition, account and size without submitting."""
     array = arrays(planned, self._max_array_size(), None)[0]
     text = self._executor(array, None).script(len(array.trials))
+    _check_environment(text)
     result = subprocess.run(
       ["sbatch", "--test-only"], input=text, capture_output=True, text=True
     )

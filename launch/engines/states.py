@@ -27,7 +27,7 @@ def watch(planned: list[Trial], root: Path, seconds: float) -> int:
     if console.is_terminal:
       live = stack.enter_context(Live(console=console, auto_refresh=False))
     while True:
-      states = trials.read_states(planned)
+      states = trials.share(planned, trials.read_states(planned))
       if root.is_dir():
         results.collect(root)
       before, kinds = kinds, [state.kind for state in states.values()]

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ import jax
 
 from launch import cli
 from launch.huge_pages import start_with_huge_pages
-from launch.status import Status, exit_class_of
+from launch.status import Status, exit_class_of, last_words
 from launch.trials import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
@@ -224,7 +224,7 @@ def _serve(
   if cores is not None:
     os.sched_setaffinity(0, cores)
   # While `fit` trains, a handler of its own saves first.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  signal.signal(signal.SIGTERM, _end_at_once)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   cli.use_compilation_cache(compilation_cache)
   warnings.showwarning = lambda message, category, filename, *_: _report(
@@ -240,18 +240,21 @@ def _serve(
 
 
 def train(config: Config, workdir: Path) -> Event:
-  """Trains one trial and returns what became of it; raises nothing but SystemExit."""
+  """Trains one trial and returns what became of it; raises nothing."""
+  return _or_failed(_train, config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> Event:
   with contextlib.ExitStack() as stack:
     if event := _taken(stack, workdir):
       return event
     stack.enter_context(_output_to(workdir / "log.txt"))
     status = _status(stack, config, workdir)
-    with _leaving_word([status]):
-      try:
-        fit(config, workdir, progress=False, observer=status)
-      except Exception as error:
-        return _ended(status, error)
-      return _ended(status)
+    try:
+      fit(config, workdir, progress=False, observer=status)
+    except Exception as error:
+      return _ended(status, error)
+    return _ended(status)
 
 
 def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
@@ -260,6 +263,18 @@ def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
   The event has those of the trials as its parts, or it is a failure of them all. What
   libraries print goes to the log of the first trial, and the others say so.
   """
+  return _or_failed(_train_pack, runs, size)
+
+
+def _or_failed(work: Callable[..., Event], *args: Any) -> Event:
+  """Returns what `work` returns, or that it failed: no log can be opened, perhaps."""
+  try:
+    return work(*args)
+  except Exception as error:
+    return Event("failed", *_explain(error))
+
+
+def _train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
   with contextlib.ExitStack() as stack:
     events = [_taken(stack, workdir) for _, workdir in runs]
     ours = [run for run, event in zip(runs, events, strict=True) if event is None]
@@ -271,12 +286,11 @@ def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
       with (workdir / "log.txt").open("a") as log:
         log.write(f"trained in a pack: see {first / 'log.txt'}\n")
     statuses = [_status(stack, *run) for run in ours]
-    with _leaving_word(statuses):
-      try:
-        outcomes = fit_pack(*zip(*ours, strict=True), size=size, observers=statuses)
-      except Exception as error:
-        failures = [_ended(status, error) for status in statuses]
-        return failures[0]
+    try:
+      outcomes = fit_pack(*zip(*ours, strict=True), size=size, observers=statuses)
+    except Exception as error:
+      failures = [_ended(status, error) for status in statuses]
+      return failures[0]
     ended = iter([
       _ended(status, outcome if isinstance(outcome, Exception) else None)
       for status, outcome in zip(statuses, outcomes, strict=True)
@@ -308,15 +322,10 @@ def _status(stack: contextlib.ExitStack, config: Config, workdir: Path) -> Statu
   return stack.enter_context(Status(workdir, num_steps, stall_seconds=0))
 
 
-@contextlib.contextmanager
-def _leaving_word(statuses: list[Status]) -> Iterator[None]:
-  """Notes it in the run folders if the process is told to end meanwhile."""
-  try:
-    yield
-  except SystemExit:
-    for status in statuses:
-      status.ended("yielded", "SIGTERM, nothing new was saved")
-    raise
+def _end_at_once(signum: int, _: Any) -> None:
+  """Ends the worker between trials, or on a second signal; raises nothing."""
+  last_words("yielded", f"{signal.Signals(signum).name}, nothing new was saved")
+  os._exit(128 + signum)
 
 
 def _ended(status: Status, error: Exception | None = None) -> Event:
@@ -343,7 +352,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 def _report(connection: Any, message: Warning | str, filename: str) -> None:
   """Sends the warnings that speak of the run (a damaged checkpoint); logs all."""
-  print(f"warning: {message}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # The disk of the log is full.
+    print(f"warning: {message}", file=sys.stderr, flush=True)
   if "mtp_jax" in Path(filename).parts:
     connection.send(Event("warning", str(message)))
 
@@ -358,8 +368,9 @@ def _output_to(path: Path) -> Iterator[None]:
   try:
     yield
   finally:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # The disk of the log is full.
+        stream.flush()
     for fd, old in zip((1, 2), saved, strict=True):
       os.dup2(old, fd)
       os.close(old)

@@ -8,7 +8,7 @@ Legend: B batch, S slots, K drafts.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -176,6 +176,7 @@ def generate(
   batch_size: int | None = None,
   prompt_length: int | None = None,
   batch_sharding: Any = None,
+  before_batch: Callable[[], None] | None = None,
 ) -> list[Completion]:
   """Returns the completion of every prompt.
 
@@ -193,6 +194,7 @@ def generate(
     prompt_length: prompts are padded to it; None takes a power of two.
     batch_sharding: of arrays with a leading batch axis; None leaves them where JAX puts
       them (copies on every device that has weights).
+    before_batch: called before each batch; what it raises ends the call.
 
   Raises:
     ValueError: a prompt that is empty, too long or has unknown ids, or settings that do
@@ -208,6 +210,8 @@ def generate(
   inputs = _inputs(weights, decoding, stop_ids)
   completions = []
   for begin in range(0, len(prompts), batch_size):
+    if before_batch is not None:
+      before_batch()
     batch = prompts[begin : begin + batch_size]
     # Copies of the last prompt fill up the last batch, and are not read.
     filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]

@@ -1,0 +1,120 @@
+"""Every command of the documentation, up to where its work begins.
+
+A server forks for each command, as in `tests.commands`, with what begins work replaced:
+flags are parsed, configs and files are checked, sweeps are planned, scripts and
+manifests are made.
+"""
+
+import json
+import re
+import shlex
+import textwrap
+
+import pytest
+
+from experiments import base
+from launch.cli import BAD_INPUT
+from mtp_jax.config import from_config_dict, to_dict
+from tests import commands
+from tests.commands import ROOT, Commands
+
+DOCUMENTS = ("README.md", "launch/README.md", "experiments/README.md")
+STOP = "here the work would begin"
+_STOPS = textwrap.dedent(f"""
+  import argparse, os, sys
+  import mtp_jax, launch.cli, launch.engines.local, mtp_jax.train, mtp_jax.saved_model
+  import mtp_jax.interop, mtp_jax.data.prepare
+  import launch.planning.steps, launch.benchmarks.harness
+
+  def stop(*_, **__):
+    print({STOP!r})
+    sys.stdout.flush()
+    os._exit(0)
+
+  mtp_jax.load = mtp_jax.train.fit = mtp_jax.train.evaluate_run = stop
+  mtp_jax.interop.read_model = mtp_jax.data.prepare.prepare_folder = stop
+  launch.engines.local.Sweep.run = launch.planning.steps.abstract_state = stop
+  launch.benchmarks.harness.count_turns = stop
+  mtp_jax.saved_model.check_source = lambda *_: None  # Of runs that are not there.
+  parse = argparse.ArgumentParser.parse_args
+  argparse.ArgumentParser.parse_args = lambda *args: parse(*args) and stop()
+""")
+
+
+def documented():
+  """Returns the commands in blocks of code, and those between backticks, as words."""
+  found = {}
+  for document in DOCUMENTS:
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [x for block in blocks for x in re.sub(r"\\\n", " ", block).splitlines()]
+    lines += re.findall(r"`(python -m [^`]+)`", text)
+    for line in (" ".join(line.split()) for line in lines):
+      if line.startswith("python -m launch.") and "..." not in line:
+        found[line] = shlex.split(line, comments=True)
+  return found
+
+
+COMMANDS = documented()
+PLACES = {
+  "FILE.py": "experiments/base.py", "RUNS": "runs/depth", "NAME": "gpt2", "N": "5",
+  "FILE.jsonl": "file.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """Runs commands in a folder that has what the documentation speaks of."""
+  folder = tmp_path_factory.mktemp("documented")
+  for name in ("experiments", "launch", "mtp_jax"):
+    (folder / name).symlink_to(ROOT / name)
+  config = json.dumps(to_dict(from_config_dict(base.get_config())))
+  for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa"):
+    (folder / run).mkdir(parents=True)
+    (folder / run / "config.json").write_text(config)
+  (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
+  (folder / "start.py").write_text("def f():")
+  (folder / "text").mkdir()
+  (folder / "text" / "a.txt").write_text("text\n" * 50)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(commands, "_SERVER", _STOPS + commands._SERVER)
+    patch.setattr(commands, "ROOT", folder)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    with Commands() as server:
+      yield server
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_documented_command_begins_its_work(stopped, line):
+  _, _, module, *arguments = COMMANDS[line]
+  places = "|".join(rf"(?<![\w.]){re.escape(place)}(?![\w.])" for place in PLACES)
+  arguments = [re.sub(places, lambda x: PLACES[x[0]], word) for word in arguments]
+  if module == "launch.sweep" and any(x.startswith("--on=") for x in arguments):
+    arguments += [] if "--dry_run" in arguments else ["--dry_run"]
+  result = stopped(module, *arguments)
+  if "needs the package libtpu" in result.output:
+    pytest.skip("libtpu is not installed; it is looked for before the mesh")
+  assert result.code == 0, result.output
+  if "--help" not in arguments and "--dry_run" not in arguments:
+    assert result.output.endswith(f"{STOP}\n"), result.output
+
+
+def test_the_kubernetes_example_fits_its_slice(stopped):
+  (line,) = (x for x in COMMANDS if "--on=kubernetes" in x)
+  _, _, module, *arguments = COMMANDS[line]
+  result = stopped(module, *arguments)
+  assert result.code == 0 and "15 trial(s) written as manifests" in result.output
+  assert "given to" not in result.output
+  wide = [re.sub("v5p:.*", "v5p:4x4x4", argument) for argument in arguments]
+  assert stopped(module, *wide).code == BAD_INPUT
+
+
+def test_there_are_commands_of_every_kind():
+  modules = {words[2] for words in COMMANDS.values()}
+  every = {f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py")}
+  commands_ = {x for x in every if "__main__" in _source(x)}
+  assert commands_ - modules == set() and len(COMMANDS) > 40
+
+
+def _source(module):
+  return (ROOT / f"{module.replace('.', '/')}.py").read_text()
