@@ -119,7 +119,7 @@ def _row(contestants, **sizes):
 
 
 def _figures(seconds, **facts):
-  return {"hardware": "NVIDIA H100", "seconds": seconds} | facts
+  return {"hardware": "NVIDIA H200", "seconds": seconds} | facts
 
 
 # The second round was disturbed: all are ten times slower.
@@ -140,7 +140,7 @@ def test_ratios_are_formed_within_rounds():
     "ours / torch eager": "0.50 [0.50, 0.55]",
     "ours / torch.compile": "-",
   }
-  peak = metrics.peak_flops("NVIDIA H100")
+  peak = metrics.peak_flops("NVIDIA H200")
   assert train._mfu(row) == {"MFU": f"{800 / 1.1 / peak:.0%}"}
 
 

@@ -334,11 +334,11 @@ def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
   """New answers count, on the validation split alone; in two microbatches a step."""
   measure, splits = train.evaluate.task_metrics, []
 
-  def scripted(config, params, corpus):
+  def scripted(config, params, corpus, before_batch=None):
     split = corpus.config.eval.split
     splits.append(split)
     share = {"validation": 0.5, "test": 0.4}[split] if len(splits) > 2 else 0.4
-    return measure(config, params, corpus) | {"task_new": {"mean": share}}
+    return measure(config, params, corpus, before_batch) | {"task_new": {"mean": share}}
 
   monkeypatch.setattr(train.evaluate, "task_metrics", scripted)
   config = task_config(
@@ -700,7 +700,7 @@ PLACES = [
   (train, "_diagnostics_record", signal_itself, 1),
   (train.Observer, "stepped", collect_garbage, 2),
   (train._Run, "start", signal_itself, 2),
-  (train, "_validation_record", collect_garbage, 7),
+  (train, "_validation_record", collect_garbage, 6),
   (train._Run, "save", signal_itself, 9),
   (train, "_evaluate", signal_itself, 12),
   (evaluate, "put_batch", collect_garbage, 12),
