@@ -161,15 +161,16 @@ def _end(error: BaseException) -> End:
 
 
 def _config(workdir: Path) -> Config:
+  given = ()
   if flags.FLAGS.config is not None:
-    config = cli.load_config()
+    config, given = cli.load_config(), cli.config_overrides()
   elif (workdir / "config.json").is_file():
     config = cli.load_run_config(workdir)
   else:
     raise ConfigError(
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
-  validate(config)
+  validate(config, given=given)
   cli.check_files(config.data, config.tokenizer)
   check_trunk(config, workdir)
   return config

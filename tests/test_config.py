@@ -197,13 +197,13 @@ RULES = {
   },
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
-    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' with "
-    "extra depths (it is 'sequential' with depth 1), got 'own'.",
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' and "
+    "mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
-    "mtp.objective must be 'cross_entropy' at mtp.depth 0: only extra depths learn "
-    "from the trunk, got 'kl'.",
+    "mtp.objective must be 'cross_entropy' unless mtp.depth is positive (it is 0), got "
+    "'kl'.",
   ),
   "negative feature weight": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.feature_weight": -1.0},
@@ -212,7 +212,7 @@ RULES = {
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
     "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3' "
-    "with extra depths (it is 'parallel' with depth 1), got 64.",
+    "and mtp.depth is positive (they are 'parallel' and 1), got 64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -240,8 +240,8 @@ RULES = {
   ),
   "draft vocabulary of a shared matrix": (
     {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
-    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they "
-    "are 'eagle3' and 'shared'), got 9.",
+    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed is 'own' "
+    "(they are 'eagle3' and 'shared'), got 9.",
   ),
   "draft vocabulary larger than the vocabulary": (
     {
@@ -283,7 +283,8 @@ RULES = {
   ),
   "latent with biases": (
     LATENT | {"trunk.qkv_bias": True},
-    "trunk.qkv_bias must be False for latent attention, got True.",
+    "trunk.qkv_bias must be False unless trunk.kind is 'llama' and "
+    "trunk.attention_kind is 'grouped' (they are 'llama' and 'latent'), got True.",
   ),
   "odd rotary part": (
     LATENT | {"trunk.latent.rope_dim": 5},
@@ -291,7 +292,8 @@ RULES = {
   ),
   "gpt2 with experts": (
     {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4} | EXPERTS,
-    "trunk.moe.num_experts must be 0 for trunk.kind 'gpt2', got 8.",
+    "trunk.moe.num_experts must be 0 unless trunk.kind is 'llama' (it is 'gpt2'), got "
+    "8.",
   ),
   "rotary factor": (
     {"trunk.rope_scaling.factor": 0.5},
@@ -338,12 +340,12 @@ RULES = {
   ),
   "no experts over devices": (
     {"mesh.expert": 2},
-    "mesh.expert must be 1 without experts (trunk.moe.num_experts 0), got 2.",
+    "mesh.expert must be 1 unless trunk.moe.num_experts is positive (it is 0), got 2.",
   ),
   "dense blocks of a dense trunk": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.dense_blocks": True},
-    "mtp.dense_blocks must be False unless the trunk has experts and mtp.kind is "
-    "'sequential' (it is 'sequential' with 0 experts), got True.",
+    "mtp.dense_blocks must be False unless mtp.kind is 'sequential' and "
+    "trunk.moe.num_experts is positive (they are 'sequential' and 0), got True.",
   ),
   "nothing but a frozen trunk": (
     {"train.freeze_trunk": True},
@@ -359,7 +361,9 @@ RULES = {
       "data.source": "siblings", "data.train_on": "a.jsonl",
       "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
     },
-    "data.train_on must be '' for a task, got 'a.jsonl'.",
+    "data.train_on must be '' unless data.source is one of 'stdlib', 'site_packages', "
+    "'files', 'jsonl', 'array_record', 'language_reference', 'stories' (it is "
+    "'siblings'), got 'a.jsonl'.",
   ),
   "nothing to train on": (
     {"data.validation_fraction": 0.6, "data.test_fraction": 0.4},
@@ -413,6 +417,73 @@ RULES = {
     {"mesh.fsdp": 3}, "trunk.embed_dim must be divisible by mesh.fsdp (3), got 128."
   ),
 }
+
+
+# Values that nothing reads under the other values, by key; all else is the default.
+IGNORED = {
+  "data.path": ("my/text", {}),
+  "data.text_field": ("body", {"data.source": "files", "data.path": "x"}),
+  "tokenizer.path": ("tokenizer.json", {"tokenizer.kind": "bpe"}),
+  "task.num_train": (10, {}),
+  "task.sat.num_clauses": (
+    3, {"data.source": "countdown", "tokenizer.kind": "symbols"}
+  ),
+  "eval.line_prompts": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
+  "eval.rows_per_document": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
+  "eval.task_examples": (10, {}),
+  "eval.max_new_tokens": (9, {"eval.line_prompts": 0, "eval.function_prompts": 0}),
+  "optimizer.decay_fraction": (0.5, {}),
+  "trunk.latent.kv_rank": (64, {}),
+  "trunk.moe.expert_dim": (64, {}),
+  "trunk.moe.grouped_matmul": ("ragged", {}),
+  "trunk.moe.bias_until": (0.5, EXPERTS | {"trunk.moe.bias_rate": 0.0}),
+  "trunk.rope_theta": (1e6, {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4}),
+  "trunk.rope_scaling.factor": (4.0, {}),
+  "trunk.rope_scaling.original_length": (64, {"trunk.rope_scaling.kind": "linear"}),
+  "trunk.rope_scaling.high_freq_factor": (5.0, {"trunk.rope_scaling.kind": "yarn"}),
+  "trunk.rope_scaling.beta_fast": (40.0, {"trunk.rope_scaling.kind": "llama3"}),
+  "mtp.final_weight": (0.5, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.schedule_fraction": (
+    0.5, {"mtp.kind": "linear", "mtp.depth": 1, "mtp.schedule": "linear"}
+  ),
+}
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_value_that_nothing_reads_is_refused(key):
+  value, others = IGNORED[key]
+  default = config_rules._defaults()[key]
+  message = error_of(make(**others | {key: value}))
+  assert re.fullmatch(
+    rf"{re.escape(f'{key} must be {default!r} unless ')}.*, got {value!r}\.", message
+  )
+
+
+def test_every_condition_of_an_effect_is_of_known_keys_and_choices():
+  keys = config_rules._defaults()
+  for key, conditions in config_rules._effects().items():
+    assert key in keys
+    for names, allowed in conditions.items():
+      for name in [names] if isinstance(names, str) else names:
+        for value in allowed:
+          make(**{name: value})  # Raises for a value that is no choice.
+  sections = {key for key in config_rules._EFFECTS if key not in keys}
+  assert sections == {
+    "trunk.latent", "trunk.moe", "trunk.rope_scaling", "task",
+    *(f"task.{task}" for task in config_lib.TASKS),
+  }
+
+
+def test_the_baseline_of_a_sweep_may_have_the_weight_of_the_others():
+  baseline = make(mtp__weight=1.0, mtp__weighting="sum", eval__middle_prompts=4)
+  config_rules.validate(baseline)
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(baseline, given=("mtp.weight", "mtp.kind"))
+  assert str(caught.value) == (
+    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
+    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0."
+  )
+  config_rules.validate(make(mtp__weight=1.0, mtp__kind="linear"), given=["mtp.weight"])
 
 
 @pytest.mark.parametrize("name", RULES)
