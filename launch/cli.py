@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch import exits
 from mtp_jax.config import (
   TASKS,
   Config,
@@ -194,7 +196,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
-  ConfigError and DataError end in their message and exit code 2, without a traceback.
+  ConfigError and DataError end in their message and exit code 2, without a traceback;
+  what nobody expected ends in a traceback, its message and exit code 1.
   """
 
   def guarded(_: list[str]) -> int | None:
@@ -204,6 +207,9 @@ def run(main: Callable[[], int | None]) -> None:
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except Exception as error:
+      traceback.print_exception(error)
+      return fail(exits.describe(error), exits.FAILED)
 
   app.run(guarded, flags_parser=_parse)
 

@@ -151,10 +151,10 @@ def _end(error: BaseException) -> End:
     together = isinstance(error, Diverged)
     return End(exits.code_of(exit_class), exit_class, str(error), together)
   traceback.print_exception(error)
-  summary = traceback.format_exception_only(error)[-1].strip()
+  summary = exits.describe(error)
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (
-      f"{summary.splitlines()[0]} Another process may have ended: see what it printed. "
+      f"{summary} Another process may have ended: see what it printed. "
       "The run goes on from its newest checkpoint when all are started again."
     )
   return End(exits.FAILED, "infrastructure", summary)
