@@ -20,6 +20,7 @@ from launch import cli
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.metrics import write_json
+from mtp_jax.saved_model import portable
 from mtp_jax.train import evaluate_run
 
 _WORKDIR = cli.define_workdir("run folder")
@@ -36,7 +37,7 @@ def main() -> int:
   workdir, split = Path(_WORKDIR.value), _SPLIT.value
   config = cli.load_run_config(workdir)
   limits = dataclasses.replace(config.eval, split=split)
-  config = dataclasses.replace(config, eval=limits)
+  config = portable(dataclasses.replace(config, eval=limits))
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   try:
     result = evaluate_run(

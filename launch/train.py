@@ -114,7 +114,7 @@ def train(
   status = None
   with contextlib.ExitStack() as stack:
     try:
-      validate(config, jax.device_count())
+      validate(config, jax.device_count(), jax.default_backend())
       stack.enter_context(distributed.exclusive(workdir))
       num_steps = accounting.resolve(config).train.num_steps
       status = stack.enter_context(Status(workdir, num_steps, stall_seconds))

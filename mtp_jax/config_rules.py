@@ -5,10 +5,13 @@ A message has the dotted key, the rule and the value.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import typing
 from collections.abc import Collection
 from typing import Any
+
+import jax
 
 from experiments import base
 from mtp_jax.config import (
@@ -31,13 +34,17 @@ from mtp_jax.config import (
 
 
 def validate(
-  config: Config, num_devices: int | None = None, given: Collection[str] = ()
+  config: Config,
+  num_devices: int | None = None,
+  platform: str | None = None,
+  given: Collection[str] = (),
 ) -> None:
   """Checks every rule that involves more than one value's type.
 
   Args:
     config: what to check.
     num_devices: devices the mesh has to fill; None leaves the mesh product unchecked.
+    platform: cpu, gpu or tpu, that of the devices; None leaves kernels unchecked.
     given: dotted keys that were set for this config alone, not for a whole sweep.
 
   Raises:
@@ -57,6 +64,8 @@ def validate(
   if num_devices is not None:
     rules.raise_if_broken()
     _check_devices(rules, num_devices)
+  if platform is not None:
+    _check_platform(rules, platform, num_devices)
   rules.raise_if_broken()
 
 
@@ -274,6 +283,11 @@ def _check_trunk(rule: _Rules) -> None:
       trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
       f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
     )
+  rule(
+    trunk.compute_dtype != "float64" or jax.config.jax_enable_x64,
+    "trunk.compute_dtype", "'auto', 'float32' or 'bfloat16' unless the environment has "
+    "JAX_ENABLE_X64=1: JAX makes float32 of it",
+  )
   layers, mtp = num_trunk_layers(rule.config), rule.config.mtp
   rule(
     layers >= 1, "trunk.num_layers",
@@ -519,6 +533,40 @@ def _check_devices(rule: _Rules, num_devices: int) -> None:
     config.eval.batch_size % shards == 0, "eval.batch_size",
     f"divisible by mesh data * fsdp * expert ({shards})",
   )
+
+
+def _check_platform(
+  rule: _Rules, platform: str, num_devices: int | None
+) -> None:
+  """The kernels that are named run on the platform; see `model.attention_ops`."""
+  trunk, key = rule.config.trunk, "trunk.attention"
+  if trunk.attention == "tokamax":
+    rule(
+      importlib.util.find_spec("tokamax") is not None, key,
+      f"'auto', 'xla' or 'blocked' on platform {platform!r} where the package tokamax "
+      "is not installed",
+    )
+    rule(num_devices in (None, 1), key, f"another on {num_devices} devices")
+  if trunk.attention != "cudnn":
+    return
+  rule(
+    platform in ("gpu", "cuda"), key,
+    f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
+  )
+  sizes, head_dim = trunk.latent, trunk.head_dim
+  if trunk.attention_kind == "latent":
+    head_dim = sizes.nope_dim + sizes.rope_dim
+    rule(
+      head_dim == sizes.value_dim, key,
+      f"another where values ({sizes.value_dim}) differ in size from keys ({head_dim})",
+    )
+  for holds, why in (
+    (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),
+    (head_dim % 8 == 0, f"has heads of {head_dim}, not a multiple of 8"),
+    (rule.config.data.seq_len % 2 == 0, "has rows of odd length (data.seq_len)"),
+    (rule.config.mesh.context == 1, "splits the sequence (mesh.context)"),
+  ):
+    rule(holds, key, f"another where attention {why}")
 
 
 def _get_dotted(config: Any, key: str) -> Any:

@@ -36,7 +36,7 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
   """
 
   def layout(config: Config) -> tuple[Any, Any]:
-    boxed = accounting.abstract_params(_portable(config))
+    boxed = accounting.abstract_params(portable(config))
     params = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       unbox(boxed),
@@ -45,7 +45,7 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
     return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)), params
 
   step, params, meta = checkpoint.restore_params(folder, layout)
-  config = _portable(from_config_dict(meta["config"]))
+  config = portable(from_config_dict(meta["config"]))
   return SavedModel(config, params, meta["tokenizer"], int(step))
 
 
@@ -141,7 +141,7 @@ def _finished_steps(workdir: Path) -> list[int]:
   return checkpoint.finished_steps(directory) if directory.is_dir() else []
 
 
-def _portable(config: Config) -> Config:
+def portable(config: Config) -> Config:
   """Returns the config without choices that only the training's platform may have."""
   moe = dataclasses.replace(config.trunk.moe, grouped_matmul="auto")
   trunk = dataclasses.replace(config.trunk, attention="auto", moe=moe)

@@ -121,7 +121,7 @@ def fit(
       one had a signal.
   """
   startup = startup or Startup()
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.default_backend())
   with contextlib.ExitStack() as stack:
     clock = _Clock()
     training, state = _open(
@@ -168,7 +168,7 @@ def fit_pack(
       f"a pack is trained by one process, got {jax.process_count()}."
     )
   for config in configs:
-    validate(config, 1)
+    validate(config, 1, jax.default_backend())
   first, *others = (shape_of(accounting.resolve(config)) for config in configs)
   for other in others:
     if keys := difference(first, other):
@@ -227,7 +227,7 @@ def start_run(
     DataError: the corpus cannot be used.
     CheckpointError: the checkpoint could not be written.
   """
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.default_backend())
   if config.train.trunk_from:
     raise ConfigError(
       "train.trunk_from must be '' where the weights come from elsewhere, got "
@@ -264,7 +264,7 @@ def evaluate_run(
     CheckpointError: the folder has no such whole checkpoint.
     DataError: the corpus or tokenizer here is not that of the run.
   """
-  validate(config)
+  validate(config, platform=jax.default_backend())
   run = _Run(accounting.resolve(config), Path(workdir), read_only=True)
   with contextlib.closing(run.checkpointer):
     with jax.set_mesh(run.mesh):

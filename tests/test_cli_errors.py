@@ -60,6 +60,16 @@ CONFIGS = {
     [BASE, "--config.mtp.weight=nan"],
     "mtp.weight must be finite and not negative, got nan.",
   ),
+  "own text that is not read": (
+    [BASE, "--config.data.path=my/text"],
+    "data.path must be '' unless data.source is one of 'files', 'jsonl', "
+    "'array_record' (it is 'stdlib'), got 'my/text'.\n",
+  ),
+  "a weight of nothing": (
+    [BASE, "--config.mtp.weight=1"],
+    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
+    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0.\n",
+  ),
   "two rules": (
     [BASE, "--config.mtp.weight=nan", "--config.seed=-1"],
     "mtp.weight must be finite and not negative, got nan.\n"
@@ -133,6 +143,19 @@ def test_mesh_that_does_not_fit_the_devices(command, tmp_path):
     "error: mesh must be such that fsdp * expert * tensor * context divides the number "
     "of devices (1), got {'data': -1, 'fsdp': 2, 'expert': 1, 'tensor': 1, 'context': "
     "1}.\n"
+  )
+  assert result.code == 2
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_kernel_of_another_platform(command, tmp_path):
+  result = command(
+    "launch.train", BASE, f"--workdir={tmp_path / 'run'}",
+    "--config.trunk.attention=cudnn",
+  )
+  assert result.output == (
+    "error: trunk.attention must be 'auto', 'xla' or 'blocked' on platform 'cpu': "
+    "cuDNN is of NVIDIA GPUs, got 'cudnn'.\n"
   )
   assert result.code == 2
   assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import pytest
 
 from experiments import base
@@ -21,9 +22,9 @@ def make(**overrides):
   return config_lib.with_overrides(default, values)
 
 
-def error_of(config, num_devices=None):
+def error_of(config, num_devices=None, platform=None):
   with pytest.raises(ConfigError) as caught:
-    config_rules.validate(config, num_devices)
+    config_rules.validate(config, num_devices, platform)
   return str(caught.value)
 
 
@@ -417,6 +418,80 @@ RULES = {
     {"mesh.fsdp": 3}, "trunk.embed_dim must be divisible by mesh.fsdp (3), got 128."
   ),
 }
+
+
+CUDNN = {"trunk.attention": "cudnn"}
+PLATFORMS = {
+  "cudnn on a CPU": (
+    CUDNN, "cpu", "'auto', 'xla' or 'blocked' on platform 'cpu': cuDNN is of NVIDIA "
+    "GPUs, got 'cudnn'.",
+  ),
+  "cudnn on a TPU": (
+    CUDNN, "tpu", "'auto', 'xla' or 'blocked' on platform 'tpu': cuDNN is of NVIDIA "
+    "GPUs, got 'cudnn'.",
+  ),
+  "cudnn in float32": (
+    CUDNN | {"trunk.compute_dtype": "float32"}, "gpu",
+    "another where attention is not in 16-bit floats, got 'cudnn'.",
+  ),
+  "cudnn of small heads": (
+    CUDNN | {"trunk.embed_dim": 48}, "gpu",
+    "another where attention has heads of 12, not a multiple of 8, got 'cudnn'.",
+  ),
+  "cudnn of odd rows": (
+    CUDNN | {"data.seq_len": 127}, "gpu",
+    "another where attention has rows of odd length (data.seq_len), got 'cudnn'.",
+  ),
+  "cudnn of split rows": (
+    CUDNN | {"mesh.context": 2}, "gpu",
+    "another where attention splits the sequence (mesh.context), got 'cudnn'.",
+  ),
+  "cudnn of values of another size": (
+    LATENT | CUDNN, "gpu",
+    "another where values (32) differ in size from keys (48), got 'cudnn'.",
+  ),
+  "tokamax that is not there": (
+    {"trunk.attention": "tokamax"}, "cpu", "'auto', 'xla' or 'blocked' on platform "
+    "'cpu' where the package tokamax is not installed, got 'tokamax'.",
+  ),
+  "tokamax on several devices": (
+    {"trunk.attention": "tokamax"}, "gpu", "another on 8 devices, got 'tokamax'."
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
+  values, platform, message = PLATFORMS[name]
+  is_missing = name == "tokamax that is not there"
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: None if is_missing else 1)
+  config = make(**values)
+  found = error_of(config, 1 if is_missing else 8, platform)
+  assert found == f"trunk.attention must be {message}"
+  config_rules.validate(config, 8)  # The sweep's own process has other devices.
+
+
+def test_kernels_are_accepted_where_they_run(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
+  config_rules.validate(make(**CUDNN), 8, "gpu")
+  config_rules.validate(make(trunk__attention="tokamax"), 1, "tpu")
+  for attention in ("auto", "xla", "blocked"):
+    for grouped_matmul in ("auto", "ragged", "blocked"):
+      moe = EXPERTS | {"trunk.moe.grouped_matmul": grouped_matmul}
+      config_rules.validate(make(trunk__attention=attention, **moe), 8, "cpu")
+
+
+def test_float64_is_refused_where_jax_would_make_float32_of_it():
+  double = make(trunk__compute_dtype="float64")
+  assert error_of(double) == (
+    "trunk.compute_dtype must be 'auto', 'float32' or 'bfloat16' unless the "
+    "environment has JAX_ENABLE_X64=1: JAX makes float32 of it, got 'float64'."
+  )
+  jax.config.update("jax_enable_x64", True)
+  try:
+    config_rules.validate(double)
+  finally:
+    jax.config.update("jax_enable_x64", False)
 
 
 # Values that nothing reads under the other values, by key; all else is the default.

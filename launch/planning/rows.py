@@ -80,7 +80,7 @@ def check(
   for trial in trials:
     try:
       fitted = topologies.fit_to_mesh(topology, trial.config.mesh)
-      validate(trial.config, fitted.num_chips)
+      validate(trial.config, fitted.num_chips, topology.chip.platform)
       if topology.chip.platform == "tpu":
         topologies.tpu_devices(fitted)
     except ConfigError as error:
