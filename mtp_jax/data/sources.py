@@ -6,6 +6,7 @@ nor their names nor the machine matters. What cannot be used (bytes that are not
 texts of white space only, exact duplicates) is left out, counted and reported.
 """
 
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -23,6 +24,8 @@ import zstandard
 from mtp_jax.data.generated import GENERATED
 
 SPLITS = ("train", "validation", "test")
+# Some editors write it before a text, which it is no part of.
+BYTE_ORDER_MARK = "\ufeff"
 _CHUNK_BYTES = 1 << 20
 _NOT_STDLIB = ("site-packages", "dist-packages")
 
@@ -174,6 +177,8 @@ class DocumentReader:
     if text is None:
       self._encoding_errors.append(name)
       return None
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    data = data.removeprefix(codecs.BOM_UTF8)
     if not text.strip():
       self._num_empty += 1
       return None
@@ -326,12 +331,12 @@ def _refuse_folder(error: OSError) -> None:
 
 def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
   """Returns the text of one JSONL line as UTF-8, or None where it has no such form."""
-  if not line.strip():
-    return b""
   try:
-    record = parse_line(line.decode("utf-8"), where)
+    record = parse_line(line, where)
   except UnicodeDecodeError:
     return None
+  if record is None:
+    return b""
   if field not in record:
     raise DataError(
       f"{where}: data.text_field {field!r} is not a key of this line; "
@@ -348,10 +353,18 @@ def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
     return None
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
-  """Returns the object of one JSONL line; raises DataError if it holds none."""
+def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
+  """Returns the object of one JSONL line, None of a blank line.
+
+  Raises:
+    DataError: the line holds something else.
+    UnicodeDecodeError: the line is not UTF-8.
+  """
+  text = line.decode("utf-8")
+  if not text.strip():
+    return None
   try:
-    record = json.loads(line)
+    record = json.loads(text)
   # ValueError: bad JSON, or a number with too many digits for Python.
   except (ValueError, RecursionError) as error:
     raise DataError(f"{where}: not valid JSON ({error}).") from error
@@ -361,19 +374,20 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
 
 
 def read_lines(handle: BinaryIO, file: str) -> Iterator[bytes]:
-  """Yields the lines of a plain, .gz or .zst file, without their ends.
+  """Yields the lines of a plain, .gz or .zst file, without ends and byte order mark.
 
   Raises:
     DataError: damaged or cut short.
   """
   parts: list[bytes] = []
+  mark = codecs.BOM_UTF8
   for chunk in _chunks(handle, file):
     first, *rest = chunk.split(b"\n")
     parts.append(first)
     for following in rest:
-      yield b"".join(parts)
-      parts = [following]
-  if last := b"".join(parts):
+      yield b"".join(parts).removeprefix(mark)
+      parts, mark = [following], b""
+  if last := b"".join(parts).removeprefix(mark):
     yield last
 
 
