@@ -5,14 +5,15 @@ whose last line is `cli.run(main)`. Bad flags, configs and data end in one messa
 exit code 2, before any work.
 """
 
+import ast
 import contextlib
 import difflib
 import errno
 import fcntl
 import glob
-import json
 import os
 import re
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from launch import exits
+from mtp_jax import checkpoint
 from mtp_jax.config import (
   TASKS,
   Config,
@@ -111,7 +113,7 @@ def load_run_config(workdir: Path) -> Config:
     raise ConfigError(
       f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
     )
-  return from_config_dict(json.loads(path.read_text()))
+  return checkpoint.read_config(workdir)
 
 
 def config_overrides() -> dict[str, object]:
@@ -153,8 +155,17 @@ def exclusive(workdir: Path) -> Iterator[None]:
   Raises:
     ConfigError: another process holds it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / LOCK).open("w") as lock:
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((workdir / LOCK).open("w"))
+    except OSError as error:
+      if not exits.is_bad_path(error):
+        raise
+      raise ConfigError(
+        f"{workdir} must be a folder that can be written: {error.strerror} "
+        f"({error.filename})."
+      ) from error
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -172,7 +183,7 @@ def is_in_use(workdir: Path) -> bool:
   try:
     with (workdir / LOCK).open() as lock:
       fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
     return False
   except BlockingIOError:
     return True
@@ -193,6 +204,27 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return "\n".join(lines)
 
 
+def check_folder(name: str, value: str) -> None:
+  """Checks that a flag names a folder, or where one can be made.
+
+  Raises:
+    ConfigError: empty, a file, below a file, or no name that the file system can have.
+  """
+  if not value.strip():
+    raise ConfigError(f"--{name} must name a folder, got {value!r}.")
+  try:
+    is_folder = stat.S_ISDIR(os.stat(value).st_mode)
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError) as error:  # Below a file, too long, a null byte.
+    reason = getattr(error, "strerror", None) or str(error)
+    raise ConfigError(
+      f"--{name} must name a folder, got {value!r:.80}: {reason}."
+    ) from error
+  if not is_folder:
+    raise ConfigError(f"--{name} must name a folder, got {value!r}, which is a file.")
+
+
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
@@ -204,10 +236,14 @@ def run(main: Callable[[], int | None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # Else absl shows what libraries log.
     try:
+      if "workdir" in flags.FLAGS and flags.FLAGS.workdir is not None:
+        check_folder("workdir", flags.FLAGS.workdir)
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
     except Exception as error:
+      if exits.is_bad_path(error):
+        return fail(exits.describe(error), BAD_INPUT)
       traceback.print_exception(error)
       return fail(exits.describe(error), exits.FAILED)
 
@@ -237,18 +273,36 @@ def _check_arguments(argv: list[str]) -> None:
   """Refuses what config_flags would answer with a traceback."""
   if "config" not in flags.FLAGS:
     return
-  for argument in argv[1:]:
+  for number, argument in enumerate(argv[1:], start=2):
+    following = argv[number:]
     if override := _OVERRIDE.match(argument):
       if type_name(override[1]) == "section":
         raise ConfigError(
           f"{override[1]} is a section; set one of its keys (--config.mtp.depth=2)."
         )
-    elif re.match(r"--?config=", argument):
-      file = argument.partition("=")[2].partition(":")[0]
-      if not os.path.isfile(file):
-        raise ConfigError(
-          f"--config must name an experiment file, got {file!r}{_nearest_file(file)}"
-        )
+    elif re.match(r"--?config(=|$)", argument):
+      # The value may be the next argument.
+      value = argument.partition("=")[2] if "=" in argument else "".join(following[:1])
+      file = value.partition(":")[0]
+      _check_experiment(file)
+
+
+def _check_experiment(file: str) -> None:
+  """Refuses a file that is no Python, or has no `get_config`; runs nothing of it."""
+  if not os.path.isfile(file):
+    raise ConfigError(
+      f"--config must name an experiment file, got {file!r}{_nearest_file(file)}"
+    )
+  try:
+    tree = ast.parse(Path(file).read_bytes())
+  except (SyntaxError, ValueError) as error:
+    raise ConfigError(
+      f"--config must name an experiment file (Python), got {file!r}: {error}."
+    ) from error
+  if not any(getattr(node, "name", "") == "get_config" for node in ast.walk(tree)):
+    raise ConfigError(
+      f"--config must name a file with a function get_config, got {file!r}."
+    )
 
 
 def _explain(error: Exception) -> str:
@@ -262,8 +316,7 @@ def _explain(error: Exception) -> str:
       file, _, preset = failed[1].partition(":")
       return f"--config: {file} has no presets, got {preset!r}."
     # A ValueError is the experiment's own message; all else is a fault in its code.
-    if reason.startswith("ValueError: "):
-      return f"--config={failed[1]}: {reason.removeprefix('ValueError: ')}"
+    return f"--config={failed[1]}: {reason.removeprefix('ValueError: ')}"
   if required := re.search(r"Flag (--\w+) must have a value", text):
     return f"{required[1]} is required."
   return text

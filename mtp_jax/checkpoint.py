@@ -70,6 +70,9 @@ ARCHITECTURE = (
 )
 
 
+# In the name of what Orbax is still writing, after the step.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
 # What a process meets in Orbax when another one is gone or waits for something else.
 _PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
 
@@ -126,6 +129,22 @@ def contract(config: Config) -> dict[str, Any]:
   }
 
 
+def read_config(workdir: Path) -> Config:
+  """Returns the config with which a run folder was started.
+
+  Raises:
+    ConfigError: its config.json cannot be read, or is none of this version.
+  """
+  path = workdir / "config.json"
+  try:
+    return from_config_dict(json.loads(path.read_text()))
+  # ConfigError is a ValueError, and so are bad JSON and bytes that are no text.
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be the config of a run, as training wrote it: {error}"
+    ) from error
+
+
 def check_resumable(saved: Config, config: Config) -> None:
   """Refuses to continue a run under a config that would make it another run.
 
@@ -179,11 +198,10 @@ class Checkpointer:
   def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
     self.directory = (workdir / "checkpoints").resolve()
     self._read_only = read_only
-    # Finished ones are named by their step alone. Seen before the manager removes them.
+    # Seen before the manager removes them. Other names are the user's.
     self._unfinished = sorted(
-      path.name.partition(".")[0]
-      for path in self.directory.glob("*")
-      if not path.name.isdigit()
+      path.name.partition(_UNFINISHED)[0]
+      for path in self.directory.glob(f"*{_UNFINISHED}*")
     )
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -388,7 +406,9 @@ class Checkpointer:
 
 def finished_steps(directory: Path) -> list[int]:
   """Returns the steps with a finished checkpoint in a folder of them, oldest first."""
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+  return sorted(
+    int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()
+  )
 
 
 def restore_params(

@@ -73,7 +73,7 @@ def check_trunk(config: Config, workdir: Path) -> None:
   if not _finished_steps(source):
     raise ConfigError(f"{rule}, got {str(source)!r}: it has none yet.")
   try:
-    saved = from_config_dict(json.loads((source / "config.json").read_text()))
+    saved = checkpoint.read_config(source)
   except ConfigError as error:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
@@ -119,11 +119,11 @@ def load_trunk(
     )
   kept = {name: tree for name, tree in shardings.items() if name != "mtp"}
   take = jax.jit(lambda params: deployed(params, saved.config)[0], out_shardings=kept)
-  run_json = source / "run.json"
-  run = json.loads(run_json.read_text()) if run_json.is_file() else {}
-  record = {
-    "path": config.train.trunk_from, "step": saved.step, "commit": run.get("commit", "")
-  }
+  try:
+    commit = json.loads((source / "run.json").read_text())["commit"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    commit = ""
+  record = {"path": config.train.trunk_from, "step": saved.step, "commit": commit}
   return take(saved.params), record
 
 

@@ -32,7 +32,6 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   difference,
-  from_config_dict,
   to_dict,
 )
 from mtp_jax.config_rules import validate
@@ -276,6 +275,10 @@ def evaluate_run(
 
 
 _ONE_SIGNAL_SECONDS = 5.0
+# What a run folder has besides config.json.
+_FILES = (
+  "run.json", "tokenizer.json", "startup.json", "metrics.jsonl", "eval.json", "DONE"
+)
 
 
 class _Run:
@@ -354,7 +357,15 @@ class _Run:
   def _recorded_trunk(self) -> dict[str, Any] | None:
     """Returns where the trunk is from, as the run folder says."""
     path = self.workdir / "run.json"
-    return json.loads(path.read_text()).get("trunk_from") if path.is_file() else None
+    if not path.is_file():
+      return None
+    try:
+      return json.loads(path.read_text())["trunk_from"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+      raise ConfigError(
+        f"{path} must be what training wrote ({type(error).__name__}: {error}); "
+        "without it the run goes on, and where its trunk is from is forgotten."
+      ) from error
 
   def initial_state(self, given: dict[str, Any]) -> TrainState:
     """Returns the state before the first step, with given parts of its parameters.
@@ -452,10 +463,23 @@ class _Run:
     """Returns one line on what is trained on, and on held-out text from elsewhere."""
     if isinstance(self.corpus, TaskCorpus):
       return self.corpus.describe()
-    stats = self.corpus.stats
+    stats, data = self.corpus.stats, self.config.data
+    text = describe(stats)
+    if stats["is_cut"]:
+      held_out = ", ".join(
+        f"{fraction:.3g} for {name}"
+        for name, fraction in (
+          ("validation", data.validation_fraction), ("test", data.test_fraction)
+        )
+        if fraction
+      )
+      text += (
+        f"; too few to be split whole, so the end of each is held out ({held_out} of "
+        f"the text, after a gap of {data.seq_len} tokens)"
+      )
     if stats["train_on"] is None:
-      return describe(stats)
-    return f"{describe(stats['train_on'])}; held out, of {describe(stats)}"
+      return text
+    return f"{describe(stats['train_on'])}; held out, of {text}"
 
   def generation(self, params: Any) -> dict[str, Any]:
     """Returns the part of eval.json that is measured by decoding."""
@@ -613,7 +637,10 @@ class _Training:
     result = _evaluate(run, state, self.seconds, interrupt)
     run.checkpointer.wait()
     main, error = result["main_loss"].values()
-    self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
+    spread = f"+- {error:.4f} nats per token"
+    if np.isnan(error):
+      spread = f"nats per token ({evaluate.NO_ERROR})"
+    self.bar.say(f"done: main loss {main:.4f} {spread}")
     if jax.process_index() == 0:
       write_json(run.workdir / "eval.json", result)
       (run.workdir / "DONE").write_text("")
@@ -634,7 +661,7 @@ def _open(
   """Starts a run or goes on with it; what is to be closed goes on the stack."""
   observer.pauses("starting")
   check_trunk(config, workdir)
-  _claim(workdir, config)
+  _check_claimed(workdir, config)
   startup.ends("devices")
   run = _Run(accounting.resolve(config), workdir, devices=devices)
   stack.push(run.close)
@@ -643,6 +670,7 @@ def _open(
   startup.ends("data")
   with jax.set_mesh(run.mesh):
     state, seconds, trunk_from = run.start(loader)
+  _claim(workdir, config)  # Nothing is left but to train.
   _write_run_json(run, trunk_from, num_packed)
   step = int(state.step)
   writer = stack.enter_context(MetricsWriter(workdir, step))
@@ -975,14 +1003,27 @@ def _evaluate(
   }
 
 
+def _check_claimed(workdir: Path, config: Config) -> None:
+  """Checks that a run folder holds this very run, or none."""
+  for name in ("config.json", *_FILES):
+    if (workdir / name).is_dir():
+      raise ConfigError(
+        f"{workdir / name} must be a file that training writes, and is a folder."
+      )
+  for name in ("checkpoints", "tensorboard"):
+    if (workdir / name).is_file():
+      raise ConfigError(
+        f"{workdir / name} must be a folder that training fills, and is a file."
+      )
+  if (workdir / "config.json").exists():
+    checkpoint.check_resumable(checkpoint.read_config(workdir), config)
+
+
 def _claim(workdir: Path, config: Config) -> None:
-  """Creates the run folder, or checks that it holds this very run."""
-  path = workdir / "config.json"
-  if path.exists():
-    checkpoint.check_resumable(from_config_dict(json.loads(path.read_text())), config)
+  """Makes a folder that of this run."""
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    write_json(workdir / "config.json", to_dict(config))
 
 
 def _write_run_json(

@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -232,6 +233,32 @@ def split_of(
   return np.where(
     uniform_N < validation_fraction, 1, np.where(uniform_N < held_out, 2, 0)
   )
+
+
+def cut(
+  documents: Documents, validation_fraction: float, test_fraction: float
+) -> tuple[Documents, np.ndarray]:
+  """Returns the parts of documents that are too few to be split whole, and `split_N`.
+
+  Of every text the beginning is for training, then comes the part for validation, then
+  that for the test; parts of white space only are left out.
+  """
+  names, texts, edges, splits = [], [], [], []
+  for name, text in zip(documents.names, documents.texts, strict=True):
+    first = round((1 - validation_fraction - test_fraction) * len(text))
+    second = round((1 - test_fraction) * len(text))
+    bounds = itertools.pairwise((0, first, second, len(text)))
+    for split, (begin, end) in enumerate(bounds):
+      if text[begin:end].strip():
+        names.append(f"{name}[{begin}:{end}]")
+        texts.append(text[begin:end])
+        edges.append((begin == 0, end == len(text)))
+        splits.append(split)
+  hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+  parts = Documents(
+    names, texts, hash_array(hashes), documents.stats, np.array(edges, bool)
+  )
+  return parts, np.array(splits)
 
 
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
