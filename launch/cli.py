@@ -267,24 +267,31 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
   except (ConfigError, flags.Error) as error:
     sys.exit(fail(f"{_explain(error)}\nSee --help.", BAD_INPUT))
+  except Exception as error:  # The experiment file was run.
+    text = f"--config={_config_value(argv)}: {exits.describe(error)}"
+    sys.exit(fail(text, BAD_INPUT))
 
 
 def _check_arguments(argv: list[str]) -> None:
   """Refuses what config_flags would answer with a traceback."""
   if "config" not in flags.FLAGS:
     return
-  for number, argument in enumerate(argv[1:], start=2):
-    following = argv[number:]
+  for argument in argv[1:]:
     if override := _OVERRIDE.match(argument):
       if type_name(override[1]) == "section":
         raise ConfigError(
           f"{override[1]} is a section; set one of its keys (--config.mtp.depth=2)."
         )
-    elif re.match(r"--?config(=|$)", argument):
-      # The value may be the next argument.
-      value = argument.partition("=")[2] if "=" in argument else "".join(following[:1])
-      file = value.partition(":")[0]
-      _check_experiment(file)
+  if (value := _config_value(argv)) is not None:
+    _check_experiment(value.partition(":")[0])
+
+
+def _config_value(argv: list[str]) -> str | None:
+  """Returns what --config is set to: after `=`, or the next argument."""
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    if re.match(r"--?config(=|$)", argument):
+      return argument.partition("=")[2] if "=" in argument else following
+  return None
 
 
 def _check_experiment(file: str) -> None:

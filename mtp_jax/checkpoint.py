@@ -13,9 +13,15 @@ the newest checkpoint back until one is whole.
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import json
+import logging
+import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -307,6 +313,7 @@ class Checkpointer:
         stacklevel=2,
       )
     damaged = []
+    _ignore_late_reads()
     for step in reversed(steps):
       try:
         restored = self._restore(step, abstract_state, config)
@@ -323,6 +330,7 @@ class Checkpointer:
           f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
           stacklevel=2,
         )
+        _discard_frames(error)
         damaged.append(step)
       else:
         self._move_aside(damaged)
@@ -425,6 +433,7 @@ def restore_params(
     CheckpointError: damaged, or no checkpoint.
   """
   folder = folder.resolve()
+  _ignore_late_reads()
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
@@ -446,6 +455,7 @@ def restore_params(
     raise
   # As in `Checkpointer.restore`: damage is reported as errors of many libraries.
   except Exception as error:
+    _discard_frames(error)
     raise CheckpointError(
       f"checkpoint {folder} is damaged ({type(error).__name__}: {_first_line(error)})."
     ) from error
@@ -473,6 +483,42 @@ def _check_fingerprint(tree: Any, expected: list[int]) -> None:
   if found != expected:
     wrong = np.flatnonzero(np.array(found) != np.array(expected))
     raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
+
+
+def _discard_frames(error: BaseException) -> None:
+  """Lets go of what Orbax was still reading when it met damage, without a word.
+
+  Else every array that was not read yet reports, when its coroutine is collected, that
+  the event loop is closed: hundreds of lines about one damaged file.
+  """
+  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+  was_disabled = log.disabled
+  sys.unraisablehook, log.disabled = lambda _: None, True
+  try:
+    cause: BaseException | None = error
+    while cause is not None:
+      traceback.clear_frames(cause.__traceback__)
+      cause = cause.__cause__ or cause.__context__
+    gc.collect()
+  finally:
+    sys.unraisablehook, log.disabled = hook, was_disabled
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+  """Keeps TensorStore's threads from reporting reads that end after a failure.
+
+  Orbax closes its event loop at the first damaged array; each read that is still under
+  way then prints that the loop is closed, through `sys.excepthook`.
+  """
+  previous = sys.excepthook
+
+  def hook(kind: Any, error: Any, trace: Any) -> None:
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main or str(error) != "Event loop is closed":
+      previous(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 def _first_line(error: Exception, limit: int = 200) -> str:

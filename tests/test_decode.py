@@ -540,5 +540,5 @@ def test_numbers_out_of_range_are_refused_before_any_work(name, value, message):
 
 def test_a_prompt_that_does_not_fit_into_memory_is_refused():
   prompts = [np.ones(10**6, int)]
-  with pytest.raises(ValueError, match=r"must fit into memory: 1 prompt\(s\) padded to"):
+  with pytest.raises(ValueError, match=r"must fit into memory: 1 prompt\(s\) pad"):
     generate.generate(tiny_config("sequential", 1), None, prompts, max_new_tokens=4)
