@@ -57,10 +57,10 @@ class StaticTree:
 
   def __post_init__(self):
     paths = tuple(map(tuple, self.paths))
-    if not 1 <= len(paths) <= MOST_NODES:
-      raise ValueError(
-        f"a tree must have 1 to {MOST_NODES} paths, got {len(paths) or 'none'}."
-      )
+    if not paths:
+      raise ValueError("a tree must have at least one path, got none.")
+    if len(paths) > MOST_NODES:
+      raise ValueError(f"a tree must have at most {MOST_NODES} paths, got {len(paths)}.")
     for path in paths:
       if not path or any(type(rank) is not int or rank < 0 for rank in path):
         raise ValueError(f"paths must be of ranks from 0 on, at least one, got {path}.")
