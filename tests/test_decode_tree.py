@@ -561,5 +561,5 @@ def test_trees_that_do_not_fit_are_refused(kind, depth, decoding, message):
 def test_a_file_of_deeply_nested_lists_is_no_tree(tmp_path):
   file = tmp_path / "tree.json"
   file.write_text('{"paths": ' + "[" * 10**5 + "]" * 10**5 + "}")
-  with pytest.raises(ValueError, match=r"JSON file with paths, got .* \(RecursionError"):
+  with pytest.raises(ValueError, match=r"JSON file with paths, got .* \(Recursion"):
     trees.read(str(file))

@@ -60,7 +60,8 @@ class StaticTree:
     if not paths:
       raise ValueError("a tree must have at least one path, got none.")
     if len(paths) > MOST_NODES:
-      raise ValueError(f"a tree must have at most {MOST_NODES} paths, got {len(paths)}.")
+      most = f"at most {MOST_NODES} paths"
+      raise ValueError(f"a tree must have {most}, got {len(paths)}.")
     for path in paths:
       if not path or any(type(rank) is not int or rank < 0 for rank in path):
         raise ValueError(f"paths must be of ranks from 0 on, at least one, got {path}.")
