@@ -13,7 +13,8 @@ Preset `v3`: the sizes of the released model, as in its config.json and report (
 2412.19437, section 4.2), for 2048 devices: 671 billion parameters without the MTP
 module. It is checked by its shapes and has never been trained here; name your own
 prepared text with --config.data.path. Pre-training has a context of 4096 without YaRN;
-what was released is that extended by --config.trunk.rope_scaling.kind=yarn.
+what was released is that extended by YaRN: --config.trunk.rope_scaling.kind=yarn with
+.factor=40, .original_length=4096 and .mscale_all_dim=1.
 """
 
 from ml_collections import ConfigDict
@@ -79,9 +80,6 @@ def _v3(config: ConfigDict) -> None:
     bias_rate=0.001,
     bias_until=0.966,  # 14.3 of 14.8 T tokens.
     balance_weight=1e-4,
-  )
-  config.trunk.rope_scaling.update(
-    factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0
   )
   config.data.update(
     source="array_record",

@@ -5,16 +5,18 @@ whose last line is `cli.run(main)`. Bad flags, configs and data end in one messa
 exit code 2, before any work.
 """
 
+import ast
 import contextlib
 import difflib
 import errno
 import fcntl
 import glob
-import json
 import os
 import re
+import stat
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +25,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch import exits
+from mtp_jax import checkpoint
 from mtp_jax.config import (
   TASKS,
   Config,
@@ -114,7 +118,7 @@ def load_run_config(workdir: Path) -> Config:
     raise ConfigError(
       f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
     )
-  return from_config_dict(json.loads(path.read_text()))
+  return checkpoint.read_config(workdir)
 
 
 def config_overrides() -> dict[str, object]:
@@ -156,8 +160,17 @@ def exclusive(workdir: Path) -> Iterator[None]:
   Raises:
     ConfigError: another process holds it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / LOCK).open("w") as lock:
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((workdir / LOCK).open("w"))
+    except OSError as error:
+      if not exits.is_bad_path(error):
+        raise
+      raise ConfigError(
+        f"{workdir} must be a folder that can be written: {error.strerror} "
+        f"({error.filename})."
+      ) from error
     try:
       _lock(lock)
     except BlockingIOError as error:
@@ -187,7 +200,7 @@ def is_in_use(workdir: Path) -> bool | None:
   try:
     with (workdir / LOCK).open() as lock:
       fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
     return False
   except BlockingIOError:
     return True
@@ -221,24 +234,51 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return "\n".join(lines)
 
 
+def check_folder(name: str, value: str) -> None:
+  """Checks that a flag names a folder, or where one can be made.
+
+  Raises:
+    ConfigError: empty, a file, below a file, or no name that the file system can have.
+  """
+  if not value.strip():
+    raise ConfigError(f"--{name} must name a folder, got {value!r}.")
+  try:
+    is_folder = stat.S_ISDIR(os.stat(value).st_mode)
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError) as error:  # Below a file, too long, a null byte.
+    reason = getattr(error, "strerror", None) or str(error)
+    raise ConfigError(
+      f"--{name} must name a folder, got {value!r:.80}: {reason}."
+    ) from error
+  if not is_folder:
+    raise ConfigError(f"--{name} must name a folder, got {value!r}, which is a file.")
+
+
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
   ConfigError and DataError end in their message and exit code 2, a full disk in its
-  message and 1, without a traceback.
+  message and 1, without a traceback; what nobody expected ends in a traceback, its
+  message and exit code 1.
   """
 
   def guarded(_: list[str]) -> int | None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # Else absl shows what libraries log.
     try:
+      if "workdir" in flags.FLAGS and flags.FLAGS.workdir is not None:
+        check_folder("workdir", flags.FLAGS.workdir)
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
-    except OSError as error:
-      if not is_disk_full(error):
-        raise
-      return fail(str(error), 1)
+    except Exception as error:
+      if is_disk_full(error):
+        return fail(str(error), exits.FAILED)
+      if exits.is_bad_path(error):
+        return fail(exits.describe(error), BAD_INPUT)
+      traceback.print_exception(error)
+      return fail(exits.describe(error), exits.FAILED)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -265,6 +305,9 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
   except (ConfigError, flags.Error) as error:
     sys.exit(fail(f"{_explain(error)}\nSee --help.", BAD_INPUT))
+  except Exception as error:  # The experiment file was run.
+    text = f"--config={_config_value(argv)}: {exits.describe(error)}"
+    sys.exit(fail(text, BAD_INPUT))
 
 
 def _check_arguments(argv: list[str]) -> None:
@@ -277,12 +320,34 @@ def _check_arguments(argv: list[str]) -> None:
         raise ConfigError(
           f"{override[1]} is a section; set one of its keys (--config.mtp.depth=2)."
         )
-    elif re.match(r"--?config=", argument):
-      file = argument.partition("=")[2].partition(":")[0]
-      if not os.path.isfile(file):
-        raise ConfigError(
-          f"--config must name an experiment file, got {file!r}{_nearest_file(file)}"
-        )
+  if (value := _config_value(argv)) is not None:
+    _check_experiment(value.partition(":")[0])
+
+
+def _config_value(argv: list[str]) -> str | None:
+  """Returns what --config is set to: after `=`, or the next argument."""
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    if re.match(r"--?config(=|$)", argument):
+      return argument.partition("=")[2] if "=" in argument else following
+  return None
+
+
+def _check_experiment(file: str) -> None:
+  """Refuses a file that is no Python, or has no `get_config`; runs nothing of it."""
+  if not os.path.isfile(file):
+    raise ConfigError(
+      f"--config must name an experiment file, got {file!r}{_nearest_file(file)}"
+    )
+  try:
+    tree = ast.parse(Path(file).read_bytes())
+  except (SyntaxError, ValueError) as error:
+    raise ConfigError(
+      f"--config must name an experiment file (Python), got {file!r}: {error}."
+    ) from error
+  if not any(getattr(node, "name", "") == "get_config" for node in ast.walk(tree)):
+    raise ConfigError(
+      f"--config must name a file with a function get_config, got {file!r}."
+    )
 
 
 def _explain(error: Exception) -> str:
@@ -296,8 +361,7 @@ def _explain(error: Exception) -> str:
       file, _, preset = failed[1].partition(":")
       return f"--config: {file} has no presets, got {preset!r}."
     # A ValueError is the experiment's own message; all else is a fault in its code.
-    if reason.startswith("ValueError: "):
-      return f"--config={failed[1]}: {reason.removeprefix('ValueError: ')}"
+    return f"--config={failed[1]}: {reason.removeprefix('ValueError: ')}"
   if required := re.search(r"Flag (--\w+) must have a value", text):
     return f"{required[1]} is required."
   return text

@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import flags
 
-from mtp_jax.decode.generate import PROPOSALS
+from mtp_jax.decode.generate import MOST_DRAFTS, PROPOSALS
 from mtp_jax.decode.verify import RULES
 
 # They belong to the command that asked for them, in its --help.
@@ -20,7 +20,8 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
   """
   drafts = flags.DEFINE_integer(
     "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 "
-    "is plain decoding"
+    "is plain decoding",
+    lower_bound=0, upper_bound=MOST_DRAFTS,
   )
   recurse = flags.DEFINE_bool(
     "recurse", False, "let the last sequential module go on from its own output where "

@@ -10,6 +10,7 @@ the eval.json of training, which is not touched; launch/README.md describes the 
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from absl import flags
 from launch import cli
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
+from mtp_jax.evaluate import NO_ERROR
 from mtp_jax.metrics import write_json
+from mtp_jax.saved_model import portable
 from mtp_jax.train import evaluate_run
 
 _WORKDIR = cli.define_workdir("run folder")
@@ -36,7 +39,7 @@ def main() -> int:
   workdir, split = Path(_WORKDIR.value), _SPLIT.value
   config = cli.load_run_config(workdir)
   limits = dataclasses.replace(config.eval, split=split)
-  config = dataclasses.replace(config, eval=limits)
+  config = portable(dataclasses.replace(config, eval=limits))
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   try:
     result = evaluate_run(
@@ -46,9 +49,14 @@ def main() -> int:
     return cli.fail(str(error), cli.BAD_INPUT)
   suffix = "" if _STEP.value is None else f"_step{_STEP.value}"
   path = workdir / f"eval_{split}{suffix}.json"
-  write_json(path, result)
   print(f"{workdir}: step {result['step']:,}, {split} split")
-  print(result_table(result))
+  print(result_table(result), flush=True)
+  try:
+    write_json(path, result)
+  except OSError as error:  # A run that is read-only, or a full disk.
+    reason = error.strerror or error
+    print(f"warning: {path} could not be written: {reason}.", file=sys.stderr)
+    return 0
   print(f"written to {path}")
   return 0
 
@@ -75,7 +83,7 @@ def result_table(result: dict[str, Any]) -> str:
     for label, entry in entries.items():
       if isinstance(entry, dict) and "mean" in entry:
         mean, error = (_number(entry[key]) for key in ("mean", "stderr"))
-        rows.append((label, mean, error))
+        rows.append((label, mean, error or (mean and NO_ERROR)))
   return cli.table(("", "mean", "standard error"), rows)
 
 

@@ -9,9 +9,10 @@
 | 1, 130, 143, 134, 137, ... | infrastructure | yes, a few times |
 """
 
+import errno
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 DONE = 0
 FAILED = 1
@@ -22,6 +23,20 @@ YIELDED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 # Names a file. It is written, and the exit code is 0, where else it would be 75: with
 # `srun --kill-on-bad-exit` the first process to leave with 75 would end the others.
 YIELD = "MTP_JAX_YIELD"
+
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "out_of_memory")
+# A path that is wrong, or not ours to write: the same command ends the same way.
+_BAD_PATHS = (
+  errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+  errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)
+# JAX hangs frames that it removed on an error as a cause, which says nothing new.
+_JAX_FRAMES = ("jax._src.traceback_util", "jax._src.source_info_util")
+_LOWER = (
+  "There is not enough memory: lower data.batch_size, raise train.accumulation_steps, "
+  "set trunk.remat to 'full' or mesh.fsdp to more devices; for an evaluation lower "
+  "eval.batch_size, for generated text the prompt or the number of new tokens."
+)
 
 _CLASSES = {DONE: "done", BAD_INPUT: "config", DIVERGED: "diverged", YIELDED: "yielded"}
 
@@ -78,3 +93,43 @@ def after_signal(signum: int, num_processes: int, process_id: int) -> int:
     except OSError:  # A full disk: the code has to say it.
       return YIELDED
   return DONE
+
+
+def is_bad_path(error: BaseException) -> bool:
+  """Whether a file or folder that was named cannot be used, however often it is tried.
+  """
+  is_named = isinstance(error, OSError) and error.filename is not None
+  return is_named and error.errno in _BAD_PATHS
+
+
+def describe(error: BaseException) -> str:
+  """Returns type and message of an error in one line, and those of what caused it.
+
+  Notes are left out: JAX adds one about its frames to every error. Where memory ran
+  out, a sentence says what to lower.
+  """
+  chain = list(_chain(error))
+  text = ", caused by ".join(map(_type_and_message, chain))
+  is_memory = any(
+    isinstance(x, MemoryError) or any(w in str(x).lower() for w in _OUT_OF_MEMORY)
+    for x in chain
+  )
+  return f"{text.rstrip('.')}. {_LOWER}" if is_memory else text
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an error, the first member of a group, and what caused them."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if type(error).__module__ not in _JAX_FRAMES:
+      yield error
+    members = getattr(error, "exceptions", ())
+    error = members[0] if members else error.__cause__
+
+
+def _type_and_message(error: BaseException) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  # A line that ends so announces what the next one says.
+  text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -42,7 +42,8 @@ _BOS = flags.DEFINE_bool(
   "bos", True, "the prompt begins a document; --nobos: it is from amid one"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "longest continuation; the end of the document ends it too"
+  "max_new_tokens", 128, "longest continuation; the end of the document ends it too",
+  lower_bound=1,
 )
 _DECODING = decoding.define(temperature=None)
 _TREE = flags.DEFINE_string(
@@ -50,7 +51,7 @@ _TREE = flags.DEFINE_string(
   "match: a file of launch.tree, or dynamic:DEPTH,WIDTH,NODES, grown by a drafter that "
   "goes on from its own output (EAGLE, or one sequential module)"
 )
-_SEED = flags.DEFINE_integer("seed", 0, "of sampling")
+_SEED = flags.DEFINE_integer("seed", 0, "of sampling", 0, 2**32 - 1)
 _STREAM = flags.DEFINE_bool(
   "stream", False, "print the text round by round, without colours"
 )
@@ -141,16 +142,26 @@ def _prompt() -> str:
     ConfigError: both or neither, a file that cannot be read, or no text.
   """
   text, path = _PROMPT.value, _PROMPT_FILE.value
-  if (text is None) == (path is None):
+  if text is None and path is None:
     raise ConfigError("one of --prompt and --prompt_file is required.")
+  if text is not None and path is not None:
+    raise ConfigError(
+      f"one of --prompt and --prompt_file is required, got both ({text!r:.40} and "
+      f"{path!r})."
+    )
   name = "--prompt" if path is None else "--prompt_file"
   if path is not None:
     try:
-      text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+      # A byte order mark is no text.
+      text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
       raise ConfigError(
         f"--prompt_file must be a readable text file, got {path!r} ({error})."
       ) from error
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:  # Bytes of the command line that are no text.
+    raise ConfigError(f"{name} must be UTF-8, got {text!r:.80}.") from error
   if not text:
     got = "''" if path is None else f"{path!r}, which is empty"
     raise ConfigError(f"{name} must have at least one character, got {got}.")

@@ -58,7 +58,7 @@ def main() -> int:
     config = combine(cli.load_config(), cli.config_overrides(), model)
     validate(config)
     cli.check_files(config.data, config.tokenizer)
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), jax.default_backend())
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
     start_run(config, workdir, lambda mesh: _load(model, config, mesh))
   except interop.InteropError as error:

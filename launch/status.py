@@ -212,9 +212,10 @@ def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
 def read(workdir: Path) -> dict[str, Any] | None:
   """Returns the status of a run folder, None where there is none."""
   try:
-    return json.loads((workdir / FILE).read_text())
-  except (OSError, ValueError):  # A machine that crashed may leave an empty file.
-    return None
+    record = json.loads((workdir / FILE).read_text())
+  except (OSError, ValueError, RecursionError):
+    return None  # A machine that crashed may leave an empty file.
+  return record if isinstance(record, dict) else None
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

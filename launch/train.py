@@ -112,7 +112,7 @@ def train(
   status = None
   with contextlib.ExitStack() as stack:
     try:
-      validate(config, jax.device_count())
+      validate(config, jax.device_count(), jax.default_backend())
       stack.enter_context(distributed.exclusive(workdir))
       if finished(config, workdir) is None:
         num_steps = accounting.resolve(config).train.num_steps
@@ -146,25 +146,26 @@ def _end(error: BaseException) -> End:
     return End(exits.code_of(exit_class), exit_class, str(error), together)
   with contextlib.suppress(OSError):
     traceback.print_exception(error)
-  summary = traceback.format_exception_only(error)[-1].strip()
+  summary = exits.describe(error)
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (
-      f"{summary.splitlines()[0]} Another process may have ended: see what it printed. "
+      f"{summary} Another process may have ended: see what it printed. "
       "The run goes on from its newest checkpoint when all are started again."
     )
   return End(exits.FAILED, "infrastructure", summary)
 
 
 def _config(workdir: Path) -> Config:
+  given = ()
   if flags.FLAGS.config is not None:
-    config = cli.load_config()
+    config, given = cli.load_config(), cli.config_overrides()
   elif (workdir / "config.json").is_file():
     config = cli.load_run_config(workdir)
   else:
     raise ConfigError(
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
-  validate(config)
+  validate(config, given=given)
   if finished(config, workdir) is None:
     cli.check_files(config.data, config.tokenizer)
     check_source(config, workdir)

@@ -38,7 +38,7 @@ from mtp_jax.train_step import shape_of
 _WORKDIR = cli.define_workdir("run folder")
 _NODES = flags.DEFINE_integer(
   "nodes", 16, "of the tree: tokens verified per round besides the newest one",
-  lower_bound=1,
+  lower_bound=1, upper_bound=trees.MOST_NODES,
 )
 _RANKS = flags.DEFINE_integer(
   "ranks", 10, "most likely tokens of a predictor that may be nodes", lower_bound=1

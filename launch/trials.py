@@ -25,14 +25,13 @@ from typing import Any
 from launch import cli, engines, exits, status
 from launch.engines import Job
 from mtp_jax import accounting
-from mtp_jax.checkpoint import check_resumable
+from mtp_jax.checkpoint import check_resumable, read_config
 from mtp_jax.config import (
   Config,
   ConfigError,
   difference,
   dotted_keys,
   essential,
-  from_config_dict,
   to_dict,
   with_overrides,
 )
@@ -46,6 +45,8 @@ Overrides = dict[str, Any]
 _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
 _TAIL_BYTES = 1 << 16
+# What is shown of the last record of metrics.jsonl.
+_SHOWN = {"step", "seconds", "loss", "tokens_per_second"}
 # Where locks do not say it, a run that another machine wrote about so lately is taken
 # to be at work there.
 _SILENT_SECONDS = 600
@@ -374,8 +375,15 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
       "tokens_per_second": last["tokens_per_second"],
     }
   if (folder / "DONE").exists():
-    result = json.loads((folder / "eval.json").read_text())
-    return State("done", **facts, eval_loss=result["main_loss"]["mean"])
+    try:
+      result = json.loads((folder / "eval.json").read_text())
+      return State("done", **facts, eval_loss=result["main_loss"]["mean"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+      reason = (
+        f"{folder / 'eval.json'} cannot be read ({type(error).__name__}); remove "
+        f"{folder / 'DONE'} to evaluate again"
+      )
+      return State("failed", **facts, exit_class="config", reason=reason)
   at_work = job is not None and job.state in ("queued", "running")
   in_use = cli.is_in_use(folder)
   if in_use or (at_work and job.state == "running"):
@@ -512,7 +520,7 @@ def _check_folder(trial: Trial) -> None:
   saved_config = trial.workdir / "config.json"
   if not saved_config.exists():
     return
-  saved = from_config_dict(json.loads(saved_config.read_text()))
+  saved = read_config(trial.workdir)
   check_resumable(saved, trial.config)
   if not (trial.workdir / "DONE").exists():
     return
@@ -531,7 +539,7 @@ def _counts(shape: Config) -> accounting.Counts:
 
 def _last_train_record(path: Path) -> dict[str, Any] | None:
   """Returns the last whole `train` line near the end of a metrics.jsonl."""
-  if not path.exists():
+  if not path.is_file():
     return None
   with path.open("rb") as file:
     file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -539,8 +547,8 @@ def _last_train_record(path: Path) -> dict[str, Any] | None:
     for line in reversed(file.read().split(b"\n")):
       try:
         record = json.loads(line)
-      except ValueError:
+        if record["kind"] == "train" and _SHOWN <= record.keys():
+          return record
+      except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         continue
-      if record["kind"] == "train":
-        return record
   return None

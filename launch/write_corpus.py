@@ -64,7 +64,7 @@ _AT = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "texts written at once", lower_bound=1
 )
-_SEED = flags.DEFINE_integer("seed", 0, "of places and sampling", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "of places and sampling", 0, 2**32 - 1)
 _DECODING = decoding.define(temperature=1.0)
 _COMPILATION_CACHE = cli.define_compilation_cache()
 flags.mark_flags_as_required(["output", "documents"])

@@ -13,10 +13,15 @@ the newest checkpoint back until one is whole.
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import json
 import logging
+import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +77,9 @@ ARCHITECTURE = (
   "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
 )
 
+
+# In the name of what Orbax is still writing, after the step.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 # What a process meets in Orbax when another one is gone or waits for something else.
 _PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
@@ -157,6 +165,22 @@ def contract(config: Config) -> dict[str, Any]:
   }
 
 
+def read_config(workdir: Path) -> Config:
+  """Returns the config with which a run folder was started.
+
+  Raises:
+    ConfigError: its config.json cannot be read, or is none of this version.
+  """
+  path = workdir / "config.json"
+  try:
+    return from_config_dict(json.loads(path.read_text()))
+  # ConfigError is a ValueError, and so are bad JSON and bytes that are no text.
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be the config of a run, as training wrote it: {error}"
+    ) from error
+
+
 def check_resumable(saved: Config, config: Config) -> None:
   """Refuses to continue a run under a config that would make it another run.
 
@@ -210,11 +234,10 @@ class Checkpointer:
   def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
     self.directory = (workdir / "checkpoints").resolve()
     self._read_only = read_only
-    # Finished ones are named by their step alone. Seen before the manager removes them.
+    # Seen before the manager removes them. Other names are the user's.
     self._unfinished = sorted(
-      path.name.partition(".")[0]
-      for path in self.directory.glob("*")
-      if not path.name.isdigit()
+      path.name.partition(_UNFINISHED)[0]
+      for path in self.directory.glob(f"*{_UNFINISHED}*")
     )
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -320,6 +343,7 @@ class Checkpointer:
         stacklevel=2,
       )
     damaged = []
+    _ignore_late_reads()
     for step in reversed(steps):
       try:
         restored = self._restore(step, abstract_state, config)
@@ -336,6 +360,7 @@ class Checkpointer:
           f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
           stacklevel=2,
         )
+        _discard_frames(error)
         damaged.append(step)
       else:
         self._move_aside(damaged)
@@ -419,7 +444,9 @@ class Checkpointer:
 
 def finished_steps(directory: Path) -> list[int]:
   """Returns the steps with a finished checkpoint in a folder of them, oldest first."""
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+  return sorted(
+    int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()
+  )
 
 
 def restore_params(
@@ -436,6 +463,7 @@ def restore_params(
     CheckpointError: damaged, or no checkpoint.
   """
   folder = folder.resolve()
+  _ignore_late_reads()
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
@@ -457,6 +485,7 @@ def restore_params(
     raise
   # As in `Checkpointer.restore`: damage is reported as errors of many libraries.
   except Exception as error:
+    _discard_frames(error)
     raise CheckpointError(
       f"checkpoint {folder} is damaged ({type(error).__name__}: {_first_line(error)})."
     ) from error
@@ -484,6 +513,42 @@ def _check_fingerprint(tree: Any, expected: list[int]) -> None:
   if found != expected:
     wrong = np.flatnonzero(np.array(found) != np.array(expected))
     raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
+
+
+def _discard_frames(error: BaseException) -> None:
+  """Lets go of what Orbax was still reading when it met damage, without a word.
+
+  Else every array that was not read yet reports, when its coroutine is collected, that
+  the event loop is closed: hundreds of lines about one damaged file.
+  """
+  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+  was_disabled = log.disabled
+  sys.unraisablehook, log.disabled = lambda _: None, True
+  try:
+    cause: BaseException | None = error
+    while cause is not None:
+      traceback.clear_frames(cause.__traceback__)
+      cause = cause.__cause__ or cause.__context__
+    gc.collect()
+  finally:
+    sys.unraisablehook, log.disabled = hook, was_disabled
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+  """Keeps TensorStore's threads from reporting reads that end after a failure.
+
+  Orbax closes its event loop at the first damaged array; each read that is still under
+  way then prints that the loop is closed, through `sys.excepthook`.
+  """
+  previous = sys.excepthook
+
+  def hook(kind: Any, error: Any, trace: Any) -> None:
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main or str(error) != "Event loop is closed":
+      previous(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 def _first_line(error: Exception, limit: int = 200) -> str:

@@ -5,9 +5,15 @@ A message has the dotted key, the rule and the value.
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import typing
+from collections.abc import Collection
 from typing import Any
 
+import jax
+
+from experiments import base
 from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
@@ -18,18 +24,30 @@ from mtp_jax.config import (
   TASKS_WITH_NEW,
   Config,
   ConfigError,
+  DataConfig,
+  MtpConfig,
+  flatten,
+  from_config_dict,
   num_added_layers,
   num_trunk_layers,
   predictor_trunk,
+  to_dict,
 )
 
 
-def validate(config: Config, num_devices: int | None = None) -> None:
+def validate(
+  config: Config,
+  num_devices: int | None = None,
+  platform: str | None = None,
+  given: Collection[str] = (),
+) -> None:
   """Checks every rule that involves more than one value's type.
 
   Args:
     config: what to check.
     num_devices: devices the mesh has to fill; None leaves the mesh product unchecked.
+    platform: cpu, gpu or tpu, that of the devices; None leaves kernels unchecked.
+    given: dotted keys that were set for this config alone, not for a whole sweep.
 
   Raises:
     ConfigError: with all broken rules, one per line.
@@ -37,6 +55,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
   rules = _Rules(config)
   _check_ranges(rules)
   rules.raise_if_broken()  # The rules below divide by and compare these values.
+  _check_effects(rules, given)
   _check_trunk(rules)
   _check_attention(rules)
   _check_experts(rules)
@@ -47,6 +66,8 @@ def validate(config: Config, num_devices: int | None = None) -> None:
   if num_devices is not None:
     rules.raise_if_broken()
     _check_devices(rules, num_devices)
+  if platform is not None:
+    _check_platform(rules, platform, num_devices)
   rules.raise_if_broken()
 
 
@@ -119,6 +140,122 @@ _FRACTIONS = (
 )
 
 
+def _choices(section: type, field: str) -> tuple[str, ...]:
+  return typing.get_args(typing.get_type_hints(section)[field])
+
+
+_TEXTS = tuple(x for x in _choices(DataConfig, "source") if x not in TASKS)
+_PREDICTORS = tuple(x for x in _choices(MtpConfig, "kind") if x != "none")
+_POSITIVE = ()  # The condition that a number is not 0.
+_PROMPTS = "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts"
+_GROUPED = {"trunk.kind": ("llama",), "trunk.attention_kind": ("grouped",)}
+_YARN = {"trunk.rope_scaling.kind": ("yarn",)}
+_LLAMA3 = {"trunk.rope_scaling.kind": ("llama3",)}
+
+# Where a key has an effect: every condition holds, which is a key (or keys of which one
+# is enough) and the values that it must have. A section stands for all its keys, but
+# for those that are listed themselves. Elsewhere a key must have its default.
+_EFFECTS: dict[str, dict[str | tuple[str, ...], tuple]] = {
+  "trunk.attention_kind": {"trunk.kind": ("llama",)},
+  "trunk.attention_dim": {"trunk.attention_kind": ("grouped",)},
+  "trunk.qkv_bias": _GROUPED,
+  "trunk.qk_norm": _GROUPED,
+  "trunk.latent": {"trunk.attention_kind": ("latent",)},
+  "trunk.moe": {"trunk.moe.num_experts": _POSITIVE},
+  "trunk.moe.num_experts": {"trunk.kind": ("llama",)},
+  "trunk.moe.bias_until": {
+    "trunk.moe.num_experts": _POSITIVE, "trunk.moe.bias_rate": _POSITIVE
+  },
+  "trunk.rope_theta": {"trunk.kind": ("llama",)},
+  "trunk.rope_scaling": _YARN,
+  "trunk.rope_scaling.kind": {"trunk.kind": ("llama",)},
+  "trunk.rope_scaling.factor": {
+    "trunk.rope_scaling.kind": ("linear", "llama3", "yarn")
+  },
+  "trunk.rope_scaling.original_length": {"trunk.rope_scaling.kind": ("llama3", "yarn")},
+  "trunk.rope_scaling.low_freq_factor": _LLAMA3,
+  "trunk.rope_scaling.high_freq_factor": _LLAMA3,
+  "mtp.schedule_fraction": {"mtp.schedule": ("piecewise", "anneal")},
+  "mtp.final_weight": {"mtp.schedule": ("piecewise", "linear")},
+  "mtp.share_modules": {"mtp.kind": ("sequential",)},
+  "mtp.dense_blocks": {
+    "mtp.kind": ("sequential",), "trunk.moe.num_experts": _POSITIVE
+  },
+  "mtp.mlp_dim": {"mtp.kind": AUTOREGRESSIVE, "mtp.depth": _POSITIVE},
+  **{f"mtp.{key}": {"mtp.kind": ("sequential",)} for key in PUBLISHED_MODULES},
+  "mtp.unembed": {"mtp.kind": OWN_UNEMBED, "mtp.depth": _POSITIVE},
+  "mtp.draft_vocab": {"mtp.kind": ("eagle3",), "mtp.unembed": ("own",)},
+  "mtp.objective": {"mtp.depth": _POSITIVE},
+  "mtp.feature_weight": {"mtp.depth": _POSITIVE},
+  "tokenizer.path": {"tokenizer.kind": ("file",)},
+  "data.path": {"data.source": ("files", "jsonl", "array_record")},
+  "data.text_field": {"data.source": ("jsonl",)},
+  "data.train_on": {"data.source": _TEXTS},
+  "task": {"data.source": TASKS},
+  **{f"task.{task}": {"data.source": (task,)} for task in TASKS},
+  "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
+  "train.stop_value": {
+    "train.stop_metric": ("task_accuracy", "task_new", "loss", "bits_per_byte")
+  },
+  "mesh.expert": {"trunk.moe.num_experts": _POSITIVE},
+  "eval.rows_per_document": {"data.source": _TEXTS},
+  "eval.max_new_tokens": {"data.source": _TEXTS, _PROMPTS: _POSITIVE},
+  **{key: {"data.source": _TEXTS} for key in _PROMPTS},
+  "eval.task_examples": {"data.source": TASKS},
+}
+# What weighs the extra depths, or looks at them. The next-token baseline of a sweep has
+# these keys like the other trials, so they are refused only where they are `given`.
+_OF_DEPTHS = (
+  "mtp.weight", "mtp.weighting", "mtp.schedule", "mtp.curriculum",
+  "eval.middle_prompts",
+)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+  return flatten(to_dict(from_config_dict(base.get_config())))
+
+
+@functools.cache
+def _effects() -> dict[str, dict[str | tuple[str, ...], tuple]]:
+  """Returns `_EFFECTS` by single key: its own entry, or that of its section."""
+  found = {}
+  for key in _defaults():
+    parts = key.split(".")
+    above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    if entry := next((x for x in above if x in _EFFECTS), None):
+      found[key] = _EFFECTS[entry]
+  return found
+
+
+def _check_effects(rule: _Rules, given: Collection[str]) -> None:
+  """A value that nothing reads under the other values is the default."""
+  values, effects = flatten(to_dict(rule.config)), _effects()
+  if rule.config.mtp.kind == "none":
+    more = {"mtp.kind": _PREDICTORS}
+    effects = effects | {
+      key: effects.get(key, {}) | more for key in _OF_DEPTHS if key in given
+    }
+  for key, conditions in effects.items():
+    if values[key] == _defaults()[key]:
+      continue
+    words, found, holds = [], [], True
+    for names, allowed in conditions.items():
+      names = names if isinstance(names, tuple) else (names,)
+      is_met = [values[x] in allowed if allowed else bool(values[x]) for x in names]
+      holds = holds and any(is_met)
+      few = ("one of " if len(allowed) > 1 else "") + ", ".join(map(repr, allowed))
+      subject = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
+      words.append(f"{subject} is {few or 'positive'}")
+      found += [repr(values[x]) for x in names]
+    verb = "they are" if len(found) > 1 else "it is"
+    rule(
+      holds, key,
+      f"{_defaults()[key]!r} unless {' and '.join(words)} ({verb} "
+      f"{' and '.join(found)})",
+    )
+
+
 def _check_ranges(rule: _Rules) -> None:
   """Values that are out of range whatever the other values are (NaN included)."""
   get = functools.partial(_get_dotted, rule.config)
@@ -152,14 +289,11 @@ def _check_trunk(rule: _Rules) -> None:
       trunk.num_kv_heads == trunk.num_heads, "trunk.num_kv_heads",
       f"equal to trunk.num_heads ({trunk.num_heads}) for trunk.kind 'gpt2'",
     )
-    for key, plain in (
-      ("attention_kind", "grouped"), ("qkv_bias", False), ("qk_norm", False),
-      ("moe.num_experts", 0), ("rope_scaling.kind", "none"),
-    ):
-      rule(
-        _get_dotted(trunk, key) == plain, f"trunk.{key}",
-        f"{plain!r} for trunk.kind 'gpt2'",
-      )
+  rule(
+    trunk.compute_dtype != "float64" or jax.config.jax_enable_x64,
+    "trunk.compute_dtype", "'auto', 'float32' or 'bfloat16' unless the environment has "
+    "JAX_ENABLE_X64=1: JAX makes float32 of it",
+  )
   layers, mtp = num_trunk_layers(rule.config), rule.config.mtp
   rule(
     layers >= 1, "trunk.num_layers",
@@ -176,10 +310,6 @@ def _check_attention(rule: _Rules) -> None:
       f"equal to trunk.num_heads ({trunk.num_heads}) for latent attention",
     )
     rule(trunk.latent.rope_dim % 2 == 0, "trunk.latent.rope_dim", "even")
-    for key, plain in (("qkv_bias", False), ("qk_norm", False), ("attention_dim", 0)):
-      rule(
-        getattr(trunk, key) == plain, f"trunk.{key}", f"{plain!r} for latent attention"
-      )
   else:
     of = "trunk.attention_dim" if trunk.attention_dim else "trunk.embed_dim"
     rule.divisible(of, "trunk.num_heads")
@@ -206,18 +336,8 @@ def _check_attention(rule: _Rules) -> None:
 
 
 def _check_experts(rule: _Rules) -> None:
-  moe, mtp = rule.config.trunk.moe, rule.config.mtp
-  if mtp.dense_blocks:
-    rule(
-      moe.num_experts > 0 and mtp.kind == "sequential", "mtp.dense_blocks",
-      f"False unless the trunk has experts and mtp.kind is 'sequential' (it is "
-      f"{mtp.kind!r} with {moe.num_experts} experts)",
-    )
+  moe = rule.config.trunk.moe
   if moe.num_experts == 0:
-    rule(
-      rule.config.mesh.expert == 1, "mesh.expert",
-      "1 without experts (trunk.moe.num_experts 0)",
-    )
     return
   rule(
     moe.dense_layers < num_trunk_layers(rule.config), "trunk.moe.dense_layers",
@@ -260,17 +380,7 @@ def _check_mtp(rule: _Rules) -> None:
     all(math.isfinite(w) and w >= 0 for w in mtp.depth_weights), "mtp.depth_weights",
     "finite and not negative",
   )
-  if mtp.share_modules:
-    rule(
-      mtp.kind == "sequential", "mtp.share_modules",
-      f"False unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
-    )
   if mtp.mlp_dim:
-    rule(
-      mtp.is_autoregressive and mtp.depth > 0, "mtp.mlp_dim",
-      f"0 unless mtp.kind is one of {', '.join(map(repr, AUTOREGRESSIVE))} with extra "
-      f"depths (it is {mtp.kind!r} with depth {mtp.depth})",
-    )
     rule(
       mtp.arm != "shortened", "mtp.mlp_dim",
       "0 for mtp.arm 'shortened', which trades whole layers of the trunk",
@@ -279,33 +389,11 @@ def _check_mtp(rule: _Rules) -> None:
       predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
-  for key, published in PUBLISHED_MODULES.items():
-    rule(
-      mtp.kind == "sequential" or getattr(mtp, key) == published, f"mtp.{key}",
-      f"{published!r} unless mtp.kind is 'sequential' (it is {mtp.kind!r})",
-    )
+  vocab = rule.config.tokenizer.vocab_size
   rule(
-    mtp.unembed == "shared" or (mtp.kind in OWN_UNEMBED and mtp.depth > 0),
-    "mtp.unembed",
-    f"'shared' unless mtp.kind is one of {', '.join(map(repr, OWN_UNEMBED))} with "
-    f"extra depths (it is {mtp.kind!r} with depth {mtp.depth})",
+    mtp.draft_vocab <= vocab, "mtp.draft_vocab",
+    f"at most tokenizer.vocab_size ({vocab})",
   )
-  if mtp.draft_vocab:
-    rule(
-      mtp.kind == "eagle3" and mtp.unembed == "own", "mtp.draft_vocab",
-      "0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they are "
-      f"{mtp.kind!r} and {mtp.unembed!r})",
-    )
-    vocab = rule.config.tokenizer.vocab_size
-    rule(
-      mtp.draft_vocab <= vocab, "mtp.draft_vocab",
-      f"at most tokenizer.vocab_size ({vocab})",
-    )
-  for key, plain in (("objective", "cross_entropy"), ("feature_weight", 0.0)):
-    rule(
-      getattr(mtp, key) == plain or mtp.depth > 0, f"mtp.{key}",
-      f"{plain!r} at mtp.depth 0: only extra depths learn from the trunk",
-    )
   most = rule.config.eval.num_drafts
   rule(
     most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
@@ -376,7 +464,6 @@ def _check_data(rule: _Rules) -> None:
 
 def _check_task(rule: _Rules) -> None:
   task = rule.config.task
-  rule(not rule.config.data.train_on, "data.train_on", "'' for a task")
   rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
   num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
   rule(
@@ -510,6 +597,40 @@ def _check_devices(rule: _Rules, num_devices: int) -> None:
     config.eval.batch_size % shards == 0, "eval.batch_size",
     f"divisible by mesh data * fsdp * expert ({shards})",
   )
+
+
+def _check_platform(
+  rule: _Rules, platform: str, num_devices: int | None
+) -> None:
+  """The kernels that are named run on the platform; see `model.attention_ops`."""
+  trunk, key = rule.config.trunk, "trunk.attention"
+  if trunk.attention == "tokamax":
+    rule(
+      importlib.util.find_spec("tokamax") is not None, key,
+      f"'auto', 'xla' or 'blocked' on platform {platform!r} where the package tokamax "
+      "is not installed",
+    )
+    rule(num_devices in (None, 1), key, f"another on {num_devices} devices")
+  if trunk.attention != "cudnn":
+    return
+  rule(
+    platform in ("gpu", "cuda"), key,
+    f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
+  )
+  sizes, head_dim = trunk.latent, trunk.head_dim
+  if trunk.attention_kind == "latent":
+    head_dim = sizes.nope_dim + sizes.rope_dim
+    rule(
+      head_dim == sizes.value_dim, key,
+      f"another where values ({sizes.value_dim}) differ in size from keys ({head_dim})",
+    )
+  for holds, why in (
+    (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),
+    (head_dim % 8 == 0, f"has heads of {head_dim}, not a multiple of 8"),
+    (rule.config.data.seq_len % 2 == 0, "has rows of odd length (data.seq_len)"),
+    (rule.config.mesh.context == 1, "splits the sequence (mesh.context)"),
+  ):
+    rule(holds, key, f"another where attention {why}")
 
 
 def _get_dotted(config: Any, key: str) -> Any:

@@ -226,6 +226,10 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float]:
   return {"mean": float(mean), "stderr": float(error)}
 
 
+# In place of an error over documents, of which there is one.
+NO_ERROR = "an error needs two documents"
+
+
 def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
   """Returns the likelihood part of eval.json from `document_sums`."""
   num_predictors = sums["nll"].shape[1]
@@ -509,7 +513,8 @@ def _proportion(outcomes: list[bool]) -> dict[str, float] | None:
   if not outcomes:
     return None
   n, mean = len(outcomes), sum(outcomes) / len(outcomes)
-  return {"mean": mean, "stderr": math.sqrt(mean * (1 - mean) / n), "count": n}
+  error = math.sqrt(mean * (1 - mean) / n) if n > 1 else math.nan
+  return {"mean": mean, "stderr": error, "count": n}
 
 
 def _parses(source: str) -> bool:

@@ -280,6 +280,6 @@ def _lines_before(path: Path, step: int) -> bytes:
     try:
       if _precedes(json.loads(line), step):
         kept.append(line)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       warnings.warn(f"{path}, line {number} is damaged and dropped.", stacklevel=3)
   return b"".join(kept)

@@ -43,7 +43,7 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
   """
 
   def layout(config: Config) -> tuple[Any, Any]:
-    boxed = accounting.abstract_params(_portable(config))
+    boxed = accounting.abstract_params(portable(config))
     params = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       unbox(boxed),
@@ -52,7 +52,7 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
     return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)), params
 
   step, params, meta = checkpoint.restore_params(folder, layout)
-  config = _portable(from_config_dict(meta["config"]))
+  config = portable(from_config_dict(meta["config"]))
   return SavedModel(config, params, meta["tokenizer"], int(step))
 
 
@@ -100,7 +100,7 @@ def check_source(config: Config, workdir: Path) -> None:
   if not _finished_steps(source):
     raise ConfigError(f"{rule}, got {str(source)!r}: it has none yet.")
   try:
-    saved = from_config_dict(json.loads((source / "config.json").read_text()))
+    saved = checkpoint.read_config(source)
   except ConfigError as error:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
@@ -169,11 +169,12 @@ def load_source(
       taken = taken | {"position_embed": {"embedding": position_PD}}
     return taken
 
-  run_json = source / "run.json"
-  run = json.loads(run_json.read_text()) if run_json.is_file() else {}
+  try:
+    commit = json.loads((source / "run.json").read_text())["commit"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    commit = ""
   origin[name] = {
-    "path": getattr(config.train, name), "step": saved.step,
-    "commit": run.get("commit", ""),
+    "path": getattr(config.train, name), "step": saved.step, "commit": commit
   }
   return jax.jit(take, out_shardings=shardings)(saved.params), origin
 
@@ -198,7 +199,7 @@ def _finished_steps(workdir: Path) -> list[int]:
   return checkpoint.finished_steps(directory) if directory.is_dir() else []
 
 
-def _portable(config: Config) -> Config:
+def portable(config: Config) -> Config:
   """Returns the config without choices that only the training's platform may have."""
   moe = dataclasses.replace(config.trunk.moe, grouped_matmul="auto")
   trunk = dataclasses.replace(config.trunk, attention="auto", moe=moe)

@@ -33,7 +33,6 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   difference,
-  from_config_dict,
   to_dict,
 )
 from mtp_jax.config_rules import validate
@@ -126,7 +125,7 @@ def fit(
       one had a signal.
   """
   startup = startup or Startup()
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.default_backend())
   if result := finished(config, Path(workdir)):
     loss, where = result["main_loss"]["mean"], Path(workdir) / "eval.json"
     bar = Progress(config.name, result["step"], enabled=progress)
@@ -177,7 +176,7 @@ def fit_pack(
       f"a pack is trained by one process, got {jax.process_count()}."
     )
   for config in configs:
-    validate(config, 1)
+    validate(config, 1, jax.default_backend())
   first, *others = (shape_of(accounting.resolve(config)) for config in configs)
   for other in others:
     if keys := difference(first, other):
@@ -216,11 +215,23 @@ def fit_pack(
 
 
 def finished(config: Config, workdir: Path) -> dict[str, Any] | None:
-  """Returns eval.json of a run that is done under this very config, else None."""
-  if not (workdir / "DONE").exists():
+  """Returns eval.json of a run that is done under this very config, else None.
+
+  Raises:
+    ConfigError: config.json or eval.json of a run that is done cannot be read.
+  """
+  if not (workdir / "DONE").is_file() or checkpoint.read_config(workdir) != config:
     return None
-  saved = from_config_dict(json.loads((workdir / "config.json").read_text()))
-  return json.loads((workdir / "eval.json").read_text()) if saved == config else None
+  path = workdir / "eval.json"
+  try:
+    result = json.loads(path.read_text())
+    result["main_loss"]["mean"], result["step"]  # What every reader needs.
+    return result
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be what training wrote ({type(error).__name__}: {error}); remove "
+      f"{workdir / 'DONE'} to evaluate again."
+    ) from error
 
 
 def start_run(
@@ -241,7 +252,7 @@ def start_run(
     DataError: the corpus cannot be used.
     CheckpointError: the checkpoint could not be written.
   """
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.default_backend())
   for name in SOURCES:
     if value := getattr(config.train, name):
       raise ConfigError(
@@ -278,7 +289,7 @@ def evaluate_run(
     CheckpointError: the folder has no such whole checkpoint.
     DataError: the corpus or tokenizer here is not that of the run.
   """
-  validate(config)
+  validate(config, platform=jax.default_backend())
   run = _Run(accounting.resolve(config), Path(workdir), read_only=True)
   with contextlib.closing(run.checkpointer):
     with jax.set_mesh(run.mesh):
@@ -290,6 +301,10 @@ def evaluate_run(
 
 
 _ONE_SIGNAL_SECONDS = 5.0
+# What a run folder has besides config.json.
+_FILES = (
+  "run.json", "tokenizer.json", "startup.json", "metrics.jsonl", "eval.json", "DONE"
+)
 
 # What a checkpoint holds of `_Training.progress`, before the first step.
 _NO_PROGRESS = {"seconds": 0.0, "reached": None}
@@ -387,8 +402,16 @@ class _Run:
   def _recorded_origin(self) -> dict[str, Any]:
     """Returns where the parameters are from, as the run folder says."""
     path = self.workdir / "run.json"
-    run = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: run.get(name) for name in SOURCES}
+    if not path.is_file():
+      return dict.fromkeys(SOURCES)
+    try:
+      run = json.loads(path.read_text())
+      return {name: run.get(name) for name in SOURCES}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+      raise ConfigError(
+        f"{path} must be what training wrote ({type(error).__name__}: {error}); "
+        "without it the run goes on, and where its parameters are from is forgotten."
+      ) from error
 
   def initial_state(self, given: dict[str, Any]) -> TrainState:
     """Returns the state before the first step, with given parts of its parameters.
@@ -487,10 +510,23 @@ class _Run:
     """Returns one line on what is trained on, and on held-out text from elsewhere."""
     if isinstance(self.corpus, TaskCorpus):
       return self.corpus.describe()
-    stats = self.corpus.stats
+    stats, data = self.corpus.stats, self.config.data
+    text = describe(stats)
+    if stats["is_cut"]:
+      held_out = ", ".join(
+        f"{fraction:.3g} for {name}"
+        for name, fraction in (
+          ("validation", data.validation_fraction), ("test", data.test_fraction)
+        )
+        if fraction
+      )
+      text += (
+        f"; too few to be split whole, so the end of each is held out ({held_out} of "
+        f"the text, after a gap of {data.seq_len} tokens)"
+      )
     if stats["train_on"] is None:
-      return describe(stats)
-    return f"{describe(stats['train_on'])}; held out, of {describe(stats)}"
+      return text
+    return f"{describe(stats['train_on'])}; held out, of {text}"
 
   def generation(
     self, params: Any, before_batch: Callable[[], None] | None = None
@@ -725,7 +761,10 @@ class _Training:
     run.checkpointer.wait()
     look()
     main, error = result["main_loss"].values()
-    self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
+    spread = f"+- {error:.4f} nats per token"
+    if np.isnan(error):
+      spread = f"nats per token ({evaluate.NO_ERROR})"
+    self.bar.say(f"done: main loss {main:.4f} {spread}")
     if jax.process_index() == 0:
       write_json(run.workdir / "eval.json", result)
       (run.workdir / "DONE").write_text("")
@@ -746,7 +785,7 @@ def _open(
   """Starts a run or goes on with it; what is to be closed goes on the stack."""
   observer.pauses("starting")
   check_source(config, workdir)
-  _claim(workdir, config)
+  _check_claimed(workdir, config)
   startup.ends("devices")
   run = _Run(accounting.resolve(config), workdir, devices=devices)
   stack.push(run.close)
@@ -755,6 +794,7 @@ def _open(
   startup.ends("data")
   with jax.set_mesh(run.mesh):
     state, done, origin = run.start(loader)
+  _claim(workdir, config)  # Nothing is left but to train.
   _write_run_json(run, origin, num_packed)
   step = int(state.step)
   writer = stack.enter_context(MetricsWriter(workdir, step))
@@ -1121,14 +1161,27 @@ def _each_after(work: Callable[[], None], batches: Iterator[Any]) -> Iterator[An
     yield batch
 
 
+def _check_claimed(workdir: Path, config: Config) -> None:
+  """Checks that a run folder holds this very run, or none."""
+  for name in ("config.json", *_FILES):
+    if (workdir / name).is_dir():
+      raise ConfigError(
+        f"{workdir / name} must be a file that training writes, and is a folder."
+      )
+  for name in ("checkpoints", "tensorboard"):
+    if (workdir / name).is_file():
+      raise ConfigError(
+        f"{workdir / name} must be a folder that training fills, and is a file."
+      )
+  if (workdir / "config.json").exists():
+    checkpoint.check_resumable(checkpoint.read_config(workdir), config)
+
+
 def _claim(workdir: Path, config: Config) -> None:
-  """Creates the run folder, or checks that it holds this very run."""
-  path = workdir / "config.json"
-  if path.exists():
-    checkpoint.check_resumable(from_config_dict(json.loads(path.read_text())), config)
+  """Makes a folder that of this run."""
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    write_json(workdir / "config.json", to_dict(config))
 
 
 def _write_run_json(

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 
@@ -27,6 +29,7 @@ from mtp_jax.config import ConfigError, flatten, to_dict, with_overrides
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.train_state import init_state, state_shardings
 from tests.common import GPT2, MINIMAL, tiny_config
+from tests.untrained_runs import save_run
 
 # Reads that were under way when Orbax gave up on a file complain when collected.
 pytestmark = pytest.mark.filterwarnings(
@@ -485,3 +488,49 @@ def test_contract_says_which_norms_modules_have():
   assert found["hidden_source"] == (
     "depth 1: trunk output after its final norm; depth k: the output of module k - 1"
   )
+
+
+DAMAGED = """
+import sys, pathlib
+import mtp_jax
+for workdir in sys.argv[1:]:
+  print(mtp_jax.load(pathlib.Path(workdir)).step)
+"""
+
+
+def test_a_damaged_file_is_reported_in_few_lines(tmp_path):
+  run = save_run(tmp_path / "whole", tiny_config("sequential", 2))
+  copies = []
+  for name in ("cut", "gone", "changed"):
+    copies.append(shutil.copytree(run, tmp_path / name))
+    checkpoints = copies[-1] / "checkpoints"
+    newest = shutil.copytree(checkpoints / "0", checkpoints / "5")
+    files = [file for file in newest.glob("state/**/d/*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    for i in range(1000, len(content), 97):
+      content[i] ^= 255
+    largest.write_bytes(content[: len(content) // 2] if name == "cut" else content)
+    if name == "gone":
+      largest.unlink()
+  ended = subprocess.run(
+    [sys.executable, "-c", DAMAGED, *copies],
+    capture_output=True, text=True, check=True,
+  )
+  assert ended.stdout.split() == ["0"] * 3
+  assert ended.stderr.count("is damaged") == 3
+  assert len(ended.stderr.splitlines()) == 6  # Each with the line that warns.
+
+
+def test_other_names_among_checkpoints_are_no_checkpoints(tmp_path):
+  run = save_run(tmp_path / "run", tiny_config())
+  for name in ("notes.txt", "7"):
+    (run / "checkpoints" / name).write_text("")
+  for name in ("old_12", "12.bak", "²"):
+    (run / "checkpoints" / name).mkdir()
+  assert checkpoint.finished_steps(run / "checkpoints") == [0]
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    found = Checkpointer(run)
+    assert found._unfinished == []
+    found.close()

@@ -60,6 +60,16 @@ CONFIGS = {
     [BASE, "--config.mtp.weight=nan"],
     "mtp.weight must be finite and not negative, got nan.",
   ),
+  "own text that is not read": (
+    [BASE, "--config.data.path=my/text"],
+    "data.path must be '' unless data.source is one of 'files', 'jsonl', "
+    "'array_record' (it is 'stdlib'), got 'my/text'.\n",
+  ),
+  "a weight of nothing": (
+    [BASE, "--config.mtp.weight=1"],
+    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
+    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0.\n",
+  ),
   "two rules": (
     [BASE, "--config.mtp.weight=nan", "--config.seed=-1"],
     "mtp.weight must be finite and not negative, got nan.\n"
@@ -69,6 +79,14 @@ CONFIGS = {
     ["--config=experiments/smok.py"],
     "--config must name an experiment file, got 'experiments/smok.py'; did you mean "
     "'experiments/smoke.py'?",
+  ),
+  "no Python": (
+    ["--config=README.md"],
+    "--config must name an experiment file (Python), got 'README.md': ",
+  ),
+  "no get_config": (
+    ["--config", "tests/corpora.py"],
+    "--config must name a file with a function get_config, got 'tests/corpora.py'.",
   ),
   "no config": ([], "--config is required: "),
   "no presets": (
@@ -133,6 +151,72 @@ def test_mesh_that_does_not_fit_the_devices(command, tmp_path):
     "error: mesh must be such that fsdp * expert * tensor * context divides the number "
     "of devices (1), got {'data': -1, 'fsdp': 2, 'expert': 1, 'tensor': 1, 'context': "
     "1}.\n"
+  )
+  assert result.code == 2
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module, more", [
+  ("launch.train", [BASE]), ("launch.sweep", [BASE]), ("launch.evaluate", []),
+  ("launch.generate", ["--prompt=a"]),
+])
+@pytest.mark.parametrize("workdir, message", [
+  ("", "--workdir must name a folder, got ''."),
+  ("README.md", "--workdir must name a folder, got 'README.md', which is a file."),
+  ("README.md/run", "--workdir must name a folder, got 'README.md/run': Not a dir"),
+  ("x" * 300, "--workdir must name a folder, got 'xxxxxx"),
+])
+def test_bad_workdirs(command, module, more, workdir, message):
+  result = command(module, f"--workdir={workdir}", *more)
+  assert result.output.startswith(f"error: {message}")
+  assert len(result.output.splitlines()) == 1
+  assert result.code == 2
+  assert not result.touched_backend
+
+
+def test_a_workdir_that_cannot_be_written(command):
+  result = command("launch.train", BASE, "--workdir=/proc/run")
+  assert result.output.startswith("error: /proc/run must be a folder that can be ")
+  assert result.code == 2
+
+
+@pytest.mark.parametrize("content, reason", [
+  ("x = 1 / 0\ndef get_config(): pass\n", "ZeroDivisionError: division by zero"),
+  ("def get_config(): raise KeyError('a')\n", "KeyError: 'a'"),
+  ("import no_such_module\ndef get_config(): pass\n",
+   "ModuleNotFoundError: No module named 'no_such_module'"),
+  ("def get_config(): raise ValueError('no size')\n", "no size"),
+])
+def test_an_experiment_that_raises(command, tmp_path, content, reason):
+  file = tmp_path / "it.py"
+  file.write_text(content)
+  result = command("launch.train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+  assert result.output.splitlines()[0] == f"error: --config={file}: {reason}"
+  assert (result.code, "Traceback" in result.output) == (2, False)
+
+
+@pytest.mark.parametrize("flag, message", [
+  ("--seed=-1", "flag --seed=-1: "),
+  ("--seed=4294967296", "flag --seed=4294967296: "),
+  ("--max_new_tokens=0", "flag --max_new_tokens=0: "),
+  ("--drafts=100000", "flag --drafts=100000: "),
+  ("--prompt_file=README.md", "one of --prompt and --prompt_file is required, got bo"),
+])
+def test_numbers_out_of_range(command, flag, message):
+  result = command("launch.generate", "--workdir=x", "--prompt=a", flag)
+  assert result.output.startswith(f"error: {message}")
+  assert result.code == 2
+  assert not result.touched_backend
+
+
+def test_a_kernel_of_another_platform(command, tmp_path):
+  result = command(
+    "launch.train", BASE, f"--workdir={tmp_path / 'run'}",
+    "--config.trunk.attention=cudnn",
+  )
+  assert result.output == (
+    "error: trunk.attention must be 'auto', 'xla' or 'blocked' on platform 'cpu': "
+    "cuDNN is of NVIDIA GPUs, got 'cudnn'.\n"
   )
   assert result.code == 2
   assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import pytest
 
 from experiments import base
@@ -21,9 +22,9 @@ def make(**overrides):
   return config_lib.with_overrides(default, values)
 
 
-def error_of(config, num_devices=None):
+def error_of(config, num_devices=None, platform=None):
   with pytest.raises(ConfigError) as caught:
-    config_rules.validate(config, num_devices)
+    config_rules.validate(config, num_devices, platform)
   return str(caught.value)
 
 
@@ -206,13 +207,13 @@ RULES = {
   },
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
-    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' with "
-    "extra depths (it is 'sequential' with depth 1), got 'own'.",
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' and "
+    "mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
-    "mtp.objective must be 'cross_entropy' at mtp.depth 0: only extra depths learn "
-    "from the trunk, got 'kl'.",
+    "mtp.objective must be 'cross_entropy' unless mtp.depth is positive (it is 0), got "
+    "'kl'.",
   ),
   "negative feature weight": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.feature_weight": -1.0},
@@ -221,7 +222,7 @@ RULES = {
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
     "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3' "
-    "with extra depths (it is 'parallel' with depth 1), got 64.",
+    "and mtp.depth is positive (they are 'parallel' and 1), got 64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -249,8 +250,8 @@ RULES = {
   ),
   "draft vocabulary of a shared matrix": (
     {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
-    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed 'own' (they "
-    "are 'eagle3' and 'shared'), got 9.",
+    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed is 'own' "
+    "(they are 'eagle3' and 'shared'), got 9.",
   ),
   "draft vocabulary larger than the vocabulary": (
     {
@@ -292,7 +293,8 @@ RULES = {
   ),
   "latent with biases": (
     LATENT | {"trunk.qkv_bias": True},
-    "trunk.qkv_bias must be False for latent attention, got True.",
+    "trunk.qkv_bias must be False unless trunk.kind is 'llama' and "
+    "trunk.attention_kind is 'grouped' (they are 'llama' and 'latent'), got True.",
   ),
   "odd rotary part": (
     LATENT | {"trunk.latent.rope_dim": 5},
@@ -300,7 +302,8 @@ RULES = {
   ),
   "gpt2 with experts": (
     {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4} | EXPERTS,
-    "trunk.moe.num_experts must be 0 for trunk.kind 'gpt2', got 8.",
+    "trunk.moe.num_experts must be 0 unless trunk.kind is 'llama' (it is 'gpt2'), got "
+    "8.",
   ),
   "rotary factor": (
     {"trunk.rope_scaling.factor": 0.5},
@@ -347,12 +350,12 @@ RULES = {
   ),
   "no experts over devices": (
     {"mesh.expert": 2},
-    "mesh.expert must be 1 without experts (trunk.moe.num_experts 0), got 2.",
+    "mesh.expert must be 1 unless trunk.moe.num_experts is positive (it is 0), got 2.",
   ),
   "dense blocks of a dense trunk": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.dense_blocks": True},
-    "mtp.dense_blocks must be False unless the trunk has experts and mtp.kind is "
-    "'sequential' (it is 'sequential' with 0 experts), got True.",
+    "mtp.dense_blocks must be False unless mtp.kind is 'sequential' and "
+    "trunk.moe.num_experts is positive (they are 'sequential' and 0), got True.",
   ),
   "nothing but a frozen trunk": (
     {"train.freeze_trunk": True},
@@ -408,7 +411,9 @@ RULES = {
       "data.source": "siblings", "data.train_on": "a.jsonl",
       "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
     },
-    "data.train_on must be '' for a task, got 'a.jsonl'.",
+    "data.train_on must be '' unless data.source is one of 'stdlib', 'site_packages', "
+    "'files', 'jsonl', 'array_record', 'language_reference', 'stories' (it is "
+    "'siblings'), got 'a.jsonl'.",
   ),
   "nothing to train on": (
     {"data.validation_fraction": 0.6, "data.test_fraction": 0.4},
@@ -462,6 +467,147 @@ RULES = {
     {"mesh.fsdp": 3}, "trunk.embed_dim must be divisible by mesh.fsdp (3), got 128."
   ),
 }
+
+
+CUDNN = {"trunk.attention": "cudnn"}
+PLATFORMS = {
+  "cudnn on a CPU": (
+    CUDNN, "cpu", "'auto', 'xla' or 'blocked' on platform 'cpu': cuDNN is of NVIDIA "
+    "GPUs, got 'cudnn'.",
+  ),
+  "cudnn on a TPU": (
+    CUDNN, "tpu", "'auto', 'xla' or 'blocked' on platform 'tpu': cuDNN is of NVIDIA "
+    "GPUs, got 'cudnn'.",
+  ),
+  "cudnn in float32": (
+    CUDNN | {"trunk.compute_dtype": "float32"}, "gpu",
+    "another where attention is not in 16-bit floats, got 'cudnn'.",
+  ),
+  "cudnn of small heads": (
+    CUDNN | {"trunk.embed_dim": 48}, "gpu",
+    "another where attention has heads of 12, not a multiple of 8, got 'cudnn'.",
+  ),
+  "cudnn of odd rows": (
+    CUDNN | {"data.seq_len": 127}, "gpu",
+    "another where attention has rows of odd length (data.seq_len), got 'cudnn'.",
+  ),
+  "cudnn of split rows": (
+    CUDNN | {"mesh.context": 2}, "gpu",
+    "another where attention splits the sequence (mesh.context), got 'cudnn'.",
+  ),
+  "cudnn of values of another size": (
+    LATENT | CUDNN, "gpu",
+    "another where values (32) differ in size from keys (48), got 'cudnn'.",
+  ),
+  "tokamax that is not there": (
+    {"trunk.attention": "tokamax"}, "cpu", "'auto', 'xla' or 'blocked' on platform "
+    "'cpu' where the package tokamax is not installed, got 'tokamax'.",
+  ),
+  "tokamax on several devices": (
+    {"trunk.attention": "tokamax"}, "gpu", "another on 8 devices, got 'tokamax'."
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
+  values, platform, message = PLATFORMS[name]
+  is_missing = name == "tokamax that is not there"
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: None if is_missing else 1)
+  config = make(**values)
+  found = error_of(config, 1 if is_missing else 8, platform)
+  assert found == f"trunk.attention must be {message}"
+  config_rules.validate(config, 8)  # The sweep's own process has other devices.
+
+
+def test_kernels_are_accepted_where_they_run(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
+  config_rules.validate(make(**CUDNN), 8, "gpu")
+  config_rules.validate(make(trunk__attention="tokamax"), 1, "tpu")
+  for attention in ("auto", "xla", "blocked"):
+    for grouped_matmul in ("auto", "ragged", "blocked"):
+      moe = EXPERTS | {"trunk.moe.grouped_matmul": grouped_matmul}
+      config_rules.validate(make(trunk__attention=attention, **moe), 8, "cpu")
+
+
+def test_float64_is_refused_where_jax_would_make_float32_of_it():
+  double = make(trunk__compute_dtype="float64")
+  assert error_of(double) == (
+    "trunk.compute_dtype must be 'auto', 'float32' or 'bfloat16' unless the "
+    "environment has JAX_ENABLE_X64=1: JAX makes float32 of it, got 'float64'."
+  )
+  jax.config.update("jax_enable_x64", True)
+  try:
+    config_rules.validate(double)
+  finally:
+    jax.config.update("jax_enable_x64", False)
+
+
+# Values that nothing reads under the other values, by key; all else is the default.
+IGNORED = {
+  "data.path": ("my/text", {}),
+  "data.text_field": ("body", {"data.source": "files", "data.path": "x"}),
+  "tokenizer.path": ("tokenizer.json", {"tokenizer.kind": "bpe"}),
+  "task.num_train": (10, {}),
+  "task.sat.num_clauses": (
+    3, {"data.source": "countdown", "tokenizer.kind": "symbols"}
+  ),
+  "eval.line_prompts": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
+  "eval.rows_per_document": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
+  "eval.task_examples": (10, {}),
+  "eval.max_new_tokens": (9, {"eval.line_prompts": 0, "eval.function_prompts": 0}),
+  "optimizer.decay_fraction": (0.5, {}),
+  "trunk.latent.kv_rank": (64, {}),
+  "trunk.moe.expert_dim": (64, {}),
+  "trunk.moe.grouped_matmul": ("ragged", {}),
+  "trunk.moe.bias_until": (0.5, EXPERTS | {"trunk.moe.bias_rate": 0.0}),
+  "trunk.rope_theta": (1e6, {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4}),
+  "trunk.rope_scaling.factor": (4.0, {}),
+  "trunk.rope_scaling.original_length": (64, {"trunk.rope_scaling.kind": "linear"}),
+  "trunk.rope_scaling.high_freq_factor": (5.0, {"trunk.rope_scaling.kind": "yarn"}),
+  "trunk.rope_scaling.beta_fast": (40.0, {"trunk.rope_scaling.kind": "llama3"}),
+  "mtp.final_weight": (0.5, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.schedule_fraction": (
+    0.5, {"mtp.kind": "linear", "mtp.depth": 1, "mtp.schedule": "linear"}
+  ),
+}
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_value_that_nothing_reads_is_refused(key):
+  value, others = IGNORED[key]
+  default = config_rules._defaults()[key]
+  message = error_of(make(**others | {key: value}))
+  assert re.fullmatch(
+    rf"{re.escape(f'{key} must be {default!r} unless ')}.*, got {value!r}\.", message
+  )
+
+
+def test_every_condition_of_an_effect_is_of_known_keys_and_choices():
+  keys = config_rules._defaults()
+  for key, conditions in config_rules._effects().items():
+    assert key in keys
+    for names, allowed in conditions.items():
+      for name in [names] if isinstance(names, str) else names:
+        for value in allowed:
+          make(**{name: value})  # Raises for a value that is no choice.
+  sections = {key for key in config_rules._EFFECTS if key not in keys}
+  assert sections == {
+    "trunk.latent", "trunk.moe", "trunk.rope_scaling", "task",
+    *(f"task.{task}" for task in config_lib.TASKS),
+  }
+
+
+def test_the_baseline_of_a_sweep_may_have_the_weight_of_the_others():
+  baseline = make(mtp__weight=1.0, mtp__weighting="sum", eval__middle_prompts=4)
+  config_rules.validate(baseline)
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(baseline, given=("mtp.weight", "mtp.kind"))
+  assert str(caught.value) == (
+    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
+    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0."
+  )
+  config_rules.validate(make(mtp__weight=1.0, mtp__kind="linear"), given=["mtp.weight"])
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -517,3 +517,30 @@ def test_heads_cannot_recurse_and_learned_positions_bound_the_length():
   model = Model(*MODELS["gpt2-none"])
   with pytest.raises(ValueError, match=r"at most 22 tokens together.*got 9 \+ 14"):
     model.generate(max_new_tokens=NEW + 1)
+
+
+@pytest.mark.parametrize("name, value, message", [
+  ("max_new_tokens", 2.5, "max_new_tokens must be an integer from 1 to "),
+  ("max_new_tokens", 0, "max_new_tokens must be an integer from 1 to "),
+  ("max_new_tokens", 2**28, "prompt and max_new_tokens must fit into memory: 1 prompt"),
+  ("seed", -1, "seed must be an integer from 0 to 4294967295, got -1."),
+  ("seed", 2**32, "seed must be an integer from 0 to 4294967295, got 4294967296."),
+  ("first", -1, "first must be an integer from 0 to "),
+  ("first", 2**31, "first must be an integer from 0 to "),
+  ("num_drafts", 10**5, "num_drafts must be an integer from 0 to 64, got 100000."),
+])
+def test_numbers_out_of_range_are_refused_before_any_work(name, value, message):
+  limits = {"max_new_tokens": 4, "seed": 0, "first": 0}
+  if name == "num_drafts":
+    limits["decoding"] = Decoding(num_drafts=value, recurse=True)
+  else:
+    limits[name] = value
+  with pytest.raises(ValueError) as caught:
+    generate.generate(tiny_config("sequential", 1), None, [np.array([1])], **limits)
+  assert str(caught.value).startswith(message)
+
+
+def test_a_prompt_that_does_not_fit_into_memory_is_refused():
+  prompts = [np.ones(10**6, int)]
+  with pytest.raises(ValueError, match=r"must fit into memory: 1 prompt\(s\) pad"):
+    generate.generate(tiny_config("sequential", 1), None, prompts, max_new_tokens=4)

@@ -497,6 +497,11 @@ def test_trees_are_read_and_kept_in_order(tmp_path):
 
 @pytest.mark.parametrize("make, message", [
   (lambda: StaticTree(()), r"a tree must have at least one path, got none"),
+  (
+    lambda: StaticTree(tuple((i,) for i in range(10**5))),
+    r"at most 1024 paths, got 100000",
+  ),
+  (lambda: DynamicTree(2, 10**4, 10**5), r"at most 1024, got 100000"),
   (lambda: StaticTree(((0,), ())), r"paths must be of ranks from 0 on.*got \(\)"),
   (lambda: StaticTree(((0,), (-1,))), r"paths must be of ranks from 0 on.*got \(-1,\)"),
   (lambda: StaticTree(((0,), (1.0,))), r"paths must be of ranks.*got \(1.0,\)"),
@@ -551,3 +556,10 @@ def test_bad_trees_are_refused(make, message):
 def test_trees_that_do_not_fit_are_refused(kind, depth, decoding, message):
   with pytest.raises(ValueError, match=message):
     generate.make_plan(tiny_config(kind, depth), decoding)
+
+
+def test_a_file_of_deeply_nested_lists_is_no_tree(tmp_path):
+  file = tmp_path / "tree.json"
+  file.write_text('{"paths": ' + "[" * 10**5 + "]" * 10**5 + "}")
+  with pytest.raises(ValueError, match=r"JSON file with paths, got .* \(Recursion"):
+    trees.read(str(file))

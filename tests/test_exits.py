@@ -4,6 +4,8 @@ import json
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import base
@@ -110,6 +112,68 @@ def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
   assert (left["step"], left["num_steps"]) == (6, config.train.num_steps)
   assert left["job_id"] is None and left["loss"] is None
   assert not cli.is_in_use(workdir)
+
+
+def raised(work):
+  """Returns the error of `work`, as raised: with the notes that it has then."""
+  try:
+    work()
+  except Exception as error:
+    return error
+  pytest.fail("no error")
+
+
+def caused():
+  try:
+    raise OSError("the disk\nis gone")
+  except OSError as error:
+    raise RuntimeError("a worker failed:\n\n  row 3\nmore") from error
+
+
+ERRORS = {
+  "of JAX": (
+    jax.jit(lambda: jnp.zeros(3) + jnp.zeros(5)),
+    "TypeError: add got incompatible shapes for broadcasting: (3,), (5,).",
+  ),
+  "cause": (
+    caused, "RuntimeError: a worker failed: row 3, caused by OSError: the disk"
+  ),
+  "several": (
+    lambda: (_ for _ in ()).throw(ExceptionGroup("two", [KeyError("a"), OSError()])),
+    "ExceptionGroup: two (2 sub-exceptions), caused by KeyError: 'a'",
+  ),
+  "no message": (lambda: next(iter(())), "StopIteration"),
+  "no memory": (
+    lambda: jnp.zeros(1 << 38).block_until_ready(),
+    "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 "
+    "bytes. There is not enough memory: lower data.batch_size, ",
+  ),
+  "no memory of the host": (
+    lambda: bytearray(1 << 62), "MemoryError. There is not enough memory: lower ",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_keeps_its_reason(monkeypatch, capsys, tmp_path, name):
+  work, text = ERRORS[name]
+  error = raised(work)
+  described = exits.describe(error)
+  assert described.startswith(text) and "\n" not in described
+  if not text.endswith(" "):
+    assert described == text
+
+  def fail(*_, observer, startup):
+    raise error
+
+  monkeypatch.setattr(train, "fit", fail)
+  end = train.train(from_config_dict(base.get_config()), tmp_path, Startup())
+  assert end.message == described
+  assert capsys.readouterr().err.splitlines()[-1] == f"error: {described}"
+  assert status.read(tmp_path)["reason"] == described
+  event = workers._ended(status.Status(tmp_path, 1, 0), error)
+  assert event.text.splitlines()[0] == described
+  assert event.exit_class == "infrastructure"
 
 
 def test_status_follows_the_run(tmp_path):

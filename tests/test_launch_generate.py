@@ -71,7 +71,7 @@ def test_sampling_goes_on_from_a_file_as_plain_sampling_does(command, run, tmp_p
 @pytest.mark.parametrize("flags, message", [
   (["--prompt="], "--prompt must have at least one character, got ''."),
   ([], "one of --prompt and --prompt_file is required."),
-  (["--prompt=a", "--prompt_file=b"], "one of --prompt and --prompt_file is required."),
+  (["--prompt=a", "--prompt_file=b"], "is required, got both ('a' and 'b')."),
   (["--prompt_file=/no/file"], "--prompt_file must be a readable text file, got '/no/"),
   (["--prompt=a", "--drafts=2"], "num_drafts must be at most the model's 1 extra pred"),
   (["--prompt=a", "--tree=dynamic:2"], "--tree: tree must be dynamic:DEPTH,WIDTH,NOD"),

@@ -339,7 +339,7 @@ def test_bad_settings_are_refused(model, models):
     "rule 'greedy' takes the arg max": {"temperature": 0.5},
     "temperature must be positive": {"rule": "match", "temperature": 0.0},
     "top_p must be a number": {"rule": "match", "top_p": 2.0},
-    "max_new_tokens must be at least 1": {"max_new_tokens": 0},
+    "max_new_tokens must be an integer from 1": {"max_new_tokens": 0},
     "stop must be .*'ab', which has 2": {"stop": ["ab"]},
     "token ids must be in": {"stop": [300]},
   }.items():

@@ -343,6 +343,65 @@ def test_bpe_learns_from_the_train_split_alone(corpus_file):
   assert corpus.tokenizer.to_json() != everything.to_json()
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kind, size", [("bytes", 264), ("bpe", 280)])
+def test_few_texts_are_cut_with_a_gap_of_a_row(tmp_path, count, kind, size):
+  rng = np.random.default_rng(0)
+  texts = [
+    f"{i} é " + "".join(rng.choice(list("abc \n"), 5000)) for i in range(count)
+  ]
+  for i, text in enumerate(texts):
+    (tmp_path / f"{i}.txt").write_text(text)
+  config = data_config(
+    "files", tmp_path, data__seq_len=64, data__validation_fraction=0.01,
+    data__test_fraction=0.01, tokenizer__kind=kind, tokenizer__vocab_size=size,
+  )
+  corpus = load_corpus(config)
+  assert corpus.stats["is_cut"] and corpus.stats["num_documents"] == count
+  assert [x["documents"] for x in corpus.stats["splits"].values()] == [count] * 3
+  found = [list(corpus.texts(name)) for name in sources.SPLITS]
+  for text in texts:
+    (train,), (validation,), (test,) = (
+      [part for part in parts if part in text] for parts in found
+    )
+    assert text.endswith(validation + test)
+    for part in (validation, test):
+      assert len(part) == pytest.approx(0.01 * len(text), abs=1)
+    assert text.startswith(train)
+    between = text[len(train) : -len(validation + test)]
+    # A row of tokens, as they are without the text around them.
+    assert len(corpus.tokenizer.encode(between)) == pytest.approx(64, abs=2)
+  # Documents begin with bos and end with eos where the texts do, and only there.
+  read = lambda i: corpus.store.read(i, 0, int(corpus.store.lengths_N[i]))  # noqa: E731
+  for i, split in enumerate(corpus.split_N):
+    assert (read(i)[0] == corpus.tokenizer.bos_id) == (split == 0)
+    assert (read(i)[-1] == corpus.tokenizer.eos_id) == (split == 2)
+  if kind == "bpe":  # It has seen no held-out text.
+    begins = [text[: round(0.98 * len(text))] for text in texts]
+    alone = pipeline.tokenizers_lib.make_tokenizer(config.tokenizer, begins)
+    assert corpus.tokenizer.to_json() == alone.to_json()
+
+
+def test_texts_that_fill_every_split_are_not_cut(tmp_path):
+  file = write_jsonl(tmp_path / "a.jsonl", some_texts(60))
+  fractions = {"data__validation_fraction": 0.3, "data__test_fraction": 0.2}
+  whole = load_corpus(data_config("jsonl", file, **fractions))
+  assert not whole.stats["is_cut"] and whole.stats["num_documents"] == 60
+  assert sum(x["documents"] for x in whole.stats["splits"].values()) == 60
+
+
+def test_too_little_text_to_cut(tmp_path):
+  (tmp_path / "a.txt").write_text("too short for a row")
+  with pytest.raises(DataError) as caught:
+    load_corpus(data_config("files", tmp_path / "a.txt"))
+  assert str(caught.value) == (
+    f"{tmp_path / 'a.txt'} has too little text: 1 document(s) (19 bytes) are cut into "
+    "train, validation and test with a gap of data.seq_len (128) tokens, and none is "
+    "left for 'train'. Give more text, lower data.seq_len, or change "
+    "data.validation_fraction (0.05) and data.test_fraction (0.05)."
+  )
+
+
 def test_corpora_that_cannot_be_used(corpus_file):
   with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size must be at least 258"):
     load_corpus(data_config("jsonl", corpus_file, tokenizer__vocab_size=100))

@@ -43,7 +43,7 @@ def test_stdlib_counts_by_another_walk(stdlib):
   texts, errors, empty = [], set(), 0
   for file in files:
     try:
-      text = file.read_bytes().decode()
+      text = file.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
       errors.add(str(file.relative_to(folder)))
       continue
@@ -199,6 +199,23 @@ def test_jsonl(tmp_path, name):
   assert [document.name.rpartition(":")[2] for document in documents] == ["1", "2"]
   stats = read("jsonl", tmp_path / name).stats
   assert (stats.num_empty, stats.num_duplicates, stats.num_files) == (1, 1, 1)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  mark, folder = b"\xef\xbb\xbf", tmp_path / "texts"
+  folder.mkdir()
+  for name, content in (("a", b"one"), ("b", mark + b"one"), ("c", mark), ("d", b"a")):
+    (folder / name).write_bytes(content)
+  stats = read("files", folder).stats
+  assert read("files", folder).texts == sorted(["one", "a"], key=digest)
+  assert (stats.num_duplicates, stats.num_empty, stats.num_bytes) == (1, 1, 4)
+  lines = LINES + json.dumps({"text": "\ufeffthree"}).encode()
+  for name, content in (
+    ("a.jsonl", mark + lines), ("b.jsonl.gz", gzip.compress(mark + lines)),
+  ):
+    (tmp_path / name).write_bytes(content)
+    reader = sources.DocumentReader("jsonl", str(tmp_path / name), "text")
+    assert [document.text for document in reader] == ["one", "two\n2", "three"]
 
 
 def test_jsonl_across_read_chunks(tmp_path, monkeypatch):

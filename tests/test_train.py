@@ -468,6 +468,66 @@ def test_another_run_may_not_use_the_folder(copy, config):
     train.fit(with_overrides(config, {"seed": 1}), copy, progress=False)
 
 
+def test_what_cannot_be_trained_claims_no_folder(config, texts, tmp_path, capsys):
+  (tmp_path / "short.txt").write_text("short")
+  (tmp_path / "one.txt").write_text("".join(x.read_text() for x in texts.iterdir()))
+  workdir = tmp_path / "run"
+
+  def fit(**values):
+    values = {key.replace("__", "."): value for key, value in values.items()}
+    return train.fit(with_overrides(config, values), workdir)
+
+  with pytest.raises(DataError, match="has too little text"):
+    fit(data__path=str(tmp_path / "short.txt"))
+  assert not (workdir / "config.json").exists()
+  # The corrected command trains, on one file.
+  result = fit(
+    data__path=str(tmp_path / "one.txt"), train__num_steps=2, eval__num_rows=2
+  )
+  assert result["num_documents"] == 1 and result["main_loss"]["stderr"] is None
+  said = capsys.readouterr().out
+  assert (
+    "left out: 0 duplicate, 0 empty, 0 not UTF-8; too few to be split whole, so the "
+    "end of each is held out (0.3 for validation, 0.1 for test of the text, after a "
+    "gap of 64 tokens)\n"
+  ) in said
+  assert "nats per token (an error needs two documents)\n" in said
+  assert "+-" not in said and "nan" not in said
+
+
+FOLDERS = ("config.json", "run.json", "metrics.jsonl", "eval.json", "DONE")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_in_place_of_a_file(config, tmp_path, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(ConfigError) as caught:
+    train.fit(config, tmp_path, progress=False)
+  assert str(caught.value) == (
+    f"{tmp_path / name} must be a file that training writes, and is a folder."
+  )
+  assert [x.name for x in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_a_file_in_place_of_a_folder(config, tmp_path, name):
+  (tmp_path / name).write_text("")
+  with pytest.raises(ConfigError) as caught:
+    train.fit(config, tmp_path, progress=False)
+  assert str(caught.value) == (
+    f"{tmp_path / name} must be a folder that training fills, and is a file."
+  )
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"{}", b"[" * 10**5, b"3"])
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_garbage_in_a_run_folder(copy, config, name, content):
+  (copy / name).write_bytes(content)
+  with pytest.raises(ConfigError) as caught:
+    train.fit(config, copy, progress=False)
+  assert str(caught.value).startswith(f"{copy / name} must be ")
+
+
 def test_other_text_may_not_continue_a_run(copy, config, tmp_path):
   other = with_overrides(config, {"data.path": str(write_texts(tmp_path / "t", 20))})
   with pytest.raises(DataError, match=r"must be the corpus of the saved run.*manifest"):

@@ -156,6 +156,17 @@ def test_a_compressed_file_is_the_same(file, tmp_path):
   assert found.stats.manifest == plain.stats.manifest
 
 
+def test_blank_lines_and_byte_order_marks_are_passed_over(file, tmp_path):
+  plain, copy = written.load(str(file)), tmp_path / "copy.jsonl"
+  lines = [*LINES[:2], {"text": "\ufeffmiddle", "bos": False, "eos": False}, *LINES[3:]]
+  text = "\n\n".join(map(json.dumps, lines))
+  copy.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n\r\n")
+  found = written.load(str(copy))
+  assert found.texts == plain.texts
+  assert found.stats.manifest == plain.stats.manifest
+  assert found.names == [f"{copy}:{number}" for number in (1, 3, 5, 7, 9)]
+
+
 @pytest.mark.parametrize("content, message", [
   (None, "data.train_on must be a JSONL file, got 'FILE', which is not there."),
   ("", "data.train_on must have at least one text, got 'FILE', which is empty."),
@@ -169,7 +180,9 @@ def test_a_compressed_file_is_the_same(file, tmp_path):
   ('{"text": "a", "eos": 1}',
    "FILE:1: every line of data.train_on must have true or false in 'eos', got 1."),
   ('["a"]', "FILE:1: must be a JSON object, got list."),
-  ('{"text": "a"}\n\n', "FILE:2: not valid JSON ("),
+  ("\n \r\n", "data.train_on must have at least one text, got 'FILE', which is empty."),
+  ('{"text": "a"}\n\n{"text"', "FILE:3: not valid JSON ("),
+  ('{"text": "\\ufeff"}', "FILE:1: every line of data.train_on must have a text in "),
   (b'{"text": "\xff"}', "FILE:1: every line of data.train_on must be UTF-8 ("),
 ])
 def test_what_cannot_be_trained_on(tmp_path, content, message):

@@ -333,7 +333,8 @@ class Sweep:
       )
     for trial in self._waiting:
       try:
-        validate(trial.config, event.num_devices if self._pack == 1 else 1)
+        num_devices = event.num_devices if self._pack == 1 else 1
+        validate(trial.config, num_devices, event.platform)
       except ConfigError as error:
         raise ConfigError(f"{trial.name}: {error}") from error
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from launch import cli
+from launch import cli, exits
 from launch.huge_pages import start_with_huge_pages
 from launch.status import Status, exit_class_of, last_words
 from launch.trials import Trial
@@ -345,9 +345,8 @@ def _explain(error: Exception) -> tuple[str, str]:
   """Returns what to tell of it, its first line a summary, and its exit class."""
   if exit_class := exit_class_of(error):
     return f"{type(error).__name__}: {error}", exit_class
-  summary = traceback.format_exception_only(error)[-1].strip()
   trace = "".join(traceback.format_exception(error))
-  return f"{summary}\n\n{trace}", "infrastructure"
+  return f"{exits.describe(error)}\n\n{trace}", "infrastructure"
 
 
 def _report(connection: Any, message: Warning | str, filename: str) -> None:

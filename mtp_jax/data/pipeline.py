@@ -2,12 +2,15 @@
 
     source -> documents -> split by hash -> tokenizer -> token store -> rows -> batches
 
-Rows to train on may come from elsewhere, see `data.train_on`; all else stays.
+Where there are few documents and a split would have none, every document is cut into
+the three. Rows to train on may come from elsewhere, see `data.train_on`; all else
+stays.
 
 The order of documents and rows depends on the corpus and `data.seed` alone: not on the
 model's seed, the depth, the number of hosts or of workers.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +31,8 @@ from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
 # The tokenizer library's encodings take far more memory than the ids in them.
 _BATCH_TEXTS = 256
+# Of fewer documents, the hashes may leave a split without any; these are cut then.
+_FEW = 100
 # Rows that are counted at once.
 _GROUP_ROWS = 1024
 # Batches that are read ahead, and that every worker has ready. Of grain's defaults the
@@ -83,8 +88,10 @@ class DecodedTexts(Sequence[str]):
 
   def __getitem__(self, index: int) -> str:
     document = int(self._documents[index])
-    length = int(self._store.lengths_N[document])
-    return self._tokenizer.decode(self._store.read(document, 1, length - 1))
+    ids = self._store.read(document, 0, int(self._store.lengths_N[document]))
+    # Parts of a document may have neither.
+    first, last = ids[:1] == self._tokenizer.bos_id, ids[-1:] == self._tokenizer.eos_id
+    return self._tokenizer.decode(ids[int(first.all()) : len(ids) - int(last.all())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +163,15 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
     store, folder = _open_prepared(data.path)
     _check_prepared(folder, config)
     tokenizer, stats = folder.tokenizer, folder.source
+    split_N, is_cut = _split(store.hashes_NX, data), False
   else:
     # Only BPE is trained to a size; the others have one, checked below.
     size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
     same_tokenizer = dataclasses.replace(tokenizer_config, vocab_size=size)
-    store, tokenizer, stats = _tokenized(same_text, same_tokenizer)
+    store, tokenizer, stats, split_N, is_cut = _tokenized(same_text, same_tokenizer)
   tokenizers_lib.check_vocab_size(tokenizer, tokenizer_config.vocab_size)
-  split_N = sources.split_of(
-    store.hashes_NX, data.validation_fraction, data.test_fraction
-  )
+  if is_cut:
+    store, split_N = _with_gaps(store, split_N, data.seq_len)
   counts = {
     name: {
       "documents": int(np.sum(split_N == i)),
@@ -174,6 +181,15 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
   }
   tested = sources.SPLITS if config.train.eval_test else ()
   for name in dict.fromkeys(("train", config.eval.split, *tested)):
+    if not counts[name]["documents"] and is_cut:
+      raise sources.DataError(
+        f"{stats['where']} has too little text: {stats['num_documents']} document(s) "
+        f"({stats['num_bytes']:,} bytes) are cut into train, validation and test with "
+        f"a gap of data.seq_len ({data.seq_len}) tokens, and none is left for "
+        f"{name!r}. Give more text, lower data.seq_len, or change "
+        f"data.validation_fraction ({data.validation_fraction}) and "
+        f"data.test_fraction ({data.test_fraction})."
+      )
     if not counts[name]["documents"]:
       raise sources.DataError(
         f"data.{'validation' if name == 'train' else name}_fraction must leave at "
@@ -181,7 +197,7 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
         f"data.validation_fraction = {data.validation_fraction}, "
         f"data.test_fraction = {data.test_fraction}."
       )
-  stats = stats | {"splits": counts, "train_on": None}
+  stats = stats | {"splits": counts, "is_cut": is_cut, "train_on": None}
   train_store = None
   if data.train_on:
     train_store, stats["train_on"] = _written(data.train_on, store, tokenizer)
@@ -191,21 +207,50 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
 @functools.lru_cache(maxsize=2)
 def _tokenized(
   data: DataConfig, tokenizer_config: TokenizerConfig
-) -> tuple[MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any]]:
+) -> tuple[
+  MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any], np.ndarray, bool
+]:
+  """Returns store, tokenizer and stats of the texts, their split, and if it cuts them.
+  """
   documents = sources.load_documents(data.source, data.path, data.text_field)
-  split_N = sources.split_of(
-    documents.hashes_NX, data.validation_fraction, data.test_fraction
+  split_N = _split(documents.hashes_NX, data)
+  manifest = documents.stats.manifest
+  held_out = (data.validation_fraction, data.test_fraction)
+  fractions = (1 - sum(held_out), *held_out)
+  is_cut = len(split_N) < _FEW and fractions[0] > 0 and any(
+    fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
   )
+  if is_cut:
+    documents, split_N = sources.cut(documents, *held_out)
+    manifest = sources.manifest_of(map(bytes, documents.hashes_NX))
   train_texts = (
     text for text, i in zip(documents.texts, split_N, strict=True) if i == 0
   )
   tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, train_texts)
   identity = {
-    "manifest": documents.stats.manifest,
+    "manifest": manifest,
     "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
   }
   store = MemoryStore(documents, tokenizer, identity)
-  return store, tokenizer, dataclasses.asdict(documents.stats)
+  return store, tokenizer, dataclasses.asdict(documents.stats), split_N, is_cut
+
+
+def _split(hashes_NX: np.ndarray, data: DataConfig) -> np.ndarray:
+  return sources.split_of(hashes_NX, data.validation_fraction, data.test_fraction)
+
+
+def _with_gaps(
+  store: MemoryStore, split_N: np.ndarray, seq_len: int
+) -> tuple[MemoryStore, np.ndarray]:
+  """Returns the parts of `sources.cut` without the last row before held-out text.
+
+  So no row to train on has text that held-out text follows. Parts that have nothing
+  left to predict are in no split (-1).
+  """
+  shorter = copy.copy(store)
+  is_train_N = split_N == sources.SPLITS.index("train")
+  shorter.lengths_N = np.maximum(store.lengths_N - seq_len * is_train_N, 0)
+  return shorter, np.where(shorter.lengths_N < 2, -1, split_N)
 
 
 @functools.lru_cache(maxsize=2)

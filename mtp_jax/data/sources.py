@@ -6,10 +6,12 @@ nor their names nor the machine matters. What cannot be used (bytes that are not
 texts of white space only, exact duplicates) is left out, counted and reported.
 """
 
+import codecs
 import dataclasses
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -23,6 +25,8 @@ import zstandard
 from mtp_jax.data.generated import GENERATED
 
 SPLITS = ("train", "validation", "test")
+# Some editors write it before a text, which it is no part of.
+BYTE_ORDER_MARK = "\ufeff"
 _CHUNK_BYTES = 1 << 20
 _NOT_STDLIB = ("site-packages", "dist-packages")
 
@@ -174,6 +178,8 @@ class DocumentReader:
     if text is None:
       self._encoding_errors.append(name)
       return None
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    data = data.removeprefix(codecs.BOM_UTF8)
     if not text.strip():
       self._num_empty += 1
       return None
@@ -227,6 +233,32 @@ def split_of(
   return np.where(
     uniform_N < validation_fraction, 1, np.where(uniform_N < held_out, 2, 0)
   )
+
+
+def cut(
+  documents: Documents, validation_fraction: float, test_fraction: float
+) -> tuple[Documents, np.ndarray]:
+  """Returns the parts of documents that are too few to be split whole, and `split_N`.
+
+  Of every text the beginning is for training, then comes the part for validation, then
+  that for the test; parts of white space only are left out.
+  """
+  names, texts, edges, splits = [], [], [], []
+  for name, text in zip(documents.names, documents.texts, strict=True):
+    first = round((1 - validation_fraction - test_fraction) * len(text))
+    second = round((1 - test_fraction) * len(text))
+    bounds = itertools.pairwise((0, first, second, len(text)))
+    for split, (begin, end) in enumerate(bounds):
+      if text[begin:end].strip():
+        names.append(f"{name}[{begin}:{end}]")
+        texts.append(text[begin:end])
+        edges.append((begin == 0, end == len(text)))
+        splits.append(split)
+  hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+  parts = Documents(
+    names, texts, hash_array(hashes), documents.stats, np.array(edges, bool)
+  )
+  return parts, np.array(splits)
 
 
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
@@ -329,12 +361,12 @@ def _refuse_folder(error: OSError) -> None:
 
 def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
   """Returns the text of one JSONL line as UTF-8, or None where it has no such form."""
-  if not line.strip():
-    return b""
   try:
-    record = parse_line(line.decode("utf-8"), where)
+    record = parse_line(line, where)
   except UnicodeDecodeError:
     return None
+  if record is None:
+    return b""
   if field not in record:
     raise DataError(
       f"{where}: data.text_field {field!r} is not a key of this line; "
@@ -351,10 +383,18 @@ def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
     return None
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
-  """Returns the object of one JSONL line; raises DataError if it holds none."""
+def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
+  """Returns the object of one JSONL line, None of a blank line.
+
+  Raises:
+    DataError: the line holds something else.
+    UnicodeDecodeError: the line is not UTF-8.
+  """
+  text = line.decode("utf-8")
+  if not text.strip():
+    return None
   try:
-    record = json.loads(line)
+    record = json.loads(text)
   # ValueError: bad JSON, or a number with too many digits for Python.
   except (ValueError, RecursionError) as error:
     raise DataError(f"{where}: not valid JSON ({error}).") from error
@@ -364,19 +404,20 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
 
 
 def read_lines(handle: BinaryIO, file: str) -> Iterator[bytes]:
-  """Yields the lines of a plain, .gz or .zst file, without their ends.
+  """Yields the lines of a plain, .gz or .zst file, without ends and byte order mark.
 
   Raises:
     DataError: damaged or cut short.
   """
   parts: list[bytes] = []
+  mark = codecs.BOM_UTF8
   for chunk in _chunks(handle, file):
     first, *rest = chunk.split(b"\n")
     parts.append(first)
     for following in rest:
-      yield b"".join(parts)
-      parts = [following]
-  if last := b"".join(parts):
+      yield b"".join(parts).removeprefix(mark)
+      parts, mark = [following], b""
+  if last := b"".join(parts).removeprefix(mark):
     yield last
 
 

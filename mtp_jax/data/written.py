@@ -3,8 +3,8 @@
   {"text": "...", "bos": true, "eos": false, ...}
 
 `bos` says that the text begins a document, `eos` that it goes on to its end; both are
-true where a line does not say. Nothing is left out: a text that was sampled twice is
-there twice. Other keys are for people.
+true where a line does not say. Blank lines are passed over. No text is left out: one
+that was sampled twice is there twice. Other keys are for people.
 """
 
 import hashlib
@@ -34,13 +34,14 @@ def load(path: str) -> sources.Documents:
     DataError: no such file, no line in it, or a line that is damaged or has no text.
   """
   file = check_file(path)
-  texts, edges = [], []
+  names, texts, edges = [], [], []
   try:
     with open(file, "rb") as handle:
       for number, line in enumerate(sources.read_lines(handle, file), start=1):
-        text, *ends = _parse(line, f"{file}:{number}")
-        texts.append(text)
-        edges.append(ends)
+        if parsed := _parse(line, f"{file}:{number}"):
+          names.append(f"{file}:{number}")
+          texts.append(parsed[0])
+          edges.append(parsed[1:])
   except OSError as error:
     raise sources.DataError(
       f"{file}: cannot be read ({error.strerror or error})."
@@ -61,7 +62,7 @@ def load(path: str) -> sources.Documents:
     manifest=sources.manifest_of(hashes),
   )
   return sources.Documents(
-    names=[f"{file}:{number}" for number in range(1, 1 + len(texts))],
+    names=names,
     texts=texts,
     hashes_NX=sources.hash_array(hashes),
     stats=stats,
@@ -69,16 +70,23 @@ def load(path: str) -> sources.Documents:
   )
 
 
-def _parse(line: bytes, where: str) -> tuple[str, bool, bool]:
-  """Returns the text of a line, and whether it begins and ends a document."""
+def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
+  """Returns the text of a line, and whether it begins and ends a document.
+
+  None stands for a blank line.
+  """
   rule = f"{where}: every line of data.train_on must"
   try:
-    record = sources.parse_line(line.decode(), where)
+    record = sources.parse_line(line, where)
   except UnicodeDecodeError as error:
     raise sources.DataError(f"{rule} be UTF-8 ({error}).") from error
+  if record is None:
+    return None
   if "text" not in record:
     raise sources.DataError(f"{rule} have a key 'text', its keys are {sorted(record)}.")
   text = record["text"]
+  if isinstance(text, str):
+    text = text.removeprefix(sources.BYTE_ORDER_MARK)
   if not isinstance(text, str) or not text or not _is_encodable(text):
     raise sources.DataError(f"{rule} have a text in 'text', got {text!r:.80}.")
   return text, _flag(record, "bos", rule), _flag(record, "eos", rule)

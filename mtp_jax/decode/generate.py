@@ -8,6 +8,7 @@ Legend: B batch, S slots, K drafts.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,15 +16,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, num_trunk_layers
 from mtp_jax.decode import drafters, loop, network, trees
 from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
+from mtp_jax.model.layers import compute_dtype
 
 PROPOSALS = ("auto", "argmax", "sample", "coupled")
 
 _SMALLEST_BUCKET = 16
+# Drafts of a round; every one is a part of the program, which is compiled for minutes.
+MOST_DRAFTS = 64
+_INT32 = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,9 @@ def make_plan(
 
 def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
   """Returns the drafter that a way to decode makes of a model's predictors."""
-  tree = decoding.tree
+  tree, num_drafts = decoding.tree, decoding.num_drafts
+  if num_drafts is not None:
+    check_integer("num_drafts", num_drafts, 0, MOST_DRAFTS)
   if tree is None:
     return drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
   if decoding.num_drafts is not None:
@@ -148,6 +155,7 @@ def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
       "num_drafts must be None with a tree, whose depth says it, got "
       f"{decoding.num_drafts}."
     )
+  check_integer("depth of a tree", tree.depth, 1, MOST_DRAFTS)
   most = config.mtp.draft_vocab or config.tokenizer.vocab_size
   if tree.width > most:
     raise ValueError(
@@ -202,11 +210,14 @@ def generate(
   """
   if not prompts:
     return []
+  batch_size = len(prompts) if batch_size is None else batch_size
+  check_integer("batch_size", batch_size, 1, _INT32)
+  check_integer("seed", seed, 0, 2**32 - 1)
+  check_integer("first", first, 0, _INT32 - len(prompts) - batch_size)
   plan = make_plan(config, decoding)
   sizes = _Sizes(config, plan, prompts, max_new_tokens, prompt_length)
-  batch_size = len(prompts) if batch_size is None else batch_size
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+  if batch_sharding is None:
+    sizes.check_memory(config, batch_size)
   inputs = _inputs(weights, decoding, stop_ids)
   completions = []
   for begin in range(0, len(prompts), batch_size):
@@ -235,8 +246,10 @@ def stream(
 
   The last one is what `generate` returns for the prompt alone.
   """
+  check_integer("seed", seed, 0, 2**32 - 1)
   plan = make_plan(config, decoding)
   sizes = _Sizes(config, plan, [prompt], max_new_tokens, None)
+  sizes.check_memory(config, 1)
   inputs = _inputs(weights, decoding, stop_ids)
   state = _prefill(plan, inputs, sizes, [prompt], seed, 0, None)
   yield _completions(state, [prompt], stop_ids)[0]
@@ -256,8 +269,7 @@ class _Sizes:
     max_new_tokens: int,
     prompt_length: int | None,
   ):
-    if max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_integer("max_new_tokens", max_new_tokens, 1, _INT32 // 4)
     longest = max(len(prompt) for prompt in prompts)
     bucket = bucket_size(longest) if prompt_length is None else prompt_length
     vocab_size = config.tokenizer.vocab_size
@@ -279,6 +291,45 @@ class _Sizes:
     self.slots = loop.slots_for(
       bucket + bucket_size(max_new_tokens), plan.drafter.num_drafted
     )
+
+
+  def check_memory(self, config: Config, batch_size: int) -> None:
+    """Refuses what does not fit, by the least that it takes: scores and cache.
+
+    Raises:
+      ValueError: says how much there is.
+    """
+    trunk, width = config.trunk, np.dtype(compute_dtype(config.trunk)).itemsize
+    each = 2 * trunk.num_kv_heads * trunk.head_dim
+    if trunk.attention_kind == "latent":
+      each = trunk.latent.kv_rank + trunk.latent.rope_dim
+    scores = 4 * trunk.num_heads * self.prompt_slots * self.slots
+    cache = num_trunk_layers(config) * self.slots * each * width
+    needed, there = batch_size * (scores + cache), device_memory()
+    if there is not None and needed > there:
+      raise ValueError(
+        f"prompt and max_new_tokens must fit into memory: {batch_size} prompt(s) "
+        f"padded to {self.prompt_slots} tokens, with {self.max_new_tokens} new ones, "
+        f"take at least {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB."
+      )
+
+
+def device_memory() -> int | None:
+  """Returns the bytes of the first device, for a CPU those of the machine."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  try:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, ValueError, OSError):  # Not every system says so.
+    return None
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+  """Raises ValueError unless `value` is an integer from `low` to `high`."""
+  is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  if not (is_integer and low <= value <= high):
+    raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, found: str) -> None:

@@ -36,6 +36,9 @@ from mtp_jax.decode.interface import (
 )
 from mtp_jax.model.attention_ops import Places, write_slots
 
+# A round verifies all nodes at once; more than these never pay.
+MOST_NODES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class StaticTree:
@@ -56,6 +59,9 @@ class StaticTree:
     paths = tuple(map(tuple, self.paths))
     if not paths:
       raise ValueError("a tree must have at least one path, got none.")
+    if len(paths) > MOST_NODES:
+      most = f"at most {MOST_NODES} paths"
+      raise ValueError(f"a tree must have {most}, got {len(paths)}.")
     for path in paths:
       if not path or any(type(rank) is not int or rank < 0 for rank in path):
         raise ValueError(f"paths must be of ranks from 0 on, at least one, got {path}.")
@@ -111,6 +117,10 @@ class DynamicTree:
     for name, value in dataclasses.asdict(self).items():
       if type(value) is not int or value < 1:
         raise ValueError(f"{name} of a tree must be at least 1, got {value!r}.")
+    if self.num_nodes > MOST_NODES:
+      raise ValueError(
+        f"num_nodes of a tree must be at most {MOST_NODES}, got {self.num_nodes}."
+      )
     found = self.width + (self.depth - 1) * self.width**2
     if self.num_nodes > found:
       raise ValueError(
@@ -141,7 +151,7 @@ def read(text: str) -> Tree:
   try:
     paths = json.loads(Path(text).read_text())["paths"]
     paths = tuple(map(tuple, paths))
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"{rule}, got {text!r} ({reason}).") from error
   return StaticTree(paths)
