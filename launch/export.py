@@ -67,8 +67,8 @@ def main() -> int:
       dtype=_DTYPE.value,
       trunk_only=_TRUNK_ONLY.value,
       base_model=_BASE_MODEL.value or "",
-      token_ids=(model.tokenizer.bos_id, model.tokenizer.eos_id),
-      more_files={"tokenizer.json": model.tokenizer.to_json().encode()},
+      tokenizer=model.tokenizer,
+      model_folder=model.model_folder,
     )
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)

@@ -170,6 +170,7 @@ def _config(workdir: Path) -> Config:
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
   validate(config)
+  config = cli.of_run(config, workdir)
   cli.check_files(config.data, config.tokenizer)
   check_trunk(config, workdir)
   return config

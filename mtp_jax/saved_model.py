@@ -19,12 +19,14 @@ class SavedModel(NamedTuple):
 
   config: as trained, with the kernels that suit any platform.
   tokenizer: the tokenizer as JSON text.
+  model_folder: what an imported model had besides weights; see `interop.model_files`.
   """
 
   config: Config
   params: Any
   tokenizer: str
   step: int
+  model_folder: dict[str, Any] | None
 
 
 def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
@@ -46,7 +48,9 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
 
   step, params, meta = checkpoint.restore_params(folder, layout)
   config = _portable(from_config_dict(meta["config"]))
-  return SavedModel(config, params, meta["tokenizer"], int(step))
+  return SavedModel(
+    config, params, meta["tokenizer"], int(step), meta.get("model_folder")
+  )
 
 
 def check_trunk(config: Config, workdir: Path) -> None:
@@ -90,7 +94,7 @@ def check_trunk(config: Config, workdir: Path) -> None:
 
 def load_trunk(
   config: Config, tokenizer: str, shardings: dict[str, Any], mesh: jax.sharding.Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
   """Returns the deployed model that `train.trunk_from` names, and a record of it.
 
   Args:
@@ -100,9 +104,9 @@ def load_trunk(
     mesh: that they are on.
 
   Returns:
-    All parameters but `mtp`, laid out by `shardings`, of the newest checkpoint; and its
+    All parameters but `mtp`, laid out by `shardings`, of the newest checkpoint; its
     `path` as given, `step`, and the `commit` of the code that trained it, "" if its
-    folder does not say.
+    folder does not say; and `SavedModel.model_folder`.
 
   Raises:
     CheckpointError: that checkpoint is damaged.
@@ -124,7 +128,7 @@ def load_trunk(
   record = {
     "path": config.train.trunk_from, "step": saved.step, "commit": run.get("commit", "")
   }
-  return take(saved.params), record
+  return take(saved.params), record, saved.model_folder
 
 
 def _trunk_keys(config: Config) -> set[str]:

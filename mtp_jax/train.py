@@ -39,7 +39,13 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
-from mtp_jax.data.tokenizers import save_tokenizer
+from mtp_jax.data.tokenizers import (
+  IN_RUN,
+  Tokenizer,
+  in_run,
+  load_tokenizer,
+  save_tokenizer,
+)
 from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.metrics import (
   MetricsWriter,
@@ -61,6 +67,9 @@ from mtp_jax.sharding import (
 from mtp_jax.startup import Startup
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import Programs, compiled, programs, shape_of
+
+# What an imported model had besides weights, in a run folder.
+_MODEL_FOLDER = "model_folder.json"
 
 
 class Interrupted(Exception):
@@ -210,7 +219,11 @@ def fit_pack(
 
 
 def start_run(
-  config: Config, workdir: Path, load_params: Callable[[jax.sharding.Mesh], Any]
+  config: Config,
+  workdir: Path,
+  load_params: Callable[[jax.sharding.Mesh], Any],
+  tokenizer: Tokenizer | None = None,
+  model_folder: dict[str, Any] | None = None,
 ) -> None:
   """Fills a new run folder with a checkpoint of step 0 that has given parameters.
 
@@ -221,6 +234,8 @@ def start_run(
     workdir: a folder without a run.
     load_params: mesh -> the given subtrees of the parameters by top-level name, in the
       layout of the mesh.
+    tokenizer: takes the place of what `tokenizer.path` names.
+    model_folder: what the model had besides weights; see `interop.model_files`.
 
   Raises:
     ConfigError: the config cannot work, or the folder holds a run.
@@ -237,7 +252,8 @@ def start_run(
   if (workdir / "config.json").exists():
     raise ConfigError(f"{workdir} holds a run already; name a new folder.")
   given = load_params(make_mesh(config.mesh))  # Nothing is written if this fails.
-  run = _Run(accounting.resolve(config), workdir)
+  run = _Run(accounting.resolve(config), workdir, tokenizer=tokenizer)
+  run.model_folder = model_folder
   with contextlib.ExitStack() as stack:
     stack.callback(run.checkpointer.close)
     loader = run.loader()
@@ -245,7 +261,7 @@ def start_run(
     with jax.set_mesh(run.mesh):
       run.save(run.initial_state(given), loader.get_state(), 0.0)
     run.checkpointer.wait()
-    _claim(workdir, config)
+    _claim(workdir, config, run.corpus.tokenizer)
     _write_run_json(run, None)
 
 
@@ -287,12 +303,22 @@ class _Run:
     workdir: Path,
     read_only: bool = False,
     devices: list[jax.Device] | None = None,
+    tokenizer: Tokenizer | None = None,
   ):
-    """Args: `config` is resolved; `devices` are those of its mesh, by default all."""
-    self.config = config
+    """Args:
+      config: resolved.
+      workdir: the run folder; its own tokenizer, if it has one, is used.
+      read_only: nothing is saved.
+      devices: of the mesh, by default all.
+      tokenizer: takes the place of what `tokenizer.path` names.
+    """
+    self.config = _self_contained(config)
     self.workdir = workdir
     self.mesh = make_mesh(config.mesh, devices)
-    self.corpus = load_corpus(config)
+    section = in_run(config.tokenizer, workdir)
+    self.corpus = load_corpus(dataclasses.replace(config, tokenizer=section), tokenizer)
+    file = workdir / _MODEL_FOLDER
+    self.model_folder = json.loads(file.read_text()) if file.is_file() else None
     self.checkpointer = Checkpointer(workdir, config.checkpoint.keep, read_only)
     self.flops_per_token = accounting.train_flops_per_token(config)
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -340,7 +366,7 @@ class _Run:
       if not self.config.train.trunk_from:
         state = self.programs.init(np.int32(self.config.seed))
         return self.with_draft_tokens(state), 0.0, None
-      trunk, record = load_trunk(
+      trunk, record, self.model_folder = load_trunk(
         self.config,
         self.corpus.tokenizer.to_json(),
         self.programs.shardings.params,
@@ -421,6 +447,7 @@ class _Run:
       self.corpus.tokenizer.to_json(),
       data,
       {"seconds": seconds},
+      self.model_folder,
     )
 
   def split(self, batch: Batch) -> Batch:
@@ -975,14 +1002,28 @@ def _evaluate(
   }
 
 
-def _claim(workdir: Path, config: Config) -> None:
-  """Creates the run folder, or checks that it holds this very run."""
+def _claim(workdir: Path, config: Config, tokenizer: Tokenizer | None = None) -> None:
+  """Creates the run folder, or checks that it holds this very run.
+
+  The folder gets a tokenizer of its own: by default what `tokenizer.path` names.
+  """
   path = workdir / "config.json"
   if path.exists():
     checkpoint.check_resumable(from_config_dict(json.loads(path.read_text())), config)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    if config.tokenizer.kind == "file" and not (workdir / IN_RUN).is_file():
+      tokenizer = tokenizer or load_tokenizer(config.tokenizer.path)
+      save_tokenizer(tokenizer, workdir / IN_RUN)
+    write_json(path, to_dict(_self_contained(config)))
+
+
+def _self_contained(config: Config) -> Config:
+  """Returns the config as a run folder has it: with its own tokenizer."""
+  if config.tokenizer.kind != "file":
+    return config
+  tokenizer = dataclasses.replace(config.tokenizer, path=IN_RUN)
+  return dataclasses.replace(config, tokenizer=tokenizer)
 
 
 def _write_run_json(
@@ -992,7 +1033,9 @@ def _write_run_json(
     return
   counts = dataclasses.asdict(accounting.count(shape_of(run.config)))
   flops = counts.pop("train_flops_per_token")
-  save_tokenizer(run.corpus.tokenizer, run.workdir / "tokenizer.json")
+  save_tokenizer(run.corpus.tokenizer, run.workdir / IN_RUN)
+  if run.model_folder is not None:
+    write_json(run.workdir / _MODEL_FOLDER, run.model_folder)
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
   write_json(
     run.workdir / "run.json",

@@ -576,7 +576,7 @@ def _trained(path: Path, args: argparse.Namespace) -> Model:
   prompt_tokens = min(args.prompt_tokens, max(length // 4, 1))
   max_new_tokens = min(args.max_new_tokens, length - prompt_tokens)
   held_out = dataclasses.replace(config.eval, split=args.split)
-  corpus = load_corpus(dataclasses.replace(config, eval=held_out))
+  corpus = load_corpus(dataclasses.replace(config, eval=held_out), loaded.tokenizer)
   prompts = []
   for document in corpus.documents(args.split):
     size = int(corpus.store.lengths_N[document])
@@ -594,7 +594,7 @@ def _trained(path: Path, args: argparse.Namespace) -> Model:
     )
   return Model(
     str(path), config, network.unstack(loaded.params, config), np.stack(prompts),
-    max_new_tokens, (corpus.tokenizer.eos_id,),
+    max_new_tokens, loaded.tokenizer.end_ids,
   )
 
 

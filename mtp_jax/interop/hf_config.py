@@ -5,6 +5,7 @@ Both keys under which the rotary settings are known are read and written:
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from mtp_jax.config import (
   num_trunk_layers,
 )
 from mtp_jax.interop.errors import InteropError
+
+# Ids of the tokens that begin a text, and of the one or the several that end it.
+TokenIds = tuple[int | None, int | list[int] | None]
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Layout -> the class name and the model type that config.json has for it.
 LAYOUTS = {
@@ -338,12 +343,42 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def write_config(
-  config: Config, layout: str, dtype: str, token_ids: tuple[int, int] | None
+  config: Config,
+  layout: str,
+  dtype: str,
+  token_ids: TokenIds | None = None,
+  came: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the config.json of `layout`; `layouts_for` must allow it.
 
-  `token_ids`: of begin and end of a document, where they are known.
+  Args:
+    config: of the model.
+    layout: see `LAYOUTS`.
+    dtype: of the tensors.
+    token_ids: of the tokens that begin and end a text, where they are known.
+    came: the config.json of an imported model. What it has, goes out again as far as
+      the model is still the one that it describes.
   """
+  values = _written(config, layout, dtype, token_ids)
+  if came is None:
+    return values
+  ids = {key: came[key] for key in ID_KEYS if key in came}
+  described = read_config(Path("config.json"), came)
+  if any(get_dotted(config, k) != x for k, x in described.overrides.items()):
+    return values | ids
+  if described.family != layout:
+    lengths = {"max_position_embeddings": described.max_length}
+    return values | (lengths if "max_position_embeddings" in values else {}) | ids
+  ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
+  own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
+  # The code that `auto_map` names is not in the folder that is written.
+  kept = {key: value for key, value in came.items() if key != "auto_map"}
+  return own_ids | kept | {key: values[key] for key in ours if key in values}
+
+
+def _written(
+  config: Config, layout: str, dtype: str, token_ids: TokenIds | None
+) -> dict[str, Any]:
   architecture, model_type = LAYOUTS[layout]
   bos, eos = token_ids or (None, None)
   values = {
@@ -393,13 +428,11 @@ def write_config(
 
 def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
   """Returns the values of dotted keys of ours under their names there."""
-  values = {}
-  for ours, theirs in keys.items():
-    node: Any = config
-    for part in ours.split("."):
-      node = getattr(node, part)
-    values[theirs] = node
-  return values
+  return {theirs: get_dotted(config, ours) for ours, theirs in keys.items()}
+
+
+def get_dotted(config: Config, key: str) -> Any:
+  return functools.reduce(getattr, key.split("."), config)
 
 
 def _write_deepseek(config: Config) -> dict[str, Any]:

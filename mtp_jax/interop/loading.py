@@ -23,6 +23,7 @@ from mtp_jax.config import (
   num_trunk_layers,
   to_dict,
 )
+from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import (
@@ -65,6 +66,7 @@ class HfModel:
   has_mtp:    how many MTP layers the folder has.
   max_length: of a text, as config.json states it.
   tokenizer:  the folder's tokenizer.json, if there is one.
+  files:      `special_tokens.MODEL_FILES` by name, JSON parsed.
   tensors:    by name, as the headers have them.
   """
 
@@ -74,6 +76,7 @@ class HfModel:
   has_mtp: int
   max_length: int
   tokenizer: Path | None
+  files: dict[str, Any]
   tensors: dict[str, StoredTensor]
 
 
@@ -108,7 +111,7 @@ def read_model(folder: Path) -> HfModel:
   tokenizer = folder / "tokenizer.json"
   return HfModel(
     folder, described.family, overrides, depth, described.max_length,
-    tokenizer if tokenizer.is_file() else None, tensors,
+    tokenizer if tokenizer.is_file() else None, read_files(folder) or {}, tensors,
   )  # fmt: skip
 
 

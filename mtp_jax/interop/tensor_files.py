@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from mtp_jax import files
 from mtp_jax.interop.errors import InteropError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,12 +65,9 @@ def read_json(file: Path) -> dict[str, Any]:
     InteropError: the file is missing, not JSON, or not an object.
   """
   try:
-    value = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    return files.read_json(file)
+  except (OSError, ValueError) as error:
     raise InteropError(f"{file} cannot be read: {error}") from error
-  if not isinstance(value, dict):
-    raise InteropError(f"{file} must hold an object, got {type(value).__name__}.")
-  return value
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
