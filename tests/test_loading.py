@@ -329,16 +329,18 @@ def test_an_empty_list_lets_nothing_end_the_text(model, calls):
 ], ids=str)
 def test_text_is_cut_before_a_string_whatever_drafts(model, how):
   prompts = ["a", "bc\n", "(1", "x = "]
-  whole = model.generate(prompts, 24, stop=[], **how)
+  whole = model.generate(prompts, 24, **how)
   texts = [x.text for x in whole]
   # Strings of several tokens, from amid two of the texts, and one that never comes.
-  strings = [re.search("[^\ufffd]{2,3}", texts[i][4:])[0] for i in (0, 2)]
-  strings.append("\U0001f642")
+  found = [re.search("[^\ufffd]{2,3}", text[4:]) for text in texts]
+  first, second = [match[0] for match in found if match][:2]
+  strings = [first, second, "\U0001f642"]
   for i, found in enumerate(model.generate(prompts, 24, stop=strings, **how)):
     ends = [texts[i].find(string) for string in strings]
     expected = texts[i][: min([end for end in ends if end >= 0], default=None)]
     assert found.text == expected and "".join(found.pieces) == expected
-    assert found.completion.is_stopped == (expected != texts[i])
+    is_stopped = expected != texts[i] or whole[i].completion.is_stopped
+    assert found.completion.is_stopped == is_stopped
     tokens = whole[i].tokens[: len(found.tokens)]
     np.testing.assert_array_equal(found.tokens, tokens)
     counts = found.completion
