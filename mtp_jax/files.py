@@ -17,19 +17,29 @@ def read_json(file: Path) -> dict[str, Any]:
     OSError: it cannot be read.
     ValueError: too large, too deep, no JSON, or not an object.
   """
+  try:
+    value = json.loads(read_text(file), parse_int=_parse_int)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"it must hold an object, got {type(value).__name__}.")
+  return value
+
+
+def read_text(file: Path) -> str:
+  """Returns the content of a UTF-8 file that anyone may have written.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: no file, too large, or not UTF-8.
+  """
   if file.exists() and not file.is_file():
     raise ValueError("it is no file.")
   with open(file, "rb") as handle:
     content = handle.read(_MOST_BYTES + 1)
   if len(content) > _MOST_BYTES:
     raise ValueError(f"it must have at most {_MOST_BYTES} bytes, it has more.")
-  try:
-    value = json.loads(content.decode(), parse_int=_parse_int)
-  except RecursionError as error:
-    raise ValueError("it is nested too deeply.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"it must hold an object, got {type(value).__name__}.")
-  return value
+  return content.decode()
 
 
 def _parse_int(digits: str) -> int | float:

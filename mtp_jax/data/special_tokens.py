@@ -51,7 +51,7 @@ def read_files(folder: Path) -> dict[str, Any] | None:
       continue
     try:
       found[name] = (
-        files.read_json(file) if name.endswith(".json") else file.read_text("utf-8")
+        files.read_json(file) if name.endswith(".json") else files.read_text(file)
       )
     except (OSError, ValueError) as error:
       raise sources.DataError(f"{file} cannot be read: {error}") from error

@@ -37,6 +37,7 @@ _EOS_NAMES = (
   EOS, "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>",
   "<eos>", "<|endoftext|>", "[EOS]",
 )  # fmt: skip
+_MOST_TOKENS = 1 << 22
 _PROBE = 'def f(x):\n\treturn  {x: "\u00e9\u6f22\U0001f642"}\n\n    # A,b 123\n'
 
 
@@ -177,7 +178,12 @@ class SubwordTokenizer:
       vocab = {t: i for t, i in vocab.items() if i not in added or not added[i].special}
     self.bos_id, self.eos_id, self.end_ids = special
     ids = [i for i in (*special[:2], *special.end_ids) if i is not None]
-    self.vocab_size = 1 + max([*vocab.values(), *ids])
+    self.vocab_size = 1 + max([*vocab.values(), *ids], default=0)
+    if self.vocab_size > _MOST_TOKENS:
+      raise sources.DataError(
+        f"tokenizer.path must have token ids below {_MOST_TOKENS}, {name!r} has "
+        f"{self.vocab_size - 1}."
+      )
     self.token_texts = self._texts(vocab)
     self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
     self._check_lossless(name)
@@ -372,7 +378,7 @@ def load_tokenizer(
   path = Path(os.path.expanduser(os.fspath(path)))
   beside = path.with_name(SPECIAL_TOKENS)
   try:
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     special = files.read_json(beside) if folder is None and beside.is_file() else None
   except (OSError, ValueError) as error:
     raise sources.DataError(
