@@ -1,5 +1,6 @@
 """Model folders as they are published: in, trained on, and out again as they came."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,9 +10,15 @@ import pytest
 
 import mtp_jax
 from experiments import imported
-from launch import import_hf
+from launch import cli, import_hf, trials
 from mtp_jax import interop, train
-from mtp_jax.config import TokenizerConfig, from_config_dict, with_overrides
+from mtp_jax.config import (
+  ConfigError,
+  TokenizerConfig,
+  from_config_dict,
+  with_overrides,
+)
+from mtp_jax.data import prepare
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.data.tokenizers import load_tokenizer, make_tokenizer
 from tests import common, tiny_runs
@@ -187,6 +194,60 @@ def test_a_run_is_evaluated_and_trained_without_its_source(tmp_path, texts):
   model = mtp_jax.load(alone)
   assert model.tokenizer.end_ids == (260, 258)
   assert model.model_folder["generation_config.json"]["repetition_penalty"] == 1.05
+
+
+def test_a_prepared_folder_and_a_drafter_go_with_an_imported_trunk(tmp_path, texts):
+  """Both are made with the tokenizer of the model; what it had goes along."""
+  write_model("llama", tmp_path / "source")
+  section = TokenizerConfig(
+    kind="file", vocab_size=264, path=str(tmp_path / "source" / "tokenizer.json")
+  )
+  config = from_config_dict(imported.get_config())
+  values = {"data.source": "files", "data.path": str(texts)}
+  config = dataclasses.replace(with_overrides(config, values), tokenizer=section)
+  prepare.prepare_folder(config, tmp_path / "it", num_workers=1, shard_size=10**6)
+  assert read(tmp_path / "it", "special_tokens.json")["end_ids"] == [259, 260, 261]
+  records = {"data.source": "array_record", "data.path": str(tmp_path / "it")}
+  run = run_from(tmp_path / "source", tmp_path / "run", texts, **records)
+  shutil.rmtree(tmp_path / "source")
+
+  own = str(run / "tokenizer.json")
+  medusa = with_overrides(from_config_dict(read(run, "config.json")), {
+    "mtp.kind": "medusa", "mtp.depth": 1, "train.trunk_from": str(run),
+    "train.freeze_trunk": True, "tokenizer.path": own, "eval.function_prompts": 0,
+  })
+  train.fit(medusa, tmp_path / "medusa", progress=False)
+  shutil.rmtree(run)
+  model = mtp_jax.load(tmp_path / "medusa")
+  assert model.model_folder["config.json"]["max_position_embeddings"] == POSITIONS
+  assert model.tokenizer.end_ids == (259, 260, 261)
+
+
+def test_a_run_has_its_own_tokenizer_whoever_started_it(tmp_path, texts):
+  file = tmp_path / "tokenizer.json"
+  section = TokenizerConfig(kind="bpe", vocab_size=280, path="")
+  file.write_text(make_tokenizer(section, [TEXT] * 9).to_json())
+  config = tiny_runs.run_config(texts, {
+    "tokenizer.kind": "file", "tokenizer.path": str(file), "data.seq_len": 32,
+    "mtp.kind": "none", "mtp.depth": 0, "train.num_steps": 2, "train.eval_every": 0,
+    "train.diagnostics_every": 0, "eval.line_prompts": 0, "eval.function_prompts": 0,
+    "eval.max_new_tokens": 8,
+  })
+  run = tmp_path / "run"
+  train.fit(config, run, progress=False)
+  other = tmp_path / "other.json"
+  other.write_text(make_tokenizer(section, ["the " * 9]).to_json())
+  changed = with_overrides(config, {"tokenizer.path": str(other)})
+  with pytest.raises(ConfigError, match="tokenizer.path must hold the tokenizer that"):
+    cli.of_run(changed, run)
+  file.unlink()
+  # The command that started it, the folder alone, and a sweep.
+  for given in (config, from_config_dict(read(run, "config.json"))):
+    found = cli.of_run(given, run)
+    cli.check_files(found.data, found.tokenizer)
+    assert np.isfinite(train.evaluate_run(given, run)["main_loss"]["mean"])
+  (trial,) = trials.plan(config, {}, [{"name": "run"}], tmp_path)
+  trials.check_folders([trial])
 
 
 def test_another_tokenizer_takes_other_ids_with_it(tmp_path, texts):

@@ -116,6 +116,9 @@ def export_params(
     if layout in DRAFTERS:
       write_file(temporary / DRAFTERS[layout], tensors)
       values = write_drafter_config(config, dtype, token_ids, base_model)
+      of_trunk = (*ID_KEYS, "max_position_embeddings")
+      own = came.get("config.json", {})
+      values |= {key: own[key] for key in of_trunk if key in own and key in values}
     else:
       write_tensors(temporary, tensors, max_shard_bytes)
       values = write_config(
