@@ -17,8 +17,9 @@ layers that the folder has are taken over with their depth. --drafter names a fo
 with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
 The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
-otherwise, and the tokens that begin and end a text are those that the folder names; none
-is added. The run folder needs DIR no more. Weights that do not fit are refused by name; nothing is written then.
+otherwise. The tokens that begin and end a text are those that the folder names; none is
+added. The run folder needs DIR no more. Weights that do not fit are refused by name;
+nothing is written then.
 """
 
 import sys

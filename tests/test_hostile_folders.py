@@ -196,8 +196,8 @@ def test_shards_that_are_no_files(copy):
   header = shard.read_bytes()
   for content in (
     b"", b"\xff" * 8, b"\x08" + b"\0" * 7 + b"{}", header[:9],
-    header[: len(header) // 2], (1 << 62).to_bytes(8, "little") + b"{}", len(DEEP).to_bytes(8, "little")
-    + DEEP.encode(),
+    header[: len(header) // 2], (1 << 62).to_bytes(8, "little") + b"{}",
+    len(DEEP).to_bytes(8, "little") + DEEP.encode(),
   ):
     shard.unlink()
     shard.write_bytes(content)
