@@ -120,6 +120,15 @@ def test_a_special_token_without_a_row_needs_none(tmp_path):
   assert 259 not in tokenizer.encode("a<pad>b")
 
 
+def test_folders_that_we_wrote_before_have_their_begin_token(tmp_path):
+  ours = tokenizers.ByteTokenizer()
+  (tmp_path / "tokenizer.json").write_text(ours.to_json())
+  values = {"model_type": "llama", "bos_token_id": 256, "eos_token_id": 257}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  again = tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
+  assert type(again) is tokenizers.ByteTokenizer
+
+
 def test_names_of_special_tokens_have_ids(tmp_path):
   write_tokenizer("llama", tmp_path)
   tokenizer = tokenizers.load_tokenizer(tmp_path / "tokenizer.json")

@@ -19,6 +19,7 @@ MODEL_FILES = (
   "special_tokens_map.json", "added_tokens.json", "chat_template.json",
   "chat_template.jinja",
 )
+OWN_BOS = "<|bos|>"  # What begins a document of our own tokenizers.
 # (bos_token_id, eos_token_id) of a config.json that lacks the keys, by model_type.
 _CLASS_DEFAULTS = {
   "gpt2": (50256, 50256), "llama": (1, 2), "deepseek_v3": (0, 1),
@@ -101,11 +102,15 @@ def special_tokens(
   ends = ids("config.json", "eos_token_id", default_eos)
   stops = ids("generation_config.json", "eos_token_id") or ends
   eos = [*ends, *stops, *named("eos_token")][:1]
+  begins = ids("config.json", "bos_token_id", default_bos)
   front = first_ids(model)
   # Transformers 4 heeds the key, and so did whoever trained the model (DeepSeek-V3);
   # transformers 5 does not, if there is a tokenizer.json.
   if not front and written.get("add_bos_token"):
-    front = named("bos_token") or ids("config.json", "bos_token_id", default_bos)
+    front = named("bos_token") or begins
+  # Folders that we wrote before tokenizer_config.json was among their files.
+  if not front and not written and begins == [model.token_to_id(OWN_BOS)]:
+    front = begins
   return SpecialTokens(
     front[0] if front else None, eos[0] if eos else None, tuple(stops or eos)
   )

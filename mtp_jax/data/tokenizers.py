@@ -22,12 +22,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mtp_jax import config as config_lib
 from mtp_jax import files
 from mtp_jax.data import sources
-from mtp_jax.data.special_tokens import SpecialTokens, read_files, special_tokens
+from mtp_jax.data.special_tokens import (
+  OWN_BOS,
+  SpecialTokens,
+  read_files,
+  special_tokens,
+)
 
 # The tokenizer of a run folder, its special ids, and their key where both are one text.
 IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
 _KEY = "mtp_jax"
-BOS, EOS = "<|bos|>", "<|eos|>"
+BOS, EOS = OWN_BOS, "<|eos|>"
 # What well-known tokenizers call them, in the order in which they are looked for.
 _BOS_NAMES = (
   BOS, "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>",
