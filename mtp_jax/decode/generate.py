@@ -301,7 +301,7 @@ def _inputs(
   weights: network.Weights,
   decoding: Decoding,
   stop_ids: Sequence[int],
-  stop_SV: np.ndarray | None,
+  stop_SV: np.ndarray | None = None,
 ) -> loop.Inputs:
   ids = np.asarray(stop_ids, np.int32).reshape(-1)
   return loop.Inputs(weights, weights, decoding.warp, ids, stop_SV)
