@@ -7,6 +7,7 @@ exit code 2, before any work.
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import errno
 import fcntl
@@ -118,7 +119,18 @@ def load_run_config(workdir: Path) -> Config:
     raise ConfigError(
       f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
     )
-  return checkpoint.read_config(workdir)
+  return of_run(checkpoint.read_config(workdir), workdir)
+
+
+def of_run(config: Config, workdir: Path) -> Config:
+  """Returns the config with the tokenizer that the run folder has, if it has one.
+
+  Raises:
+    ConfigError: it names another one.
+  """
+  return dataclasses.replace(
+    config, tokenizer=tokenizers.in_run(config.tokenizer, workdir)
+  )
 
 
 def config_overrides() -> dict[str, object]:

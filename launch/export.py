@@ -8,9 +8,11 @@ r"""Writes a trained model as safetensors in a layout that other programs load.
       --output=exported/heads --base_model=exported/trunk
 
 Without --layout it says which layouts this model can be written in, and why not in the
-others. The folder gets config.json, model.safetensors (shards with an index if it is
-large), tokenizer.json and mtp_contract.json, which says what no config.json can: the
-order of concatenation, the hidden state that the predictors read, norms, positions.
+others. The folder gets config.json, generation_config.json, model.safetensors (shards
+with an index if it is large), tokenizer.json, tokenizer_config.json and
+mtp_contract.json, which says what no config.json can: the order of concatenation, the
+hidden state that the predictors read, norms, positions. What an imported model had of
+these files goes out as it came in.
 Drafters that were published with a layout of their own (medusa, eagle, eagle3) are
 written in that without the trunk, which is another folder (--trunk_only).
 """
@@ -67,8 +69,8 @@ def main() -> int:
       dtype=_DTYPE.value,
       trunk_only=_TRUNK_ONLY.value,
       base_model=_BASE_MODEL.value or "",
-      token_ids=(model.tokenizer.bos_id, model.tokenizer.eos_id),
-      more_files={"tokenizer.json": model.tokenizer.to_json().encode()},
+      tokenizer=model.tokenizer,
+      model_folder=model.model_folder,
     )
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)

@@ -4,6 +4,7 @@ r"""Continues a prompt with a trained model, its extra predictors drafting ahead
   python -m launch.generate --workdir=runs/seq2 --prompt_file=start.py --stream
   python -m launch.generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
   python -m launch.generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
+  python -m launch.generate --workdir=RUN --prompt="def " --stop="class " --stop=@
 
 The model's own next-token predictor decides every token: extra predictors make it
 faster, not different. Greedy text and text of rule `match` equal plain decoding token
@@ -42,7 +43,7 @@ _BOS = flags.DEFINE_bool(
   "bos", True, "the prompt begins a document; --nobos: it is from amid one"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "longest continuation; the end of the document ends it too",
+  "max_new_tokens", 128, "longest continuation; an end token of the model ends it too",
   lower_bound=1,
 )
 _DECODING = decoding.define(temperature=None)
@@ -50,6 +51,10 @@ _TREE = flags.DEFINE_string(
   "tree", None, "verify a tree of drafts instead of a chain, with rule greedy or "
   "match: a file of launch.tree, or dynamic:DEPTH,WIDTH,NODES, grown by a drafter that "
   "goes on from its own output (EAGLE, or one sequential module)"
+)
+_STOP = flags.DEFINE_multi_string(
+  "stop", None, "what ends the continuation beside the model's own end tokens: a text, "
+  "before which it ends, or the name of a special token (<|eot_id|>); may be repeated"
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling", 0, 2**32 - 1)
 _STREAM = flags.DEFINE_bool(
@@ -73,7 +78,9 @@ def main() -> int:
   except CheckpointError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   prompt = model.encode(text, bos=_BOS.value)
-  limits = {"max_new_tokens": _MAX_NEW_TOKENS.value, "seed": _SEED.value}
+  limits = {
+    "max_new_tokens": _MAX_NEW_TOKENS.value, "seed": _SEED.value, "stop": _STOP.value
+  }
 
   def complete(**how: Any) -> Generation:
     return model.generate(prompt, **limits, **how)

@@ -21,7 +21,9 @@ data.seq_len. --config.trunk.rope_theta and --config.trunk.rope_scaling.* replac
 the folder has, for longer rows. Export writes what the run has.
 
 The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
-otherwise. Weights that do not fit are refused by name; nothing is written then.
+otherwise. The tokens that begin and end a text are those that the folder names; none is
+added. The run folder needs DIR no more. Weights that do not fit are refused by name;
+nothing is written then.
 """
 
 import sys
@@ -36,6 +38,7 @@ from mtp_jax import interop
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
+from mtp_jax.data.tokenizers import Tokenizer, check_vocab_size, load_tokenizer
 from mtp_jax.train import start_run
 
 cli.define_config(default="experiments/imported.py")
@@ -58,9 +61,12 @@ def main() -> int:
     config = combine(cli.load_config(), cli.config_overrides(), model)
     validate(config)
     cli.check_files(config.data, config.tokenizer)
+    tokenizer, model_folder = tokenizer_of(config, model)
     validate(config, jax.device_count(), jax.default_backend())
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
-    start_run(config, workdir, lambda mesh: _load(model, config, mesh))
+    start_run(
+      config, workdir, lambda mesh: _load(model, config, mesh), tokenizer, model_folder
+    )
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except CheckpointError as error:
@@ -81,6 +87,23 @@ def _load(
     folder = Path(_DRAFTER.value)
     params["mtp"] = interop.read_drafter(folder, config, params, mesh)
   return params
+
+
+def tokenizer_of(
+  config: Config, model: interop.HfModel
+) -> tuple[Tokenizer | None, dict[str, Any]]:
+  """Returns the tokenizer with the special ids of the folder, and the folder's files.
+
+  With a tokenizer of another kind than a file there is none, and of the files
+  config.json alone counts, without its ids.
+  """
+  if config.tokenizer.kind == "file":
+    tokenizer = load_tokenizer(config.tokenizer.path, model.folder)
+    check_vocab_size(tokenizer, config.tokenizer.vocab_size)
+    return tokenizer, model.files
+  values = model.files["config.json"]
+  kept = {key: x for key, x in values.items() if key not in interop.ID_KEYS}
+  return None, {"config.json": kept}
 
 
 def combine(

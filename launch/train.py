@@ -166,6 +166,7 @@ def _config(workdir: Path) -> Config:
       f"--config is required: {str(workdir)!r} holds no run to go on with."
     )
   validate(config, given=given)
+  config = cli.of_run(config, workdir)
   if finished(config, workdir) is None:
     cli.check_files(config.data, config.tokenizer)
     check_source(config, workdir)

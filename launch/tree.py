@@ -85,7 +85,7 @@ def _measure(model: TrainedModel) -> dict[str, Any]:
   limits = dataclasses.replace(model.config.eval, split=_SPLIT.value)
   config = dataclasses.replace(model.config, eval=limits)
   depth, feeds = config.mtp.depth, drafters.own_predictors(config).feeds_choices
-  corpus = load_corpus(config)
+  corpus = load_corpus(config, model.tokenizer)
   with jax.set_mesh(model.mesh):
     hits_KR, num_positions = evaluate.top_k_hits(
       shape_of(config), model.params, corpus.eval_batches(1 + depth), _RANKS.value,

@@ -232,7 +232,8 @@ def check_folders(trials: list[Trial], files_are_here: bool = True) -> None:
 
   def check(trial: Trial) -> None:
     if files_are_here:
-      check_files(trial.config.data, trial.config.tokenizer)
+      config = cli.of_run(trial.config, trial.workdir)
+      check_files(config.data, config.tokenizer)
       check_source(trial.config, trial.workdir)
     _check_folder(trial)
 

@@ -123,7 +123,7 @@ def _corpus(model: TrainedModel) -> Corpus:
     raise ConfigError(
       f"--workdir must be a run on text, got one of data.source {source!r}."
     )
-  corpus = load_corpus(model.config)
+  corpus = load_corpus(model.config, model.tokenizer)
   if corpus.tokenizer.to_json() != model.tokenizer.to_json():
     raise ConfigError(
       "--workdir must be a run whose corpus is still there: what is now at data.source "

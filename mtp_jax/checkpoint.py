@@ -258,6 +258,7 @@ class Checkpointer:
     tokenizer: str,
     data: dict[str, Any],
     progress: dict[str, Any],
+    model_folder: dict[str, Any] | None = None,
   ) -> None:
     """Starts saving; returns once the arrays may be donated.
 
@@ -269,6 +270,7 @@ class Checkpointer:
       tokenizer: the tokenizer as JSON text.
       data: state of the data iterator.
       progress: host-side counters, JSON-able (training seconds so far, say).
+      model_folder: what an imported model had besides weights (JSON values).
 
     Raises:
       CheckpointError: this or an earlier save could not be written.
@@ -281,7 +283,7 @@ class Checkpointer:
       "data": data,
       "progress": progress,
       "fingerprint": fingerprint(state).tolist(),
-    }
+    } | ({"model_folder": model_folder} if model_folder else {})
     with self._write_errors():
       if step in self._manager.all_steps():
         return

@@ -40,6 +40,8 @@ from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
 
+_NO_TOKEN = -1
+
 
 def row_sums(
   config: Config, params: Any, batch: Batch, token_bytes_V: jax.Array
@@ -354,12 +356,12 @@ def generative_metrics(
   limits = config.eval
   prompt_length = config.data.seq_len - limits.max_new_tokens
   newline = tokenizer.encode("\n")
-  stop_at_line = (int(newline[-1]), tokenizer.eos_id)
-  stop_at_end = (tokenizer.eos_id, tokenizer.eos_id)
+  stop_at_line = (int(newline[-1]), *tokenizer.end_ids)
+  stop_at_end = (_NO_TOKEN, *tokenizer.end_ids)  # As many, for the same program.
   weights, shape = unstack(params, shape_of(config)), shape_of(config)
 
   def complete(
-    prompts: list[str], stop_ids: tuple[int, int], rule: str = "greedy"
+    prompts: list[str], stop_ids: tuple[int, ...], rule: str = "greedy"
   ) -> list[Completion]:
     return generate(
       shape,

@@ -1,7 +1,55 @@
 """Files that are there whole or not at all, whatever kills the writer; and going on."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
+
+_MOST_BYTES = 64 * 2**20  # The index of a model of 700 billion parameters has 9 MB.
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """Returns the object in a JSON file that anyone may have written.
+
+  Integers of hundreds of digits become floats, perhaps infinite ones.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: too large, too deep, no JSON, or not an object.
+  """
+  try:
+    value = json.loads(read_text(file), parse_int=_parse_int)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"it must hold an object, got {type(value).__name__}.")
+  return value
+
+
+def read_text(file: Path) -> str:
+  """Returns the content of a UTF-8 file that anyone may have written.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: no file, too large, or not UTF-8.
+  """
+  if file.exists() and not file.is_file():
+    raise ValueError("it is no file.")
+  with open(file, "rb") as handle:
+    content = handle.read(_MOST_BYTES + 1)
+  if len(content) > _MOST_BYTES:
+    raise ValueError(f"it must have at most {_MOST_BYTES} bytes, it has more.")
+  return content.decode()
+
+
+def _parse_int(digits: str) -> int | float:
+  return int(digits) if len(digits) < 100 else float(digits)
+
+
+def shortened(value: Any) -> str:
+  """Returns the `repr` of a value for a message; the middle of a long one left out."""
+  text = repr(value)
+  return text if len(text) <= 120 else f"{text[:80]} ... {text[-20:]}"
 
 
 def write_whole(file: str | os.PathLike, content: bytes) -> None:

@@ -20,9 +20,9 @@ from mtp_jax import accounting, checkpoint, saved_model
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
-from mtp_jax.data.tokenizers import Tokenizer, tokenizer_from_json
+from mtp_jax.data.tokenizers import Tokenizer, document, tokenizer_from_json
 from mtp_jax.decode import generate as decoding
-from mtp_jax.decode import network
+from mtp_jax.decode import network, stops
 from mtp_jax.decode.provenance import Generation
 from mtp_jax.decode.trees import Tree
 from mtp_jax.decode.warp import check_warp
@@ -49,12 +49,14 @@ class TrainedModel:
   """A model as training left it; `load` returns one. No method changes anything.
 
   A *text* is a string or token ids [T]. A string gets a begin-of-document token in
-  front, as every training document has; `encode(text, bos=False)` gives the ids without
-  it. Results have a row per token. Texts longer than the rows of training are allowed
-  where positions are rotary; what a model says there, it was not trained for.
+  front, as every training document has, unless the model has none (an imported GPT-2);
+  `encode(text, bos=False)` gives the ids without it. Results have a row per token.
+  Texts longer than the rows of training are allowed where positions are rotary; what a
+  model says there, it was not trained for.
 
   config: as trained, with the attention implementation that suits this platform.
   params: the tree of arrays, on `mesh`. folder: of the checkpoint.
+  model_folder: what an imported model had besides weights; see `interop.model_files`.
   """
 
   config: Config
@@ -63,11 +65,11 @@ class TrainedModel:
   step: int
   folder: Path
   mesh: jax.sharding.Mesh
+  model_folder: dict[str, Any] | None = None
 
   def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
     """Returns token ids [T]; with `eos`, the text is a whole document."""
-    before, after = [self.tokenizer.bos_id] * bos, [self.tokenizer.eos_id] * eos
-    return np.concatenate([before, self.tokenizer.encode(text), after]).astype(np.int32)
+    return document(self.tokenizer, self.tokenizer.encode(text), bos, eos)
 
   def hidden(self, text: Text) -> np.ndarray:
     """Returns hidden_MTD, float32: the states that logits are made from.
@@ -150,8 +152,9 @@ class TrainedModel:
       seed: of sampling.
       first: number of the first prompt; prompt i draws what is drawn for number
         `first` + i, so that a long list may be given in parts.
-      stop: what ends a completion: ids, or strings of one token; None is the end of the
-        document.
+      stop: what ends a completion beside the model's own end tokens: ids, names of
+        special tokens ("<|eot_id|>"), or strings, before which the text ends. An empty
+        list lets nothing end it, not even these tokens.
       stream: return an iterator over the growing Generation of one prompt instead.
 
     Raises:
@@ -164,9 +167,15 @@ class TrainedModel:
     if rule != "greedy" or any(x is not None for x in settings):
       warp = check_warp(1.0 if temperature is None else temperature, *settings[1:])
     how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse, tree)
+    stop_ids, strings = self._stops(stop)
+    stop_SV = None
+    if strings:
+      vocab_size = self.config.tokenizer.vocab_size
+      stop_SV = stops.transitions(strings, self.tokenizer, vocab_size)
     limits = {
       "max_new_tokens": max_new_tokens,
-      "stop_ids": self._stop_ids(stop),
+      "stop_ids": stop_ids,
+      "stop_SV": stop_SV,
       "decoding": how,
       "seed": seed,
     }
@@ -174,12 +183,12 @@ class TrainedModel:
       if len(prompts) != 1:
         raise ValueError(f"stream=True takes one prompt, got {len(prompts)}.")
       so_far = decoding.stream(self._shape, self._weights, prompts[0], **limits)
-      return (Generation(prompts[0], x, self.tokenizer) for x in so_far)
+      return (Generation(prompts[0], x, self.tokenizer, strings) for x in so_far)
     completions = decoding.generate(
       self._shape, self._weights, prompts, first=first, **limits
     )
     results = [
-      Generation(ids, completion, self.tokenizer)
+      Generation(ids, completion, self.tokenizer, strings)
       for ids, completion in zip(prompts, completions, strict=True)
     ]
     return results[0] if is_one else results
@@ -233,7 +242,9 @@ class TrainedModel:
   def _ids(self, text: Text) -> np.ndarray:
     """Returns the token ids of a text, checked."""
     if isinstance(text, str):
-      return self.encode(text)
+      text, separator = self.encode(text), self.tokenizer.eos_id
+      if not len(text) and separator is not None:
+        text = [separator]  # After which a document begins that has no begin token.
     ids, size = np.asarray(text), self.config.tokenizer.vocab_size
     if ids.size == 0:
       raise ValueError("text must have at least one token, got none.")
@@ -245,19 +256,21 @@ class TrainedModel:
     decoding.check_ids(ids, size, "got")
     return ids.astype(np.int32)
 
-  def _stop_ids(self, stop: Sequence[str | int] | None) -> tuple[int, ...]:
-    if stop is None:
-      return (self.tokenizer.eos_id,)
-    found = []
-    for token in stop:
-      ids = self.tokenizer.encode(token) if isinstance(token, str) else [token]
-      if len(ids) != 1:
-        raise ValueError(
-          f"stop must be token ids, or strings of one token, got {token!r}, which has "
-          f"{len(ids)}."
-        )
-      found.append(int(self._ids(ids)[0]))
-    return tuple(found)
+  def _stops(
+    self, stop: Sequence[str | int] | None
+  ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns the ids and the strings that end a completion."""
+    if isinstance(stop, str):
+      raise ValueError(f"stop must be a list, got {stop!r}; write [{stop!r}].")
+    has_ends = stop is None or len(stop) > 0
+    ids, strings = [*self.tokenizer.end_ids] if has_ends else [], []
+    for x in stop or ():
+      i = self.tokenizer.special_id(x) if isinstance(x, str) else x
+      if i is None:
+        strings.append(x)
+      else:
+        ids.append(int(self._ids([i])[0]))
+    return tuple(ids), tuple(strings)
 
 
 def load(
@@ -287,6 +300,7 @@ def load(
     step=saved.step,
     folder=folder,
     mesh=mesh,
+    model_folder=saved.model_folder,
   )
 
 

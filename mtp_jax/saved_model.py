@@ -26,12 +26,14 @@ class SavedModel(NamedTuple):
 
   config: as trained, with the kernels that suit any platform.
   tokenizer: the tokenizer as JSON text.
+  model_folder: what an imported model had besides weights; see `interop.model_files`.
   """
 
   config: Config
   params: Any
   tokenizer: str
   step: int
+  model_folder: dict[str, Any] | None
 
 
 def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
@@ -53,7 +55,9 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
 
   step, params, meta = checkpoint.restore_params(folder, layout)
   config = portable(from_config_dict(meta["config"]))
-  return SavedModel(config, params, meta["tokenizer"], int(step))
+  return SavedModel(
+    config, params, meta["tokenizer"], int(step), meta.get("model_folder")
+  )
 
 
 def restore_newest(
@@ -128,7 +132,7 @@ def check_source(config: Config, workdir: Path) -> None:
 
 def load_source(
   config: Config, tokenizer: str, shardings: dict[str, Any], mesh: jax.sharding.Mesh
-) -> tuple[dict[str, Any], dict[str, dict[str, Any] | None]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Any] | None], dict[str, Any] | None]:
   """Returns the parameters that a new run begins with, and where they are from.
 
   Args:
@@ -140,8 +144,9 @@ def load_source(
   Returns:
     Parameters of the newest whole checkpoint, laid out by `shardings`: with
     `train.trunk_from` those of the deployed model, with `train.start_from` all, with
-    neither none. And by name of `SOURCES` None, or the `path` as given, the `step`, and
-    the `commit` of the code that trained it, "" if its folder does not say.
+    neither none. Then by name of `SOURCES` None, or the `path` as given, the `step`,
+    and the `commit` of the code that trained it, "" if its folder does not say. Last
+    `SavedModel.model_folder`.
 
   Raises:
     CheckpointError: no checkpoint of it is whole; see `restore_newest`.
@@ -150,7 +155,7 @@ def load_source(
   origin = dict.fromkeys(SOURCES)
   name, source = _source(config)
   if source is None:
-    return {}, origin
+    return {}, origin, None
   steps = map(str, reversed(_finished_steps(source)))
   _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
@@ -176,7 +181,8 @@ def load_source(
   origin[name] = {
     "path": getattr(config.train, name), "step": saved.step, "commit": commit
   }
-  return jax.jit(take, out_shardings=shardings)(saved.params), origin
+  params = jax.jit(take, out_shardings=shardings)(saved.params)
+  return params, origin, saved.model_folder
 
 
 def _source(config: Config) -> tuple[str, Path | None]:

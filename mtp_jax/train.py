@@ -39,7 +39,12 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
-from mtp_jax.data.tokenizers import save_tokenizer
+from mtp_jax.data.tokenizers import (
+  IN_RUN,
+  Tokenizer,
+  in_run,
+  save_tokenizer,
+)
 from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.environment import code_commit, hardware
 from mtp_jax.metrics import (
@@ -62,6 +67,9 @@ from mtp_jax.sharding import (
 from mtp_jax.startup import Startup
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import Programs, compiled, programs, shape_of
+
+# What an imported model had besides weights, in a run folder.
+_MODEL_FOLDER = "model_folder.json"
 
 
 class Interrupted(Exception):
@@ -220,7 +228,9 @@ def finished(config: Config, workdir: Path) -> dict[str, Any] | None:
   Raises:
     ConfigError: config.json or eval.json of a run that is done cannot be read.
   """
-  if not (workdir / "DONE").is_file() or checkpoint.read_config(workdir) != config:
+  if not (workdir / "DONE").is_file():
+    return None
+  if checkpoint.read_config(workdir) != _self_contained(config):
     return None
   path = workdir / "eval.json"
   try:
@@ -235,7 +245,11 @@ def finished(config: Config, workdir: Path) -> dict[str, Any] | None:
 
 
 def start_run(
-  config: Config, workdir: Path, load_params: Callable[[jax.sharding.Mesh], Any]
+  config: Config,
+  workdir: Path,
+  load_params: Callable[[jax.sharding.Mesh], Any],
+  tokenizer: Tokenizer | None = None,
+  model_folder: dict[str, Any] | None = None,
 ) -> None:
   """Fills a new run folder with a checkpoint of step 0 that has given parameters.
 
@@ -246,6 +260,8 @@ def start_run(
     workdir: a folder without a run.
     load_params: mesh -> the given subtrees of the parameters by top-level name, in the
       layout of the mesh.
+    tokenizer: takes the place of what `tokenizer.path` names.
+    model_folder: what the model had besides weights; see `interop.model_files`.
 
   Raises:
     ConfigError: the config cannot work, or the folder holds a run.
@@ -262,7 +278,8 @@ def start_run(
   if (workdir / "config.json").exists():
     raise ConfigError(f"{workdir} holds a run already; name a new folder.")
   given = load_params(make_mesh(config.mesh))  # Nothing is written if this fails.
-  run = _Run(accounting.resolve(config), workdir)
+  run = _Run(accounting.resolve(config), workdir, tokenizer=tokenizer)
+  run.model_folder = model_folder
   with contextlib.ExitStack() as stack:
     stack.callback(run.checkpointer.close)
     loader = run.loader()
@@ -270,7 +287,7 @@ def start_run(
     with jax.set_mesh(run.mesh):
       run.save(run.initial_state(given), loader.get_state(), _NO_PROGRESS)
     run.checkpointer.wait()
-    _claim(workdir, config)
+    _claim(workdir, config, run.corpus.tokenizer)
     _write_run_json(run, dict.fromkeys(SOURCES))
 
 
@@ -319,17 +336,27 @@ class _Run:
     workdir: Path,
     read_only: bool = False,
     devices: list[jax.Device] | None = None,
+    tokenizer: Tokenizer | None = None,
   ):
-    """Args: `config` is resolved; `devices` are those of its mesh, by default all."""
-    self.config = config
+    """Args:
+      config: resolved.
+      workdir: the run folder; its own tokenizer, if it has one, is used.
+      read_only: nothing is saved.
+      devices: of the mesh, by default all.
+      tokenizer: takes the place of what `tokenizer.path` names.
+    """
+    self.config = _self_contained(config)
     self.workdir = workdir
     self.mesh = make_mesh(config.mesh, devices)
-    self.corpus = load_corpus(config)
+    section = in_run(config.tokenizer, workdir)
+    self.corpus = load_corpus(dataclasses.replace(config, tokenizer=section), tokenizer)
     # What is measured at a validation, by the kind of its record.
     self.validated = {"validation": self.corpus}
     if config.train.eval_test:
       splits = ("validation", "test")
       self.validated = {split: _of_split(self.corpus, split) for split in splits}
+    file = workdir / _MODEL_FOLDER
+    self.model_folder = json.loads(file.read_text()) if file.is_file() else None
     self.checkpointer = Checkpointer(workdir, config.checkpoint.keep, read_only)
     self.flops_per_token = accounting.train_flops_per_token(config)
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -385,14 +412,14 @@ class _Run:
     if restored is not None:
       loader.set_state(restored.data)
       return restored.state, restored.progress, self._recorded_origin()
-    given, origin = load_source(
+    given, origin, model_folder = load_source(
       self.config,
       self.corpus.tokenizer.to_json(),
       self.programs.shardings.params,
       self.mesh,
     )
     if given:
-      state = self.initial_state(given)
+      state, self.model_folder = self.initial_state(given), model_folder
     else:
       state = self.programs.init(np.int32(self.config.seed))
     if "mtp" not in given:
@@ -475,7 +502,8 @@ class _Run:
     self, state: TrainState, data: dict[str, Any], progress: dict[str, Any]
   ) -> None:
     self.checkpointer.save(
-      state, self.config, self.corpus.tokenizer.to_json(), data, progress
+      state, self.config, self.corpus.tokenizer.to_json(), data, progress,
+      self.model_folder,
     )
 
   def split(self, batch: Batch) -> Batch:
@@ -794,7 +822,8 @@ def _open(
   startup.ends("data")
   with jax.set_mesh(run.mesh):
     state, done, origin = run.start(loader)
-  _claim(workdir, config)  # Nothing is left but to train.
+  # Nothing is left but to train.
+  _claim(workdir, config, run.corpus.tokenizer)
   _write_run_json(run, origin, num_packed)
   step = int(state.step)
   writer = stack.enter_context(MetricsWriter(workdir, step))
@@ -1177,11 +1206,21 @@ def _check_claimed(workdir: Path, config: Config) -> None:
     checkpoint.check_resumable(checkpoint.read_config(workdir), config)
 
 
-def _claim(workdir: Path, config: Config) -> None:
-  """Makes a folder that of this run."""
+def _claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+  """Makes a folder that of this run; the folder gets a tokenizer of its own."""
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", to_dict(config))
+    if config.tokenizer.kind == "file" and not (workdir / IN_RUN).is_file():
+      save_tokenizer(tokenizer, workdir / IN_RUN)
+    write_json(workdir / "config.json", to_dict(_self_contained(config)))
+
+
+def _self_contained(config: Config) -> Config:
+  """Returns the config as a run folder has it: with its own tokenizer."""
+  if config.tokenizer.kind != "file":
+    return config
+  tokenizer = dataclasses.replace(config.tokenizer, path=IN_RUN)
+  return dataclasses.replace(config, tokenizer=tokenizer)
 
 
 def _write_run_json(
@@ -1191,7 +1230,9 @@ def _write_run_json(
     return
   counts = dataclasses.asdict(accounting.count(shape_of(run.config)))
   flops = counts.pop("train_flops_per_token")
-  save_tokenizer(run.corpus.tokenizer, run.workdir / "tokenizer.json")
+  save_tokenizer(run.corpus.tokenizer, run.workdir / IN_RUN)
+  if run.model_folder is not None:
+    write_json(run.workdir / _MODEL_FOLDER, run.model_folder)
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
   write_json(
     run.workdir / "run.json",

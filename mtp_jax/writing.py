@@ -24,7 +24,8 @@ class Excerpt:
 
   number:   of the text that it begins.
   document: hex content hash of the document.
-  begin:    its first token in the document; 0 is the begin-of-document token.
+  begin:    its first token in the document; 0 is the begin-of-document token, where
+            documents have one.
   tokens:   [n] ids.
   """
 
@@ -51,10 +52,11 @@ class Excerpts:
     """
     self._store, self._length, self._at, self._seed = corpus.store, length, at, seed
     self._order = corpus.documents("train", corpus.config.data.seed)
+    self._num_ends = int(corpus.tokenizer.eos_id is not None)
 
   def __getitem__(self, number: int) -> Excerpt:
     document = int(self._order[number % len(self._order)])
-    end = int(self._store.lengths_N[document]) - 1
+    end = int(self._store.lengths_N[document]) - self._num_ends
     latest = max(0, end - self._length)
     if self._at is None:
       rng = np.random.Generator(np.random.Philox(key=[self._seed, number]))

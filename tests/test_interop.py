@@ -275,15 +275,75 @@ def test_the_contract_states_the_order_of_the_file(tmp_path):
       interop.read_model(tmp_path / case)
 
 
-def test_more_files_and_token_ids_are_written_with_the_rest(tmp_path):
-  content = b'{"version": "1.0"}'
-  write(
-    "llama", tmp_path / "out", token_ids=(3, 4), more_files={"tokenizer.json": content}
+def test_token_ids_are_written_as_they_are_given(tmp_path):
+  for i, ids in enumerate([(3, 4), (None, [4, 5])]):
+    write("llama", tmp_path / f"{i}", token_ids=ids)
+    stated = json.loads((tmp_path / f"{i}" / "config.json").read_text())
+    assert (stated["bos_token_id"], stated["eos_token_id"]) == ids
+
+
+CAME = {
+  "max_position_embeddings": 256, "eos_token_id": [3, 4], "initializer_range": 0.1,
+  "auto_map": {"AutoConfig": "configuration.Model"},
+}
+
+
+@pytest.mark.parametrize("case", [x for x in CASES if "gpt2" not in x and x != "qwen3"])
+def test_config_json_goes_out_as_it_came_in(tmp_path, folders, case):
+  edit_config(folders(case, tmp_path / "came"), **CAME)
+  found = interop.read_model(tmp_path / "came")
+  params, config = load(tmp_path / "came")
+
+  def out(name, config, layout=CASES[case][0], **how):
+    how = how or {"model_folder": found.files}
+    interop.export_params(params, config, tmp_path / name, layout, **how)
+    return json.loads((tmp_path / name / "config.json").read_text())
+
+  came = found.files["config.json"]
+  assert out("again", config) == {k: x for k, x in came.items() if k != "auto_map"}
+  # Another model than it describes: what our config says, but for its tokens.
+  other = with_overrides(config, {"trunk.rope_theta": 777.0})
+  changed = out("other", other)
+  assert changed["rope_theta"] == 777.0 and changed["eos_token_id"] == [3, 4]
+  assert changed["max_position_embeddings"] < 256
+
+
+def test_a_trunk_alone_in_another_layout_keeps_its_positions_and_tokens(
+  tmp_path, folders
+):
+  edit_config(folders("mimo", tmp_path / "came"), **CAME)
+  found = interop.read_model(tmp_path / "came")
+  params, config = load(tmp_path / "came")
+  interop.export_params(
+    params, config, tmp_path / "out", "qwen2", trunk_only=True,
+    model_folder=found.files,
   )
-  found = interop.read_model(tmp_path / "out")
-  assert found.tokenizer.read_bytes() == content
   stated = json.loads((tmp_path / "out" / "config.json").read_text())
-  assert (stated["bos_token_id"], stated["eos_token_id"]) == (3, 4)
+  assert stated["model_type"] == "qwen2" and stated["max_position_embeddings"] == 256
+  assert stated["eos_token_id"] == [3, 4]
+
+
+@pytest.mark.parametrize("case, key", [
+  ("mimo", "attention_bias"), ("qwen2", "attention_bias"), ("qwen2", "mlp_bias"),
+  ("qwen3", "mlp_bias"), ("deepseek", "mlp_bias"), ("llama", "use_sliding_window"),
+])
+def test_keys_that_decide_nothing_for_a_family_may_be_anything(
+  tmp_path, folders, case, key
+):
+  folder = folders(case, tmp_path / "out")
+  for value in (True, False):
+    edit_config(folder, **{key: value})
+    assert interop.read_model(folder).overrides["trunk.qkv_bias"] == (
+      case in ("qwen2", "mimo")
+    )
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "deepseek"])
+def test_biases_that_a_family_has_by_choice_are_refused(tmp_path, folders, case):
+  folder = folders(case, tmp_path / "out")
+  edit_config(folder, attention_bias=True)
+  with pytest.raises(InteropError, match="attention_bias is True; supported: False"):
+    interop.read_model(folder)
 
 
 @pytest.mark.parametrize("kind, depth", common.KINDS)

@@ -57,6 +57,24 @@ def test_text_is_that_of_plain_decoding_streamed_or_not(command, run):
   assert "\x1b[" in colored.output and "\x1b[" not in result.output
 
 
+def test_stops_end_the_text_before_them_and_special_tokens_have_names(command, run):
+  start = (MODULE, *run, "--prompt=def ", "--temperature=1", "--seed=1")
+  whole = command(*start, "--drafts=0").output
+  text = re.split(r"\n\d+ tokens, ", whole)[0].removeprefix("def ")
+  stop = re.search("[!-~]{1,2}", text[1:])[0]
+  expected = f"def {text[: text.find(stop)]}"
+  stops = (f"--stop={stop}", "--stop=\U0001f642", "--nocompare")
+  for more in ([], ["--stream"], ["--drafts=2", "--recurse"]):
+    result = command(*start, *stops, *more)
+    assert result.code == 0, result.output
+    assert re.split(r"\n\d+ tokens, ", result.output)[0] == expected
+  result = command(*start, f"--stop={stop}", "--stop=<|eos|>")
+  assert result.output.endswith("identical to plain decoding: yes\n")
+  result = command(*start, "--stop=")
+  assert result.code == 2
+  assert result.output == "error: stop must have no empty string, got ''.\n"
+
+
 def test_sampling_goes_on_from_a_file_as_plain_sampling_does(command, run, tmp_path):
   path = tmp_path / "start.py"
   path.write_text("def f1(x):\n  total = left")

@@ -1,7 +1,9 @@
 """A loaded model computes what training would have, wherever its folder lies."""
 
 import functools
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import generate as decoding
-from mtp_jax.decode import loop, network
+from mtp_jax.decode import loop, network, stops
 from mtp_jax.decode.generate import Completion, Decoding
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import check_warp
@@ -249,17 +251,19 @@ def test_settings_reach_the_decoder(model, calls):
   model.generate("a")
   model.generate(
     "a", 9, num_drafts=5, rule="leviathan", temperature=0.5, top_k=7, top_p=0.9,
-    min_p=0.1, proposal="sample", recurse=True, seed=3, first=4, stop=["\n", 7],
-    tree=DynamicTree(3, 2, 4),
+    min_p=0.1, proposal="sample", recurse=True, seed=3, first=4,
+    stop=["\n", 7, "<|bos|>"], tree=DynamicTree(3, 2, 4),
   )
   model.generate("a", rule="match")
   default, given, match = (settings for _, settings in calls)
   assert default["decoding"] == Decoding()
   assert default["stop_ids"] == (model.tokenizer.eos_id,)
+  assert default["stop_SV"] is None and given["stop_SV"][0, 10] == stops.FOUND
   warp = check_warp(0.5, 7, 0.9, 0.1)
   assert given == {
     "max_new_tokens": 9,
-    "stop_ids": (10, 7),
+    "stop_ids": (257, 7, 256),
+    "stop_SV": given["stop_SV"],
     "decoding": Decoding(
       "leviathan", warp, "sample", 5, True, DynamicTree(3, 2, 4)
     ),
@@ -313,6 +317,57 @@ def test_a_stop_token_ends_the_text(model):
   assert stopped.completion.is_stopped
 
 
+def test_an_empty_list_lets_nothing_end_the_text(model, calls):
+  model.generate("a", stop=[])
+  assert calls[0][1]["stop_ids"] == ()
+
+
+@pytest.mark.parametrize("how", [
+  {"num_drafts": 0}, {}, {"num_drafts": 4, "recurse": True},
+  {"rule": "match", "seed": 1, "temperature": 0.7},
+  {"rule": "match", "seed": 1, "temperature": 0.7, "num_drafts": 0},
+], ids=str)
+def test_text_is_cut_before_a_string_whatever_drafts(model, how):
+  prompts = ["a", "bc\n", "(1", "x = "]
+  whole = model.generate(prompts, 24, **how)
+  texts = [x.text for x in whole]
+  # Strings of several tokens, from amid two of the texts, and one that never comes.
+  found = [re.search("[^\ufffd]{2,3}", text[4:]) for text in texts]
+  first, second = [match[0] for match in found if match][:2]
+  strings = [first, second, "\U0001f642"]
+  for i, found in enumerate(model.generate(prompts, 24, stop=strings, **how)):
+    ends = [texts[i].find(string) for string in strings]
+    expected = texts[i][: min([end for end in ends if end >= 0], default=None)]
+    assert found.text == expected and "".join(found.pieces) == expected
+    is_stopped = expected != texts[i] or whole[i].completion.is_stopped
+    assert found.completion.is_stopped == is_stopped
+    tokens = whole[i].tokens[: len(found.tokens)]
+    np.testing.assert_array_equal(found.tokens, tokens)
+    counts = found.completion
+    drafted = sum(counts.accepted)
+    assert drafted == np.sum(counts.source > 0) and sum(counts.histogram) == (
+      counts.rounds
+    )
+    if expected != texts[i]:  # Not a token more than is needed.
+      before = model.tokenizer.decode(tokens[:-1])
+      assert not any(string in before for string in strings)
+
+
+def test_a_stream_holds_back_what_may_become_a_stop(model):
+  whole = model.generate("a", 24, stop=[]).text
+  stop = [whole[6:9], whole[6:8] + "\U0001f642"]
+  texts = [x.text for x in model.generate("a", 24, stop=stop, stream=True)]
+  end = whole.find(stop[0])
+  assert texts[-1] == whole[:end]
+  for before, after in itertools.pairwise(texts):
+    assert after.startswith(before.rstrip("\ufffd"))
+  # What is held back for a string that does not come is shown at the end.
+  stop = [whole[-2:] + "\U0001f642"]
+  *texts, last = (x.text for x in model.generate("a", 24, stop=stop, stream=True))
+  assert last == whole
+  assert not any(text.endswith(whole[-2:]) and text == whole for text in texts)
+
+
 BAD_TEXTS = {
   "no token": ([], "at least one token, got none"),
   "an id too large": ([1, 260], r"token ids must be in \[0, 260\), got 260"),
@@ -340,7 +395,9 @@ def test_bad_settings_are_refused(model, models):
     "temperature must be positive": {"rule": "match", "temperature": 0.0},
     "top_p must be a number": {"rule": "match", "top_p": 2.0},
     "max_new_tokens must be an integer from 1": {"max_new_tokens": 0},
-    "stop must be .*'ab', which has 2": {"stop": ["ab"]},
+    "stop must be a list, got 'ab'; write": {"stop": "ab"},
+    "stop must have no empty string": {"stop": ["ab", ""]},
+    "stop must have strings of at most 250 bytes .*, got 251": {"stop": ["a" * 251]},
     "token ids must be in": {"stop": [300]},
   }.items():
     with pytest.raises(ValueError, match=message):

@@ -340,6 +340,18 @@ def test_weights_from_elsewhere_and_from_a_run_exclude_each_other(config, tmp_pa
   assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_has_begun_needs_its_source_no_more(config, sources, tmp_path):
+  source = shutil.copytree(sources["sequential"][0], tmp_path / "source")
+  begun = medusa_on(config, source, **{"train.freeze_trunk": True})
+  result = train.fit(begun, tmp_path / "run", progress=False)
+  shutil.rmtree(source)
+  run = shutil.move(tmp_path / "run", tmp_path / "moved")
+  check_source(begun, run)
+  assert train.evaluate_run(begun, run)["main_loss"] == result["main_loss"]
+  again = train.fit(begun, run, progress=False)
+  assert again["main_loss"] == result["main_loss"]
+
+
 def test_a_sweep_looks_for_the_sources_before_its_first_trial(
   config, sources, tmp_path
 ):

@@ -224,8 +224,9 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
     )
   length = config.data.seq_len
   prompt_tokens = min(settings.prompt_tokens, max(length // 4, 1))
+  max_new_tokens = min(settings.max_new_tokens, length - prompt_tokens)
   held_out = dataclasses.replace(config.eval, split=settings.split)
-  corpus = load_corpus(dataclasses.replace(config, eval=held_out))
+  corpus = load_corpus(dataclasses.replace(config, eval=held_out), loaded.tokenizer)
   prompts = []
   for document in map(int, corpus.documents(settings.split)):
     size = int(corpus.store.lengths_N[document])
@@ -240,7 +241,7 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
     )
   return Model(
     str(path), config, network.unstack(loaded.params, config), np.stack(prompts),
-    min(settings.max_new_tokens, length - prompt_tokens), (corpus.tokenizer.eos_id,),
+    max_new_tokens, loaded.tokenizer.end_ids,
   )
 
 

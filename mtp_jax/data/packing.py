@@ -21,6 +21,7 @@ from mtp_jax.batch import Batch
 class TokenStore(Protocol):
   """Token ids of documents, each as [bos, tokens..., eos], or a part of that.
 
+  A tokenizer of a model folder may have no bos or no eos: then nothing is in its place.
   lengths_N: [N] int64, at least 1 each. hashes_NX: [N, 32] uint8 content hashes.
   identity:  what tells corpora apart (JSON values); goes into checkpoints.
   """

@@ -54,13 +54,12 @@ class MemoryStore:
     self.identity = identity
     self.hashes_NX = documents.hashes_NX
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    bos, eos = (np.array([i], dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
     parts = []
     for begin in range(0, len(documents.texts), _BATCH_TEXTS):
       batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
       edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
       parts += [
-        np.concatenate([bos[:begins], ids.astype(dtype), eos[:ends]])
+        tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)
         for ids, (begins, ends) in zip(batch, edges, strict=True)
       ]
     self.lengths_N = np.array([len(part) for part in parts], np.int64)
@@ -88,10 +87,8 @@ class DecodedTexts(Sequence[str]):
 
   def __getitem__(self, index: int) -> str:
     document = int(self._documents[index])
-    ids = self._store.read(document, 0, int(self._store.lengths_N[document]))
-    # Parts of a document may have neither.
-    first, last = ids[:1] == self._tokenizer.bos_id, ids[-1:] == self._tokenizer.eos_id
-    return self._tokenizer.decode(ids[int(first.all()) : len(ids) - int(last.all())])
+    length = int(self._store.lengths_N[document])
+    return self._tokenizer.decode(self._store.read(document, 0, length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +140,16 @@ class Corpus:
     )
 
 
-def load_corpus(config: Config) -> Corpus | TaskCorpus:
+def load_corpus(
+  config: Config, tokenizer: tokenizers_lib.Tokenizer | None = None
+) -> Corpus | TaskCorpus:
   """Reads, splits and tokenizes the corpus of a config; memory is kept for the next.
 
   A synthetic task has no text: it is a `TaskCorpus`.
+
+  Args:
+    config: of the run.
+    tokenizer: takes the place of what `tokenizer.path` names.
 
   Raises:
     DataError: nothing found, unreadable input, or no document in a split that training
@@ -161,14 +164,17 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
   )
   if data.source == "array_record":
     store, folder = _open_prepared(data.path)
-    _check_prepared(folder, config)
+    _check_prepared(folder, config, tokenizer)
     tokenizer, stats = folder.tokenizer, folder.source
     split_N, is_cut = _split(store.hashes_NX, data), False
   else:
     # Only BPE is trained to a size; the others have one, checked below.
     size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
     same_tokenizer = dataclasses.replace(tokenizer_config, vocab_size=size)
-    store, tokenizer, stats, split_N, is_cut = _tokenized(same_text, same_tokenizer)
+    given = tokenizer if tokenizer_config.kind == "file" else None
+    store, tokenizer, stats, split_N, is_cut = _tokenized(
+      same_text, same_tokenizer, given
+    )
   tokenizers_lib.check_vocab_size(tokenizer, tokenizer_config.vocab_size)
   if is_cut:
     store, split_N = _with_gaps(store, split_N, data.seq_len)
@@ -206,7 +212,9 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
 
 @functools.lru_cache(maxsize=2)
 def _tokenized(
-  data: DataConfig, tokenizer_config: TokenizerConfig
+  data: DataConfig,
+  tokenizer_config: TokenizerConfig,
+  tokenizer: tokenizers_lib.Tokenizer | None,
 ) -> tuple[
   MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any], np.ndarray, bool
 ]:
@@ -226,7 +234,8 @@ def _tokenized(
   train_texts = (
     text for text, i in zip(documents.texts, split_N, strict=True) if i == 0
   )
-  tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, train_texts)
+  if tokenizer is None:
+    tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, train_texts)
   identity = {
     "manifest": manifest,
     "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
@@ -278,7 +287,11 @@ def _open_prepared(
   return prepared.ArrayRecordStore(folder.shards, folder.index_N, identity), folder
 
 
-def _check_prepared(folder: prepared.PreparedFolder, config: Config) -> None:
+def _check_prepared(
+  folder: prepared.PreparedFolder,
+  config: Config,
+  given: tokenizers_lib.Tokenizer | None,
+) -> None:
   """Refuses a config that says otherwise about how the folder's tokens came to be."""
   # A BPE tokenizer has seen the train split: with another split, held-out text too.
   values = config_lib.flatten(config_lib.to_dict(config))
@@ -289,7 +302,7 @@ def _check_prepared(folder: prepared.PreparedFolder, config: Config) -> None:
         f"prepared, got {values[key]!r}."
       )
   if config.tokenizer.kind == "file":
-    given = tokenizers_lib.load_tokenizer(config.tokenizer.path)
+    given = given or tokenizers_lib.load_tokenizer(config.tokenizer.path)
     if given.to_json() != folder.tokenizer.to_json():
       raise sources.DataError(
         f"tokenizer.path must name the tokenizer with which {str(folder.path)!r} was "

@@ -100,8 +100,7 @@ def write_shard(
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for entry, document in zip(index_N, documents, strict=True):
       ids = tokenizer.encode(document.text)
-      tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
-      tokens = tokens.astype("<i4")
+      tokens = tokenizers_lib.document(tokenizer, ids).astype("<i4")
       for begin in range(0, len(tokens), prepared.RECORD_TOKENS):
         writer.write(tokens[begin : begin + prepared.RECORD_TOKENS].tobytes())
       entry["hash"] = np.frombuffer(document.content_hash, np.uint8)
@@ -193,7 +192,9 @@ def _tokenizer(
     config.tokenizer, _train_texts(config, reader, progress)
   )
   tokenizers_lib.check_vocab_size(tokenizer, config.tokenizer.vocab_size)
-  if file.is_file() and file.read_text("utf-8") != tokenizer.to_json():
+  if file.is_file() and tokenizers_lib.load_tokenizer(file).to_json() != (
+    tokenizer.to_json()
+  ):
     raise ConfigError(
       f"output {str(folder)!r} was begun with another tokenizer: the content of "
       f"tokenizer.path {config.tokenizer.path!r} has changed."

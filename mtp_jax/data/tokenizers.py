@@ -1,13 +1,18 @@
 """Text to token ids and back: bytes, byte-level BPE, or a given `tokenizer.json`.
 
-Every tokenizer here is lossless, has a begin and an end of document, and knows how many
-bytes of text each id stands for, so that losses become bits per byte. All kinds are
-saved as a Hugging Face `tokenizer.json`, which other tools open.
+Every tokenizer here is lossless and knows how many bytes of text each id stands for, so
+that losses become bits per byte. Ours have a begin and an end of document; that of a
+model folder has what the folder says, see `special_tokens`. All kinds are saved as a
+Hugging Face `tokenizer.json`, which other tools open; beside it, `special_tokens.json`
+keeps what a folder said.
 """
 
+import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +22,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mtp_jax import config as config_lib
 from mtp_jax import files
 from mtp_jax.data import sources
+from mtp_jax.data.special_tokens import (
+  OWN_BOS,
+  SpecialTokens,
+  read_files,
+  special_tokens,
+)
 
-BOS, EOS = "<|bos|>", "<|eos|>"
+# The tokenizer of a run folder, its special ids, and their key where both are one text.
+IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
+_KEY = "mtp_jax"
+BOS, EOS = OWN_BOS, "<|eos|>"
 # What well-known tokenizers call them, in the order in which they are looked for.
 _BOS_NAMES = (
   BOS, "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>",
@@ -28,23 +42,29 @@ _EOS_NAMES = (
   EOS, "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>",
   "<eos>", "<|endoftext|>", "[EOS]",
 )  # fmt: skip
+_MOST_TOKENS = 1 << 22
 _PROBE = 'def f(x):\n\treturn  {x: "\u00e9\u6f22\U0001f642"}\n\n    # A,b 123\n'
 
 
 class Tokenizer(Protocol):
   """What the rest of the project needs of a tokenizer.
 
-  bos_id, eos_id: ids put around a document; never produced by `encode`.
+  bos_id, eos_id: ids put around a document, None where there is none; `encode` never
+                  produces a special token.
+  end_ids:        of the tokens that end a generated text.
   vocab_size:     1 + the largest id; the least `tokenizer.vocab_size` that works.
   token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for specials. The
                   sum over `encode(text)` is `len(text.encode())` for byte-level
                   tokenizers. A SentencePiece one may add one leading space, and a
                   Unicode normaliser makes it the bytes of the normalised text.
+  token_texts:    [vocab_size] the bytes themselves.
   """
 
-  bos_id: int
-  eos_id: int
+  bos_id: int | None
+  eos_id: int | None
+  end_ids: tuple[int, ...]
   vocab_size: int
+  token_texts: list[bytes]
   token_bytes_V: np.ndarray
 
   def encode(self, text: str) -> np.ndarray:
@@ -56,8 +76,24 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text; specials are left out, a broken character becomes U+FFFD."""
 
+  def special_id(self, name: str) -> int | None:
+    """Returns the id of the special token with this name, if there is one."""
+
   def to_json(self) -> str:
-    """Returns the content of a Hugging Face `tokenizer.json`."""
+    """Returns the content of a Hugging Face `tokenizer.json`.
+
+    With the special ids of a model folder it has a key more than the format.
+    """
+
+
+def document(
+  tokenizer: Tokenizer, ids: np.ndarray, begins: bool = True, ends: bool = True
+) -> np.ndarray:
+  """Returns the ids of a text with what the tokenizer puts around a document."""
+  bos, eos = tokenizer.bos_id, tokenizer.eos_id
+  before = [bos] if begins and bos is not None else []
+  after = [eos] if ends and eos is not None else []
+  return np.concatenate([before, ids, after]).astype(np.int32)
 
 
 class ByteTokenizer:
@@ -65,9 +101,11 @@ class ByteTokenizer:
 
   bos_id = 256
   eos_id = 257
+  end_ids = (257,)
   vocab_size = 258
 
   def __init__(self):
+    self.token_texts = [*(bytes([byte]) for byte in range(256)), b"", b""]
     self.token_bytes_V = np.array([1] * 256 + [0, 0], np.int64)
 
   def encode(self, text: str) -> np.ndarray:
@@ -80,6 +118,9 @@ class ByteTokenizer:
     ids = np.asarray(ids)
     return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+  def special_id(self, name: str) -> int | None:
+    return {BOS: self.bos_id, EOS: self.eos_id}.get(name)
+
   def to_json(self) -> str:
     """Returns a BPE without merges whose vocabulary is the 256 bytes in order."""
     model = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
@@ -91,13 +132,19 @@ class ByteTokenizer:
     return model.to_str()
 
 
+_BYTES = SpecialTokens(
+  ByteTokenizer.bos_id, ByteTokenizer.eos_id, ByteTokenizer.end_ids
+)
+
+
 class SubwordTokenizer:
   """A tokenizer of the `tokenizers` library.
 
-  Begin and end of document are the first special tokens of the file among names that
-  are well known (`_BOS_NAMES`, `_EOS_NAMES`); where there is none, <|bos|> or <|eos|>
-  is added after the file's own ids. Text that happens to contain a special's name is
-  encoded as plain text, so no document can forge a document boundary.
+  Begin and end of document are those of the model folder that the file is from. Of a
+  file by itself they are the first special tokens among names that are well known
+  (`_BOS_NAMES`, `_EOS_NAMES`); where there is none, <|bos|> or <|eos|> is added after
+  the file's own ids. Text that happens to contain a special's name is encoded as plain
+  text, so no document can forge a document boundary.
 
   Raises:
     DataError: the tokenizer loses text (unknown tokens, lower case, white space), so
@@ -105,16 +152,45 @@ class SubwordTokenizer:
       boundary of text that merely looks like one.
   """
 
-  def __init__(self, model: tokenizers.Tokenizer, name: str):
+  def __init__(
+    self,
+    model: tokenizers.Tokenizer,
+    name: str,
+    special: SpecialTokens | None = None,
+    content: dict[str, Any] | None = None,
+  ):
+    """Args:
+      model: as it was read.
+      name: for messages.
+      special: the special ids of the model folder, if the file is from one.
+      content: of the file; needed with `special`.
+    """
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True
     self._model = model
-    self.bos_id = self._special(_BOS_NAMES)
-    self.eos_id = self._special(_EOS_NAMES)
-    vocab = model.get_vocab(with_added_tokens=True)
-    self.vocab_size = 1 + max(vocab.values())
-    self.token_bytes_V = self._count_bytes(vocab)
+    if special is None:
+      bos, eos = self._special(_BOS_NAMES), self._special(_EOS_NAMES)
+      special, self._json = SpecialTokens(bos, eos, (eos,)), model.to_str()
+      vocab = model.get_vocab(with_added_tokens=True)
+    else:
+      # The library would not write all that the file has: padding, for one.
+      values = special._asdict() | {"end_ids": list(special.end_ids)}
+      self._json = json.dumps(content | {_KEY: values}, ensure_ascii=False)
+      # A model may lack rows for special tokens that it never reads.
+      vocab = model.get_vocab(with_added_tokens=True)
+      added = model.get_added_tokens_decoder()
+      vocab = {t: i for t, i in vocab.items() if i not in added or not added[i].special}
+    self.bos_id, self.eos_id, self.end_ids = special
+    ids = [i for i in (*special[:2], *special.end_ids) if i is not None]
+    self.vocab_size = 1 + max([*vocab.values(), *ids], default=0)
+    if self.vocab_size > _MOST_TOKENS:
+      raise sources.DataError(
+        f"tokenizer.path must have token ids below {_MOST_TOKENS}, {name!r} has "
+        f"{self.vocab_size - 1}."
+      )
+    self.token_texts = self._texts(vocab)
+    self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
     self._check_lossless(name)
     self._check_unforgeable(name)
 
@@ -129,8 +205,19 @@ class SubwordTokenizer:
     ids = np.asarray(ids).tolist()
     return self._model.decode(ids, skip_special_tokens=True)
 
+  def special_id(self, name: str) -> int | None:
+    added = self._model.get_added_tokens_decoder()
+    i = self._model.token_to_id(name)
+    return i if i in added and added[i].special else None
+
   def to_json(self) -> str:
-    return self._model.to_str()
+    return self._json
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, SubwordTokenizer) and self._json == other._json
+
+  def __hash__(self) -> int:
+    return hash(self._json)
 
   def _special(self, names: tuple[str, ...]) -> int:
     added = self._model.get_added_tokens_decoder()
@@ -141,22 +228,22 @@ class SubwordTokenizer:
     self._model.add_special_tokens([names[0]])
     return self._model.token_to_id(names[0])
 
-  def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
+  def _texts(self, vocab: dict[str, int]) -> list[bytes]:
     added = self._model.get_added_tokens_decoder()
     is_byte_level = '"ByteLevel"' in json.dumps(
       json.loads(self._model.to_str())["decoder"]
     )
-    counts_V = np.zeros(self.vocab_size, np.int64)
+    texts, bytes_of = [b""] * self.vocab_size, _byte_vocab()
     for token, i in vocab.items():
       if i in added:
-        counts_V[i] = 0 if added[i].special else len(added[i].content.encode())
-      elif is_byte_level:
-        counts_V[i] = len(token)  # One character of the byte alphabet per byte.
+        texts[i] = b"" if added[i].special else added[i].content.encode()
+      elif is_byte_level and bytes_of.keys() >= set(token):
+        texts[i] = bytes(map(bytes_of.get, token))
       elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        counts_V[i] = 1  # SentencePiece's byte fallback.
+        texts[i] = bytes.fromhex(token[3:5])  # SentencePiece's byte fallback.
       else:
-        counts_V[i] = len(token.replace("\u2581", " ").encode())
-    return counts_V
+        texts[i] = token.replace("\u2581", " ").encode()
+    return texts
 
   def _check_lossless(self, name: str) -> None:
     added = self._model.get_added_tokens_decoder().values()
@@ -180,7 +267,7 @@ class SubwordTokenizer:
   def _check_unforgeable(self, name: str) -> None:
     # A Unigram model, for one, finds the names among its own pieces.
     added = self._model.get_added_tokens_decoder()
-    for special in (self.bos_id, self.eos_id):
+    for special in {self.bos_id, self.eos_id} & added.keys():
       text = f"a{added[special].content}b"
       if special in self.encode(text):
         raise sources.DataError(
@@ -195,6 +282,7 @@ class SymbolTokenizer:
 
   bos_id = 0
   eos_id = 1
+  end_ids = (1,)
 
   def __init__(self, symbols: Iterable[str]):
     self._symbols = (BOS, EOS, *symbols)
@@ -202,9 +290,8 @@ class SymbolTokenizer:
     self.vocab_size = len(self._symbols)
     if len(self._ids) != self.vocab_size:
       raise ValueError("symbols must be different from each other, got repeats.")
-    self.token_bytes_V = np.array(
-      [0, 0, *(len(s.encode()) for s in self._symbols[2:])], np.int64
-    )
+    self.token_texts = [b"", b"", *(s.encode() for s in self._symbols[2:])]
+    self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
 
   def encode(self, text: str) -> np.ndarray:
     """Returns ids; raises ValueError for a word that is no symbol of the task."""
@@ -229,6 +316,9 @@ class SymbolTokenizer:
   def decode_symbols(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
     """Returns the symbols, specials and ids that stand for nothing left out."""
     return tuple(self._symbols[i] for i in ids if 2 <= i < self.vocab_size)
+
+  def special_id(self, name: str) -> int | None:
+    return {BOS: self.bos_id, EOS: self.eos_id}.get(name)
 
   def to_json(self) -> str:
     """Returns a WordLevel model; its unknown word, which it must name, is the end."""
@@ -269,41 +359,118 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes `tokenizer.json`; whole or not at all."""
-  files.write_whole(path, tokenizer.to_json().encode())
+  """Writes `tokenizer.json`, and `special_tokens.json` where it needs one."""
+  content, special = _split(tokenizer.to_json())
+  if special is not None:
+    beside = Path(path).with_name(SPECIAL_TOKENS)
+    files.write_whole(beside, json.dumps(special).encode())
+  files.write_whole(path, content.encode())
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(
+  path: str | os.PathLike, folder: str | os.PathLike | None = None
+) -> Tokenizer:
   """Returns the tokenizer of a `tokenizer.json`, ours or anyone's.
+
+  Args:
+    path: of the file.
+    folder: the model folder that names the special ids; by default the one that the
+      file is in, if it is one.
 
   Raises:
     DataError: no such file, not a tokenizer, or one that loses text.
   """
-  path = os.path.expanduser(os.fspath(path))
+  path = Path(os.path.expanduser(os.fspath(path)))
+  beside = path.with_name(SPECIAL_TOKENS)
   try:
-    with open(path, encoding="utf-8") as handle:
-      return tokenizer_from_json(handle.read(), path)
-  except (OSError, UnicodeDecodeError) as error:
+    text = files.read_text(path)
+    special = files.read_json(beside) if folder is None and beside.is_file() else None
+  except (OSError, ValueError) as error:
     raise sources.DataError(
-      f"tokenizer.path must be a readable tokenizer.json, got {path!r} ({error})."
+      f"tokenizer.path must be a readable tokenizer.json, got {str(path)!r} ({error})."
     ) from error
+  folder = path.parent if folder is None else Path(folder)
+  if special is None and (model_files := read_files(folder)):
+    find = functools.partial(special_tokens, model_files, where=folder)
+    return _parse(text, str(path), find)
+  return _parse(text, str(path), _stated(special))
+
+
+def in_run(
+  config: config_lib.TokenizerConfig, workdir: Path
+) -> config_lib.TokenizerConfig:
+  """Returns the section with the run folder's own copy as `path`, once it has one.
+
+  So a run needs the file that it was started with no more.
+
+  Raises:
+    ConfigError: `path` names another tokenizer than the run has.
+  """
+  own = workdir / IN_RUN
+  if config.kind != "file" or not own.is_file():
+    return config
+  given = Path(os.path.expanduser(config.path))
+  if config.path not in (IN_RUN, str(own)) and given.is_file():
+    if load_tokenizer(given).to_json() != load_tokenizer(own).to_json():
+      raise config_lib.ConfigError(
+        f"tokenizer.path must hold the tokenizer that the run was started with, {own}; "
+        f"got another one, {config.path!r}."
+      )
+  return dataclasses.replace(config, path=str(own))
 
 
 def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
   """Inverse of `Tokenizer.to_json`; `name` is for the error message."""
+  content, special = _split(text)
+  return _parse(content, name, _stated(special))
+
+
+def plain_json(tokenizer: Tokenizer) -> str:
+  """Returns the content of a `tokenizer.json` that any tool reads."""
+  return _split(tokenizer.to_json())[0]
+
+
+def _split(text: str) -> tuple[str, dict[str, Any] | None]:
+  """Returns a `tokenizer.json` without our key, and what the key has."""
+  if f'"{_KEY}": {{"bos_id"' not in text:
+    return text, None
+  content = json.loads(text)
+  special = content.pop(_KEY)
+  return json.dumps(content, indent=2, ensure_ascii=False), special
+
+
+def _stated(
+  special: dict[str, Any] | None,
+) -> Callable[[tokenizers.Tokenizer], SpecialTokens | None]:
+  """Returns what finds the special ids that a file has stated, if there is one."""
+  if special is None:
+    return lambda model: None
+  ends = tuple(special["end_ids"])
+  return lambda model: SpecialTokens(special["bos_id"], special["eos_id"], ends)
+
+
+def _parse(
+  text: str, name: str, find: Callable[[tokenizers.Tokenizer], SpecialTokens | None]
+) -> Tokenizer:
+  """Returns the tokenizer of a `tokenizer.json`; `find` gets its special ids."""
   try:
-    if _is_bytes(json.loads(text)):
-      return ByteTokenizer()
-    if symbols := _symbols(json.loads(text)):
-      return SymbolTokenizer(symbols)
+    content = json.loads(text)
     loaded = tokenizers.Tokenizer.from_str(text)
+    loaded.no_padding()
+    special = find(loaded)
+    if _is_bytes(content) and special in (None, _BYTES):
+      return ByteTokenizer()
+    if symbols := _symbols(content):
+      return SymbolTokenizer(symbols)
+  except sources.DataError:
+    raise
   # The library raises plain Exception for every content that it cannot parse.
   except Exception as error:
     raise sources.DataError(
       f"tokenizer.path must hold a Hugging Face tokenizer, {name!r} does not "
       f"({type(error).__name__}: {error})."
     ) from error
-  return SubwordTokenizer(loaded, name)
+  return SubwordTokenizer(loaded, name, special, content)
 
 
 def _train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, num_trunk_layers
-from mtp_jax.decode import drafters, loop, network, trees
+from mtp_jax.decode import drafters, loop, network, stops, trees
 from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
@@ -35,12 +35,14 @@ _INT32 = 2**31 - 1
 class Completion:
   """What one prompt was continued with.
 
-  tokens: [n] the new tokens; a stop token, if one ended it, is the last.
+  tokens: [n] the new tokens; the one that ended it, if one did, is the last: a stop
+    token, or that in which a stop string ends.
   source: [n] where each is from: k >= 1 accepted draft of depth k; `loop.OWN` the
     target's own after all drafts were accepted (or none made); `loop.CORRECTION` its
     own in place of a rejected draft.
-  is_stopped: a stop token ended it, not the limit.
+  is_stopped: a stop token or string ended it, not the limit.
   rounds, reached, accepted, histogram: see `loop.Stats`.
+  is_finished: nothing will follow.
   """
 
   tokens: np.ndarray
@@ -50,6 +52,7 @@ class Completion:
   reached: np.ndarray
   accepted: np.ndarray
   histogram: np.ndarray
+  is_finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +181,7 @@ def generate(
   *,
   max_new_tokens: int,
   stop_ids: Sequence[int] = (),
+  stop_SV: np.ndarray | None = None,
   decoding: Decoding = GREEDY,
   seed: int = 0,
   first: int = 0,
@@ -195,6 +199,7 @@ def generate(
     max_new_tokens: longest completion; completions of fewer share compiled programs
       with it up to the next power of two.
     stop_ids: tokens that end a completion.
+    stop_SV: of the strings that end one, see `stops.transitions`.
     decoding: how.
     seed: of sampling; sequence i uses its own key, whatever the batch.
     first: number of the first prompt among the sequences of this seed.
@@ -218,7 +223,7 @@ def generate(
   sizes = _Sizes(config, plan, prompts, max_new_tokens, prompt_length)
   if batch_sharding is None:
     sizes.check_memory(config, batch_size)
-  inputs = _inputs(weights, decoding, stop_ids)
+  inputs = _inputs(weights, decoding, stop_ids, stop_SV)
   completions = []
   for begin in range(0, len(prompts), batch_size):
     if before_batch is not None:
@@ -239,6 +244,7 @@ def stream(
   *,
   max_new_tokens: int,
   stop_ids: Sequence[int] = (),
+  stop_SV: np.ndarray | None = None,
   decoding: Decoding = GREEDY,
   seed: int = 0,
 ) -> Iterator[Completion]:
@@ -250,7 +256,7 @@ def stream(
   plan = make_plan(config, decoding)
   sizes = _Sizes(config, plan, [prompt], max_new_tokens, None)
   sizes.check_memory(config, 1)
-  inputs = _inputs(weights, decoding, stop_ids)
+  inputs = _inputs(weights, decoding, stop_ids, stop_SV)
   state = _prefill(plan, inputs, sizes, [prompt], seed, 0, None)
   yield _completions(state, [prompt], stop_ids)[0]
   while not bool(state.done_B[0]):
@@ -347,10 +353,13 @@ def bucket_size(size: int) -> int:
 
 
 def _inputs(
-  weights: network.Weights, decoding: Decoding, stop_ids: Sequence[int]
+  weights: network.Weights,
+  decoding: Decoding,
+  stop_ids: Sequence[int],
+  stop_SV: np.ndarray | None = None,
 ) -> loop.Inputs:
-  stops = np.asarray(stop_ids, np.int32).reshape(-1)
-  return loop.Inputs(weights, weights, decoding.warp, stops)
+  ids = np.asarray(stop_ids, np.int32).reshape(-1)
+  return loop.Inputs(weights, weights, decoding.warp, ids, stop_SV)
 
 
 def _prefill(
@@ -380,10 +389,14 @@ def _prefill(
 def _completions(
   state: loop.DecodeState, prompts: Sequence[np.ndarray], stop_ids: Sequence[int]
 ) -> list[Completion]:
-  kept = (state.tokens_BS, state.source_BS, state.length_B, state.stats)
-  tokens_BS, source_BS, length_B, stats = multihost_utils.process_allgather(
-    kept, tiled=True
+  kept = (
+    state.tokens_BS, state.source_BS, state.length_B, state.stats, state.stop_B,
+    state.done_B,
   )
+  tokens_BS, source_BS, length_B, stats, stop_B, done_B = (
+    multihost_utils.process_allgather(kept, tiled=True)
+  )
+  ids = set(map(int, stop_ids))
   completions = []
   for i, prompt in enumerate(prompts):
     new = slice(len(prompt), int(length_B[i]))
@@ -392,11 +405,12 @@ def _completions(
       Completion(
         tokens,
         source_BS[i, new],
-        bool(len(tokens)) and int(tokens[-1]) in set(map(int, stop_ids)),
+        int(tokens[-1]) in ids or int(stop_B[i]) == stops.FOUND,
         int(stats.rounds_B[i]),
         stats.reached_BK[i],
         stats.accepted_BK[i],
         stats.histogram_BR[i],
+        bool(done_B[i]),
       )
     )
   return completions

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.argmax import argmax
-from mtp_jax.decode import trees
+from mtp_jax.decode import stops, trees
 from mtp_jax.decode.interface import Drafter, Nodes, Target, Window, take_rows
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
@@ -52,12 +52,16 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What programs of one `Plan` may differ in without being compiled again."""
+  """What programs of one `Plan` may differ in without being compiled again.
+
+  stop_SV: see `stops.transitions`; None where no string ends a completion.
+  """
 
   weights: Any
   draft_weights: Any
   warp: Warp | None
   stop_ids: jax.Array
+  stop_SV: jax.Array | None = None
 
 
 class Stats(NamedTuple):
@@ -80,10 +84,11 @@ class DecodeState(NamedTuple):
   """Everything between two rounds.
 
   tokens_BS, source_BS: the first `length_B` are committed; see `OWN` and its likes.
-  limit_B: greatest length. done_B: a stop token was committed or the limit reached.
+  limit_B: greatest length. done_B: a stop was committed or the limit reached.
   cache, draft_cache: of target and drafter.
   drafts_BK, log_q_BKV: proposed next; the latter None unless they were sampled.
   nodes: proposed next in their stead where drafts are a tree, else None.
+  stop_B: uint8 state of `stops.transitions` after the committed tokens.
   """
 
   tokens_BS: jax.Array
@@ -98,6 +103,7 @@ class DecodeState(NamedTuple):
   log_q_BKV: jax.Array | None
   nodes: Nodes | None
   stats: Stats
+  stop_B: jax.Array
 
 
 def slots_for(limit: int, num_drafted: int) -> int:
@@ -155,11 +161,12 @@ def prefill(
     None,
     None,
     Stats(counts(), counts(K), counts(K), counts(1 + K)),
+    jnp.zeros(rows, jnp.uint8),
   )
   first_B1 = _own_tokens(
     plan, inputs, state, logits_BV[:, None], prompt_length_B[:, None]
   )
-  state = _commit(state, inputs.stop_ids, first_B1, counts(), counts())[0]
+  state = _commit(inputs, state, first_B1, counts(), counts())[0]
   return _draft(plan, inputs, state, feature_BPD, counts())
 
 
@@ -176,7 +183,7 @@ def run_round(plan: Plan, inputs: Inputs, state: DecodeState) -> DecodeState:
   )
   origin_B = jnp.where(found.has_failed_B, CORRECTION, OWN)
   committed, count_B, before_stop_BR = _commit(
-    state._replace(cache=found.cache), inputs.stop_ids, emitted_BR, accepted_B, origin_B
+    inputs, state._replace(cache=found.cache), emitted_BR, accepted_B, origin_B
   )
   committed = committed._replace(
     stats=_count(state, accepted_B, count_B, before_stop_BR)
@@ -300,19 +307,25 @@ def _own_tokens(
 
 
 def _commit(
+  inputs: Inputs,
   state: DecodeState,
-  stop_ids: jax.Array,
   emitted_BR: jax.Array,
   accepted_B: jax.Array,
   origin_B: jax.Array,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
-  """Appends up to and with the first stop token, and up to the limit.
+  """Appends up to and with the first token that stops, and up to the limit.
 
   Returns `(state, count_B, before_stop_BR)`: how many tokens were appended, and which
-  of the emitted have no stop token before them.
+  of the emitted have no stop before them.
   """
   offsets_R = jnp.arange(emitted_BR.shape[1])
-  is_stop_BR = jnp.isin(emitted_BR, stop_ids)
+  is_stop_BR = jnp.isin(emitted_BR, inputs.stop_ids)
+  if inputs.stop_SV is not None:
+    states = [state.stop_B]
+    for token_B in emitted_BR.T:
+      states.append(inputs.stop_SV[states[-1], token_B])
+    stop_BX = jnp.stack(states, axis=1)  # Before the first token and after each.
+    is_stop_BR |= stop_BX[:, 1:] == stops.FOUND
   stops_before_BR = jnp.cumsum(is_stop_BR, axis=1) - is_stop_BR
   before_stop_BR = stops_before_BR == 0
   kept_BR = (
@@ -331,6 +344,9 @@ def _commit(
   is_draft_BR = offsets_R < accepted_B[:, None]
   source_BR = jnp.where(is_draft_BR, 1 + offsets_R, origin_B[:, None])
   length_B = state.length_B + count_B
+  stop_B = state.stop_B
+  if inputs.stop_SV is not None:
+    stop_B = take_rows(stop_BX, count_B)
   done_B = (
     state.done_B | jnp.any(is_stop_BR & kept_BR, axis=1) | (length_B >= state.limit_B)
   )
@@ -339,6 +355,7 @@ def _commit(
     source_BS=put(state.source_BS, source_BR),
     length_B=length_B,
     done_B=done_B,
+    stop_B=stop_B,
   )
   return state, count_B, before_stop_BR
 

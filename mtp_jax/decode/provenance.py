@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.decode import stops
 from mtp_jax.decode.acceptance import summarize
 from mtp_jax.decode.generate import Completion
 from mtp_jax.decode.loop import CORRECTION, OWN
@@ -38,15 +39,17 @@ class Generation:
   prompt_tokens: what was continued.
   completion:    tokens, sources and counts; see `generate.Completion`.
   tokenizer:     turns them into text.
+  stop_strings:  the text ends before the first of them.
   """
 
   prompt_tokens: np.ndarray
   completion: Completion
   tokenizer: Tokenizer
+  stop_strings: tuple[str, ...] = ()
 
   @property
   def tokens(self) -> np.ndarray:
-    """The new tokens [n]; a stop token, if one ended it, is the last."""
+    """The new tokens [n]; the one that ended it, if one did, is the last."""
     return self.completion.tokens
 
   @property
@@ -65,8 +68,9 @@ class Generation:
 
   @functools.cached_property
   def pieces(self) -> list[str]:
-    """The text of each new token; see `token_texts`."""
-    return self._all_pieces[len(self.prompt_tokens) :]
+    """The text of each new token; see `token_texts`, and `stops.cut`."""
+    pieces = self._all_pieces[len(self.prompt_tokens) :]
+    return stops.cut(pieces, self.stop_strings, self.completion.is_finished)
 
   @property
   def text(self) -> str:
@@ -132,7 +136,7 @@ class Generation:
     tau = self.acceptance["tau"]["mean"]
     if tau is not None:
       words += f" after the first, {tau:.2f} per round"
-    return words + (", ended by a stop token" if self.completion.is_stopped else "")
+    return words + (", ended by a stop" if self.completion.is_stopped else "")
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:

@@ -13,11 +13,12 @@
 from mtp_jax.interop.drafter_config import layouts_for
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.exporting import export_params
-from mtp_jax.interop.hf_config import DRAFTERS
+from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS
 from mtp_jax.interop.loading import HfModel, load_params, read_drafter, read_model
 
 __all__ = [
   "DRAFTERS",
+  "ID_KEYS",
   "HfModel",
   "InteropError",
   "export_params",

@@ -14,6 +14,7 @@ from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import (
   DRAFTERS,
   KEYS,
+  TokenIds,
   longest_text,
   model_layouts_for,
   write_keys,
@@ -80,13 +81,13 @@ def _eagle_obstacle(config: Config) -> str:
 def write_drafter_config(
   config: Config,
   dtype: str,
-  token_ids: tuple[int, int] | None = None,
+  token_ids: TokenIds | None = None,
   base_model: str = "",
 ) -> dict[str, Any]:
   """Returns the config.json of predictors alone.
 
-  `token_ids`: of begin and end of a document. `base_model`: folder or name of the
-  trunk.
+  `token_ids`: of the tokens that begin and end a text. `base_model`: folder or name of
+  the trunk.
   """
   kind, trunk = config.mtp.kind, config.trunk
   bos, eos = token_ids or (None, None)

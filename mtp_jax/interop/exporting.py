@@ -1,5 +1,6 @@
 """Our parameters into model folders of other frameworks."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,16 +10,20 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from mtp_jax import files
 from mtp_jax.config import Config
+from mtp_jax.data.special_tokens import first_ids
+from mtp_jax.data.tokenizers import Tokenizer, plain_json
 from mtp_jax.interop.drafter_config import (
   drafter_contract,
   layouts_for,
   write_drafter_config,
 )
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import DRAFTERS, write_config
+from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS, TokenIds, write_config
 from mtp_jax.interop.loading import CONTRACT, parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
@@ -44,11 +49,15 @@ def export_params(
   dtype: str = "float32",
   max_shard_bytes: int = 5 * 10**9,
   trunk_only: bool = False,
-  token_ids: tuple[int, int] | None = None,
+  token_ids: TokenIds | None = None,
   base_model: str = "",
-  more_files: dict[str, bytes] | None = None,
+  tokenizer: Tokenizer | None = None,
+  model_folder: dict[str, Any] | None = None,
 ) -> None:
   """Writes config.json, safetensors and `mtp_contract.json` into a new folder.
+
+  With a tokenizer also tokenizer.json, tokenizer_config.json and, for a layout with a
+  trunk, generation_config.json.
 
   The folder appears whole or not at all. One tensor is alive at a time.
 
@@ -60,9 +69,10 @@ def export_params(
     max_shard_bytes: size from which there are several files and an index; layouts of
       predictors alone have one file.
     trunk_only: deletes the extra predictors (`model.lm.deployed`).
-    token_ids: begin and end of a document, for config.json.
+    token_ids: of the tokens that begin and end a text; by default the tokenizer's.
     base_model: folder or name of the trunk, for config.json of predictors alone.
-    more_files: by name, such as tokenizer.json.
+    tokenizer: of the model.
+    model_folder: what an imported model had besides weights; goes out as it came in.
 
   Raises:
     InteropError: the layout has no place for the model, or the folder is in use.
@@ -96,23 +106,75 @@ def export_params(
     if entry.written
   ]
 
+  came = model_folder or {}
+  if token_ids is None and tokenizer is not None:
+    ends = tokenizer.end_ids
+    token_ids = tokenizer.bos_id, list(ends) if len(ends) > 1 else tokenizer.eos_id
   temporary = Path(files.temporary_name(folder))
   temporary.mkdir()
   try:
     if layout in DRAFTERS:
       write_file(temporary / DRAFTERS[layout], tensors)
       values = write_drafter_config(config, dtype, token_ids, base_model)
+      of_trunk = (*ID_KEYS, "max_position_embeddings")
+      own = came.get("config.json", {})
+      values |= {key: own[key] for key in of_trunk if key in own and key in values}
     else:
       write_tensors(temporary, tensors, max_shard_bytes)
-      values = write_config(config, layout, dtype, token_ids)
+      values = write_config(
+        config, layout, dtype, token_ids, came.get("config.json")
+      )
     write_json(temporary / "config.json", values)
     write_json(temporary / CONTRACT, _contract(config, layout))
-    for name, content in (more_files or {}).items():
-      write_bytes(temporary / name, content)
+    if tokenizer is not None:
+      more = tokenizer_files(tokenizer, values) | came
+      not_written = ["config.json"]
+      if layout in DRAFTERS:  # Predictors alone generate nothing.
+        not_written.append("generation_config.json")
+      for name in more.keys() - not_written:
+        content = more[name]
+        is_text = isinstance(content, str)
+        encoded = content if is_text else json.dumps(content, indent=2)
+        write_bytes(temporary / name, encoded.encode())
     os.replace(temporary, folder)
   finally:
     if temporary.exists():
       shutil.rmtree(temporary)
+
+
+def tokenizer_files(
+  tokenizer: Tokenizer, values: dict[str, Any]
+) -> dict[str, dict[str, Any] | str]:
+  """Returns the files with which AutoTokenizer gives the ids of training, by name.
+
+  `values`: of config.json.
+  """
+  content = plain_json(tokenizer)
+  model = tokenizers.Tokenizer.from_str(content)
+  names = {
+    name: None if i is None else model.id_to_token(i)
+    for name, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+  }
+  bos = names["bos_token"]
+  if bos is not None and not first_ids(model):
+    model.post_processor = TemplateProcessing(
+      single=[bos, "$A"],
+      pair=[bos, "$A", f"{bos}:1", "$B:1"],
+      special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    content = model.to_str(pretty=True)
+  longest = values.get("max_position_embeddings", values.get("n_positions"))
+  return {
+    "tokenizer.json": content,
+    "tokenizer_config.json": {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      **{name: token for name, token in names.items() if token is not None},
+      "clean_up_tokenization_spaces": False,
+    } | ({} if longest is None else {"model_max_length": longest}),
+    "generation_config.json": {
+      key: values[key] for key in ID_KEYS if values.get(key) is not None
+    },
+  }
 
 
 def _check_target(folder: Path) -> None:

@@ -5,6 +5,7 @@ Both keys under which the rotary settings are known are read and written:
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from mtp_jax.config import (
   TrunkConfig,
   num_trunk_layers,
 )
+from mtp_jax.files import shortened
 from mtp_jax.interop.errors import InteropError
+
+# Ids of the tokens that begin a text, and of the one or the several that end it.
+TokenIds = tuple[int | None, int | list[int] | None]
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Layout -> the class name and the model type that config.json has for it.
 LAYOUTS = {
@@ -79,19 +85,22 @@ _GPT2_ONLY = {
   "reorder_and_upcast_attn": (False,),
   "add_cross_attention": (False,),
 }
-_LLAMA_ONLY = {
-  "hidden_act": ("silu", "swish"),
-  "attention_bias": (False, None),
-  "mlp_bias": (False, None),
-  "use_sliding_window": (False, None),
-  "partial_rotary_factor": (None, 1.0),
-}
-_DEEPSEEK_ONLY = _LLAMA_ONLY | {
-  "scoring_func": ("sigmoid",),
-  "topk_method": ("noaux_tc",),
-  "norm_topk_prob": (True,),
-  "moe_layer_freq": (1,),
-  "rope_interleave": (True, None),
+_ROTARY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1.0)}
+_NO_BIAS, _FALSE = {"attention_bias": (False, None)}, (False, None)
+# Qwen2 and MiMo have biases of queries, keys and values whatever `attention_bias` is.
+_ONLY = {
+  "gpt2": _GPT2_ONLY,
+  "llama": _ROTARY | _NO_BIAS | {"mlp_bias": _FALSE},
+  "qwen2": _ROTARY | {"use_sliding_window": _FALSE},
+  "qwen3": _ROTARY | _NO_BIAS | {"use_sliding_window": _FALSE},
+  "mimo": _ROTARY | {"use_sliding_window": _FALSE},
+  "deepseek_v3": _ROTARY | _NO_BIAS | {
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
+  },
 }
 
 _ROPE_KINDS = {
@@ -116,12 +125,16 @@ _REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class TrunkDescription:
-  """What config.json says; see `loading.HfModel`. `depth`: of MTP, by its account."""
+  """What config.json says; see `loading.HfModel`.
+
+  depth: of MTP, by its account. sizes: of parameters, by its keys.
+  """
 
   family: str
   overrides: dict[str, Any]
   max_length: int
   depth: int
+  sizes: dict[str, int]
 
 
 class _Values:
@@ -129,6 +142,7 @@ class _Values:
 
   def __init__(self, file: Path, values: dict[str, Any], section: str = ""):
     self._file, self._values, self._section = file, values, section
+    self.sizes: dict[str, int] = {}
 
   def get(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED) -> Any:
     """Returns a value; a missing one or null is `default`."""
@@ -141,14 +155,21 @@ class _Values:
       self.refuse(key, " or ".join(kind.__name__ for kind in kinds))
     return value
 
-  def integer(self, key: str, default: Any = _REQUIRED) -> int:
+  def integer(self, key: str, default: Any = _REQUIRED, least: int = 0) -> int:
     value = self.get(key, (int,), default)
-    if value is not None and value < 0:
-      self.refuse(key, "0 or more")
+    if value is not None and not least <= value < 2**31:
+      self.refuse(key, f"{least} to {2**31 - 1}")
     return value
+
+  def size(self, key: str, default: Any = _REQUIRED) -> int:
+    """Returns an axis of parameters, or how many of them there are."""
+    self.sizes[key] = self.integer(key, default, least=1)
+    return self.sizes[key]
 
   def number(self, key: str, default: Any = _REQUIRED) -> float:
     value = self.get(key, (int, float), default)
+    if value is not None and not 0 <= value <= 1e18:  # Nor is NaN.
+      self.refuse(key, "a number from 0 to 1e18")
     return value if value is None else float(value)
 
   def check(self, allowed: dict[str, tuple[Any, ...]]) -> None:
@@ -158,8 +179,8 @@ class _Values:
 
   def refuse(self, key: str, supported: str) -> None:
     raise InteropError(
-      f"{self._file}: {self._section}{key} is {self._values.get(key)!r}; supported: "
-      f"{supported}."
+      f"{self._file}: {self._section}{key} is {shortened(self._values.get(key))}; "
+      f"supported: {supported}."
     )
 
   def section(self, key: str) -> "_Values":
@@ -182,18 +203,18 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
   reader = _Values(file, values)
   family = _family(reader, values)
   reader.check(_ANY_LAYOUT)
+  reader.check(_ONLY[family])
   if family == "gpt2":
     return _read_gpt2(reader)
-  reader.check(_DEEPSEEK_ONLY if family == "deepseek_v3" else _LLAMA_ONLY)
   kinds = reader.get("layer_types", (list,), [])
   if any(kind != "full_attention" for kind in kinds):
     reader.refuse("layer_types", "'full_attention' for every layer")
 
-  max_length = reader.integer("max_position_embeddings")
-  overrides = {ours: reader.integer(theirs) for ours, theirs in KEYS.items()}
+  max_length = reader.integer("max_position_embeddings", least=1)
+  overrides = {ours: reader.size(theirs) for ours, theirs in KEYS.items()}
   overrides |= {
     "trunk.kind": "llama",
-    "trunk.num_kv_heads": reader.integer(
+    "trunk.num_kv_heads": reader.size(
       "num_key_value_heads", overrides["trunk.num_heads"]
     ),
     "trunk.norm_eps": reader.number("rms_norm_eps", 1e-6),
@@ -214,7 +235,7 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
     overrides |= _read_deepseek(reader, overrides)
   else:
     overrides |= _read_heads(reader, overrides)
-  return TrunkDescription(family, overrides, max_length, depth)
+  return TrunkDescription(family, overrides, max_length, depth, reader.sizes)
 
 
 def _family(reader: _Values, values: dict[str, Any]) -> str:
@@ -228,14 +249,13 @@ def _family(reader: _Values, values: dict[str, Any]) -> str:
 
 
 def _read_gpt2(reader: _Values) -> TrunkDescription:
-  reader.check(_GPT2_ONLY)
-  overrides = {ours: reader.integer(theirs) for ours, theirs in _GPT2_KEYS.items()}
+  overrides = {ours: reader.size(theirs) for ours, theirs in _GPT2_KEYS.items()}
   overrides |= {
     "trunk.kind": "gpt2",
     "trunk.num_kv_heads": overrides["trunk.num_heads"],
     "trunk.attention_dim": 0,
     "trunk.attention_kind": "grouped",
-    "trunk.mlp_dim": reader.integer("n_inner", 4 * overrides["trunk.embed_dim"]),
+    "trunk.mlp_dim": reader.size("n_inner", 4 * overrides["trunk.embed_dim"]),
     "trunk.norm_eps": reader.number("layer_norm_epsilon", 1e-5),
     "trunk.tie_embeddings": reader.get("tie_word_embeddings", (bool,), True),
     "trunk.qkv_bias": False,
@@ -243,12 +263,13 @@ def _read_gpt2(reader: _Values) -> TrunkDescription:
     "trunk.rope_scaling.kind": "none",
     "trunk.moe.num_experts": 0,
   }
-  return TrunkDescription("gpt2", overrides, overrides["data.seq_len"], 0)
+  length = overrides["data.seq_len"]
+  return TrunkDescription("gpt2", overrides, length, 0, reader.sizes)
 
 
 def _read_heads(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
   heads, dim = overrides["trunk.num_heads"], overrides["trunk.embed_dim"]
-  width = heads * reader.integer("head_dim", dim // heads if heads else 0)
+  width = heads * reader.size("head_dim", max(1, dim // heads))
   return {
     "trunk.attention_kind": "grouped",
     "trunk.attention_dim": 0 if width == dim else width,
@@ -259,7 +280,7 @@ def _read_heads(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
 def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
   if overrides["trunk.num_kv_heads"] != overrides["trunk.num_heads"]:
     reader.refuse("num_key_value_heads", "num_attention_heads, for latent attention")
-  found = {ours: reader.integer(theirs) for ours, theirs in _LATENT_KEYS.items()}
+  found = {ours: reader.size(theirs) for ours, theirs in _LATENT_KEYS.items()}
   found |= {
     "trunk.attention_kind": "latent",
     "trunk.attention_dim": 0,
@@ -268,9 +289,7 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
   num_dense = reader.integer("first_k_dense_replace")
   if num_dense >= overrides["trunk.num_layers"]:
     return found | {"trunk.moe.num_experts": 0}
-  found |= {ours: reader.integer(theirs) for ours, theirs in _EXPERT_KEYS.items()}
-  if found["trunk.moe.num_shared"] == 0:
-    reader.refuse("n_shared_experts", "at least 1")
+  found |= {ours: reader.size(theirs) for ours, theirs in _EXPERT_KEYS.items()}
   return found | {
     "trunk.moe.dense_layers": num_dense,
     "trunk.moe.route_scale": reader.number("routed_scaling_factor"),
@@ -297,7 +316,9 @@ def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
   elif kind == "llama3":
     scaling |= {
       "factor": rope.number("factor"),
-      "original_length": rope.integer("original_max_position_embeddings", max_length),
+      "original_length": rope.integer(
+        "original_max_position_embeddings", max_length, least=1
+      ),
       "low_freq_factor": rope.number("low_freq_factor"),
       "high_freq_factor": rope.number("high_freq_factor"),
     }
@@ -310,8 +331,8 @@ def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
 
 def _read_yarn(rope: _Values, max_length: int, family: str) -> dict[str, Any]:
   rope.check({"truncate": (True, None)})
-  original = rope.integer("original_max_position_embeddings", max_length)
-  factor = rope.number("factor", max_length / original if original else None)
+  original = rope.integer("original_max_position_embeddings", max_length, least=1)
+  factor = rope.number("factor", max_length / original)
   # Without both of these there, the attention factor follows from `factor` alone.
   mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
   if not (mscale and all_dim):
@@ -338,12 +359,42 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def write_config(
-  config: Config, layout: str, dtype: str, token_ids: tuple[int, int] | None
+  config: Config,
+  layout: str,
+  dtype: str,
+  token_ids: TokenIds | None = None,
+  came: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the config.json of `layout`; `layouts_for` must allow it.
 
-  `token_ids`: of begin and end of a document, where they are known.
+  Args:
+    config: of the model.
+    layout: see `LAYOUTS`.
+    dtype: of the tensors.
+    token_ids: of the tokens that begin and end a text, where they are known.
+    came: the config.json of an imported model. What it has, goes out again as far as
+      the model is still the one that it describes.
   """
+  values = _written(config, layout, dtype, token_ids)
+  if came is None:
+    return values
+  ids = {key: came[key] for key in ID_KEYS if key in came}
+  described = read_config(Path("config.json"), came)
+  if any(get_dotted(config, k) != x for k, x in described.overrides.items()):
+    return values | ids
+  if described.family != layout:
+    lengths = {"max_position_embeddings": described.max_length}
+    return values | (lengths if "max_position_embeddings" in values else {}) | ids
+  ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
+  own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
+  # The code that `auto_map` names is not in the folder that is written.
+  kept = {key: value for key, value in came.items() if key != "auto_map"}
+  return own_ids | kept | {key: values[key] for key in ours if key in values}
+
+
+def _written(
+  config: Config, layout: str, dtype: str, token_ids: TokenIds | None
+) -> dict[str, Any]:
   architecture, model_type = LAYOUTS[layout]
   bos, eos = token_ids or (None, None)
   values = {
@@ -393,13 +444,11 @@ def write_config(
 
 def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
   """Returns the values of dotted keys of ours under their names there."""
-  values = {}
-  for ours, theirs in keys.items():
-    node: Any = config
-    for part in ours.split("."):
-      node = getattr(node, part)
-    values[theirs] = node
-  return values
+  return {theirs: get_dotted(config, ours) for ours, theirs in keys.items()}
+
+
+def get_dotted(config: Config, key: str) -> Any:
+  return functools.reduce(getattr, key.split("."), config)
 
 
 def _write_deepseek(config: Config) -> dict[str, Any]:

@@ -5,10 +5,12 @@ parameter where the mesh wants it, reading no more than each device holds.
 """
 
 import dataclasses
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -23,6 +25,7 @@ from mtp_jax.config import (
   num_trunk_layers,
   to_dict,
 )
+from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import (
@@ -65,6 +68,7 @@ class HfModel:
   has_mtp:    how many MTP layers the folder has.
   max_length: of a text, as config.json states it.
   tokenizer:  the folder's tokenizer.json, if there is one.
+  files:      `special_tokens.MODEL_FILES` by name, JSON parsed.
   tensors:    by name, as the headers have them.
   """
 
@@ -74,6 +78,7 @@ class HfModel:
   has_mtp: int
   max_length: int
   tokenizer: Path | None
+  files: dict[str, Any]
   tensors: dict[str, StoredTensor]
 
 
@@ -93,6 +98,7 @@ def read_model(folder: Path) -> HfModel:
     if not _BUFFERS.search(name)
   }
   _check_dtypes(tensors)
+  _check_sizes(file, tensors, described)
   depth = _count_modules(file, tensors, described)
   overrides = dict(described.overrides)
   if depth:
@@ -109,7 +115,7 @@ def read_model(folder: Path) -> HfModel:
   tokenizer = folder / "tokenizer.json"
   return HfModel(
     folder, described.family, overrides, depth, described.max_length,
-    tokenizer if tokenizer.is_file() else None, tensors,
+    tokenizer if tokenizer.is_file() else None, read_files(folder) or {}, tensors,
   )  # fmt: skip
 
 
@@ -197,6 +203,14 @@ def read_drafter(
   return _assemble(boxed, own, tensors, mesh)["mtp"]
 
 
+class _Source(NamedTuple):
+  """A piece of a parameter, what opens it, and the tensor that it is in."""
+
+  piece: Piece
+  open: Callable[[], np.ndarray]
+  name: str
+
+
 def _assemble(
   boxed: Any,
   entries: Iterable[Entry],
@@ -205,11 +219,12 @@ def _assemble(
 ) -> dict[str, Any]:
   """Returns the parameters that the entries hold, laid out on `mesh`."""
   shapes = _shapes(boxed)
-  sources: dict[str, list[tuple[Piece, Callable[[], np.ndarray]]]] = {}
+  sources: dict[str, list[_Source]] = {}
   for entry in entries:
     for i, piece in enumerate(entry.pieces):
       part = _part(tensors[entry.name], entry, i)
-      sources.setdefault(piece.path, []).append((piece, part))
+      source = _Source(piece, part, f"{tensors[entry.name].file}: {entry.name}")
+      sources.setdefault(piece.path, []).append(source)
   layout = _flat(tree_shardings(mesh, logical_axes(boxed)))
   params = {
     path: _place(shapes[path], layout[path], sources[path])
@@ -237,6 +252,38 @@ def _canonical(name: str, family: str) -> str:
   if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
     return f"transformer.{name}"
   return name
+
+
+def _check_sizes(
+  file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
+) -> None:
+  """Refuses sizes for which the files have no room, before anything is made of them.
+
+  The shapes of all tensors are compared later, with those of the model.
+  """
+  name = "transformer.wte.weight"
+  keys = "vocab_size", "n_embd"
+  if described.family != "gpt2":
+    name, keys = "model.embed_tokens.weight", ("vocab_size", "hidden_size")
+  if name not in tensors:
+    raise InteropError(f"{file.parent} lacks tensors: {name}.")
+  shape = tensors[name].shape
+  if shape != tuple(described.sizes[key] for key in keys):
+    stated = " and ".join(f"{key} {described.sizes[key]}" for key in keys)
+    raise InteropError(
+      f"{file}: {stated} must be the shape of {name}, which is {list(shape)}."
+    )
+  num_values = sum(math.prod(tensor.shape) for tensor in tensors.values())
+  for key, size in described.sizes.items():
+    # Every axis is one of a matrix whose other axis is the width, or a part of it.
+    most, of = num_values // max(shape[1], 1), f"values for a width of {shape[1]}"
+    if key in ("n_layer", "num_hidden_layers", "n_routed_experts"):
+      most, of = len(tensors), "tensors"
+    if size > most:
+      raise InteropError(
+        f"{file}: {key} must be at most {most}, for which the files have {of}, got "
+        f"{size}."
+      )
 
 
 def _count_modules(
@@ -366,7 +413,7 @@ def _check_repeated(
 
 def _some(names: list[str]) -> str:
   more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return ", ".join(names[:5]) + more
+  return ", ".join(name[:200] for name in names[:5]) + more
 
 
 def _check_copies(model: HfModel, entries: tuple[Entry, ...]) -> None:
@@ -403,7 +450,7 @@ def _part(tensor: StoredTensor, entry: Entry, i: int) -> Callable[[], np.ndarray
 def _place(
   shape: tuple[int, ...],
   sharding: jax.sharding.Sharding,
-  pieces: list[tuple[Piece, Callable[[], np.ndarray]]],
+  pieces: list[_Source],
 ) -> jax.Array:
   """Returns one parameter, of which every device reads its own part."""
   read: dict[Any, np.ndarray] = {}  # Devices may hold the same part.
@@ -419,14 +466,16 @@ def _place(
 
 def _read(
   bounds: tuple[tuple[int, int], ...],
-  pieces: list[tuple[Piece, Callable[[], np.ndarray]]],
+  pieces: list[_Source],
 ) -> np.ndarray:
   """Returns the part of a parameter between `bounds`, from what it is made of."""
   part = np.empty([end - start for start, end in bounds], np.float32)
-  for piece, open_part in pieces:
+  for piece, open_part, name in pieces:
     depth = len(piece.index)
     if all(a <= i < b for i, (a, b) in zip(piece.index, bounds, strict=False)):
       at = tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))
       inner = tuple(slice(*bound) for bound in bounds[depth:])
       part[at] = open_part()[inner]
+      if not np.all(np.isfinite(part[at])):
+        warnings.warn(f"{name} has values that are not finite.", stacklevel=2)
   return part

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from mtp_jax import files
 from mtp_jax.interop.errors import InteropError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,12 +65,9 @@ def read_json(file: Path) -> dict[str, Any]:
     InteropError: the file is missing, not JSON, or not an object.
   """
   try:
-    value = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    return files.read_json(file)
+  except (OSError, ValueError) as error:
     raise InteropError(f"{file} cannot be read: {error}") from error
-  if not isinstance(value, dict):
-    raise InteropError(f"{file} must hold an object, got {type(value).__name__}.")
-  return value
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -79,10 +77,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     InteropError: there is no safetensors file; see `read_header`; the index names a
       file that is missing, or disagrees with one.
   """
-  if (folder / SINGLE).exists():
+  if (folder / SINGLE).is_file():
     return read_header(folder / SINGLE)
   index = folder / INDEX
-  if not index.exists():
+  if not index.is_file():
     raise InteropError(
       f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read."
     )
@@ -91,18 +89,29 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     raise InteropError(f"{index}: weight_map must name the file of every tensor.")
   found: dict[str, StoredTensor] = {}
   for shard in sorted(set(map(str, weight_map.values()))):
-    if Path(shard).name != shard or not (folder / shard).is_file():
-      raise InteropError(f"{index} names the file {shard!r}, which is not in {folder}.")
+    if not _is_file_in(folder, shard):
+      raise InteropError(
+        f"{index} names the file {files.shortened(shard)}, which is not in {folder}."
+      )
     found |= read_header(folder / shard)
   for name in sorted(found.keys() ^ weight_map.keys()):
     has, lacks = ("the files", index) if name in found else (index, "the files")
-    raise InteropError(f"{folder}: {has} have a tensor {name!r} that {lacks} lack.")
+    short = files.shortened(name)
+    raise InteropError(f"{folder}: {has} have a tensor {short} that {lacks} lack.")
   for name, shard in weight_map.items():
     if found[name].file.name != shard:
       raise InteropError(
         f"{index} has {name!r} in {shard!r}, but it is in {found[name].file.name!r}."
       )
   return found
+
+
+def _is_file_in(folder: Path, name: str) -> bool:
+  """Whether there is such a file; a path out of the folder, or no name, is none."""
+  try:
+    return Path(name).name == name and (folder / name).is_file()
+  except (OSError, ValueError):  # The name is too long, or has a NUL character.
+    return False
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
