@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
       draft_vocab=0,
       objective="cross_entropy",
       feature_weight=0.0,
+      score_from="start",
       arm="added",
     )
   )
@@ -108,7 +109,7 @@ def get_config() -> ConfigDict:
     dict(
       num_train=0,
       star_graph=dict(arms=3, length=3, num_labels=30, reversed=False),
-      sat=dict(num_variables=7, num_clauses=30),
+      sat=dict(num_variables=7, num_clauses=30, unique=False),
       countdown=dict(num_inputs=4, largest=100, num_pauses=8),
       polynomial=dict(max_operators=5, held_out_operators=7, num_pauses=0),
       induction=dict(num_sentences=10, num_halves=50, num_names=500),
@@ -139,6 +140,10 @@ def get_config() -> ConfigDict:
       accumulation_steps=1,
       log_every=20,
       eval_every=0,
+      evals_per_doubling=0,
+      eval_test=False,
+      stop_metric="",
+      stop_value=0.0,
       diagnostics_every=100,
       max_nonfinite_steps=10,
       freeze_trunk=False,

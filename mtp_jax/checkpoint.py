@@ -44,8 +44,9 @@ from mtp_jax.config import (
 RESUMABLE = (
   "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.train_on",
   "data.num_workers", "tokenizer.path", "train.trunk_from", "train.log_every",
-  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
-  "trunk.remat", "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
+  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
+  "train.diagnostics_every", "train.max_nonfinite_steps", "trunk.remat",
+  "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
   "loss.block_tokens",
 )
 

@@ -168,6 +168,10 @@ class MtpConfig:
               distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
               those of the trunk for the same token (EAGLE), relative to `objective`.
+  score_from: where the extra depths are scored in an example of a task: start (wherever
+              their target belongs to the answer) | answer (only at positions whose next
+              token belongs to it: nobody can tell an answer before the end of the
+              prompt).
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).
@@ -194,6 +198,7 @@ class MtpConfig:
   draft_vocab: int
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"]
   feature_weight: float
+  score_from: Literal["start", "answer"]
   arm: Literal["added", "shortened", "flops"]
 
   @property
@@ -284,10 +289,19 @@ class StarGraphConfig:
   reversed: bool
 
 
+# Most variables of formulas whose assignments are all tried.
+SAT_TABLE_VARIABLES = 10
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SatConfig:
+  """unique: exactly one assignment satisfies a formula; for at most
+  `SAT_TABLE_VARIABLES` variables, since all assignments are tried.
+  """
+
   num_variables: int
   num_clauses: int
+  unique: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,6 +363,9 @@ class TaskConfig:
 # Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
 TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
 
+# Of these, the tasks whose answers can be new, see `evaluate.task_metrics`.
+TASKS_WITH_NEW = ("induction", "siblings")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -372,6 +389,15 @@ class OptimizerConfig:
 class TrainConfig:
   """How long to train, what, and how often to look.
 
+  eval_every: steps between validations; 0 = off.
+  evals_per_doubling: validations for each doubling of the step, k of them after the
+    steps round(2^(j / k)), each once; 0 = off. Both kinds may be on, and where one is,
+    the last step is validated too.
+  eval_test: each validation also measures the test split, in a record of its own, and
+    validation records are of the validation split whatever `eval.split` is.
+  stop_metric, stop_value: training ends when this field of validation records (`loss`
+    is that of depth 0) has reached the value twice in a row, accuracies from below and
+    losses from above; empty trains for all steps.
   diagnostics_every: steps between comparisons of MTP and NTP gradient; 0 = off.
   freeze_trunk: only the extra predictors (`mtp` in the parameter tree) learn; the rest
     stays as it is, bit for bit.
@@ -383,6 +409,10 @@ class TrainConfig:
   accumulation_steps: int
   log_every: int
   eval_every: int
+  evals_per_doubling: int
+  eval_test: bool
+  stop_metric: Literal["", "task_accuracy", "task_new", "loss", "bits_per_byte"]
+  stop_value: float
   diagnostics_every: int
   max_nonfinite_steps: int
   freeze_trunk: bool
@@ -548,7 +578,8 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   return dataclasses.replace(
     mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
     dense_blocks=False, mlp_dim=0, unembed="shared", draft_vocab=0,
-    objective="cross_entropy", feature_weight=0.0, arm="added", **PUBLISHED_INPUTS,
+    objective="cross_entropy", feature_weight=0.0, score_from="start",
+    arm="added", **PUBLISHED_INPUTS,
   )
 
 

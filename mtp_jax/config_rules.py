@@ -13,7 +13,9 @@ from mtp_jax.config import (
   EAGLES,
   OWN_UNEMBED,
   PUBLISHED_INPUTS,
+  SAT_TABLE_VARIABLES,
   TASKS,
+  TASKS_WITH_NEW,
   Config,
   ConfigError,
   num_added_layers,
@@ -90,9 +92,9 @@ _AT_LEAST_1 = (
 )
 _AT_LEAST_0 = (
   "loss.block_tokens", "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab",
-  "train.eval_every", "train.diagnostics_every", "data.num_workers",
-  "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts",
-  "trunk.attention_dim",
+  "train.eval_every", "train.evals_per_doubling", "train.diagnostics_every",
+  "data.num_workers", "eval.line_prompts", "eval.function_prompts",
+  "eval.middle_prompts", "trunk.attention_dim",
   "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
   "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
   "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
@@ -100,6 +102,7 @@ _AT_LEAST_0 = (
 )
 _FINITE_NOT_NEGATIVE = (
   "mtp.weight", "mtp.final_weight", "mtp.feature_weight", "optimizer.weight_decay",
+  "train.stop_value",
   "trunk.moe.bias_rate", "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
   "trunk.rope_scaling.mscale_all_dim",
 )
@@ -337,10 +340,20 @@ def _check_data(rule: _Rules) -> None:
     _get_dotted(rule.config, split) > 0, split,
     f"positive: the evaluation reads it (eval.split {limits.split!r})",
   )
+  if rule.config.train.eval_test:
+    for key in ("data.validation_fraction", "data.test_fraction"):
+      rule(
+        _get_dotted(rule.config, key) > 0, key,
+        "positive: validations read it (train.eval_test)",
+      )
   is_task = data.source in TASKS
   rule(
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",
     f"'symbols' for a task and for nothing else (data.source is {data.source!r})",
+  )
+  rule(
+    is_task or rule.config.mtp.score_from == "start", "mtp.score_from",
+    f"'start' unless data.source is a task (it is {data.source!r})",
   )
   if is_task:
     _check_task(rule)
@@ -371,6 +384,16 @@ def _check_task(rule: _Rules) -> None:
     f"at least the number of nodes ({num_nodes})",
   )
   rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
+  if task.sat.unique:
+    rule(
+      task.sat.num_variables <= SAT_TABLE_VARIABLES, "task.sat.num_variables",
+      f"at most {SAT_TABLE_VARIABLES} if task.sat.unique, which tries them all",
+    )
+    rule(
+      task.sat.num_clauses >= 3 * task.sat.num_variables, "task.sat.num_clauses",
+      f"at least 3 * task.sat.num_variables ({3 * task.sat.num_variables}) with "
+      "task.sat.unique: with fewer, hardly any formula has one solution",
+    )
   rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
   rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
   rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")
@@ -397,6 +420,7 @@ def _check_training(rule: _Rules) -> None:
       "layer(s) is shorter than the deployed model, trunk.num_layers "
       f"({rule.config.trunk.num_layers})",
     )
+  _check_stop(rule)
   optimizer = rule.config.optimizer
   rule.divisible("data.batch_size", "train.accumulation_steps")
   if optimizer.schedule == "wsd":
@@ -406,6 +430,33 @@ def _check_training(rule: _Rules) -> None:
       f"such that it and optimizer.decay_fraction ({optimizer.decay_fraction}) fit "
       "into training",
     )
+
+
+def _check_stop(rule: _Rules) -> None:
+  """The metric that ends training is measured, and can have its value."""
+  train, source = rule.config.train, rule.config.data.source
+  key = "train.stop_metric"
+  if not train.stop_metric:
+    return
+  rule(
+    train.eval_every > 0 or train.evals_per_doubling > 0, key,
+    "'' without validations (train.eval_every and train.evals_per_doubling are 0)",
+  )
+  if not train.stop_metric.startswith("task_"):
+    return
+  examples, num_train = rule.config.eval.task_examples, rule.config.task.num_train
+  rule(
+    source in TASKS and examples > 0, key,
+    "'', 'loss' or 'bits_per_byte' unless data.source is a task and eval.task_examples "
+    f"is positive (they are {source!r} and {examples})",
+  )
+  if train.stop_metric == "task_new":
+    rule(
+      source in TASKS_WITH_NEW and num_train > 0, key,
+      f"another metric unless data.source is one of {', '.join(TASKS_WITH_NEW)} and "
+      f"task.num_train is positive (they are {source!r} and {num_train})",
+    )
+  rule(0 < train.stop_value <= 1, "train.stop_value", "in (0, 1] for an accuracy")
 
 
 def _check_sharding(rule: _Rules) -> None:

@@ -53,7 +53,7 @@ def row_sums(
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   depth = config.mtp.depth
-  tokens_MBT, valid_MBT = future_targets(batch, depth)
+  tokens_MBT, valid_MBT = future_targets(batch, depth, config.mtp.score_from)
   targets_MBT, mask_MBT = columns(params, config, tokens_MBT, valid_MBT)
   stats = token_stats(
     hidden_MBTD, unembeddings(params, config), targets_MBT, config.loss.block_tokens
@@ -110,7 +110,8 @@ def hit_sums(
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
   blocks, tokens_C = config.loss.block_tokens, draft_tokens(params, config)
-  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
+  mtp = config.mtp
+  targets_MBT, mask_MBT = future_targets(batch, mtp.depth, mtp.score_from)
   main = [(slice(0, 1), unembed_matrix(params, config))]
   trunk = token_stats(hidden_MBTD[:1], main, targets_MBT[:1], blocks)
   chosen, reachable_BT = _trunk_choices(trunk.argmax_MBT[0], mask_MBT)
@@ -410,6 +411,8 @@ def task_metrics(
   task_new:             share of answers that are right, differ from all before them,
                         and are not in the training set; for tasks with many right
                         answers to a prompt that says nothing (siblings).
+  task_baselines:       accuracy of trivial rules on the same examples, see
+                        `Task.baselines`.
   decoded_*:            see `acceptance_rates`.
   """
   task, tokenizer = corpus.task, corpus.tokenizer
@@ -441,7 +444,9 @@ def task_metrics(
   groups.pop("", None)
   new = None
   if not task.splits_by_prompt and config.task.num_train:
-    known = {tuple(ids[first:-1]) for ids, first in corpus.train_set}
+    # An answer stands between what comes before it and eos.
+    rows = zip(*corpus.train_set, strict=True)
+    known = {tuple(row[first : length - 1].tolist()) for row, length, first in rows}
     seen: set[tuple[int, ...]] = set()
     new = []
     for answer, is_correct in zip(map(tuple, ids), correct, strict=True):
@@ -451,6 +456,7 @@ def task_metrics(
     "task_accuracy": _proportion(correct),
     "task_accuracy_groups": {x: _proportion(groups[x]) for x in sorted(groups)},
     "task_new": None if new is None else _proportion(new),
+    "task_baselines": task.baselines([x.prompt for x in examples]),
     "next_line_exact_match": None,
     "function_parses": None,
     **acceptance_rates("decoded", completions),

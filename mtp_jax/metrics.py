@@ -157,6 +157,12 @@ class Progress:
       flush=True,
     )
 
+  def ends(self, step: int) -> None:
+    """Makes `step` the last one."""
+    self._num_steps = step
+    if self._bar is not None:
+      self._bar.total = step
+
   def say(self, text: str) -> None:
     """Prints a line without tearing the bar."""
     if self._enabled:

@@ -31,7 +31,9 @@ def _shifted(row_BT: jax.Array, after_BM: jax.Array, offset: int) -> jax.Array:
   return jax.lax.slice_in_dim(whole, offset, offset + row_BT.shape[1], axis=1)
 
 
-def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
+def future_targets(
+  batch: Batch, depth: int, score_from: str = "start"
+) -> tuple[jax.Array, jax.Array]:
   """Returns `(targets_MBT, mask_MBT)` for M = 1 + depth predictors.
 
   `mask[m, b, i]` is true where token i + 1 + m exists and belongs to the same document
@@ -41,6 +43,12 @@ def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
     tokens     a0 a1 a2 b0 b1 | b2 b3
     depth 0    a1 a2  .  b1 b2
     depth 1    a2  .  .  b2 b3
+
+  Args:
+    batch: with at least M tokens after each row.
+    depth: D extra predictors.
+    score_from: "start" scores an extra depth wherever its own target is; "answer" only
+      where that of depth 0 is scored too, so from the end of a prompt on.
 
   Raises:
     ValueError: if the batch holds fewer than M tokens after the row.
@@ -59,4 +67,6 @@ def future_targets(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
     mask_MBT &= jnp.stack(
       [_shifted(batch.scored, batch.next_scored, 1 + m) for m in range(1 + depth)]
     )
+  if score_from == "answer":
+    mask_MBT &= mask_MBT[:1]
   return targets_MBT, mask_MBT

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import platform
 import signal
 import subprocess
@@ -36,7 +37,7 @@ from mtp_jax.config import (
   to_dict,
 )
 from mtp_jax.config_rules import validate
-from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
+from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import save_tokenizer
@@ -243,7 +244,7 @@ def start_run(
     loader = run.loader()
     stack.callback(loader.close)
     with jax.set_mesh(run.mesh):
-      run.save(run.initial_state(given), loader.get_state(), 0.0)
+      run.save(run.initial_state(given), loader.get_state(), _NO_PROGRESS)
     run.checkpointer.wait()
     _claim(workdir, config)
     _write_run_json(run, None)
@@ -272,10 +273,13 @@ def evaluate_run(
     if restored is None:
       raise CheckpointError(f"no checkpoint in {run.checkpointer.directory}.")
     run.loader().set_state(restored.data)  # Refuses another corpus.
-    return plain(_evaluate(run, restored.state, restored.progress["seconds"]))
+    return plain(_evaluate(run, restored.state, restored.progress))
 
 
 _ONE_SIGNAL_SECONDS = 5.0
+
+# What a checkpoint holds of `_Training.progress`, before the first step.
+_NO_PROGRESS = {"seconds": 0.0, "reached": None}
 
 
 class _Run:
@@ -293,6 +297,11 @@ class _Run:
     self.workdir = workdir
     self.mesh = make_mesh(config.mesh, devices)
     self.corpus = load_corpus(config)
+    # What is measured at a validation, by the kind of its record.
+    self.validated = {"validation": self.corpus}
+    if config.train.eval_test:
+      splits = ("validation", "test")
+      self.validated = {split: _of_split(self.corpus, split) for split in splits}
     self.checkpointer = Checkpointer(workdir, config.checkpoint.keep, read_only)
     self.flops_per_token = accounting.train_flops_per_token(config)
     self.tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -330,8 +339,8 @@ class _Run:
 
   def start(
     self, loader: TrainLoader
-  ) -> tuple[TrainState, float, dict[str, Any] | None]:
-    """Returns state, training seconds so far, and where the trunk is from.
+  ) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
+    """Returns state, `_Training.progress`, and where the trunk is from.
 
     Restored, `loader` too, or fresh; see `saved_model.load_trunk` for the last one.
     """
@@ -339,7 +348,7 @@ class _Run:
     if restored is None:
       if not self.config.train.trunk_from:
         state = self.programs.init(np.int32(self.config.seed))
-        return self.with_draft_tokens(state), 0.0, None
+        return self.with_draft_tokens(state), _NO_PROGRESS, None
       trunk, record = load_trunk(
         self.config,
         self.corpus.tokenizer.to_json(),
@@ -347,9 +356,9 @@ class _Run:
         self.mesh,
       )
       state = self.initial_state(trunk)
-      return self.with_draft_tokens(state), 0.0, record
+      return self.with_draft_tokens(state), _NO_PROGRESS, record
     loader.set_state(restored.data)
-    return restored.state, restored.progress["seconds"], self._recorded_trunk()
+    return restored.state, restored.progress, self._recorded_trunk()
 
   def _recorded_trunk(self) -> dict[str, Any] | None:
     """Returns where the trunk is from, as the run folder says."""
@@ -414,13 +423,11 @@ class _Run:
     )
     return self.checkpointer.restore(abstract, self.config, step)
 
-  def save(self, state: TrainState, data: dict[str, Any], seconds: float) -> None:
+  def save(
+    self, state: TrainState, data: dict[str, Any], progress: dict[str, Any]
+  ) -> None:
     self.checkpointer.save(
-      state,
-      self.config,
-      self.corpus.tokenizer.to_json(),
-      data,
-      {"seconds": seconds},
+      state, self.config, self.corpus.tokenizer.to_json(), data, progress
     )
 
   def split(self, batch: Batch) -> Batch:
@@ -433,17 +440,20 @@ class _Run:
     return put_batch(self.mesh, self.split(batch), ("microbatch",))
 
   def likelihood(
-    self, params: Any, interrupt: "_Interrupt | None" = None
+    self,
+    params: Any,
+    corpus: Corpus | TaskCorpus,
+    interrupt: "_Interrupt | None" = None,
   ) -> dict[str, Any]:
     """Returns `evaluate.summarize` of the held-out rows; looks for signals between."""
     c = self.config
-    batches = self.corpus.eval_batches(1 + c.mtp.depth)
+    batches = corpus.eval_batches(1 + c.mtp.depth)
     with jax.set_mesh(self.mesh):
       sums = evaluate.document_sums(
         shape_of(c),
         params,
         batches if interrupt is None else interrupt.between(batches),
-        self.corpus.tokenizer.token_bytes_V,
+        corpus.tokenizer.token_bytes_V,
         self.mesh,
       )
     return evaluate.summarize(sums)
@@ -465,12 +475,29 @@ class _Run:
     texts = corpus.texts(c.eval.split)
     return evaluate.generative_metrics(c, params, corpus.tokenizer, texts)
 
-  def task_record(self, params: Any) -> dict[str, float]:
-    """Returns the accuracy on a task for metrics.jsonl; nothing for text."""
-    if not isinstance(self.corpus, TaskCorpus) or not self.config.eval.task_examples:
+  def task_record(self, params: Any, corpus: Corpus | TaskCorpus) -> dict[str, Any]:
+    """Returns the metrics of a task for metrics.jsonl; nothing for text."""
+    if not isinstance(corpus, TaskCorpus) or not self.config.eval.task_examples:
       return {}
-    accuracy = self.generation(params)["task_accuracy"]
-    return {"task_accuracy": accuracy["mean"]}
+    measured = evaluate.task_metrics(self.config, params, corpus)
+    return {
+      name: _means(x) for name, x in measured.items() if name.startswith("task_") and x
+    }
+
+
+def _means(value: dict[str, Any]) -> Any:
+  """Returns the mean of a measure, or of each by name."""
+  if "mean" in value:
+    return value["mean"]
+  return {name: _means(x) for name, x in value.items()}
+
+
+def _of_split(corpus: Corpus | TaskCorpus, split: str) -> Corpus | TaskCorpus:
+  """Returns the corpus with another split for evaluation."""
+  limits = dataclasses.replace(corpus.config.eval, split=split)
+  return dataclasses.replace(
+    corpus, config=dataclasses.replace(corpus.config, eval=limits)
+  )
 
 
 class _Clock:
@@ -501,7 +528,9 @@ class _Clock:
 class _Training:
   """A run between its start and its evaluation: what it logs, measures and saves, when.
 
-  step: done so far. seconds: of training, when it was last looked at.
+  step: done so far. seconds: of training, when it was last looked at. reached: the
+  first of the latest validations in a row at which `train.stop_metric` had its value,
+  as in eval.json; its `last_step` is None until training ends for it.
   """
 
   def __init__(
@@ -513,13 +542,14 @@ class _Training:
     observer: Observer,
     clock: _Clock,
     step: int,
-    seconds: float,
+    progress: dict[str, Any],
   ):
     self.run, self.loader, self.observer, self.bar = run, loader, observer, bar
-    self.step, self.seconds = step, seconds
+    self.step, self.seconds = step, progress["seconds"]
+    self.reached = progress["reached"]
     self._writer, self._clock = writer, clock
-    self._earlier_seconds = seconds
-    self._logged = step, seconds
+    self._earlier_seconds = self.seconds
+    self._logged = step, self.seconds
 
   @property
   def num_steps(self) -> int:
@@ -527,7 +557,12 @@ class _Training:
 
   @property
   def has_steps_left(self) -> bool:
-    return self.step < self.num_steps
+    return self.step < self.num_steps and not _stopped(self.progress)
+
+  @property
+  def progress(self) -> dict[str, Any]:
+    """What a checkpoint holds beside state and data."""
+    return {"seconds": self.seconds, "reached": self.reached}
 
   @property
   def starts_interval(self) -> bool:
@@ -559,6 +594,47 @@ class _Training:
     self.bar.advance(self.step)
     self.observer.stepped(self.step)
 
+  def validate(self, steps: "_Steps") -> None:
+    """Measures held-out examples after a step, where that is due; may end training."""
+    config = self.run.config.train
+    every, per_doubling = config.eval_every, config.evals_per_doubling
+    is_due = (
+      ((every or per_doubling) and not self.has_steps_left)
+      or (every and self.step % every == 0)
+      or (per_doubling and _is_log_spaced(self.step, per_doubling))
+    )
+    if not is_due:
+      return
+    state = jax.block_until_ready(steps.state(self))
+    with self._clock.stopped():
+      self._look_at_clock()
+      self.observer.pauses("evaluating")
+      for kind in self.run.validated:
+        record = _validation_record(self.run, kind, state, self.step, self.seconds)
+        self._writer.write(record)
+        if kind == "validation":
+          self._look_for_success(record)
+
+  def _look_for_success(self, record: dict[str, Any]) -> None:
+    """Ends training if a validation reaches what the one before it reached."""
+    metric, wanted = (
+      self.run.config.train.stop_metric, self.run.config.train.stop_value
+    )
+    if not metric:
+      return
+    value = record["loss"][0] if metric == "loss" else record[metric]
+    is_accuracy = metric.startswith("task_")
+    if not (value >= wanted if is_accuracy else value <= wanted):
+      self.reached = None
+    elif self.reached is None:
+      named = {"metric": metric, "value": value, "last_step": None}
+      self.reached = {key: record[key] for key in ("step", "tokens")} | named
+    else:
+      self.reached = self.reached | {"last_step": self.step}
+      self.bar.ends(self.step)
+      first = self.reached["step"]
+      self.bar.say(f"{metric} reached {wanted} at steps {first} and {self.step}")
+
   def log(self, steps: "_Steps") -> None:
     """Logs an interval that ended.
 
@@ -578,29 +654,22 @@ class _Training:
     _stop_if_diverged(self.run, report, self.step)
 
   def keep(self, steps: "_Steps", signum: int | None) -> None:
-    """Validates and saves after a step, where that is due.
+    """Saves after a step, where that is due.
 
     Raises:
       Interrupted: `signum` asks for an end; all is saved.
     """
-    config = self.run.config
-    every, save_every = config.train.eval_every, config.checkpoint.every_steps
-    is_last, is_saved = not self.has_steps_left, self.step % save_every == 0
-    is_validated = every and self.step % every == 0
-    if not (is_validated or is_last or signum or is_saved):
+    is_saved = self.step % self.run.config.checkpoint.every_steps == 0
+    is_last = not self.has_steps_left
+    if not (is_last or signum or is_saved):
       return
     state = jax.block_until_ready(steps.state(self))
     with self._clock.stopped():
       self._look_at_clock()
-      if is_validated:
-        self.observer.pauses("evaluating")
-        self._writer.write(
-          _validation_record(self.run, state, self.step, self.seconds)
-        )
       # Amid skipped updates nothing is saved unless it must: the newest checkpoint
       # stays one from which training went on.
       if is_last or signum or (is_saved and not state.nonfinite_run):
-        self.run.save(state, steps.data_state(self), self.seconds)
+        self.run.save(state, steps.data_state(self), self.progress)
       if signum:
         self.run.checkpointer.wait()
         raise Interrupted(signum, self.step)
@@ -610,7 +679,7 @@ class _Training:
     run = self.run
     self.observer.pauses("evaluating")
     interrupt.raises_at_once(self.step)
-    result = _evaluate(run, state, self.seconds, interrupt)
+    result = _evaluate(run, state, self.progress, interrupt)
     run.checkpointer.wait()
     main, error = result["main_loss"].values()
     self.bar.say(f"done: main loss {main:.4f} +- {error:.4f} nats per token")
@@ -642,7 +711,7 @@ def _open(
   stack.callback(loader.close)
   startup.ends("data")
   with jax.set_mesh(run.mesh):
-    state, seconds, trunk_from = run.start(loader)
+    state, done, trunk_from = run.start(loader)
   _write_run_json(run, trunk_from, num_packed)
   step = int(state.step)
   writer = stack.enter_context(MetricsWriter(workdir, step))
@@ -652,7 +721,7 @@ def _open(
   if step:
     bar.say(f"resumed at step {step}")
   startup.ends("state")
-  return _Training(run, loader, writer, bar, observer, clock, step, seconds), state
+  return _Training(run, loader, writer, bar, observer, clock, step, done), state
 
 
 class _Steps(Protocol):
@@ -854,6 +923,8 @@ def _train(
     for training in active:
       training.stepped()
     for training in active:
+      steps.attempt(training, training.validate, steps)
+    for training in active:
       steps.attempt(training, training.log, steps)
     signum = interrupt.received()
     for training in active:
@@ -928,18 +999,32 @@ def _diagnostics_record(
   return {"kind": "diagnostics", "step": step} | jax.device_get(measured)
 
 
+def _is_log_spaced(step: int, per_doubling: int) -> bool:
+  """Whether `step` is round(2^(j / per_doubling)) for a whole j."""
+  below = int(per_doubling * math.log2(step))
+  near = (round(2 ** (j / per_doubling)) for j in (below, below + 1))
+  return step in near
+
+
+def _stopped(progress: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns the success that ended training; None if it ends after its last step."""
+  reached = progress["reached"]
+  return reached if reached and reached["last_step"] else None
+
+
 def _validation_record(
-  run: _Run, state: TrainState, step: int, seconds: float
+  run: _Run, kind: str, state: TrainState, step: int, seconds: float
 ) -> dict[str, Any]:
-  summary = run.likelihood(state.params)
+  corpus = run.validated[kind]
+  summary = run.likelihood(state.params, corpus)
   return {
-    "kind": "validation",
+    "kind": kind,
     "step": step,
     "tokens": step * run.tokens_per_step,
     "seconds": seconds,
     "loss": [x["mean"] for x in summary["depth_loss"]],
     "bits_per_byte": summary["bits_per_byte"]["mean"],
-  } | run.task_record(state.params)
+  } | run.task_record(state.params, corpus)
 
 
 def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
@@ -958,7 +1043,10 @@ def _stop_if_diverged(run: _Run, report: dict[str, Any], step: int) -> None:
 
 
 def _evaluate(
-  run: _Run, state: TrainState, seconds: float, interrupt: "_Interrupt | None" = None
+  run: _Run,
+  state: TrainState,
+  progress: dict[str, Any],
+  interrupt: "_Interrupt | None" = None,
 ) -> dict[str, Any]:
   """Returns eval.json: see `evaluate` for the definitions."""
   step = int(state.step)
@@ -967,10 +1055,11 @@ def _evaluate(
   return {
     "step": step,
     "tokens": tokens,
-    "train_seconds": seconds,
+    "train_seconds": progress["seconds"],
     "train_flops": tokens * run.flops_per_token,
+    "stopped": _stopped(progress),
     "split": split,
-    **run.likelihood(state.params, interrupt),
+    **run.likelihood(state.params, run.corpus, interrupt),
     **run.generation(state.params),
   }
 

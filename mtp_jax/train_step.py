@@ -157,8 +157,9 @@ def learnt_targets(
   Where depths learn from the trunk's own prediction of a token, those at the end of a
   row are left out whose prediction would be made after it.
   """
-  targets_MBT, mask_MBT = future_targets(batch, config.mtp.depth)
-  if learns_from_trunk(config.mtp):
+  mtp = config.mtp
+  targets_MBT, mask_MBT = future_targets(batch, mtp.depth, mtp.score_from)
+  if learns_from_trunk(mtp):
     M, _, T = mask_MBT.shape
     mask_MBT &= (jnp.arange(M)[:, None] + jnp.arange(T) < T)[:, None]
   return columns(params, config, targets_MBT, mask_MBT)
@@ -329,7 +330,7 @@ def shape_of(config: Config) -> Config:
   replace = dataclasses.replace
   mtp = replace(config.mtp, weight=1.0)
   if mtp.depth == 0:
-    mtp = replace(mtp, weighting="mean")
+    mtp = replace(mtp, weighting="mean", score_from="start")
   return replace(
     config,
     name="",
@@ -343,7 +344,8 @@ def shape_of(config: Config) -> Config:
     task=replace(config.task, num_train=0),
     tokenizer=replace(config.tokenizer, kind="bytes", path=""),
     train=replace(
-      config.train, num_steps=1, log_every=1, eval_every=0, diagnostics_every=0,
+      config.train, num_steps=1, log_every=1, eval_every=0, evals_per_doubling=0,
+      eval_test=False, stop_metric="", stop_value=0.0, diagnostics_every=0,
       max_nonfinite_steps=1, trunk_from="",
     ),
     checkpoint=replace(config.checkpoint, every_steps=1, keep=1),

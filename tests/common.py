@@ -183,7 +183,9 @@ def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:
   return batch_of(tokens, segments, length)
 
 
-def batch_of(tokens: Any, segments: Any, length: int) -> Batch:
+def batch_of(
+  tokens: Any, segments: Any, length: int, scored: Any = None
+) -> Batch:
   """Returns the Batch of whole rows [B, T + M]; positions follow from the segments."""
   tokens, segments = np.asarray(tokens, np.int32), np.asarray(segments, np.int32)
   positions = np.zeros_like(segments)
@@ -196,6 +198,7 @@ def batch_of(tokens: Any, segments: Any, length: int) -> Batch:
     positions[:, :length],
     tokens[:, length:],
     segments[:, length:],
+    *(() if scored is None else np.split(np.asarray(scored, bool), [length], axis=1)),
   )
 
 

@@ -114,6 +114,10 @@ def test_fractions(key, value):
 
 LATENT = {"trunk.attention_kind": "latent", "trunk.num_kv_heads": 4}
 EXPERTS = {"trunk.moe.num_experts": 8}
+TASK = {
+  "data.source": "siblings", "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
+  "task.num_train": 10, "train.evals_per_doubling": 2, "train.stop_value": 0.95,
+}
 RULES = {
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -349,6 +353,46 @@ RULES = {
     {"train.freeze_trunk": True},
     "train.freeze_trunk must be False at mtp.depth 0: there would be nothing to train, "
     "got True.",
+  ),
+  "text is scored everywhere": (
+    {"mtp.kind": "linear", "mtp.depth": 1, "mtp.score_from": "answer"},
+    "mtp.score_from must be 'start' unless data.source is a task (it is 'stdlib'), got "
+    "'answer'.",
+  ),
+  "nothing that could stop": (
+    {"train.stop_metric": "loss", "train.stop_value": 1.0},
+    "train.stop_metric must be '' without validations (train.eval_every and "
+    "train.evals_per_doubling are 0), got 'loss'.",
+  ),
+  "no task to solve": (
+    {
+      "train.stop_metric": "task_accuracy", "train.stop_value": 0.95,
+      "train.eval_every": 1,
+    },
+    "train.stop_metric must be '', 'loss' or 'bits_per_byte' unless data.source is a "
+    "task and eval.task_examples is positive (they are 'stdlib' and 1024), got "
+    "'task_accuracy'.",
+  ),
+  "no example to solve": (
+    TASK | {"train.stop_metric": "task_accuracy", "eval.task_examples": 0},
+    "train.stop_metric must be '', 'loss' or 'bits_per_byte' unless data.source is a "
+    "task and eval.task_examples is positive (they are 'siblings' and 0), got "
+    "'task_accuracy'.",
+  ),
+  "nothing new": (
+    TASK | {"train.stop_metric": "task_new", "task.num_train": 0},
+    "train.stop_metric must be another metric unless data.source is one of induction, "
+    "siblings and task.num_train is positive (they are 'siblings' and 0), got "
+    "'task_new'.",
+  ),
+  "more than all": (
+    TASK | {"train.stop_metric": "task_accuracy", "train.stop_value": 95.0},
+    "train.stop_value must be in (0, 1] for an accuracy, got 95.0.",
+  ),
+  "nothing to test": (
+    {"train.eval_test": True, "data.test_fraction": 0.0},
+    "data.test_fraction must be positive: validations read it (train.eval_test), got "
+    "0.0.",
   ),
   "text field": (
     {"data.source": "jsonl", "data.path": "x", "data.text_field": ""},

@@ -96,6 +96,12 @@ MUTANTS = {
     "(batch.segment_ids != 0)",
     "test_targets.py::test_two_packed_documents_depth_0_to_3_written_out",
   ),
+  "extra depths are scored before the answer": Mutant(
+    "targets.py",
+    "mask_MBT &= mask_MBT[:1]",
+    "pass",
+    "test_targets.py::test_depths_0_to_3_scored_from_the_answer_written_out",
+  ),
   "padding counts as a document": Mutant(
     "targets.py",
     "(ids == batch.segment_ids) & (batch.segment_ids != 0)",
@@ -338,8 +344,8 @@ MUTANTS = {
   ),
   "checkpoint holds the iterator one batch ahead": Mutant(
     "train.py",
-    "self.run.save(state, steps.data_state(self), self.seconds)",
-    "self.run.save(state, self.loader.get_state(), self.seconds)",
+    "self.run.save(state, steps.data_state(self), self.progress)",
+    "self.run.save(state, self.loader.get_state(), self.progress)",
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(

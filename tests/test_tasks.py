@@ -1,6 +1,7 @@
 """Tasks as data sources: what is drawn, what is scored, what counts as right."""
 
 import collections
+import copy
 import dataclasses
 import itertools
 
@@ -11,7 +12,9 @@ from experiments import base
 from mtp_jax import config as config_lib
 from mtp_jax import config_rules, evaluate
 from mtp_jax.config import TASKS, ConfigError
+from mtp_jax.data import sources
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
+from mtp_jax.data.tasks import corpus as corpus_lib
 from mtp_jax.data.tasks import countdown, polynomial
 from mtp_jax.data.tasks.corpus import Examples, TaskCorpus, make_task
 from mtp_jax.data.tokenizers import SymbolTokenizer, tokenizer_from_json
@@ -168,6 +171,75 @@ def test_sat_agrees_with_trying_every_assignment():
   assert not task.is_correct(prompt, ("+2", "+1", "+3", "+4"))
 
 
+def solutions(prompt: tuple[str, ...], num_variables: int) -> list[tuple[str, ...]]:
+  """An oracle of its own: every assignment that satisfies a formula."""
+  clauses = " ".join(prompt).removesuffix(" =").split(" , ")
+  every = itertools.product(*((f"+{i}", f"-{i}") for i in range(1, 1 + num_variables)))
+  return [x for x in every if all(set(clause.split()) & {*x} for clause in clauses)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_unique_formulas_have_one_solution(split):
+  many = {"task__sat__num_variables": 5, "task__sat__num_clauses": 20}
+  counts = []
+  for unique in (False, True):
+    config = config_of("sat", task__sat__unique=unique, **many)
+    task = make_task("sat", config.task)
+    examples = Examples(task, config.data, split, 0)
+    found = [(x, solutions(x.prompt, 5)) for x in (examples[n] for n in range(40))]
+    assert all(answer in right for (_, answer), right in found)
+    counts.append([len(right) for _, right in found])
+  assert sum(x == 1 for x in counts[0]) < 20  # 11 % of all formulas.
+  assert counts[1] == [1] * 40
+
+
+def test_sat_draws_every_clause_alike():
+  config = config_of("sat", task__sat__num_variables=5, task__sat__num_clauses=1)
+  task = make_task("sat", config.task)
+  words = np.random.default_rng(0).integers(2**64, size=(33_600, 9), dtype=np.uint64)
+  symbols, is_valid = task.draw(words)
+  assert is_valid.all()
+  texts = np.array(task.symbols)[symbols].tolist()
+  clauses = collections.Counter(tuple(text[:3]) for text in texts)
+  assert len(clauses) == 5 * 4 * 3 * 8  # Ordered variables, and signs.
+  assert all(abs(count - 70) < 42 for count in clauses.values())  # 5 sd.
+  # Which literals are true: all but none of them, alike.
+  patterns = collections.Counter(
+    tuple(literal in text[4:] for literal in text[:3]) for text in texts
+  )
+  assert len(patterns) == 7
+  assert all(abs(count - 4800) < 325 for count in patterns.values())
+
+
+def test_sat_baselines_of_one_formula_and_of_many():
+  task = make_task("sat", config_of("sat", task__sat__num_variables=3).task)
+  right = tuple("+1 +2 -3 , +1 -2 -3 , -1 +2 -3 =".split())
+  # More often +1, +2 (twice each) and -3.
+  assert task.baselines([right]) == {"majority": 1.0, "coin": 5 / 8}
+  wrong = tuple("-1 -2 +3 , +1 +2 -3 , +1 -2 -3 , +1 +2 -3 , -1 +2 -3 =".split())
+  assert len(solutions(wrong, 3)) == 4
+  assert task.baselines([wrong]) == {"majority": 0.0, "coin": 4 / 8}
+  tie = tuple("+1 +2 +3 , -1 -2 -3 =".split())  # Ties are +: the second clause fails.
+  assert task.baselines([tie]) == {"majority": 0.0, "coin": 6 / 8}
+  two = [(*tie[:4], *tie[:4], *tie[4:]), right]  # +1 +2 +3 twice.
+  assert task.baselines(two) == {"majority": 0.5, "coin": (6 / 8 + 5 / 8) / 2}
+  # 5 variables, 15 clauses: what the rules solved in a simulation of another program.
+  config = config_of(
+    "sat", task__sat__num_variables=5, task__sat__num_clauses=15,
+    eval__task_examples=1500,
+  )
+  corpus = load_corpus(config)
+  prompts = [x.prompt for x in corpus.held_out(1500)]
+  found = corpus.task.baselines(prompts)
+  assert found["majority"] == pytest.approx(0.523, abs=0.05)
+  assert found["coin"] == pytest.approx(5.2 / 32, abs=0.02)
+  assert found["coin"] == pytest.approx(
+    np.mean([len(solutions(prompt, 5)) / 32 for prompt in prompts[:1500]])
+  )
+  large = make_task("sat", config_of("sat", task__sat__num_variables=11).task)
+  assert set(large.baselines([right])) == {"majority"}
+
+
 def test_countdown_checks_every_step():
   task = make_task("countdown", config_of("countdown").task)
   prompt = (*"25,4,7|93=", "<pause>", "<pause>")
@@ -280,6 +352,81 @@ def test_induction_asks_for_new_names_of_known_words():
     assert {*prompt[1:], *answer} <= set(task.symbols)
 
 
+@pytest.mark.parametrize("source", TASKS)
+def test_many_examples_at_once_are_those_drawn_alone(source, monkeypatch):
+  corpus = corpus_of(source, data__validation_fraction=0.5)
+  numbers = np.array([3, 0, 41, 3, 2**40, 7, *range(100, 130)])
+
+  def alone(examples):
+    return [corpus.encode(examples[number]) for number in numbers.tolist()]
+
+  def at_once(examples):
+    rows = zip(*examples.encoded(numbers), strict=True)
+    return [(tokens[:length], first) for tokens, length, first in rows]
+
+  for split in ("train", "test"):  # Of "test" most draws are of another split.
+    examples = Examples(corpus.task, corpus.config.data, split, seed=5)
+    expected = alone(examples)
+    for most in (4096, 7):
+      monkeypatch.setattr(corpus_lib, "_MOST_DRAWS", most)
+      for (ids, first), (expected_ids, expected_first) in zip(
+        at_once(examples), expected, strict=True
+      ):
+        assert ids.tolist() == expected_ids.tolist()
+        assert ids.dtype == np.int32
+        assert first == expected_first
+
+
+def test_drawn_examples_are_the_same_on_every_machine():
+  """Literal values: another NumPy or processor would draw them too."""
+  golden = 0x9E3779B97F4A7C15
+  counts = np.array([golden, 2 * golden % 2**64], np.uint64)
+  # The first outputs of SplitMix64 from seed 0, as published.
+  assert sources.mix(counts).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+  star, siblings = (
+    examples_of(source, "train", 1)[0] for source in ("star_graph", "siblings")
+  )
+  assert " ".join(star.prompt + star.answer) == (
+    "20 21 | 15 13 | 24 15 | 13 18 | 25 29 | 26 20 | 24 25 | 29 9 | 24 26 "
+    "/ 24 18 = 24 15 13 18"
+  )
+  assert " ".join(siblings.prompt + siblings.answer) == "n i d i : c4 c10 p1"
+
+
+def test_siblings_are_drawn_uniformly():
+  drawn = collections.Counter(x.answer for x in examples_of("siblings", "train", 6000))
+  assert len(drawn) == 3 * 5 * 4  # Ordered pairs of every parent.
+  assert all(abs(count - 100) < 50 for count in drawn.values())  # 5 sd.
+  letters = collections.Counter(
+    x for example in examples_of("siblings", "train", 650) for x in example.prompt[:-1]
+  )
+  assert len(letters) == 26
+  assert all(abs(count - 100) < 50 for count in letters.values())
+
+
+def test_hosts_share_the_examples_of_one_host():
+  rows = corpus_of("star_graph").train_rows(1)
+
+  def batches(**hosts):
+    loader = TrainLoader(rows, batch_size=4, seed=0, **hosts)
+    taken = [next(loader).tokens for _ in range(3)]
+    loader.close()
+    return taken
+
+  parts = [batches(host_index=i, num_hosts=2) for i in range(2)]
+  for alone, *together in zip(batches(), *parts, strict=True):
+    assert alone.tolist() == np.concatenate(together).tolist()
+
+
+@pytest.mark.parametrize("source", ["star_graph", "siblings", "sat"])
+def test_a_run_on_examples_that_were_drawn_otherwise_does_not_resume(source):
+  loader = TrainLoader(corpus_of(source).train_rows(1), batch_size=4, seed=0)
+  state = copy.deepcopy(loader.get_state())
+  del state["identity"]["draws"]  # As it was before examples were drawn together.
+  with pytest.raises(sources.DataError, match="draws: None there, 'splitmix64' now"):
+    loader.set_state(state)
+
+
 @pytest.mark.parametrize("source", ["star_graph", "polynomial"])
 def test_rows_hold_whole_examples_and_score_answers_only(source):
   corpus = corpus_of(source)
@@ -324,6 +471,12 @@ def test_targets_are_the_answers_and_never_cross_an_example():
       assert targets_MBT[m, b, i] == tokens[j]
       total += 1
   assert total > 100
+
+
+def test_the_tasks_with_new_answers_are_named():
+  tasks = {x: make_task(x, config_of(x).task) for x in TASKS}
+  expected = {x for x, task in tasks.items() if not task.splits_by_prompt}
+  assert set(config_lib.TASKS_WITH_NEW) == expected
 
 
 def test_a_training_set_with_an_end_is_repeated_whole():
@@ -387,6 +540,7 @@ def test_what_cannot_be_drawn_is_refused():
     ("task__star_graph__num_labels", 9, r"task.star_graph.num_labels must be at least"),
     ("task__star_graph__length", 1, r"task.star_graph.length must be at least 2"),
     ("task__sat__num_variables", 2, r"task.sat.num_variables must be at least 3"),
+    ("task__sat__unique", True, r"task.sat.num_clauses must be at least 3 \* .*\(12\)"),
     ("task__countdown__largest", 9, r"task.countdown.largest must be at least 10"),
     ("task__countdown__num_inputs", 1, r"task.countdown.num_inputs must be at least 2"),
     ("task__siblings__num_children", 1, r"task.siblings.num_children must be at"),
@@ -396,6 +550,9 @@ def test_what_cannot_be_drawn_is_refused():
   ):
     with pytest.raises(ConfigError, match=message):
       config_of("star_graph", **{key: value})
+  many = {"task__sat__num_variables": 11, "task__sat__num_clauses": 33}
+  with pytest.raises(ConfigError, match=r"task.sat.num_variables must be at most 10"):
+    config_of("sat", task__sat__unique=True, **many)
   with pytest.raises(ConfigError, match=r"data.seq_len must be at least 36.*got 35"):
     corpus_of("star_graph", data__seq_len=35)
   with pytest.raises(ConfigError, match=r"tokenizer.vocab_size must be at least 35"):
@@ -446,6 +603,23 @@ def test_accuracy_counts_whole_answers_by_group(monkeypatch):
   assert sum(x["count"] for x in groups.values()) == 12
   assert sum(x["mean"] * x["count"] for x in groups.values()) == pytest.approx(right)
   assert found["task_new"] is None
+  assert found["task_baselines"] == {}
+
+
+@pytest.mark.parametrize("source", ["sat", "star_graph"])
+def test_accuracy_stands_beside_trivial_rules_on_the_same_examples(source, monkeypatch):
+  corpus = corpus_of(source, eval__task_examples=9)
+  eos = np.array([corpus.tokenizer.eos_id])
+  scripted(monkeypatch, [(eos, True)] * 9)
+  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  prompts = [x.prompt for x in corpus.held_out(9)]
+  expected = {
+    "sat": {"majority", "coin"}, "star_graph": {"random arm"}
+  }
+  assert set(found["task_baselines"]) == expected[source]
+  assert found["task_baselines"] == corpus.task.baselines(prompts)
+  if source == "star_graph":
+    assert found["task_baselines"] == {"random arm": 1 / 3}
 
 
 def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
@@ -465,7 +639,7 @@ def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
 def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
   corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
   tokenizer = corpus.tokenizer
-  known = {tokenizer.decode_symbols(ids[first:-1]) for ids, first in corpus.train_set}
+  known = {corpus.train_examples[number].answer for number in range(20)}
   pairs = itertools.permutations(range(0, 15, 3), 2)  # Children of parent 0.
   new = next(
     x for x in ((f"c{a}", f"c{b}", "p0") for a, b in pairs) if x not in known

@@ -125,6 +125,248 @@ def test_diagnostics_and_validation_are_logged(finished):
   assert validation[-1]["bits_per_byte"] == result["bits_per_byte"]["mean"]
 
 
+def logged_steps(workdir, kind="validation"):
+  return [x["step"] for x in read_metrics(workdir, kind)]
+
+
+def test_validations_for_each_doubling_of_the_step_and_at_the_last(
+  finished, config, tmp_path
+):
+  due = lambda k: [n for n in range(1, 33) if train._is_log_spaced(n, k)]  # noqa: E731
+  assert due(1) == [1, 2, 4, 8, 16, 32]
+  assert due(2) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
+  for k in (3, 5, 40):
+    assert due(k) == sorted({round(2 ** (j / k)) for j in range(1 + 5 * k)})
+  often = {"train.evals_per_doubling": 1, "train.eval_every": 5}
+  train.fit(with_overrides(config, often), tmp_path / "a", progress=False)
+  assert logged_steps(tmp_path / "a") == [1, 2, 4, 5, 8, 10, 12]
+  # Where every is no divisor of the steps; and not at all.
+  for every, steps in ((8, [8, 12]), (0, [])):
+    changed = with_overrides(config, {"train.eval_every": every})
+    train.fit(changed, tmp_path / f"{every}", progress=False)
+    assert logged_steps(tmp_path / f"{every}") == steps
+
+
+# Training ends when a metric has reached a value twice in a row.
+
+OFTEN = {"train.eval_every": 2, "checkpoint.every_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def curve(finished, config, tmp_path_factory):
+  """The folder of a run that is validated often, and its losses by step."""
+  workdir = tmp_path_factory.mktemp("curve")
+  train.fit(with_overrides(config, OFTEN), workdir, progress=False)
+  records = read_metrics(workdir, "validation")
+  losses = {x["step"]: x["loss"][0] for x in records}
+  assert sorted(losses.values(), reverse=True) == list(losses.values())
+  return workdir, losses
+
+
+@pytest.fixture(scope="module")
+def stopping(config, curve):
+  """A config that reaches its loss at step 6 and ends at step 8."""
+  value = (curve[1][4] + curve[1][6]) / 2
+  stop = {"train.stop_metric": "loss", "train.stop_value": value}
+  return with_overrides(config, OFTEN | stop)
+
+
+@pytest.fixture(scope="module")
+def stopped(stopping, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("stopped")
+  return workdir, train.fit(stopping, workdir, progress=False)
+
+
+def records_until(workdir, step):
+  records = [without_wall_clock(x) for x in read_metrics(workdir)]
+  return [x for x in records if x["step"] <= step]
+
+
+def test_success_ends_training_with_all_that_the_last_step_has(
+  stopping, stopped, curve
+):
+  workdir, result = stopped
+  folder, losses = curve
+  assert result["stopped"] == {
+    "step": 6, "tokens": 6 * 8 * 64, "metric": "loss", "value": losses[6],
+    "last_step": 8,
+  }
+  assert (result["step"], result["tokens"]) == (8, 8 * 8 * 64)
+  assert (workdir / "DONE").exists() and finished_steps(workdir) == [6, 8]
+  assert json.loads((workdir / "eval.json").read_text()) == result
+  # Until there it is the run that is not stopped, learning rates included; the interval
+  # that is cut short is logged.
+  records, whole = records_until(workdir, 12), records_until(folder, 8)
+  *before, _ = (x for x in records if x["kind"] == "train")
+  assert before == [x for x in whole if x["kind"] == "train"]
+  assert logged_steps(workdir, "train") == [3, 6, 8]
+  for kind in ("validation", "diagnostics"):
+    same = [[x for x in part if x["kind"] == kind] for part in (records, whole)]
+    assert same[0] == same[1]
+  assert train.fit(stopping, workdir, progress=False) == result
+  assert logged_steps(workdir, "train") == [3, 6, 8]
+  assert train.evaluate_run(stopping, workdir) == result
+  assert train.evaluate_run(stopping, workdir, step=6)["stopped"] is None
+
+
+@pytest.mark.parametrize("how", ["killed", "signal"])
+def test_success_between_two_starts_ends_the_run_as_ever(
+  stopping, stopped, tmp_path, how
+):
+  """Between the two validations that are asked for."""
+  run = tmp_path / "run"
+  if how == "killed":
+    shutil.copytree(stopped[0], run)
+    shutil.rmtree(run / "checkpoints" / "8")
+    for name in ("DONE", "eval.json"):
+      (run / name).unlink()
+  else:
+
+    class Stops(train.Observer):
+      def stepped(self, step):
+        if step == 7:
+          os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(train.Interrupted, match="at step 7"):
+      train.fit(stopping, run, progress=False, observer=Stops())
+  result = train.fit(stopping, run, progress=False)
+  assert without_wall_clock(result) == without_wall_clock(stopped[1])
+  assert records_until(run, 12) == records_until(stopped[0], 12)
+
+
+@pytest.mark.parametrize("hits, first, last", [
+  ((4, 8, 10), 8, 10), ((2, 6, 10), None, 12), ((12,), None, 12), ((10, 12), 10, 12),
+])
+def test_success_counts_twice_in_a_row(
+  finished, config, tmp_path, monkeypatch, hits, first, last
+):
+  likelihood, steps = train._Run.likelihood, iter(range(2, 99, 2))
+
+  def scripted(run, *args):
+    summary = likelihood(run, *args)
+    summary["bits_per_byte"]["mean"] = 1.0 if next(steps) in hits else 1.01
+    return summary
+
+  monkeypatch.setattr(train._Run, "likelihood", scripted)
+  stop = {"train.stop_metric": "bits_per_byte", "train.stop_value": 1.0}
+  plain = {"train.diagnostics_every": 0, "eval.line_prompts": 0}
+  stopping = with_overrides(
+    config, OFTEN | stop | plain | {"eval.function_prompts": 0}
+  )
+  result = train.fit(stopping, tmp_path, progress=False)
+  assert result["step"] == logged_steps(tmp_path)[-1] == last
+  found = result["stopped"]
+  assert found is None if first is None else found["step"] == first
+
+
+def test_a_line_says_that_success_ended_it(stopping, stopped, tmp_path, capsys):
+  train.fit(stopping, tmp_path)
+  lines = capsys.readouterr().out.splitlines()
+  value = stopping.train.stop_value
+  assert f"tiny: loss reached {value} at steps 6 and 8" in lines
+  assert lines[-2].startswith("tiny: step 8/8") and lines[-2].endswith(", 0 s left")
+
+
+TASKS = {
+  "siblings": {
+    "task.siblings.num_parents": 2, "task.siblings.num_children": 6,
+    "task.siblings.prefix_length": 2, "task.num_train": 4,
+  },
+  "polynomial": {
+    "task.polynomial.max_operators": 1, "task.polynomial.held_out_operators": 2,
+  },
+}
+
+
+def task_config(texts, source, **overrides):
+  values = {
+    "data.source": source, "data.path": "", "tokenizer.kind": "symbols",
+    "mesh.data": -1, "mtp.kind": "none", "mtp.depth": 0, "trunk.num_layers": 1,
+    "data.test_fraction": 0.3, "train.num_steps": 4, "train.eval_every": 0,
+    "train.diagnostics_every": 0, "eval.task_examples": 16, "eval.num_rows": 16,
+    "train.accumulation_steps": 2, "data.batch_size": 16,
+  }
+  changed = {key.replace("__", "."): x for key, x in overrides.items()}
+  return run_config(texts, values | TASKS[source] | changed)
+
+
+@pytest.mark.parametrize("source", TASKS)
+def test_validations_of_a_task_have_all_its_metrics_on_both_splits(
+  texts, tmp_path, source
+):
+  config = task_config(
+    texts, source, train__evals_per_doubling=1, train__eval_test=True
+  )
+  result = train.fit(config, tmp_path, progress=False)
+  validation, test = (read_metrics(tmp_path, kind) for kind in ("validation", "test"))
+  assert [x["step"] for x in validation] == [x["step"] for x in test] == [1, 2, 4]
+  both = with_overrides(config, {"eval.split": "test"})
+  for record, expected in (
+    (validation[-1], result), (test[-1], train.evaluate_run(both, tmp_path)),
+  ):
+    assert record["loss"] == [expected["main_loss"]["mean"]]
+    assert record["bits_per_byte"] == expected["bits_per_byte"]["mean"]
+    assert record["task_accuracy"] == expected["task_accuracy"]["mean"]
+    if source == "siblings":
+      assert record["task_new"] == expected["task_new"]["mean"]
+      assert "task_accuracy_groups" not in record
+    else:
+      groups = expected["task_accuracy_groups"]
+      assert len(groups) > 0 and "task_new" not in record
+      assert record["task_accuracy_groups"] == {
+        name: x["mean"] for name, x in groups.items()
+      }
+  assert validation[0].keys() == test[0].keys()
+  assert [x["loss"] for x in validation] != [x["loss"] for x in test]
+  scalars, _ = read_events(tmp_path)
+  for record in test:
+    found = scalars["test/task_accuracy", record["step"]]
+    assert found == pytest.approx(record["task_accuracy"])
+  # The records are of these splits whatever is evaluated at the end.
+  train.fit(both, tmp_path / "other", progress=False)
+  assert read_metrics(tmp_path / "other", "validation")[-1]["loss"] == (
+    validation[-1]["loss"]
+  )
+
+
+def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
+  """New answers count, on the validation split alone; in two microbatches a step."""
+  measure, splits = train.evaluate.task_metrics, []
+
+  def scripted(config, params, corpus):
+    split = corpus.config.eval.split
+    splits.append(split)
+    share = {"validation": 0.5, "test": 0.4}[split] if len(splits) > 2 else 0.4
+    return measure(config, params, corpus) | {"task_new": {"mean": share}}
+
+  monkeypatch.setattr(train.evaluate, "task_metrics", scripted)
+  config = task_config(
+    texts, "siblings", train__eval_every=1, train__eval_test=True,
+    train__stop_metric="task_new", train__stop_value=0.5, train__num_steps=9,
+  )
+  result = train.fit(config, tmp_path, progress=False)
+  assert result["stopped"] == {
+    "step": 2, "tokens": 2 * 16 * 64, "metric": "task_new", "value": 0.5,
+    "last_step": 3,
+  }
+  assert logged_steps(tmp_path, "test") == [1, 2, 3]
+
+
+def test_text_is_tested_beside_validation(finished, config, tmp_path):
+  tested = with_overrides(config, {"train.eval_test": True})
+  train.fit(tested, tmp_path, progress=False)
+  assert records_until(tmp_path, 12) != records_until(finished[0], 12)
+  assert read_metrics(tmp_path, "validation")[-1]["loss"] == (
+    read_metrics(finished[0], "validation")[-1]["loss"]
+  )
+  expected = train.evaluate_run(
+    with_overrides(tested, {"eval.split": "test"}), tmp_path
+  )
+  assert read_metrics(tmp_path, "test")[-1]["loss"] == [
+    x["mean"] for x in expected["depth_loss"]
+  ]
+
+
 def test_tensorboard_agrees_with_the_records(finished):
   workdir, _ = finished
   scalars, _ = read_events(workdir)

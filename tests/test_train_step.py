@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from mtp_jax import evaluate
 from mtp_jax import train_step as train_step_lib
 from mtp_jax.model.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters
-from mtp_jax.train_step import programs, shape_of
+from mtp_jax.train_step import loss_and_grads, programs, shape_of
 from tests.common import (
   assert_trees_close,
   gradient_program,
@@ -136,6 +137,7 @@ def test_what_changes_the_program_changes_the_shape():
     ("mtp.depth", 1),
     ("mtp.schedule", "constant"),
     ("mtp.weighting", "sum"),
+    ("mtp.score_from", "answer"),
     ("optimizer.kind", "muon"),
     ("trunk.num_layers", 2),
     ("train.freeze_trunk", True),
@@ -154,6 +156,33 @@ def losses_by_definition(config, params, batch):
   hits = np.argmax(log_probs, -1) == targets_MBT
   count_M = mask_MBT.sum((1, 2))
   return (nll * mask_MBT).sum((1, 2)) / count_M, (hits & mask_MBT).sum((1, 2)), count_M
+
+
+def test_training_and_evaluation_score_extra_depths_from_the_answer():
+  config = tiny_config(
+    "medusa", 2, {"trunk.num_layers": 1, "mtp.score_from": "answer"}
+  )
+  batch, rng = packed_batch(config), np.random.default_rng(0)
+  batch = batch._replace(
+    scored=rng.random(batch.tokens.shape) < 0.5,
+    next_scored=rng.random(batch.next_tokens.shape) < 0.5,
+  )
+  from_start_MBT = np.array(future_targets(batch, 2)[1])
+  mask_MBT = from_start_MBT & from_start_MBT[:1]
+  counts_M = mask_MBT.sum((1, 2))
+  assert np.all(counts_M[1:] < from_start_MBT.sum((1, 2))[1:])
+  params = random_params(config)
+  trained, found_M, _ = quick_jit(functools.partial(loss_and_grads, config))(
+    params, microbatches(batch, 2), jnp.ones(3)
+  )
+  rows = quick_jit(functools.partial(evaluate.row_sums, config))(
+    params, batch, np.ones(config.tokenizer.vocab_size, int)
+  )
+  assert found_M.tolist() == rows["count"].sum(0).tolist() == counts_M.tolist()
+  np.testing.assert_allclose(trained.nll_M, rows["nll"].sum(0), rtol=1e-5)
+  hits = quick_jit(functools.partial(evaluate.hit_sums, config, ranks=1))(params, batch)
+  for sums in (rows, hits):
+    assert sums["reachable"].sum() == mask_MBT[2, :, :-2].sum()
 
 
 def test_report_holds_the_losses_weights_and_rates_of_the_step(trial):

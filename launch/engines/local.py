@@ -338,9 +338,8 @@ class Sweep:
     os.write(1, b"saving; a second signal ends at once\n")  # Printing is not safe here.
 
   def _work(self, trial: Trial, first_step: int = 0) -> float:
-    """FLOPs of a trial since `first_step`."""
-    state = self._states[trial.name]
-    step = trial.num_steps if state.kind == "done" else state.step
+    """FLOPs of a trial since `first_step`; it may be done before its last step."""
+    step = self._states[trial.name].step
     return trial.flops * max(0, step - first_step) / trial.num_steps
 
   def _progress(self) -> tuple[float, str]:
@@ -357,10 +356,10 @@ class Sweep:
       seconds_of(trial.flops - self._work(trial), trial.cost, speeds)
       for trial in (*running, *self._waiting)
     )
-    share = sum(self._work(trial) for trial in self._planned)
+    done = {t for t in self._planned if self._states[t.name].kind == "done"}
+    share = sum(t.flops if t in done else self._work(t) for t in self._planned)
     share /= sum(trial.flops for trial in self._planned)
-    finished = sum(self._states[t.name].kind == "done" for t in self._planned)
-    text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
+    text = f"{len(done)}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
     if speeds and self._workers:
       text += f", about {_duration(left / len(self._workers))} left"
     return share, text

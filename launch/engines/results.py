@@ -22,7 +22,7 @@ def collect(root: Path) -> Path:
   Columns: `trial`; `complete`, whether it is trained and evaluated; `step`, the last
   one known; `exit_class` and `reason` of the last end; every config key that is not
   the same in all rows; and the measures of eval.json, means beside `_stderr`, lists
-  numbered from 0. What is not there is empty.
+  numbered from 0, other entries by their names. What is not there is empty.
   """
   with _one_at_a_time(root):
     found = sorted(path.parent for path in root.glob("*/config.json"))
@@ -79,12 +79,13 @@ def _measures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(name: str, value: Any) -> dict[str, Any]:
-  if isinstance(value, dict):
-    return {name: value.get("mean"), f"{name}_stderr": value.get("stderr")}
-  if isinstance(value, list):
+  if isinstance(value, dict) and "mean" in value:
+    return {name: value["mean"], f"{name}_stderr": value.get("stderr")}
+  if isinstance(value, dict | list):
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
     columns: dict[str, Any] = {}
-    for i, entry in enumerate(value):
-      columns |= _columns(f"{name}_{i}", entry)
+    for key, entry in entries:
+      columns |= _columns(f"{name}_{key}", entry)
     return columns
   return {name: value}
 

@@ -29,7 +29,8 @@ IGNORED = (
   "name", "loss.block_tokens", "trunk.scan_layers", "trunk.remat", "trunk.attention",
   "trunk.moe.grouped_matmul",
   "data.num_workers", "train.accumulation_steps", "train.log_every",
-  "train.eval_every", "train.diagnostics_every", "train.max_nonfinite_steps",
+  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
+  "train.diagnostics_every", "train.max_nonfinite_steps",
   "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context",
   "checkpoint.every_steps", "checkpoint.keep", "eval.batch_size",
 )
@@ -52,6 +53,7 @@ _KIND_ORDER = (
 _NO_EFFECT = dict(
   weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
   final_weight=0.0, depth_weights=(), curriculum="none",
+  score_from="start",
 )
 
 

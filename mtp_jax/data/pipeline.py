@@ -172,7 +172,8 @@ def load_corpus(config: Config) -> Corpus | TaskCorpus:
     }
     for i, name in enumerate(sources.SPLITS)
   }
-  for name in ("train", config.eval.split):
+  tested = sources.SPLITS if config.train.eval_test else ()
+  for name in dict.fromkeys(("train", config.eval.split, *tested)):
     if not counts[name]["documents"]:
       raise sources.DataError(
         f"data.{'validation' if name == 'train' else name}_fraction must leave at "

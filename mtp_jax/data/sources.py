@@ -240,11 +240,14 @@ def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
   if seed is None:
     return np.lexsort(words[::-1])
   state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-  mixed_N = words[1] ^ state
+  return np.lexsort([*words[::-1], mix(words[1] ^ state)])
+
+
+def mix(words: np.ndarray) -> np.ndarray:
+  """Returns uint64 words of any shape, each mixed by SplitMix64's finaliser."""
   for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-    mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
-  mixed_N = mixed_N ^ (mixed_N >> np.uint64(31))
-  return np.lexsort([*words[::-1], mixed_N])
+    words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+  return words ^ (words >> np.uint64(31))
 
 
 def manifest_of(content_hashes: Iterable[bytes]) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from mtp_jax.config import Config, ConfigError, DataConfig, TaskConfig
 from mtp_jax.data import packing, sources
 from mtp_jax.data.tasks.countdown import Countdown
 from mtp_jax.data.tasks.induction import Induction
-from mtp_jax.data.tasks.interface import Example, Task
+from mtp_jax.data.tasks.interface import DrawnTask, Example, Task
 from mtp_jax.data.tasks.polynomial import Polynomial
 from mtp_jax.data.tasks.sat import Sat
 from mtp_jax.data.tasks.siblings import Siblings
@@ -33,6 +33,10 @@ from mtp_jax.data.tokenizers import SymbolTokenizer, check_vocab_size
 _HELD_OUT_SEED = 2**31
 # Rows of an epoch that never ends; more than any run takes.
 _ENDLESS = 1 << 30
+# Examples that are drawn at once.
+_MOST_DRAWS = 4096
+# The step of SplitMix64's counter.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def make_task(source: str, config: TaskConfig) -> Task:
@@ -53,15 +57,37 @@ def make_task(source: str, config: TaskConfig) -> Task:
   raise ValueError(f"data.source must be a task, got {source!r}.")
 
 
+class Encoded(NamedTuple):
+  """N examples as ids, [bos, prompt, answer, eos], filled up to the longest, L.
+
+  tokens_NL: int32. lengths_N: without the filling. firsts_N: tokens before the answer.
+  """
+
+  tokens_NL: np.ndarray
+  lengths_N: np.ndarray
+  firsts_N: np.ndarray
+
+  def at(self, numbers: np.ndarray) -> "Encoded":
+    return Encoded(*(x[numbers] for x in self))
+
+
 class Examples:
   """Random access to the examples of one split, computed when they are asked for."""
 
   def __init__(self, task: Task, data: DataConfig, split: str, seed: int):
     self._task, self._data = task, data
+    self._tokenizer = SymbolTokenizer(task.symbols)
+    self._ids_S = self._tokenizer.encode_symbols(task.symbols)
     self._split = sources.SPLITS.index(split)
     self._seed = seed
+    seeds = np.random.SeedSequence((seed, self._split))
+    self._state = seeds.generate_state(1, np.uint64)
 
   def __getitem__(self, number: int) -> Example:
+    if isinstance(self._task, DrawnTask):
+      symbols = [self._task.symbols[i] for i in self._draw(np.array([number]))[0]]
+      end = self._task.max_prompt
+      return Example(tuple(symbols[:end]), tuple(symbols[end:]))
     # The key names the stream: examples share no randomness.
     key = [self._seed * len(sources.SPLITS) + self._split, number]
     rng = np.random.Generator(np.random.Philox(key=key))
@@ -70,14 +96,65 @@ class Examples:
       if not self._task.splits_by_prompt or self._belongs(example):
         return example
 
+  def encoded(self, numbers_N: np.ndarray) -> Encoded:
+    """Returns the examples of these numbers."""
+    bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+    if isinstance(self._task, DrawnTask):
+      ids_NS = self._ids_S[self._draw(numbers_N)]
+      tokens_NL = np.pad(ids_NS, ((0, 0), (1, 1)))
+      tokens_NL[:, 0], tokens_NL[:, -1] = bos, eos
+      N, L = tokens_NL.shape
+      return Encoded(tokens_NL, np.full(N, L), np.full(N, 1 + self._task.max_prompt))
+    pairs = [_encode(self._tokenizer, self[number]) for number in numbers_N.tolist()]
+    lengths_N = np.array([len(ids) for ids, _ in pairs])
+    tokens_NL = np.zeros((len(pairs), max(lengths_N)), np.int32)
+    for row, (ids, _) in zip(tokens_NL, pairs, strict=True):
+      row[: len(ids)] = ids
+    return Encoded(tokens_NL, lengths_N, np.array([first for _, first in pairs]))
+
+  def _draw(self, numbers_N: np.ndarray) -> np.ndarray:
+    """Returns symbols_NS of a `DrawnTask`.
+
+    Every example has a SplitMix64 generator of its own (Steele et al. 2014) and takes
+    the first of its draws that is valid and of this split. How many are tried at a time
+    changes nothing but the speed. Legend: A examples that are left, K tries.
+    """
+    if len(numbers_N) > _MOST_DRAWS:
+      parts = np.array_split(numbers_N, -(-len(numbers_N) // _MOST_DRAWS))
+      return np.concatenate([self._draw(part) for part in parts])
+    task, W = self._task, self._task.num_words
+    state_N = sources.mix(self._state ^ sources.mix(numbers_N.astype(np.uint64)))
+    symbols_NS = np.zeros((len(numbers_N), task.max_tokens), np.int64)
+    left_A, tried, tries = np.arange(len(numbers_N)), 0, 1
+    while len(left_A):
+      at = np.arange(1 + tried * W, 1 + (tried + tries) * W, dtype=np.uint64)
+      words = sources.mix(state_N[left_A, None] + at * _GOLDEN)
+      symbols, is_valid = task.draw(words.reshape(-1, W))
+      if task.splits_by_prompt:
+        is_valid &= self._are_of_split(symbols[:, : task.max_prompt])
+      is_valid_AK = is_valid.reshape(-1, tries)
+      first_A, found_A = np.argmax(is_valid_AK, axis=1), np.any(is_valid_AK, axis=1)
+      symbols_AKS = symbols.reshape(len(left_A), tries, -1)
+      symbols_NS[left_A[found_A]] = symbols_AKS[found_A, first_A[found_A]]
+      left_A, tried = left_A[~found_A], tried + tries
+      tries = max(1, min(4 * tries, _MOST_DRAWS // max(1, len(left_A))))
+    return symbols_NS
+
+  def _are_of_split(self, prompts_NP: np.ndarray) -> np.ndarray:
+    # Tabulation hashing: a random word for every symbol at every place.
+    num_symbols, P = len(self._task.symbols), prompts_NP.shape[1]
+    table = sources.mix(_GOLDEN + np.arange(P * num_symbols, dtype=np.uint64))
+    words_NP = table[prompts_NP + num_symbols * np.arange(P)]
+    hash_N = sources.mix(np.bitwise_xor.reduce(words_NP, axis=1))
+    return self._is_split(hash_N.astype(">u8")[:, None].view(np.uint8))
+
   def _belongs(self, example: Example) -> bool:
     digest = hashlib.sha256(" ".join(example.prompt).encode()).digest()
-    split_1 = sources.split_of(
-      sources.hash_array([digest]),
-      self._data.validation_fraction,
-      self._data.test_fraction,
-    )
-    return split_1[0] == self._split
+    return bool(self._is_split(sources.hash_array([digest]))[0])
+
+  def _is_split(self, hashes_NX: np.ndarray) -> np.ndarray:
+    fractions = self._data.validation_fraction, self._data.test_fraction
+    return sources.split_of(hashes_NX, *fractions) == self._split
 
 
 class TaskRows:
@@ -99,37 +176,43 @@ class TaskRows:
     return max(1, num_train // self._corpus.per_row) if num_train else _ENDLESS
 
   def __getitem__(self, row: int) -> Batch:
-    corpus, count = self._corpus, self._corpus.per_row
-    numbers = range(row * count, (row + 1) * count)
-    num_train = corpus.config.task.num_train
-    if num_train:
-      examples = [corpus.train_set[number % num_train] for number in numbers]
-    else:
-      examples = [corpus.encode(corpus.train_examples[number]) for number in numbers]
-    return pack(examples, self.seq_len, self._num_extra)
+    return packing.map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
   def read(self, rows_B: np.ndarray) -> Batch:
-    return packing.stack_rows([self[row] for row in rows_B.tolist()])
+    corpus, count = self._corpus, self._corpus.per_row
+    numbers_N = (count * rows_B[:, None] + np.arange(count)).reshape(-1)
+    num_train = corpus.config.task.num_train
+    if num_train:
+      examples = corpus.train_set.at(numbers_N % num_train)
+    else:
+      examples = corpus.train_examples.encoded(numbers_N)
+    return pack(examples, count, self.seq_len, self._num_extra)
 
 
-def pack(
-  examples: list[tuple[np.ndarray, int]], seq_len: int, num_extra: int
-) -> Batch:
-  """Returns one row, without leading axis, of examples `(tokens, first scored)`."""
+def pack(examples: Encoded, per_row: int, seq_len: int, num_extra: int) -> Batch:
+  """Returns rows of `per_row` examples each. Legend: R rows, P tokens of all rows."""
   total = seq_len + num_extra
-  tokens, segments, positions = np.zeros((3, total), np.int32)
-  scored = np.zeros(total, bool)
-  begin = 0
-  for segment, (ids, first) in enumerate(examples, start=1):
-    here = slice(begin, begin + len(ids))
-    tokens[here], segments[here] = ids, segment
-    positions[here] = np.arange(len(ids))
-    scored[begin + first : here.stop] = True
-    begin = here.stop
-  row, after = slice(seq_len), slice(seq_len, None)
+  begins_RP = np.cumsum(examples.lengths_N.reshape(-1, per_row), axis=1)
+  begins_RP -= examples.lengths_N.reshape(-1, per_row)
+  begins_RP += total * np.arange(len(begins_RP))[:, None]
+  offset_L = np.arange(examples.tokens_NL.shape[1])
+  is_token_NL = offset_L < examples.lengths_N[:, None]
+  at_P = (begins_RP.reshape(-1, 1) + offset_L)[is_token_NL]
+  segment_N = 1 + np.arange(len(is_token_NL)) % per_row
+
+  def place(values: np.ndarray, dtype: type = np.int32) -> tuple[np.ndarray, ...]:
+    """Returns the part of each row, and the part after it."""
+    field = np.zeros(len(begins_RP) * total, dtype)
+    field[at_P] = np.broadcast_to(values, is_token_NL.shape)[is_token_NL]
+    parts = np.split(field.reshape(-1, total), [seq_len], axis=1)
+    return tuple(map(np.ascontiguousarray, parts))
+
+  tokens, next_tokens = place(examples.tokens_NL)
+  segments, next_segments = place(segment_N[:, None])
+  scored, next_scored = place(offset_L >= examples.firsts_N[:, None], bool)
+  positions, _ = place(offset_L)
   return Batch(
-    tokens[row], segments[row], positions[row], tokens[after], segments[after],
-    scored[row], scored[after],
+    tokens, segments, positions, next_tokens, next_segments, scored, next_scored
   )
 
 
@@ -146,7 +229,7 @@ class TaskCorpus:
     return Examples(self.task, self.config.data, "train", self.config.data.seed)
 
   @property
-  def train_set(self) -> list[tuple[np.ndarray, int]]:
+  def train_set(self) -> Encoded:
     """The encoded training examples of a set with an end."""
     c = self.config
     data = dataclasses.replace(c.data, seq_len=0, batch_size=0, num_workers=0)
@@ -162,7 +245,9 @@ class TaskCorpus:
     settings = getattr(c.task, c.data.source)
     text = f"{c.data.source} {settings} {c.data.validation_fraction} "
     text += f"{c.data.test_fraction} {c.data.seed} {c.task.num_train}"
-    return {"manifest": hashlib.sha256(text.encode()).hexdigest()}
+    # Names the generator of tasks whose examples were once drawn by another.
+    drawn = {"draws": "splitmix64"} if isinstance(self.task, DrawnTask) else {}
+    return {"manifest": hashlib.sha256(text.encode()).hexdigest()} | drawn
 
   @property
   def stats(self) -> dict[str, Any]:
@@ -192,10 +277,7 @@ class TaskCorpus:
 
   def held_out(self, count: int) -> list[Example]:
     """Returns the first `count` examples of the evaluation's split."""
-    examples = Examples(
-      self.task, self.config.data, self.config.eval.split, _HELD_OUT_SEED
-    )
-    return [examples[number] for number in range(count)]
+    return [self._held_out_examples[number] for number in range(count)]
 
   def eval_batches(self, num_extra: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields `(Batch, document_B)`: held-out examples, each on a row of its own."""
@@ -203,20 +285,21 @@ class TaskCorpus:
     for begin in range(0, limits.num_rows, limits.batch_size):
       owners = np.arange(begin, begin + limits.batch_size)
       owners[owners >= limits.num_rows] = -1
-      rows = [
-        pack([self._to_score(i)] if i >= 0 else [], seq_len, num_extra)
-        for i in owners
-      ]
-      yield packing.stack_rows(rows), owners.astype(np.int32)
-
-  def _to_score(self, number: int) -> tuple[np.ndarray, int]:
-    """Returns a held-out example without the end that its text does not have there."""
-    ids, first = self.encode(self._held_out[number])
-    return (ids if self.task.answer_ends else ids[:-1]), first
+      examples = self._to_score.at(owners)
+      lengths = np.where(owners >= 0, examples.lengths_N, 0)
+      batch = pack(examples._replace(lengths_N=lengths), 1, seq_len, num_extra)
+      yield batch, owners.astype(np.int32)
 
   @functools.cached_property
-  def _held_out(self) -> list[Example]:
-    return self.held_out(self.config.eval.num_rows)
+  def _held_out_examples(self) -> Examples:
+    return Examples(self.task, self.config.data, self.config.eval.split, _HELD_OUT_SEED)
+
+  @functools.cached_property
+  def _to_score(self) -> Encoded:
+    """The held-out examples without the end that their texts do not have there."""
+    examples = self._held_out_examples.encoded(np.arange(self.config.eval.num_rows))
+    end = 0 if self.task.answer_ends else 1
+    return examples._replace(lengths_N=examples.lengths_N - end)
 
 
 def load_task(config: Config) -> TaskCorpus:
@@ -243,8 +326,6 @@ def _encode(tokenizer: SymbolTokenizer, example: Example) -> tuple[np.ndarray, i
 
 
 @functools.lru_cache(maxsize=2)
-def _train_set(data: DataConfig, config: TaskConfig) -> list[tuple[np.ndarray, int]]:
-  task = make_task(data.source, config)
-  tokenizer = SymbolTokenizer(task.symbols)
-  examples = Examples(task, data, "train", data.seed)
-  return [_encode(tokenizer, examples[number]) for number in range(config.num_train)]
+def _train_set(data: DataConfig, config: TaskConfig) -> Encoded:
+  examples = Examples(make_task(data.source, config), data, "train", data.seed)
+  return examples.encoded(np.arange(config.num_train))

@@ -14,15 +14,12 @@ is one of them from then on), and the last one gives the target.
 import numpy as np
 
 from mtp_jax.config import CountdownConfig
-from mtp_jax.data.tasks.interface import Example, numbers
+from mtp_jax.data.tasks.interface import Example, Task, numbers
 
 _PAUSE = "<pause>"
 
 
-class Countdown:
-  splits_by_prompt = True
-  answer_ends = True
-
+class Countdown(Task):
   def __init__(self, config: CountdownConfig):
     self._config = config
     self.symbols = (*numbers(10), "+", "-", "*", "/", "=", ",", "|", _PAUSE)
@@ -75,10 +72,6 @@ class Countdown:
         return False
       left.append(result)
     return left == [int(target)]
-
-  def group(self, prompt: tuple[str, ...]) -> str:
-    del prompt
-    return ""
 
 
 def _apply(a: int, operator: str, b: int) -> int | None:

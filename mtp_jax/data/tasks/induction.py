@@ -15,7 +15,7 @@ The prompt ends at a mention of a name after its first.
 import numpy as np
 
 from mtp_jax.config import InductionConfig
-from mtp_jax.data.tasks.interface import Example
+from mtp_jax.data.tasks.interface import Example, Task
 
 _START = "<story>"
 _NOUNS = "river house garden forest market school lake tower bridge field".split()
@@ -37,7 +37,7 @@ _PATTERNS = tuple(
 )  # fmt: skip
 
 
-class Induction:
+class Induction(Task):
   splits_by_prompt = False
   answer_ends = False
 
@@ -113,7 +113,3 @@ class Induction:
   def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
     """The story has the answer: what followed the first half when it came first."""
     return answer == (prompt[prompt.index(prompt[-1]) + 1],)
-
-  def group(self, prompt: tuple[str, ...]) -> str:
-    del prompt
-    return ""

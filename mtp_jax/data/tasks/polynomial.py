@@ -12,7 +12,7 @@ composition f(g) is that of the representatives of degree below 5, modulo X^5:
 import numpy as np
 
 from mtp_jax.config import PolynomialConfig
-from mtp_jax.data.tasks.interface import Example, numbers
+from mtp_jax.data.tasks.interface import Example, Task, numbers
 
 PRIME, LENGTH = 7, 5
 _PAUSE = "<pause>"
@@ -20,10 +20,7 @@ _PAUSE = "<pause>"
 _OPERATORS = ("n", "+", "*", "o")
 
 
-class Polynomial:
-  splits_by_prompt = True
-  answer_ends = True
-
+class Polynomial(Task):
   def __init__(self, config: PolynomialConfig):
     self._config = config
     self.symbols = (*numbers(PRIME), *_OPERATORS, "(", ")", "=", _PAUSE)

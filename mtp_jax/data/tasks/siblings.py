@@ -16,12 +16,11 @@ import string
 import numpy as np
 
 from mtp_jax.config import SiblingsConfig
-from mtp_jax.data.tasks.interface import Example
+from mtp_jax.data.tasks.interface import DrawnTask
 
 
-class Siblings:
+class Siblings(DrawnTask):
   splits_by_prompt = False
-  answer_ends = True
 
   def __init__(self, config: SiblingsConfig):
     self._config = config
@@ -29,18 +28,30 @@ class Siblings:
     self._children = tuple(f"c{i}" for i in range(count))
     self._parents = tuple(f"p{i}" for i in range(config.num_parents))
     self.symbols = (*string.ascii_lowercase, ":", *self._parents, *self._children)
+    self.num_words = config.prefix_length + 3
     self.max_prompt = config.prefix_length + 1
     self.max_answer = 3
     self.max_tokens = self.max_prompt + self.max_answer
 
-  def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
-    del is_held_out
-    c = self._config
-    prefix = [string.ascii_lowercase[i] for i in rng.integers(26, size=c.prefix_length)]
-    parent = int(rng.integers(c.num_parents))
-    pair = rng.permutation(c.num_children)[:2] * c.num_parents + parent
-    children = [self._children[i] for i in pair]
-    return Example((*prefix, ":"), (*children, self._parents[parent]))
+  def draw(self, words_NW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    c, N = self._config, len(words_NW)
+    prefix_NX = words_NW[:, : c.prefix_length] % len(string.ascii_lowercase)
+    ends = np.array([c.num_parents, c.num_children, c.num_children - 1], np.uint64)
+    parent_N, first_N, step_N = (words_NW[:, c.prefix_length :] % ends).T
+    # A step of 1 to num_children - 1 around the circle leads to any other child.
+    second_N = (first_N + 1 + step_N) % c.num_children
+    colon = len(string.ascii_lowercase)
+    first_child = colon + 1 + c.num_parents
+    children_N2 = np.stack([first_N, second_N], axis=1) * c.num_parents
+    symbols_NS = np.concatenate(
+      [
+        prefix_NX, np.full((N, 1), colon),
+        first_child + children_N2 + parent_N[:, None],
+        colon + 1 + parent_N[:, None],
+      ],
+      axis=1,
+    )
+    return symbols_NS, np.ones(N, bool)
 
   def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
     del prompt
@@ -55,7 +66,3 @@ class Siblings:
         int(x[1:]) % self._config.num_parents == int(parent[1:]) for x in children
       )
     )
-
-  def group(self, prompt: tuple[str, ...]) -> str:
-    del prompt
-    return ""

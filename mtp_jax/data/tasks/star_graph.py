@@ -11,55 +11,66 @@ model that learns to copy the next edge from the one before never learns it, and
 at 1/d. Ours: a begin before and an end after each example, the end is a target too.
 """
 
-import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from mtp_jax.config import StarGraphConfig
-from mtp_jax.data.tasks.interface import Example, numbers
+from mtp_jax.data.tasks.interface import DrawnTask, numbers
 
 
-class StarGraph:
+class StarGraph(DrawnTask):
   """Draws labels of nodes without replacement; `reversed` asks for the path backward.
 
   The goal is then named first, and every step follows from the edges: the control that
   next-token prediction can learn.
   """
 
-  splits_by_prompt = True
-  answer_ends = True
-
   def __init__(self, config: StarGraphConfig):
     self._config = config
-    edges = config.arms * (config.length - 1)
+    self._num_edges = edges = config.arms * (config.length - 1)
+    self.num_words = config.num_labels + edges
     self.symbols = (*numbers(config.num_labels), "|", "/", "=")
     self.max_prompt = 3 * edges + 3
     self.max_answer = config.length
     self.max_tokens = self.max_prompt + self.max_answer
 
-  def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
-    del is_held_out
-    c = self._config
-    num_nodes = 1 + c.arms * (c.length - 1)
-    source, *others = map(str, rng.permutation(c.num_labels)[:num_nodes])
-    arms = [
-      [source, *others[i : i + c.length - 1]]
-      for i in range(0, len(others), c.length - 1)
-    ]
-    edges = [pair for arm in arms for pair in itertools.pairwise(arm)]
-    prompt: list[str] = []
-    for i in rng.permutation(len(edges)):
-      prompt += [*edges[i], "|"]
-    path = arms[0]  # The labels are random: any arm will do.
-    prompt[-1:] = ["/", path[0], path[-1], "="]
-    return Example(tuple(prompt), tuple(path[::-1] if c.reversed else path))
+  def draw(self, words_NW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Legend: A arms, L nodes of an arm, E edges."""
+    c, N, E = self._config, len(words_NW), self._num_edges
+    bar, slash, equals = range(c.num_labels, c.num_labels + 3)
+    # The order of random numbers is a random order.
+    nodes_NV = np.argsort(words_NW[:, : c.num_labels])[:, : 1 + E]
+    arms_NAL = np.concatenate(
+      [
+        np.broadcast_to(nodes_NV[:, :1, None], (N, c.arms, 1)),
+        nodes_NV[:, 1:].reshape(N, c.arms, c.length - 1),
+      ],
+      axis=2,
+    )
+    order_NE = np.argsort(words_NW[:, c.num_labels :])
+    prompt_NE3 = np.full((N, E, 3), bar)
+    for i, ends_NAL in enumerate((arms_NAL[:, :, :-1], arms_NAL[:, :, 1:])):
+      ends_NE = ends_NAL.reshape(N, E)
+      prompt_NE3[:, :, i] = np.take_along_axis(ends_NE, order_NE, axis=1)
+    prompt_NE3[:, -1, 2] = slash
+    path_NL = arms_NAL[:, 0]  # The labels are random: any arm will do.
+    answer_NL = path_NL[:, ::-1] if c.reversed else path_NL
+    symbols_NS = np.concatenate(
+      [
+        prompt_NE3.reshape(N, 3 * E), path_NL[:, [0, -1]], np.full((N, 1), equals),
+        answer_NL,
+      ],
+      axis=1,
+    )
+    return symbols_NS, np.ones(N, bool)
 
   def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
     return answer == self._path(prompt)
 
-  def group(self, prompt: tuple[str, ...]) -> str:
-    del prompt
-    return ""
+  def baselines(self, prompts: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    del prompts
+    return {"random arm": 1 / self._config.arms}
 
   def _path(self, prompt: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the path, found from the goal backward: every node has one parent."""
