@@ -104,8 +104,8 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
         for arm in ARMS:
           yield _trial(preset, size, arm, seed)
     if preset == "cpu":
-      yield from _lambda_trials(sizes[2], seed)
       if seed < 3:
+        yield from _lambda_trials(sizes[2], seed)
         for size in (sizes[0], sizes[2], sizes[3]):
           for passes in PASSES:
             for arm in ("n=1", "n=2"):
