@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
       sat=dict(num_variables=7, num_clauses=30, unique=False),
       countdown=dict(num_inputs=4, largest=100, num_pauses=8),
       polynomial=dict(max_operators=5, held_out_operators=7, num_pauses=0),
-      induction=dict(num_sentences=10, num_halves=50, num_names=500),
+      induction=dict(num_sentences=10, num_halves=50, num_names=500, fresh_share=0.0),
       siblings=dict(num_parents=5, num_children=500, prefix_length=10),
     )
   )

@@ -330,11 +330,16 @@ class PolynomialConfig:
 class InductionConfig:
   """A name is one of `num_halves` words, then one of as many others; `num_names` of
   these pairs occur in training.
+
+  fresh_share: share of training stories whose names are drawn from all pairs, alike,
+    but for a tenth of those that are not among the `num_names`, which stays held out;
+    0: all pairs that are not among the `num_names` are held out.
   """
 
   num_sentences: int
   num_halves: int
   num_names: int
+  fresh_share: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ _FINITE_POSITIVE = (
 _FRACTIONS = (
   "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
   "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
-  "trunk.moe.bias_until",
+  "trunk.moe.bias_until", "task.induction.fresh_share",
 )
 
 
@@ -403,6 +403,12 @@ def _check_task(rule: _Rules) -> None:
     2 <= halves <= names <= halves * (halves - 1), "task.induction.num_names",
     f"from num_halves ({halves}, at least 2), so that every half occurs, to "
     "num_halves * (num_halves - 1), so that every first half has a new name",
+  )
+  rule(
+    not task.induction.fresh_share or names <= halves * (halves - 2),
+    "task.induction.num_names",
+    f"at most num_halves * (num_halves - 2) ({halves * (halves - 2)}) with "
+    "task.induction.fresh_share, so that there are fresh names and held-out ones",
   )
 
 

@@ -410,7 +410,8 @@ def task_metrics(
   task_accuracy_groups: the same by kind of prompt, see `Task.group`.
   task_new:             share of answers that are right, differ from all before them,
                         and are not in the training set; for tasks with many right
-                        answers to a prompt that says nothing (siblings).
+                        answers to a prompt that says nothing (siblings, where two
+                        children in the other order are another answer).
   task_baselines:       accuracy of trivial rules on the same examples, see
                         `Task.baselines`.
   decoded_*:            see `acceptance_rates`.
@@ -451,7 +452,8 @@ def task_metrics(
     new = []
     for answer, is_correct in zip(map(tuple, ids), correct, strict=True):
       new.append(is_correct and answer not in known and answer not in seen)
-      seen.add(answer)
+      if is_correct:  # What never ended is cut to the length of one that did.
+        seen.add(answer)
   return {
     "task_accuracy": _proportion(correct),
     "task_accuracy_groups": {x: _proportion(groups[x]) for x in sorted(groups)},

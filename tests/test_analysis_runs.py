@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mtp_jax import evaluate
@@ -96,6 +97,22 @@ def test_half_a_last_line_is_passed_over(tmp_path, run):
   with (run / "metrics.jsonl").open("a") as file:
     file.write('{"kind": "train", "st')
   assert load(tmp_path).trials["step"].item() == 100
+
+
+def test_records_of_the_test_split_and_success_change_nothing(tmp_path, run):
+  before = load(tmp_path)
+  record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+  with (run / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(record | {"kind": "test", "bits_per_byte": 0.0}) + "\n")
+  evaluation = json.loads((run / "eval.json").read_text())
+  evaluation["stopped"] = {
+    "step": 1, "tokens": 1, "metric": "loss", "value": 1.0, "last_step": 2
+  }
+  (run / "eval.json").write_text(json.dumps(evaluation))
+  after = load(tmp_path)
+  for name in ("trials", "metrics", "curves"):
+    pd.testing.assert_frame_equal(getattr(after, name), getattr(before, name))
+  assert after.trials["status"].item() == "finished"
 
 
 def break_config_json(run):

@@ -236,6 +236,25 @@ def test_two_processes_train_as_one(alone, pair):
   assert status["loss"] == read_metrics(pair, "train")[-1]["loss"][0]
 
 
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_success(tiny, tmp_path):
+  settings = {
+    "data.source": "siblings", "task.siblings.num_parents": 2,
+    "task.siblings.num_children": 6, "task.siblings.prefix_length": 2,
+    "task.num_train": 8, "tokenizer.kind": "symbols", "eval.task_examples": 4,
+    "train.evals_per_doubling": 1, "train.eval_every": 0, "train.eval_test": True,
+    "train.stop_metric": "loss", "train.stop_value": 99.0,
+  }
+  workdir = tmp_path / "run"
+  job = Job(tiny, workdir, 2, *(f"--config.{x}={v}" for x, v in settings.items()))
+  assert job.wait() == [0, 0], job.output()
+  stopped = json.loads((workdir / "eval.json").read_text())["stopped"]
+  assert (stopped["step"], stopped["last_step"]) == (1, 2)
+  assert finished_steps(workdir) == [2]
+  assert [x["step"] for x in read_metrics(workdir, "test")] == [1, 2]
+  assert read_status(workdir)["exit_class"] == "done"
+
+
 def check_infrastructure(codes):
   assert all(classify(code, yielded=False) == "infrastructure" for code in codes), codes
 

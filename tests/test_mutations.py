@@ -243,6 +243,18 @@ MUTANTS = {
     "shares = True",
     "test_pack.py::test_runs_at_different_steps_go_on_together",
   ),
+  "success need not last": Mutant(
+    "train.py",
+    "      self.reached = None\n",
+    "      pass\n",
+    "test_train.py::test_success_counts_twice_in_a_row[hits1-None-12]",
+  ),
+  "a resumed run forgets the first success": Mutant(
+    "train.py",
+    'self.reached = progress["reached"]',
+    "self.reached = None",
+    "test_train.py::test_success_between_two_starts_ends_the_run_as_ever[killed]",
+  ),
   "lambda not divided by depth": Mutant(
     "depth_weights.py",
     'scale / mtp.depth if mtp.weighting == "mean" else scale',

@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import base
 from mtp_jax import accounting
+from mtp_jax.config import from_config_dict, with_overrides
+from mtp_jax.config_rules import validate
 from mtp_jax.optimizer import (
   apply,
   learning_rate_scales,
@@ -36,6 +39,13 @@ def test_cosine_schedule_by_hand():
     final_fraction=0.1,
   )
   np.testing.assert_allclose(found, [0, 0.5, 1, quarter, 0.55, 0.1], rtol=1e-5)
+
+
+def test_a_constant_rate_after_the_warmup():
+  constant = {"optimizer.schedule": "cosine", "optimizer.final_fraction": 1.0}
+  validate(with_overrides(from_config_dict(base.get_config()), constant))
+  found = schedule((0.05, 0.1, 0.5, 1), warmup_fraction=0.1, final_fraction=1.0)
+  assert found == [0.5, 1, 1, 1]
 
 
 def test_warmup_stable_decay_schedule_by_hand():

@@ -4,6 +4,7 @@ The trials are so small that starting workers and compiling is nearly all that t
 of `Sweep` take: each of them does several things in one sweep.
 """
 
+import csv
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from experiments import base
 from launch import trials
-from launch.engines import local, workers
+from launch.engines import local, states, workers
 from launch.engines.local import Sweep
 from launch.engines.workers import Slot
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
@@ -40,6 +41,11 @@ TINY = {
   "eval.function_prompts": 0,
 }
 SEEDS = [{"name": f"seed={seed}", "seed": seed} for seed in (0, 1)]
+# After 20 of 40 steps.
+STOPS = {
+  "name": "stops", "train.stop_metric": "loss", "train.stop_value": 99.0,
+  "train.eval_every": 10,
+}
 DIVERGES = {"name": "diverges", "optimizer.learning_rate": 1e30}
 
 
@@ -303,12 +309,15 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
   monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into each trial's log.txt.
-  planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
-  assert Sweep(planned, tmp_path, "").run([Slot(None)]) == 1
-  assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
+  planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1], STOPS])
+  sweep = Sweep(planned, tmp_path, "")
+  assert sweep.run([Slot(None)]) == 1
+  assert kinds(planned) == {
+    "seed=0": "done", "diverges": "failed", "seed=1": "done", "stops": "done"
+  }
   shown = capfd.readouterr().out
   assert "diverges: FAILED: Diverged: loss or gradient was not finite" in shown
-  assert "1 of 3 trial(s) failed:\n  diverges: Diverged: loss" in shown
+  assert "1 of 4 trial(s) failed:\n  diverges: Diverged: loss" in shown
   error = (tmp_path / "diverges" / "error.txt").read_text()
   assert "Lower optimizer.learning_rate (1e+30)" in error
 
@@ -316,11 +325,24 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
     log.read_text().count("Finished XLA compilation of jit(train_step)")
     for log in tmp_path.glob("*/log.txt")
   ]
-  assert sorted(compiled) == [0, 0, 1]  # Three trials of one shape, one worker.
+  assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one shape, one worker.
 
-  done = [planned[0], planned[2]]
+  # Success ends a trial: what it did not do counts as done, not as fast.
+  (flops, _), = sweep._measured.values()
+  assert flops == pytest.approx(2.5 * planned[0].flops)
+  # The diverged one was noticed after 10 of its steps.
+  assert sweep._progress() == (3.25 / 4, "3/4 trials, 81% of the FLOPs")
+  assert "  20/40 " in states.table(planned, trials.read_states(planned))
+  with (tmp_path / "results.csv").open() as file:
+    rows = {row["trial"]: row for row in csv.DictReader(file)}
+  assert rows["stops"]["complete"] == "True" and rows["stops"]["step"] == "20"
+  columns = ("stopped_step", "stopped_last_step", "stopped_metric")
+  assert [rows["stops"][name] for name in columns] == ["10", "20", "loss"]
+  assert [rows["seed=0"][name] for name in columns] == [""] * 3
+
+  done = [planned[0], planned[2], planned[3]]
   assert Sweep(done, tmp_path, "").run([Slot(None)]) == 0
-  assert capfd.readouterr().out == f"all 2 trial(s) are done in {tmp_path}.\n"
+  assert capfd.readouterr().out == f"all 3 trial(s) are done in {tmp_path}.\n"
 
 
 class Meddled(Sweep):

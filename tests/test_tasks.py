@@ -3,7 +3,9 @@
 import collections
 import copy
 import dataclasses
+import hashlib
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -352,6 +354,57 @@ def test_induction_asks_for_new_names_of_known_words():
     assert {*prompt[1:], *answer} <= set(task.symbols)
 
 
+def names_of(examples: list) -> list[list[tuple[str, str]]]:
+  """Returns the different names of each story."""
+  return [
+    sorted({
+      pair
+      for pair in itertools.pairwise((*example.prompt, *example.answer))
+      if pair[0].startswith("first")
+    })
+    for example in examples
+  ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_stories_has_fresh_names(share):
+  config = config_of(
+    "induction", task__induction__num_halves=20, task__induction__num_names=40,
+    task__induction__fresh_share=share,
+  )
+  task = make_task("induction", config.task)
+
+  def stories(split, count):
+    examples = Examples(task, config.data, split, 0)
+    return names_of([examples[number] for number in range(count)])
+
+  train, held_out = stories("train", 2000), stories("test", 400)
+  shift = lambda x: (int(x[1][6:]) - int(x[0][5:])) % 20  # noqa: E731
+  assert all(len({first for first, _ in names}) == len(names) for names in train)
+  trained = {name for names in train for name in names}
+  tested = {name for names in held_out for name in names}
+  assert not trained & tested
+  # 40 names are 2 of 20 shifts. Of the 18 others, 1 is held out, or all without fresh.
+  assert {shift(x) for x in tested} == ({19} if share else set(range(2, 20)))
+  assert len({x[0] for x in tested}) == 20
+  assert {shift(x) for x in trained} == (set(range(19)) if share else {0, 1})
+  # A story with fresh names seldom has none but names of the list: (2 / 19)^2.
+  fresh = np.mean([any(shift(x) > 1 for x in names) for names in train])
+  assert fresh == pytest.approx(share * (1 - (2 / 19) ** 2), abs=0.06)
+  if share == 1:  # All alike, the names of the list too.
+    counts = collections.Counter(x for names in train for x in names)
+    assert len(counts) > 370
+    assert max(counts.values()) < 30
+
+
+def test_stories_without_fresh_names_are_what_they_were():
+  digests = [
+    hashlib.sha256(repr(examples_of("induction", split, 50)).encode()).hexdigest()[:16]
+    for split in ("train", "validation")
+  ]
+  assert digests == ["00627eb262351007", "86c50d858d0c3faa"]
+
+
 @pytest.mark.parametrize("source", TASKS)
 def test_many_examples_at_once_are_those_drawn_alone(source, monkeypatch):
   corpus = corpus_of(source, data__validation_fraction=0.5)
@@ -416,6 +469,31 @@ def test_hosts_share_the_examples_of_one_host():
   parts = [batches(host_index=i, num_hosts=2) for i in range(2)]
   for alone, *together in zip(batches(), *parts, strict=True):
     assert alone.tolist() == np.concatenate(together).tolist()
+
+
+def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+  rows = corpus_of("siblings", task__num_train=10, data__seq_len=10).train_rows(1)
+  assert len(rows) == 10  # One example to a row.
+  loader = TrainLoader(rows, batch_size=4, seed=0)
+  seen = np.concatenate([next(loader).tokens for _ in range(10)])  # Four epochs.
+  loader.close()
+  expected = sorted(rows.read(np.arange(10)).tokens.tolist())
+  epochs = [epoch.tolist() for epoch in np.split(seen, 4)]
+  assert all(sorted(epoch) == expected for epoch in epochs)
+  assert len({str(epoch) for epoch in epochs}) == 4
+  orders = [rows.order(seed, 0, 40).tolist() for seed in (0, 0, 1)]
+  assert orders[0] == orders[1] != orders[2]
+  assert orders[0][13:17] == rows.order(0, 13, 17).tolist()
+
+
+def test_a_small_training_set_is_in_order_at_once():
+  """The loader's own shuffle takes 0.1 ms for each of 300 rows: half of a step."""
+  rows = corpus_of("siblings", task__num_train=300, data__seq_len=10).train_rows(1)
+  rows.read(rows.order(0, 0, 64))
+  begin = time.process_time()
+  for step in range(50):
+    rows.order(0, 64 * step, 64 * step + 64)
+  assert time.process_time() - begin < 50 * 0.001  # 50 * 0.008 before.
 
 
 @pytest.mark.parametrize("source", ["star_graph", "siblings", "sat"])
@@ -545,11 +623,16 @@ def test_what_cannot_be_drawn_is_refused():
     ("task__countdown__num_inputs", 1, r"task.countdown.num_inputs must be at least 2"),
     ("task__siblings__num_children", 1, r"task.siblings.num_children must be at"),
     ("task__induction__num_names", 5, r"task.induction.num_names must be from"),
+    ("task__induction__fresh_share", 1.5, r"task.induction.fresh_share must be in \["),
     ("task__induction__num_names", 31, r"task.induction.num_names must be from"),
     ("tokenizer__kind", "bytes", r"tokenizer.kind must be 'symbols' for a task"),
   ):
     with pytest.raises(ConfigError, match=message):
       config_of("star_graph", **{key: value})
+  with pytest.raises(ConfigError, match=r"num_names must be at most .* \(24\) with"):
+    config_of(
+      "induction", task__induction__num_names=25, task__induction__fresh_share=0.1
+    )
   many = {"task__sat__num_variables": 11, "task__sat__num_clauses": 33}
   with pytest.raises(ConfigError, match=r"task.sat.num_variables must be at most 10"):
     config_of("sat", task__sat__unique=True, **many)
@@ -637,23 +720,51 @@ def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
 
 
 def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch):
-  corpus = corpus_of("siblings", task__num_train=20, eval__task_examples=5)
-  tokenizer = corpus.tokenizer
-  known = {corpus.train_examples[number].answer for number in range(20)}
-  pairs = itertools.permutations(range(0, 15, 3), 2)  # Children of parent 0.
-  new = next(
-    x for x in ((f"c{a}", f"c{b}", "p0") for a, b in pairs) if x not in known
-  )
-  wrong = (*new[:2], "p1")
-  texts = [new, new, next(iter(sorted(known))), wrong, new[::-1]]
-  eos = [tokenizer.eos_id]
+  corpus = corpus_of("siblings", task__num_train=2, eval__task_examples=8)
+  encode = corpus.tokenizer.encode
+  rows = [
+    [0, *encode("a b c d : c0 c3 p0"), 1], [0, *encode("e f g h : c1 c4 p1"), 1]
+  ]
+  known = corpus_lib.Encoded(np.array(rows), np.full(2, 10), np.full(2, 6))
+  monkeypatch.setattr(corpus_lib, "_train_set", lambda data, config: known)
+  answers = [  # (text, whether eos came, right, new)
+    ("c0 c3 p0", True, True, False),  # It was trained on.
+    ("c3 c0 p0", True, True, True),
+    ("c3 c0 p0", True, True, False),  # It was given before.
+    ("c0 c1 p0", True, False, False),
+    ("c2 c5 p2", True, True, True),
+    ("c2 c2 p2", True, False, False),
+    ("c1 c7 p1 p1", False, False, False),  # It goes on.
+    ("c1 c7 p1", True, True, True),
+  ]
   scripted(
     monkeypatch,
-    [(np.concatenate([tokenizer.encode_symbols(x), eos]), True) for x in texts],
+    [
+      (np.array([*encode(text), *[corpus.tokenizer.eos_id] * ends]), ends)
+      for text, ends, *_ in answers
+    ],
   )
   found = evaluate.task_metrics(corpus.config, {}, corpus)
-  assert found["task_accuracy"]["mean"] == pytest.approx(3 / 5)
-  assert found["task_new"]["mean"] == pytest.approx(1 / 5)
+  assert found["task_accuracy"]["mean"] == sum(right for *_, right, _ in answers) / 8
+  assert found["task_new"]["mean"] == sum(new for *_, new in answers) / 8
+  assert found["task_baselines"] == {}
+
+
+@pytest.mark.parametrize("children", [40, 300])
+def test_siblings_of_the_sizes_that_leave_something_to_find(children):
+  corpus = corpus_of(
+    "siblings", task__siblings__num_parents=5, task__siblings__num_children=children,
+    task__siblings__prefix_length=0, task__num_train=10_000, data__seq_len=6,
+    tokenizer__vocab_size=34 + 5 * children,
+  )
+  triples = {tuple(x) for x in corpus.train_set.tokens_NL[:, 2:5].tolist()}
+  possible = 5 * children * (children - 1)
+  # So many of 10,000 draws differ on average; 5 standard deviations or more.
+  expected = possible * (1 - (1 - 1 / possible) ** 10_000)
+  assert len(triples) == pytest.approx(expected, abs=5 * possible**0.5 / 2)
+  few = corpus_of("siblings", task__num_train=300).train_set.tokens_NL
+  many = corpus_of("siblings", task__num_train=1000).train_set.tokens_NL
+  assert few.tolist() == many[:300].tolist()  # A larger set has the smaller one.
 
 
 def test_intermediate_results_stay_small():

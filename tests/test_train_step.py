@@ -48,6 +48,10 @@ OTHER = {
   "optimizer.learning_rate": 0.5,
   "train.num_steps": 20,
   "train.log_every": 3,
+  "train.evals_per_doubling": 2,
+  "train.eval_test": True,
+  "train.stop_metric": "loss",
+  "train.stop_value": 1.0,
   "train.trunk_from": "runs/other",
   "data.seed": 5,
 }

@@ -79,7 +79,8 @@ def test_a_frozen_trunk_is_the_deployed_model_of_its_source(
   assert all(np.any(x) for x in jax.tree.leaves(found.params["mtp"]))
   # On another mesh, and the layer of a parallel head in another loop: it may round.
   run = train._Run(source_config, source, read_only=True)
-  of_source = run.likelihood(mtp_jax.load(source, mesh=run.mesh).params)
+  params = mtp_jax.load(source, mesh=run.mesh).params
+  of_source = run.likelihood(params, run.corpus)
   assert result["main_loss"]["mean"] == pytest.approx(
     of_source["main_loss"]["mean"], rel=1e-6
   )
@@ -123,10 +124,10 @@ def test_next_token_prediction_and_the_tokenizer_of_the_source_are_taken_up(
   }
   run = train._Run(medusa_on(config, source, **plain), tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
-    state, seconds, record = run.start(run.loader())
+    state, progress, record = run.start(run.loader())
   expected = without_predictors(mtp_jax.load(source).params)
   assert_trees_close(state.params, expected, rtol=0, atol=0)
-  assert (int(state.step), seconds, record["path"]) == (0, 0.0, str(source))
+  assert (int(state.step), progress["seconds"], record["path"]) == (0, 0.0, str(source))
 
 
 def test_what_is_no_source_is_refused_before_anything_is_written(

@@ -14,7 +14,9 @@ from mtp_jax.config import InductionConfig
 from mtp_jax.data.tasks.induction import Induction
 
 _NUM_STORIES = 1500
-_STORIES = InductionConfig(num_sentences=10, num_halves=50, num_names=500)
+_STORIES = InductionConfig(
+  num_sentences=10, num_halves=50, num_names=500, fresh_share=0.0
+)
 
 
 def _language_reference() -> Sequence[tuple[str, str]]:

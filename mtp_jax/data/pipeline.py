@@ -389,5 +389,9 @@ def _read_group(
   rows: packing.PackedRows | TaskRows, seed: int, num_rows: int, index: int
 ) -> Batch:
   """Returns the index-th group of `num_rows` rows of the shuffled order."""
-  begin = index * num_rows
-  return rows.read(shuffled_rows(len(rows), seed, begin, begin + num_rows))
+  begin, end = index * num_rows, (1 + index) * num_rows
+  if isinstance(rows, TaskRows):
+    numbers = rows.order(seed, begin, end)
+    if numbers is not None:
+      return rows.read(numbers)
+  return rows.read(shuffled_rows(len(rows), seed, begin, end))

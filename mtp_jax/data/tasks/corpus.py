@@ -5,8 +5,8 @@ scored. A row holds as many whole examples as always fit, `seq_len` over the lon
 and padding: no example is cut, and none is likelier to be left out than another.
 
 The n-th example of a split follows from (data.seed, split, n) alone, so it is the same
-on every host and after every restart. Which split a prompt belongs to is decided by the
-hash of its text, as for documents.
+on every host and after every restart. Which split a prompt belongs to is decided by its
+hash, as for documents.
 """
 
 import dataclasses
@@ -178,6 +178,21 @@ class TaskRows:
   def __getitem__(self, row: int) -> Batch:
     return packing.map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
+  def order(self, seed: int, begin: int, end: int) -> np.ndarray | None:
+    """Returns rows [end - begin] of the endless order; None leaves it to the loader.
+
+    Every epoch is shuffled anew. The loader's shuffle walks through at least 2^16
+    numbers for an epoch of any size, which takes longer than a step of a small model.
+    """
+    if self.num_tokens:
+      num_rows, places = len(self), np.arange(begin, end)
+      first, last = begin // num_rows, (end - 1) // num_rows
+      epochs = [_shuffled(num_rows, seed, epoch) for epoch in range(first, 1 + last)]
+      return np.concatenate(epochs)[places - first * num_rows]
+    # Examples that are drawn apart and without end are in random order already.
+    is_drawn = isinstance(self._corpus.task, DrawnTask)
+    return np.arange(begin, end) if is_drawn else None
+
   def read(self, rows_B: np.ndarray) -> Batch:
     corpus, count = self._corpus, self._corpus.per_row
     numbers_N = (count * rows_B[:, None] + np.arange(count)).reshape(-1)
@@ -187,6 +202,14 @@ class TaskRows:
     else:
       examples = corpus.train_examples.encoded(numbers_N)
     return pack(examples, count, self.seq_len, self._num_extra)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+  """Returns the row numbers of an epoch, which go on from the epoch before."""
+  (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+  keys = sources.mix(state ^ sources.mix(np.arange(num_rows, dtype=np.uint64)))
+  return epoch * num_rows + np.argsort(keys)
 
 
 def pack(examples: Encoded, per_row: int, seq_len: int, num_extra: int) -> Batch:
@@ -245,9 +268,10 @@ class TaskCorpus:
     settings = getattr(c.task, c.data.source)
     text = f"{c.data.source} {settings} {c.data.validation_fraction} "
     text += f"{c.data.test_fraction} {c.data.seed} {c.task.num_train}"
-    # Names the generator of tasks whose examples were once drawn by another.
+    # Name the generators of examples and order that have replaced others.
     drawn = {"draws": "splitmix64"} if isinstance(self.task, DrawnTask) else {}
-    return {"manifest": hashlib.sha256(text.encode()).hexdigest()} | drawn
+    order = {"order": "splitmix64"} if c.task.num_train else {}
+    return {"manifest": hashlib.sha256(text.encode()).hexdigest()} | drawn | order
 
   @property
   def stats(self) -> dict[str, Any]:

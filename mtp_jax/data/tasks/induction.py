@@ -4,7 +4,9 @@ After Gloeckle et al. 2024 (arXiv 2404.19737), section 4.1 and appendix J, whose
 are not published. Ours are made of sentence patterns and are trained on whole, as text.
 Names are two words. In training they come from a fixed list, frequent ones more often,
 so that they can be learnt by heart; held-out stories have new pairs of the same words,
-so that they cannot, and every word has been trained on:
+so that they cannot, and every word has been trained on. A share of the training stories
+(`fresh_share`) may have any pair but those that are held out, all alike: too many to be
+learnt by heart if there are many halves.
 
   prompt   <story> mira tol went to the river . ... one day mira
   answer   tol
@@ -60,6 +62,10 @@ class Induction(Task):
     rng = np.random.default_rng(0)
     pairs = [(i, (i + shift) % half) for shift in range(half) for i in range(half)]
     fixed, rest = pairs[: config.num_names], pairs[config.num_names :]
+    if config.fresh_share:
+      # The last tenth, in whole shifts, stays held out: every half has as many.
+      rest = pairs[-max(1, len(rest) // half // 10) * half :]
+    self._free_names = pairs[: len(pairs) - len(rest)]
     self._names = [fixed[i] for i in rng.permutation(len(fixed))]
     self._new_names = rest
     weights = 1.0 / np.arange(1, 1 + len(fixed))  # Zipf's law.
@@ -67,9 +73,13 @@ class Induction(Task):
 
   def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
     # Two names that begin alike could not be told apart.
-    names = [self._name(rng, is_held_out)]
+    pool = self._new_names if is_held_out else None
+    if self._config.fresh_share and not is_held_out:
+      is_fresh = rng.random() < self._config.fresh_share
+      pool = self._free_names if is_fresh else None
+    names = [self._name(rng, pool)]
     while len(names) < 2:
-      name = self._name(rng, is_held_out)
+      name = self._name(rng, pool)
       if name[0] != names[0][0]:
         names.append(name)
     words, mentions = self._story(rng, names)
@@ -78,9 +88,12 @@ class Induction(Task):
     end = mentions[rng.integers(len(mentions))]
     return Example((_START, *words[:end]), (words[end],))
 
-  def _name(self, rng: np.random.Generator, is_held_out: bool) -> tuple[int, int]:
-    if is_held_out:
-      return self._new_names[rng.integers(len(self._new_names))]
+  def _name(
+    self, rng: np.random.Generator, pool: list[tuple[int, int]] | None
+  ) -> tuple[int, int]:
+    """Draws from a pool, all alike, or from the fixed list, frequent ones first."""
+    if pool is not None:
+      return pool[rng.integers(len(pool))]
     i = int(np.searchsorted(self._cumulative, rng.random()))
     return self._names[min(i, len(self._names) - 1)]
 

@@ -35,9 +35,10 @@ class Siblings(DrawnTask):
 
   def draw(self, words_NW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     c, N = self._config, len(words_NW)
-    prefix_NX = words_NW[:, : c.prefix_length] % len(string.ascii_lowercase)
-    ends = np.array([c.num_parents, c.num_children, c.num_children - 1], np.uint64)
-    parent_N, first_N, step_N = (words_NW[:, c.prefix_length :] % ends).T
+    ends = [len(string.ascii_lowercase)] * c.prefix_length
+    ends += [c.num_parents, c.num_children, c.num_children - 1]
+    values_NW = (words_NW % np.array(ends, np.uint64)).astype(np.int64)
+    prefix_NX, (parent_N, first_N, step_N) = values_NW[:, :-3], values_NW[:, -3:].T
     # A step of 1 to num_children - 1 around the circle leads to any other child.
     second_N = (first_N + 1 + step_N) % c.num_children
     colon = len(string.ascii_lowercase)
