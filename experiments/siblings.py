@@ -14,9 +14,10 @@ a head that predicts two tokens ahead reads the parent from the first child.
 Design: 5 parents of 100 children (49,500 triples); training sets of 1,000, 3,000,
 10,000 triples and fresh triples without end; 900 steps of 64 examples in every trial,
 which is 58, 19, 6 and 1 passes. Widths 8 to 128 with 4 layers. NTP, and two parallel
-heads (n = 2) at weight 1 and 0.3. A pair has the same seed, hence the same training set,
-order and trunk initialisation. Validation and test prompts are measured every 100
-steps: the best step is chosen on the validation prompts and read on the test prompts.
+heads (n = 2) at weight 1 and 0.3. A pair has the same seed, hence the same training
+set, order and trunk initialisation. Validation and test prompts are measured every 50
+steps: the best step is the one with the lowest loss on the validation prompts, and is
+read on the test prompts.
 
 Scores, in this order: held-out next-token loss at the best step (`loss`, nats per
 token; a perfect model has 2.701), share of new and coherent answers at the best step
@@ -25,8 +26,8 @@ step. Gain is NTP minus n = 2 for the loss and n = 2 minus NTP for the shares.
 
 Presets: `cpu_rates` chooses the learning rate and the weight decay of every width and
 method on seed 100, which is then thrown away; `cpu` is the experiment, 10 seeds (5 at
-width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of widths to 768 and 1,536, with width 128 (1M) in
-common.
+width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of widths to 768
+and 1,536, with width 128 (1M) in common.
 
 Rules, before the runs. For each training set: the slope of the gain on log10 of NTP's
 parameters, 95 % interval by bootstrap of the seeds within sizes. *Grows* if the
@@ -62,7 +63,7 @@ WEIGHTS = (1.0, 0.3)
 _SEEDS = {"cpu": 10, "gpu": 5, "cluster": 5}
 _TUNING_SEED = 100
 _RATE = 3e-3
-_FACTORS = (0.5, 1.0, 2.0)
+_FACTORS = (0.5, 1.0, 2.0, 4.0)
 _DECAYS = (0.1, 1.0)
 
 
@@ -87,7 +88,7 @@ def get_config(preset: str = "cpu") -> ConfigDict:
   config.tokenizer.vocab_size = 544
   config.data.update(seq_len=14, batch_size=64, num_workers=0)
   config.optimizer.update(base_width=64, learning_rate=_RATE)
-  config.train.update(num_steps=900, log_every=100, eval_every=100, eval_test=True)
+  config.train.update(num_steps=900, log_every=100, eval_every=50, eval_test=True)
   config.eval.update(
     split="test", num_rows=1024, batch_size=512, task_examples=1024
   )
