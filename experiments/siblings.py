@@ -25,9 +25,9 @@ token; a perfect model has 2.701), share of new and coherent answers at the best
 step. Gain is NTP minus n = 2 for the loss and n = 2 minus NTP for the shares.
 
 Presets: `cpu_rates` chooses the learning rate and the weight decay of every width and
-method on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10 seeds (5 at
-width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of widths to 768
-and 1,536, with width 128 (1M) in common.
+method on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10
+seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of
+widths to 768 and 1,536, with width 128 (1M) in common.
 
 Rules, before the runs. For each training set: the slope of the gain on log10 of NTP's
 parameters, 95 % interval by bootstrap of the seeds within sizes. *Grows* if the
