@@ -32,15 +32,20 @@ WITH_EXPERTS = (
   ("deepseek_v3", "cpu"), ("deepseek_v3", "v3"), ("moe_balance", "cpu"),
   ("moe_balance", "gpu"),
 )
-ON_TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction")
-ON_TEXT = (
-  "acceptance_by_depth", "schedules", "bytes_or_bpe", "data_repetition", "hidden_source"
+ON_TASKS = (
+  "star_graph", "sat", "countdown", "polynomial", "induction", "siblings", "look_ahead",
 )
+ON_TEXT = (
+  "acceptance_by_depth", "schedules", "bytes_or_bpe", "data_repetition",
+  "hidden_source", "tax",
+)
+RATES = [(name, "cpu_rates") for name in ("siblings", "look_ahead", "tax")]
 EXPERIMENTS = [
   *((name, None) for name in SMALL),
   *(("gains_with_scale", preset) for preset in PRESETS),
   *WITH_EXPERTS,
   *((name, preset) for name in ON_TASKS + ON_TEXT for preset in ("cpu", "gpu")),
+  *RATES,
   *(("drafters", preset) for preset in ("cpu", "cpu_trunks", "gpu", "gpu_trunks")),
 ]
 # The presets `cluster` of the questions are `gpu` with more seeds or sizes.

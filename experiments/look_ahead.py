@@ -1,0 +1,135 @@
+"""From which size does predicting more tokens teach a model to look ahead?
+
+  python -m launch.sweep --config=experiments/look_ahead.py:cpu \
+      --workdir=runs/look_ahead --parallel=2
+
+Claim: models trained on several tokens at once find the path of a star graph where
+next-token prediction (NTP) stays at chance (Bachmann and Nagarajan 2024, arXiv
+2403.06963; "TOP", arXiv 2508.19228, table 5, 14M parameters). Published at one size
+each; this experiment has a ladder of sizes, and measures time instead of one score.
+
+Design: G(2,3) of 12 labels, fresh graphs, a constant learning rate after warm-up, at
+most 4,000 steps of 128. A run stops when the exact path is right for 0.95 of 512
+held-out graphs at two validations in a row; validations are log-spaced, four for each
+doubling of the step, so that a time is known to 19 %. Score: tokens to the first of the
+two, censored at 4,000 steps. Width ladder: 4 layers of width 8 to 128. Depth ladder:
+width 16 with 1 to 8 layers, where "too small to look ahead" is a matter of layers:
+every hop needs one. NTP, and parallel heads with n = 2 and 4 at weight 1; `shortened`
+(the trunk loses a layer for every extra head, so that sizes are equal) in the depth
+ladder. `fixed`: 4,000 graphs read again and again, at widths 16 and 64.
+
+Presets: `cpu_rates` chooses the learning rate of every width and method on seed 100,
+which is then thrown away; `cpu` is the experiment, 10 seeds (5 at width 128); `gpu` and
+`cluster` continue the widths to 384 and 768, with width 128 in common.
+
+Rules, before the runs. Gain of a size: restricted mean of log tokens of NTP minus that
+of n, paired by seed. It *grows* with size if the 95 % interval of its slope on log10
+parameters (bootstrap of seeds within sizes) is above 0, *shrinks* if below, is *flat*
+within +-0.25 (a factor of 1.3 per decade). A crossing is claimed only if smallest and
+largest size have intervals on opposite sides of 0.
+
+Expected, before the runs, from pilots of single seeds: n = 2 is sooner at every width
+from 16 up (at 15k parameters 200 steps against more than 1,200); the gain is flat or
+shrinks with width; no gain with one or two layers, and a loss for `shortened` there;
+n = 4 is slower than n = 2.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments.task_setup import check_preset, task_config
+
+PRESETS = ("cpu", "cpu_rates", "gpu", "cluster")
+WIDTHS = {
+  "cpu": (8, 16, 32, 64, 128),
+  "gpu": (128, 256, 384),
+  "cluster": (384, 512, 768),
+}
+LAYERS = (1, 2, 3, 6, 8)
+DEPTHS = (0, 1, 3)
+FIXED = 4_000
+_SEEDS = {"cpu": 10, "gpu": 5, "cluster": 10}
+_TUNING_SEED = 100
+_RATE = 3e-3
+_FACTORS = (0.5, 1.0, 2.0)
+# What `cpu_rates` chose: the factor on the learning rate by width and n.
+_TUNED: dict[tuple[int, int], float] = {}
+
+
+def get_config(preset: str = "cpu") -> ConfigDict:
+  check_preset(preset, PRESETS)
+  is_cpu = preset.startswith("cpu")
+  config = task_config("star_graph", "cpu" if is_cpu else preset)
+  config.name = f"look_ahead_{preset}"
+  config.tokenizer.vocab_size = 17
+  config.task.star_graph.update(arms=2, length=3, num_labels=12)
+  config.data.update(seq_len=20, batch_size=128, num_workers=0)
+  config.optimizer.update(
+    base_width=64, learning_rate=_RATE, schedule="cosine", final_fraction=1.0
+  )
+  config.train.update(
+    num_steps=4_000, log_every=100, evals_per_doubling=4,
+    stop_metric="task_accuracy", stop_value=0.95,
+  )
+  config.eval.update(num_rows=512, batch_size=512, task_examples=512)
+  return config
+
+
+def sweep(preset: str = "cpu") -> Iterator[dict]:
+  """Yields the trials seed by seed, so that a sweep cut short still compares."""
+  if preset == "cpu_rates":
+    for width in WIDTHS["cpu"]:
+      for depth in DEPTHS:
+        for factor in _FACTORS:
+          trial = _trial("cpu", width, depth, _TUNING_SEED)
+          yield trial | {
+            "name": f"{trial['name']},rate=x{factor:g}",
+            "optimizer.learning_rate": _RATE * factor,
+          }
+    return
+  for seed in range(_SEEDS[preset]):
+    for width in WIDTHS[preset]:
+      if preset != "cpu" or width < 128 or seed < 5:
+        for depth in DEPTHS:
+          yield _trial(preset, width, depth, seed)
+    if preset == "cpu":
+      for layers in LAYERS:
+        yield _trial(preset, 16, 0, seed, layers=layers)
+        # A head is a layer: the trunk keeps at least one.
+        if layers > 1:
+          yield _trial(preset, 16, 1, seed, layers=layers)
+        if layers > 2:
+          yield _trial(preset, 16, 1, seed, layers=layers, arm="shortened")
+      for width in (16, 64):
+        for depth in (0, 1):
+          yield _trial(preset, width, depth, seed, num_train=FIXED)
+
+
+def _trial(
+  preset: str,
+  width: int,
+  depth: int,
+  seed: int,
+  layers: int = 4,
+  arm: str = "added",
+  num_train: int = 0,
+) -> dict:
+  head = 16 if preset == "cpu" else 64
+  name = f"width={width},layers={layers},train={num_train or 'endless'}"
+  method = f"n={1 + depth}" + (f",arm={arm}" if arm != "added" else "")
+  return {
+    "name": f"{name},{method},seed={seed}",
+    "trunk.embed_dim": width,
+    "trunk.mlp_dim": -(-8 * width // 24) * 8,
+    "trunk.num_heads": max(1, width // head),
+    "trunk.num_kv_heads": max(1, width // head),
+    "trunk.num_layers": layers,
+    "task.num_train": num_train,
+    "mtp.kind": "parallel" if depth else "none",
+    "mtp.depth": depth,
+    "mtp.arm": arm,
+    "optimizer.learning_rate": _RATE * _TUNED.get((width, 1 + depth), 1.0),
+    "seed": seed,
+    "data.seed": seed,
+  }
