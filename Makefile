@@ -24,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm"
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SPREAD) -m slow
 
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

@@ -5,10 +5,23 @@ import signal
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 _FLAG = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+_define_flag = flags.FlagValues.__setitem__
+
+
+def _replace_flag(self: flags.FlagValues, name: str, flag: flags.Flag) -> None:
+  """Defines a flag again: tests import several commands, and each has a --config."""
+  flag.allow_override = True
+  _define_flag(self, name, flag)
+
+
+flags.FlagValues.__setitem__ = _replace_flag
 _MAPPINGS = Path("/proc/self/maps")
 _MANY = 20_000
 
