@@ -419,7 +419,8 @@ class _Run:
       self.mesh,
     )
     if given:
-      state, self.model_folder = self.initial_state(given), model_folder
+      state = self.initial_state(given)
+      self.model_folder = model_folder
     else:
       state = self.programs.init(np.int32(self.config.seed))
     if "mtp" not in given:

@@ -212,8 +212,8 @@ MUTANTS = {
   ),
   "every text that a model wrote ends a document": Mutant(
     "data/pipeline.py",
-    "np.concatenate([bos[:begins], ids.astype(dtype), eos[:ends]])",
-    "np.concatenate([bos[:begins], ids.astype(dtype), eos])",
+    "tokenizers_lib.document(tokenizer, ids, begins, ends)",
+    "tokenizers_lib.document(tokenizer, ids, begins, True)",
     "test_written.py::test_documents_begin_and_end_where_their_lines_say",
   ),
   "a model continues held-out documents": Mutant(
