@@ -55,6 +55,11 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
 def define_config(default: str | None = None, required: bool = True) -> None:
   """Defines `--config=FILE.py[:preset]` and `--config.KEY=VALUE`."""
+  if default is not None:  # Then the library looks for the keys here and now.
+    try:
+      _check_keys(sys.argv)
+    except ConfigError as error:
+      sys.exit(fail(f"{error}\nSee --help.", BAD_INPUT))
   config_flags.DEFINE_config_file(
     "config",
     default,
@@ -326,14 +331,19 @@ def _check_arguments(argv: list[str]) -> None:
   """Refuses what config_flags would answer with a traceback."""
   if "config" not in flags.FLAGS:
     return
+  _check_keys(argv)
+  if (value := _config_value(argv)) is not None:
+    _check_experiment(value.partition(":")[0])
+
+
+def _check_keys(argv: list[str]) -> None:
+  """Refuses keys that no config has, and sections."""
   for argument in argv[1:]:
     if override := _OVERRIDE.match(argument):
       if type_name(override[1]) == "section":
         raise ConfigError(
           f"{override[1]} is a section; set one of its keys (--config.mtp.depth=2)."
         )
-  if (value := _config_value(argv)) is not None:
-    _check_experiment(value.partition(":")[0])
 
 
 def _config_value(argv: list[str]) -> str | None:

@@ -255,3 +255,24 @@ def test_ids_without_end(tmp_path):
   values["model"]["vocab"]["zz"] = 4_000_000_000
   file.write_text(json.dumps(values))
   refused(file, "must have token ids below 4194304", load_tokenizer, DataError)
+
+
+@pytest.mark.parametrize("section, values", [
+  ("model", {"continuing_subword_prefix": "########"}),
+  ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+  ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+  ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+  ("post_processor", {
+    "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+    "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+  }),
+  ("model", {"type": "Unigram", "unk_id": None, "vocab": []}),
+])  # fmt: skip
+def test_tokenizers_on_which_the_library_panics(tmp_path, section, values):
+  """It raises what is no Exception: a panic of the language that it is written in."""
+  write_tokenizer("gpt2", tmp_path)
+  file = tmp_path / "tokenizer.json"
+  content = json.loads(file.read_text())
+  content[section] = (content[section] or {}) | values
+  file.write_text(json.dumps(content))
+  refused(file, "must ", load_tokenizer, DataError)

@@ -305,7 +305,15 @@ def test_config_json_goes_out_as_it_came_in(tmp_path, folders, case):
   other = with_overrides(config, {"trunk.rope_theta": 777.0})
   changed = out("other", other)
   assert changed["rope_theta"] == 777.0 and changed["eos_token_id"] == [3, 4]
-  assert changed["max_position_embeddings"] < 256
+  # Its texts are as long as they were; those of a scaling that it has no more are not.
+  assert changed["max_position_embeddings"] == 256
+  scaling = config.trunk.rope_scaling
+  if scaling.kind in ("llama3", "yarn"):
+    plain = with_overrides(config, {"trunk.rope_scaling.kind": "none"})
+    longest = max(scaling.original_length, config.data.seq_len)
+    assert out("plain", plain)["max_position_embeddings"] == longest
+  longer = with_overrides(config, {"data.seq_len": 512})
+  assert out("longer", longer)["max_position_embeddings"] == 512
 
 
 def test_a_trunk_alone_in_another_layout_keeps_its_positions_and_tokens(

@@ -140,6 +140,8 @@ def test_shorter_rows_have_the_first_of_the_positions(command, gpt2, flags, tmp_
   assert result.code == 0, result.output
   again = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
   assert again.config.n_positions == 24
+  written = json.loads((out / "tokenizer_config.json").read_text())
+  assert written["model_max_length"] == 24
   np.testing.assert_array_equal(hf_logits(again, ids), hf_logits(theirs, ids))
 
 
@@ -155,7 +157,7 @@ def hf_model(family="llama", max_length=16, **rope):
     decided |= {"data.seq_len": max_length, "trunk.num_kv_heads": 4}
   decided |= {f"trunk.rope_scaling.{key}": x for key, x in rope.items()}
   return interop.HfModel(
-    Path("folder"), family, decided, 0, max_length, Path("tokenizer.json"), {}
+    Path("folder"), family, decided, 0, max_length, Path("tokenizer.json"), {}, {}
   )
 
 
@@ -221,6 +223,12 @@ BAD = {
   ),
   "more positions than there are": (
     ["--config.data.seq_len=64"], "data.seq_len must be",
+  ),
+  "unknown key": (
+    ["--config.train.steps=3"], "train.steps: unknown key; did you mean",
+  ),
+  "section": (
+    ["--config.trunk={}"], "trunk is a section; set one of its keys",
   ),
   "broken rule": (
     ["--config.mtp.depth=48"], "mtp.depth must be less than data.seq_len (48), got 48.",

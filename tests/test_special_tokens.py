@@ -144,3 +144,12 @@ def test_a_file_by_itself_gets_what_it_lacks(tmp_path):
   tokenizer = tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
   assert (tokenizer.bos_id, tokenizer.eos_id) == (259, 258)
   assert tokenizer.end_ids == (258,)
+
+
+def test_dropout_of_merges_is_off(tmp_path):
+  write_tokenizer("gpt2", tmp_path)
+  file = tmp_path / "tokenizer.json"
+  values = json.loads(file.read_text())
+  values["model"]["dropout"] = 1.0
+  file.write_text(json.dumps(values))
+  assert len(tokenizers.load_tokenizer(file).encode("the")) == 1

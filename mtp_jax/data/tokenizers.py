@@ -168,6 +168,8 @@ class SubwordTokenizer:
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True
+    if getattr(model.model, "dropout", None):  # The same text has the same tokens.
+      model.model.dropout = None
     self._model = model
     if special is None:
       bos, eos = self._special(_BOS_NAMES), self._special(_EOS_NAMES)
@@ -462,15 +464,19 @@ def _parse(
       return ByteTokenizer()
     if symbols := _symbols(content):
       return SymbolTokenizer(symbols)
+    return SubwordTokenizer(loaded, name, special, content)
   except sources.DataError:
     raise
-  # The library raises plain Exception for every content that it cannot parse.
-  except Exception as error:
+  # The library raises plain Exception for every content that it cannot parse, and
+  # where it does not expect the content a PanicException, which has no name in Python.
+  except BaseException as error:
+    is_panic = type(error).__name__ == "PanicException"
+    if not (is_panic or isinstance(error, Exception)):
+      raise
     raise sources.DataError(
       f"tokenizer.path must hold a Hugging Face tokenizer, {name!r} does not "
       f"({type(error).__name__}: {error})."
     ) from error
-  return SubwordTokenizer(loaded, name, special, content)
 
 
 def _train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:

@@ -128,6 +128,11 @@ def export_params(
     write_json(temporary / CONTRACT, _contract(config, layout))
     if tokenizer is not None:
       more = tokenizer_files(tokenizer, values) | came
+      before = came.get("config.json", values).get("n_positions")
+      if values.get("n_positions") != before:  # Fewer learned positions than came in.
+        more["tokenizer_config.json"] = more["tokenizer_config.json"] | {
+          "model_max_length": values["n_positions"]
+        }
       not_written = ["config.json"]
       if layout in DRAFTERS:  # Predictors alone generate nothing.
         not_written.append("generation_config.json")

@@ -380,16 +380,31 @@ def write_config(
     return values
   ids = {key: came[key] for key in ID_KEYS if key in came}
   described = read_config(Path("config.json"), came)
-  if any(get_dotted(config, k) != x for k, x in described.overrides.items()):
-    return values | ids
-  if described.family != layout:
-    lengths = {"max_position_embeddings": described.max_length}
-    return values | (lengths if "max_position_embeddings" in values else {}) | ids
+  changed = {k for k, x in described.overrides.items() if get_dotted(config, k) != x}
+  key = "max_position_embeddings"
+  if changed or described.family != layout:
+    longest = max(values.get(key, 0), _length_that_came(described, changed))
+    return values | ({key: longest} if key in values else {}) | ids
   ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
   own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
   # The code that `auto_map` names is not in the folder that is written.
-  kept = {key: value for key, value in came.items() if key != "auto_map"}
-  return own_ids | kept | {key: values[key] for key in ours if key in values}
+  kept = {name: value for name, value in came.items() if name != "auto_map"}
+  if described.family != "gpt2" and config.data.seq_len > described.max_length:
+    kept[key] = config.data.seq_len  # Training has gone on with longer rows.
+  return own_ids | kept | {name: values[name] for name in ours if name in values}
+
+
+def _length_that_came(described: TrunkDescription, changed: set[str]) -> int:
+  """Returns the tokens of a text, as the folder states them, that still hold.
+
+  `changed`: keys that have other values now. A scaling that was replaced stretches the
+  texts no more.
+  """
+  scaling = "trunk.rope_scaling."
+  kind = described.overrides[f"{scaling}kind"]
+  if kind == "none" or not any(key.startswith(scaling) for key in changed):
+    return described.max_length
+  return described.overrides.get(f"{scaling}original_length", 0)
 
 
 def _written(
