@@ -36,7 +36,7 @@ from absl import flags
 from launch import cli
 from mtp_jax import interop
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import Config, ConfigError, with_overrides
+from mtp_jax.config import TASKS, Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.data.tokenizers import Tokenizer, check_vocab_size, load_tokenizer
 from mtp_jax.train import start_run
@@ -145,6 +145,12 @@ def combine(
     decided |= {"tokenizer.kind": "file", "tokenizer.path": str(model.tokenizer)}
   if "data.seq_len" not in overrides:
     decided.setdefault("data.seq_len", min(config.data.seq_len, model.max_length))
+  if "eval.max_new_tokens" not in overrides and config.data.source not in TASKS:
+    # The default is for longer rows, which have to hold a prompt as well.
+    limits, length = config.eval, decided.get("data.seq_len", config.data.seq_len)
+    prompts = limits.line_prompts, limits.function_prompts, limits.middle_prompts
+    if any(prompts) and limits.max_new_tokens >= length:
+      decided["eval.max_new_tokens"] = max(1, length // 2)
   if config.optimizer.base_width == config.trunk.embed_dim:
     decided["optimizer.base_width"] = decided["trunk.embed_dim"]
   combined = with_overrides(config, decided)

@@ -11,7 +11,7 @@ import mtp_jax
 from launch import import_hf
 from mtp_jax import interop
 from mtp_jax.checkpoint import contract
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, with_overrides
 from tests import tiny_runs
 from tests.common import tiny_config
 from tests.untrained_runs import save_run
@@ -198,6 +198,20 @@ def test_rows_and_rotary_embedding_may_be_others_than_the_folder_has():
 
   assert combined(hf_model("gpt2", 64)).data.seq_len == 64
   assert combined(hf_model("gpt2", 64), data__seq_len=32).data.seq_len == 32
+
+
+def test_completions_of_the_evaluation_fit_into_the_rows_of_the_folder():
+  limits = {"line_prompts": 1, "function_prompts": 0, "middle_prompts": 0}
+  given = {f"eval.{key}": value for key, value in limits.items()}
+  default = tiny_config(overrides=given | {"eval.max_new_tokens": 64})
+  found = import_hf.combine(default, given, hf_model("gpt2", 64))
+  assert (found.data.seq_len, found.eval.max_new_tokens) == (64, 32)
+  shorter = with_overrides(default, {"data.seq_len": 24})
+  found = import_hf.combine(shorter, {"data.seq_len": 24}, hf_model("gpt2", 64))
+  assert (found.data.seq_len, found.eval.max_new_tokens) == (24, 12)
+  # What was asked for is checked as it is.
+  found = import_hf.combine(default, {"eval.max_new_tokens": 64}, hf_model("gpt2", 64))
+  assert found.eval.max_new_tokens == 64
 
 
 @pytest.mark.parametrize("model, overrides, message", [

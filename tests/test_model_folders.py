@@ -139,6 +139,19 @@ def test_a_published_model_goes_in_and_out_as_it_came(tmp_path, texts, name):
   assert not [x for x in came.iterdir() if not (out / x.name).exists()]
 
 
+def test_fewer_positions_go_out_in_every_file(tmp_path, texts):
+  write_model("gpt2", tmp_path / "source")
+  run = run_from(tmp_path / "source", tmp_path / "run", texts, **{"data.seq_len": 16})
+  model = mtp_jax.load(run)
+  interop.export_params(
+    model.params, model.config, tmp_path / "out", "gpt2", tokenizer=model.tokenizer,
+    model_folder=model.model_folder,
+  )
+  assert read(tmp_path / "out", "config.json")["n_positions"] == 16
+  again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert again.model_max_length == 16
+
+
 def test_documents_of_gpt2_are_text_and_its_separator(tmp_path, texts):
   write_model("gpt2", tmp_path / "source")
   run_from(tmp_path / "source", tmp_path / "run", texts)
@@ -231,7 +244,7 @@ def test_a_run_has_its_own_tokenizer_whoever_started_it(tmp_path, texts):
     "tokenizer.kind": "file", "tokenizer.path": str(file), "data.seq_len": 32,
     "mtp.kind": "none", "mtp.depth": 0, "train.num_steps": 2, "train.eval_every": 0,
     "tokenizer.vocab_size": 280, "train.diagnostics_every": 0, "eval.line_prompts": 0,
-    "eval.function_prompts": 0, "eval.max_new_tokens": 8,
+    "eval.function_prompts": 0, "eval.max_new_tokens": 64,
   })
   run = tmp_path / "run"
   train.fit(config, run, progress=False)
