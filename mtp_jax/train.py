@@ -47,6 +47,7 @@ from mtp_jax.data.tokenizers import (
 )
 from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.environment import code_commit, hardware
+from mtp_jax.files import is_begun
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -1203,7 +1204,9 @@ def _check_claimed(workdir: Path, config: Config) -> None:
         f"{workdir / name} must be a folder that training fills, and is a file."
       )
   if (workdir / "config.json").exists():
-    checkpoint.check_resumable(checkpoint.read_config(workdir), config)
+    saved = checkpoint.read_config(workdir)
+    if is_begun(workdir):
+      checkpoint.check_resumable(saved, config)
 
 
 def _claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
