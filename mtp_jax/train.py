@@ -434,8 +434,12 @@ class _Run:
       return dict.fromkeys(SOURCES)
     try:
       run = json.loads(path.read_text())
-      return {name: run.get(name) for name in SOURCES}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+      # Older runs have no `start_from`.
+      return {name: run.get(name) for name in SOURCES} | {
+        "trunk_from": run["trunk_from"]
+      }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
       raise ConfigError(
         f"{path} must be what training wrote ({type(error).__name__}: {error}); "
         "without it the run goes on, and where its parameters are from is forgotten."

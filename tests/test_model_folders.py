@@ -231,7 +231,7 @@ def test_a_run_has_its_own_tokenizer_whoever_started_it(tmp_path, texts):
     "tokenizer.kind": "file", "tokenizer.path": str(file), "data.seq_len": 32,
     "mtp.kind": "none", "mtp.depth": 0, "train.num_steps": 2, "train.eval_every": 0,
     "tokenizer.vocab_size": 280, "train.diagnostics_every": 0, "eval.line_prompts": 0,
-    "eval.function_prompts": 0, "eval.max_new_tokens": 8,
+    "eval.function_prompts": 0, "eval.max_new_tokens": 64,
   })
   run = tmp_path / "run"
   train.fit(config, run, progress=False)
