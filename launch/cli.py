@@ -12,6 +12,7 @@ import difflib
 import errno
 import fcntl
 import glob
+import math
 import os
 import re
 import stat
@@ -317,14 +318,29 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     _check_arguments(argv)
     rest = flags.FLAGS(argv)
+    _check_numbers()
     if len(rest) > 1:
       raise ConfigError(f"{rest[1]!r}: arguments must be flags (--name=value).")
     return rest
   except (ConfigError, flags.Error) as error:
-    sys.exit(fail(f"{_explain(error)}\nSee --help.", BAD_INPUT))
+    text = _returns_nothing(error, argv) or f"{_explain(error)}\nSee --help."
+    sys.exit(fail(text, BAD_INPUT))
   except Exception as error:  # The experiment file was run.
     text = f"--config={_config_value(argv)}: {exits.describe(error)}"
+    text = _returns_nothing(error, argv) or text
     sys.exit(fail(text, BAD_INPUT))
+
+
+def _check_numbers() -> None:
+  """Refuses what passes every bound or what no counter holds: nan, inf, 2^63."""
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    values = flag.value if isinstance(flag.value, list) else [flag.value]
+    for value in values if flag.present else ():
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--{name} must be finite, got {value}.")
+      if isinstance(value, int) and value >= 2**63:
+        raise ConfigError(f"--{name} must be less than 2^63, got {value}.")
 
 
 def _check_arguments(argv: list[str]) -> None:
@@ -352,6 +368,18 @@ def _config_value(argv: list[str]) -> str | None:
     if re.match(r"--?config(=|$)", argument):
       return argument.partition("=")[2] if "=" in argument else following
   return None
+
+
+def _returns_nothing(error: Exception, argv: list[str]) -> str:
+  """Returns what to tell of a `get_config` without `return`, else nothing.
+
+  To absl its flag has no value then; an override finds no key in None.
+  """
+  file = _config_value(argv)
+  found = re.search(r"Flag --config must have a value|'NoneType'>\.", str(error))
+  if not found or not file:
+    return ""
+  return f"--config={file}: get_config() must return a config, got None."
 
 
 def _check_experiment(file: str) -> None:

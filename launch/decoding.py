@@ -5,7 +5,8 @@ from typing import Any
 
 from absl import flags
 
-from mtp_jax.decode.generate import MOST_DRAFTS, PROPOSALS
+from mtp_jax.config import MOST_DRAFTS
+from mtp_jax.decode.generate import PROPOSALS
 from mtp_jax.decode.verify import RULES
 
 # They belong to the command that asked for them, in its --help.

@@ -44,6 +44,7 @@ _SLURM_STEP = (
 )
 _FIRST_PORT, _NUM_PORTS = 61440, 4096  # Above those that Linux gives to clients.
 _SHUTDOWN_SECONDS = 60
+_MOST_SECONDS = 7 * 86400
 _LOOK_SECONDS = 5.0
 # Process 0 serves the others. When it goes they are cut off, amid their last words too.
 _LAST_WORDS_SECONDS = 2.0
@@ -95,20 +96,20 @@ def define_flags() -> Flags:
     ),
     flags.DEFINE_integer(
       "start_seconds", 300, "how long processes wait for each other to start",
-      lower_bound=1,
+      lower_bound=1, upper_bound=_MOST_SECONDS,
     ),
     flags.DEFINE_integer(
       "heartbeat_seconds",
       10,
       "a process from which nothing is heard for so long is given up, and all with it",
-      lower_bound=1,
+      lower_bound=1, upper_bound=_MOST_SECONDS,
     ),
     flags.DEFINE_integer(
       "stall_seconds",
       600,
       "several processes end if no step ends for so long, and for ten times the "
       "slowest step so far, outside of compilation and evaluation; 0: never",
-      lower_bound=0,
+      lower_bound=0, upper_bound=_MOST_SECONDS,
     ),
   )
 

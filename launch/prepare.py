@@ -37,7 +37,7 @@ _WORKERS = flags.DEFINE_integer(
   "workers",
   len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
   "processes that tokenize and write; by default, one for each CPU core",
-  lower_bound=1,
+  lower_bound=1, upper_bound=4096,
 )
 _SHARD_SIZE = flags.DEFINE_integer(
   "shard_size",
@@ -49,6 +49,7 @@ flags.mark_flag_as_required("output")
 
 
 def main() -> int:
+  cli.check_folder("output", _OUTPUT.value)
   config = cli.load_config()
   validate(config)
   progress = Progress("B")

@@ -92,7 +92,7 @@ _WATCH = flags.DEFINE_bool(
   "watch", False, "keep the list of states up to date until no trial waits or runs"
 )
 _WATCH_SECONDS = flags.DEFINE_float(
-  "watch_seconds", 10.0, "how often --watch looks", lower_bound=0.1
+  "watch_seconds", 10.0, "how often --watch looks", lower_bound=0.1, upper_bound=86400.0
 )
 _CANCEL = flags.DEFINE_bool(
   "cancel", False, "end the jobs of the trials; they save what they can and stay ended"
@@ -196,6 +196,7 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   with _alone(root):
     # Once more: another sweep may have been here in the meantime.
     choice = trials.choose(planned, _AGAIN.value)
+    trials.check_active(choice.active)
     if engine.needs_folders:
       for trial in choice.todo:
         trials.prepare(trial)

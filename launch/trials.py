@@ -37,6 +37,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
+from mtp_jax.files import is_begun
 from mtp_jax.metrics import write_json
 from mtp_jax.saved_model import check_source
 from mtp_jax.train_step import shape_of
@@ -162,14 +163,15 @@ def points(
   None means `sweep` where there is one, else all generators in the order of the file.
 
   Raises:
-    ConfigError: an unknown name, or two generators that set the same key.
+    ConfigError: an unknown name, two generators that set the same key, or a generator
+      that raises or has something else than overrides.
   """
   arguments = () if preset is None else (preset,)
   if names is None and hasattr(experiment, "sweep"):
-    return [_named([point]) for point in experiment.sweep(*arguments)]
+    return [_named([point]) for point in _called(experiment, "sweep", arguments)]
   generators = {
-    name.removeprefix("sweep_"): function
-    for name, function in vars(experiment).items()
+    name.removeprefix("sweep_"): name
+    for name in vars(experiment)
     if name.startswith("sweep_")
   }
   for name in names or ():
@@ -178,8 +180,28 @@ def points(
         f"--sweep must name some of {', '.join(generators) or 'none (no sweeps)'}, "
         f"got {name!r}."
       )
-  chosen = [list(generators[name](*arguments)) for name in names or generators]
+  chosen = [
+    _called(experiment, generators[name], arguments) for name in names or generators
+  ]
   return [_named(parts) for parts in itertools.product(*chosen) if parts]
+
+
+def _called(
+  experiment: ModuleType, name: str, arguments: tuple[str, ...]
+) -> list[Overrides]:
+  """Returns what a function of an experiment yields; it is the user's own code."""
+  try:
+    found = list(getattr(experiment, name)(*arguments))
+  except Exception as error:
+    # A ValueError is the experiment's own message; all else is a fault in its code.
+    reason = str(error) if type(error) is ValueError else exits.describe(error)
+    raise ConfigError(f"--config: {name}(): {reason}") from error
+  for point in found:
+    if not isinstance(point, dict):
+      raise ConfigError(
+        f"--config: {name}() must yield dicts of overrides, got {point!r}."
+      )
+  return found
 
 
 def plan(
@@ -516,13 +538,28 @@ def _collect_errors(check: Callable[[Any], None], named: list[tuple[str, Any]]) 
   raise ConfigError("\n".join(lines))
 
 
+def check_active(trials: Iterable[Trial]) -> None:
+  """Checks that what others are to train, or train already, is what is planned.
+
+  Raises:
+    ConfigError: names the trials that have another config, and the difference.
+  """
+
+  def check(trial: Trial) -> None:
+    if (trial.workdir / "config.json").exists():
+      check_resumable(read_config(trial.workdir), trial.config)
+
+  _collect_errors(check, [(trial.name, trial) for trial in trials])
+
+
 def _check_folder(trial: Trial) -> None:
   """Refuses a run folder that holds something else than the trial."""
   saved_config = trial.workdir / "config.json"
   if not saved_config.exists():
     return
   saved = read_config(trial.workdir)
-  check_resumable(saved, trial.config)
+  if is_begun(trial.workdir):
+    check_resumable(saved, trial.config)
   if not (trial.workdir / "DONE").exists():
     return
   for key, (there, now) in difference(saved, trial.config).items():

@@ -375,6 +375,9 @@ class TaskConfig:
   siblings: SiblingsConfig
 
 
+# Drafts of a round; every one is a part of the program, which is compiled for minutes.
+MOST_DRAFTS = 64
+
 # Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
 TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
 

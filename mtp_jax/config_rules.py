@@ -17,6 +17,7 @@ from experiments import base
 from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
+  MOST_DRAFTS,
   OWN_UNEMBED,
   PUBLISHED_MODULES,
   SAT_TABLE_VARIABLES,
@@ -267,12 +268,19 @@ def _check_ranges(rule: _Rules) -> None:
     rule(math.isfinite(get(key)) and get(key) >= 0, key, "finite and not negative")
   for key in _FINITE_POSITIVE:
     rule(math.isfinite(get(key)) and get(key) > 0, key, "finite and positive")
+  seeds = "seed", "data.seed"
+  for key in seeds:
+    rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
+  for key, value in flatten(to_dict(rule.config)).items():
+    if isinstance(value, int) and key not in seeds:
+      rule(value < 2**31, key, "less than 2^31: JAX counts in 32 bits")
   for key in ("optimizer.beta1", "optimizer.beta2"):
     rule(0 <= get(key) < 1, key, "in [0, 1)")
   for key in _FRACTIONS:
     rule(0 <= get(key) <= 1, key, "in [0, 1]")
-  for key in ("seed", "data.seed"):
-    rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
+  rule(
+    get("eval.num_drafts") <= MOST_DRAFTS, "eval.num_drafts", f"at most {MOST_DRAFTS}"
+  )
   factor = get("trunk.rope_scaling.factor")
   rule(
     math.isfinite(factor) and factor >= 1, "trunk.rope_scaling.factor",

@@ -90,3 +90,16 @@ def changed_settings(begun: dict[str, Any], now: dict[str, Any]) -> str:
     for key in begun | now
     if now.get(key) != begun.get(key)
   )
+
+
+def is_begun(workdir: Path) -> bool:
+  """Returns whether a run folder holds work, so that its config must stay.
+
+  Engines write the config before a job starts. A run that is refused then, or fails
+  before its first checkpoint, may be corrected.
+  """
+  checkpoints = workdir / "checkpoints"
+  steps = checkpoints.iterdir() if checkpoints.is_dir() else ()
+  return (workdir / "DONE").exists() or any(
+    step.name.isdecimal() and step.is_dir() for step in steps
+  )

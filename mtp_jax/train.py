@@ -47,6 +47,7 @@ from mtp_jax.data.tokenizers import (
 )
 from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.environment import code_commit, hardware
+from mtp_jax.files import is_begun
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -434,8 +435,12 @@ class _Run:
       return dict.fromkeys(SOURCES)
     try:
       run = json.loads(path.read_text())
-      return {name: run.get(name) for name in SOURCES}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+      # Older runs have no `start_from`.
+      return {name: run.get(name) for name in SOURCES} | {
+        "trunk_from": run["trunk_from"]
+      }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
       raise ConfigError(
         f"{path} must be what training wrote ({type(error).__name__}: {error}); "
         "without it the run goes on, and where its parameters are from is forgotten."
@@ -1204,7 +1209,9 @@ def _check_claimed(workdir: Path, config: Config) -> None:
         f"{workdir / name} must be a folder that training fills, and is a file."
       )
   if (workdir / "config.json").exists():
-    checkpoint.check_resumable(checkpoint.read_config(workdir), config)
+    saved = checkpoint.read_config(workdir)
+    if is_begun(workdir):
+      checkpoint.check_resumable(saved, config)
 
 
 def _claim(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:

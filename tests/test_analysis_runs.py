@@ -1,5 +1,6 @@
 """Reading run folders: the contract of their files, and clear words where it breaks."""
 
+import dataclasses
 import json
 import math
 
@@ -110,6 +111,12 @@ def test_records_of_the_test_split_and_success_change_nothing(tmp_path, run):
   }
   (run / "eval.json").write_text(json.dumps(evaluation))
   after = load(tmp_path)
+  stopped = after.trials[["stopped_step", "stopped_tokens"]]
+  assert stopped.iloc[0].tolist() == [1, 1]
+  before.trials[stopped.columns] = stopped
+  is_of_test = after.curves["split"] == "test"
+  assert is_of_test.sum() == 1
+  after = dataclasses.replace(after, curves=after.curves[~is_of_test])
   for name in ("trials", "metrics", "curves"):
     pd.testing.assert_frame_equal(getattr(after, name), getattr(before, name))
   assert after.trials["status"].item() == "finished"
@@ -160,6 +167,23 @@ def break_validation_record(run):
 def test_damaged_files_are_named(tmp_path, run, damage, words):
   damage(run)
   with pytest.raises(RunsError, match=words) as error:
+    load(tmp_path)
+  assert str(run) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl", "run.json"])
+@pytest.mark.parametrize(
+  "content",
+  [None, b"\xff\n", b"[1]\n", b"[" * 10**5 + b"\n", b"3\n",
+   b'{"kind": "validation", "step": "x", "versions": 4}\n'],
+)
+def test_garbage_is_named(tmp_path, run, name, content):
+  (run / name).unlink(missing_ok=True)
+  if content is None:
+    (run / name).mkdir()
+  else:
+    (run / name).write_bytes(content)
+  with pytest.raises(RunsError) as error:
     load(tmp_path)
   assert str(run) in str(error.value)
 

@@ -195,6 +195,60 @@ def test_an_experiment_that_raises(command, tmp_path, content, reason):
   assert (result.code, "Traceback" in result.output) == (2, False)
 
 
+@pytest.mark.parametrize("more", [[], ["--config.seed=1"]])
+def test_an_experiment_that_returns_nothing(command, tmp_path, more):
+  file = tmp_path / "it.py"
+  file.write_text("def get_config(): pass\n")
+  result = command("launch.sweep", f"--config={file}", "--dry_run", *more)
+  message = f"error: --config={file}: get_config() must return a config, got None."
+  assert message in result.output.splitlines()
+  assert (result.code, "Traceback" in result.output) == (2, False)
+
+
+@pytest.mark.parametrize("body, reason", [
+  ("raise RuntimeError('no points')", "RuntimeError: no points"),
+  ("raise ValueError('no such size')", "no such size"),
+  ("pass", "TypeError: 'NoneType' object is not iterable"),
+  ("return [5]", "must yield dicts of overrides, got 5."),
+])
+@pytest.mark.parametrize("name", ["sweep", "sweep_seed"])
+def test_a_sweep_that_raises(command, tmp_path, name, body, reason):
+  file = tmp_path / "it.py"
+  file.write_text(
+    f"from experiments.base import get_config\ndef {name}(): {body}\n"
+  )
+  result = command("launch.sweep", f"--config={file}", "--dry_run")
+  assert result.output.startswith(f"error: --config: {name}()")
+  assert reason in result.output
+  assert (result.code, "Traceback" in result.output) == (2, False)
+
+
+@pytest.mark.parametrize("module, flag, message", [
+  ("launch.sweep", "--watch_seconds=nan", "--watch_seconds must be finite, got nan."),
+  ("launch.sweep", "--watch_seconds=1e300", "flag --watch_seconds=1e300: "),
+  ("launch.sweep", "--max_attempts=9223372036854775808",
+   "--max_attempts must be less than 2^63, got 9223372036854775808."),
+  ("launch.sweep", "--parallel=0", "--parallel must be from 1 to the number of CPU"),
+  ("launch.sweep", "--parallel=-1", "--parallel must be from 1 to the number of CPU"),
+  ("launch.train", "--start_seconds=99999999999", "flag --start_seconds=99999999999: "),
+  ("launch.train", "--heartbeat_seconds=99999999999", "flag --heartbeat_seconds=9"),
+  ("launch.train", "--stall_seconds=99999999999", "flag --stall_seconds=99999999999: "),
+  ("launch.prepare", "--workers=99999999999", "flag --workers=99999999999: "),
+  ("launch.prepare", "--output=", "--output must name a folder, got ''."),
+  ("launch.prepare", "--output=README.md", "--output must name a folder, got 'READ"),
+])
+def test_numbers_and_folders_of_others(command, tmp_path, module, flag, message):
+  more = {
+    "launch.sweep": ["--dry_run"],
+    "launch.train": [f"--workdir={tmp_path / 'run'}"],
+    "launch.prepare": [] if "output" in flag else [f"--output={tmp_path / 'run'}"],
+  }[module]
+  result = command(module, BASE, *more, flag)
+  assert result.output.startswith(f"error: {message}")
+  assert result.code == 2
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flag, message", [
   ("--seed=-1", "flag --seed=-1: "),
   ("--seed=4294967296", "flag --seed=4294967296: "),

@@ -88,6 +88,20 @@ def test_at_least_1(key):
   assert f"{key} must be at least 1, got 0." in error_of(make(**{key: 0}))
 
 
+@pytest.mark.parametrize("key", [
+  key for key in config_lib.dotted_keys()
+  if config_lib.type_name(key) == "int" and not key.endswith("seed")
+])
+def test_no_number_has_more_than_32_bits(key):
+  message = f"{key} must be less than 2^31: JAX counts in 32 bits, got 2147483648."
+  assert message in error_of(make(**{key: 2**31}))
+
+
+def test_num_drafts_has_the_bound_of_the_decoder():
+  config = make(mtp__kind="sequential", mtp__depth=1, eval__num_drafts=65)
+  assert error_of(config) == "eval.num_drafts must be at most 64, got 65."
+
+
 @pytest.mark.parametrize("key", config_rules._AT_LEAST_0)
 def test_at_least_0(key):
   assert f"{key} must be at least 0, got -1." in error_of(make(**{key: -1}))

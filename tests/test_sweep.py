@@ -206,6 +206,7 @@ def test_a_folder_with_another_run_is_refused(corpus, tmp_path):
   trial.workdir.mkdir()
   saved = with_overrides(trial.config, {"train.num_steps": 41, "eval.num_rows": 5})
   write_config(trial, saved)
+  (trial.workdir / "checkpoints/4").mkdir(parents=True)
   with pytest.raises(ConfigError, match=r"train.num_steps: 41 there, 40 now"):
     trials.check_folders([trial])
   write_config(trial, with_overrides(trial.config, {"eval.num_rows": 5}))
@@ -213,6 +214,16 @@ def test_a_folder_with_another_run_is_refused(corpus, tmp_path):
   (trial.workdir / "DONE").touch()
   with pytest.raises(ConfigError, match=r"seed=0: eval.num_rows must be 5, .* got 4;"):
     trials.check_folders([trial])
+
+
+def test_a_config_may_be_corrected_until_there_is_work(corpus, tmp_path):
+  """Engines write configs ahead: one that is refused in its job is put right."""
+  (trial,) = plan(corpus, tmp_path, SEEDS[:1])
+  trials.prepare(trial)
+  (longer,) = plan(corpus, tmp_path, SEEDS[:1], **{"train.num_steps": 41})
+  trials.check_folders([longer])
+  with pytest.raises(ConfigError, match=r"train.num_steps: 40 there, 41 now"):
+    trials.check_active([longer])  # Its job would train what was written.
 
 
 def write_config(trial, config):

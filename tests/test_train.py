@@ -15,7 +15,7 @@ import pytest
 
 from mtp_jax import accounting, evaluate, train
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
-from mtp_jax.config import ConfigError, with_overrides
+from mtp_jax.config import ConfigError, to_dict, with_overrides
 from mtp_jax.data.sources import DataError
 from tests.corpora import write_jsonl
 from tests.test_metrics import read_events
@@ -480,6 +480,10 @@ def test_what_cannot_be_trained_claims_no_folder(config, texts, tmp_path, capsys
   with pytest.raises(DataError, match="has too little text"):
     fit(data__path=str(tmp_path / "short.txt"))
   assert not (workdir / "config.json").exists()
+  # An engine writes the config before the job looks at the text.
+  refused = with_overrides(config, {"data.path": str(tmp_path / "short.txt")})
+  workdir.mkdir(exist_ok=True)
+  (workdir / "config.json").write_text(json.dumps(to_dict(refused)))
   # The corrected command trains, on one file.
   result = fit(
     data__path=str(tmp_path / "one.txt"), train__num_steps=2, eval__num_rows=2

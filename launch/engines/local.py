@@ -475,6 +475,7 @@ class Local:
 
   def preview(self, planned: list[Trial]) -> str:
     """Returns the packs in which trials would be trained, if any are to be."""
+    self.check(planned)
     if self._pack == 1:
       return ""
     choice = trials.choose(planned, self._again)

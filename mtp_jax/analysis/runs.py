@@ -79,7 +79,14 @@ def load(root: Path) -> Runs:
     raise RunsError(f"{root}: no such folder.")
   trials, metrics, curves = [], [], []
   for folder in _run_folders(root):
-    trial, its_metrics, its_curve = _load_run(root, folder)
+    try:
+      trial, its_metrics, its_curve = _load_run(root, folder)
+    except RunsError:
+      raise
+    except (ValueError, TypeError, AttributeError, LookupError) as e:
+      raise RunsError(
+        f"{folder}: its files must be what training wrote ({type(e).__name__}: {e})."
+      ) from e
     trials.append(trial)
     metrics += its_metrics
     curves += its_curve
@@ -235,14 +242,26 @@ def _read_config(path: Path) -> Config:
 
 
 def read_json(path: Path) -> Any:
-  """Returns the content, or None where there is no such file."""
+  """Returns the object in it, or None where there is no such file."""
   if not path.exists():
     return None
+  text = _text(path)
   try:
-    return json.loads(path.read_text())
-  except ValueError as e:
+    content = json.loads(text)
+  except (ValueError, RecursionError) as e:
     line = f", line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
     raise RunsError(f"{path}{line}: not JSON ({e}).") from e
+  if not isinstance(content, dict):
+    raise RunsError(f"{path}: it must hold an object, got {content!r:.80}.")
+  return content
+
+
+def _text(path: Path) -> str:
+  try:
+    return path.read_text()
+  except (OSError, UnicodeDecodeError) as e:
+    reason = getattr(e, "strerror", None) or e
+    raise RunsError(f"{path}: it cannot be read ({reason}).") from e
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -253,12 +272,12 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   records = []
-  for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+  for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
     try:
       record = json.loads(line)
       if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
         raise ValueError("a record needs the keys kind and step")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
       if not line.endswith("\n"):
         break
       raise RunsError(f"{path}, line {number}: not a record ({e}).") from e

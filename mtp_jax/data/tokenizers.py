@@ -414,6 +414,8 @@ def in_run(
   given = Path(os.path.expanduser(config.path))
   if config.path not in (IN_RUN, str(own)) and given.is_file():
     if load_tokenizer(given).to_json() != load_tokenizer(own).to_json():
+      if not files.is_begun(workdir):
+        return config  # An attempt that was refused left its tokenizer.
       raise config_lib.ConfigError(
         f"tokenizer.path must hold the tokenizer that the run was started with, {own}; "
         f"got another one, {config.path!r}."

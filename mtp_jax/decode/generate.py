@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mtp_jax.config import Config, num_trunk_layers
+from mtp_jax.config import MOST_DRAFTS, Config, num_trunk_layers
 from mtp_jax.decode import drafters, loop, network, stops, trees
 from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
@@ -26,8 +26,6 @@ from mtp_jax.model.layers import compute_dtype
 PROPOSALS = ("auto", "argmax", "sample", "coupled")
 
 _SMALLEST_BUCKET = 16
-# Drafts of a round; every one is a part of the program, which is compiled for minutes.
-MOST_DRAFTS = 64
 _INT32 = 2**31 - 1
 
 
