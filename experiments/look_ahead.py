@@ -38,7 +38,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments.task_setup import check_preset, task_config
+from experiments.task_setup import check_preset, task_config, width_of
 
 PRESETS = ("cpu", "cpu_rates", "gpu", "cluster")
 WIDTHS = {
@@ -115,15 +115,10 @@ def _trial(
   arm: str = "added",
   num_train: int = 0,
 ) -> dict:
-  head = 16 if preset == "cpu" else 64
   name = f"width={width},layers={layers},train={num_train or 'endless'}"
   method = f"n={1 + depth}" + (f",arm={arm}" if arm != "added" else "")
-  return {
+  return width_of(width, head=16 if preset == "cpu" else 64) | {
     "name": f"{name},{method},seed={seed}",
-    "trunk.embed_dim": width,
-    "trunk.mlp_dim": -(-8 * width // 24) * 8,
-    "trunk.num_heads": max(1, width // head),
-    "trunk.num_kv_heads": max(1, width // head),
     "trunk.num_layers": layers,
     "task.num_train": num_train,
     "mtp.kind": "parallel" if depth else "none",

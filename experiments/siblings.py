@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.task_setup import check_preset, task_config
+from experiments.task_setup import check_preset, task_config, width_of
 
 PRESETS = ("cpu", "cpu_rates", "gpu", "cluster")
 WIDTHS = {
@@ -125,17 +125,11 @@ def _rate_trials() -> Iterator[dict]:
 
 
 def _trial(preset: str, width: int, num_train: int, weight: float, seed: int) -> dict:
-  head = 16 if preset == "cpu" else 64
   depth = int(weight > 0)
   tuned = _TUNED.get((width, 1 + depth, num_train == ENDLESS), Tuned())
   method = f"n={1 + depth}" + (f",weight={weight:g}" if depth else "")
-  return {
+  return width_of(width, head=16 if preset == "cpu" else 64) | {
     "name": f"width={width},train={num_train or 'endless'},{method},seed={seed}",
-    "trunk.embed_dim": width,
-    # Three matrices of this width hold as many numbers as the usual two of 4 d.
-    "trunk.mlp_dim": -(-8 * width // 24) * 8,
-    "trunk.num_heads": max(1, width // head),
-    "trunk.num_kv_heads": max(1, width // head),
     "task.num_train": num_train,
     "mtp.kind": "parallel" if depth else "none",
     "mtp.depth": depth,

@@ -42,6 +42,18 @@ def task_config(task: str, preset: str) -> ConfigDict:
   return config
 
 
+def width_of(width: int, head: int) -> dict:
+  """Returns the overrides of a rung of a ladder of widths, with heads of one size."""
+  num_heads = max(1, width // head)
+  return {
+    "trunk.embed_dim": width,
+    # Three matrices of this width hold as many numbers as the usual two of 4 d.
+    "trunk.mlp_dim": -(-8 * width // 24) * 8,
+    "trunk.num_heads": num_heads,
+    "trunk.num_kv_heads": num_heads,
+  }
+
+
 def numbers_of_tokens(depths: Sequence[int], seeds: int) -> Iterator[dict]:
   """Yields NTP (depth 0) and parallel heads, n = depth + 1 tokens at once.
 
