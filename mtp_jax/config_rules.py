@@ -153,10 +153,10 @@ _GROUPED = {"trunk.kind": ("llama",), "trunk.attention_kind": ("grouped",)}
 _YARN = {"trunk.rope_scaling.kind": ("yarn",)}
 _LLAMA3 = {"trunk.rope_scaling.kind": ("llama3",)}
 
-# Where a key has an effect: every condition holds, which is a key (or keys of which one
-# is enough) and the values that it must have. A section stands for all its keys, but
-# for those that are listed themselves. Elsewhere a key must have its default.
-_EFFECTS: dict[str, dict[str | tuple[str, ...], tuple]] = {
+# Where a key has an effect: every condition holds, which is a key and the values that
+# it must have. A section stands for all its keys, but for those that are listed
+# themselves. Elsewhere a key must have its default.
+_EFFECTS: dict[str, dict[str, tuple]] = {
   "trunk.attention_kind": {"trunk.kind": ("llama",)},
   "trunk.attention_dim": {"trunk.attention_kind": ("grouped",)},
   "trunk.qkv_bias": _GROUPED,
@@ -200,7 +200,7 @@ _EFFECTS: dict[str, dict[str | tuple[str, ...], tuple]] = {
   },
   "mesh.expert": {"trunk.moe.num_experts": _POSITIVE},
   "eval.rows_per_document": {"data.source": _TEXTS},
-  "eval.max_new_tokens": {"data.source": _TEXTS, _PROMPTS: _POSITIVE},
+  "eval.max_new_tokens": {"data.source": _TEXTS},
   **{key: {"data.source": _TEXTS} for key in _PROMPTS},
   "eval.task_examples": {"data.source": TASKS},
 }
@@ -218,7 +218,7 @@ def _defaults() -> dict[str, Any]:
 
 
 @functools.cache
-def _effects() -> dict[str, dict[str | tuple[str, ...], tuple]]:
+def _effects() -> dict[str, dict[str, tuple]]:
   """Returns `_EFFECTS` by single key: its own entry, or that of its section."""
   found = {}
   for key in _defaults():
@@ -241,14 +241,12 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     if values[key] == _defaults()[key]:
       continue
     words, found, holds = [], [], True
-    for names, allowed in conditions.items():
-      names = names if isinstance(names, tuple) else (names,)
-      is_met = [values[x] in allowed if allowed else bool(values[x]) for x in names]
-      holds = holds and any(is_met)
+    for name, allowed in conditions.items():
+      value = values[name]
+      holds = holds and (value in allowed if allowed else bool(value))
       few = ("one of " if len(allowed) > 1 else "") + ", ".join(map(repr, allowed))
-      subject = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-      words.append(f"{subject} is {few or 'positive'}")
-      found += [repr(values[x]) for x in names]
+      words.append(f"{name} is {few or 'positive'}")
+      found.append(repr(value))
     verb = "they are" if len(found) > 1 else "it is"
     rule(
       holds, key,

@@ -569,7 +569,6 @@ IGNORED = {
   "eval.line_prompts": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
   "eval.rows_per_document": (1, {"data.source": "sat", "tokenizer.kind": "symbols"}),
   "eval.task_examples": (10, {}),
-  "eval.max_new_tokens": (9, {"eval.line_prompts": 0, "eval.function_prompts": 0}),
   "optimizer.decay_fraction": (0.5, {}),
   "trunk.latent.kv_rank": (64, {}),
   "trunk.moe.expert_dim": (64, {}),

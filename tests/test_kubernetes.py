@@ -176,7 +176,8 @@ def test_every_process_learns_who_it_is(tmp_path):
 
 
 def test_the_config_of_a_trial_travels_with_it(tmp_path):
-  (trial,) = plan(tmp_path, "it", **{"data.path": "it's \\ '''here", "seed": 3})
+  path = {"data.source": "files", "data.path": "it's \\ '''here"}
+  (trial,) = plan(tmp_path, "it", **path, **{"seed": 3})
   config, _ = kubernetes.manifest(trial, OPTIONS["cpu"], tmp_path, 1)
   (tmp_path / "trial.py").write_text(config["data"]["trial.py"])
   module = trials.load_experiment(tmp_path / "trial.py")

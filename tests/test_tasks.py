@@ -42,6 +42,7 @@ SMALL = {
 
 
 def config_of(source: str, **overrides) -> config_lib.Config:
+  own = ("task.num_train", f"task.{source}.")
   values = SMALL | {
     "data.source": source,
     "tokenizer.kind": "symbols",
@@ -53,6 +54,9 @@ def config_of(source: str, **overrides) -> config_lib.Config:
     "eval.batch_size": 2,
   }
   values |= {key.replace("__", "."): value for key, value in overrides.items()}
+  values = {  # The settings of another task have no effect, and are refused.
+    k: x for k, x in values.items() if not k.startswith("task.") or k.startswith(own)
+  }
   default = config_lib.from_config_dict(base.get_config())
   config = config_lib.with_overrides(default, values)
   config_rules.validate(config)
@@ -628,7 +632,7 @@ def test_what_cannot_be_drawn_is_refused():
     ("tokenizer__kind", "bytes", r"tokenizer.kind must be 'symbols' for a task"),
   ):
     with pytest.raises(ConfigError, match=message):
-      config_of("star_graph", **{key: value})
+      config_of(key.split("__")[1] if "task" in key else "sat", **{key: value})
   with pytest.raises(ConfigError, match=r"num_names must be at most .* \(24\) with"):
     config_of(
       "induction", task__induction__num_names=25, task__induction__fresh_share=0.1

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import base
 from mtp_jax import accounting, evaluate, train
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, to_dict, with_overrides
@@ -279,6 +280,13 @@ TASKS = {
 }
 
 
+# What text alone has, at its default.
+OF_TEXT = {
+  f"eval.{key}": base.get_config().eval[key]
+  for key in ("rows_per_document", "line_prompts", "function_prompts", "max_new_tokens")
+}
+
+
 def task_config(texts, source, **overrides):
   values = {
     "data.source": source, "data.path": "", "tokenizer.kind": "symbols",
@@ -286,6 +294,7 @@ def task_config(texts, source, **overrides):
     "data.test_fraction": 0.3, "train.num_steps": 4, "train.eval_every": 0,
     "train.diagnostics_every": 0, "eval.task_examples": 16, "eval.num_rows": 16,
     "train.accumulation_steps": 2, "data.batch_size": 16,
+    **OF_TEXT,
   }
   changed = {key.replace("__", "."): x for key, x in overrides.items()}
   return run_config(texts, values | TASKS[source] | changed)
