@@ -281,7 +281,7 @@ def test_what_fails_in_one_run_is_its_own(never_stopped, tmp_path, monkeypatch):
     save(checkpointer, *args)
 
   monkeypatch.setattr(Checkpointer, "save", full)
-  (tmp_path / "rate").mkdir()
+  (tmp_path / "rate" / "checkpoints" / "4").mkdir(parents=True)
   (tmp_path / "rate" / "config.json").write_text(
     (root / "short" / "config.json").read_text()
   )

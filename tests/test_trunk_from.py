@@ -296,7 +296,10 @@ def test_what_is_no_source_is_refused_before_anything_is_written(
   for folder, message in (
     (tmp_path / "none", f"{rule}, got {str(tmp_path / 'none')!r}: there is no "),
     (empty, f"{rule}, got {str(empty)!r}: it has none yet."),
-    (old, f"{rule} of this version, got {str(old)!r}: train.trunk_from: missing key."),
+    (
+      old, f"{rule} of this version, got {str(old)!r}: {old}/config.json must be the "
+      "config of a run, as training wrote it: train.trunk_from: missing key.",
+    ),
   ):
     with pytest.raises(ConfigError) as caught:
       train.fit(medusa_on(config, folder), tmp_path / "run", progress=False)
