@@ -498,7 +498,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one shape, one worker.
 
   # Success ends a trial: what it did not do counts as done, not as fast.
-  (flops, _), = sweep._measured.values()
+  flops = sum(seen.flops for _, seen in sweep._finished)
   assert flops == pytest.approx(2.5 * planned[0].flops)
   # The diverged one was noticed after 10 of its steps.
   assert sweep._progress() == (3.25 / 4, "3/4 trials, 81% of the FLOPs")
