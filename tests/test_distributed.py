@@ -246,6 +246,9 @@ def test_two_processes_stop_at_the_same_success(tiny, tmp_path):
     "task.num_train": 8, "tokenizer.kind": "symbols", "eval.task_examples": 4,
     "train.evals_per_doubling": 1, "train.eval_every": 0, "train.eval_test": True,
     "train.stop_metric": "loss", "train.stop_value": 99.0,
+    # What text alone has, at its default.
+    "data.path": "", "eval.rows_per_document": 4, "eval.line_prompts": 64,
+    "eval.function_prompts": 32, "eval.max_new_tokens": 64,
   }
   workdir = tmp_path / "run"
   job = Job(tiny, workdir, 2, *(f"--config.{x}={v}" for x, v in settings.items()))
