@@ -4,8 +4,8 @@
       --workdir=runs/siblings --parallel=2
 
 Claim: gains grow with scale (Gloeckle et al. 2024, arXiv 2404.19737, figure 3, code,
-0.3B to 13B parameters). Two causes fit: the size of the model alone, or its capacity over
-the amount of data. This experiment varies both. The task is sibling discovery
+0.3B to 13B parameters). Two causes fit: the size of the model alone, or its capacity
+over the amount of data. This experiment varies both. The task is sibling discovery
 (Nagarajan et al. 2025, arXiv 2504.15266): name two children of one parent, then the
 parent. The next-token model (NTP) can learn the pairs of its training set by heart;
 a head that predicts two tokens ahead reads the parent from the first child.
