@@ -58,7 +58,7 @@ CONFIGS = {
   ),
   "lambda is NaN": (
     [BASE, "--config.mtp.weight=nan"],
-    "mtp.weight must be finite and not negative, got nan.",
+    "--config.mtp.weight must be finite, got nan.",
   ),
   "own text that is not read": (
     [BASE, "--config.data.path=my/text"],
@@ -71,8 +71,8 @@ CONFIGS = {
     "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0.\n",
   ),
   "two rules": (
-    [BASE, "--config.mtp.weight=nan", "--config.seed=-1"],
-    "mtp.weight must be finite and not negative, got nan.\n"
+    [BASE, "--config.mtp.weight=-1", "--config.seed=-1"],
+    "mtp.weight must be finite and not negative, got -1.0.\n"
     "seed must be in [0, 2^31), got -1.",
   ),
   "no such experiment": (
