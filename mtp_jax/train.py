@@ -56,7 +56,7 @@ from mtp_jax.metrics import (
   write_json,
 )
 from mtp_jax.model.lm import copied_unembed
-from mtp_jax.pack import make_pack
+from mtp_jax.pack import Pack
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import (
   make_mesh,
@@ -933,7 +933,7 @@ class _Packed(_Steps):
     self._errors: dict[_Training, Exception] = {}
     configs = [training.run.config for training in trainings]
     hypers = [hyperparameters(config) for config in configs]
-    self._pack = make_pack(shape_of(configs[0]), states, hypers, size, devices)
+    self._pack = Pack(shape_of(configs[0]), states, hypers, size, devices)
     active = self.active()
     read = [training.loader.get_state() for training in active]
     shares = all(x == read[0] for x in read)

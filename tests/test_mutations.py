@@ -241,13 +241,13 @@ MUTANTS = {
     "pack.py",
     "jnp.where(is_active, new, old)",
     "new",
-    f"{PACKED}[True]",
+    PACKED,
   ),
   "all runs of a pack begin an interval of the log at once": Mutant(
     "pack.py",
     "starts[list(active)] = list(active.values())",
     "starts[list(active)] = any(active.values())",
-    f"{PACKED}[True]",
+    PACKED,
   ),
   "runs of a pack share rows that are not theirs": Mutant(
     "train.py",
