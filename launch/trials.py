@@ -25,7 +25,7 @@ from typing import Any
 from launch import cli, engines, exits, status
 from launch.engines import Job
 from mtp_jax import accounting
-from mtp_jax.checkpoint import check_resumable, read_config
+from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -37,8 +37,8 @@ from mtp_jax.config import (
 )
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
-from mtp_jax.files import is_begun
 from mtp_jax.metrics import write_json
+from mtp_jax.run_folder import is_begun, read_config
 from mtp_jax.saved_model import check_source
 from mtp_jax.train_step import shape_of
 

@@ -22,19 +22,22 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-  """Notes SIGTERM and SIGINT while it is entered; a second one acts as it always did.
+  """Notes SIGTERM and SIGINT; a second one acts as it always did; a context manager.
 
   The handler only sets a flag, which is read between batches. An exception would be
   lost where the signal arrives during a callback, such as JAX's callback to the garbage
   collector. A cluster may send SIGTERM by several ways at once: that is one signal.
   Outside the main thread no signal can be caught, and none is.
 
-  Processes that train together tell each other: all must call `received` at the same
-  places, and all get the same answer. A signal of one process reaches the others with
-  the answer after the next, so that no process waits for it. (JAX's own preemption
-  service is not used: Orbax reports the steps of its saves to that service from another
-  thread, and then processes may stop at different steps. The service must be off, or
-  SIGTERM would not reach Python.)
+  A lone process has its own handlers until `catch` is called: before the first step
+  nothing can be saved, so that it may end at once, while it loads data or compiles.
+
+  Processes that train together catch signals from the start, and tell each other: all
+  must call `received` at the same places, and all get the same answer. A signal of one
+  process reaches the others with the answer after the next, so that no process waits
+  for it. (JAX's own preemption service is not used: Orbax reports the steps of its
+  saves to that service from another thread, and then processes may stop at different
+  steps. The service must be off, or SIGTERM would not reach Python.)
   """
 
   def __init__(self):
@@ -50,11 +53,17 @@ class Interrupt:
     told, self._told = self._told, max_over_processes(self._received or 0)
     return None if told is None else int(told) or None
 
+  def catch(self) -> None:
+    """Notes signals from here on."""
+    if self._old or threading.current_thread() is not threading.main_thread():
+      return
+    for signum in (signal.SIGTERM, signal.SIGINT):
+      # None stands for a handler that is not Python's.
+      self._old[signum] = signal.signal(signum, self._handle) or signal.SIG_DFL
+
   def __enter__(self) -> "Interrupt":
-    if threading.current_thread() is threading.main_thread():
-      for signum in (signal.SIGTERM, signal.SIGINT):
-        # None stands for a handler that is not Python's.
-        self._old[signum] = signal.signal(signum, self._handle) or signal.SIG_DFL
+    if jax.process_count() > 1:
+      self.catch()
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -53,10 +53,19 @@ def is_begun(workdir: Path) -> bool:
 
 
 def finished_steps(workdir: Path) -> list[int]:
-  """Returns the steps with a finished checkpoint, oldest first."""
-  folder = workdir / CHECKPOINTS
-  found = folder.iterdir() if folder.is_dir() else ()
+  """Returns the steps of a run that have a finished checkpoint, oldest first."""
+  return steps_in(workdir / CHECKPOINTS)
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+  """Returns the same of a folder of checkpoints, which may lie anywhere."""
+  found = checkpoints.iterdir() if checkpoints.is_dir() else ()
   return sorted(int(x.name) for x in found if x.name.isdecimal() and x.is_dir())
+
+
+def folders_below(root: Path) -> list[Path]:
+  """Returns the run folders directly below a folder, by name."""
+  return sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
 
 
 def check_kinds(workdir: Path) -> None:
@@ -116,7 +125,7 @@ def read(workdir: Path, name: str) -> Any:
   """Returns the content of one of the JSON files; None if there is no such file.
 
   Raises:
-    ValueError: the file cannot be read.
+    ConfigError: the file cannot be read.
   """
   path = workdir / name
   if not path.is_file():
@@ -124,9 +133,9 @@ def read(workdir: Path, name: str) -> Any:
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from (
-      error
-    )
+    raise ConfigError(
+      f"{path} must be what training wrote ({type(error).__name__}: {error})."
+    ) from error
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtp_jax import accounting, checkpoint
+from mtp_jax import accounting, checkpoint, run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict
 from mtp_jax.model.lm import deployed, deployed_config
@@ -94,17 +94,17 @@ def check_source(config: Config, workdir: Path) -> None:
     ConfigError: no run, no checkpoint, or one that differs in what is taken over.
   """
   name, source = _source(config)
-  if source is None or _finished_steps(workdir):
+  if source is None or run_folder.finished_steps(workdir):
     return
   rule = f"train.{name} must be a run folder with a finished checkpoint"
-  if not (source / "config.json").is_file():
+  if not run_folder.is_run(source):
     raise ConfigError(
-      f"{rule}, got {str(source)!r}: there is no {source / 'config.json'}."
+      f"{rule}, got {str(source)!r}: there is no {source / run_folder.CONFIG}."
     )
-  if not _finished_steps(source):
+  if not run_folder.finished_steps(source):
     raise ConfigError(f"{rule}, got {str(source)!r}: it has none yet.")
   try:
-    saved = checkpoint.read_config(source)
+    saved = run_folder.read_config(source)
   except ConfigError as error:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
@@ -156,13 +156,15 @@ def load_source(
   name, source = _source(config)
   if source is None:
     return {}, origin, None
-  steps = map(str, reversed(_finished_steps(source)))
-  _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
+  steps = map(str, reversed(run_folder.finished_steps(source)))
+  _, saved = restore_newest(
+    [source / run_folder.CHECKPOINTS / step for step in steps], mesh
+  )
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
     raise ConfigError(
       f"train.{name} must be a run with the tokenizer of this one, got "
       f"{str(source)!r}, which has another; set tokenizer.kind 'file' and "
-      f"tokenizer.path {str(source / 'tokenizer.json')!r} to take it over."
+      f"tokenizer.path {str(source / run_folder.TOKENIZER)!r} to take it over."
     )
   if name == "trunk_from":
     shardings = {key: tree for key, tree in shardings.items() if key != "mtp"}
@@ -175,8 +177,8 @@ def load_source(
     return taken
 
   try:
-    commit = json.loads((source / "run.json").read_text())["commit"]
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    commit = run_folder.read(source, run_folder.RUN)["commit"]
+  except (ConfigError, KeyError, TypeError):
     commit = ""
   origin[name] = {
     "path": getattr(config.train, name), "step": saved.step, "commit": commit
@@ -198,11 +200,6 @@ def _trunk_keys(config: Config) -> set[str]:
   if config.trunk.kind == "gpt2":  # It has so many learned positions.
     keys.add("data.seq_len")
   return keys
-
-
-def _finished_steps(workdir: Path) -> list[int]:
-  directory = workdir / "checkpoints"
-  return checkpoint.finished_steps(directory) if directory.is_dir() else []
 
 
 def portable(config: Config) -> Config:

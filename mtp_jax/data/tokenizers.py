@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mtp_jax import config as config_lib
-from mtp_jax import files
+from mtp_jax import files, run_folder
 from mtp_jax.data import sources
 from mtp_jax.data.special_tokens import (
   OWN_BOS,
@@ -30,7 +30,7 @@ from mtp_jax.data.special_tokens import (
 )
 
 # The tokenizer of a run folder, its special ids, and their key where both are one text.
-IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
+SPECIAL_TOKENS = "special_tokens.json"
 _KEY = "mtp_jax"
 BOS, EOS = OWN_BOS, "<|eos|>"
 # What well-known tokenizers call them, in the order in which they are looked for.
@@ -408,13 +408,13 @@ def in_run(
   Raises:
     ConfigError: `path` names another tokenizer than the run has.
   """
-  own = workdir / IN_RUN
+  own = workdir / run_folder.TOKENIZER
   if config.kind != "file" or not own.is_file():
     return config
   given = Path(os.path.expanduser(config.path))
-  if config.path not in (IN_RUN, str(own)) and given.is_file():
+  if config.path not in (own.name, str(own)) and given.is_file():
     if load_tokenizer(given).to_json() != load_tokenizer(own).to_json():
-      if not files.is_begun(workdir):
+      if not run_folder.is_begun(workdir):
         return config  # An attempt that was refused left its tokenizer.
       raise config_lib.ConfigError(
         f"tokenizer.path must hold the tokenizer that the run was started with, {own}; "
