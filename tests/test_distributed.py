@@ -61,7 +61,7 @@ EXPERIMENT = """
 
 def signal_itself(signum, step, note=None):
   """Makes the process send itself a signal when that step is done."""
-  advance = Progress.advance
+  advance = metrics.Progress.advance
 
   def advance_and_signal(bar, now):
     advance(bar, now)
@@ -70,7 +70,7 @@ def signal_itself(signum, step, note=None):
         note.write_text(str(time.time()))
       os.kill(os.getpid(), signum)
 
-  Progress.advance = advance_and_signal
+  metrics.Progress.advance = advance_and_signal
 
 
 def child(arguments, log, fault, num_devices):
@@ -351,14 +351,14 @@ def test_one_of_four_dies_or_freezes(tiny, alone, tmp_path, rank, signum):
 
 def sleep_in_step(step):
   """Makes the process sleep when that step is done: alive, and of no use."""
-  advance = Progress.advance
+  advance = metrics.Progress.advance
 
   def advance_and_sleep(bar, now):
     advance(bar, now)
     if now == step:
       time.sleep(1000)
 
-  Progress.advance = advance_and_sleep
+  metrics.Progress.advance = advance_and_sleep
 
 
 @pytest.mark.slow
