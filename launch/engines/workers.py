@@ -31,7 +31,8 @@ from launch.status import Status, exit_class_of, last_words
 from launch.trials import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
-from mtp_jax.pack import cpu_cores, fitting_size
+from mtp_jax.environment import cpu_cores
+from mtp_jax.pack import fitting_size
 from mtp_jax.train import Interrupted, fit, fit_pack
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
