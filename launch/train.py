@@ -46,7 +46,7 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.interrupt import Interrupted
 from mtp_jax.run import Diverged
-from mtp_jax.startup import Startup, process_age
+from mtp_jax.stopwatch import Stopwatch, process_age
 from mtp_jax.train import fit
 
 cli.define_config(required=False)
@@ -72,7 +72,7 @@ class End(NamedTuple):
 
 
 def main() -> int:
-  startup = Startup(process_age())
+  startup = Stopwatch(process_age())
   startup.ends("imports")
   workdir = Path(_WORKDIR.value)
   try:
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def train(
-  config: Config, workdir: Path, startup: Startup, stall_seconds: int = 0
+  config: Config, workdir: Path, startup: Stopwatch, stall_seconds: int = 0
 ) -> End:
   """Trains, in all processes that were joined, and leaves a status in the run folder.
 

@@ -16,7 +16,7 @@ from mtp_jax.interrupt import Interrupt
 from mtp_jax.pack_program import Pack
 from mtp_jax.run import Run, admit, check_folder
 from mtp_jax.run_log import Clock, Observer, RunLog
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import TrainState, hyperparameters
 from mtp_jax.train_step import shape_of
 
@@ -155,7 +155,7 @@ def fit_pack(
         f"{', '.join(sorted(keys))}."
       )
   observers = observers or [Observer() for _ in configs]
-  startup, clock, devices = Startup(), Clock(), jax.devices()
+  startup, clock, devices = Stopwatch(), Clock(), jax.devices()
   outcomes: list[Any] = [None] * len(configs)
   members: list[_Member] = []
   with contextlib.ExitStack() as stack:
@@ -203,7 +203,7 @@ def fit_pack(
 def _train(
   pack: Pack,
   members: Sequence[_Member],
-  startup: Startup,
+  startup: Stopwatch,
   clock: Clock,
   interrupt: Interrupt,
 ) -> None:

@@ -20,7 +20,7 @@ from mtp_jax.interrupt import Interrupt, Interrupted
 from mtp_jax.metrics import MetricsWriter, Progress
 from mtp_jax.records import Measures
 from mtp_jax.run import Diverged, Run, Start
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import TrainState
 
 # What `RunLog.progress` is before the first step.
@@ -171,7 +171,7 @@ class RunLog:
     """Stops the clock of training."""
     self._clock.stop()
 
-  def began(self, startup: Startup) -> None:
+  def began(self, startup: Stopwatch) -> None:
     """Writes how long it took until the first step of this start had ended."""
     with self._clock.stopped():
       if jax.process_index() == 0:

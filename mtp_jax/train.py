@@ -27,7 +27,7 @@ from mtp_jax.run import Run, admit, check_folder
 from mtp_jax.run_log import NO_PROGRESS, Clock, Observer, RunLog
 from mtp_jax.saved_model import SOURCES
 from mtp_jax.sharding import make_mesh
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import TrainState
 
 
@@ -37,7 +37,7 @@ def fit(
   *,
   progress: bool = True,
   observer: Observer | None = None,
-  startup: Startup | None = None,
+  startup: Stopwatch | None = None,
   holding: Callable[[Path], contextlib.AbstractContextManager] | None = None,
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
@@ -69,7 +69,7 @@ def fit(
       one had a signal. Until the first step is compiled nothing could be saved: the
       handlers of the caller act.
   """
-  workdir, startup = Path(workdir), startup or Startup()
+  workdir, startup = Path(workdir), startup or Stopwatch()
   observer = observer or Observer()
   resolved = admit(config, workdir, jax.device_count())
   with contextlib.ExitStack() as stack:
@@ -104,7 +104,7 @@ def _train(
   log: RunLog,
   state: TrainState,
   loader: TrainLoader,
-  startup: Startup,
+  startup: Stopwatch,
   interrupt: Interrupt,
 ) -> TrainState:
   """Takes the steps that are left; returns the state after the last one."""
