@@ -72,6 +72,17 @@ def main() -> int:
     f"{folder.path}: {int(folder.index_N['num_tokens'].sum()):,} tokens in "
     f"{len(folder.shards)} shard(s)"
   )
+  data = config.data
+  split_N = sources.split_of(
+    folder.index_N["hash"], data.validation_fraction, data.test_fraction
+  )
+  for i, name in enumerate(sources.SPLITS):
+    if i not in split_N:
+      print(
+        f"Note: none of the {len(split_N)} document(s) is in the {name} split. "
+        "A prepared folder is split by whole documents; data.source = 'files' or "
+        "'jsonl' cuts a few documents by position."
+      )
   return 0
 
 

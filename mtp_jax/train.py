@@ -56,7 +56,7 @@ from mtp_jax.metrics import (
   write_json,
 )
 from mtp_jax.model.lm import copied_unembed
-from mtp_jax.pack import make_pack
+from mtp_jax.pack import Pack
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import (
   make_mesh,
@@ -65,7 +65,7 @@ from mtp_jax.sharding import (
   replicated,
   row_share,
 )
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import Programs, compiled, programs, shape_of
 
@@ -105,7 +105,7 @@ def fit(
   *,
   progress: bool = True,
   observer: Observer | None = None,
-  startup: Startup | None = None,
+  startup: Stopwatch | None = None,
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
@@ -133,7 +133,7 @@ def fit(
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
       one had a signal.
   """
-  startup = startup or Startup()
+  startup = startup or Stopwatch()
   validate(config, jax.device_count(), jax.default_backend())
   if result := finished(config, Path(workdir)):
     loss, where = result["main_loss"]["mean"], Path(workdir) / "eval.json"
@@ -193,7 +193,7 @@ def fit_pack(
         "runs of a pack must have one shape, but these keys differ: "
         f"{', '.join(sorted(keys))}."
       )
-  startup, clock, devices = Startup(), _Clock(), jax.devices()
+  startup, clock, devices = Stopwatch(), _Clock(), jax.devices()
   with contextlib.ExitStack() as stack:
     interrupt = stack.enter_context(_Interrupt())
 
@@ -584,8 +584,10 @@ class _Run:
     }
 
 
-def _means(value: dict[str, Any]) -> Any:
-  """Returns the mean of a measure, or of each by name."""
+def _means(value: dict[str, Any] | float) -> Any:
+  """Returns the mean of a measure, or of each by name; a plain number as it is."""
+  if not isinstance(value, dict):
+    return value
   if "mean" in value:
     return value["mean"]
   return {name: _means(x) for name, x in value.items()}
@@ -680,7 +682,7 @@ class _Training:
       state, batch = steps.state(self), steps.batch(self)
       self._writer.write(_diagnostics_record(self.run, state, batch, self.step))
 
-  def started(self, startup: Startup) -> None:
+  def started(self, startup: Stopwatch) -> None:
     """Says how long it took until the first step of this start had ended."""
     with self._clock.stopped():
       if jax.process_index() == 0:
@@ -811,7 +813,7 @@ def _open(
   workdir: Path,
   observer: Observer,
   clock: _Clock,
-  startup: Startup,
+  startup: Stopwatch,
   progress: bool = False,
   devices: list[jax.Device] | None = None,
   num_packed: int = 1,
@@ -931,7 +933,7 @@ class _Packed(_Steps):
     self._errors: dict[_Training, Exception] = {}
     configs = [training.run.config for training in trainings]
     hypers = [hyperparameters(config) for config in configs]
-    self._pack = make_pack(shape_of(configs[0]), states, hypers, size, devices)
+    self._pack = Pack(shape_of(configs[0]), states, hypers, size, devices)
     active = self.active()
     read = [training.loader.get_state() for training in active]
     shares = all(x == read[0] for x in read)
@@ -1008,7 +1010,7 @@ def _outcome(work: Callable[[], Any]) -> Any:
 
 
 def _train(
-  steps: _Steps, clock: _Clock, startup: Startup, interrupt: "_Interrupt"
+  steps: _Steps, clock: _Clock, startup: Stopwatch, interrupt: "_Interrupt"
 ) -> None:
   """Runs the remaining steps of one run, or of several side by side."""
   def look() -> list[_Training]:

@@ -1,14 +1,10 @@
-"""Packs: every run ends as it does alone, whatever becomes of the others.
-
-On CPU the runs of a pack take steps apart; `stacked` is what accelerators do, run here.
-"""
+"""Packs: every run ends as it does alone, whatever becomes of the others."""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
-import threading
 
 import jax
 import numpy as np
@@ -17,7 +13,7 @@ import pytest
 from mtp_jax import pack, train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError, with_overrides
-from mtp_jax.pack import make_pack
+from mtp_jax.pack import Pack
 from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs, shape_of
@@ -72,22 +68,19 @@ def configs(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def machine(num_devices=1, is_stacked=False):
-  """Lets JAX have no more than these devices, and stacks trials as on a GPU."""
+def machine(num_devices=1):
+  """Lets JAX have no more than these devices."""
   first = jax.devices()[:num_devices]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pack, "cpu_cores", lambda: [0, 1, 2])
     patch.setattr(jax, "devices", lambda: first)
     patch.setattr(jax, "device_count", lambda: num_devices)
-    if is_stacked:
-      patch.setattr(pack, "platform", lambda: "gpu")
     yield
 
 
-def fit_pack(configs, root, num_devices=1, is_stacked=True, observers=None):
+def fit_pack(configs, root, num_devices=1, observers=None):
   """Returns what became of each run, by name; one place or more is left empty."""
   folders = [root / name for name in configs]
-  with machine(num_devices, is_stacked):
+  with machine(num_devices):
     ended = train.fit_pack(
       list(configs.values()), folders, size=6, observers=observers
     )
@@ -166,16 +159,11 @@ def fingerprint(workdir, step):
   return found
 
 
-@pytest.mark.parametrize("is_stacked", [False, True])
-def test_packed_runs_are_those_that_were_trained_alone(
-  configs, alone, is_stacked, tmp_path
-):
+def test_packed_runs_are_those_that_were_trained_alone(configs, alone, tmp_path):
   root, expected = alone
-  ended = fit_pack(configs, tmp_path, is_stacked=is_stacked)
+  ended = fit_pack(configs, tmp_path)
   for name, config in configs.items():
     assert_close_run(tmp_path / name, root / name, config)
-    if not is_stacked:
-      assert_equal_run(tmp_path / name, root / name)
   assert ended["stops"]["stopped"]["last_step"] == ended["stops"]["step"] == 2
   assert ended["plain"]["stopped"] is None and ended["plain"]["step"] == 12
   assert json.loads((tmp_path / "plain" / "run.json").read_text())["packed"] == 5
@@ -245,7 +233,7 @@ def test_runs_at_different_steps_go_on_together(never_stopped, tmp_path):
   pair, root, _ = never_stopped
   fit_pack(pair, tmp_path, observers=[Stops(6), train.Observer()])
   shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # Goes on from step 4.
-  fit_pack(pair, tmp_path, is_stacked=False)
+  fit_pack(pair, tmp_path)
   for name, config in pair.items():
     assert_close_run(tmp_path / name, root / name, config)
 
@@ -332,7 +320,7 @@ def test_every_kind_of_step_can_be_stacked(kind, depth, overrides):
   batch = microbatches(packed_batch(config), config.train.accumulation_steps)
   with jax.set_mesh(mesh):
     states = [jax.device_get(one.init(np.int32(c.seed))) for c in configs]
-  packed = make_pack(shape, states, hypers, 4, jax.devices()[:2])
+  packed = Pack(shape, states, hypers, 4, jax.devices()[:2])
   on_devices = packed.put([batch])
   packed.compile(on_devices)
   for i in range(2):
@@ -382,37 +370,15 @@ def test_a_pack_is_as_large_as_the_memory(monkeypatch):
     programs(shape_of(config), make_mesh(config.mesh, jax.devices()[:1])).init, 0
   )
   per_trial = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  for is_stacked in (True, False):
-    with machine(is_stacked=is_stacked):
-      fits = lambda: pack.fitting_size(config, 4, jax.devices())  # noqa: E731
-      monkeypatch.setattr(pack, "_memory", lambda _: 1e12)
-      assert fits() == (4 if is_stacked else 3), "no more than cores"
-      monkeypatch.setattr(pack, "_memory", lambda _: 3 * per_trial)
-      assert fits() in (1, 2)
-      monkeypatch.setattr(pack, "_memory", lambda _: 1)
-      assert fits() == 1
-
-
-def test_as_many_steps_are_under_way_as_there_are_cores():
-  config = tiny_config("none", 0, {"trunk.num_layers": 1})
-  shape, hyper = shape_of(config), hyperparameters(config)
-  state = jax.eval_shape(
-    programs(shape, make_mesh(config.mesh, jax.devices()[:1])).init, 0
-  )
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-  waiting = threading.Barrier(3, timeout=30)
-
-  def step(state, batch, hyper, starts_interval):
-    waiting.wait()  # Breaks where fewer than three are called at once.
-    return state, {"loss_total": (batch, bool(starts_interval))}
-
   with machine():
-    packed = make_pack(shape, [zeros] * 7, [hyper] * 7, 7, jax.devices())
-  packed._program = step
-  losses = packed.step(list("abcdefg"), dict.fromkeys(range(1, 7), True) | {3: False})
-  assert losses == [(name, name != "d") for name in "bcdefg"]
+    fits = lambda: pack.fitting_size(config, 4, jax.devices())  # noqa: E731
+    assert fits() == 1, "a CPU gains nothing from a pack"
+    monkeypatch.setattr(pack, "platform", lambda: "gpu")
+    for memory, sizes in ((1e12, (4,)), (3 * per_trial, (1, 2)), (1, (1,))):
+      monkeypatch.setattr(pack, "device_memory", lambda _, memory=memory: memory)
+      assert fits() in sizes
 
 
 def test_a_pack_needs_a_place_for_each():
   with pytest.raises(ValueError, match=r"size must be at least 2, got 1\."):
-    make_pack(shape_of(tiny_config()), [{}, {}], [(), ()], 1, jax.devices())
+    Pack(shape_of(tiny_config()), [{}, {}], [(), ()], 1, jax.devices())

@@ -17,6 +17,7 @@ import pytest
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.data import prepare, prepared, sources
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.data.sources import DataError
 from tests.corpora import data_config, some_texts, write_jsonl
 
@@ -269,6 +270,22 @@ def test_folders_of_others_are_refused(config, tmp_path):
   with pytest.raises(ConfigError, match=r"new or empty folder .*'thesis\.tex'"):
     run(config, tmp_path)
   assert content(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_few_documents_are_split_whole_and_the_error_names_who_cuts(tmp_path):
+  (tmp_path / "input.txt").write_text("one long text, " * 500)
+  config = data_config("files", tmp_path / "input.txt")
+  output = tmp_path / "prepared"
+  shown = subprocess.run(
+    command(output, f"--config.data.path={tmp_path}/input.txt",
+            "--config.data.source=files", "--workers=1"),
+    capture_output=True, text=True,
+  )
+  assert "Note: none of the 1 document(s) is in the validation split." in shown.stdout
+  assert load_corpus(config).stats["is_cut"]
+  message = r"for the (train|validation) split.*files' or 'jsonl' cuts fewer than 100"
+  with pytest.raises(DataError, match=message):
+    load_corpus(data_config("array_record", output))
 
 
 def test_two_at_once_are_refused(config, tmp_path):

@@ -580,17 +580,17 @@ def test_killed_worker_and_stopped_sweep_are_continued(
     assert steps == list(range(100, trial.num_steps + 1, 100))
 
 
-def test_packs_as_large_as_fit_go_past_a_failure(
+def test_a_pack_goes_past_a_failure(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
   monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into log.txt.
   planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
-  assert sweep_of(planned, tmp_path, pack=None).run([Slot(None)]) == 1
+  assert sweep_of(planned, tmp_path, pack=3).run([Slot(None)]) == 1
   assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
   shown = capfd.readouterr().out
-  assert "seed=0: measures how many of its shape fit\n" in shown
+  assert "seed=1: starts in a pack of 3\n" in shown
   assert "diverges: FAILED: Diverged: loss or gradient was not finite" in shown
-  # The program that was measured serves.
+  # One program takes the steps of all three.
   logs = [log.read_text() for log in tmp_path.glob("*/log.txt")]
   assert len(logs) == 3
   assert "Finished XLA compilation of jit(train_step)" not in "".join(logs)

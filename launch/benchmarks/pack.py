@@ -27,7 +27,7 @@ from launch.tables import markdown
 from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
-from mtp_jax.pack import make_pack
+from mtp_jax.pack import Pack
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import compiled, programs, shape_of
@@ -138,7 +138,7 @@ def build_step(
       return report["loss_total"]
   else:
     states = [jax.device_get(state)] * num_trials
-    pack = make_pack(shape, states, [hyper] * num_trials, num_trials, devices)
+    pack = Pack(shape, states, [hyper] * num_trials, num_trials, devices)
     active = dict.fromkeys(range(num_trials), True)
     start = time.perf_counter()
     program = pack.compile(pack.put([rows]))

@@ -25,7 +25,7 @@ from grain.experimental import index_shuffle
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import packing, prepared, sources, workers, written
+from mtp_jax.data import distilled_text, packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
@@ -33,6 +33,10 @@ from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 _BATCH_TEXTS = 256
 # Of fewer documents, the hashes may leave a split without any; these are cut then.
 _FEW = 100
+_WHOLE_DOCUMENTS = (
+  " A prepared folder is split by whole documents; data.source = 'files' or 'jsonl' "
+  f"cuts fewer than {_FEW} documents by position."
+)
 # Rows that are counted at once.
 _GROUP_ROWS = 1024
 # Batches that are read ahead, and that every worker has ready. Of grain's defaults the
@@ -153,7 +157,7 @@ def load_corpus(
 
   Raises:
     DataError: nothing found, unreadable input, or no document in a split that training
-      or evaluation needs; see `written.load` for `data.train_on`.
+      or evaluation needs; see `distilled_text.load` for `data.train_on`.
     ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
   """
   if config.data.source in config_lib.TASKS:
@@ -162,7 +166,8 @@ def load_corpus(
   same_text = dataclasses.replace(
     data, train_on="", seq_len=0, batch_size=0, seed=0, num_workers=0
   )
-  if data.source == "array_record":
+  is_prepared = data.source == "array_record"
+  if is_prepared:
     store, folder = _open_prepared(data.path)
     _check_prepared(folder, config, tokenizer)
     tokenizer, stats = folder.tokenizer, folder.source
@@ -201,7 +206,7 @@ def load_corpus(
         f"data.{'validation' if name == 'train' else name}_fraction must leave at "
         f"least one of the {len(split_N)} document(s) for the {name} split, got "
         f"data.validation_fraction = {data.validation_fraction}, "
-        f"data.test_fraction = {data.test_fraction}."
+        f"data.test_fraction = {data.test_fraction}.{_WHOLE_DOCUMENTS * is_prepared}"
       )
   stats = stats | {"splits": counts, "is_cut": is_cut, "train_on": None}
   train_store = None
@@ -267,7 +272,7 @@ def _written(
   path: str, held_out: packing.TokenStore, tokenizer: tokenizers_lib.Tokenizer
 ) -> tuple[MemoryStore, dict[str, Any]]:
   """Returns the texts of `data.train_on`, and what is to be said about them."""
-  documents = written.load(path)
+  documents = distilled_text.load(path)
   # A run that goes on must find the held-out texts it had, too.
   identity = held_out.identity | {"train_on": documents.stats.manifest}
   store = MemoryStore(documents, tokenizer, identity)
