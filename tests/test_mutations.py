@@ -48,7 +48,7 @@ MUTANTS = {
     "test_stopwatch.py::test_phases_follow_each_other_without_a_gap",
   ),
   "a resumed start says that it began anew": Mutant(
-    "train.py",
+    "run_log.py",
     "startup.record(self.step)",
     "startup.record(0)",
     "test_train.py::test_resuming_ends_where_the_run_ended",
@@ -193,13 +193,13 @@ MUTANTS = {
     f"{PARITY}[llama-medusa-False]",
   ),
   "frozen trunk begins at random": Mutant(
-    "train.py",
+    "run.py",
     "state = self.initial_state(given)",
     "state = self.initial_state({})",
     "test_trunk_from.py::test_a_frozen_trunk_is_the_deployed_model_of_its_source",
   ),
   "a run from another one has draft tokens of its own": Mutant(
-    "train.py",
+    "run.py",
     'if "mtp" not in given:',
     "if True:",
     "test_trunk_from.py::test_a_run_starts_from_all_parameters_of_another",
@@ -238,33 +238,33 @@ MUTANTS = {
     "test_the_published_forward_pass_on_the_files_gives_our_logits[eagle3]",
   ),
   "a run of a pack goes on after its last step": Mutant(
-    "pack.py",
+    "pack_program.py",
     "jnp.where(is_active, new, old)",
     "new",
     PACKED,
   ),
   "all runs of a pack begin an interval of the log at once": Mutant(
-    "pack.py",
+    "pack_program.py",
     "starts[list(active)] = list(active.values())",
     "starts[list(active)] = any(active.values())",
     PACKED,
   ),
   "runs of a pack share rows that are not theirs": Mutant(
-    "train.py",
+    "pack.py",
     "shares = all(x == read[0] for x in read)",
     "shares = True",
     "test_pack.py::test_runs_at_different_steps_go_on_together",
   ),
   "success need not last": Mutant(
-    "train.py",
-    "      self.reached = None\n",
+    "run_log.py",
+    "      self._reached = None\n",
     "      pass\n",
     "test_train.py::test_success_counts_twice_in_a_row[hits1-None-12]",
   ),
   "a resumed run forgets the first success": Mutant(
-    "train.py",
-    'self.reached = progress["reached"]',
-    "self.reached = None",
+    "run_log.py",
+    'done["seconds"], done["reached"]',
+    'done["seconds"], None',
     "test_train.py::test_success_between_two_starts_ends_the_run_as_ever[killed]",
   ),
   "lambda not divided by depth": Mutant(
@@ -368,8 +368,8 @@ MUTANTS = {
   ),
   "checkpoint holds the iterator one batch ahead": Mutant(
     "train.py",
-    "self.run.save(state, steps.data_state(self), self.progress)",
-    "self.run.save(state, self.loader.get_state(), self.progress)",
+    "log.save(state, data_state, signum)",
+    "log.save(state, loader.get_state(), signum)",
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(
