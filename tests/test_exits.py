@@ -92,9 +92,11 @@ def test_process_0_writes_the_file_that_says_it_yielded(monkeypatch, tmp_path):
   (KeyError("x"), (1, "infrastructure", "KeyError: 'x'", False)),
 ])
 def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
-  def fail(*_, observer, startup):
-    observer.stepped(6)
-    raise error
+  def fail(config, workdir, *, observer, holding, **_):
+    with holding(workdir):
+      observer.begins(config.train.num_steps)
+      observer.stepped(6)
+      raise error
 
   monkeypatch.setattr(train, "fit", fail)
   config = from_config_dict(base.get_config())
