@@ -13,9 +13,9 @@ from mtp_jax import evaluate, train
 from mtp_jax.config import with_overrides
 from mtp_jax.data.pipeline import token_counts
 from mtp_jax.decode import network
-from mtp_jax.drafters import vocabulary
+from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.losses import loss_coefficients
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.predictors import vocabulary
 from mtp_jax.targets import future_targets
 from tests.common import (
   VOCAB,

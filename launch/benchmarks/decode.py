@@ -37,7 +37,7 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, network, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
-from mtp_jax.model.lm import MtpLm, zeros_batch
+from mtp_jax.lm import MtpLm, zeros_batch
 from mtp_jax.sharding import unbox
 
 DEFINITIONS = {

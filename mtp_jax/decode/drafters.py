@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import EAGLES, Config, TrunkConfig, predictor_trunk
+from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.decode import eagle, network
 from mtp_jax.decode.interface import (
   Choose,
@@ -25,9 +25,10 @@ from mtp_jax.decode.interface import (
   take_tokens,
 )
 from mtp_jax.decode.network import Weights
-from mtp_jax.drafters.medusa import medusa_head
 from mtp_jax.model.layers import compute_dtype
-from mtp_jax.model.mtp import SequentialModule
+from mtp_jax.predictors import predictor_trunk
+from mtp_jax.predictors.medusa import medusa_head
+from mtp_jax.predictors.sequential import SequentialModule
 
 
 def own_predictors(
@@ -48,7 +49,9 @@ def own_predictors(
   num_drafts = depth if num_drafts is None else num_drafts
   if num_drafts < 0:
     raise ValueError(f"num_drafts must be at least 0, got {num_drafts}.")
-  is_recursive = kind in EAGLES or (recurse and kind == "sequential" and depth)
+  is_recursive = kind in ("eagle", "eagle3") or (
+    recurse and kind == "sequential" and depth
+  )
   if num_drafts > depth and not is_recursive:
     hint = "; or set recurse=True" if kind == "sequential" and depth else ""
     raise ValueError(
@@ -57,7 +60,7 @@ def own_predictors(
     )
   if num_drafts == 0:
     return given(0)  # Plain decoding; nothing of a drafter is called then.
-  if kind in EAGLES:
+  if kind in ("eagle", "eagle3"):
     return chain(eagle.recursion(config), num_drafts)
   trunk = predictor_trunk(config.trunk, config.mtp)
   if kind == "parallel":
@@ -80,7 +83,7 @@ def own_recursion(config: Config) -> Recursion:
     ValueError: the model has none that could.
   """
   mtp = config.mtp
-  if mtp.kind in EAGLES:
+  if mtp.kind in ("eagle", "eagle3"):
     return eagle.recursion(config)
   is_one = mtp.depth == 1 or (mtp.depth > 1 and mtp.share_modules)
   if mtp.kind != "sequential" or not is_one:

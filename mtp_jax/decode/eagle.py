@@ -12,19 +12,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config, TrunkConfig, predictor_trunk
+from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.decode import network
 from mtp_jax.decode.interface import Recursion, Window, take_rows, take_tokens
 from mtp_jax.decode.network import Weights
-from mtp_jax.drafters.eagle import Eagle3Layer, EagleLayer, Fusion
 from mtp_jax.model.layers import make_norm
+from mtp_jax.predictors import predictor_trunk
+from mtp_jax.predictors.eagle import Eagle3Layer, EagleLayer, Fusion
 
 # (weights, array) -> array.
 Map = Callable[[Weights, jax.Array], jax.Array]
 
 
 def recursion(config: Config) -> Recursion:
-  """Returns the drafter of a model whose `mtp.kind` is one of `config.EAGLES`."""
+  """Returns the drafter of a model whose `mtp.kind` is eagle or eagle3."""
   trunk = predictor_trunk(config.trunk, config.mtp)
   return {"eagle": _eagle, "eagle3": _eagle3}[config.mtp.kind](trunk)
 

@@ -14,19 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import (
-  EAGLES,
-  Config,
-  TrunkConfig,
-  num_trunk_layers,
-  tapped_layers,
-)
+from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.decode.interface import Target
-from mtp_jax.drafters.vocabulary import scatter
+from mtp_jax.lm import draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.model.attention_ops import Positions, positions_of
 from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.layers import compute_dtype, make_norm
-from mtp_jax.model.lm import draft_tokens, unembed_matrix, unembeddings
+from mtp_jax.predictors import num_trunk_layers, tapped_layers
+from mtp_jax.predictors.vocabulary import scatter
 
 
 class Weights(NamedTuple):
@@ -80,7 +75,7 @@ def unstack(params: Any, config: Config) -> Weights:
   elif kind == "sequential" and depth:
     stack = params["mtp"]["modules"]
     predictors = [stack] if config.mtp.share_modules else layers(stack, depth)
-  elif kind in EAGLES:
+  elif kind in ("eagle", "eagle3"):
     predictors = [params["mtp"]]
   is_learned = config.trunk.kind == "gpt2"
   return Weights(

@@ -1,129 +1,26 @@
-"""The predictors of more than one token, behind one call signature.
-
-Each takes what the trunk gives (`Given`) and returns the hidden state of every depth,
-[M, B, T, D], as its unembedding reads it, and the routing of its blocks where they have
-experts. Depth m predicts token i + 1 + m at position i. All run on all T positions; a
-position whose target lies in another document is masked in the loss, and because
-attention is causal within documents no valid position ever sees it.
+"""Sequential modules (DeepSeek-V3, section 2.2): the complete causal chain.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import MtpConfig, TrunkConfig, predictor_trunk
+from mtp_jax.config import PUBLISHED_MODULES, Config, MtpConfig, TrunkConfig
 from mtp_jax.model.attention_ops import Positions
 from mtp_jax.model.block import Block, Cache, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
 from mtp_jax.model.moe import Routing
+from mtp_jax.predictors.interface import Given, Kind
 from mtp_jax.sharding import constrain
-
-Norm = Callable[[jax.Array], jax.Array]
-# k -> embedding_BTD of the token k places after each position.
-EmbedAhead = Callable[[int], jax.Array]
-# normed hidden_BTD -> embedding_BTD of the most likely tokens, chosen without gradient.
-EmbedOwn = Callable[[jax.Array], jax.Array]
-
-
-class Given(NamedTuple):
-  """What every predictor starts from.
-
-  residual_BTD: the trunk's un-normed residual stream. final_norm: its final norm.
-  unembed_DV: its output matrix. positions_BT, segment_ids_BT: as in `Batch`.
-  tapped: the streams after `config.tapped_layers`, each [B, T, D].
-  """
-
-  residual_BTD: jax.Array
-  final_norm: Norm
-  embed_ahead: EmbedAhead
-  embed_own: EmbedOwn
-  unembed_DV: jax.Array
-  positions_BT: jax.Array
-  segment_ids_BT: jax.Array
-  tapped: tuple[jax.Array, ...]
-
-  def copied_unembed(
-    self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
-  ) -> jax.Array:
-    """Initialises matrices of extra depths as copies of the trunk's.
-
-    They may be stacked, and have the first columns alone.
-    """
-    del key
-    return jnp.broadcast_to(self.unembed_DV[:, : shape[-1]], shape).astype(dtype)
-
 
 # What sequential modules pass on: the next one's state, and the last one's output where
 # own tokens are chosen from it.
 Carry = tuple[jax.Array, jax.Array | None]
-
-
-class NextToken(nn.Module):
-  """Plain next-token prediction: the trunk's state is the only one."""
-
-  trunk: TrunkConfig
-  mtp: MtpConfig
-
-  @nn.compact
-  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
-    return given.final_norm(given.residual_BTD)[None], None
-
-
-class LinearHeads(nn.Module):
-  """One bare linear map per extra depth on the trunk's normed state: the ablation."""
-
-  trunk: TrunkConfig
-  mtp: MtpConfig
-
-  @nn.compact
-  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
-    depth, dim = self.mtp.depth, self.trunk.embed_dim
-    hidden_BTD = given.final_norm(given.residual_BTD)
-    if depth == 0:
-      return hidden_BTD[None], None
-    maps = self.param(
-      "maps",
-      partitioned(fan_in_normal(dim), "depths", "embed", "embed_out"),
-      (depth, dim, dim),
-    ).astype(hidden_BTD.dtype)
-    heads = [dense(hidden_BTD, maps[k]) for k in range(depth)]
-    return jnp.stack([hidden_BTD, *heads]), None
-
-
-class ParallelHeads(nn.Module):
-  """n = D + 1 heads, each one transformer layer on the same trunk state.
-
-  Gloeckle et al. 2024, section 2. The next-token head is the first of the n and has its
-  own layer. All share the final norm and the unembedding, so that with D = 0 trunk and
-  head together are the plain model with one more trunk layer.
-  """
-
-  trunk: TrunkConfig
-  mtp: MtpConfig
-
-  @nn.compact
-  def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
-    def head(block: nn.Module, x_BTD: jax.Array, _: None):
-      head_BTD, _, routing = block(x_BTD, given.positions_BT, given.segment_ids_BT)
-      return x_BTD, (head_BTD, routing)
-
-    num_heads = 1 + self.mtp.depth
-    _, (heads_MBTD, routing) = nn.scan(
-      head,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=num_heads,
-      unroll=1 if self.trunk.scan_layers else num_heads,
-      metadata_params={nn.PARTITION_NAME: "depths"},
-    )(rematted(Block, self.trunk)(self.trunk, name="heads"), given.residual_BTD, None)
-    # One head at a time: a leading axis of 1 would sum in another order at D = 0.
-    return jnp.stack([given.final_norm(head_BTD) for head_BTD in heads_MBTD]), routing
 
 
 class SequentialModule(nn.Module):
@@ -230,7 +127,7 @@ class SequentialModules(nn.Module):
       return constrain(shifted_BTD, "batch", "seq", "act_embed"), last_BTD
 
     first_BTD = normed_BTD if mtp.hidden_norm == "after" else given.residual_BTD
-    shared, trunk = mtp.share_modules, predictor_trunk(self.trunk, mtp)
+    shared, trunk = mtp.share_modules, self.trunk
     _, (chain, routing) = nn.scan(
       step,
       variable_broadcast="params" if shared else False,
@@ -247,3 +144,39 @@ class SequentialModules(nn.Module):
       ahead_kBTD,
     )
     return jnp.concatenate([normed_BTD[None], chain]), routing
+
+
+def _flops(config: Config) -> float:
+  """The projections of the modules, from twice the width."""
+  return 2.0 * config.mtp.depth * 2 * config.trunk.embed_dim**2
+
+
+def _contract(mtp: MtpConfig, tapped: tuple[int, ...]) -> dict[str, Any]:
+  del tapped
+  has_norm = mtp.out_norm == "own"
+  further = {
+    "chained": f"the {'normed ' if has_norm else ''}output of module k - 1",
+    "trunk": "the same",
+    "trunk_shifted": "the same, k - 1 positions on",
+  }[mtp.hidden]
+  return {
+    "hidden_source": f"depth 1: trunk output {mtp.hidden_norm} its final norm; depth "
+    f"k: {further}",
+    "embedding_source": {
+      "true": "token i + k", "none": None, "own": "arg max of depth k - 1"
+    }[mtp.fed],
+    "output_norm": "own norm per module" if has_norm else None,
+    "module_norms": {"rms": "RMSNorm", "trunk": "as in the trunk"}[mtp.norm],
+    "concat_order": ["hidden", "embedding"],
+  }
+
+
+SEQUENTIAL = Kind(
+  module=SequentialModules,
+  reads=("share_modules", "dense_blocks", "mlp_dim", *PUBLISHED_MODULES),
+  is_autoregressive=True,
+  blocks=lambda mtp: mtp.depth,
+  added_layers=lambda mtp: 1 if mtp.share_modules else mtp.depth,
+  flops=_flops,
+  contract=_contract,
+)

@@ -17,18 +17,20 @@ Legend: B batch, T sequence, D embed, M = 1 + depth, X three streams side by sid
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax.config import MtpConfig, TrunkConfig, predictor_trunk
+from mtp_jax.config import Config, MtpConfig, TrunkConfig
 from mtp_jax.model.attention import KVCache, Unrolled
 from mtp_jax.model.block import add_layers, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import Given
+from mtp_jax.predictors.interface import Given, Kind
 
 LayerCache = KVCache | Unrolled
 
@@ -119,7 +121,7 @@ class Eagle(nn.Module):
   @nn.compact
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     feature_BTD = given.final_norm(given.residual_BTD)
-    layer = _unrollable(EagleLayer, self.trunk, self.mtp)
+    layer = _unrollable(EagleLayer, self.trunk)
     states = _unroll(layer, feature_BTD, given, self.mtp.depth)
     return jnp.stack([feature_BTD, *states]), None
 
@@ -128,8 +130,8 @@ class Eagle3(nn.Module):
   """EAGLE-3: the feature is made of three streams of the trunk (`tapped_layers`).
 
   Later steps start from the un-normed state of the one before them. An output matrix of
-  its own, `unembed` [D, V], is read by the loss, see `model.lm.unembeddings`; with
-  `draft_tokens` it has columns for these alone, see `drafters.vocabulary`.
+  its own, `unembed` [D, V], is read by the loss, see `lm.unembeddings`; with
+  `draft_tokens` it has columns for these alone, see `vocabulary`.
   """
 
   trunk: TrunkConfig
@@ -139,7 +141,7 @@ class Eagle3(nn.Module):
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     streams_BTX = jnp.concatenate(given.tapped, axis=-1)
     feature_BTD = Fusion(self.trunk, name="fusion")(streams_BTX)
-    layer = _unrollable(Eagle3Layer, self.trunk, self.mtp)
+    layer = _unrollable(Eagle3Layer, self.trunk)
     states = _unroll(layer, feature_BTD, given, self.mtp.depth)
     out_norm = make_norm(self.trunk, "out_norm")
     if self.mtp.unembed == "own":
@@ -156,12 +158,10 @@ class Eagle3(nn.Module):
     return jnp.stack([normed_BTD, *map(out_norm, states)]), None
 
 
-def _unrollable(
-  kind: type[nn.Module], trunk: TrunkConfig, mtp: MtpConfig
-) -> nn.Module:
+def _unrollable(layer: type[nn.Module], trunk: TrunkConfig) -> nn.Module:
   """Returns the layer, rematerialised as one that runs in no scan."""
-  trunk = dataclasses.replace(predictor_trunk(trunk, mtp), scan_layers=False)
-  return rematted(kind, trunk)(trunk, name="layer")
+  trunk = dataclasses.replace(trunk, scan_layers=False)
+  return rematted(layer, trunk)(trunk, name="layer")
 
 
 def _unroll(
@@ -179,3 +179,100 @@ def _unroll(
     )
     states.append(state_BTD)
   return states[1:]
+
+
+def _tapped_layers(num_layers: int) -> tuple[int, ...]:
+  """Returns after which trunk layers the streams of EAGLE-3 are taken.
+
+  The published ones are after 2, L/2 and L - 3 of L layers (Li et al. 2025, arXiv
+  2503.01840, and its code); a trunk of less than 8 has them after the first, the middle
+  and the last layer.
+  """
+  if num_layers < 8:
+    return 1, (1 + num_layers) // 2, num_layers
+  return 2, num_layers // 2, num_layers - 3
+
+
+def _steps_flops(config: Config, weights: int) -> float:
+  """Returns the forward FLOPs per token of steps besides a block each.
+
+  weights: entries of the matrices that are no part of a block. Step k has k - 1 keys
+  besides those of the rows.
+  """
+  trunk, depth = config.trunk, config.mtp.depth
+  own_keys = depth * (depth - 1) / 2
+  return 2.0 * weights + 2.0 * 2 * trunk.num_heads * trunk.head_dim * own_keys
+
+
+def _eagle_flops(config: Config) -> float:
+  return _steps_flops(config, config.mtp.depth * 2 * config.trunk.embed_dim**2)
+
+
+def _eagle3_flops(config: Config) -> float:
+  """The other half of what queries, keys and values are made of, and the fusion."""
+  trunk = config.trunk
+  heads = (trunk.num_heads + 2 * trunk.num_kv_heads) * trunk.head_dim
+  weights = config.mtp.depth * trunk.embed_dim * heads + 3 * trunk.embed_dim**2
+  return _steps_flops(config, weights)
+
+
+def _contract(first: str, further: str, output_norm: str | None) -> dict[str, Any]:
+  return {
+    "hidden_source": f"depth 1: {first}; depth k: the {further} of depth k - 1, by the "
+    "same layer",
+    "embedding_source": "token i + k",
+    "output_norm": output_norm,
+    "concat_order": ["hidden", "embedding"],
+  }
+
+
+def _eagle3_contract(mtp: MtpConfig, tapped: tuple[int, ...]) -> dict[str, Any]:
+  del mtp
+  first = f"trunk residual streams after layers {', '.join(map(str, tapped))}"
+  return _contract(f"a linear map of the {first}", "un-normed output", "own norm")
+
+
+def _on_trunk(
+  mtp: MtpConfig, unembed_DV: jax.Array, tokens_C: np.ndarray | None
+) -> dict[str, jax.Array]:
+  if mtp.unembed != "own":
+    return {}
+  if tokens_C is None:
+    return {"unembed": unembed_DV}
+  tokens = jnp.asarray(tokens_C, jnp.float32)
+  return {"unembed": unembed_DV[:, tokens_C], "draft_tokens": tokens}
+
+
+def _rules(rule) -> None:
+  config = rule.config
+  rule(
+    config.mtp.depth >= 1, "mtp.depth", f"at least 1 for mtp.kind {config.mtp.kind!r}"
+  )
+  rule(
+    config.trunk.attention_kind == "grouped", "trunk.attention_kind",
+    f"'grouped' for mtp.kind {config.mtp.kind!r}",
+  )
+
+
+EAGLE = Kind(
+  module=Eagle,
+  reads=("mlp_dim",),
+  is_autoregressive=True,
+  is_dense=True,
+  blocks=lambda mtp: mtp.depth,
+  added_layers=lambda mtp: 1,
+  flops=_eagle_flops,
+  contract=lambda mtp, tapped: _contract(
+    "trunk output after its final norm", "output", None
+  ),
+  rules=_rules,
+)
+EAGLE3 = dataclasses.replace(
+  EAGLE,
+  module=Eagle3,
+  reads=("mlp_dim", "unembed", "draft_vocab"),
+  tapped_layers=_tapped_layers,
+  flops=_eagle3_flops,
+  contract=_eagle3_contract,
+  on_trunk=_on_trunk,
+)

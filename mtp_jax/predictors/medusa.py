@@ -12,12 +12,14 @@ Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import MtpConfig, TrunkConfig
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import Given
+from mtp_jax.predictors.interface import Given, Kind
+from mtp_jax.predictors.linear import square_flops
 
 
 def medusa_head(
@@ -31,7 +33,7 @@ class MedusaHeads(nn.Module):
   """One residual layer per extra depth on the trunk's normed state.
 
   The parameter `unembed` [D, embed, V], where heads have matrices of their own, is read
-  by the loss; see `model.lm.unembeddings`.
+  by the loss; see `lm.unembeddings`.
   """
 
   trunk: TrunkConfig
@@ -58,3 +60,21 @@ class MedusaHeads(nn.Module):
       )
     heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
     return jnp.stack([hidden_BTD, *heads]), None
+
+
+def _on_trunk(
+  mtp: MtpConfig, unembed_DV: jax.Array, tokens_C: np.ndarray | None
+) -> dict[str, jax.Array]:
+  del tokens_C
+  if mtp.unembed != "own":
+    return {}
+  return {"unembed": jnp.broadcast_to(unembed_DV, (mtp.depth, *unembed_DV.shape))}
+
+
+MEDUSA = Kind(
+  module=MedusaHeads,
+  reads=("unembed",),
+  stacks_unembed=True,
+  flops=square_flops,
+  on_trunk=_on_trunk,
+)
