@@ -175,7 +175,7 @@ MUTANTS = {
     f"{DRAFTING}[llama-eagle3]",
   ),
   "drafts of a recursion are all read in the newest row": Mutant(
-    "decode/interface.py",
+    "predictors/drafting.py",
     "window.length_B[:, None] + k - 3",
     "window.length_B[:, None] - 2 + 0 * k",
     f"{DEPTHS}[llama-eagle]",
@@ -373,15 +373,15 @@ MUTANTS = {
     "test_resume.py::test_signals_save_at_once_and_the_run_goes_on",
   ),
   "rows of the draft cache that saw rejected drafts are kept": Mutant(
-    "decode/drafters.py",
+    "predictors/sequential.py",
     "jnp.where(before_B >= 0, before_B, slots)",
     "jnp.where(before_B >= 0, slots, slots)",
     f"{CACHES}[llama-sequential]",
   ),
   "a module begins with what the one before said too early": Mutant(
-    "decode/drafters.py",
-    "edges[k - 2] = jnp.where(has_new_B1, final_BD, edge_BD)",
-    "edges[k - 2] = jnp.where(has_new_B1, hidden_BWD[:, 0], edge_BD)",
+    "predictors/sequential.py",
+    "jnp.where(has_new_B1, final_BD, edge_BD)",
+    "jnp.where(has_new_B1, source_BWD[:, 0], edge_BD)",
     f"{CACHES}[llama-sequential]",
   ),
   "accepted rows of the draft cache are not written": Mutant(
@@ -391,9 +391,9 @@ MUTANTS = {
     f"{CACHES}[llama-parallel]",
   ),
   "every module is given the same token in decoding": Mutant(
-    "decode/drafters.py",
-    "ahead_BW = position_BW + k\n",
-    "ahead_BW = position_BW + 1\n",
+    "predictors/sequential.py",
+    "ahead_BW = rows.position_BW + k\n",
+    "ahead_BW = rows.position_BW + 1\n",
     f"{DEPTHS}[llama-sequential]",
   ),
   "heads are fed the state after the first head": Mutant(

@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.config import MOST_DRAFTS, Config
 from mtp_jax.decode import drafters, loop, network, stops, trees
-from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers
+from mtp_jax.predictors.drafting import Drafter
 
 PROPOSALS = ("auto", "argmax", "sample", "coupled")
 

@@ -17,6 +17,8 @@ Legend: B batch, T sequence, D embed, M = 1 + depth, X three streams side by sid
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +32,21 @@ from mtp_jax.model.block import add_layers, rematted
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
 from mtp_jax.model.moe import Routing
+from mtp_jax.predictors.drafting import (
+  Recursion,
+  Window,
+  chain,
+  take_rows,
+  take_tokens,
+)
 from mtp_jax.predictors.interface import Given, Kind
+from mtp_jax.predictors.weights import (
+  Weights,
+  embed,
+  empty_caches,
+  final_norm,
+  unembed,
+)
 
 LayerCache = KVCache | Unrolled
 
@@ -181,6 +197,69 @@ def _unroll(
   return states[1:]
 
 
+# (weights, array) -> array.
+Map = Callable[[Weights, jax.Array], jax.Array]
+
+
+@functools.cache
+def _eagle_recursion(trunk: TrunkConfig) -> Recursion:
+  """The state is a normed output of the trunk as the drafter predicts it."""
+  return _recursion(
+    trunk,
+    EagleLayer(trunk),
+    begin=functools.partial(final_norm, trunk),
+    end=lambda weights, state: state,
+  )
+
+
+@functools.cache
+def _eagle3_recursion(trunk: TrunkConfig) -> Recursion:
+  """The state has no norm; the unembedding reads it after one."""
+
+  def begin(weights: Weights, streams_BWX: jax.Array) -> jax.Array:
+    (params,) = weights.predictors
+    return Fusion(trunk).apply({"params": params["fusion"]}, streams_BWX)
+
+  def end(weights: Weights, state: jax.Array) -> jax.Array:
+    (params,) = weights.predictors
+    return make_norm(trunk).apply({"params": params["out_norm"]}, state)
+
+  return _recursion(trunk, Eagle3Layer(trunk), begin, end)
+
+
+def _recursion(
+  trunk: TrunkConfig, layer: EagleLayer | Eagle3Layer, begin: Map, end: Map
+) -> Recursion:
+  """`begin`: a feature of the target -> a state. `end`: a state -> what is read out."""
+
+  def init(rows: int, slots: int):
+    (cache,) = empty_caches(trunk, 1, rows, slots)
+    return cache
+
+  def step(weights: Weights, cache, state_BWD, token_BW, places):
+    (params,) = weights.predictors
+    state_BWD, cache = layer.apply(
+      {"params": params["layer"]},
+      state_BWD,
+      embed(weights, token_BW),
+      places,
+      jnp.zeros(token_BW.shape, jnp.int32),  # A cache holds one document per row.
+      cache,
+    )
+    return cache, state_BWD
+
+  def catch_up(weights: Weights, cache, window: Window):
+    token_BW = take_tokens(window.tokens_BS, window.position_BW + 1)
+    state_BWD = begin(weights, window.feature_BWD)
+    cache, state_BWD = step(weights, cache, state_BWD, token_BW, window.position_BW)
+    return cache, take_rows(state_BWD, window.last_B)
+
+  def logits(weights: Weights, state: jax.Array) -> jax.Array:
+    return unembed(weights, end(weights, state), depth=1)
+
+  return Recursion(init, catch_up, step, logits)
+
+
 def _tapped_layers(num_layers: int) -> tuple[int, ...]:
   """Returns after which trunk layers the streams of EAGLE-3 are taken.
 
@@ -254,21 +333,32 @@ def _rules(rule) -> None:
   )
 
 
-EAGLE = Kind(
+def _kind(recursion: Callable[[TrunkConfig], Recursion], **facts: Any) -> Kind:
+  return Kind(
+    is_autoregressive=True,
+    goes_on=True,
+    is_dense=True,
+    blocks=lambda mtp: mtp.depth,
+    added_layers=lambda mtp: 1,
+    unstack=lambda params, mtp: [params],
+    drafter=lambda trunk, mtp, num_drafts: chain(recursion(trunk), num_drafts),
+    recursion=lambda trunk, mtp: recursion(trunk),
+    rules=_rules,
+    **facts,
+  )
+
+
+EAGLE = _kind(
+  _eagle_recursion,
   module=Eagle,
   reads=("mlp_dim",),
-  is_autoregressive=True,
-  is_dense=True,
-  blocks=lambda mtp: mtp.depth,
-  added_layers=lambda mtp: 1,
   flops=_eagle_flops,
   contract=lambda mtp, tapped: _contract(
     "trunk output after its final norm", "output", None
   ),
-  rules=_rules,
 )
-EAGLE3 = dataclasses.replace(
-  EAGLE,
+EAGLE3 = _kind(
+  _eagle3_recursion,
   module=Eagle3,
   reads=("mlp_dim", "unembed", "draft_vocab"),
   tapped_layers=_tapped_layers,

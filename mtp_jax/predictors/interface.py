@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config, MtpConfig
+from mtp_jax.predictors.drafting import Drafter, Recursion
 
 Norm = Callable[[jax.Array], jax.Array]
 # k -> embedding_BTD of the token k places after each position.
@@ -59,7 +60,7 @@ class Kind:
   the loss, and because attention is causal within documents no valid position sees it.
 
   reads: the keys of `mtp` that this kind reads, of those that not every kind reads.
-  has_depths: False has no extra predictors at all.
+  has_depths: False has no extra predictors at all, and no drafter.
   is_autoregressive: depth k follows from depth k - 1 and the token before its target,
     so that the last depth can go on and draft more tokens than there are depths.
   deployed_blocks: how many of its blocks, the first ones, are the last layers of the
@@ -76,6 +77,12 @@ class Kind:
     those of heads on the trunk's output.
   on_trunk: `(mtp, unembed_DV, tokens_C)` -> parameters of new predictors that depend on
     the trunk, by name; tokens_C are those that can be drafted, None: every one.
+  unstack: `(parameters, mtp)` -> what each depth adds, the deployed blocks first; one
+    entry where all depths share it. Becomes `Weights.predictors`.
+  drafter: `(trunk, mtp, num_drafts)` -> the drafter of K >= 1 tokens; equal arguments
+    give the same one, since drafters key compiled programs.
+  recursion: `(trunk, mtp)` -> the drafter that goes on from its own output, or None.
+  goes_on: drafts more tokens than it has depths without being asked to.
   rules: checks what no other rule of `config_rules` does; see `config_rules.Rules`.
   """
 
@@ -88,8 +95,12 @@ class Kind:
   blocks: Callable[[MtpConfig], int] = lambda mtp: 0
   added_layers: Callable[[MtpConfig], int] = lambda mtp: 0
   tapped_layers: Callable[[int], tuple[int, ...]] = lambda num_layers: ()
+  goes_on: bool = False
   stacks_unembed: bool = False
   flops: Callable[[Config], float] = lambda config: 0.0
   contract: Callable[..., dict[str, Any]] = lambda mtp, tapped: {}
   on_trunk: Callable[..., dict[str, jax.Array]] = lambda mtp, unembed_DV, tokens_C: {}
+  unstack: Callable[..., list[Any]] = lambda params, mtp: []
+  drafter: Callable[..., Drafter] | None = None
+  recursion: Callable[..., Recursion | None] = lambda trunk, mtp: None
   rules: Callable[[Any], None] = lambda rule: None

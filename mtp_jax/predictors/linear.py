@@ -1,7 +1,11 @@
 """Next-token prediction alone, and bare linear heads.
 
-Legend: B batch, T sequence, D embed, M = 1 + depth.
+Legend: B batch, T sequence, D embed, M = 1 + depth, K drafts.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +15,9 @@ from mtp_jax.config import Config, MtpConfig, TrunkConfig
 from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import fan_in_normal, partitioned
 from mtp_jax.model.moe import Routing
+from mtp_jax.predictors.drafting import Choose, Drafter, Window, take_rows
 from mtp_jax.predictors.interface import Given, Kind
+from mtp_jax.predictors.weights import Weights, final_norm, layers, unembed
 
 
 class NextToken(nn.Module):
@@ -46,6 +52,33 @@ class LinearHeads(nn.Module):
     return jnp.stack([hidden_BTD, *heads]), None
 
 
+@functools.cache
+def heads_on_one_state(
+  trunk: TrunkConfig, num_drafts: int, head: Callable[[Any, jax.Array], jax.Array]
+) -> Drafter:
+  """One head per draft, (its parameters, normed feature) -> state; no cache."""
+
+  def catch_up(weights: Weights, cache, window: Window):
+    feature_BD = take_rows(window.feature_BWD, window.last_B)
+    return cache, final_norm(trunk, weights, feature_BD)
+
+  def propose(weights: Weights, cache, hidden_BD, window: Window, choose: Choose):
+    del window
+    drafts = [
+      choose(unembed(weights, head(params, hidden_BD), depth=k), k)
+      for k, params in enumerate(weights.predictors[:num_drafts], start=1)
+    ]
+    return cache, drafts
+
+  return Drafter(
+    num_drafts, True, lambda rows, slots: (), catch_up, propose, feeds_choices=False
+  )
+
+
+def _linear_head(map_DD: jax.Array, hidden_BD: jax.Array) -> jax.Array:
+  return hidden_BD @ map_DD
+
+
 def square_flops(config: Config) -> float:
   """Returns the forward FLOPs per token of one map of the state per extra depth."""
   return 2.0 * config.mtp.depth * config.trunk.embed_dim**2
@@ -62,4 +95,11 @@ NEXT_TOKEN = Kind(
   contract=lambda mtp, tapped: {"hidden_source": None},
   rules=_check_no_depth,
 )
-LINEAR = Kind(module=LinearHeads, flops=square_flops)
+LINEAR = Kind(
+  module=LinearHeads,
+  flops=square_flops,
+  unstack=lambda params, mtp: layers(params["maps"], mtp.depth),
+  drafter=lambda trunk, mtp, num_drafts: heads_on_one_state(
+    trunk, num_drafts, _linear_head
+  ),
+)

@@ -19,7 +19,8 @@ from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.predictors.interface import Given, Kind
-from mtp_jax.predictors.linear import square_flops
+from mtp_jax.predictors.linear import heads_on_one_state, square_flops
+from mtp_jax.predictors.weights import layers
 
 
 def medusa_head(
@@ -62,6 +63,10 @@ class MedusaHeads(nn.Module):
     return jnp.stack([hidden_BTD, *heads]), None
 
 
+def _medusa_head(params: dict[str, jax.Array], hidden_BD: jax.Array) -> jax.Array:
+  return medusa_head(hidden_BD, params["kernels"], params["biases"])
+
+
 def _on_trunk(
   mtp: MtpConfig, unembed_DV: jax.Array, tokens_C: np.ndarray | None
 ) -> dict[str, jax.Array]:
@@ -77,4 +82,10 @@ MEDUSA = Kind(
   stacks_unembed=True,
   flops=square_flops,
   on_trunk=_on_trunk,
+  unstack=lambda params, mtp: layers(
+    {name: params[name] for name in ("kernels", "biases")}, mtp.depth
+  ),
+  drafter=lambda trunk, mtp, num_drafts: heads_on_one_state(
+    trunk, num_drafts, _medusa_head
+  ),
 )
