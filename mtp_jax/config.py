@@ -67,7 +67,7 @@ class MoeConfig:
   bias_until:   fraction of training after which gamma is 0.
   balance_weight: alpha of the sequence-wise balance loss.
   grouped_matmul: auto | ragged (`jax.lax.ragged_dot`) | blocked; see
-                model/grouped_matmul.py.
+                kernels/grouped_matmul.py.
   """
 
   num_experts: int
@@ -95,7 +95,7 @@ class TrunkConfig:
   qkv_bias, qk_norm: biases of query, key and value (Qwen2); RMSNorm of every query and
                   key head (Qwen3); both for grouped attention of kind `llama`.
   attention:      how it is computed: auto | xla | blocked | cudnn | tokamax; see
-                  model/attention_ops.py.
+                  kernels/attention.py.
   """
 
   kind: Literal["llama", "gpt2"]

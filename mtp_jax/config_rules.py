@@ -605,7 +605,7 @@ def _check_devices(rule: Rules, num_devices: int) -> None:
 def _check_platform(
   rule: Rules, platform: str, num_devices: int | None
 ) -> None:
-  """The kernels that are named run on the platform; see `model.attention_ops`."""
+  """The kernels that are named run on the platform; see `kernels.attention`."""
   trunk, key = rule.config.trunk, "trunk.attention"
   if trunk.attention == "tokamax":
     rule(

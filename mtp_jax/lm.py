@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.argmax import argmax
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only
+from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import (
   Embedding,
   compute_dtype,

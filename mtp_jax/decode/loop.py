@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.argmax import argmax
 from mtp_jax.decode import stops, trees
 from mtp_jax.decode.network import Target
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
+from mtp_jax.kernels.argmax import argmax
 from mtp_jax.predictors.drafting import (
   Choice,
   Drafter,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.lm import draft_tokens, unembed_matrix, unembeddings
-from mtp_jax.model.attention_ops import positions_of
 from mtp_jax.model.block import Cache
+from mtp_jax.model.cache_slots import positions_of
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers, tapped_layers
 from mtp_jax.predictors.weights import (
@@ -34,7 +34,7 @@ class Target(NamedTuple):
   forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
     runs T new tokens and caches them at their positions. A position of `slots` or more
     marks a row that is not there: what is returned for it is not read. Nodes of a tree
-    come with `attention_ops.Places` in the place of positions.
+    come with `cache_slots.Places` in the place of positions.
   unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
   move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
     S or more is none. Asked for by trees alone.

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.model.attention_ops import Places, write_slots
+from mtp_jax.model.cache_slots import Places, write_slots
 from mtp_jax.predictors.drafting import (
   Choice,
   Choose,

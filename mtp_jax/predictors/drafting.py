@@ -96,7 +96,7 @@ class Recursion(NamedTuple):
     say; the state of the newest row.
   step(weights, cache, state_BWD, token_BW, places) -> (cache, state_BWD): W rows at
     once, each from the state of its parent and its own token; `places` are positions or
-    `attention_ops.Places`.
+    `cache_slots.Places`.
   logits(weights, state_...D) -> logits_...V: of the token after the one that the state
     has read last.
   """

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config, MtpConfig, TrunkConfig
-from mtp_jax.model.dense_ops import dense
+from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import fan_in_normal, partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.predictors.drafting import Choose, Drafter, Window, take_rows

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import MtpConfig, TrunkConfig
-from mtp_jax.model.dense_ops import dense
+from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.predictors.interface import Given, Kind

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import Positions
 from mtp_jax.model.block import Block, Cache, empty_cache
+from mtp_jax.model.cache_slots import Positions
 from mtp_jax.model.layers import make_norm
 from mtp_jax.predictors.vocabulary import scatter
 
