@@ -3,6 +3,9 @@
 It needs what README.md promises: one module with its functions, and one row.
 """
 
+import ast
+from pathlib import Path
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +39,7 @@ class Gains(nn.Module):
     return jnp.concatenate([hidden_BTD[None], heads_KBTD]), None
 
 
+KINDS = frozenset(predictors.KINDS)
 TOY = Kind(
   module=Gains,
   flops=lambda config: 7.0 * config.mtp.depth,
@@ -86,3 +90,24 @@ def test_what_follows_from_the_row_alone(row):
   contract = predictors.contract(config)
   assert contract["kind"] == "toy"
   assert contract["hidden_source"] == "trunk output after its final norm"
+
+
+def test_no_code_asks_which_kind_it_is():
+  """No comparison with a kind's name, but in the files that are made of kinds.
+
+  These are the kinds themselves, the layouts of other programs, and the PyTorch model
+  that writes some kinds once more.
+  """
+  root, asked = Path(predictors.__file__).parents[2], []
+  homes = ("mtp_jax/predictors/", "mtp_jax/interop/", "launch/benchmarks/torch_peer.py")
+  for path in sorted([*root.glob("mtp_jax/**/*.py"), *root.glob("launch/**/*.py")]):
+    name = path.relative_to(root).as_posix()
+    for node in ast.walk(ast.parse(path.read_text())):
+      if not isinstance(node, ast.Compare) or name.startswith(homes):
+        continue
+      values = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
+      # Other settings have values of these names too.
+      is_of_kind = "mtp" in ast.unparse(node) or "kind" == ast.unparse(node.left)
+      if values & (KINDS - ({"none", "linear"} if not is_of_kind else set())):
+        asked.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+  assert not asked, "\n".join(asked)
