@@ -95,11 +95,14 @@ def test_what_follows_from_the_row_alone(row):
 def test_no_code_asks_which_kind_it_is():
   """No comparison with a kind's name, but in the files that are made of kinds.
 
-  These are the kinds themselves, the layouts of other programs, and the PyTorch model
-  that writes some kinds once more.
+  These are the kinds themselves, the layouts of other programs, the PyTorch model that
+  writes some kinds once more, and the claims, which name the arms of an experiment.
   """
   root, asked = Path(predictors.__file__).parents[2], []
-  homes = ("mtp_jax/predictors/", "mtp_jax/interop/", "launch/benchmarks/torch_peer.py")
+  homes = (
+    "mtp_jax/predictors/", "mtp_jax/interop/", "mtp_jax/analysis/claims/",
+    "launch/benchmarks/torch_peer.py",
+  )
   for path in sorted([*root.glob("mtp_jax/**/*.py"), *root.glob("launch/**/*.py")]):
     name = path.relative_to(root).as_posix()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -107,7 +110,7 @@ def test_no_code_asks_which_kind_it_is():
         continue
       values = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
       # Other settings have values of these names too.
-      is_of_kind = "mtp" in ast.unparse(node) or "kind" == ast.unparse(node.left)
+      is_of_kind = "mtp.kind" in ast.unparse(node) or ast.unparse(node.left) == "kind"
       if values & (KINDS - ({"none", "linear"} if not is_of_kind else set())):
         asked.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
   assert not asked, "\n".join(asked)
