@@ -24,6 +24,7 @@ from launch.engines.pace import Pace, Seen, Work, makespan
 from launch.engines.workers import Slot
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
+from tests.quick_xla import xla_flags
 
 TINY = {
   "trunk.num_layers": 1,
@@ -64,7 +65,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def one_device(monkeypatch):
   """Workers take the environment of this process, which asks for eight devices."""
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", xla_flags())
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
