@@ -39,9 +39,9 @@ class Interval(NamedTuple):
   """Sums over the finite steps since the last log line. They are part of the state, so
   that a run resumed within an interval logs what an uninterrupted one logs.
 
-  Of the experts, by part (`config.routed_layers`) and summed over steps: load, tokens
-  per layer and expert; dropped, choices that no expert computed; balance_loss with its
-  weight alpha.
+  Of the experts, by part (`predictors.routed_layers`) and summed over steps: load,
+  tokens per layer and expert; dropped, choices that no expert computed; balance_loss
+  with its weight alpha.
   """
 
   steps: jax.Array

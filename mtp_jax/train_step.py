@@ -65,7 +65,7 @@ class BatchSums(NamedTuple):
   weighted_M, nll_M, correct_M: see `losses.LossSums`.
   balance: the balance loss of the experts, with its weight; 0 without experts.
   dropped: choices of experts that were not computed; 0.
-  load:    by part, tokens per layer and expert; see `config.routed_layers`.
+  load:    by part, tokens per layer and expert; see `predictors.routed_layers`.
   """
 
   total: jax.Array
