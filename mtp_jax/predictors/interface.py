@@ -70,8 +70,8 @@ class Kind:
   added_layers: `mtp` -> layers that training has and the deployed model has not.
   tapped_layers: number of trunk layers -> after which of them the streams are taken
     that it starts from besides the last one.
-  stacks_unembed: its own output matrices are [D, embed, V], one a depth, and not one
-    for all depths.
+  stacks_unembed: its own output matrices are [depth, embed, vocab], one a depth, and
+    not one for all depths.
   flops: `config` -> forward FLOPs per token of all depths besides blocks and logits.
   contract: `(mtp, tapped layers)` -> entries of `predictors.contract` that differ from
     those of heads on the trunk's output.

@@ -33,8 +33,8 @@ def medusa_head(
 class MedusaHeads(nn.Module):
   """One residual layer per extra depth on the trunk's normed state.
 
-  The parameter `unembed` [D, embed, V], where heads have matrices of their own, is read
-  by the loss; see `lm.unembeddings`.
+  Where heads have output matrices of their own, the loss reads them from the parameter
+  `unembed` [depth, embed, vocab]; see `lm.unembeddings`.
   """
 
   trunk: TrunkConfig
