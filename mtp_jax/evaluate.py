@@ -25,9 +25,9 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
-from mtp_jax.drafters.vocabulary import localize
+from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
-from mtp_jax.model.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
+from mtp_jax.predictors.vocabulary import localize
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 

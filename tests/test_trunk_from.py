@@ -14,7 +14,7 @@ from mtp_jax import train
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
-from mtp_jax.model.lm import deployed
+from mtp_jax.lm import deployed
 from mtp_jax.pack import fit_pack
 from mtp_jax.records import likelihood_of
 from mtp_jax.run import Run
