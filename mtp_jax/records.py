@@ -193,8 +193,10 @@ def diagnostics_record(
   return {"kind": "diagnostics", "step": step} | jax.device_get(measured)
 
 
-def _means(value: dict[str, Any]) -> Any:
-  """Returns the mean of a measure, or of each by name."""
+def _means(value: dict[str, Any] | float) -> Any:
+  """Returns the mean of a measure, or of each by name; a plain number as it is."""
+  if not isinstance(value, dict):
+    return value
   if "mean" in value:
     return value["mean"]
   return {name: _means(x) for name, x in value.items()}

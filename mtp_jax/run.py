@@ -19,10 +19,10 @@ from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus, token_counts
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer
-from mtp_jax.predictors.vocabulary import most_frequent
 from mtp_jax.environment import code_commit, hardware, versions
 from mtp_jax.interrupt import Interrupted
 from mtp_jax.lm import on_trunk
+from mtp_jax.predictors.vocabulary import most_frequent
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import make_mesh, put_batch, replicated, row_share
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
