@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data import sources
+from mtp_jax.data import sources, text_files
 
 
 def check_file(path: str) -> str:
@@ -37,7 +37,7 @@ def load(path: str) -> sources.Documents:
   names, texts, edges = [], [], []
   try:
     with open(file, "rb") as handle:
-      for number, line in enumerate(sources.read_lines(handle, file), start=1):
+      for number, line in enumerate(text_files.read_lines(handle, file), start=1):
         if parsed := _parse(line, f"{file}:{number}"):
           names.append(f"{file}:{number}")
           texts.append(parsed[0])
@@ -77,7 +77,7 @@ def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
   """
   rule = f"{where}: every line of data.train_on must"
   try:
-    record = sources.parse_line(line, where)
+    record = text_files.parse_line(line, where)
   except UnicodeDecodeError as error:
     raise sources.DataError(f"{rule} be UTF-8 ({error}).") from error
   if record is None:
@@ -86,7 +86,7 @@ def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
     raise sources.DataError(f"{rule} have a key 'text', its keys are {sorted(record)}.")
   text = record["text"]
   if isinstance(text, str):
-    text = text.removeprefix(sources.BYTE_ORDER_MARK)
+    text = text.removeprefix(text_files.BYTE_ORDER_MARK)
   if not isinstance(text, str) or not text or not _is_encodable(text):
     raise sources.DataError(f"{rule} have a text in 'text', got {text!r:.80}.")
   return text, _flag(record, "bos", rule), _flag(record, "eos", rule)

@@ -27,10 +27,9 @@ from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
 from mtp_jax.data import distilled_text, packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.memory_store import DecodedTexts, MemoryStore
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
-# The tokenizer library's encodings take far more memory than the ids in them.
-_BATCH_TEXTS = 256
 # Of fewer documents, the hashes may leave a split without any; these are cut then.
 _FEW = 100
 _WHOLE_DOCUMENTS = (
@@ -44,55 +43,6 @@ _GROUP_ROWS = 1024
 _READ_AHEAD = 4
 # Groups of rows; more than any run takes.
 _ENDLESS = 1 << 48
-
-
-class MemoryStore:
-  """`packing.TokenStore` of documents that were tokenized in this process."""
-
-  def __init__(
-    self,
-    documents: sources.Documents,
-    tokenizer: tokenizers_lib.Tokenizer,
-    identity: dict[str, str | int | float],
-  ):
-    self.identity = identity
-    self.hashes_NX = documents.hashes_NX
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    parts = []
-    for begin in range(0, len(documents.texts), _BATCH_TEXTS):
-      batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
-      edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
-      parts += [
-        tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)
-        for ids, (begins, ends) in zip(batch, edges, strict=True)
-      ]
-    self.lengths_N = np.array([len(part) for part in parts], np.int64)
-    self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
-    self._tokens = np.concatenate(parts)
-
-  def read(self, document: int, begin: int, end: int) -> np.ndarray:
-    start = self._starts_N[document]
-    return self._tokens[start + begin : start + end].astype(np.int32)
-
-
-class DecodedTexts(Sequence[str]):
-  """The texts of some documents of a token store, decoded when they are asked for."""
-
-  def __init__(
-    self,
-    store: packing.TokenStore,
-    tokenizer: tokenizers_lib.Tokenizer,
-    documents: np.ndarray,
-  ):
-    self._store, self._tokenizer, self._documents = store, tokenizer, documents
-
-  def __len__(self) -> int:
-    return len(self._documents)
-
-  def __getitem__(self, index: int) -> str:
-    document = int(self._documents[index])
-    length = int(self._store.lengths_N[document])
-    return self._tokenizer.decode(self._store.read(document, 0, length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from mtp_jax import files
-from mtp_jax.data import sources
+from mtp_jax.data.errors import DataError
 
 # Of a folder, what describes its model and its tokenizer beside tokenizer.json.
 MODEL_FILES = (
@@ -19,7 +19,7 @@ MODEL_FILES = (
   "special_tokens_map.json", "added_tokens.json", "chat_template.json",
   "chat_template.jinja",
 )
-OWN_BOS = "<|bos|>"  # What begins a document of our own tokenizers.
+BOS, EOS = "<|bos|>", "<|eos|>"  # Begin and end of a document in our own tokenizers.
 # (bos_token_id, eos_token_id) of a config.json that lacks the keys, by model_type.
 _CLASS_DEFAULTS = {
   "gpt2": (50256, 50256), "llama": (1, 2), "deepseek_v3": (0, 1),
@@ -55,7 +55,7 @@ def read_files(folder: Path) -> dict[str, Any] | None:
         files.read_json(file) if name.endswith(".json") else files.read_text(file)
       )
     except (OSError, ValueError) as error:
-      raise sources.DataError(f"{file} cannot be read: {error}") from error
+      raise DataError(f"{file} cannot be read: {error}") from error
   is_model = {"model_type", "architectures"} & found.get("config.json", {}).keys()
   return found if is_model else None
 
@@ -87,7 +87,7 @@ def special_tokens(
     listed = value if isinstance(value, list) else [] if value is None else [value]
     for i in listed:
       if type(i) is not int or i < 0:
-        raise sources.DataError(
+        raise DataError(
           f"{where / name}: {key} must be null, a token id or a list of them, got "
           f"{files.shortened(value)}."
         )
@@ -109,7 +109,7 @@ def special_tokens(
   if not front and written.get("add_bos_token"):
     front = named("bos_token") or begins
   # Folders that we wrote before tokenizer_config.json was among their files.
-  if not front and not written and begins == [model.token_to_id(OWN_BOS)]:
+  if not front and not written and begins == [model.token_to_id(BOS)]:
     front = begins
   return SpecialTokens(
     front[0] if front else None, eos[0] if eos else None, tuple(stops or eos)

@@ -11,14 +11,9 @@ from typing import Any
 
 from mtp_jax.config import Config, num_trunk_layers, predictor_trunk, tapped_layers
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import (
-  DRAFTERS,
-  KEYS,
-  TokenIds,
-  longest_text,
-  model_layouts_for,
-  write_keys,
-)
+from mtp_jax.interop.hf_config import KEYS
+from mtp_jax.interop.hf_config_writing import TokenIds, longest_text, write_keys
+from mtp_jax.interop.layouts import DRAFTERS, model_layouts_for
 
 # What must be the same on both sides where config.json states it ...
 _STATED = (

@@ -23,8 +23,10 @@ from mtp_jax.interop.drafter_config import (
   write_drafter_config,
 )
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS, TokenIds, write_config
-from mtp_jax.interop.importing import CONTRACT, parameter_shapes
+from mtp_jax.interop.hf_config_writing import ID_KEYS, TokenIds, write_config
+from mtp_jax.interop.importing import CONTRACT
+from mtp_jax.interop.layouts import DRAFTERS
+from mtp_jax.interop.placing import parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
   write_bytes,

@@ -7,12 +7,9 @@ parameter where the mesh wants it, reading no more than each device holds.
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
@@ -28,12 +25,9 @@ from mtp_jax.config import (
 from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import (
-  DRAFTERS,
-  TrunkDescription,
-  read_config,
-  unpublished_inputs,
-)
+from mtp_jax.interop.hf_config import TrunkDescription, read_config
+from mtp_jax.interop.layouts import DRAFTERS, unpublished_inputs
+from mtp_jax.interop.placing import assemble, flat, parameter_shapes, shapes_of
 from mtp_jax.interop.tensor_files import (
   DTYPES,
   StoredTensor,
@@ -44,11 +38,8 @@ from mtp_jax.interop.tensor_files import (
 from mtp_jax.interop.tensor_table import (
   CONCAT_ORDER,
   Entry,
-  Piece,
-  Shapes,
   tensor_table,
 )
-from mtp_jax.sharding import logical_axes, tree_shardings, unbox
 
 CONTRACT = "mtp_contract.json"
 # Constants that older versions saved beside the parameters.
@@ -136,7 +127,7 @@ def load_params(
   _check_config(model, config)
   model = _cropped(model, config)
   boxed = accounting.abstract_params(config)
-  stored_shapes = _shapes(boxed)
+  stored_shapes = shapes_of(boxed)
   stored = dataclasses.replace(config, mtp=_stored_mtp(model, config.mtp))
   if model.has_mtp and stored.mtp != config.mtp:
     # What is not wanted is checked all the same: it has to be of this model.
@@ -145,7 +136,7 @@ def load_params(
   required = {entry.name for entry in entries if not entry.copy_of}
   _check_tensors(model.folder, model.tensors, entries, required)
   _check_copies(model, entries)
-  return _assemble(boxed, entries, model.tensors, mesh)
+  return assemble(boxed, entries, model.tensors, mesh)
 
 
 def _cropped(model: HfModel, config: Config) -> HfModel:
@@ -192,59 +183,15 @@ def read_drafter(
   tensors = read_header(folder / DRAFTERS[kind])
   _check_dtypes(tensors)
   boxed = accounting.abstract_params(config)
-  entries = tensor_table(config, kind, _shapes(boxed))
+  entries = tensor_table(config, kind, shapes_of(boxed))
   repeated = [e for e in entries if not e.pieces[0].path.startswith("mtp/")]
   own = [entry for entry in entries if entry not in repeated]
   _check_tensors(folder, tensors, entries, {entry.name for entry in own})
-  leaves = _flat(trunk)
+  leaves = flat(trunk)
   for entry in repeated:
     if entry.name in tensors:
       _check_repeated(folder, entry, tensors[entry.name].open(), leaves)
-  return _assemble(boxed, own, tensors, mesh)["mtp"]
-
-
-class _Source(NamedTuple):
-  """A piece of a parameter, what opens it, and the tensor that it is in."""
-
-  piece: Piece
-  open: Callable[[], np.ndarray]
-  name: str
-
-
-def _assemble(
-  boxed: Any,
-  entries: Iterable[Entry],
-  tensors: dict[str, StoredTensor],
-  mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
-  """Returns the parameters that the entries hold, laid out on `mesh`."""
-  shapes = _shapes(boxed)
-  sources: dict[str, list[_Source]] = {}
-  for entry in entries:
-    for i, piece in enumerate(entry.pieces):
-      part = _part(tensors[entry.name], entry, i)
-      source = _Source(piece, part, f"{tensors[entry.name].file}: {entry.name}")
-      sources.setdefault(piece.path, []).append(source)
-  layout = _flat(tree_shardings(mesh, logical_axes(boxed)))
-  params = {
-    path: _place(shapes[path], layout[path], sources[path])
-    for path in shapes
-    if path in sources
-  }
-  return flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def parameter_shapes(config: Config) -> Shapes:
-  """Returns the shape of every parameter of `config` by its path."""
-  return _shapes(accounting.abstract_params(config))
-
-
-def _shapes(boxed: Any) -> Shapes:
-  return {path: leaf.shape for path, leaf in _flat(unbox(boxed)).items()}
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(tree, sep="/")
+  return assemble(boxed, own, tensors, mesh)["mtp"]
 
 
 def _canonical(name: str, family: str) -> str:
@@ -433,49 +380,3 @@ def _check_copies(model: HfModel, entries: tuple[Entry, ...]) -> None:
 
 def _float32(x: np.ndarray) -> np.ndarray:
   return x.astype(np.float32)
-
-
-def _part(tensor: StoredTensor, entry: Entry, i: int) -> Callable[[], np.ndarray]:
-  """Returns what opens piece i of a tensor, in the form of our parameter."""
-  widths = [p.form.stored_shape(p.shape)[-1] for p in entry.pieces]
-  start, piece = sum(widths[:i]), entry.pieces[i]
-
-  def open_part() -> np.ndarray:
-    stored = tensor.open()[..., start : start + widths[i]]
-    return piece.form.to_ours(stored, piece.shape)
-
-  return open_part
-
-
-def _place(
-  shape: tuple[int, ...],
-  sharding: jax.sharding.Sharding,
-  pieces: list[_Source],
-) -> jax.Array:
-  """Returns one parameter, of which every device reads its own part."""
-  read: dict[Any, np.ndarray] = {}  # Devices may hold the same part.
-
-  def part(index: tuple[slice, ...]) -> np.ndarray:
-    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-    if bounds not in read:
-      read[bounds] = _read(bounds, pieces)
-    return read[bounds]
-
-  return jax.make_array_from_callback(shape, sharding, part, dtype=np.float32)
-
-
-def _read(
-  bounds: tuple[tuple[int, int], ...],
-  pieces: list[_Source],
-) -> np.ndarray:
-  """Returns the part of a parameter between `bounds`, from what it is made of."""
-  part = np.empty([end - start for start, end in bounds], np.float32)
-  for piece, open_part, name in pieces:
-    depth = len(piece.index)
-    if all(a <= i < b for i, (a, b) in zip(piece.index, bounds, strict=False)):
-      at = tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))
-      inner = tuple(slice(*bound) for bound in bounds[depth:])
-      part[at] = open_part()[inner]
-      if not np.all(np.isfinite(part[at])):
-        warnings.warn(f"{name} has values that are not finite.", stacklevel=2)
-  return part
