@@ -1,10 +1,10 @@
-"""Texts that a model wrote, to train on (`data.train_on`): the lines of one file.
+"""Texts that a model wrote (`data.train_on`): reads a JSONL file of documents.
 
   {"text": "...", "bos": true, "eos": false, ...}
 
-`bos` says that the text begins a document, `eos` that it goes on to its end; both are
-true where a line does not say. Blank lines are passed over. No text is left out: one
-that was sampled twice is there twice. Other keys are for people.
+`bos`: the text begins a document. `eos`: the text ends a document. Both are true by
+default. Other keys are not read. Blank lines are skipped. Duplicates are kept: a text
+that was sampled twice counts twice.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from mtp_jax.data import sources, text_files
 
 
 def check_file(path: str) -> str:
-  """Returns the path of an existing file, `~` expanded; raises DataError."""
+  """Returns the path of a file with `~` expanded; DataError if there is none."""
   file = os.path.expanduser(path)
   if not os.path.isfile(file):
     raise sources.DataError(
@@ -31,7 +31,7 @@ def load(path: str) -> sources.Documents:
   """Reads a plain, .gz or .zst file into memory.
 
   Raises:
-    DataError: no such file, no line in it, or a line that is damaged or has no text.
+    DataError: no such file, an empty file, or a line that is damaged or has no text.
   """
   file = check_file(path)
   names, texts, edges = [], [], []
@@ -71,10 +71,7 @@ def load(path: str) -> sources.Documents:
 
 
 def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
-  """Returns the text of a line, and whether it begins and ends a document.
-
-  None stands for a blank line.
-  """
+  """Returns `(text, bos, eos)` of a line; None for a blank line."""
   rule = f"{where}: every line of data.train_on must"
   try:
     record = text_files.parse_line(line, where)
@@ -100,7 +97,7 @@ def _flag(record: dict[str, Any], key: str, rule: str) -> bool:
 
 
 def _is_encodable(text: str) -> bool:
-  """Whether a text has a UTF-8 form: JSON can escape half of a surrogate pair."""
+  """Returns whether UTF-8 can encode `text`: JSON can escape half a surrogate pair."""
   return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from mtp_jax.data import packing, sources
 from mtp_jax.data import tokenizers as tokenizers_lib
 
-# The tokenizer library's encodings take far more memory than the ids in them.
+# Texts encoded at once: the library's encodings take far more memory than their ids.
 _BATCH_TEXTS = 256
 
 
@@ -41,7 +41,7 @@ class MemoryStore:
 
 
 class DecodedTexts(Sequence[str]):
-  """The texts of some documents of a token store, decoded when they are asked for."""
+  """Texts of some documents of a token store, decoded on access."""
 
   def __init__(
     self,

@@ -1,9 +1,9 @@
-"""Where text comes from: documents out of files, with nothing skipped in silence.
+"""Documents of a source: read, deduplicated, split and ordered by content hash.
 
-A document is one text file or one JSONL line. Its identity is the sha256 of its UTF-8
-bytes: that decides duplicates, the split and the order, so neither the order of files
-nor their names nor the machine matters. What cannot be used (bytes that are not UTF-8,
-texts of white space only, exact duplicates) is left out, counted and reported.
+A document is one text file or one JSONL line. The sha256 of its UTF-8 bytes decides
+duplicates, split and order; names and order of files, and the machine, do not matter.
+Unusable texts (not UTF-8, white space only, exact duplicates) are skipped, counted and
+reported.
 """
 
 import codecs
@@ -39,16 +39,16 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceStats:
-  """What one pass over a source met.
+  """Counts of one pass over a source.
 
   where:           the folders or files that were read.
   num_files:       files opened; 0 where the texts are generated.
   num_documents:   distinct documents kept.
-  num_bytes:       their UTF-8 bytes.
-  num_empty:       texts left out because they are white space only.
-  num_duplicates:  texts left out because their bytes were already there.
-  encoding_errors: names of the texts left out because they have no UTF-8 form.
-  manifest:        sha256 over the sorted content hashes: equal means equal corpus.
+  num_bytes:       UTF-8 bytes of the documents kept.
+  num_empty:       texts skipped because they are white space only.
+  num_duplicates:  texts skipped because a kept document has the same bytes.
+  encoding_errors: names of texts skipped because they have no UTF-8 form.
+  manifest:        sha256 over the sorted content hashes; equal for equal corpora.
   """
 
   where: str
@@ -65,8 +65,9 @@ class SourceStats:
 class Documents:
   """All documents of a source in the order of their content hashes.
 
-  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: how they were found.
-  edges_N2: [N, 2] bool: the text begins a document (bos before it); it ends one (eos).
+  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
+  edges_N2: [N, 2] bool: whether the text begins a document (gets bos), and whether it
+    ends one (gets eos).
   """
 
   names: list[str]
@@ -79,15 +80,15 @@ class Documents:
 class DocumentReader:
   """Iterates over the distinct documents of a source, one in memory at a time.
 
-  `source`, `path` and `text_field` mean what they mean in `DataConfig`; `array_record`
-  holds tokens instead of text and is read by `prepared.py`. Every iteration starts
-  anew; `stats()` describes the last complete one. `done_bytes` of `total_bytes` tells
-  how far through the input files the current one is.
+  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` holds
+  tokens, not text: see `prepared.py`.) Every iteration starts anew; `stats()` describes
+  the last complete one. The current iteration has read `done_bytes` of `total_bytes` of
+  the input files.
 
   Raises:
-    DataError: at construction if no input file exists; while iterating on a damaged or
-      unreadable file or a line that is not a JSON object with the text field; at the
-      end if not one document was found.
+    DataError: at construction if there is no input file; during iteration for a damaged
+      or unreadable file, or a line that is not a JSON object with the text field; at
+      the end if there was no document.
   """
 
   def __init__(self, source: str, path: str, text_field: str):
@@ -125,7 +126,7 @@ class DocumentReader:
       )
 
   def stats(self) -> SourceStats:
-    """Returns what the last iteration met; complete only if it ran to its end."""
+    """Returns the counts of the last iteration; complete if it ran to its end."""
     return SourceStats(
       where=self._where,
       num_files=len(self._files),
@@ -138,7 +139,7 @@ class DocumentReader:
     )
 
   def _texts(self) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None), and keeps `done_bytes`."""
+    """Yields (name, UTF-8 bytes or None), and updates `done_bytes`."""
     for name, data in self._generated:
       self.done_bytes += len(data)
       yield name, data
@@ -150,7 +151,7 @@ class DocumentReader:
   def _read(
     self, name: str, file: str, base: int
   ) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None where the text has no UTF-8 form)."""
+    """Yields (name, UTF-8 bytes); None in place of a text without a UTF-8 form."""
     try:
       with open(file, "rb") as handle:
         if not self._is_jsonl:
@@ -186,7 +187,7 @@ class DocumentReader:
 
 
 def describe(stats: Mapping[str, Any]) -> str:
-  """Returns one line on the fields of a `SourceStats`: what was read and left out."""
+  """Returns one line about the fields of a `SourceStats`: texts read and skipped."""
   left_out = (
     f"{stats['num_duplicates']:,} duplicate, {stats['num_empty']:,} empty, "
     f"{len(stats['encoding_errors']):,} not UTF-8"
@@ -218,8 +219,8 @@ def split_of(
   """Returns `split_N`: for each document 0 train, 1 validation, 2 test (`SPLITS`).
 
   The first 8 bytes of the content hash [N, 32] uint8 are a uniform number in [0, 1):
-  below `validation_fraction` is validation, the next `test_fraction` is test. A
-  document's split therefore never depends on which others there are.
+  numbers below `validation_fraction` are validation, the next `test_fraction` are test.
+  A document's split therefore does not depend on the other documents.
   """
   uniform_N = _word(hashes_NX, 0) / 2.0**64
   held_out = validation_fraction + test_fraction
@@ -231,10 +232,11 @@ def split_of(
 def cut(
   documents: Documents, validation_fraction: float, test_fraction: float
 ) -> tuple[Documents, np.ndarray]:
-  """Returns the parts of documents that are too few to be split whole, and `split_N`.
+  """Returns `(parts, split_N)`: every document cut into train, validation and test.
 
-  Of every text the beginning is for training, then comes the part for validation, then
-  that for the test; parts of white space only are left out.
+  For sources with too few documents to be split by whole documents. The first part of
+  every text is for training, the next for validation, the last for test; parts of white
+  space only are skipped.
   """
   names, texts, edges, splits = [], [], [], []
   for name, text in zip(documents.names, documents.texts, strict=True):
@@ -257,9 +259,10 @@ def cut(
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
   """Returns the permutation `order_N` that puts documents into a canonical order.
 
-  Sorted by content hash [N, 32] uint8, or, given a seed, shuffled by it. The shuffle
-  sorts by a 64-bit mix (SplitMix64's finaliser) of seed and hash rather than by a
-  random generator, so it is the same for every NumPy and every order of the input.
+  Without a seed documents are sorted by content hash [N, 32] uint8; with a seed they
+  are shuffled. The shuffle sorts by a 64-bit mix (SplitMix64's finaliser) of seed and
+  hash instead of using a random generator, so that it is the same for every version of
+  NumPy and every order of the input.
   """
   words = [_word(hashes_NX, i) for i in range(4)]
   if seed is None:

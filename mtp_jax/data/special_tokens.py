@@ -1,8 +1,9 @@
-"""Which ids begin and end a text, as the files of a Hugging Face model folder say.
+"""Ids that begin and end a text, from the files of a Hugging Face model folder.
 
-The rules are those of transformers: the post-processor of `tokenizer.json` or
-`tokenizer_config.json` says whether a text gets a begin token; `generation_config.json`
-names the tokens that end a generated text, or `config.json` where that does not.
+The rules are those of transformers. The post-processor of `tokenizer.json`, or else
+`tokenizer_config.json`, decides whether a text gets a begin token.
+`generation_config.json`, or else `config.json`, names the tokens that end a generated
+text.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ import tokenizers
 from mtp_jax import files
 from mtp_jax.data.errors import DataError
 
-# Of a folder, what describes its model and its tokenizer beside tokenizer.json.
+# Files that describe model and tokenizer, besides tokenizer.json and the weights.
 MODEL_FILES = (
   "config.json", "generation_config.json", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "chat_template.json",
@@ -27,11 +28,11 @@ _CLASS_DEFAULTS = {
 
 
 class SpecialTokens(NamedTuple):
-  """Ids that are put around a document, and ids that end a generated text.
+  """Ids around a document, and ids that end a generated text.
 
-  bos_id: None where no text begins with one.
-  eos_id: the separator of documents; None where there is none.
-  end_ids: of all tokens that end a generated text.
+  bos_id:  begins a document; None if documents have no begin token.
+  eos_id:  ends a document; None if documents have no end token.
+  end_ids: all tokens that end a generated text.
   """
 
   bos_id: int | None
@@ -40,7 +41,7 @@ class SpecialTokens(NamedTuple):
 
 
 def read_files(folder: Path) -> dict[str, Any] | None:
-  """Returns `MODEL_FILES` by name, JSON parsed; None where it is no model folder.
+  """Returns `MODEL_FILES` by name, JSON parsed; None if `folder` is no model folder.
 
   Raises:
     DataError: a file is damaged.
@@ -65,16 +66,16 @@ def special_tokens(
 ) -> SpecialTokens:
   """Returns the special ids of a model folder.
 
-  Ids outside the vocabulary of the model are left out: it can neither read nor write
+  Ids outside the model's vocabulary are skipped: the model can neither read nor write
   them.
 
   Args:
-    model_files: of `read_files`.
+    model_files: from `read_files`.
     model: the tokenizer of the folder.
     where: the folder, for messages.
 
   Raises:
-    DataError: an id is no id; names file, key and value.
+    DataError: a value is no token id; names file, key and value.
   """
   config = model_files["config.json"]
   written = model_files.get("tokenizer_config.json", {})
@@ -99,16 +100,17 @@ def special_tokens(
     i = model.token_to_id(content) if isinstance(content, str) else None
     return [] if i is None else [i]
 
+  # Ends of a generated text may be several ids; a document ends with the first of them.
   ends = ids("config.json", "eos_token_id", default_eos)
   stops = ids("generation_config.json", "eos_token_id") or ends
   eos = [*ends, *stops, *named("eos_token")][:1]
   begins = ids("config.json", "bos_token_id", default_bos)
   front = first_ids(model)
-  # Transformers 4 heeds the key, and so did whoever trained the model (DeepSeek-V3);
-  # transformers 5 does not, if there is a tokenizer.json.
+  # `add_bos_token` counts as in transformers 4, with which such models were trained
+  # (DeepSeek-V3); transformers 5 ignores the key beside a tokenizer.json.
   if not front and written.get("add_bos_token"):
     front = named("bos_token") or begins
-  # Folders that we wrote before tokenizer_config.json was among their files.
+  # Older exports of this package have no tokenizer_config.json.
   if not front and not written and begins == [model.token_to_id(BOS)]:
     front = begins
   return SpecialTokens(

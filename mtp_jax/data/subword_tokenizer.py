@@ -11,9 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mtp_jax.data.errors import DataError
 from mtp_jax.data.special_tokens import BOS, EOS, SpecialTokens
 
-# The key of the special ids where they are in one text with the tokenizer.
+# Our own key in the JSON of a tokenizer: the special ids of its model folder.
 KEY = "mtp_jax"
-# What well-known tokenizers call them, in the order in which they are looked for.
+# Names of begin and end tokens in well-known tokenizers; the first one found is used.
 _BOS_NAMES = (
   BOS, "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>",
   "<bos>", "<|startoftext|>", "[BOS]",
@@ -29,16 +29,16 @@ _PROBE = 'def f(x):\n\treturn  {x: "\u00e9\u6f22\U0001f642"}\n\n    # A,b 123\n'
 class SubwordTokenizer:
   """A tokenizer of the `tokenizers` library.
 
-  Begin and end of document are those of the model folder that the file is from. Of a
-  file by itself they are the first special tokens among names that are well known
-  (`_BOS_NAMES`, `_EOS_NAMES`); where there is none, <|bos|> or <|eos|> is added after
-  the file's own ids. Text that happens to contain a special's name is encoded as plain
-  text, so no document can forge a document boundary.
+  A file in a model folder has that folder's begin and end of document. A file by itself
+  has the first special tokens with well-known names (`_BOS_NAMES`, `_EOS_NAMES`);
+  without one, <|bos|> or <|eos|> is added after the file's own ids. Text that contains
+  the name of a special token is encoded as plain text, so that no document can forge a
+  document boundary.
 
   Raises:
     DataError: the tokenizer loses text (unknown tokens, lower case, white space), so
-      that its bits per byte and completions would mean nothing; or it makes a document
-      boundary of text that merely looks like one.
+      that bits per byte and completions would be wrong; or it encodes text that looks
+      like a special token as that token.
   """
 
   def __init__(
@@ -49,10 +49,10 @@ class SubwordTokenizer:
     content: dict[str, Any] | None = None,
   ):
     """Args:
-      model: as it was read.
+      model: the library's tokenizer, as read from the file.
       name: for messages.
-      special: the special ids of the model folder, if the file is from one.
-      content: of the file; needed with `special`.
+      special: the special ids of the file's model folder; None without a folder.
+      content: the parsed file; needed with `special`.
     """
     model.no_truncation()
     model.no_padding()
@@ -65,10 +65,10 @@ class SubwordTokenizer:
       special, self._json = SpecialTokens(bos, eos, (eos,)), model.to_str()
       vocab = model.get_vocab(with_added_tokens=True)
     else:
-      # The library would not write all that the file has: padding, for one.
+      # Kept from the file: the library does not write everything, padding for example.
       values = special._asdict() | {"end_ids": list(special.end_ids)}
       self._json = json.dumps(content | {KEY: values}, ensure_ascii=False)
-      # A model may lack rows for special tokens that it never reads.
+      # Special tokens do not count: a model may lack rows for unused ones.
       vocab = model.get_vocab(with_added_tokens=True)
       added = model.get_added_tokens_decoder()
       vocab = {t: i for t, i in vocab.items() if i not in added or not added[i].special}
@@ -141,7 +141,7 @@ class SubwordTokenizer:
     for text in (_PROBE, *(f"a{x.content}b" for x in added if not x.special)):
       try:
         ids = self.encode(text)
-      # The library raises plain Exception for text without a token.
+      # The library raises plain Exception for text that has no token.
       except Exception as error:
         raise DataError(
           f"tokenizer.path must be a tokenizer that encodes any text, {name!r} does "
@@ -156,7 +156,7 @@ class SubwordTokenizer:
         )
 
   def _check_unforgeable(self, name: str) -> None:
-    # A Unigram model, for one, finds the names among its own pieces.
+    # A Unigram model, for example, has the names among its pieces.
     added = self._model.get_added_tokens_decoder()
     for special in {self.bos_id, self.eos_id} & added.keys():
       text = f"a{added[special].content}b"
@@ -169,7 +169,7 @@ class SubwordTokenizer:
 
 
 def train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:
-  """Byte-level BPE (GPT-2's pre-tokenizer): any text has an encoding."""
+  """Returns byte-level BPE (GPT-2's pre-tokenizer), which encodes any text."""
   model = tokenizers.Tokenizer(models.BPE())
   model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = decoders.ByteLevel()

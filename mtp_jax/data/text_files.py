@@ -1,4 +1,4 @@
-"""Files of texts: which files a source has, and the lines of JSONL files."""
+"""Input files: finding the files of a source, and reading lines of JSONL files."""
 
 import codecs
 import glob
@@ -14,7 +14,7 @@ import zstandard
 
 from mtp_jax.data.errors import DataError
 
-# Some editors write it before a text, which it is no part of.
+# Some editors write this mark before a text; it is not part of the text.
 BYTE_ORDER_MARK = "\ufeff"
 _CHUNK_BYTES = 1 << 20
 _NOT_STDLIB = ("site-packages", "dist-packages")
@@ -35,7 +35,7 @@ def find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
       files = _walk([where], "", skip=())
     else:
       found = glob.glob(where, recursive=True, include_hidden=True)
-      # A path that exists is meant literally even if it has glob characters in it.
+      # A path that exists is taken literally, even with glob characters in it.
       found = [where] if os.path.isfile(where) else found
       files = [(file, file) for file in found if os.path.isfile(file)]
   else:
@@ -57,21 +57,21 @@ def find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
 def _walk(
   folders: list[str], suffix: str, skip: tuple[str, ...]
 ) -> list[tuple[str, str]]:
-  """Returns [(path within its folder, file)] of the text files below some folders."""
+  """Returns [(path within its folder, file)] of all matching files below `folders`."""
   files = []
   seen: set[str] = set()
   for folder in filter(os.path.isdir, folders):
     walk = os.walk(folder, onerror=_refuse_folder, followlinks=True)
     for root, subfolders, names in walk:
       real = os.path.realpath(root)
-      if real in seen:  # A link to where we have been, in a circle perhaps.
+      if real in seen:  # A link to a visited folder, perhaps in a circle.
         subfolders.clear()
         continue
       seen.add(real)
       subfolders[:] = sorted(set(subfolders).difference(skip))
       for name in names:
         file = os.path.join(root, name)
-        # A dangling link, socket or pipe has no text.
+        # Skips dangling links, sockets and pipes.
         if name.endswith(suffix) and os.path.isfile(file):
           files.append((os.path.relpath(file, folder), file))
   return files
@@ -82,7 +82,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def text_of_line(line: bytes, where: str, field: str) -> bytes | None:
-  """Returns the text of one JSONL line as UTF-8, or None where it has no such form."""
+  """Returns the text of one JSONL line as UTF-8; None if it has no UTF-8 form."""
   try:
     record = parse_line(line, where)
   except UnicodeDecodeError:
@@ -106,10 +106,10 @@ def text_of_line(line: bytes, where: str, field: str) -> bytes | None:
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
-  """Returns the object of one JSONL line, None of a blank line.
+  """Returns the object of one JSONL line; None for a blank line.
 
   Raises:
-    DataError: the line holds something else.
+    DataError: the line is no JSON object.
     UnicodeDecodeError: the line is not UTF-8.
   """
   text = line.decode("utf-8")
@@ -160,8 +160,10 @@ def _chunks(handle: BinaryIO, file: str) -> Iterator[bytes]:
 
 
 def _zstd_chunks(handle: BinaryIO) -> Iterator[bytes]:
-  """Yields all frames; the library's own stream reader stops in silence after the
-  first one, and at the end of a file that was cut short.
+  """Yields the decompressed bytes of all frames; EOFError if the last one is cut.
+
+  The library's stream reader would silently stop after the first frame, and at the end
+  of a truncated file.
   """
   frame = _zstd_frame()
   started = False

@@ -1,10 +1,10 @@
-"""Text to token ids and back: bytes, byte-level BPE, or a given `tokenizer.json`.
+"""Tokenizers: bytes, byte-level BPE, symbols of tasks, or any `tokenizer.json`.
 
-Every tokenizer here is lossless and knows how many bytes of text each id stands for, so
-that losses become bits per byte. Ours have a begin and an end of document; that of a
-model folder has what the folder says, see `special_tokens`. All kinds are saved as a
-Hugging Face `tokenizer.json`, which other tools open; beside it, `special_tokens.json`
-keeps what a folder said.
+Every tokenizer is lossless and has the number of bytes of text per id, so that losses
+convert to bits per byte. Our own tokenizers have a begin and an end of document;
+tokenizers of model folders have those of the folder, see `special_tokens`. All kinds
+are saved as a Hugging Face `tokenizer.json`, which other tools read, and, for a model
+folder, `special_tokens.json` beside it.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
 
 
 class Tokenizer(Protocol):
-  """What the rest of the project needs of a tokenizer.
+  """The interface of all tokenizers.
 
-  bos_id, eos_id: ids put around a document, None where there is none; `encode` never
-                  produces a special token.
-  end_ids:        of the tokens that end a generated text.
+  bos_id, eos_id: ids that begin and end a document, or None; `encode` never returns a
+                  special token.
+  end_ids:        the tokens that end a generated text.
   vocab_size:     1 + the largest id; the least `tokenizer.vocab_size` that works.
-  token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for specials. The
-                  sum over `encode(text)` is `len(text.encode())` for byte-level
-                  tokenizers. A SentencePiece one may add one leading space, and a
-                  Unicode normaliser makes it the bytes of the normalised text.
-  token_texts:    [vocab_size] the bytes themselves.
+  token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for special tokens.
+                  The sum over `encode(text)` is `len(text.encode())` for byte-level
+                  tokenizers. SentencePiece may add one leading space; with a Unicode
+                  normaliser the sum is the length of the normalised text.
+  token_texts:    [vocab_size] the bytes of each id.
   """
 
   bos_id: int | None
@@ -57,28 +57,28 @@ class Tokenizer(Protocol):
   token_bytes_V: np.ndarray
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns the ids [n] int32 of `text`, without specials."""
+    """Returns the ids [n] int32 of `text`, without special tokens."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns `encode` of each text; uses all cores where that helps."""
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text; specials are left out, a broken character becomes U+FFFD."""
+    """Returns the text without special tokens; broken characters become U+FFFD."""
 
   def special_id(self, name: str) -> int | None:
-    """Returns the id of the special token with this name, if there is one."""
+    """Returns the id of the special token with this name, or None."""
 
   def to_json(self) -> str:
     """Returns the content of a Hugging Face `tokenizer.json`.
 
-    With the special ids of a model folder it has a key more than the format.
+    For a tokenizer of a model folder it has one extra key, with the special ids.
     """
 
 
 def document(
   tokenizer: Tokenizer, ids: np.ndarray, begins: bool = True, ends: bool = True
 ) -> np.ndarray:
-  """Returns the ids of a text with what the tokenizer puts around a document."""
+  """Returns `ids` with the tokenizer's begin and end of document, where asked for."""
   bos, eos = tokenizer.bos_id, tokenizer.eos_id
   before = [bos] if begins and bos is not None else []
   after = [eos] if ends and eos is not None else []
@@ -86,7 +86,7 @@ def document(
 
 
 class ByteTokenizer:
-  """Ids 0..255 are the UTF-8 bytes, 256 begins and 257 ends a document."""
+  """Ids 0 to 255 are UTF-8 bytes; 256 begins and 257 ends a document."""
 
   bos_id = 256
   eos_id = 257
@@ -127,7 +127,7 @@ _BYTES = SpecialTokens(
 
 
 class SymbolTokenizer:
-  """A closed vocabulary of words that white space separates, for synthetic tasks."""
+  """A closed vocabulary of words, separated by white space, for synthetic tasks."""
 
   bos_id = 0
   eos_id = 1
@@ -143,7 +143,7 @@ class SymbolTokenizer:
     self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns ids; raises ValueError for a word that is no symbol of the task."""
+    """Returns ids; ValueError for a word that is no symbol of the task."""
     return self.encode_symbols(text.split())
 
   def encode_symbols(self, symbols: Sequence[str]) -> np.ndarray:
@@ -163,14 +163,14 @@ class SymbolTokenizer:
     return " ".join(self.decode_symbols(ids))
 
   def decode_symbols(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """Returns the symbols, specials and ids that stand for nothing left out."""
+    """Returns the symbols, without special tokens and unused ids."""
     return tuple(self._symbols[i] for i in ids if 2 <= i < self.vocab_size)
 
   def special_id(self, name: str) -> int | None:
     return {BOS: self.bos_id, EOS: self.eos_id}.get(name)
 
   def to_json(self) -> str:
-    """Returns a WordLevel model; its unknown word, which it must name, is the end."""
+    """Returns a WordLevel model; its unknown word, a required field, is the end."""
     model = tokenizers.Tokenizer(models.WordLevel(vocab=self._ids, unk_token=EOS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens([BOS, EOS])
@@ -183,10 +183,9 @@ def make_tokenizer(
   """Returns the tokenizer of a config.
 
   Args:
-    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`). That of kind
-      `symbols` is made by its task, see tasks/corpus.py.
-    train_texts: texts of the train split; only `bpe` reads them. Their order does not
-      matter.
+    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`). Kind `symbols`
+      is not made here but by its task, see tasks/corpus.py.
+    train_texts: texts of the train split, in any order; only `bpe` reads them.
 
   Raises:
     DataError: `path` is missing or no tokenizer, or it loses text.
@@ -208,7 +207,7 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes `tokenizer.json`, and `special_tokens.json` where it needs one."""
+  """Writes `tokenizer.json`; for a model folder also `special_tokens.json`."""
   content, special = _split(tokenizer.to_json())
   if special is not None:
     beside = Path(path).with_name(SPECIAL_TOKENS)
@@ -219,12 +218,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
 def load_tokenizer(
   path: str | os.PathLike, folder: str | os.PathLike | None = None
 ) -> Tokenizer:
-  """Returns the tokenizer of a `tokenizer.json`, ours or anyone's.
+  """Returns the tokenizer of a `tokenizer.json`, written by us or any other tool.
 
   Args:
-    path: of the file.
-    folder: the model folder that names the special ids; by default the one that the
-      file is in, if it is one.
+    path: the file.
+    folder: the model folder that names the special ids; by default the file's folder,
+      if that is a model folder.
 
   Raises:
     DataError: no such file, not a tokenizer, or one that loses text.
@@ -277,12 +276,12 @@ def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
 
 
 def plain_json(tokenizer: Tokenizer) -> str:
-  """Returns the content of a `tokenizer.json` that any tool reads."""
+  """Returns the content of a `tokenizer.json` without our extra key."""
   return _split(tokenizer.to_json())[0]
 
 
 def _split(text: str) -> tuple[str, dict[str, Any] | None]:
-  """Returns a `tokenizer.json` without our key, and what the key has."""
+  """Returns a `tokenizer.json` without our key, and the value of the key."""
   if f'"{KEY}": {{"bos_id"' not in text:
     return text, None
   content = json.loads(text)
@@ -293,7 +292,7 @@ def _split(text: str) -> tuple[str, dict[str, Any] | None]:
 def _stated(
   special: dict[str, Any] | None,
 ) -> Callable[[tokenizers.Tokenizer], SpecialTokens | None]:
-  """Returns what finds the special ids that a file has stated, if there is one."""
+  """Returns a function that returns the special ids of `special_tokens.json`."""
   if special is None:
     return lambda model: None
   ends = tuple(special["end_ids"])
@@ -303,7 +302,7 @@ def _stated(
 def _parse(
   text: str, name: str, find: Callable[[tokenizers.Tokenizer], SpecialTokens | None]
 ) -> Tokenizer:
-  """Returns the tokenizer of a `tokenizer.json`; `find` gets its special ids."""
+  """Returns the tokenizer of a `tokenizer.json`; `find` returns its special ids."""
   try:
     content = json.loads(text)
     loaded = tokenizers.Tokenizer.from_str(text)
@@ -316,8 +315,8 @@ def _parse(
     return SubwordTokenizer(loaded, name, special, content)
   except sources.DataError:
     raise
-  # The library raises plain Exception for every content that it cannot parse, and
-  # where it does not expect the content a PanicException, which has no name in Python.
+  # The library raises plain Exception for content that it cannot parse. For content
+  # that it did not expect it panics: PanicException cannot be imported.
   except BaseException as error:
     is_panic = type(error).__name__ == "PanicException"
     if not (is_panic or isinstance(error, Exception)):
@@ -329,7 +328,7 @@ def _parse(
 
 
 def _is_bytes(values: dict[str, Any]) -> bool:
-  """Whether the parsed `tokenizer.json` is what `ByteTokenizer.to_json` returns."""
+  """Returns whether the parsed content equals `ByteTokenizer.to_json`."""
   added = {token["content"]: token["id"] for token in values.get("added_tokens", ())}
   return (
     values.get("normalizer") is None
@@ -340,7 +339,7 @@ def _is_bytes(values: dict[str, Any]) -> bool:
 
 
 def _symbols(values: dict[str, Any]) -> list[str]:
-  """Returns the symbols of a `SymbolTokenizer.to_json`, none of any other content."""
+  """Returns the symbols of a `SymbolTokenizer.to_json`; [] for other content."""
   model = values["model"]
   if model.get("type") != "WordLevel":
     return []

@@ -1,10 +1,10 @@
-"""Hugging Face model folders in and out, as safetensors; no pickle, no torch.
+"""Import and export of Hugging Face model folders (safetensors, without torch).
 
   model = interop.read_model(folder)                  # config.json and headers only
   config = with_overrides(config, model.overrides)
   params = interop.load_params(model, config, mesh)   # into the sharded layout
 
-  params["mtp"] = interop.read_drafter(other, config, params, mesh)
+  params["mtp"] = interop.read_drafter(folder, config, params, mesh)
 
   interop.layouts_for(config)                         # {"llama": "", "gpt2": "why not"}
   interop.export_params(params, config, folder, "llama")

@@ -1,7 +1,7 @@
-"""config.json to our config keys and back, and which of our models have a layout.
+"""config.json of model folders: tables of keys, and reading as overrides of ours.
 
-Both keys under which the rotary settings are known are read and written:
-`rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of those before.
+Rotary settings have two forms, which are both read and written: `rope_parameters`
+(transformers 5), and `rope_theta` with `rope_scaling` (before).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from mtp_jax.files import shortened
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.layouts import LAYOUTS
 
-# Our key -> theirs; the same value on both sides.
+# Our key -> their key, with the same value.
 GPT2_KEYS = {
   "tokenizer.vocab_size": "vocab_size",
   "data.seq_len": "n_positions",
@@ -43,7 +43,7 @@ EXPERT_KEYS = {
   "trunk.moe.groups_per_token": "topk_group",
 }
 
-# Their key -> the values with which our model is theirs; a missing key is one of them.
+# Their key -> supported values; a missing key is supported, too.
 _ANY_LAYOUT = {
   "quantization_config": (None,),
   "attn_logit_softcapping": (None,),
@@ -59,7 +59,7 @@ _GPT2_ONLY = {
 }
 _ROTARY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1.0)}
 _NO_BIAS, _FALSE = {"attention_bias": (False, None)}, (False, None)
-# Qwen2 and MiMo have biases of queries, keys and values whatever `attention_bias` is.
+# Qwen2 and MiMo always have biases of queries, keys and values: no `attention_bias`.
 _ONLY = {
   "gpt2": _GPT2_ONLY,
   "llama": _ROTARY | _NO_BIAS | {"mlp_bias": _FALSE},
@@ -79,7 +79,7 @@ _ROPE_KINDS = {
   "default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"
 }  # fmt: skip
 ROPE_TYPES = {ours: theirs for theirs, ours in _ROPE_KINDS.items()}
-# What a set of rotary parameters may have beside its kind and theta.
+# Keys of rotary parameters besides kind and theta, by kind.
 ROPE_KEYS = {
   "default": (),
   "linear": ("factor",),
@@ -97,9 +97,9 @@ _REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class TrunkDescription:
-  """What config.json says; see `importing.HfModel`.
+  """The content of a config.json; see `importing.HfModel`.
 
-  depth: of MTP, by its account. sizes: of parameters, by its keys.
+  depth: number of MTP layers. sizes: sizes of parameters, by their keys.
   """
 
   family: str
@@ -117,7 +117,7 @@ class _Values:
     self.sizes: dict[str, int] = {}
 
   def get(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED) -> Any:
-    """Returns a value; a missing one or null is `default`."""
+    """Returns a value; `default` if it is missing or null."""
     value = self._values.get(key)
     if value is None:
       if default is _REQUIRED:
@@ -134,7 +134,7 @@ class _Values:
     return value
 
   def size(self, key: str, default: Any = _REQUIRED) -> int:
-    """Returns an axis of parameters, or how many of them there are."""
+    """Returns a size or number of parameters, and records it in `sizes`."""
     self.sizes[key] = self.integer(key, default, least=1)
     return self.sizes[key]
 
@@ -166,11 +166,11 @@ class _Values:
 
 
 def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
-  """Returns what the values of a config.json mean for ours.
+  """Returns the description of the trunk, as overrides of our config.
 
   Raises:
-    InteropError: another architecture or variant; names file, key, value and what is
-      supported.
+    InteropError: an unsupported architecture or value; names file, key, value and the
+      supported values.
   """
   reader = _Values(file, values)
   family = _family(reader, values)
@@ -269,7 +269,7 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
-  """Rotary settings, from whichever of the two keys is there."""
+  """Returns the rotary settings, from `rope_parameters` or else `rope_scaling`."""
   rope = reader.section("rope_parameters")
   if not rope.keys():
     rope = reader.section("rope_scaling")
@@ -305,7 +305,7 @@ def _read_yarn(rope: _Values, max_length: int, family: str) -> dict[str, Any]:
   rope.check({"truncate": (True, None)})
   original = rope.integer("original_max_position_embeddings", max_length, least=1)
   factor = rope.number("factor", max_length / original)
-  # Without both of these there, the attention factor follows from `factor` alone.
+  # Unless both are set, the attention factor follows from `factor` alone.
   mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
   if not (mscale and all_dim):
     if all_dim and family == "deepseek_v3":

@@ -1,4 +1,4 @@
-"""Our config to a config.json of a layout."""
+"""config.json of exported model folders."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from mtp_jax.interop.hf_config import (
 )
 from mtp_jax.interop.layouts import LAYOUTS
 
-# Ids of the tokens that begin a text, and of the one or the several that end it.
+# Id that begins a text, and the id or ids that end it.
 TokenIds = tuple[int | None, int | list[int] | None]
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -36,13 +36,15 @@ def write_config(
     config: of the model.
     layout: see `LAYOUTS`.
     dtype: of the tensors.
-    token_ids: of the tokens that begin and end a text, where they are known.
-    came: the config.json of an imported model. What it has, goes out again as far as
-      the model is still the one that it describes.
+    token_ids: begin and end of a text, if known.
+    came: the config.json of an imported model. Its values are kept as far as they still
+      describe the model.
   """
   values = _written(config, layout, dtype, token_ids)
   if came is None:
     return values
+  # An imported config.json is kept whole if it still describes the model: it may have
+  # keys that we do not know.
   ids = {key: came[key] for key in ID_KEYS if key in came}
   described = read_config(Path("config.json"), came)
   changed = {k for k, x in described.overrides.items() if get_dotted(config, k) != x}
@@ -52,18 +54,18 @@ def write_config(
     return values | ({key: longest} if key in values else {}) | ids
   ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
   own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
-  # The code that `auto_map` names is not in the folder that is written.
+  # `auto_map` names code files, which are not exported.
   kept = {name: value for name, value in came.items() if name != "auto_map"}
   if described.family != "gpt2" and config.data.seq_len > described.max_length:
-    kept[key] = config.data.seq_len  # Training has gone on with longer rows.
+    kept[key] = config.data.seq_len  # Training continued with longer rows.
   return own_ids | kept | {name: values[name] for name in ours if name in values}
 
 
 def _length_that_came(described: TrunkDescription, changed: set[str]) -> int:
-  """Returns the tokens of a text, as the folder states them, that still hold.
+  """Returns the folder's longest text, in tokens, as far as it is still valid.
 
-  `changed`: keys that have other values now. A scaling that was replaced stretches the
-  texts no more.
+  `changed`: keys whose values differ from the folder's. If they include the scaling of
+  positions, the length before that scaling is returned.
   """
   scaling = "trunk.rope_scaling."
   kind = described.overrides[f"{scaling}kind"]
@@ -123,7 +125,7 @@ def _written(
 
 
 def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
-  """Returns the values of dotted keys of ours under their names there."""
+  """Returns the values of our dotted keys, under their names in config.json."""
   return {theirs: get_dotted(config, ours) for ours, theirs in keys.items()}
 
 
@@ -134,7 +136,7 @@ def get_dotted(config: Config, key: str) -> Any:
 def _write_deepseek(config: Config) -> dict[str, Any]:
   trunk, depth = config.trunk, config.mtp.depth
   moe = trunk.moe
-  if not moe.num_experts:  # Every layer is before the first with experts.
+  if not moe.num_experts:  # Written as one expert in a layer that does not exist.
     moe = dataclasses.replace(
       moe, num_experts=1, experts_per_token=1, num_groups=1, groups_per_token=1,
       num_shared=1, dense_layers=num_trunk_layers(config) + depth,
@@ -174,7 +176,7 @@ def _write_rope(trunk: TrunkConfig) -> dict[str, Any]:
 
 
 def longest_text(config: Config) -> int:
-  """Returns the tokens of a text for which the positions are made."""
+  """Returns the longest text, in tokens, that the positions are made for."""
   scaling = config.trunk.rope_scaling
   stretched = 0
   if scaling.kind in ("llama3", "yarn"):

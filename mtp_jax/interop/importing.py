@@ -1,7 +1,7 @@
-"""Model folders of other frameworks into our parameters.
+"""Import: reads model folders of other frameworks into our parameters.
 
-`read_model` looks at config.json and the headers only; `load_params` puts every
-parameter where the mesh wants it, reading no more than each device holds.
+`read_model` reads config.json and the headers only. `load_params` lays every parameter
+out on a mesh; each device reads its own part.
 """
 
 import dataclasses
@@ -42,25 +42,25 @@ from mtp_jax.interop.tensor_table import (
 )
 
 CONTRACT = "mtp_contract.json"
-# Constants that older versions saved beside the parameters.
+# Constants that older versions saved with the parameters.
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-# Longer texts and other schedules do not change what the parameters are.
+# Keys that may differ from the folder: they do not change shapes or names.
 _FREE = ("trunk.rope_theta", "trunk.rope_scaling.", "trunk.attention_dim")
 _ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class HfModel:
-  """A folder that can be read.
+  """A model folder: its config as overrides of ours, and its tensors' headers.
 
   family:     gpt2 | llama | qwen2 | qwen3 | deepseek_v3 | mimo.
-  overrides:  dotted config keys and values that describe the trunk, the vocabulary and,
-              where the folder has MTP layers, `mtp`.
-  has_mtp:    how many MTP layers the folder has.
-  max_length: of a text, as config.json states it.
-  tokenizer:  the folder's tokenizer.json, if there is one.
+  overrides:  dotted config keys and values of the trunk, the vocabulary and, if the
+              folder has MTP layers, `mtp`.
+  has_mtp:    number of MTP layers in the folder.
+  max_length: longest text in tokens, from config.json.
+  tokenizer:  the folder's tokenizer.json, or None.
   files:      `special_tokens.MODEL_FILES` by name, JSON parsed.
-  tensors:    by name, as the headers have them.
+  tensors:    by name, from the headers.
   """
 
   folder: Path
@@ -77,8 +77,8 @@ def read_model(folder: Path) -> HfModel:
   """Reads config.json and the headers of the safetensors files; no data.
 
   Raises:
-    InteropError: an architecture or variant that we do not have, a damaged or missing
-      file, a dtype that is not read; names the file and the key or tensor.
+    InteropError: an unsupported architecture, variant or dtype, or a damaged or missing
+      file; names the file and the key or tensor.
   """
   folder = Path(folder)
   file = folder / "config.json"
@@ -113,16 +113,16 @@ def read_model(folder: Path) -> HfModel:
 def load_params(
   model: HfModel, config: Config, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-  """Returns the parameters that the folder has, float32, laid out on `mesh`.
+  """Returns the folder's parameters, float32, laid out on `mesh`.
 
-  That is all of `config`, without `mtp` where the folder has no MTP layers or
-  `config.mtp` is of another kind than they are. Of learned positions the first
-  `data.seq_len` are taken.
+  These are all parameters of `config`, but without `mtp` if the folder has no MTP
+  layers, or if `config.mtp` is of another kind. Of learned positions, the first
+  `data.seq_len` are read.
 
   Raises:
-    InteropError: the config is of another model than the folder; a tensor is missing,
-      unknown, or of another shape (found before any data is read); a copy of the
-      embedding or the head differs from it.
+    InteropError: the config describes another model than the folder; a tensor is
+      missing, unknown, or of another shape (checked before any data is read); a copy of
+      the embedding or the output matrix differs from the original.
   """
   _check_config(model, config)
   model = _cropped(model, config)
@@ -130,7 +130,7 @@ def load_params(
   stored_shapes = shapes_of(boxed)
   stored = dataclasses.replace(config, mtp=_stored_mtp(model, config.mtp))
   if model.has_mtp and stored.mtp != config.mtp:
-    # What is not wanted is checked all the same: it has to be of this model.
+    # MTP layers that are not read are checked, too: they must fit this model.
     stored_shapes = parameter_shapes(stored)
   entries = tensor_table(stored, model.family, stored_shapes)
   required = {entry.name for entry in entries if not entry.copy_of}
@@ -140,9 +140,9 @@ def load_params(
 
 
 def _cropped(model: HfModel, config: Config) -> HfModel:
-  """Returns the model with no more learned positions than rows have tokens.
+  """Returns the model with at most `data.seq_len` learned positions.
 
-  What is left out are the last ones, as nanoGPT's `crop_block_size` does.
+  The last positions are cut, as in nanoGPT's `crop_block_size`.
   """
   name, length = "transformer.wpe.weight", config.data.seq_len
   table = model.tensors.get(name)
@@ -157,18 +157,19 @@ def _cropped(model: HfModel, config: Config) -> HfModel:
 def read_drafter(
   folder: Path, config: Config, trunk: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-  """Returns the parameters `mtp` out of a folder that holds them alone.
+  """Returns the parameters `mtp`, float32, of a folder with drafters alone.
 
   Args:
-    folder: in the layout that `config.mtp.kind` names, see `drafter_config`.
+    folder: in the layout of `config.mtp.kind`, see `drafter_config`.
     config: of the whole model.
-    trunk: all its other parameters. What the folder repeats of them must be the same,
-      in the precision of the file; it may be left out.
-    mesh: on which the result is laid out, float32.
+    trunk: all other parameters of the model. The folder may repeat some of them, which
+      must then be equal in the precision of the file.
+    mesh: for the result.
 
   Raises:
-    InteropError: the kind has no such layout; a file is missing or damaged; a tensor is
-      missing, unknown, of another shape or dtype, or not what the trunk has.
+    InteropError: the kind has no layout of its own; a file is missing or damaged; a
+      tensor is missing, unknown, or of another shape or dtype; a repeated tensor
+      differs from the trunk's.
   """
   folder, kind = Path(folder), config.mtp.kind
   if kind not in DRAFTERS:
@@ -195,7 +196,7 @@ def read_drafter(
 
 
 def _canonical(name: str, family: str) -> str:
-  """Old GPT-2 files have the names of the model without its head."""
+  """Returns a tensor's present name: old GPT-2 files lack the prefix."""
   if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
     return f"transformer.{name}"
   return name
@@ -204,9 +205,10 @@ def _canonical(name: str, family: str) -> str:
 def _check_sizes(
   file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
 ) -> None:
-  """Refuses sizes for which the files have no room, before anything is made of them.
+  """Raises InteropError if sizes in config.json exceed the files.
 
-  The shapes of all tensors are compared later, with those of the model.
+  Checked before a model of these sizes is traced, which could take all memory. All
+  shapes are compared later.
   """
   name = "transformer.wte.weight"
   keys = "vocab_size", "n_embd"
@@ -222,7 +224,7 @@ def _check_sizes(
     )
   num_values = sum(math.prod(tensor.shape) for tensor in tensors.values())
   for key, size in described.sizes.items():
-    # Every axis is one of a matrix whose other axis is the width, or a part of it.
+    # Every size is an axis, or a part of one, of a matrix with the width as other axis.
     most, of = num_values // max(shape[1], 1), f"values for a width of {shape[1]}"
     if key in ("n_layer", "num_hidden_layers", "n_routed_experts"):
       most, of = len(tensors), "tensors"
@@ -236,7 +238,7 @@ def _check_sizes(
 def _count_modules(
   file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
 ) -> int:
-  """Returns how many MTP layers the files have: as many as config.json says, or 0."""
+  """Returns the number of MTP layers in the files: that of config.json, or 0."""
   if described.family == "mimo":
     prefix, first = "model.mtp_layers.", 0
   elif described.family == "deepseek_v3":
@@ -246,7 +248,7 @@ def _count_modules(
   numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
   layers = {int(match[1]) for match in map(numbers.match, tensors) if match}
   found = {n for n in layers if n >= first}
-  # Frameworks that cannot run them leave them out and the number as it was.
+  # Frameworks that cannot run MTP layers drop them, but keep the number in config.json.
   if found and len(found) != described.depth:
     raise InteropError(
       f"{file}: num_nextn_predict_layers is {described.depth}, but the files have MTP "
@@ -256,7 +258,7 @@ def _count_modules(
 
 
 def _check_contract(folder: Path, family: str) -> None:
-  """A folder that states another concat order than its layout has is refused."""
+  """Raises InteropError if a folder states another concat order than its layout's."""
   file = folder / CONTRACT
   if not file.exists():
     return
@@ -269,11 +271,11 @@ def _check_contract(folder: Path, family: str) -> None:
 
 
 def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
-  """Returns the MTP section of what the folder holds."""
+  """Returns the MTP section of the model in the folder."""
   if not model.has_mtp:
     return next_token_only(wanted)
   if wanted.kind == "sequential" and wanted.depth:
-    return wanted  # The same, as `_check_config` makes sure.
+    return wanted  # `_check_config` has compared it with the folder.
   return dataclasses.replace(
     wanted, kind="sequential", depth=model.has_mtp, depth_weights=()
   )
@@ -328,7 +330,7 @@ def _check_tensors(
   entries: tuple[Entry, ...],
   required: set[str],
 ) -> None:
-  """Compares names and shapes with the headers."""
+  """Raises InteropError if names or shapes of tensors differ from the entries."""
   expected = {entry.name: entry for entry in entries}
   for what, names in (
     ("lacks", required - tensors.keys()),
@@ -348,7 +350,7 @@ def _check_tensors(
 def _check_repeated(
   folder: Path, entry: Entry, stored: np.ndarray, trunk: dict[str, Any]
 ) -> None:
-  """Compares what a folder of predictors repeats of the trunk with the trunk."""
+  """Raises InteropError if a drafter's copy of a trunk tensor differs."""
   (piece,) = entry.pieces
   ours = piece.form.to_stored(np.asarray(trunk[piece.path]))
   if not np.array_equal(_float32(stored), _float32(ours.astype(stored.dtype))):

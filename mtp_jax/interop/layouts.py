@@ -1,8 +1,8 @@
-"""Which models have a place in which layout of Hugging Face folders."""
+"""Layouts of Hugging Face folders, and the models that each of them can hold."""
 
 from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, RopeScalingConfig
 
-# Layout -> the class name and the model type that config.json has for it.
+# Layout -> (class name, model type) in its config.json.
 LAYOUTS = {
   "gpt2": ("GPT2LMHeadModel", "gpt2"),
   "llama": ("LlamaForCausalLM", "llama"),
@@ -11,7 +11,7 @@ LAYOUTS = {
   "deepseek_v3": ("DeepseekV3ForCausalLM", "deepseek_v3"),
   "mimo": ("MiMoForCausalLM", "mimo"),
 }
-# Layout of extra predictors alone (`drafter_config`) -> the one file of their tensors.
+# Layout of drafters alone (`drafter_config`) -> its file of tensors.
 DRAFTERS = {
   "medusa": "medusa_lm_head.safetensors",
   "eagle": "model.safetensors",
@@ -20,7 +20,7 @@ DRAFTERS = {
 
 
 def model_layouts_for(config: Config, trunk_only: bool) -> dict[str, str]:
-  """Returns for every layout of a trunk why `config` cannot be written in it, or ""."""
+  """Returns, by layout of a trunk, the reason why it cannot hold `config`, or ""."""
   return {
     layout: _trunk_obstacle(config, layout)
     or _predictor_obstacle(config, layout, trunk_only)
@@ -93,9 +93,9 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
 
 
 def unpublished_inputs(mtp: MtpConfig) -> str:
-  """Returns what sequential modules have that no layout has; "" where it has all.
+  """Returns the first setting of sequential modules that no layout supports, or "".
 
-  Layouts with modules have trunks with RMSNorm, so that `mtp.norm` decides nothing.
+  `mtp.norm` is not checked: layouts with modules have RMSNorm in the trunk, too.
   """
   more = {"out_norm": "own", "mlp_dim": 0}
   for key, published in (PUBLISHED_INPUTS | more).items():

@@ -16,7 +16,7 @@ from mtp_jax.sharding import logical_axes, tree_shardings, unbox
 
 
 class _Source(NamedTuple):
-  """A piece of a parameter, what opens it, and the tensor that it is in."""
+  """A piece of a parameter, a function that opens it, and its tensor for messages."""
 
   piece: Piece
   open: Callable[[], np.ndarray]
@@ -29,7 +29,7 @@ def assemble(
   tensors: dict[str, StoredTensor],
   mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  """Returns the parameters that the entries hold, laid out on `mesh`."""
+  """Returns the parameters of the entries, float32, laid out on `mesh`."""
   shapes = shapes_of(boxed)
   sources: dict[str, list[_Source]] = {}
   for entry in entries:
@@ -47,7 +47,7 @@ def assemble(
 
 
 def parameter_shapes(config: Config) -> Shapes:
-  """Returns the shape of every parameter of `config` by its path."""
+  """Returns the shape of every parameter of `config`, by path."""
   return shapes_of(accounting.abstract_params(config))
 
 
@@ -60,7 +60,7 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def _part(tensor: StoredTensor, entry: Entry, i: int) -> Callable[[], np.ndarray]:
-  """Returns what opens piece i of a tensor, in the form of our parameter."""
+  """Returns a function that returns piece i of a tensor, in our form."""
   widths = [p.form.stored_shape(p.shape)[-1] for p in entry.pieces]
   start, piece = sum(widths[:i]), entry.pieces[i]
 
@@ -76,7 +76,7 @@ def _place(
   sharding: jax.sharding.Sharding,
   pieces: list[_Source],
 ) -> jax.Array:
-  """Returns one parameter, of which every device reads its own part."""
+  """Returns one parameter; every device reads its own part."""
   read: dict[Any, np.ndarray] = {}  # Devices may hold the same part.
 
   def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -92,7 +92,7 @@ def _read(
   bounds: tuple[tuple[int, int], ...],
   pieces: list[_Source],
 ) -> np.ndarray:
-  """Returns the part of a parameter between `bounds`, from what it is made of."""
+  """Returns the part of a parameter between `bounds`, read from its pieces."""
   part = np.empty([end - start for start, end in bounds], np.float32)
   for piece, open_part, name in pieces:
     depth = len(piece.index)
