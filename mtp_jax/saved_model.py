@@ -110,6 +110,7 @@ def check_source(config: Config, workdir: Path) -> None:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
     ) from error
+  # The other run may be of any kind: only keys of the copied parameters must agree.
   saved, config = accounting.resolve(saved), accounting.resolve(config)
   keys, has = _trunk_keys(config), "whose deployed model has the trunk and the"
   if name == "trunk_from":
@@ -145,9 +146,9 @@ def load_source(
   Returns:
     `(params, origin, model_folder)`. `params`, laid out by `shardings`, are from the
     newest undamaged checkpoint: the deployed model's with `train.trunk_from`, all with
-    `train.start_from`, {} with neither. `origin` has, for each of `SOURCES`, None or the
-    `path` in the config, the `step`, and the `commit` of the code that trained it ("" if
-    unknown). `model_folder`: see `SavedModel`.
+    `train.start_from`, {} with neither. `origin` has, for each of `SOURCES`, None or
+    the `path` in the config, the `step`, and the `commit` of the code that trained it
+    ("" if unknown). `model_folder`: see `SavedModel`.
 
   Raises:
     CheckpointError: the other run has no undamaged checkpoint; see `restore_newest`.
@@ -159,6 +160,7 @@ def load_source(
     return {}, origin, None
   steps = map(str, reversed(_finished_steps(source)))
   _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
+  # With another tokenizer, the same id would stand for other text.
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
     raise ConfigError(
       f"train.{name} must be a run with the tokenizer of this one, got "

@@ -100,6 +100,7 @@ def write(
     first=excerpts[0].number,
     **how,
   )
+  # `bos` and `eos` tell the reader which ends of a document the text has.
   lines = []
   for x, generation in zip(excerpts, generations, strict=True):
     text = _text(model, x.tokens, generation.completion)

@@ -166,6 +166,7 @@ class TrainedModel:
     if rule != "greedy" or any(x is not None for x in settings):
       warp = check_warp(1.0 if temperature is None else temperature, *settings[1:])
     how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse, tree)
+    # Strings may span tokens: a table of transitions finds them inside the loop.
     stop_ids, strings = self._stops(stop)
     stop_SV = None
     if strings:

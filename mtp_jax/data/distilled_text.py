@@ -50,6 +50,7 @@ def load(path: str) -> sources.Documents:
     raise sources.DataError(
       f"data.train_on must have at least one text, got {path!r}, which is empty."
     )
+  # Duplicates have equal hashes: the order of such documents does not matter.
   hashes = [_hash(text, *ends) for text, ends in zip(texts, edges, strict=True)]
   stats = sources.SourceStats(
     where=file,

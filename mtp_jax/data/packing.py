@@ -157,6 +157,7 @@ def eval_batches(
     if len(rows) == batch_size:
       yield stack_rows(rows), np.array(owners, np.int32)
       rows, owners = [], []
+  # The last batch is filled up, so that all batches have one shape and one program.
   if rows:
     missing = batch_size - len(rows)
     rows += [_one_row(np.zeros(0, np.int32), seq_len, num_extra)] * missing

@@ -181,12 +181,14 @@ def _tokenized(
   manifest = documents.stats.manifest
   held_out = (data.validation_fraction, data.test_fraction)
   fractions = (1 - sum(held_out), *held_out)
+  # Splits by hash are kept if none is empty: they do not move when documents are added.
   is_cut = len(split_N) < _FEW and fractions[0] > 0 and any(
     fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
   )
   if is_cut:
     documents, split_N = sources.cut(documents, *held_out)
     manifest = sources.manifest_of(map(bytes, documents.hashes_NX))
+  # A BPE tokenizer must not see held-out text.
   train_texts = (
     text for text, i in zip(documents.texts, split_N, strict=True) if i == 0
   )

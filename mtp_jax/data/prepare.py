@@ -65,6 +65,7 @@ def prepare_folder(
   )
   folder = Path(os.path.expanduser(output))
   folder.mkdir(parents=True, exist_ok=True)
+  # Settings are compared under the lock: two commands may start at the same time.
   with _locked(folder):
     settings = _claim(folder, _settings(config, shard_size))
     if not (folder / prepared.MANIFEST).is_file():
@@ -230,6 +231,7 @@ def _write_shards(
     initializer=_start_worker,
     initargs=(tokenizer.to_json(),),
   )
+  # Waits in the order of submission, so that the progress reported never falls.
   pending = collections.deque()
   number = -1
 

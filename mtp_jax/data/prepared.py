@@ -116,6 +116,7 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
     raise sources.DataError(
       f"{folder / MANIFEST}: format must be {FORMAT}, got {found!r}."
     )
+  # Sizes tell a truncated copy from a whole one without reading the shards.
   for name, expected in sizes.items():
     file = folder / name
     size = file.stat().st_size if file.is_file() else None

@@ -99,6 +99,7 @@ def write_drafter_config(
       "medusa_num_heads": config.mtp.depth,
       "medusa_num_layers": 1,
     }
+  # The layer of an EAGLE drafter is described as a Llama model of one layer.
   scaling = trunk.rope_scaling
   is_linear = scaling.kind == "linear"
   values |= write_keys(config, KEYS) | {

@@ -119,6 +119,7 @@ def export_params(
     if layout in DRAFTERS:
       write_file(temporary / DRAFTERS[layout], tensors)
       values = write_drafter_config(config, dtype, token_ids, base_model)
+      # Facts about the trunk stay as its authors stated them.
       of_trunk = (*ID_KEYS, "max_position_embeddings")
       own = came.get("config.json", {})
       values |= {key: own[key] for key in of_trunk if key in own and key in values}
@@ -130,17 +131,7 @@ def export_params(
     write_json(temporary / "config.json", values)
     write_json(temporary / CONTRACT, _contract(config, layout))
     if tokenizer is not None:
-      more = tokenizer_files(tokenizer, values) | came
-      before = came.get("config.json", values).get("n_positions")
-      if values.get("n_positions") != before:  # Fewer learned positions than imported.
-        more["tokenizer_config.json"] = more["tokenizer_config.json"] | {
-          "model_max_length": values["n_positions"]
-        }
-      not_written = ["config.json"]
-      if layout in DRAFTERS:  # Drafters alone generate no text.
-        not_written.append("generation_config.json")
-      for name in more.keys() - not_written:
-        content = more[name]
+      for name, content in _other_files(tokenizer, values, came, layout).items():
         is_text = isinstance(content, str)
         encoded = content if is_text else json.dumps(content, indent=2)
         write_bytes(temporary / name, encoded.encode())
@@ -148,6 +139,25 @@ def export_params(
   finally:
     if temporary.exists():
       shutil.rmtree(temporary)
+
+
+def _other_files(
+  tokenizer: Tokenizer, values: dict[str, Any], came: dict[str, Any], layout: str
+) -> dict[str, dict[str, Any] | str]:
+  """Returns the files besides weights and config.json, by name.
+
+  Files of an imported model (`came`) replace ours. `values`: the config.json.
+  """
+  found = tokenizer_files(tokenizer, values) | came
+  before = came.get("config.json", values).get("n_positions")
+  if values.get("n_positions") != before:  # Fewer learned positions than imported.
+    found["tokenizer_config.json"] = found["tokenizer_config.json"] | {
+      "model_max_length": values["n_positions"]
+    }
+  skipped = {"config.json"}
+  if layout in DRAFTERS:  # Drafters alone generate no text.
+    skipped.add("generation_config.json")
+  return {name: content for name, content in found.items() if name not in skipped}
 
 
 def tokenizer_files(

@@ -178,6 +178,7 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
   reader.check(_ONLY[family])
   if family == "gpt2":
     return _read_gpt2(reader)
+  # Sliding windows and the like would change the meaning of long texts.
   kinds = reader.get("layer_types", (list,), [])
   if any(kind != "full_attention" for kind in kinds):
     reader.refuse("layer_types", "'full_attention' for every layer")
@@ -277,6 +278,7 @@ def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
   kind = rope.get(key, (str,), "default")
   if kind not in _ROPE_KINDS:
     rope.refuse(key, ", ".join(_ROPE_KINDS))
+  # An unknown key may change the positions, so it must not be ignored.
   known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
   for extra in sorted(rope.keys() - known - set(ROPE_KEYS[kind])):
     rope.refuse(extra, f"for kind {kind!r}: {', '.join(ROPE_KEYS[kind]) or 'nothing'}")

@@ -77,6 +77,7 @@ def _length_that_came(described: TrunkDescription, changed: set[str]) -> int:
 def _written(
   config: Config, layout: str, dtype: str, token_ids: TokenIds | None
 ) -> dict[str, Any]:
+  # `dtype` is the key of transformers 5, `torch_dtype` of the versions before.
   architecture, model_type = LAYOUTS[layout]
   bos, eos = token_ids or (None, None)
   values = {

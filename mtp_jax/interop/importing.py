@@ -90,6 +90,7 @@ def read_model(folder: Path) -> HfModel:
   }
   _check_dtypes(tensors)
   _check_sizes(file, tensors, described)
+  # The files decide about MTP layers: config.json may name layers that were dropped.
   depth = _count_modules(file, tensors, described)
   overrides = dict(described.overrides)
   if depth:
@@ -298,6 +299,7 @@ def _check_config(model: HfModel, config: Config) -> None:
       f"mtp.kind {config.mtp.kind!r} and mtp.arm {config.mtp.arm!r} leave a trunk of "
       f"{layers} layers, and {model.folder} has {found}: load it with mtp.kind 'none'."
     )
+  # A sequential config must equal the folder's layers; other kinds do not read them.
   mtp = config.mtp
   if model.has_mtp and mtp.kind == "sequential" and mtp.depth:
     theirs = (model.has_mtp, False, False)

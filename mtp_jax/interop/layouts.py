@@ -48,6 +48,7 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
     return "grouped attention with experts has no portable layout"
   if layout == "deepseek_v3":
     return "attention is latent there (trunk.attention_kind)"
+  # The families of grouped attention differ in biases and norms of the heads.
   has = trunk.qkv_bias, trunk.qk_norm
   wants = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
   if layout == "mimo" and trunk.qk_norm:
@@ -57,6 +58,7 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
       f"trunk.qkv_bias and trunk.qk_norm must be {wants[layout][0]} and "
       f"{wants[layout][1]} there"
     )
+  # These config files have no `head_dim`: readers derive it from the width.
   if layout in ("qwen2", "mimo"):
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
       return "trunk.attention_dim must be trunk.embed_dim there"

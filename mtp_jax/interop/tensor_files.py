@@ -94,6 +94,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         f"{index} names the file {files.shortened(shard)}, which is not in {folder}."
       )
     found |= read_header(folder / shard)
+  # An index of another download would silently mix weights: both must agree.
   for name in sorted(found.keys() ^ weight_map.keys()):
     has, lacks = ("the files", index) if name in found else (index, "the files")
     short = files.shortened(name)

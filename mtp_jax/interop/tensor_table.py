@@ -213,6 +213,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   if trunk.tie_embeddings:
     yield Entry("lm_head.weight", table, copy_of=f"{embed}.weight", written=False)
 
+  # Our blocks are stacked, dense ones apart; theirs are numbered through.
   dense = _block(trunk.dense(), layout)
   for i in range(num_dense):
     yield from stacked(dense, f"{layer}.{i}.", "trunk/dense_blocks/", (i,))
@@ -220,6 +221,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   for i in range(num_dense, layers):
     yield from stacked(block, f"{layer}.{i}.", "trunk/blocks/", (i - num_dense,))
 
+  # A shared module is written once per depth, because readers expect a layer for each.
   for k in range(depth if layout in CONCAT_ORDER else 0):
     index = () if config.mtp.share_modules else (k,)
     if layout == "mimo":
@@ -259,6 +261,7 @@ def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   """
   trunk = config.trunk
   swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
+  # The files have the embedding first in every concatenation, ours the hidden state.
   *inputs, out = _GROUPED_ATTENTION
   mlp_norm = _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR)
   if layout == "eagle":

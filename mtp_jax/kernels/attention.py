@@ -108,6 +108,7 @@ def attention(
     raise ValueError(
       f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {K}."
     )
+  # The choice is made at trace time, so a program has one implementation.
   chosen = choose_implementation(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTKV.shape[-1]
   )

@@ -33,12 +33,6 @@ def empty_cache(trunk: TrunkConfig, rows: int, slots: int) -> Cache:
   return kind.zeros(trunk, rows, slots)
 
 
-def cache_bytes_per_token(trunk: TrunkConfig) -> int:
-  """Returns the memory that one token takes in the cache of one block."""
-  cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), which may be a mixture of experts.
 

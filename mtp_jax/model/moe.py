@@ -90,6 +90,7 @@ class Moe(nn.Module):
     if moe.num_shared:
       shared = dataclasses.replace(c, mlp_dim=moe.num_shared * moe.expert_dim)
       out_BTD += Mlp(shared, name="shared")(x_BTD)
+    # Padding would be routed like a real token and distort the load.
     is_token_BT = segment_ids_BT != 0
     routing = Routing(
       load_E=jnp.sum(_counts(choices_BTk, is_token_BT, E), axis=0),

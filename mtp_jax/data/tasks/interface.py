@@ -1,6 +1,5 @@
 """`Task`: the interface of synthetic tasks; generates examples and scores answers."""
 
-import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,7 +76,3 @@ class DrawnTask(Task):
 def numbers(count: int, first: int = 0) -> tuple[str, ...]:
   """Returns `count` whole numbers as symbols."""
   return tuple(map(str, range(first, first + count)))
-
-
-def has_repeats(values: tuple[str, ...]) -> bool:
-  return any(count > 1 for count in collections.Counter(values).values())
