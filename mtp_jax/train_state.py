@@ -13,8 +13,9 @@ from flax import struct
 
 from mtp_jax import accounting
 from mtp_jax import optimizer as optimizers
-from mtp_jax.config import Config, routed_layers
-from mtp_jax.model.lm import MtpLm, zeros_batch
+from mtp_jax.config import Config
+from mtp_jax.lm import MtpLm, zeros_batch
+from mtp_jax.predictors import routed_layers
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
 

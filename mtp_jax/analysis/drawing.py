@@ -7,6 +7,7 @@ All text has one size.
 
 import itertools
 import textwrap
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -23,17 +24,13 @@ from matplotlib.ticker import (
 
 from mtp_jax.analysis.gains import UPPER
 from mtp_jax.analysis.ladders import size_text
+from mtp_jax.predictors import KINDS
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness.
-COLOURS = {
-  "none": "#000000",
-  "parallel": "#0072B2",
-  "sequential": "#D55E00",
-  "linear": "#009E73",
-  "medusa": "#CC79A7",
-  "eagle": "#56B4E9",
-  "eagle3": "#E69F00",
-}
+_PALETTE = (
+  "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+)
+COLOURS = dict(zip(KINDS, itertools.cycle(_PALETTE), strict=False))
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 LINES = ("-", "--", ":", "-.")
 _ZERO = dict(color="#777777", linewidth=0.8)
@@ -229,6 +226,14 @@ def size_axis(
   ax.xaxis.set_minor_locator(NullLocator())
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
   ax.set_xlabel(label)
+
+
+def log_axis(ax: Axes, words: Callable[[float], str]) -> None:
+  """Marks 1, 2 and 5 of every decade of a logarithmic x axis, in these words."""
+  ax.set_xscale("log")
+  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words(x)))
+  ax.xaxis.set_minor_locator(NullLocator())
 
 
 def legend_below(figure: Figure, axes: Any) -> None:

@@ -9,11 +9,12 @@ only, that is, without the tensors `d2t` and `t2d`.
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, num_trunk_layers, predictor_trunk, tapped_layers
+from mtp_jax.config import Config
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import KEYS
 from mtp_jax.interop.hf_config_writing import TokenIds, longest_text, write_keys
 from mtp_jax.interop.layouts import DRAFTERS, model_layouts_for
+from mtp_jax.predictors import num_trunk_layers, predictor_trunk, tapped_layers
 
 # Keys that must have our value if config.json has them.
 _STATED = (

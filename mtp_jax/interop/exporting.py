@@ -35,7 +35,7 @@ from mtp_jax.interop.tensor_files import (
   write_tensors,
 )
 from mtp_jax.interop.tensor_table import CONCAT_ORDER, Entry, tensor_table
-from mtp_jax.model.lm import deployed
+from mtp_jax.lm import deployed
 
 _DTYPES = {
   "float32": np.dtype(np.float32),
@@ -69,7 +69,7 @@ def export_params(
     dtype: float32 | bfloat16; the balancing bias of experts stays float32.
     max_shard_bytes: larger models are split into several files with an index; layouts
       of drafters alone always have one file.
-    trunk_only: deletes the extra predictors (`model.lm.deployed`).
+    trunk_only: deletes the extra predictors (`lm.deployed`).
     token_ids: begin and end of a text; by default the tokenizer's.
     base_model: folder or name of the trunk, for the config.json of drafters alone.
     tokenizer: of the model.

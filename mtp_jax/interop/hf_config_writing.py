@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.interop.hf_config import (
   EXPERT_KEYS,
   GPT2_KEYS,
@@ -17,6 +17,7 @@ from mtp_jax.interop.hf_config import (
   read_config,
 )
 from mtp_jax.interop.layouts import LAYOUTS
+from mtp_jax.predictors import num_trunk_layers
 
 # Id that begins a text, and the id or ids that end it.
 TokenIds = tuple[int | None, int | list[int] | None]
