@@ -17,17 +17,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from mtp_jax.analysis.gains import EXACT, UPPER
 from mtp_jax.analysis.ladders import size_text
+from mtp_jax.predictors import KINDS
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness.
-COLOURS = {
-  "none": "#000000",
-  "parallel": "#0072B2",
-  "sequential": "#D55E00",
-  "linear": "#009E73",
-  "medusa": "#CC79A7",
-  "eagle": "#56B4E9",
-  "eagle3": "#E69F00",
-}
+_PALETTE = (
+  "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+)
+COLOURS = dict(zip(KINDS, itertools.cycle(_PALETTE), strict=False))
 LINES = ("-", "--", ":", "-.")
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 # No marker of a depth is among those of further variants.
@@ -84,7 +80,7 @@ def series_marker(index: int) -> str:
 
 def series_style(index: int, is_hollow: bool = False) -> dict[str, Any]:
   """Returns colour, marker and line of a series that is told by none of its own."""
-  colour = list(COLOURS.values())[index % len(COLOURS)]
+  colour = _PALETTE[index % len(_PALETTE)]
   return {
     "color": colour, "marker": series_marker(index),
     "linestyle": LINES[index % len(LINES)],

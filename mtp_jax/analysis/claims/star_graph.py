@@ -46,7 +46,7 @@ def _claims(num_arms: int, length: int) -> Iterator[claim.Claim]:
     where = forward | {"mtp.kind": kind, "mtp.depth": depth}
     source = f"{_BACHMANN}; {claim.TOP}, table 5"
     published = f"{of}{percent:g} % exact paths"
-    if kind == "none" and percent > 1:
+    if depth == 0 and percent > 1:
       outcome, says = is_at_chance, "stays at chance"
       rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
     elif percent > 100 * SOLVED:
@@ -60,7 +60,7 @@ def _claims(num_arms: int, length: int) -> Iterator[claim.Claim]:
       f"{published} (one run)", f"{rule}; {_SHARE}", claim.POINTS,
       functools.partial(share_of_seeds, where=where, outcome=outcome),
     )
-    if kind == "parallel":
+    if where == where | arms.parallel(1 + depth):
       yield claim.Claim(
         f"sooner_{kind}{depth}_{num_arms}_{length}",
         f"{graph}: {method} learns it in fewer tokens than NTP", source,
