@@ -120,7 +120,8 @@ def gain_beside_published(ladder: Analysis) -> Drawing:
     ax.set_ylabel("gain, percentage points")
   for ax in axes.flat:
     zero_line(ax)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if ax.get_legend_handles_labels()[0]:
+      ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
   size_axis(axes.flat[-1], pd.concat([gains["size"], published["size"]]), "parameters")
   published = published.rename(columns={"gain": "mean"})
   parts = [
