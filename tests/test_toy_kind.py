@@ -79,9 +79,9 @@ def test_a_kind_of_one_file_and_one_row_trains_drafts_and_loads(row, tmp_path):
 
 
 def test_what_follows_from_the_row_alone(row):
-  config = tiny_config("toy", 3)
+  config = tiny_config("toy", 3, {"tokenizer.vocab_size": 260})
   validate(config)
-  ntp = accounting.count(tiny_config())
+  ntp = accounting.count(tiny_config(overrides={"tokenizer.vocab_size": 260}))
   found = accounting.count(config)
   assert (found.deployed, found.total) == (ntp.total, ntp.total + 3 * 16)
   logits = 2 * 16 * config.tokenizer.vocab_size
