@@ -91,10 +91,7 @@ class Sweep:
     self._last_line = time.monotonic()
 
   def run(self, slots: list[Slot]) -> int:
-    """Trains what is not done, with a worker for each of the slots.
-
-    Returns:
-      The exit code of the command.
+    """Trains what is not done, with a worker for each slot; returns the exit code.
 
     Raises:
       ConfigError: a trial does not fit the devices that the workers found.
