@@ -39,8 +39,8 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.files import is_begun
 from mtp_jax.metrics import write_json
+from mtp_jax.program import program_config
 from mtp_jax.saved_model import check_source
-from mtp_jax.train_step import shape_of
 
 Overrides = dict[str, Any]
 _MAX_SHOWN = 10
@@ -78,7 +78,7 @@ class Trial:
   @functools.cached_property
   def shape(self) -> Config:
     """Trials of equal shape share their compiled programs."""
-    return shape_of(self.resolved)
+    return program_config(self.resolved)
 
   @property
   def counts(self) -> accounting.Counts:

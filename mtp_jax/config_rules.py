@@ -4,36 +4,30 @@ A message has the dotted key, the rule and the value.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
-import typing
 from collections.abc import Collection
 from typing import Any
 
 import jax
 
-from experiments import base
 from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
-  MOST_DRAFTS,
-  OWN_UNEMBED,
-  PUBLISHED_MODULES,
   SAT_TABLE_VARIABLES,
   TASKS,
   TASKS_WITH_NEW,
   Config,
   ConfigError,
-  DataConfig,
-  MtpConfig,
   flatten,
-  from_config_dict,
+  has_effect,
+  keys,
   num_added_layers,
   num_trunk_layers,
   predictor_trunk,
   to_dict,
 )
+from mtp_jax.keys import INT32, SEED, Range
 
 
 def validate(
@@ -97,195 +91,36 @@ class _Rules:
       raise ConfigError("\n".join(self._broken))
 
 
-_AT_LEAST_1 = (
-  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
-  "trunk.num_kv_heads", "tokenizer.vocab_size", "data.seq_len",
-  "data.batch_size", "optimizer.base_width", "train.num_steps",
-  "train.accumulation_steps", "train.log_every", "train.max_nonfinite_steps",
-  "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_groups",
-  "trunk.moe.groups_per_token", "trunk.latent.kv_rank", "trunk.latent.nope_dim",
-  "trunk.latent.rope_dim", "trunk.latent.value_dim",
-  "trunk.rope_scaling.original_length", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-  "mesh.context", "checkpoint.every_steps", "checkpoint.keep", "eval.num_rows",
-  "eval.rows_per_document", "eval.batch_size", "eval.max_new_tokens",
-  "task.star_graph.arms", "task.sat.num_clauses", "task.polynomial.max_operators",
-  "task.polynomial.held_out_operators", "task.induction.num_names",
-  "task.siblings.num_parents",
-)
-_AT_LEAST_0 = (
-  "loss.block_tokens", "mtp.depth", "mtp.mlp_dim", "mtp.draft_vocab",
-  "train.eval_every", "train.evals_per_doubling", "train.diagnostics_every",
-  "data.num_workers", "eval.line_prompts", "eval.function_prompts",
-  "eval.middle_prompts", "trunk.attention_dim",
-  "trunk.moe.num_experts", "trunk.moe.num_shared", "trunk.moe.dense_layers",
-  "trunk.latent.query_rank", "task.num_train", "task.countdown.num_pauses",
-  "task.polynomial.num_pauses", "task.siblings.prefix_length", "eval.task_examples",
-  "eval.num_drafts",
-)
-_FINITE_NOT_NEGATIVE = (
-  "mtp.weight", "mtp.final_weight", "mtp.feature_weight", "optimizer.weight_decay",
-  "train.stop_value",
-  "trunk.moe.bias_rate", "trunk.moe.balance_weight", "trunk.rope_scaling.mscale",
-  "trunk.rope_scaling.mscale_all_dim",
-)
-_FINITE_POSITIVE = (
-  "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm",
-  "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.route_scale",
-  "trunk.rope_scaling.low_freq_factor", "trunk.rope_scaling.high_freq_factor",
-  "trunk.rope_scaling.beta_fast", "trunk.rope_scaling.beta_slow",
-)
-_FRACTIONS = (
-  "mtp.schedule_fraction", "optimizer.warmup_fraction", "optimizer.decay_fraction",
-  "optimizer.final_fraction", "data.validation_fraction", "data.test_fraction",
-  "trunk.moe.bias_until", "task.induction.fresh_share",
-)
-
-
-def _choices(section: type, field: str) -> tuple[str, ...]:
-  return typing.get_args(typing.get_type_hints(section)[field])
-
-
-_TEXTS = tuple(x for x in _choices(DataConfig, "source") if x not in TASKS)
-_PREDICTORS = tuple(x for x in _choices(MtpConfig, "kind") if x != "none")
-_POSITIVE = ()  # The condition that a number is not 0.
-_PROMPTS = "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts"
-_GROUPED = {"trunk.kind": ("llama",), "trunk.attention_kind": ("grouped",)}
-_YARN = {"trunk.rope_scaling.kind": ("yarn",)}
-_LLAMA3 = {"trunk.rope_scaling.kind": ("llama3",)}
-
-# Where a key has an effect: every condition holds, which is a key and the values that
-# it must have. A section stands for all its keys, but for those that are listed
-# themselves. Elsewhere a key must have its default.
-_EFFECTS: dict[str, dict[str, tuple]] = {
-  "trunk.attention_kind": {"trunk.kind": ("llama",)},
-  "trunk.attention_dim": {"trunk.attention_kind": ("grouped",)},
-  "trunk.qkv_bias": _GROUPED,
-  "trunk.qk_norm": _GROUPED,
-  "trunk.latent": {"trunk.attention_kind": ("latent",)},
-  "trunk.moe": {"trunk.moe.num_experts": _POSITIVE},
-  "trunk.moe.num_experts": {"trunk.kind": ("llama",)},
-  "trunk.moe.bias_until": {
-    "trunk.moe.num_experts": _POSITIVE, "trunk.moe.bias_rate": _POSITIVE
-  },
-  "trunk.rope_theta": {"trunk.kind": ("llama",)},
-  "trunk.rope_scaling": _YARN,
-  "trunk.rope_scaling.kind": {"trunk.kind": ("llama",)},
-  "trunk.rope_scaling.factor": {
-    "trunk.rope_scaling.kind": ("linear", "llama3", "yarn")
-  },
-  "trunk.rope_scaling.original_length": {"trunk.rope_scaling.kind": ("llama3", "yarn")},
-  "trunk.rope_scaling.low_freq_factor": _LLAMA3,
-  "trunk.rope_scaling.high_freq_factor": _LLAMA3,
-  "mtp.schedule_fraction": {"mtp.schedule": ("piecewise", "anneal")},
-  "mtp.final_weight": {"mtp.schedule": ("piecewise", "linear")},
-  "mtp.share_modules": {"mtp.kind": ("sequential",)},
-  "mtp.dense_blocks": {
-    "mtp.kind": ("sequential",), "trunk.moe.num_experts": _POSITIVE
-  },
-  "mtp.mlp_dim": {"mtp.kind": AUTOREGRESSIVE, "mtp.depth": _POSITIVE},
-  **{f"mtp.{key}": {"mtp.kind": ("sequential",)} for key in PUBLISHED_MODULES},
-  "mtp.unembed": {"mtp.kind": OWN_UNEMBED, "mtp.depth": _POSITIVE},
-  "mtp.draft_vocab": {"mtp.kind": ("eagle3",), "mtp.unembed": ("own",)},
-  "mtp.objective": {"mtp.depth": _POSITIVE},
-  "mtp.feature_weight": {"mtp.depth": _POSITIVE},
-  "tokenizer.path": {"tokenizer.kind": ("file",)},
-  "data.path": {"data.source": ("files", "jsonl", "array_record")},
-  "data.text_field": {"data.source": ("jsonl",)},
-  "data.train_on": {"data.source": _TEXTS},
-  "task": {"data.source": TASKS},
-  **{f"task.{task}": {"data.source": (task,)} for task in TASKS},
-  "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
-  "train.stop_value": {
-    "train.stop_metric": ("task_accuracy", "task_new", "loss", "bits_per_byte")
-  },
-  "mesh.expert": {"trunk.moe.num_experts": _POSITIVE},
-  "eval.rows_per_document": {"data.source": _TEXTS},
-  "eval.max_new_tokens": {"data.source": _TEXTS},
-  **{key: {"data.source": _TEXTS} for key in _PROMPTS},
-  "eval.task_examples": {"data.source": TASKS},
-}
-# What weighs the extra depths, or looks at them. The next-token baseline of a sweep has
-# these keys like the other trials, so they are refused only where they are `given`.
-_OF_DEPTHS = (
-  "mtp.weight", "mtp.weighting", "mtp.schedule", "mtp.curriculum",
-  "eval.middle_prompts",
-)
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-  return flatten(to_dict(from_config_dict(base.get_config())))
-
-
-@functools.cache
-def _effects() -> dict[str, dict[str, tuple]]:
-  """Returns `_EFFECTS` by single key: its own entry, or that of its section."""
-  found = {}
-  for key in _defaults():
-    parts = key.split(".")
-    above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    if entry := next((x for x in above if x in _EFFECTS), None):
-      found[key] = _EFFECTS[entry]
-  return found
+def _check_ranges(rule: _Rules) -> None:
+  """Every value is in its range, whatever the other values are (NaN included)."""
+  for name, key in sorted(keys().items()):
+    value = _get_dotted(rule.config, name)
+    is_int = isinstance(value, int) and SEED not in key.ranges
+    for allowed in (*key.ranges, *((INT32,) if is_int else ())):
+      rule(allowed.holds(value), name, allowed.text)
 
 
 def _check_effects(rule: _Rules, given: Collection[str]) -> None:
   """A value that nothing reads under the other values is the default."""
-  values, effects = flatten(to_dict(rule.config)), _effects()
-  if rule.config.mtp.kind == "none":
-    more = {"mtp.kind": _PREDICTORS}
-    effects = effects | {
-      key: effects.get(key, {}) | more for key in _OF_DEPTHS if key in given
-    }
-  for key, conditions in effects.items():
-    if values[key] == _defaults()[key]:
+  values = flatten(to_dict(rule.config))
+  for name, key in keys().items():
+    if values[name] == key.default:
       continue
-    words, found, holds = [], [], True
-    for name, allowed in conditions.items():
-      value = values[name]
-      holds = holds and (value in allowed if allowed else bool(value))
-      few = ("one of " if len(allowed) > 1 else "") + ", ".join(map(repr, allowed))
-      words.append(f"{name} is {few or 'positive'}")
-      found.append(repr(value))
+    wanted = [key.when, key.then] + [key.when_given] * (name in given)
+    if not (broken := [x for x in wanted if not has_effect(x, values)]):
+      continue
+    words, found = [], []
+    for some, allowed in broken[0].items():
+      some = (some,) if isinstance(some, str) else some
+      few = "one of " if not isinstance(allowed, Range) and len(allowed) > 1 else ""
+      texts = [allowed.text] if isinstance(allowed, Range) else map(repr, allowed)
+      words.append(f"{' or '.join(some)} is {few}{', '.join(texts)}")
+      found += [repr(values[x]) for x in some]
     verb = "they are" if len(found) > 1 else "it is"
     rule(
-      holds, key,
-      f"{_defaults()[key]!r} unless {' and '.join(words)} ({verb} "
-      f"{' and '.join(found)})",
+      False, name,
+      f"{key.default!r} unless {' and '.join(words)} ({verb} {' and '.join(found)})",
     )
-
-
-def _check_ranges(rule: _Rules) -> None:
-  """Values that are out of range whatever the other values are (NaN included)."""
-  get = functools.partial(_get_dotted, rule.config)
-  for key in _AT_LEAST_1:
-    rule(get(key) >= 1, key, "at least 1")
-  for key in _AT_LEAST_0:
-    rule(get(key) >= 0, key, "at least 0")
-  for key in _FINITE_NOT_NEGATIVE:
-    rule(math.isfinite(get(key)) and get(key) >= 0, key, "finite and not negative")
-  for key in _FINITE_POSITIVE:
-    rule(math.isfinite(get(key)) and get(key) > 0, key, "finite and positive")
-  seeds = "seed", "data.seed"
-  for key in seeds:
-    rule(0 <= get(key) < 2**31, key, "in [0, 2^31)")
-  for key, value in flatten(to_dict(rule.config)).items():
-    if isinstance(value, int) and key not in seeds:
-      rule(value < 2**31, key, "less than 2^31: JAX counts in 32 bits")
-  for key in ("optimizer.beta1", "optimizer.beta2"):
-    rule(0 <= get(key) < 1, key, "in [0, 1)")
-  for key in _FRACTIONS:
-    rule(0 <= get(key) <= 1, key, "in [0, 1]")
-  rule(
-    get("eval.num_drafts") <= MOST_DRAFTS, "eval.num_drafts", f"at most {MOST_DRAFTS}"
-  )
-  factor = get("trunk.rope_scaling.factor")
-  rule(
-    math.isfinite(factor) and factor >= 1, "trunk.rope_scaling.factor",
-    "finite and at least 1",
-  )
-  data = get("mesh.data")
-  rule(data == -1 or data >= 1, "mesh.data", "-1 (the rest) or at least 1")
 
 
 def _check_trunk(rule: _Rules) -> None:
@@ -470,13 +305,11 @@ def _check_data(rule: _Rules) -> None:
 
 def _check_task(rule: _Rules) -> None:
   task = rule.config.task
-  rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
   num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
   rule(
     task.star_graph.num_labels >= num_nodes, "task.star_graph.num_labels",
     f"at least the number of nodes ({num_nodes})",
   )
-  rule(task.sat.num_variables >= 3, "task.sat.num_variables", "at least 3")
   if task.sat.unique:
     rule(
       task.sat.num_variables <= SAT_TABLE_VARIABLES, "task.sat.num_variables",
@@ -487,10 +320,6 @@ def _check_task(rule: _Rules) -> None:
       f"at least 3 * task.sat.num_variables ({3 * task.sat.num_variables}) with "
       "task.sat.unique: with fewer, hardly any formula has one solution",
     )
-  rule(task.countdown.num_inputs >= 2, "task.countdown.num_inputs", "at least 2")
-  rule(task.countdown.largest >= 10, "task.countdown.largest", "at least 10")
-  rule(task.siblings.num_children >= 2, "task.siblings.num_children", "at least 2")
-  rule(task.induction.num_sentences >= 3, "task.induction.num_sentences", "at least 3")
   halves, names = task.induction.num_halves, task.induction.num_names
   rule(
     2 <= halves <= names <= halves * (halves - 1), "task.induction.num_names",

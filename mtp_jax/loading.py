@@ -35,9 +35,9 @@ from mtp_jax.model.lm import (
   unembed_matrix,
   unembeddings,
 )
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
-from mtp_jax.train_step import shape_of
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -204,7 +204,7 @@ class TrainedModel:
   @functools.cached_property
   def _shape(self) -> Config:
     """What compiled programs depend on, so that models of one shape share them."""
-    return shape_of(self.config)
+    return program_config(self.config)
 
   @functools.cached_property
   def _weights(self) -> network.Weights:

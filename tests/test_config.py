@@ -11,6 +11,7 @@ from experiments import base
 from mtp_jax import config as config_lib
 from mtp_jax import config_rules
 from mtp_jax.config import ConfigError
+from mtp_jax.keys import ABOVE_0, FRACTION, NOT_NEGATIVE, Range
 
 NAN, INF = float("nan"), float("inf")
 
@@ -83,9 +84,42 @@ def test_unknown_and_missing_keys_of_a_config_dict():
     config_lib.from_config_dict(missing)
 
 
-@pytest.mark.parametrize("key", config_rules._AT_LEAST_1)
-def test_at_least_1(key):
-  assert f"{key} must be at least 1, got 0." in error_of(make(**{key: 0}))
+KEYS = config_lib.keys()
+
+
+def keys_in(*allowed):
+  return [key for key, facts in KEYS.items() if set(allowed) & set(facts.ranges)]
+
+
+LEAST = [
+  (key, allowed)
+  for key, facts in KEYS.items()
+  for allowed in facts.ranges
+  if allowed.text.startswith("at least")
+]
+
+
+@pytest.mark.parametrize("key, allowed", LEAST)
+def test_at_least(key, allowed):
+  below = int(allowed.text.removeprefix("at least ")) - 1
+  assert f"{key} must be {allowed.text}, got {below}." in error_of(make(**{key: below}))
+
+
+def test_every_number_has_a_range():
+  numbers = {k for k, facts in KEYS.items() if type(facts.default) in (int, float)}
+  # Checked with other keys: `config_rules._check_task`.
+  assert numbers - {k for k, facts in KEYS.items() if facts.ranges} == {
+    "task.star_graph.num_labels", "task.induction.num_halves"
+  }
+
+
+def test_defaults_are_those_of_the_base_experiment_and_in_range():
+  assert base.get_config().to_dict() == config_lib.defaults()
+  assert make() == config_lib.from_config_dict(config_lib.defaults())
+  for key, facts in KEYS.items():
+    assert facts.meaning
+    for allowed in facts.ranges:
+      assert allowed.holds(facts.default), (key, allowed.text)
 
 
 @pytest.mark.parametrize("key", [
@@ -102,26 +136,21 @@ def test_num_drafts_has_the_bound_of_the_decoder():
   assert error_of(config) == "eval.num_drafts must be at most 64, got 65."
 
 
-@pytest.mark.parametrize("key", config_rules._AT_LEAST_0)
-def test_at_least_0(key):
-  assert f"{key} must be at least 0, got -1." in error_of(make(**{key: -1}))
-
-
-@pytest.mark.parametrize("key", config_rules._FINITE_NOT_NEGATIVE)
+@pytest.mark.parametrize("key", keys_in(NOT_NEGATIVE))
 @pytest.mark.parametrize("value", [-0.1, NAN, INF])
 def test_finite_and_not_negative(key, value):
   message = f"{key} must be finite and not negative, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_rules._FINITE_POSITIVE)
+@pytest.mark.parametrize("key", keys_in(ABOVE_0))
 @pytest.mark.parametrize("value", [0.0, NAN, INF])
 def test_finite_and_positive(key, value):
   message = f"{key} must be finite and positive, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_rules._FRACTIONS)
+@pytest.mark.parametrize("key", keys_in(FRACTION))
 @pytest.mark.parametrize("value", [-0.1, 1.1, NAN])
 def test_fractions(key, value):
   assert error_of(make(**{key: value})) == f"{key} must be in [0, 1], got {value}."
@@ -412,7 +441,7 @@ RULES = {
     "train.stop_value must be in (0, 1] for an accuracy, got 95.0.",
   ),
   "nothing to test": (
-    {"train.eval_test": True, "data.test_fraction": 0.0},
+    {"train.eval_test": True, "train.eval_every": 1, "data.test_fraction": 0.0},
     "data.test_fraction must be positive: validations read it (train.eval_test), got "
     "0.0.",
   ),
@@ -589,7 +618,7 @@ IGNORED = {
 @pytest.mark.parametrize("key", IGNORED)
 def test_a_value_that_nothing_reads_is_refused(key):
   value, others = IGNORED[key]
-  default = config_rules._defaults()[key]
+  default = KEYS[key].default
   message = error_of(make(**others | {key: value}))
   assert re.fullmatch(
     rf"{re.escape(f'{key} must be {default!r} unless ')}.*, got {value!r}\.", message
@@ -597,30 +626,28 @@ def test_a_value_that_nothing_reads_is_refused(key):
 
 
 def test_every_condition_of_an_effect_is_of_known_keys_and_choices():
-  keys = config_rules._defaults()
-  for key, conditions in config_rules._effects().items():
-    assert key in keys
-    for names, allowed in conditions.items():
-      for name in [names] if isinstance(names, str) else names:
-        for value in allowed:
-          make(**{name: value})  # Raises for a value that is no choice.
-  sections = {key for key in config_rules._EFFECTS if key not in keys}
-  assert sections == {
-    "trunk.latent", "trunk.moe", "trunk.rope_scaling", "task",
-    *(f"task.{task}" for task in config_lib.TASKS),
-  }
+  for facts in KEYS.values():
+    for conditions in (facts.when, facts.then, facts.when_given):
+      for names, allowed in conditions.items():
+        for name in [names] if isinstance(names, str) else names:
+          assert name in KEYS
+          for value in () if isinstance(allowed, Range) else allowed:
+            make(**{name: value})  # Raises for a value that is no choice.
 
 
 def test_the_baseline_of_a_sweep_may_have_the_weight_of_the_others():
   baseline = make(mtp__weight=1.0, mtp__weighting="sum", eval__middle_prompts=4)
   config_rules.validate(baseline)
-  with pytest.raises(ConfigError) as caught:
-    config_rules.validate(baseline, given=("mtp.weight", "mtp.kind"))
-  assert str(caught.value) == (
-    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
-    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0."
-  )
-  config_rules.validate(make(mtp__weight=1.0, mtp__kind="linear"), given=["mtp.weight"])
+  for kind in ("none", "linear"):
+    with pytest.raises(ConfigError) as caught:
+      config_rules.validate(
+        make(mtp__weight=1.0, mtp__kind=kind), given=("mtp.weight", "mtp.kind")
+      )
+    assert str(caught.value) == (
+      "mtp.weight must be 0.3 unless mtp.depth is positive (it is 0), got 1.0."
+    )
+  trained = make(mtp__weight=1.0, mtp__kind="linear", mtp__depth=1)
+  config_rules.validate(trained, given=["mtp.weight"])
 
 
 @pytest.mark.parametrize("name", RULES)

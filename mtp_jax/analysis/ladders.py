@@ -26,34 +26,19 @@ from mtp_jax.config import (
   Config,
   MtpConfig,
   flatten,
+  keys_of,
   to_dict,
 )
+from mtp_jax.keys import Role
 
 NTP = "NTP"
 
 # How a program runs, not what it computes.
-IGNORED = (
-  "name", "loss.block_tokens", "trunk.scan_layers", "trunk.remat", "trunk.attention",
-  "trunk.moe.grouped_matmul",
-  "data.num_workers", "train.accumulation_steps", "train.log_every",
-  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
-  "train.diagnostics_every", "train.max_nonfinite_steps",
-  "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context",
-  "checkpoint.every_steps", "checkpoint.keep", "eval.batch_size",
-)
+IGNORED = keys_of(Role.UNCOMPARED)
 # What tells trials of one cell apart.
-WITHIN = ("seed", "data.seed", "optimizer.learning_rate")
+WITHIN = keys_of(Role.REPEATS)
 # What a ladder may change from size to size.
-MAY_SCALE = (
-  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
-  "trunk.num_kv_heads", "trunk.attention_dim", "trunk.latent.query_rank",
-  "trunk.latent.kv_rank", "trunk.latent.nope_dim", "trunk.latent.rope_dim",
-  "trunk.latent.value_dim", "trunk.moe.num_experts", "trunk.moe.expert_dim",
-  "trunk.moe.dense_layers", "train.num_steps", "data.batch_size",
-  "optimizer.base_width", "optimizer.warmup_fraction", "optimizer.decay_fraction",
-  "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1",
-  "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
-)
+MAY_SCALE = keys_of(Role.SCALES)
 _KIND_ORDER = (
   "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
 )
