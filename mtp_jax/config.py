@@ -186,17 +186,24 @@ def has_effect(conditions: Conditions, values: dict[str, Any]) -> bool:
   )
 
 
-def settled(config: Config) -> Config:
-  """Returns the config with the default for every key that has no effect."""
-  values = flatten(to_dict(config))
-  idle = {
+def idle_keys(config: Config) -> dict[str, Any]:
+  """Returns the default of every key that has no effect under the other values."""
+  values, idle = flatten(to_dict(config)), {}
+  # What has no effect may be all that another key had an effect by.
+  while more := {
     name: key.default
     for name, key in keys().items()
-    if not has_effect(key.when | key.then | key.when_given, values)
-  }
-  found = with_overrides(config, idle)
-  # What had no effect may be all that another key had an effect by.
-  return config if found == config else settled(found)
+    if name not in idle
+    and not has_effect(key.when | key.then | key.when_given, values)
+  }:
+    idle |= more
+    values |= more
+  return idle
+
+
+def settled(config: Config) -> Config:
+  """Returns the config with the default for every key that has no effect."""
+  return with_overrides(config, idle_keys(config))
 
 
 def essential(config: Config) -> Config:

@@ -36,6 +36,9 @@ _DEPTHS = {"mtp.depth": ON}
 _SEQUENTIAL = {"mtp.kind": ("sequential",)}
 _DENSE = _SEQUENTIAL | _EXPERTS
 _DEPTH_2 = {"mtp.depth": at_least(2)}
+# Extra depths are trained, not next-token prediction for as long as they would take.
+_MTP = {"mtp.arm": ("added", "shortened")}
+_TRAINED = _DEPTHS | _MTP
 _OWN = {"mtp.kind": OWN_UNEMBED, "mtp.depth": ON}
 _WIDTH = {"mtp.kind": AUTOREGRESSIVE, "mtp.depth": ON}
 
@@ -187,12 +190,12 @@ class MtpConfig:
     "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
   ] = key("none", "kind of predictor", ARCH)
   depth: int = key(0, "D extra tokens; 0: plain next-token", ARCH, at_least(0))
-  weight: float = key(0.3, "lambda", HOST, NOT_NEGATIVE, when_given=_DEPTHS)
+  weight: float = key(0.3, "lambda", HOST, NOT_NEGATIVE, when_given=_TRAINED)
   weighting: Literal["mean", "sum"] = key(
-    "mean", "lambda / D or lambda for each depth", when_given=_DEPTH_2
+    "mean", "lambda / D or lambda for each depth", when_given=_DEPTH_2 | _MTP
   )
   schedule: Literal["constant", "piecewise", "linear", "anneal"] = key(
-    "constant", "lambda over training", when_given=_DEPTHS
+    "constant", "lambda over training", when_given=_TRAINED
   )
   schedule_fraction: float = key(
     0.67, "share of the steps", FRACTION, when={"mtp.schedule": ("piecewise", "anneal")}
@@ -200,9 +203,9 @@ class MtpConfig:
   final_weight: float = key(
     0.1, "lambda later", NOT_NEGATIVE, when={"mtp.schedule": ("piecewise", "linear")}
   )
-  depth_weights: tuple[float, ...] = key((), "of each depth; empty: all equal")
+  depth_weights: tuple[float, ...] = key((), "empty: all equal", when_given=_MTP)
   curriculum: Literal["none", "forward", "reverse"] = key(
-    "none", "order in which depths are switched on or off", when_given=_DEPTHS
+    "none", "order in which depths are switched on or off", when_given=_TRAINED
   )
   share_modules: bool = key(
     False, "one module for all depths", ARCH, when=_SEQUENTIAL, then=_DEPTH_2
@@ -213,21 +216,22 @@ class MtpConfig:
   mlp_dim: int = key(0, "of modules; 0: trunk.mlp_dim", ARCH, at_least(0), when=_WIDTH)
   hidden: Literal["chained", "trunk", "trunk_shifted"] = key(
     "chained", "state that module k starts from at position i", ARCH,
-    when=_SEQUENTIAL, then=_DEPTH_2,
+    when=_SEQUENTIAL, then=_DEPTH_2, when_given=_MTP,
   )
   hidden_norm: Literal["after", "before"] = key(
     "after", "the trunk's state after or before its final norm", ARCH,
-    when=_SEQUENTIAL, then=_DEPTHS,
+    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP,
   )
   fed: Literal["true", "none", "own"] = key(
     "true", "token whose embedding module k sees", ARCH, when=_SEQUENTIAL, then=_DEPTHS
   )
   out_norm: Literal["own", "none"] = key(
-    "own", "norm of a module's output", ARCH, when=_SEQUENTIAL, then=_DEPTHS
+    "own", "norm of a module's output", ARCH, when=_SEQUENTIAL, then=_DEPTHS,
+    when_given=_MTP,
   )
   norm: Literal["trunk", "rms"] = key(
     "trunk", "kind of a module's norms, but for its block", ARCH,
-    when=_SEQUENTIAL, then=_DEPTHS,
+    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP,
   )
   unembed: Literal["shared", "own"] = key(
     "shared", "output matrix of the extra depths", ARCH, when=_OWN
@@ -239,9 +243,11 @@ class MtpConfig:
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(
     "cross_entropy", "what the extra depths minimise", when=_DEPTHS
   )
-  feature_weight: float = key(0.0, "distance of states", NOT_NEGATIVE, when=_DEPTHS)
+  feature_weight: float = key(
+    0.0, "weight of the distance of states", NOT_NEGATIVE, when=_DEPTHS, when_given=_MTP
+  )
   score_from: Literal["start", "answer"] = key(
-    "start", "where the extra depths of a task are scored", when_given=_DEPTHS
+    "start", "where the extra depths of a task are scored", when_given=_TRAINED
   )
   arm: Literal["added", "shortened", "flops"] = key("added", "fairness arm", ARCH)
 

@@ -47,7 +47,8 @@ MOST_DRAFTS = 64
 
 
 # Where keys have an effect: values that other keys must have.
-_EXPERTS, _DEPTHS = {"trunk.moe.num_experts": ON}, {"mtp.depth": ON}
+_EXPERTS = {"trunk.moe.num_experts": ON}
+_MTP = {"mtp.depth": ON, "mtp.arm": ("added", "shortened")}
 _TEXT, _TASK = {"data.source": TEXTS}, {"data.source": TASKS}
 # Tasks whose answers can be new hold out parts of answers, not documents by their hash.
 _SPLIT = {
@@ -251,7 +252,7 @@ class TrainConfig:
   )
   diagnostics_every: int = key(
     100, "steps between comparisons of MTP and NTP gradient; 0: off", WATCH,
-    at_least(0), when_given=_DEPTHS,
+    at_least(0), when_given=_MTP,
   )
   max_nonfinite_steps: int = key(10, "in a row, before failing", WATCH, at_least(1))
   freeze_trunk: bool = key(False, "only the extra predictors learn")
@@ -301,7 +302,7 @@ class EvalConfig:
   function_prompts: int = key(32, "functions to end", MEASURE, at_least(0), when=_TEXT)
   middle_prompts: int = key(
     0, "documents to continue by sampling", MEASURE, at_least(0), when=_TEXT,
-    when_given=_DEPTHS,
+    when_given=_MTP,
   )
   max_new_tokens: int = key(
     64, "longest completion", MEASURE, at_least(1), when=_TEXT,
@@ -309,7 +310,7 @@ class EvalConfig:
   )
   num_drafts: int = key(
     0, "drafts of a round; 0: one per extra depth", MEASURE, at_least(0),
-    at_most(MOST_DRAFTS), when_given={(*_PROMPTS, "eval.task_examples"): ON},
+    at_most(MOST_DRAFTS), when_given=_MTP | {(*_PROMPTS, "eval.task_examples"): ON},
   )
   task_examples: int = key(1024, "tasks to solve", MEASURE, at_least(0), when=_TASK)
 

@@ -21,11 +21,10 @@ import pandas as pd
 
 from mtp_jax.analysis.runs import Runs
 from mtp_jax.config import (
-  PUBLISHED_INPUTS,
-  PUBLISHED_MODULES,
   Config,
   MtpConfig,
   flatten,
+  idle_keys,
   keys_of,
   to_dict,
 )
@@ -42,11 +41,6 @@ MAY_SCALE = keys_of(Role.SCALES)
 _KIND_ORDER = (
   "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
 )
-_NO_EFFECT = dict(
-  weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
-  final_weight=0.0, depth_weights=(), curriculum="none",
-  score_from="start",
-)
 
 
 def arrange(runs: Runs) -> pd.DataFrame:
@@ -57,7 +51,7 @@ def arrange(runs: Runs) -> pd.DataFrame:
   count once. Rows are ordered by ladder, method and size.
   """
   trials = runs.trials.copy()
-  methods = [canonical(config.mtp) for config in trials["config"]]
+  methods = [canonical(config) for config in trials["config"]]
   names = method_labels(methods)
   trials["mtp"] = methods
   trials["method"] = [names[m] for m in methods]
@@ -77,25 +71,21 @@ def arrange(runs: Runs) -> pd.DataFrame:
   return trials
 
 
-def canonical(mtp: MtpConfig) -> MtpConfig:
-  """Returns the section with every value that has no effect set to a fixed one."""
+def canonical(config: Config) -> MtpConfig:
+  """Returns the mtp section with every value that has no effect set to a fixed one."""
+  idle = {
+    key.removeprefix("mtp."): 0.0 if isinstance(default, float) else default
+    for key, default in idle_keys(config).items()
+    if key.startswith("mtp.")
+  }
+  mtp = dataclasses.replace(config.mtp, **idle)
   if mtp.depth == 0:
     kind = "parallel" if mtp.kind == "parallel" else "none"
-    return dataclasses.replace(
-      mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_MODULES,
-      **_NO_EFFECT,
-    )
-  if mtp.arm == "flops":  # Kind, depth and own tokens say how long NTP is trained.
-    modules = PUBLISHED_MODULES | ({"fed": "own"} if mtp.fed == "own" else {})
-    return dataclasses.replace(mtp, **modules, **_NO_EFFECT)
-  changes: dict[str, Any] = {}
-  if mtp.depth == 1:  # The first module starts from the same state in each.
-    changes["hidden"] = PUBLISHED_INPUTS["hidden"]
-  if mtp.schedule in ("constant", "linear"):
-    changes["schedule_fraction"] = 0.0
-  if mtp.schedule in ("constant", "anneal"):
-    changes["final_weight"] = 0.0
-  return dataclasses.replace(mtp, **changes)
+    return dataclasses.replace(mtp, kind=kind, arm="added")
+  # Kind, depth and own tokens say how long NTP is trained, other tokens do not.
+  if mtp.arm == "flops" and mtp.fed == "none":
+    return dataclasses.replace(mtp, fed="true")
+  return mtp
 
 
 def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
