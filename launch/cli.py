@@ -38,7 +38,7 @@ from mtp_jax.config import (
   from_config_dict,
   type_name,
 )
-from mtp_jax.data import prepared, sources, tokenizers, written
+from mtp_jax.data import distilled_text, prepared, sources, tokenizers
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
 # Several commands may be imported into one process: they share what has one name.
@@ -163,7 +163,7 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   else:
     sources.DocumentReader(data.source, data.path, data.text_field)
   if data.train_on:
-    written.check_file(data.train_on)
+    distilled_text.check_file(data.train_on)
   if tokenizer.kind == "file":
     tokenizers.load_tokenizer(tokenizer.path)
 

@@ -45,7 +45,7 @@ from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_source
-from mtp_jax.startup import Startup, process_age
+from mtp_jax.stopwatch import Stopwatch, process_age
 from mtp_jax.train import Diverged, Interrupted, finished, fit
 
 cli.define_config(required=False)
@@ -71,7 +71,7 @@ class End(NamedTuple):
 
 
 def main() -> int:
-  startup = Startup(process_age())
+  startup = Stopwatch(process_age())
   startup.ends("imports")
   workdir = Path(_WORKDIR.value)
   try:
@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def train(
-  config: Config, workdir: Path, startup: Startup, stall_seconds: int = 0
+  config: Config, workdir: Path, startup: Stopwatch, stall_seconds: int = 0
 ) -> End:
   """Trains, in all processes that were joined, and leaves a status in the run folder.
 

@@ -33,13 +33,13 @@ from absl import flags
 import mtp_jax
 from launch import cli, decoding
 from launch.progress import Progress
-from mtp_jax import files, writing
+from mtp_jax import files, self_distillation
 from mtp_jax.checkpoint import CheckpointError, fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
 from mtp_jax.data.pipeline import Corpus, load_corpus
 from mtp_jax.environment import code_commit
-from mtp_jax.loading import TrainedModel
 from mtp_jax.metrics import write_json
+from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder of the model that writes")
 _STEP = flags.DEFINE_integer(
@@ -178,7 +178,7 @@ def _write(
   """Writes the lines that are not there yet, batch by batch."""
   size, total, seed = _BATCH_SIZE.value, _DOCUMENTS.value, _SEED.value
   length = settings["excerpt_tokens"]
-  excerpts = writing.Excerpts(corpus, length, _AT.value, seed)
+  excerpts = self_distillation.Excerpts(corpus, length, _AT.value, seed)
   part = _unfinished(output)
   progress = Progress("texts")
   try:
@@ -186,7 +186,7 @@ def _write(
       # Too many in the last batch: it has the shape of the others, compiled once.
       batch = [excerpts[number] for number in range(first, first + size)]
       room = model.config.data.seq_len - length
-      found = writing.write(model, batch, room, seed, **how)
+      found = self_distillation.write(model, batch, room, seed, **how)
       if not part.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         _write_about(output, settings, None)

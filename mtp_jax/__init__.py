@@ -2,13 +2,13 @@
 
 
 def load(path, step=None, mesh=None):
-  """Returns a trained model, ready to be looked at: see `mtp_jax.loading.load`.
+  """Returns a trained model, ready to be looked at: see `mtp_jax.trained_model.load`.
 
   Args:
     path: a run folder, its `checkpoints`, or one checkpoint.
     step: which checkpoint of a run; None is the newest whole one.
     mesh: from `sharding.make_mesh`, to spread the parameters; None is the first device.
   """
-  from mtp_jax import loading  # Here, because it starts with importing JAX.
+  from mtp_jax import trained_model  # Here, because it starts with importing JAX.
 
-  return loading.load(path, step, mesh)
+  return trained_model.load(path, step, mesh)

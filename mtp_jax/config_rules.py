@@ -437,7 +437,7 @@ def _check_devices(rule: _Rules, num_devices: int) -> None:
 def _check_platform(
   rule: _Rules, platform: str, num_devices: int | None
 ) -> None:
-  """The kernels that are named run on the platform; see `model.attention_ops`."""
+  """The kernels that are named run on the platform; see `kernels.attention`."""
   trunk, key = rule.config.trunk, "trunk.attention"
   if trunk.attention == "tokamax":
     rule(

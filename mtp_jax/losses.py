@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.argmax import argmax
+from mtp_jax.kernels.argmax import argmax
 from mtp_jax.sharding import map_over_tokens, psum_tokens, tokens_per_block
 
 

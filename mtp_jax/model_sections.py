@@ -92,7 +92,7 @@ class MoeConfig:
   )
   balance_weight: float = key(1e-4, "alpha of the sequence-wise loss", NOT_NEGATIVE)
   grouped_matmul: Literal["auto", "ragged", "blocked"] = key(
-    "auto", "how it is computed, see model/grouped_matmul.py", RUNS
+    "auto", "how it is computed, see kernels/grouped_matmul.py", RUNS
   )
 
 
@@ -132,7 +132,7 @@ class TrunkConfig:
     "auto", "of activations; auto: bfloat16 on accelerators, float32 on CPU"
   )
   attention: Literal["auto", "xla", "blocked", "cudnn", "tokamax"] = key(
-    "auto", "how it is computed, see model/attention_ops.py", RUNS
+    "auto", "how it is computed, see kernels/attention.py", RUNS
   )
 
   @property

@@ -66,7 +66,7 @@ from mtp_jax.sharding import (
   replicated,
   row_share,
 )
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import Programs, compiled, programs
 
@@ -106,7 +106,7 @@ def fit(
   *,
   progress: bool = True,
   observer: Observer | None = None,
-  startup: Startup | None = None,
+  startup: Stopwatch | None = None,
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
@@ -134,7 +134,7 @@ def fit(
     Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved; in all processes if
       one had a signal.
   """
-  startup = startup or Startup()
+  startup = startup or Stopwatch()
   validate(config, jax.device_count(), jax.default_backend())
   if result := finished(config, Path(workdir)):
     loss, where = result["main_loss"]["mean"], Path(workdir) / "eval.json"
@@ -194,7 +194,7 @@ def fit_pack(
         "runs of a pack must have one shape, but these keys differ: "
         f"{', '.join(sorted(keys))}."
       )
-  startup, clock, devices = Startup(), _Clock(), jax.devices()
+  startup, clock, devices = Stopwatch(), _Clock(), jax.devices()
   with contextlib.ExitStack() as stack:
     interrupt = stack.enter_context(_Interrupt())
 
@@ -683,7 +683,7 @@ class _Training:
       state, batch = steps.state(self), steps.batch(self)
       self._writer.write(_diagnostics_record(self.run, state, batch, self.step))
 
-  def started(self, startup: Startup) -> None:
+  def started(self, startup: Stopwatch) -> None:
     """Says how long it took until the first step of this start had ended."""
     with self._clock.stopped():
       if jax.process_index() == 0:
@@ -814,7 +814,7 @@ def _open(
   workdir: Path,
   observer: Observer,
   clock: _Clock,
-  startup: Startup,
+  startup: Stopwatch,
   progress: bool = False,
   devices: list[jax.Device] | None = None,
   num_packed: int = 1,
@@ -1011,7 +1011,7 @@ def _outcome(work: Callable[[], Any]) -> Any:
 
 
 def _train(
-  steps: _Steps, clock: _Clock, startup: Startup, interrupt: "_Interrupt"
+  steps: _Steps, clock: _Clock, startup: Stopwatch, interrupt: "_Interrupt"
 ) -> None:
   """Runs the remaining steps of one run, or of several side by side."""
   def look() -> list[_Training]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.argmax import argmax
+from mtp_jax.kernels.argmax import argmax
 
 
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 264, 1000])

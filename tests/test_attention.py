@@ -7,8 +7,8 @@ import pytest
 
 from mtp_jax.model import attention
 from mtp_jax.model.attention import Attention, KVCache
-from mtp_jax.model.attention_ops import Places
 from mtp_jax.model.block import empty_cache
+from mtp_jax.model.cache_slots import Places
 from mtp_jax.model.latent_attention import LatentAttention
 from tests.common import GPT2, LATENT, quick_jit, random_layer_params, tiny_config
 

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from mtp_jax.decode import loop, trees
 from mtp_jax.decode.interface import Drafter, Recursion, Target
 from mtp_jax.decode.warp import Warp, warp
-from mtp_jax.model.attention_ops import Places, positions_of
+from mtp_jax.model.cache_slots import Places, positions_of
 from tests.common import quick_jit
 
 VOCAB, NEW, TABLE = 4, 4, 211

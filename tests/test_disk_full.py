@@ -16,7 +16,7 @@ from mtp_jax import files
 from mtp_jax import train as training
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.metrics import MetricsWriter
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from tests.common import quick_jit
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
@@ -40,7 +40,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-  assert train.train(config, workdir, Startup()).code == exits.DONE
+  assert train.train(config, workdir, Stopwatch()).code == exits.DONE
   return workdir
 
 
@@ -121,7 +121,7 @@ def test_training_reports_its_own_error_and_goes_on_when_there_is_room(
     with monkeypatch.context() as patch:
       fill(patch)
       full_status(patch)
-      end = train.train(config, workdir, Startup())
+      end = train.train(config, workdir, Stopwatch())
     wanted = str(FULL)
     if name == "checkpoints":
       wanted = f"could not write a checkpoint to {workdir}/checkpoints (OSError: {FULL}"
@@ -132,7 +132,7 @@ def test_training_reports_its_own_error_and_goes_on_when_there_is_room(
     left = status.read(workdir)
     assert (left["state"], left["exit_class"]) == ("ended", "infrastructure"), name
     assert not (workdir / "DONE").exists()
-  assert train.train(config, workdir, Startup()).code == exits.DONE
+  assert train.train(config, workdir, Stopwatch()).code == exits.DONE
   found, wanted = (
     [without_wall_clock(record) for record in read_metrics(folder)]
     for folder in (workdir, undisturbed)
@@ -162,7 +162,7 @@ def test_a_log_without_room_does_not_hide_how_it_ended(tmp_path, monkeypatch):
   monkeypatch.setattr(train, "fit", fail)
   with open("/dev/full", "w") as log:
     monkeypatch.setattr(sys, "stderr", log)
-    end = train.train(config, tmp_path, Startup())
+    end = train.train(config, tmp_path, Stopwatch())
     with pytest.raises(OSError):
       log.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())

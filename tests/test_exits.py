@@ -13,7 +13,7 @@ from launch import cli, exits, status, train
 from launch.engines import workers
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, from_config_dict
-from mtp_jax.startup import Startup
+from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train import Diverged, Interrupted
 
 
@@ -100,7 +100,7 @@ def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
   config = from_config_dict(base.get_config())
   workdir = tmp_path / "run"
   code, exit_class, message, together = end
-  found = train.train(config, workdir, Startup())
+  found = train.train(config, workdir, Stopwatch())
   assert (found.code, found.exit_class, found.together) == (code, exit_class, together)
   assert found.message.startswith(message)
   said = capsys.readouterr().err.splitlines()[-1]
@@ -167,7 +167,7 @@ def test_an_error_keeps_its_reason(monkeypatch, capsys, tmp_path, name):
     raise error
 
   monkeypatch.setattr(train, "fit", fail)
-  end = train.train(from_config_dict(base.get_config()), tmp_path, Startup())
+  end = train.train(from_config_dict(base.get_config()), tmp_path, Stopwatch())
   assert end.message == described
   assert capsys.readouterr().err.splitlines()[-1] == f"error: {described}"
   assert status.read(tmp_path)["reason"] == described

@@ -14,8 +14,7 @@ import mtp_jax
 from mtp_jax import accounting, train
 from mtp_jax.config import routed_layers
 from mtp_jax.decode import network
-from mtp_jax.model import moe as moe_lib
-from mtp_jax.model.grouped_matmul import (
+from mtp_jax.kernels.grouped_matmul import (
   Plan,
   block_size,
   choose_implementation,
@@ -26,6 +25,7 @@ from mtp_jax.model.grouped_matmul import (
   sort_by_expert,
   to_rows,
 )
+from mtp_jax.model import moe as moe_lib
 from mtp_jax.model.lm import MtpLm
 from mtp_jax.model.moe import Moe, choose, gates
 from mtp_jax.sharding import (

@@ -42,10 +42,10 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
   "phases of a start overlap": Mutant(
-    "startup.py",
+    "stopwatch.py",
     "    self._since = now\n",
     "",
-    "test_startup.py::test_phases_follow_each_other_without_a_gap",
+    "test_stopwatch.py::test_phases_follow_each_other_without_a_gap",
   ),
   "a resumed start says that it began anew": Mutant(
     "train.py",
@@ -157,7 +157,7 @@ MUTANTS = {
     "test_minimal_module.py::test_a_config_is_the_minimal_code[gpt2-after]",
   ),
   "later steps of EAGLE see the later keys of other rows": Mutant(
-    "model/attention_ops.py",
+    "kernels/attention.py",
     '"BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH',
     '"BKGTH,JBTKH->BKGTJ", q_BKGTH, jnp.roll(own_JBTKH, 1, axis=2)',
     f"{DRAFTING}[llama-eagle]",
@@ -208,19 +208,19 @@ MUTANTS = {
     "data/pipeline.py",
     "      self.store,\n      self.documents(limits.split),\n",
     "      self.train_store or self.store,\n      np.arange(5),\n",
-    "test_written.py::test_held_out_text_and_tokenizer_are_those_of_the_source",
+    "test_distilled_text.py::test_held_out_text_and_tokenizer_are_those_of_the_source",
   ),
   "every text that a model wrote ends a document": Mutant(
     "data/pipeline.py",
     "tokenizers_lib.document(tokenizer, ids, begins, ends)",
     "tokenizers_lib.document(tokenizer, ids, begins, True)",
-    "test_written.py::test_documents_begin_and_end_where_their_lines_say",
+    "test_distilled_text.py::test_documents_begin_and_end_where_their_lines_say",
   ),
   "a model continues held-out documents": Mutant(
-    "writing.py",
+    "self_distillation.py",
     'corpus.documents("train", corpus.config.data.seed)',
     'corpus.documents("validation", corpus.config.data.seed)',
-    "test_writing.py::"
+    "test_self_distillation.py::"
     "test_excerpts_are_of_training_documents_in_the_order_of_the_run",
   ),
   "every file of a Medusa head holds the first one": Mutant(
@@ -325,13 +325,13 @@ MUTANTS = {
     "test_benchmark_loss.py::test_all_contestants_compute_the_same[torch eager]",
   ),
   "attention across documents": Mutant(
-    "model/attention_ops.py",
+    "kernels/attention.py",
     "mask = (same_BTS & causal_TS)[:, None, None]",
     "mask = (same_BTS | causal_TS)[:, None, None] & causal_TS",
     f"{SEES}[none-options0-llama]",
   ),
   "attention to the next token": Mutant(
-    "model/attention_ops.py",
+    "kernels/attention.py",
     "causal_TS = jnp.arange(S)[None, :] <= rows_T1",
     "causal_TS = jnp.arange(S)[None, :] <= rows_T1 + 1",
     f"{SEES}[none-options0-llama]",

@@ -24,11 +24,11 @@ import numpy as np
 from launch.benchmarks import harness, limits
 from launch.benchmarks.harness import TORCH, Contestant
 from launch.benchmarks.pages import ratios
-from mtp_jax.argmax import argmax
 from mtp_jax.config import Config
 from mtp_jax.decode import loop, network, trees
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.decode.interface import Drafter, Window, take_tokens
+from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import compute_dtype
 
 _MOST_TURNS = 1 << 14

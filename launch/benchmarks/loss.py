@@ -25,8 +25,8 @@ from launch.benchmarks.harness import FLOOR, OURS, TORCH, Entrant
 from launch.tables import markdown
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
 from mtp_jax.config_rules import validate
+from mtp_jax.kernels.attention import import_tokamax
 from mtp_jax.losses import loss_sums
-from mtp_jax.model.attention_ops import import_tokamax
 from mtp_jax.model.layers import compute_dtype
 
 PLAIN, TOKAMAX = "plain JAX", "tokamax"

@@ -25,7 +25,7 @@ from grain.experimental import index_shuffle
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import packing, prepared, sources, workers, written
+from mtp_jax.data import distilled_text, packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
@@ -157,7 +157,7 @@ def load_corpus(
 
   Raises:
     DataError: nothing found, unreadable input, or no document in a split that training
-      or evaluation needs; see `written.load` for `data.train_on`.
+      or evaluation needs; see `distilled_text.load` for `data.train_on`.
     ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
   """
   if config.data.source in config_lib.TASKS:
@@ -272,7 +272,7 @@ def _written(
   path: str, held_out: packing.TokenStore, tokenizer: tokenizers_lib.Tokenizer
 ) -> tuple[MemoryStore, dict[str, Any]]:
   """Returns the texts of `data.train_on`, and what is to be said about them."""
-  documents = written.load(path)
+  documents = distilled_text.load(path)
   # A run that goes on must find the held-out texts it had, too.
   identity = held_out.identity | {"train_on": documents.stats.manifest}
   store = MemoryStore(documents, tokenizer, identity)

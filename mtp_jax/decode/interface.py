@@ -24,7 +24,7 @@ class Target(NamedTuple):
   forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
     runs T new tokens and caches them at their positions. A position of `slots` or more
     marks a row that is not there: what is returned for it is not read. Nodes of a tree
-    come with `attention_ops.Places` in the place of positions.
+    come with `cache_slots.Places` in the place of positions.
   unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
   move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
     S or more is none. Asked for by trees alone.
@@ -104,7 +104,7 @@ class Recursion(NamedTuple):
     say; the state of the newest row.
   step(weights, cache, state_BWD, token_BW, places) -> (cache, state_BWD): W rows at
     once, each from the state of its parent and its own token; `places` are positions or
-    `attention_ops.Places`.
+    `cache_slots.Places`.
   logits(weights, state_...D) -> logits_...V: of the token after the one that the state
     has read last.
   """

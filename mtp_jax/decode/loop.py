@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.argmax import argmax
 from mtp_jax.decode import stops, trees
 from mtp_jax.decode.interface import Drafter, Nodes, Target, Window, take_rows
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
+from mtp_jax.kernels.argmax import argmax
 
 # What `DecodeState.source_BS` says of a committed token; k >= 1: accepted draft k.
 PROMPT, CORRECTION, OWN = -2, -1, 0

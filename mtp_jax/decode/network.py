@@ -23,8 +23,8 @@ from mtp_jax.config import (
 )
 from mtp_jax.decode.interface import Target
 from mtp_jax.drafters.vocabulary import scatter
-from mtp_jax.model.attention_ops import Positions, positions_of
 from mtp_jax.model.block import Block, Cache, empty_cache
+from mtp_jax.model.cache_slots import Positions, positions_of
 from mtp_jax.model.layers import compute_dtype, make_norm
 from mtp_jax.model.lm import draft_tokens, unembed_matrix, unembeddings
 

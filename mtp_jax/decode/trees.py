@@ -34,7 +34,7 @@ from mtp_jax.decode.interface import (
   Window,
   take_rows,
 )
-from mtp_jax.model.attention_ops import Places, write_slots
+from mtp_jax.model.cache_slots import Places, write_slots
 
 # A round verifies all nodes at once; more than these never pay.
 MOST_NODES = 1024

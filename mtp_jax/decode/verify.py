@@ -21,7 +21,7 @@ Legend: B batch, K drafts, R = K + 1 rows, V vocab.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.argmax import argmax
+from mtp_jax.kernels.argmax import argmax
 
 RULES = ("greedy", "match", "leviathan", "block")
 

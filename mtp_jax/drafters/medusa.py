@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import MtpConfig, TrunkConfig
-from mtp_jax.model.dense_ops import dense
+from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.model.mtp import Given

@@ -14,7 +14,7 @@ from mtp_jax.interop.drafter_config import layouts_for
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.exporting import export_params
 from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS
-from mtp_jax.interop.loading import HfModel, load_params, read_drafter, read_model
+from mtp_jax.interop.importing import HfModel, load_params, read_drafter, read_model
 
 __all__ = [
   "DRAFTERS",

@@ -24,7 +24,7 @@ from mtp_jax.interop.drafter_config import (
 )
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS, TokenIds, write_config
-from mtp_jax.interop.loading import CONTRACT, parameter_shapes
+from mtp_jax.interop.importing import CONTRACT, parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
   write_bytes,

@@ -125,7 +125,7 @@ _REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class TrunkDescription:
-  """What config.json says; see `loading.HfModel`.
+  """What config.json says; see `importing.HfModel`.
 
   depth: of MTP, by its account. sizes: of parameters, by its keys.
   """

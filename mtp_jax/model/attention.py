@@ -12,17 +12,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import (
+from mtp_jax.kernels.attention import attention, unrolled_attention
+from mtp_jax.kernels.dense import dense
+from mtp_jax.model.cache_slots import (
   Positions,
-  attention,
   move_slots,
   positions_of,
   slot_weights,
   slots_of,
-  unrolled_attention,
   write_slots,
 )
-from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
 from mtp_jax.model.rotary import rotate
 from mtp_jax.sharding import constrain, platform

@@ -8,8 +8,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
+from mtp_jax.kernels.attention import REMAT_NAMES
 from mtp_jax.model.attention import Attention, KVCache, Unrolled
-from mtp_jax.model.attention_ops import REMAT_NAMES, Positions
+from mtp_jax.model.cache_slots import Positions
 from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.model.layers import make_norm
 from mtp_jax.model.mlp import Mlp

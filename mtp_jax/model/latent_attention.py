@@ -21,15 +21,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.attention_ops import (
+from mtp_jax.kernels.attention import attention
+from mtp_jax.kernels.dense import dense
+from mtp_jax.model.cache_slots import (
   Positions,
-  attention,
   move_slots,
   positions_of,
   slot_weights,
   write_slots,
 )
-from mtp_jax.model.dense_ops import dense
 from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitioned
 from mtp_jax.model.rotary import rotate, softmax_gain
 from mtp_jax.sharding import constrain

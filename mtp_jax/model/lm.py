@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.argmax import argmax
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, next_token_only, num_trunk_layers, tapped_layers
 from mtp_jax.drafters import vocabulary
 from mtp_jax.drafters.eagle import Eagle, Eagle3
 from mtp_jax.drafters.medusa import MedusaHeads
+from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import (
   Embedding,
   compute_dtype,

@@ -8,7 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
-from mtp_jax.model.dense_ops import dense, gelu, swiglu
+from mtp_jax.kernels.dense import dense, gelu, swiglu
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, partitioned
 from mtp_jax.sharding import constrain
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import MoeConfig, TrunkConfig
-from mtp_jax.model.dense_ops import swiglu
-from mtp_jax.model.grouped_matmul import (
+from mtp_jax.kernels.dense import swiglu
+from mtp_jax.kernels.grouped_matmul import (
   choose_implementation,
   from_rows,
   grouped_matmul,

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import MtpConfig, TrunkConfig, predictor_trunk
-from mtp_jax.model.attention_ops import Positions
+from mtp_jax.kernels.dense import dense
 from mtp_jax.model.block import Block, Cache, rematted
-from mtp_jax.model.dense_ops import dense
+from mtp_jax.model.cache_slots import Positions
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.sharding import constrain

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig
-from mtp_jax.model import attention_ops
-from mtp_jax.model.attention_ops import attention, choose_implementation
+from mtp_jax.kernels import attention as kernels
+from mtp_jax.kernels.attention import attention, choose_implementation
 from mtp_jax.sharding import make_mesh
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 4 tokens, so that short rows have several."""
-  monkeypatch.setattr(attention_ops, "_BLOCK", 4)
+  monkeypatch.setattr(kernels, "_BLOCK", 4)
 
 
 def _inputs(T: int, N: int, K: int, dtype=np.float64, V: int = 8):
@@ -127,10 +127,10 @@ def test_tokamax_is_the_same_function():
 def test_tokamax_is_refused_where_it_cannot_work(monkeypatch):
   arguments = ("tokamax", "cpu", jnp.float32, 64, 256)
   with monkeypatch.context() as patch:
-    patch.setattr(attention_ops.importlib.util, "find_spec", lambda name: None)
+    patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'tokamax' where the package tokamax is not"):
       choose_implementation(*arguments)
-  monkeypatch.setattr(attention_ops.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
   assert choose_implementation(*arguments) == "tokamax"
   config = MeshConfig(data=-1, fsdp=1, expert=1, tensor=1, context=1)
   with (
@@ -142,10 +142,10 @@ def test_tokamax_is_refused_where_it_cannot_work(monkeypatch):
 
 def test_blocks_cover_the_row_and_are_bounded_in_number():
   for length in (1, 63, 64, 65, 1024, 1025, 5000):
-    blocks = attention_ops._blocks(length)
+    blocks = kernels._blocks(length)
     assert [start for start, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
     assert blocks[-1][1] == length
-    assert len(blocks) <= attention_ops._MAX_BLOCKS
+    assert len(blocks) <= kernels._MAX_BLOCKS
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Startup:
+class Stopwatch:
   """A stopwatch of one phase after the other, from a start to the first step.
 
   A phase that comes again, as in a pack of runs, has the sum of its seconds.

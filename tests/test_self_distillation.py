@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import writing
+from mtp_jax import self_distillation
 from mtp_jax.config import with_overrides
-from mtp_jax.data import written
+from mtp_jax.data import distilled_text
 from mtp_jax.data.pipeline import load_corpus
 from tests import common, tiny_runs
 from tests.corpora import some_texts, write_jsonl
@@ -75,13 +75,13 @@ def corpus(model):
 
 @pytest.fixture(scope="module")
 def lines(model, corpus):
-  excerpts = writing.Excerpts(corpus, EXCERPT, None, seed=5)
+  excerpts = self_distillation.Excerpts(corpus, EXCERPT, None, seed=5)
   return write(model, [excerpts[i] for i in range(TEXTS)])
 
 
 def write(model, excerpts, **how):
   how = {"rule": "match"} | how
-  return writing.write(model, excerpts, ROW - EXCERPT, seed=7, **how)
+  return self_distillation.write(model, excerpts, ROW - EXCERPT, seed=7, **how)
 
 
 def tokens_of(texts, document):
@@ -105,7 +105,7 @@ def text_of(tokens, is_ended):
 
 
 def test_excerpts_are_of_training_documents_in_the_order_of_the_run(corpus, texts):
-  excerpts = writing.Excerpts(corpus, EXCERPT, None, seed=5)
+  excerpts = self_distillation.Excerpts(corpus, EXCERPT, None, seed=5)
   order = corpus.documents("train", corpus.config.data.seed)
   train = [corpus.store.hashes_NX[i].tobytes().hex() for i in order]
   found = [excerpts[i] for i in range(3 * len(train))]
@@ -126,7 +126,9 @@ def test_places_are_uniform(corpus):
   number = int(np.argmin(corpus.store.lengths_N[documents]))
   length = int(corpus.store.lengths_N[documents[number]]) - 3  # Leaves three places.
   places = [
-    writing.Excerpts(corpus, length, None, seed)[number + seed * len(documents)].begin
+    self_distillation.Excerpts(corpus, length, None, seed)[
+      number + seed * len(documents)
+    ].begin
     for seed in range(2000)
   ]
   counts = np.bincount(places, minlength=3)
@@ -136,7 +138,7 @@ def test_places_are_uniform(corpus):
 def test_a_place_may_be_given(corpus, texts):
   for at in (0, 4, 10**6):
     for number in range(9):
-      x = writing.Excerpts(corpus, EXCERPT, at, seed=0)[number]
+      x = self_distillation.Excerpts(corpus, EXCERPT, at, seed=0)[number]
       latest = max(0, len(tokens_of(texts, x.document)) - 1 - EXCERPT)
       assert x.begin == min(at, latest)
 
@@ -144,7 +146,7 @@ def test_a_place_may_be_given(corpus, texts):
 def test_texts_are_excerpt_and_plain_continuation(model, corpus, texts, lines):
   """Each alone, without drafts: what it says depends on its number only."""
   found = {line["number"]: line for line in lines}
-  excerpts = writing.Excerpts(corpus, EXCERPT, None, seed=5)
+  excerpts = self_distillation.Excerpts(corpus, EXCERPT, None, seed=5)
   kinds = set()
   for number in range(TEXTS):
     x = excerpts[number]
@@ -182,16 +184,19 @@ def test_texts_can_be_trained_on_as_they_are(model, lines, folder):
   found = [store.read(i, 0, int(n)).tolist() for i, n in enumerate(store.lengths_N)]
   assert sorted(found) == expected
   assert max(map(len, found)) == ROW
-  assert written.load(str(file)).stats.num_documents == len(lines)
+  assert distilled_text.load(str(file)).stats.num_documents == len(lines)
 
 
 def test_settings_of_decoding_are_passed_on(model, corpus):
-  excerpts = [writing.Excerpts(corpus, EXCERPT, None, seed=5)[i] for i in range(8)]
+  source = self_distillation.Excerpts(corpus, EXCERPT, None, seed=5)
+  excerpts = [source[i] for i in range(8)]
   with pytest.raises(ValueError, match=r"^temperature must be positive"):
     write(model, excerpts, temperature=0.0)
   length = ROW - EXCERPT
   one, other = (  # Of one token nothing is drawn.
-    writing.write(model, excerpts, length, seed, rule="match", top_k=1, num_drafts=0)
+    self_distillation.write(
+      model, excerpts, length, seed, rule="match", top_k=1, num_drafts=0
+    )
     for seed in (0, 1)
   )
   assert one == other
@@ -214,7 +219,7 @@ def test_a_stopped_command_goes_on_to_the_same_file(command, flags, tmp_path, co
   found = [json.loads(line) for line in content.splitlines()]
   numbers = [line["number"] for line in found]
   assert numbers == sorted(set(numbers)) and numbers[-1] < TEXTS
-  excerpts = writing.Excerpts(corpus, EXCERPT, None, seed=5)
+  excerpts = self_distillation.Excerpts(corpus, EXCERPT, None, seed=5)
   assert all(line["document"] == excerpts[line["number"]].document for line in found)
   counts = {"texts": len(found), "left_out": TEXTS - len(found)}
   about = json.loads((tmp_path / "new/it.about.json").read_text())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import accounting, loading, optimizer
+from mtp_jax import accounting, optimizer, trained_model
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
@@ -56,8 +56,8 @@ def quick_programs():
   static = {"_hidden": 0, "_logits": (0, 3), "_losses": 0}
   with pytest.MonkeyPatch.context() as patch:
     for name, argnums in static.items():
-      program = getattr(loading, name).__wrapped__
-      patch.setattr(loading, name, quick_jit(program, static_argnums=argnums))
+      program = getattr(trained_model, name).__wrapped__
+      patch.setattr(trained_model, name, quick_jit(program, static_argnums=argnums))
     patch.setattr(
       loop, "prefill", quick_jit(loop.prefill.__wrapped__, static_argnums=(0, 1))
     )

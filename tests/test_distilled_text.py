@@ -9,7 +9,7 @@ import pytest
 
 from mtp_jax import checkpoint
 from mtp_jax.config import with_overrides
-from mtp_jax.data import prepare, written
+from mtp_jax.data import distilled_text, prepare
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.sources import DataError
 from tests.corpora import data_config, some_texts, write_jsonl
@@ -151,17 +151,17 @@ def test_the_order_follows_the_data_seed(corpus_file, tmp_path):
 def test_a_compressed_file_is_the_same(file, tmp_path):
   packed = tmp_path / "written.jsonl.gz"
   packed.write_bytes(gzip.compress(file.read_bytes()))
-  plain, found = written.load(str(file)), written.load(str(packed))
+  plain, found = distilled_text.load(str(file)), distilled_text.load(str(packed))
   assert found.texts == plain.texts
   assert found.stats.manifest == plain.stats.manifest
 
 
 def test_blank_lines_and_byte_order_marks_are_passed_over(file, tmp_path):
-  plain, copy = written.load(str(file)), tmp_path / "copy.jsonl"
+  plain, copy = distilled_text.load(str(file)), tmp_path / "copy.jsonl"
   lines = [*LINES[:2], {"text": "\ufeffmiddle", "bos": False, "eos": False}, *LINES[3:]]
   text = "\n\n".join(map(json.dumps, lines))
   copy.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n\r\n")
-  found = written.load(str(copy))
+  found = distilled_text.load(str(copy))
   assert found.texts == plain.texts
   assert found.stats.manifest == plain.stats.manifest
   assert found.names == [f"{copy}:{number}" for number in (1, 3, 5, 7, 9)]
@@ -190,10 +190,10 @@ def test_what_cannot_be_trained_on(tmp_path, content, message):
   if content is not None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
   with pytest.raises(DataError) as caught:
-    written.load(str(path))
+    distilled_text.load(str(path))
   assert str(caught.value).startswith(message.replace("FILE", str(path)))
 
 
 def test_a_folder_is_no_file(tmp_path):
   with pytest.raises(DataError, match=r"must be a JSONL file, got .*, which is none\."):
-    written.check_file(str(tmp_path))
+    distilled_text.check_file(str(tmp_path))

@@ -4,7 +4,8 @@ A drafter has to foresee what the trunk says, not what the corpus says, so one t
 trained afterwards may learn from the trunk's own text: self-distillation (Medusa, arXiv
 2401.10774, section 2.3.2; FastMTP, arXiv 2509.18362).
 
-    training document -> excerpt -> continued by the model -> text, `data/written.py`
+    training document -> excerpt -> completion by the model -> a line that
+    `data.distilled_text` reads
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.decode.generate import Completion
-from mtp_jax.loading import TrainedModel
+from mtp_jax.trained_model import TrainedModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def write(
   seed: int,
   **how: Any,
 ) -> list[dict[str, Any]]:
-  """Returns the lines of `data/written.py` for consecutive excerpts.
+  """Returns the lines of `data/distilled_text.py` for consecutive excerpts.
 
   A text is an excerpt and what the model goes on with. A character that the excerpt or
   the end of the row cuts in two is left away. A text with another broken character, or

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.dense_ops import dense, gelu, swiglu
+from mtp_jax.kernels.dense import dense, gelu, swiglu
 
 
 def _plain(x, w):

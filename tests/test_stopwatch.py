@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mtp_jax import startup
-from mtp_jax.startup import Startup, process_age
+from mtp_jax import stopwatch
+from mtp_jax.stopwatch import Stopwatch, process_age
 
 
 def test_phases_follow_each_other_without_a_gap(monkeypatch):
   times = iter([100.0, 103.0, 103.5, 105.0, 105.25])
-  monkeypatch.setattr(startup.time, "monotonic", lambda: next(times))
-  watch = Startup(age=2.0)
+  monkeypatch.setattr(stopwatch.time, "monotonic", lambda: next(times))
+  watch = Stopwatch(age=2.0)
   watch.ends("imports")
   watch.ends("data")
   watch.ends("state")
@@ -28,7 +28,7 @@ def test_phases_follow_each_other_without_a_gap(monkeypatch):
 
 def test_a_process_knows_its_age():
   code = (
-    "import time; time.sleep(0.3); from mtp_jax.startup import process_age; "
+    "import time; time.sleep(0.3); from mtp_jax.stopwatch import process_age; "
     "print(process_age())"
   )
   start = time.monotonic()
@@ -40,11 +40,11 @@ def test_a_process_knows_its_age():
 
 def test_without_the_kernels_word_time_begins_with_the_import(monkeypatch):
   if sys.platform == "linux":
-    assert process_age() > time.monotonic() - startup._IMPORTED - 0.02
+    assert process_age() > time.monotonic() - stopwatch._IMPORTED - 0.02
 
   def fail(_):
     raise FileNotFoundError
 
   monkeypatch.setattr(Path, "read_text", fail)
-  before = time.monotonic() - startup._IMPORTED
+  before = time.monotonic() - stopwatch._IMPORTED
   assert process_age() == pytest.approx(before, abs=0.1)

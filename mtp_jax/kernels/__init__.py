@@ -1,0 +1,1 @@
+"""Fast forms of plain maths. `sharding.platform` chooses between them."""
