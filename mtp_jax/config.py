@@ -85,6 +85,11 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
   values[leaf] = value
 
 
+def get_dotted(config: Any, key: str) -> Any:
+  """Returns `config.a.b` for `key = "a.b"`."""
+  return functools.reduce(getattr, key.split("."), config)
+
+
 def type_name(key: str) -> str:
   """Returns what messages call the type of a dotted key: `int`, `section`, ...
 

@@ -7,10 +7,10 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Collection
-from typing import Any
 
 import jax
 
+from mtp_jax import memory_rules
 from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
@@ -20,6 +20,7 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   flatten,
+  get_dotted,
   has_effect,
   keys,
   num_added_layers,
@@ -51,18 +52,20 @@ def validate(
   _check_ranges(rules)
   rules.raise_if_broken()  # The rules below divide by and compare these values.
   _check_effects(rules, given)
+  _check_pairs(rules)
+  memory_rules.check_host(rules, config)
   _check_trunk(rules)
   _check_attention(rules)
   _check_experts(rules)
   _check_mtp(rules)
   _check_data(rules)
   _check_training(rules)
-  _check_sharding(rules)
   if num_devices is not None:
     rules.raise_if_broken()
     _check_devices(rules, num_devices)
   if platform is not None:
     _check_platform(rules, platform, num_devices)
+    memory_rules.check_devices(rules, config, num_devices or jax.device_count())
   rules.raise_if_broken()
 
 
@@ -76,14 +79,13 @@ class _Rules:
   def __call__(self, holds: bool, key: str, text: str) -> None:
     """Notes that the value of `key` must be `text`, unless it `holds`."""
     if not holds:
-      value = _get_dotted(self.config, key)
-      if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
+      value = get_dotted(self.config, key)
+      value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
       self._broken.append(f"{key} must be {text}, got {value!r}.")
 
   def divisible(self, key: str, by: str) -> None:
-    divisor = _get_dotted(self.config, by)
-    holds = _get_dotted(self.config, key) % divisor == 0
+    divisor = get_dotted(self.config, by)
+    holds = get_dotted(self.config, key) % divisor == 0
     self(holds, key, f"divisible by {by} ({divisor})")
 
   def raise_if_broken(self) -> None:
@@ -94,7 +96,7 @@ class _Rules:
 def _check_ranges(rule: _Rules) -> None:
   """Every value is in its range, whatever the other values are (NaN included)."""
   for name, key in sorted(keys().items()):
-    value = _get_dotted(rule.config, name)
+    value = get_dotted(rule.config, name)
     is_int = isinstance(value, int) and SEED not in key.ranges
     for allowed in (*key.ranges, *((INT32,) if is_int else ())):
       rule(allowed.holds(value), name, allowed.text)
@@ -104,23 +106,35 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
   """A value that nothing reads under the other values is the default."""
   values = flatten(to_dict(rule.config))
   for name, key in keys().items():
-    if values[name] == key.default:
+    if get_dotted(rule.config, name) == key.default:
       continue
-    wanted = [key.when, key.then] + [key.when_given] * (name in given)
-    if not (broken := [x for x in wanted if not has_effect(x, values)]):
+    missing = key.when
+    if has_effect(missing, values):
+      more = key.then | (key.when_given if name in given else {})
+      missing = {k: v for k, v in more.items() if not has_effect({k: v}, values)}
+    if not missing:
       continue
     words, found = [], []
-    for some, allowed in broken[0].items():
-      some = (some,) if isinstance(some, str) else some
-      few = "one of " if not isinstance(allowed, Range) and len(allowed) > 1 else ""
+    for names, allowed in missing.items():
+      names = (names,) if isinstance(names, str) else names
       texts = [allowed.text] if isinstance(allowed, Range) else map(repr, allowed)
-      words.append(f"{' or '.join(some)} is {few}{', '.join(texts)}")
-      found += [repr(values[x]) for x in some]
+      few = "one of " if len(texts := list(texts)) > 1 else ""
+      words.append(f"{' or '.join(names)} is {few}{', '.join(texts)}")
+      found += [repr(values[x]) for x in names]
     verb = "they are" if len(found) > 1 else "it is"
-    rule(
-      False, name,
-      f"{key.default!r} unless {' and '.join(words)} ({verb} {' and '.join(found)})",
-    )
+    there = f"({verb} {' and '.join(found)})"
+    rule(False, name, f"{key.default!r} unless {' and '.join(words)} {there}")
+
+
+def _check_pairs(rule: _Rules) -> None:
+  """No key is larger than the one that bounds it; sharded dimensions divide evenly."""
+  values = flatten(to_dict(rule.config))
+  for name, key in keys().items():
+    if key.most and has_effect(key.when, values):
+      most = values[key.most]
+      rule(values[name] <= most, name, f"at most {key.most} ({most})")
+    if key.by and has_effect(key.when, values):
+      rule.divisible(name, key.by)
 
 
 def _check_trunk(rule: _Rules) -> None:
@@ -185,11 +199,6 @@ def _check_experts(rule: _Rules) -> None:
     f"less than the layers of the trunk ({num_trunk_layers(rule.config)})",
   )
   rule.divisible("trunk.moe.num_experts", "trunk.moe.num_groups")
-  rule.divisible("trunk.moe.num_experts", "mesh.expert")
-  rule(
-    moe.groups_per_token <= moe.num_groups, "trunk.moe.groups_per_token",
-    f"at most trunk.moe.num_groups ({moe.num_groups})",
-  )
   group = moe.num_experts // moe.num_groups
   rule(
     moe.num_groups == 1 or group >= 2, "trunk.moe.num_groups",
@@ -230,11 +239,6 @@ def _check_mtp(rule: _Rules) -> None:
       predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
-  vocab = rule.config.tokenizer.vocab_size
-  rule(
-    mtp.draft_vocab <= vocab, "mtp.draft_vocab",
-    f"at most tokenizer.vocab_size ({vocab})",
-  )
   most = rule.config.eval.num_drafts
   rule(
     most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
@@ -255,26 +259,23 @@ def _check_mtp(rule: _Rules) -> None:
 
 def _check_data(rule: _Rules) -> None:
   data, tokenizer, limits = rule.config.data, rule.config.tokenizer, rule.config.eval
-  if data.source in ("files", "jsonl", "array_record"):
-    rule(bool(data.path), "data.path", f"set for data.source {data.source!r}")
-  if data.source == "jsonl":
-    rule(bool(data.text_field), "data.text_field", "set for data.source 'jsonl'")
+  values = flatten(to_dict(rule.config))
+  for key in ("data.path", "data.text_field", "tokenizer.path"):
+    ((of, kinds),) = keys()[key].when.items()
+    is_needed = values[of] in kinds
+    rule(bool(values[key]) or not is_needed, key, f"set for {of} {values[of]!r}")
   rule(
     data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
     f"such that it and data.test_fraction ({data.test_fraction}) leave text to train "
     "on",
   )
-  split = f"data.{limits.split}_fraction"
-  rule(
-    _get_dotted(rule.config, split) > 0, split,
-    f"positive: the evaluation reads it (eval.split {limits.split!r})",
-  )
+  readers = {limits.split: f"the evaluation reads it (eval.split {limits.split!r})"}
   if rule.config.train.eval_test:
-    for key in ("data.validation_fraction", "data.test_fraction"):
-      rule(
-        _get_dotted(rule.config, key) > 0, key,
-        "positive: validations read it (train.eval_test)",
-      )
+    both = dict.fromkeys(("validation", "test"), "validations read it (train.eval_test)")
+    readers = both | readers
+  for split, reader in readers.items():
+    key = f"data.{split}_fraction"
+    rule(values[key] > 0, key, f"positive: {reader}")
   is_task = data.source in TASKS
   rule(
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",
@@ -291,12 +292,8 @@ def _check_data(rule: _Rules) -> None:
     tokenizer.vocab_size >= minimum, "tokenizer.vocab_size",
     f"at least {minimum} for tokenizer.kind {tokenizer.kind!r}",
   )
-  if tokenizer.kind == "file":
-    rule(bool(tokenizer.path), "tokenizer.path", "set for tokenizer.kind 'file'")
-  has_prompts = (
-    limits.line_prompts or limits.function_prompts or limits.middle_prompts
-  )
-  if has_prompts and not is_task:
+  prompts = limits.line_prompts, limits.function_prompts, limits.middle_prompts
+  if any(prompts) and not is_task:
     rule(
       limits.max_new_tokens < data.seq_len, "eval.max_new_tokens",
       f"less than data.seq_len ({data.seq_len}), to leave room for a prompt",
@@ -354,7 +351,6 @@ def _check_training(rule: _Rules) -> None:
     not (train.start_from and train.trunk_from), "train.start_from",
     f"'' beside train.trunk_from ({train.trunk_from!r})",
   )
-  rule.divisible("data.batch_size", "train.accumulation_steps")
   if optimizer.schedule == "wsd":
     rule(
       optimizer.warmup_fraction + optimizer.decay_fraction <= 1,
@@ -389,22 +385,6 @@ def _check_stop(rule: _Rules) -> None:
       f"task.num_train is positive (they are {source!r} and {num_train})",
     )
   rule(0 < train.stop_value <= 1, "train.stop_value", "in (0, 1] for an accuracy")
-
-
-def _check_sharding(rule: _Rules) -> None:
-  """Sharded dimensions divide evenly."""
-  rule.divisible("data.seq_len", "mesh.context")
-  for key in (
-    "trunk.num_heads", "trunk.num_kv_heads", "trunk.mlp_dim", "mtp.mlp_dim",
-    "mtp.draft_vocab", "tokenizer.vocab_size",
-  ):
-    rule.divisible(key, "mesh.tensor")
-  if rule.config.trunk.moe.num_experts:
-    rule.divisible("trunk.moe.expert_dim", "mesh.tensor")
-  rule.divisible("trunk.embed_dim", "mesh.fsdp")
-  if rule.config.trunk.attention_kind == "latent":
-    for key in ("trunk.latent.query_rank", "trunk.latent.kv_rank"):
-      rule.divisible(key, "mesh.fsdp")
 
 
 def _check_devices(rule: _Rules, num_devices: int) -> None:
@@ -466,10 +446,3 @@ def _check_platform(
     (rule.config.mesh.context == 1, "splits the sequence (mesh.context)"),
   ):
     rule(holds, key, f"another where attention {why}")
-
-
-def _get_dotted(config: Any, key: str) -> Any:
-  node = config
-  for part in key.split("."):
-    node = getattr(node, part)
-  return node

@@ -71,6 +71,7 @@ class Key:
   """One key.
 
   default, meaning: of the key. ranges, role: see `Range` and `Role`.
+  most: the dotted key that holds its largest value. by: a key that divides it.
   when: elsewhere nothing reads the key, and it must have its default; None is that of
     its section.
   then: the same, checked where `when` holds.
@@ -82,6 +83,8 @@ class Key:
   meaning: str
   ranges: tuple[Range, ...]
   role: Role
+  most: str | None
+  by: str | None
   when: Conditions | None
   then: Conditions
   when_given: Conditions
@@ -91,6 +94,8 @@ def key(
   default: Any,
   meaning: str,
   *facts: Range | Role,
+  most: str | None = None,
+  by: str | None = None,
   when: Conditions | None = None,
   then: Conditions | None = None,
   when_given: Conditions | None = None,
@@ -103,7 +108,7 @@ def key(
   role = Role(0)
   for fact in facts:
     role |= fact if isinstance(fact, Role) else Role(0)
-  found = Key(default, meaning, ranges, role, when, then or {}, when_given or {})
+  found = Key(default, meaning, ranges, role, most, by, when, then or {}, when_given or {})
   return dataclasses.field(metadata={"key": found})
 
 

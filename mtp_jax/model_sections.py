@@ -25,6 +25,9 @@ AUTOREGRESSIVE = ("sequential", *EAGLES)
 # The kinds that may have output matrices of their own.
 OWN_UNEMBED = ("medusa", "eagle3")
 
+# Mesh axes that split heads and inner widths, and the width of the stream.
+_TENSOR, _FSDP = "mesh.tensor", "mesh.fsdp"
+
 # Where keys have an effect: values that other keys must have.
 _LLAMA = {"trunk.kind": ("llama",)}
 _GROUPED = _LLAMA | {"trunk.attention_kind": ("grouped",)}
@@ -66,8 +69,8 @@ class RopeScalingConfig:
 class LatentConfig:
   """Sizes of multi-head latent attention (DeepSeek-V3, equations 1 to 11)."""
 
-  query_rank: int = key(96, "compressed query; 0: not compressed", SIZE, at_least(0))
-  kv_rank: int = key(32, "compressed vector of keys and values", SIZE, at_least(1))
+  query_rank: int = key(96, "compressed query; 0: none", SIZE, at_least(0), by=_FSDP)
+  kv_rank: int = key(32, "compressed keys and values", SIZE, at_least(1), by=_FSDP)
   nope_dim: int = key(32, "per head, without rotation", SIZE, at_least(1))
   rope_dim: int = key(16, "per head, rotated; keys share it", SIZE, at_least(1))
   value_dim: int = key(32, "per head", SIZE, at_least(1))
@@ -77,13 +80,18 @@ class LatentConfig:
 class MoeConfig:
   """Mixture of experts (DeepSeek-V3, equations 12 to 20)."""
 
-  num_experts: int = key(0, "routed; 0: dense layers", SIZE, at_least(0), when=_LLAMA)
+  num_experts: int = key(
+    0, "routed; 0: every layer is dense", SIZE, at_least(0), when=_LLAMA,
+    by="mesh.expert",
+  )
   experts_per_token: int = key(2, "routed experts of a token", ARCH, at_least(1))
-  expert_dim: int = key(128, "width of an expert, a SwiGLU", SIZE, at_least(1))
+  expert_dim: int = key(128, "width, of a SwiGLU", SIZE, at_least(1), by=_TENSOR)
   num_shared: int = key(1, "experts of every token, merged", ARCH, at_least(0))
   dense_layers: int = key(1, "first layers that stay dense", SIZE, at_least(0))
   num_groups: int = key(1, "groups of experts (nodes)", ARCH, at_least(1))
-  groups_per_token: int = key(1, "best groups, to choose from", ARCH, at_least(1))
+  groups_per_token: int = key(
+    1, "best groups, to choose from", ARCH, at_least(1), most="trunk.moe.num_groups"
+  )
   route_scale: float = key(1.0, "factor on the normalised gates", ARCH, ABOVE_0)
   bias_rate: float = key(0.001, "gamma, step of the balancing bias", NOT_NEGATIVE)
   bias_until: float = key(
@@ -107,10 +115,10 @@ class TrunkConfig:
 
   kind: Literal["llama", "gpt2"] = key("llama", "family of the blocks", ARCH)
   num_layers: int = key(4, "layers of the deployed model", SIZE, at_least(1))
-  embed_dim: int = key(128, "width of the residual stream", SIZE, at_least(1))
-  mlp_dim: int = key(352, "width of dense feed-forward layers", SIZE, at_least(1))
-  num_heads: int = key(4, "query heads", SIZE, at_least(1))
-  num_kv_heads: int = key(2, "key and value heads", SIZE, at_least(1))
+  embed_dim: int = key(128, "width of the stream", SIZE, at_least(1), by=_FSDP)
+  mlp_dim: int = key(352, "width of dense layers", SIZE, at_least(1), by=_TENSOR)
+  num_heads: int = key(4, "query heads", SIZE, at_least(1), by=_TENSOR)
+  num_kv_heads: int = key(2, "key and value heads", SIZE, at_least(1), by=_TENSOR)
   attention_dim: int = key(
     0, "num_heads * head_dim of grouped attention; 0: embed_dim", SIZE, at_least(0),
     when={"trunk.attention_kind": ("grouped",)},
@@ -213,7 +221,9 @@ class MtpConfig:
   dense_blocks: bool = key(
     False, "modules without experts", ARCH, when=_DENSE, then=_DEPTHS
   )
-  mlp_dim: int = key(0, "of modules; 0: trunk.mlp_dim", ARCH, at_least(0), when=_WIDTH)
+  mlp_dim: int = key(
+    0, "of modules; 0: trunk.mlp_dim", ARCH, at_least(0), when=_WIDTH, by=_TENSOR
+  )
   hidden: Literal["chained", "trunk", "trunk_shifted"] = key(
     "chained", "state that module k starts from at position i", ARCH,
     when=_SEQUENTIAL, then=_DEPTH_2, when_given=_MTP,
@@ -238,6 +248,7 @@ class MtpConfig:
   )
   draft_vocab: int = key(
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
+    most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.kind": ("eagle3",), "mtp.unembed": ("own",)},
   )
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(

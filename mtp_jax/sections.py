@@ -56,6 +56,8 @@ _SPLIT = {
     x for x in typing.get_args(_Source) if x not in TASKS_WITH_NEW
   )
 }
+# An example fits into a row, and every name is a token.
+_ROW, _NAMES = "data.seq_len", "tokenizer.vocab_size"
 _PROMPTS = "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts"
 
 
@@ -80,7 +82,7 @@ class TokenizerConfig:
   kind: Literal["bytes", "bpe", "file", "symbols"] = key(
     "bytes", "what a token is", ARCH | HOST
   )
-  vocab_size: int = key(264, "size of the embedding", ARCH, at_least(1))
+  vocab_size: int = key(264, "of the embedding", ARCH, at_least(1), by="mesh.tensor")
   path: str = key("", "tokenizer.json", MEASURE, when={"tokenizer.kind": ("file",)})
 
 
@@ -109,8 +111,10 @@ class DataConfig:
     "text", "key of the text in a JSON line", HOST, when={"data.source": ("jsonl",)}
   )
   train_on: str = key("", "JSONL file to train on instead", MEASURE, when=_TEXT)
-  seq_len: int = key(128, "tokens of a row", at_least(1))
-  batch_size: int = key(16, "rows of an optimizer step", SCALES, at_least(1))
+  seq_len: int = key(128, "tokens of a row", at_least(1), by="mesh.context")
+  batch_size: int = key(
+    16, "rows of an optimizer step", SCALES, at_least(1), by="train.accumulation_steps"
+  )
   seed: int = key(0, "order of documents and rows", REPEATS, SEED)
   validation_fraction: float = key(0.05, "of documents", HOST, FRACTION, when=_SPLIT)
   test_fraction: float = key(0.05, "of documents", HOST, FRACTION, when=_SPLIT)
@@ -121,9 +125,9 @@ class DataConfig:
 class StarGraphConfig:
   """G(`arms`, `length`) with nodes named by some of `num_labels` names."""
 
-  arms: int = key(3, "paths from the source", HOST, at_least(1))
-  length: int = key(3, "nodes of an arm, source and goal too", HOST, at_least(2))
-  num_labels: int = key(30, "names of nodes", HOST)
+  arms: int = key(3, "paths from the source", HOST, at_least(1), most=_ROW)
+  length: int = key(3, "nodes of an arm, ends too", HOST, at_least(2), most=_ROW)
+  num_labels: int = key(30, "names of nodes", HOST, most=_NAMES)
   reversed: bool = key(False, "the answer runs from goal to source", HOST)
 
 
@@ -131,8 +135,8 @@ class StarGraphConfig:
 class SatConfig:
   """Formulas; `unique` for at most `SAT_TABLE_VARIABLES` variables."""
 
-  num_variables: int = key(7, "variables of a formula", HOST, at_least(3))
-  num_clauses: int = key(30, "clauses of a formula", HOST, at_least(1))
+  num_variables: int = key(7, "variables of a formula", HOST, at_least(3), most=_ROW)
+  num_clauses: int = key(30, "clauses of a formula", HOST, at_least(1), most=_ROW)
   unique: bool = key(False, "exactly one assignment satisfies a formula", HOST)
 
 
@@ -140,18 +144,18 @@ class SatConfig:
 class CountdownConfig:
   """Equations that reach a target from some inputs."""
 
-  num_inputs: int = key(4, "numbers to use", HOST, at_least(2))
+  num_inputs: int = key(4, "numbers to use", HOST, at_least(2), most=_ROW)
   largest: int = key(100, "number, target and results included", HOST, at_least(10))
-  num_pauses: int = key(8, "pauses before the answer", HOST, at_least(0))
+  num_pauses: int = key(8, "pauses before the answer", HOST, at_least(0), most=_ROW)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolynomialConfig:
   """Expressions over a finite field."""
 
-  max_operators: int = key(5, "most operators in training", HOST, at_least(1))
-  held_out_operators: int = key(7, "most operators held out", HOST, at_least(1))
-  num_pauses: int = key(0, "pauses before the answer", HOST, at_least(0))
+  max_operators: int = key(5, "operators in training", HOST, at_least(1), most=_ROW)
+  held_out_operators: int = key(7, "operators held out", HOST, at_least(1), most=_ROW)
+  num_pauses: int = key(0, "pauses before the answer", HOST, at_least(0), most=_ROW)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +167,8 @@ class InductionConfig:
     0: all pairs that are not among the `num_names` are held out.
   """
 
-  num_sentences: int = key(10, "sentences of a story", HOST, at_least(3))
-  num_halves: int = key(50, "first and second names", HOST)
+  num_sentences: int = key(10, "sentences of a story", HOST, at_least(3), most=_ROW)
+  num_halves: int = key(50, "first and second names", HOST, most=_NAMES)
   num_names: int = key(500, "pairs that occur in training", HOST, at_least(1))
   fresh_share: float = key(0.0, "stories with names of any pair", HOST, FRACTION)
 
@@ -173,9 +177,9 @@ class InductionConfig:
 class SiblingsConfig:
   """Two children of one parent after a prefix that says nothing."""
 
-  num_parents: int = key(5, "parents", HOST, at_least(1))
-  num_children: int = key(500, "children of a parent", HOST, at_least(2))
-  prefix_length: int = key(10, "tokens before the answer", HOST, at_least(0))
+  num_parents: int = key(5, "parents", HOST, at_least(1), most=_NAMES)
+  num_children: int = key(500, "children of a parent", HOST, at_least(2), most=_NAMES)
+  prefix_length: int = key(10, "tokens before the answer", HOST, at_least(0), most=_ROW)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

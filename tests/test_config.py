@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules
+from mtp_jax import config_rules, memory_rules, program
 from mtp_jax.config import ConfigError
-from mtp_jax.keys import ABOVE_0, FRACTION, NOT_NEGATIVE, Range
+from mtp_jax.keys import ABOVE_0, FRACTION, HOST, NOT_NEGATIVE, Range
 
 NAN, INF = float("nan"), float("inf")
 
@@ -609,6 +610,16 @@ IGNORED = {
   "trunk.rope_scaling.high_freq_factor": (5.0, {"trunk.rope_scaling.kind": "yarn"}),
   "trunk.rope_scaling.beta_fast": (40.0, {"trunk.rope_scaling.kind": "llama3"}),
   "mtp.final_weight": (0.5, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.share_modules": (True, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.hidden": ("trunk_shifted", {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.hidden_norm": ("before", {"mtp.kind": "sequential"}),
+  "mtp.fed": ("own", {"mtp.kind": "sequential"}),
+  "mtp.out_norm": ("none", {"mtp.kind": "sequential"}),
+  "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
+  "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
+  "train.eval_test": (True, {}),
+  "data.validation_fraction": (0.1, TASK),
+  "data.test_fraction": (0.1, TASK | {"data.source": "induction"}),
   "mtp.schedule_fraction": (
     0.5, {"mtp.kind": "linear", "mtp.depth": 1, "mtp.schedule": "linear"}
   ),
@@ -623,6 +634,114 @@ def test_a_value_that_nothing_reads_is_refused(key):
   assert re.fullmatch(
     rf"{re.escape(f'{key} must be {default!r} unless ')}.*, got {value!r}\.", message
   )
+
+
+FLOPS = {"mtp.kind": "sequential", "mtp.depth": 2, "mtp.arm": "flops"}
+NO_PROMPTS = {
+  "mtp.kind": "sequential", "mtp.depth": 2, "eval.line_prompts": 0,
+  "eval.function_prompts": 0,
+}
+# Values that a trial of a sweep may have for the sake of the others, and what else the
+# trial has; a lone run may not.
+IGNORED_IF_GIVEN = {
+  "schedule without depths": ("mtp.schedule", "anneal", {"mtp.kind": "linear"}),
+  "curriculum without depths": ("mtp.curriculum", "reverse", {}),
+  "weighting of one depth": (
+    "mtp.weighting", "sum", {"mtp.kind": "linear", "mtp.depth": 1}
+  ),
+  "scored depths without depths": (
+    "mtp.score_from", "answer", TASK | {"train.stop_value": 0.0}
+  ),
+  "diagnostics without depths": ("train.diagnostics_every", 50, {}),
+  "middles without depths": ("eval.middle_prompts", 4, {}),
+  "weight of longer NTP": ("mtp.weight", 0.5, FLOPS),
+  "weighting of longer NTP": ("mtp.weighting", "sum", FLOPS),
+  "depth weights of longer NTP": ("mtp.depth_weights", (1.0, 0.5), FLOPS),
+  "schedule of longer NTP": ("mtp.schedule", "anneal", FLOPS),
+  "curriculum of longer NTP": ("mtp.curriculum", "forward", FLOPS),
+  "hidden of longer NTP": ("mtp.hidden", "trunk", FLOPS),
+  "norm of longer NTP": ("mtp.norm", "rms", FLOPS),
+  "output norm of longer NTP": ("mtp.out_norm", "none", FLOPS),
+  "feature weight of longer NTP": ("mtp.feature_weight", 0.1, FLOPS),
+  "drafts of longer NTP": ("eval.num_drafts", 1, FLOPS),
+  "diagnostics of longer NTP": ("train.diagnostics_every", 50, FLOPS),
+  "length of no completion": ("eval.max_new_tokens", 9, NO_PROMPTS),
+  "drafts of no completion": ("eval.num_drafts", 1, NO_PROMPTS),
+  "drafts of no answer": (
+    "eval.num_drafts", 1, TASK | FLOPS | {"mtp.arm": "added", "eval.task_examples": 0}
+    | {"train.stop_value": 0.0},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED_IF_GIVEN)
+def test_a_value_that_nothing_reads_is_refused_where_it_is_given(name):
+  key, value, others = IGNORED_IF_GIVEN[name]
+  config = make(**others | {key: value})
+  config_rules.validate(config)
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(config, given=[key])
+  assert str(caught.value).startswith(f"{key} must be {KEYS[key].default!r} unless ")
+  assert config_lib.settled(config) == config_lib.settled(make(**others))
+  assert config_lib.essential(config) == config_lib.essential(make(**others))
+
+
+TASK_OF = {
+  f"task.{x}.": {"data.source": x, "tokenizer.kind": "symbols"}
+  for x in config_lib.TASKS
+}
+# Counts that are reached or not: nothing is made of their size.
+UNBOUNDED = {
+  "train.num_steps", "train.log_every", "train.eval_every", "train.evals_per_doubling",
+  "train.diagnostics_every", "train.max_nonfinite_steps", "checkpoint.every_steps",
+  "checkpoint.keep", "optimizer.base_width", "loss.block_tokens", "eval.num_rows",
+  "eval.rows_per_document", "eval.line_prompts", "eval.function_prompts",
+  "eval.middle_prompts", "trunk.rope_scaling.original_length",
+  "task.countdown.largest",
+}
+
+
+@pytest.mark.parametrize("key", [
+  key for key, facts in KEYS.items()
+  if type(facts.default) is int and not key.endswith("seed")
+])
+def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
+  memory = lambda: 10**11  # noqa: E731
+  monkeypatch.setattr(memory_rules, "machine_memory", memory)
+  monkeypatch.setattr(memory_rules, "device_memory", memory)
+  others = next((x for name, x in TASK_OF.items() if key.startswith(name)), {})
+  if key.startswith("trunk.latent"):
+    others = LATENT
+  if key.startswith("trunk.moe"):
+    others = EXPERTS
+  if key.startswith("trunk.rope_scaling"):
+    others = {"trunk.rope_scaling.kind": "yarn"}
+  if key == "mtp.draft_vocab":
+    others = {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own"}
+  if key == "eval.task_examples" or key == "task.num_train":
+    others = TASK | {"train.stop_value": 0.0}
+  config = make(**others | {key: 2_000_000_000})
+  if key in UNBOUNDED:
+    config_rules.validate(config, 1, "cpu")
+  elif key == "task.num_train":  # 64 GB at least.
+    config_rules.validate(config, 1, "cpu")
+    monkeypatch.setattr(memory_rules, "machine_memory", lambda: 60 * 10**9)
+    assert "fits into memory" in error_of(config)
+  else:
+    assert error_of(config, 1, "cpu")
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_what_it_takes(monkeypatch):
+  monkeypatch.setattr(memory_rules, "machine_memory", lambda: 16 * 10**9)
+  assert error_of(make(data__batch_size=2_000_000_000)) == (
+    "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
+    "at least 1,536 bytes, and there are 16.0 GB, got 2000000000."
+  )
+  assert error_of(make(trunk__num_layers=2_000_000_000), 1, "cpu").startswith(
+    "trunk.num_layers must be such that the parameters fit into memory: they take at "
+    "least "
+  )
+  config_rules.validate(make(trunk__num_layers=2_000_000_000))  # For other devices.
 
 
 def test_every_condition_of_an_effect_is_of_known_keys_and_choices():
@@ -693,6 +812,34 @@ def test_all_broken_rules_are_named_at_once():
   assert [re.match(r"[\w.]+", line)[0] for line in lines] == [
     "data.seq_len", "mtp.depth", "mtp.weight"
   ]
+
+
+def test_equal_programs_have_no_key_of_the_host():
+  config = make(mtp__kind="linear", mtp__depth=2)
+  values = {
+    key: 7 if type(facts.default) is int else 0.5
+    for key, facts in KEYS.items()
+    if HOST in facts.role and type(facts.default) in (int, float)
+  }
+  other = config_lib.with_overrides(config, values)
+  found = program.program_config(other)
+  assert found == program.program_config(config)
+  assert hash(found) == hash(program.program_config(config))
+  assert pickle.loads(pickle.dumps(found)) == found
+  assert program.program_config(make()) != found
+  assert found.mtp.is_autoregressive is False
+  for read in (
+    lambda: found.seed, lambda: found.data.source, lambda: found.mtp.weight,
+    lambda: found.eval, lambda: found.task,
+  ):
+    with pytest.raises(AttributeError):
+      read()
+
+
+def test_programs_of_the_baseline_do_not_depend_on_what_weighs_depths():
+  plain, swept = make(), make(mtp__weighting="sum", mtp__schedule="anneal")
+  assert program.program_config(plain) == program.program_config(swept)
+  assert config_lib.essential(plain) == config_lib.essential(swept)
 
 
 def test_json_and_back():
