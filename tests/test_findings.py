@@ -12,16 +12,23 @@ import pytest
 from scipy import stats
 
 from launch import cli, report
-from mtp_jax.analysis import claims, results, rules
+from mtp_jax.analysis import results
+from mtp_jax.analysis.claims import claim as claims
+from mtp_jax.analysis.claims.claim import (
+  EQUIVALENT,
+  OPPOSITE,
+  SUPPORTED,
+  UNDECIDED,
+)
 from mtp_jax.analysis.claims.drafters import ARMS
+from mtp_jax.analysis.claims.table import experiments
 from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.findings import write_findings
-from mtp_jax.analysis.rules import EQUIVALENT, OPPOSITE, SUPPORTED, UNDECIDED
 from mtp_jax.analysis.runs import RunsError, load
 from tests import result_tables as worlds
 from tests.synthetic_runs import World, trial_config, write_trial
 
-EXPERIMENTS = {x.folder: x for x in claims.experiments()}
+EXPERIMENTS = {x.folder: x for x in experiments()}
 COMMITTED = Path(__file__).parents[1] / "experiments" / "results"
 FOLDERS = {
   "star_graph_cpu": worlds.star_graph,
@@ -136,7 +143,7 @@ def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):
 
 
 def test_claims_can_be_told_apart():
-  assert len(EXPERIMENTS) == len(claims.experiments())
+  assert len(EXPERIMENTS) == len(experiments())
   for experiment in EXPERIMENTS.values():
     for field in ("key", "statement"):
       values = [getattr(claim, field) for claim in experiment.claims]
@@ -176,7 +183,7 @@ def test_a_graph_is_judged_by_its_own_trials(tmp_path):
 def test_wilson_at_the_edges(n):
   """All or none of n seeds: n / (n + z^2) in closed form; four decide, three do not."""
   z2 = stats.norm.ppf(0.975) ** 2
-  every, none = rules.share(pd.Series([True] * n)), rules.share(pd.Series([False] * n))
+  every, none = (claims.share(pd.Series([x] * n)) for x in (True, False))
   assert (every.low, every.high) == pytest.approx((n / (n + z2), 1.0))
   assert (none.low, none.high) == pytest.approx((0.0, z2 / (n + z2)))
   expected = (SUPPORTED, OPPOSITE) if n >= 4 else (UNDECIDED, UNDECIDED)
@@ -184,13 +191,13 @@ def test_wilson_at_the_edges(n):
 
 
 def test_no_seed_has_no_share():
-  empty = rules.share(pd.Series(dtype=bool))
+  empty = claims.share(pd.Series(dtype=bool))
   assert (empty.n, empty.verdict) == (0, UNDECIDED)
 
 
 def estimate(low, high, side="above", margin=0.1):
   mean = (low + high) / 2
-  return rules.Estimate("", "", 3, mean, low, high, 1.0, side, margin)
+  return claims.Estimate("", "", 3, mean, low, high, 1.0, side, margin)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +225,7 @@ def test_all_estimates_of_a_claim_must_agree():
   nil = estimate(0.95, 1.05)
 
   def verdict(*estimates):
-    return rules.Finding(estimates).verdict
+    return claims.Finding(estimates).verdict
 
   assert verdict(yes, yes) == SUPPORTED
   assert verdict(yes, open_) == UNDECIDED
@@ -226,26 +233,23 @@ def test_all_estimates_of_a_claim_must_agree():
   assert verdict(nil, nil) == EQUIVALENT
   assert verdict(nil, yes) == UNDECIDED
   assert verdict() == UNDECIDED
-  assert "(supported)" in rules.Finding((yes, open_)).ours  # Each has its own.
+  assert "(supported)" in claims.Finding((yes, open_)).ours  # Each has its own.
 
 
 def test_a_smaller_margin_undoes_an_equivalence():
-  finding = rules.Finding((estimate(0.96, 1.03),))
-  assert finding.at(rules.Margin(0.05, "nats")).verdict == EQUIVALENT
-  assert finding.at(rules.Margin(0.02, "nats")).verdict == UNDECIDED
+  finding = claims.Finding((estimate(0.96, 1.03),))
+  assert finding.at(claims.Margin(0.05, "nats")).verdict == EQUIVALENT
+  assert finding.at(claims.Margin(0.02, "nats")).verdict == UNDECIDED
 
 
 def test_pairs_are_averaged_within_a_seed():
   index = list(itertools.product((0, 1, 2), ("a", "b", "c")))
   rows = pd.DataFrame(index, columns=["seed", "text"]).assign(trial="x")
   rows["data.seed"] = 0
-  rows["value"] = rows["seed"] + rows["text"].map({"a": 1.0, "b": 3.0, "c": np.nan})
+  rows["value"] = rows["text"].map({"a": 1.0, "b": 3.0, "c": np.nan})
   rows.loc[(rows["seed"] == 2) & (rows["text"] == "a"), "value"] = np.nan
-  difference = rules.paired(rows, rows.assign(value=1.0 * rows["seed"]), ("text",))
-  # Text c was never measured and does not count; seed 2 lacks one that others have.
-  assert list(difference[:2]) == [2.0, 2.0]
-  assert np.isnan(difference[2, 0])
-  over = rules.mean_over_seeds(difference)
+  over = claims.over_seeds(results.by_key(rows, ["seed", "data.seed", "text"]))
+  # Text c was never measured and does not count; seed 2 lacks a text that others have.
   assert (over.n, over.mean) == (2, 2.0)
   assert "1 seed(s) incomplete, left out" in over.text
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from mtp_jax.analysis import statistics
 from mtp_jax.analysis.claims import tax
-from mtp_jax.analysis.claims.solving import gain_in_log_time
+from mtp_jax.analysis.claims.solving import gains
 
 SIZES = (1e4, 1e5, 1e6)
 
@@ -79,11 +79,11 @@ def trials(times, horizon=800.0):
 
 
 def test_the_gain_in_time_is_paired_and_restricted():
-  gain = gain_in_log_time(trials([400, None, 100]), trials([200, 400, 100]))
+  gain = gains(trials([400, None, 100]), trials([200, 400, 100]))["gain"]
   np.testing.assert_allclose(gain, [math.log(2), math.log(2), 0.0])
   # Nobody is credited with time after the earliest end of an unsolved trial.
   shorter = trials([200, 700, None], horizon=500.0)
-  gain = gain_in_log_time(trials([400, 650, 100]), shorter)
+  gain = gains(trials([400, 650, 100]), shorter)["gain"]
   np.testing.assert_allclose(gain, [math.log(2), 0.0, -math.log(5)])
 
 

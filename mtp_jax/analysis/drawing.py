@@ -7,6 +7,7 @@ All text has one size.
 
 import itertools
 import textwrap
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -229,6 +230,14 @@ def size_axis(
   ax.xaxis.set_minor_locator(NullLocator())
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
   ax.set_xlabel(label)
+
+
+def log_axis(ax: Axes, words: Callable[[float], str]) -> None:
+  """Marks 1, 2 and 5 of every decade of a logarithmic x axis, in these words."""
+  ax.set_xscale("log")
+  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words(x)))
+  ax.xaxis.set_minor_locator(NullLocator())
 
 
 def legend_below(figure: Figure, axes: Any) -> None:

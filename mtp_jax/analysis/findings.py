@@ -13,20 +13,23 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from mtp_jax.analysis import claims as claims_lib
 from mtp_jax.analysis import tax_and_gain
-from mtp_jax.analysis.claims import NOT_RUN, NOT_TESTED, Claim, Experiment
-from mtp_jax.analysis.drawing import STYLE
-from mtp_jax.analysis.report import Report
-from mtp_jax.analysis.results import Facts
-from mtp_jax.analysis.rules import (
+from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
+  NOT_RUN,
+  NOT_TESTED,
   OPPOSITE,
   SUPPORTED,
   UNDECIDED,
+  Claim,
   Estimate,
+  Experiment,
   Finding,
 )
+from mtp_jax.analysis.claims.table import experiments
+from mtp_jax.analysis.drawing import STYLE
+from mtp_jax.analysis.report import Report
+from mtp_jax.analysis.results import Facts
 from mtp_jax.analysis.runs import RunsError
 
 VERDICTS = (SUPPORTED, OPPOSITE, EQUIVALENT, UNDECIDED, NOT_TESTED, NOT_RUN)
@@ -100,7 +103,7 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   if not results.is_dir():
     raise RunsError(f"{results}: no such folder; it holds the results of experiments.")
   rows, kept, drawn = [], {}, {}
-  for experiment in claims_lib.experiments():
+  for experiment in experiments():
     own, read = _findings(experiment, results / experiment.folder)
     rows += own
     if any(row.verdict != NOT_RUN for row in own):

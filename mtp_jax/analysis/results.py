@@ -14,7 +14,7 @@ Nothing is rounded. A ladder keeps the tables of its report instead, see `read_l
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from mtp_jax.metrics import write_json
 
 # Trials that agree in these start alike and see the same data in the same order.
 REPLICATE = ("seed", "data.seed")
+# Config values that trials must have; a function chooses a value of the column.
+Where = dict[str, Any]
 _STATE = (
   "trial", "status", "step", "size", "tokens", "train_flops", "train_seconds",
 )
@@ -44,7 +46,10 @@ _ALWAYS = (*REPLICATE, "data.source", "mtp.kind", "mtp.depth")
 _CURVES = tuple(column for column in CURVE_COLUMNS if column != "seconds")
 # What older curves lack: they hold validation records only.
 _NEW_CURVES = {"split": "validation", "task_new": math.nan}
-_WORDS = ("trial", "status", "metric", "data.source", "mtp.kind", "split")
+_NUMBERS = {
+  *_STATE, *_COUNTS, *_ALWAYS, *METRIC_COLUMNS, *_CURVES, "gain", "slope", "low",
+  "high", "n",
+} - {"trial", "status", "metric", "data.source", "mtp.kind", "split"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +76,6 @@ class Results:
   curves: pd.DataFrame
   facts: Facts
 
-  def select(self, where: dict[str, Any]) -> pd.DataFrame:
-    """Returns the finished trials whose dotted config keys have these values.
-
-    Raises:
-      RunsError: there is no such key.
-    """
-    rows = self.trials[self.trials["status"] == "finished"]
-    for key, value in where.items():
-      rows = rows[rows[self.key(key)] == value]
-    return rows
-
-  def measured(
-    self, metric: str, where: dict[str, Any], at_depth: int = 0
-  ) -> pd.DataFrame:
-    """Returns `select(where)` with column `value`, NaN where it was not measured."""
-    metrics = self.metrics
-    own = metrics[(metrics["metric"] == metric) & (metrics["at_depth"] == at_depth)]
-    rows = self.select(where)
-    return rows.assign(value=rows["trial"].map(own.set_index("trial")["mean"]))
-
   def key(self, key: str) -> str:
     """Returns `key` if trials have it.
 
@@ -103,6 +88,50 @@ class Results:
         f"not either; the claims need it."
       )
     return key
+
+  def select(self, where: Where) -> pd.DataFrame:
+    """Returns the finished trials whose dotted config keys have these values.
+
+    A function, such as `max`, chooses among the values that all trials have.
+
+    Raises:
+      RunsError: there is no such key.
+    """
+    rows = self.trials[self.trials["status"] == "finished"]
+    for key, value in where.items():
+      values = self.trials[self.key(key)]
+      rows = rows[rows[key] == (value(values) if callable(value) else value)]
+    return rows
+
+  def measured(self, metric: str, where: Where, at_depth: int = 0) -> pd.DataFrame:
+    """Returns `select(where)` with column `value`, NaN where it was not measured."""
+    metrics = self.metrics
+    own = metrics[(metrics["metric"] == metric) & (metrics["at_depth"] == at_depth)]
+    rows = self.select(where)
+    return rows.assign(value=rows["trial"].map(own.set_index("trial")["mean"]))
+
+  def value(
+    self, metric: str, where: Where, at_depth: int = 0, by: Sequence[str] = ()
+  ) -> pd.Series:
+    """Returns the metric of an arm, indexed by REPLICATE and the keys `by`."""
+    keys = [*REPLICATE, *map(self.key, by)]
+    return by_key(self.measured(metric, where, at_depth), keys)
+
+
+def by_key(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
+  """Returns `value` indexed by the keys, which must tell the trials apart.
+
+  Raises:
+    RunsError: they do not; names two trials.
+  """
+  twice = rows[rows.duplicated(list(keys), keep=False)]
+  if len(twice):
+    names = " and ".join(twice["trial"].iloc[:2])
+    raise RunsError(
+      f"trials {names} have the same {', '.join(keys)}: a claim cannot tell which of "
+      f"them to take."
+    )
+  return rows.set_index(list(keys))["value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,27 +151,28 @@ def write(runs: Runs, folder: Path, commands: Sequence[str]) -> list[Path]:
     RunsError: no trial is finished. Nothing is written then.
   """
   trials = runs.trials
-  finished = trials["status"] == "finished"
-  if not finished.any():
+  if not (trials["status"] == "finished").any():
     raise RunsError(
       f"{runs.root}: no trial is finished, so there are no results to keep: "
       f"{', '.join(unfinished(runs))}."
     )
-  configs = [_flat(config) for config in trials["config"]]
+  configs = [flatten(to_dict(config)) for config in trials["config"]]
+  # What all trials share stands once, in run.json.
   shared = {
     key: value
     for key, value in configs[0].items()
-    if all(config[key] == value for config in configs)
+    if key != "name" and all(config[key] == value for config in configs)
   }
-  columns = [*_ALWAYS, *(k for k in configs[0] if k not in shared and k not in _ALWAYS)]
+  told = {"name", *shared, *_ALWAYS}
+  columns = [*_ALWAYS, *(key for key in configs[0] if key not in told)]
   trials = trials.assign(added_parameters=trials["total"] - trials["deployed"])
   state = trials[[*_STATE, *_COUNTS]].reset_index(drop=True)
-  folder.mkdir(parents=True, exist_ok=True)
   tables = {
     "trials.csv": pd.concat([state, pd.DataFrame(configs)[columns]], axis=1),
     "metrics.csv": runs.metrics,
     "curves.csv": runs.curves[list(_CURVES)],
   }
+  folder.mkdir(parents=True, exist_ok=True)
   for name, table in tables.items():
     table.to_csv(folder / name, index=False)
   facts = _facts(trials, commands)
@@ -195,9 +225,8 @@ def read_ladder(folder: Path) -> LadderResults:
   Raises:
     RunsError: see `read`.
   """
-  trials = _read_table(
-    folder / "all_trials.csv", ("status", "seed", "commit", "hardware", "versions")
-  )
+  told = ("commit", "hardware", "versions")
+  trials = _read_table(folder / "all_trials.csv", ("status", "seed", *told))
   method = ("method", "kind", "depth", "arm", "metric", "comparison")
   pairs = ("seed", "data_seed", "size", "gain")
   slopes = ("n", "slope", "low", "high")
@@ -205,7 +234,7 @@ def read_ladder(folder: Path) -> LadderResults:
     folder,
     _read_table(folder / "all_pairs.csv", (*method, *pairs)),
     _read_table(folder / "all_slopes.csv", (*method, *slopes)),
-    _facts(trials.fillna({"commit": "", "hardware": "", "versions": ""}), ()),
+    _facts(trials.fillna(dict.fromkeys(told, "")), ()),
   )
 
 
@@ -224,7 +253,9 @@ def _read_facts(run: Any, path: Path) -> Facts:
 
 def _facts(trials: pd.DataFrame, commands: Iterable[str]) -> Facts:
   """Returns the facts of run folders, or of the table of trials of a report."""
-  distinct = lambda key: tuple(x for x in dict.fromkeys(trials[key]) if x)  # noqa: E731
+  distinct: Callable[[str], tuple] = lambda key: tuple(  # noqa: E731
+    x for x in dict.fromkeys(trials[key]) if x
+  )
   return Facts(
     command=tuple(commands),
     commit=distinct("commit"),
@@ -236,12 +267,6 @@ def _facts(trials: pd.DataFrame, commands: Iterable[str]) -> Facts:
     # Reports did not always keep it.
     date=max(trials["date"].dropna(), default="") if "date" in trials else "",
   )
-
-
-def _flat(config: Any) -> dict[str, Any]:
-  values = flatten(to_dict(config))
-  del values["name"]
-  return values
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -256,24 +281,11 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
   for column in columns:
     if column not in table:
       raise RunsError(f"{path}: key {column!r} is missing; the claims need it.")
-    if column in _NUMBERS:
-      _check_numbers(path, table[column])
+    values = table[column]
+    is_wrong = pd.to_numeric(values, errors="coerce").isna() & values.notna()
+    if column in _NUMBERS and is_wrong.any():
+      raise RunsError(
+        f"{path}, line {2 + is_wrong.idxmax()}: {column} must be a number, got "
+        f"{values[is_wrong].iloc[0]!r}."
+      )
   return table
-
-
-_NUMBERS = (
-  {
-    *_STATE, *_COUNTS, *_ALWAYS, *METRIC_COLUMNS, *_CURVES, "gain", "slope", "low",
-    "high", "n",
-  }
-  - set(_WORDS)
-)
-
-
-def _check_numbers(path: Path, values: pd.Series) -> None:
-  wrong = values[pd.to_numeric(values, errors="coerce").isna() & values.notna()]
-  if len(wrong):
-    raise RunsError(
-      f"{path}, line {2 + wrong.index[0]}: {values.name} must be a number, "
-      f"got {wrong.iloc[0]!r}."
-    )

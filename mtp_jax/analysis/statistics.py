@@ -28,6 +28,16 @@ def interval(values: np.ndarray, level: float = LEVEL) -> dict[str, float]:
   return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
 
 
+def text(over: dict[str, float], sign: str = "+", digits: int = 4) -> str:
+  """Returns the mean with its interval; one seed has none, and that is said."""
+  if over["n"] == 0:
+    return "no complete seed"
+  shown = f"{over['mean']:{sign}.{digits}f}"
+  if np.isnan(over["low"]):
+    return f"{shown} (one seed: no interval)"
+  return f"{shown} [{over['low']:{sign}.{digits}f}, {over['high']:{sign}.{digits}f}]"
+
+
 def share(count: int, n: int) -> tuple[float, float]:
   """Returns Wilson's interval of `count` successes in `n` seeds; NaN without a seed."""
   if n == 0:
@@ -125,10 +135,24 @@ def least_squares(design: np.ndarray, cells: Sequence[np.ndarray]) -> np.ndarray
   return np.linalg.solve(weighted @ design, weighted)
 
 
-def slope(sizes: Sequence[float], cells: Sequence[np.ndarray]) -> dict[str, float]:
-  """Returns n, mean, low, high of the slope per decade of size; see `contrast`."""
-  design = np.column_stack([np.ones(len(sizes)), np.log10(sizes)])
-  return contrast(cells, least_squares(design, cells)[1])
+def slope(
+  sizes: Sequence[float], cells: Sequence[np.ndarray], levels: Sequence | None = None
+) -> dict[str, float]:
+  """Returns n, mean, low, high of the slope per decade of size; see `contrast`.
+
+  Cells of one level (a data set, say) share an intercept; without levels all do.
+  """
+  return contrast(cells, slope_weights(sizes, cells, levels))
+
+
+def slope_weights(
+  sizes: Sequence[float], cells: Sequence[np.ndarray], levels: Sequence | None = None
+) -> np.ndarray:
+  """Returns the weight of every cell's mean in the slope per decade of size."""
+  levels = [0] * len(cells) if levels is None else levels
+  intercepts = pd.get_dummies(pd.Series(levels).astype(str), dtype=float)
+  design = np.column_stack([np.log10(np.asarray(sizes, float)), intercepts])
+  return least_squares(design, cells)[0]
 
 
 def log_slope(sizes: Sequence[float], cells: Sequence[np.ndarray]) -> dict[str, float]:

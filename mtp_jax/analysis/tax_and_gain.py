@@ -9,16 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from mtp_jax.analysis.claims import look_ahead, siblings, tax
+from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims import by_size, look_ahead, siblings, tax
 from mtp_jax.analysis.claims.claim import Drawing
-from mtp_jax.analysis.drawing import (
-  error_bars,
-  panels,
-  series_marker,
-  series_style,
-  size_axis,
-  zero_line,
-)
 from mtp_jax.analysis.published import published_taxes
 from mtp_jax.analysis.results import Results
 
@@ -29,74 +22,69 @@ CAPTION = (
   "95 % prediction interval."
 )
 _FARTHEST = 1.3e9  # Of the extrapolation.
+# {experiment: (title, its series, label of the axis)}
+_PARTS = {
+  "tax": (
+    "Tax on text", tax.series, "main loss minus NTP's, nats\n(above 0: MTP costs)"
+  ),
+  "siblings": (
+    "Gain on siblings", siblings.series,
+    "held-out loss, NTP's minus n = 2's, nats\n(above 0: MTP pays)",
+  ),
+  "look_ahead": (
+    "Gain on star graphs", look_ahead.series,
+    "ln(tokens) saved until solved\n(above 0: MTP pays)",
+  ),
+}
 
 
 def draw(results: dict[str, Results]) -> Drawing | None:
   """Returns the figure and its numbers from the kept tables that there are.
 
-  results: of `tax`, `siblings` and `look_ahead`, any of them. None without any.
+  results: of `tax`, `siblings` and `look_ahead`, any of them. A table without a pair of
+  finished trials has no panel; without any panel there is no figure.
   """
-  parts = {
-    "tax": ("Tax on text", _tax), "siblings": ("Gain on siblings", _siblings),
-    "look_ahead": ("Gain on star graphs", _look_ahead),
+  shown = {
+    name: series(results[name])
+    for name, (_, series, _) in _PARTS.items() if name in results
   }
-  shown = [name for name in parts if name in results]
+  shown = {name: own for name, own in shown.items() if len(own[0])}
   if not shown:
     return None
-  figure, axes = panels(
-    1, len(shown), width=5.6 * len(shown), height=7.0
-  )
+  figure, axes = drawing.panels(1, len(shown), width=5.6 * len(shown), height=7.0)
   tables = []
-  for ax, name in zip(axes.flat, shown, strict=True):
-    title, draw_part = parts[name]
-    tables.append(draw_part(ax, results[name]).assign(shown=name))
+  for ax, (name, own) in zip(axes.flat, shown.items(), strict=True):
+    title, _, ylabel = _PARTS[name]
+    table = by_size.draw(ax, *own, ylabel).assign(source="measured here")
+    if name == "tax":
+      table = pd.concat([table, *_beside_taxes(ax, table)], ignore_index=True)
+    tables.append(table.assign(shown=name))
     ax.set_title(title)
-    zero_line(ax)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
   return figure, pd.concat(tables, ignore_index=True)
 
 
-def _tax(ax: Axes, results: Results) -> pd.DataFrame:
-  ours = tax.draw_taxes(ax, results)
-  tables = [ours.assign(source="measured here")]
-  points = ours[(ours["method"] == tax.ARMS["n4"][1]) & (ours["regime"] == "fresh")]
+def _beside_taxes(ax: Axes, ours: pd.DataFrame) -> list[pd.DataFrame]:
+  """Draws the published taxes and the power law of ours; returns their numbers."""
+  tables = [published_taxes()]
+  published = tables[0]
+  for index, (source, rows) in enumerate(published.groupby("source", sort=False)):
+    ax.errorbar(
+      rows["size"], rows["mean"], yerr=drawing.error_bars(rows), color="#666666",
+      capsize=3, marker=drawing.series_marker(index), markerfacecolor="white",
+      linestyle="none", label=f"published, not fitted: {source}",
+    )
+  law = f"{tax.ARMS['n4'][1]}, fresh"
+  points = ours[ours["series"] == law]
   if len(points) > 2 and (points["mean"] > 0).all():
     at = np.geomspace(points["size"].min(), _FARTHEST, 50)
     line = tax.prediction(points["size"].to_numpy(), points["mean"].to_numpy(), at)
-    limits = ax.get_ylim()
-    colour = series_style(2)["color"]
+    colour = drawing.series_style(2)["color"]
     ax.plot(at, line["mean"], linestyle=":", color=colour)
     ax.fill_between(at, line["low"], line["high"], color=colour, alpha=0.12)
-    ax.set_ylim(limits)  # A wide interval must not flatten what was measured.
-    tables.append(line.assign(source="extrapolated", method=tax.ARMS["n4"][1]))
-  published = published_taxes()
-  for index, (source, rows) in enumerate(published.groupby("source", sort=False)):
-    ax.errorbar(
-      rows["size"], rows["mean"], yerr=error_bars(rows), color="#666666", capsize=3,
-      marker=series_marker(index), markerfacecolor="white", linestyle="none",
-      label=f"published, not fitted: {source}",
-    )
-  tables.append(published)
-  low, high = (
-    f(table[end].min() if f is min else table[end].max() for table in (ours, published))
-    for f, end in ((min, "mean"), (max, "mean"))
-  )
-  ends = [ours["low"].min(), ours["high"].max()]
-  low, high = np.nanmin([low, ends[0], -0.05]), np.nanmax([high, ends[1]])
-  ax.set_ylim(low - 0.02, high + 0.02)
-  size_axis(ax, pd.concat([ours["size"], published["size"]]), "parameters")
-  ax.set_ylabel("main loss minus NTP's, nats\n(above 0: MTP costs)")
-  return pd.concat(tables, ignore_index=True)
-
-
-def _siblings(ax: Axes, results: Results) -> pd.DataFrame:
-  pairs = siblings.gains(results, "loss")
-  table = siblings.draw_gains(ax, pairs[pairs["mtp.weight"] == siblings.WEIGHT])
-  ax.set_ylabel("held-out loss, NTP's minus n = 2's, nats\n(above 0: MTP pays)")
-  return table
-
-
-def _look_ahead(ax: Axes, results: Results) -> pd.DataFrame:
-  table = look_ahead.draw_gains(ax, look_ahead.ladder(results))
-  ax.set_ylabel("ln(tokens) saved until solved\n(above 0: MTP pays)")
-  return table
+    tables.append(line.assign(source="extrapolated", series=law))
+  # The wide interval of the law must not flatten what was measured.
+  drawn = pd.concat([ours, published])[["mean", "low", "high"]].stack()
+  ax.set_ylim(min(drawn.min(), -0.05) - 0.02, drawn.max() + 0.02)
+  drawing.size_axis(ax, pd.concat([ours["size"], published["size"]]), "parameters")
+  return tables

@@ -4,20 +4,23 @@ import functools
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.arms import WIDTH, Where
+from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims.arms import WIDTH
 from mtp_jax.analysis.claims.claim import (
   DEEPSEEK,
   GLOECKLE,
   PAIRED,
+  POINTS,
   TOP,
   Claim,
   Drawing,
   Experiment,
+  Finding,
+  found,
+  over_seeds,
 )
 from mtp_jax.analysis.claims.pictures import lines, with_method
-from mtp_jax.analysis.drawing import legend_below, panels, share_axis
-from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import POINTS, Finding, mean_over_seeds, paired, undecided
+from mtp_jax.analysis.results import Results, Where
 
 _TEXT = "data.source"
 
@@ -66,70 +69,75 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def rows_at(results: Results, where: Where, at_depth: int) -> pd.DataFrame:
-  return results.measured("sampled_acceptance", where, at_depth)
+def accepted(
+  results: Results, kind: str, depth: int, by: tuple[str, ...] = (WIDTH, _TEXT),
+  at: Where | None = None,
+) -> pd.Series:
+  where = {"mtp.kind": kind} | (at or {})
+  return results.value("sampled_acceptance", where, depth, by)
 
 
 def falls(results: Results, kind: str) -> Finding:
-  """Tests whether the second draft is accepted less often than the first."""
-  first, second = (rows_at(results, {"mtp.kind": kind}, k) for k in (1, 2))
-  difference = paired(first, second, (results.key(WIDTH), _TEXT))
-  return Finding(
-    (mean_over_seeds(difference, "depth 1 minus depth 2"),), _texts(results)
-  )
+  first, second = (accepted(results, kind, depth) for depth in (1, 2))
+  return found(first - second, "depth 1 minus depth 2", _texts(results))
 
 
 def sequential_accepts_more(results: Results) -> Finding:
-  """Tests whether modules draft better than heads, at depth 2 and at depth 3."""
-  estimates = []
-  for depth in (2, 3):
-    kinds = ("sequential", "parallel")
-    rows = (rows_at(results, {"mtp.kind": kind}, depth) for kind in kinds)
-    difference = paired(*rows, (results.key(WIDTH), _TEXT))
-    estimates.append(mean_over_seeds(difference, f"depth {depth}"))
-  return Finding(tuple(estimates), _texts(results))
+  return Finding(
+    tuple(
+      over_seeds(
+        accepted(results, "sequential", depth) - accepted(results, "parallel", depth),
+        f"depth {depth}",
+      )
+      for depth in (2, 3)
+    ),
+    _texts(results),
+  )
 
 
 def rises_with_width(results: Results) -> Finding:
-  """Tests whether the widest model's drafts are accepted most, for either kind."""
-  widths = results.trials[results.key(WIDTH)]
-  estimates = []
-  for kind in ("parallel", "sequential"):
-    large, small = (
-      pd.concat([
-        rows_at(results, {"mtp.kind": kind, WIDTH: width}, k).assign(at_depth=k)
-        for k in (1, 2, 3)
-      ])
-      for width in (widths.max(), widths.min())
-    )
-    estimates.append(mean_over_seeds(paired(large, small, (_TEXT, "at_depth")), kind))
-  finding = Finding(tuple(estimates), _texts(results))
-  return undecided(finding, "only one width") if widths.nunique() < 2 else finding
+  def at(kind: str, width) -> pd.Series:
+    by_depth = {
+      depth: accepted(results, kind, depth, (_TEXT,), at={WIDTH: width})
+      for depth in (1, 2, 3)
+    }
+    return pd.concat(by_depth, names=["depth"])
+
+  finding = Finding(
+    tuple(
+      over_seeds(at(kind, max) - at(kind, min), kind)
+      for kind in ("parallel", "sequential")
+    ),
+    _texts(results),
+  )
+  is_one = results.trials[WIDTH].nunique() < 2
+  return finding.undecided("only one width") if is_one else finding
 
 
 def _texts(results: Results) -> str:
-  """Names the texts on which drafts were sampled; it is not done on every one."""
-  texts = rows_at(results, {}, 1).dropna(subset="value")[_TEXT].unique()
-  return f"on {', '.join(sorted(texts))}" if len(texts) else ""
+  """Returns the texts on which drafts were sampled; it is not done on every one."""
+  rows = results.measured("sampled_acceptance", {}, 1).dropna(subset="value")
+  return f"on {', '.join(sorted(rows[_TEXT].unique()))}" if len(rows) else ""
 
 
 def draw(results: Results) -> Drawing:
-  """Conditional acceptance by depth, one panel a text."""
+  """Draws conditional acceptance by depth, one panel a text."""
   results.key(WIDTH)
   rows = with_method(
     pd.concat([
-      rows_at(results, {}, k).assign(at_depth=k) for k in (1, 2, 3)
+      results.measured("sampled_acceptance", {}, k).assign(at_depth=k)
+      for k in (1, 2, 3)
     ]).dropna(subset="value")
   )
+  rows = rows.assign(width="width " + rows[WIDTH].astype(str))
   texts = list(rows[_TEXT].unique())
-  figure, axes = panels(1, max(len(texts), 1), sharey=True)
+  figure, axes = drawing.panels(1, max(len(texts), 1), sharey=True)
   tables = []
   for ax, text in zip(axes.flat, texts, strict=False):
     own = rows[rows[_TEXT] == text]
-    own = own.assign(width="width " + own[WIDTH].astype(str))
     tables.append(lines(ax, own, "at_depth", ["method", "width"]).assign(text=text))
     ax.set(title=text, xlabel="depth of the draft", xticks=(1, 2, 3))
-    share_axis(ax)
+    drawing.share_axis(ax)
   axes[0, 0].set_ylabel("conditional acceptance")
-  legend_below(figure, axes.flat)
+  drawing.legend_below(figure, axes.flat)
   return figure, pd.concat(tables) if tables else rows

@@ -1,17 +1,15 @@
-"""Arms of an experiment by their config values, and what was measured of them.
+"""Arms of an experiment by their config values, and which of their trials count.
 
 `parallel(n)` predicts n tokens at once, the next one included, as in Gloeckle et al.
 2024; `sequential(depth)` predicts so many extra tokens, as in DeepSeek-V3.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
-from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import paired
+from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
-Where = dict[str, Any]
 NTP: Where = {"mtp.kind": "none"}
 WIDTH = "trunk.embed_dim"
 # Settings that are tuned for each size and arm.
@@ -33,11 +31,12 @@ def label(kind: str, depth: int) -> str:
   return f"parallel n={1 + depth}" if kind == "parallel" else f"{kind} D={depth}"
 
 
-def penalty(results: Results, where: Where, ntp: Where | None = None) -> pd.Series:
-  """Returns what an arm costs in next-token loss, a seed: its loss minus NTP's."""
-  return paired(
-    results.measured("main_loss", where), results.measured("main_loss", ntp or NTP)
-  )
+def penalty(
+  results: Results, arm: Where, at: Where | None = None, metric: str = "main_loss"
+) -> pd.Series:
+  """Returns what an arm costs, a seed: its loss minus NTP's, both of trials `at`."""
+  at = at or {}
+  return results.value(metric, arm | at) - results.value(metric, NTP | at)
 
 
 def reported(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -59,6 +58,20 @@ def reported(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
   return rows[rows["setting"] == most].drop(columns="setting")
 
 
+def pairs(
+  ntp: pd.DataFrame, arm: pd.DataFrame, keys: Sequence[str] = (), sign: int = 1
+) -> pd.DataFrame:
+  """Returns one row a pair of trials of one seed: the keys, REPLICATE and `gain`.
+
+  The gain is NTP's `value` minus the arm's, times `sign`; pairs that lack either are
+  left out. A sweep may train the same NTP trial once for each arm: it counts once.
+  """
+  index = [*keys, *REPLICATE]
+  ntp = ntp.drop_duplicates([*index, "value"])
+  gain = sign * (by_key(ntp, index) - by_key(arm, index))
+  return gain.dropna().rename("gain").reset_index()
+
+
 def at_moment(results: Results, metric: str, moment: str, best: str) -> pd.Series:
   """Returns a test score of every trial at its best or its last step, by trial.
 
@@ -66,13 +79,16 @@ def at_moment(results: Results, metric: str, moment: str, best: str) -> pd.Serie
   earliest among equals; the test score is read there. NaN: not measured.
   """
   curves = results.curves.dropna(subset=metric).sort_values("step", kind="stable")
-  split = {name: own for name, own in curves.groupby("split")}
-  if not {"validation", "test"} <= split.keys():
+  validation, test = (
+    curves[curves["split"] == split].reset_index(drop=True)
+    for split in ("validation", "test")
+  )
+  if validation.empty or test.empty:
     return pd.Series(dtype=float)
-  test = split["test"].drop_duplicates(["trial", "step"], keep="last")
   if moment == "last":
     return test.groupby("trial")[metric].last()
-  by_trial = split["validation"].reset_index(drop=True).groupby("trial")[metric]
+  by_trial = validation.groupby("trial")[metric]
   places = by_trial.idxmin() if best == "min" else by_trial.idxmax()
-  steps = split["validation"].reset_index(drop=True).loc[places, ["trial", "step"]]
+  test = test.drop_duplicates(["trial", "step"], keep="last")
+  steps = validation.loc[places, ["trial", "step"]]
   return steps.merge(test, how="left").set_index("trial")[metric]

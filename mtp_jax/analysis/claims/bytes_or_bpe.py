@@ -4,26 +4,22 @@ import functools
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.arms import NTP, parallel
+from mtp_jax.analysis.claims.arms import parallel, penalty
 from mtp_jax.analysis.claims.claim import (
   AYNETDINOV,
+  BITS,
   GLOECKLE,
   NO_FIGURE,
   PAIRED,
   Claim,
   Drawing,
   Experiment,
+  Finding,
+  found,
 )
-from mtp_jax.analysis.claims.pictures import lines
-from mtp_jax.analysis.drawing import (
-  COLOURS,
-  legend_below,
-  panels,
-  series_marker,
-  zero_line,
-)
+from mtp_jax.analysis.claims.pictures import line_picture
+from mtp_jax.analysis.drawing import COLOURS, series_marker
 from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import BITS, Finding, mean_over_seeds, paired
 
 
 def experiment(preset: str) -> Experiment:
@@ -47,41 +43,32 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def bytes_pay_less(results: Results, n: int) -> Finding:
-  """Tests whether n heads cost fewer bits per byte on bytes than on BPE tokens."""
-  bpe, own = (bits_penalty(results, kind, n) for kind in ("bpe", "bytes"))
-  return Finding((mean_over_seeds(bpe - own, "penalty on BPE minus on bytes"),))
-
-
 def bits_penalty(results: Results, tokenizer: str, n: int) -> pd.Series:
   """Returns bits per byte of n heads minus those of NTP, a seed."""
-  where = {"tokenizer.kind": tokenizer}
-  return paired(
-    results.measured("bits_per_byte", where | parallel(n)),
-    results.measured("bits_per_byte", where | NTP),
-  )
+  at = {"tokenizer.kind": tokenizer}
+  return penalty(results, parallel(n), at, "bits_per_byte")
+
+
+def bytes_pay_less(results: Results, n: int) -> Finding:
+  bpe, own = (bits_penalty(results, kind, n) for kind in ("bpe", "bytes"))
+  return found(bpe - own, "penalty on BPE minus on bytes")
 
 
 def draw(results: Results) -> Drawing:
-  """Penalty in bits per byte against n, one line a tokenizer."""
+  """Draws the penalty in bits per byte against n, one line a tokenizer."""
   rows = pd.concat([
     bits_penalty(results, kind, n).rename("value").reset_index().assign(
       predicted=n, tokenizer=kind
     )
     for kind in ("bytes", "bpe") for n in (4, 8)
   ])
-  figure, axes = panels(1, 1, width=5.5)
   styles = {
     ("bytes",): {"color": COLOURS["parallel"], "marker": series_marker(0)},
     ("bpe",): {
       "color": COLOURS["sequential"], "marker": series_marker(1), "linestyle": "--"
     },
   }
-  table = lines(axes[0, 0], rows, "predicted", ["tokenizer"], styles)
-  zero_line(axes[0, 0])
-  axes[0, 0].set(
+  return line_picture(
+    rows, "predicted", ["tokenizer"], styles,
     xlabel="tokens predicted at once, n", ylabel="bits per byte over NTP",
-    xticks=(4, 8),
   )
-  legend_below(figure, axes.flat)
-  return figure, table

@@ -3,21 +3,22 @@
 import functools
 
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mtp_jax.analysis.claims.arms import NTP, parallel, penalty
+from mtp_jax.analysis.claims.arms import parallel, penalty
 from mtp_jax.analysis.claims.claim import (
   GLOECKLE,
+  NATS,
   NO_FIGURE,
   PAIRED,
   Claim,
   Drawing,
   Experiment,
+  Finding,
+  found,
 )
-from mtp_jax.analysis.claims.pictures import lines, with_method
-from mtp_jax.analysis.drawing import legend_below, panels, zero_line
+from mtp_jax.analysis.claims.pictures import line_picture, with_method
+from mtp_jax.analysis.drawing import log_axis
 from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import NATS, Finding, mean_over_seeds, undecided
 
 HELD_OUT = "data.test_fraction"
 
@@ -47,45 +48,25 @@ def experiment(preset: str) -> Experiment:
 
 
 def repetition_shrinks_gain(results: Results, n: int) -> Finding:
-  """Tests whether the gain in loss is smaller where the text is repeated most."""
-  fractions = results.trials[results.key(HELD_OUT)]
-  once, most = (gain(results, n, x) for x in (fractions.min(), fractions.max()))
-  finding = Finding((
-    mean_over_seeds(once - most, "gain at least minus at most epochs"),
-  ))
-  if fractions.nunique() < 2:
-    return undecided(finding, "only one amount of text")
+  most, least = (penalty(results, parallel(n), {HELD_OUT: end}) for end in (max, min))
+  finding = found(most - least, "gain at least minus at most epochs")
+  if results.trials[HELD_OUT].nunique() < 2:
+    return finding.undecided("only one amount of text")
   return finding
 
 
-def gain(results: Results, n: int, fraction: float) -> pd.Series:
-  """Returns the gain of n heads, a seed, with this share of documents held out."""
-  at = {HELD_OUT: fraction}
-  return -penalty(results, parallel(n) | at, NTP | at)
-
-
 def draw(results: Results) -> Drawing:
-  """Gain against the share of documents that is not held out for test."""
+  """Draws the gain against the share of documents that is not held out for test."""
   fractions = results.select({})[results.key(HELD_OUT)].unique()
-  rows = with_method(
-    pd.concat([
-      gain(results, n, fraction).rename("value").reset_index().assign(
-        **parallel(n), fraction=fraction, trained_on=1 - fraction
-      )
-      for n in (2, 4) for fraction in fractions
-    ])
-  )
-  figure, axes = panels(1, 1, width=5.5)
-  ax = axes[0, 0]
-  ax.set_xscale("log")
-  table = lines(ax, rows, "trained_on", ["method"])
-  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-  ax.xaxis.set_minor_locator(NullLocator())
-  zero_line(ax)
-  ax.set(
+  rows = pd.concat([
+    (-penalty(results, parallel(n), {HELD_OUT: fraction})).rename("value")
+    .reset_index().assign(**parallel(n), trained_on=1 - fraction)
+    for n in (2, 4) for fraction in fractions
+  ])
+  figure, table = line_picture(
+    with_method(rows), "trained_on", xscale="log",
     xlabel="share of documents not held out for test",
     ylabel="gain over NTP, nats per token",
   )
-  legend_below(figure, axes.flat)
+  log_axis(figure.axes[0], "{:g}".format)
   return figure, table

@@ -6,36 +6,26 @@ widths, so that an interval is over seeds.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.arms import WIDTH, Where
+from mtp_jax.analysis import drawing, statistics
+from mtp_jax.analysis.claims.arms import WIDTH
 from mtp_jax.analysis.claims.claim import (
   NO_FIGURE,
   OWN,
   PAIRED,
+  TOKENS,
   Claim,
   Drawing,
   Experiment,
-)
-from mtp_jax.analysis.drawing import (
-  COLOURS,
-  error_bars,
-  legend_below,
-  panels,
-  series_marker,
-  zero_line,
-)
-from mtp_jax.analysis.results import REPLICATE, Results
-from mtp_jax.analysis.rules import (
-  TOKENS,
   Finding,
   Margin,
-  by_key,
-  mean_over_seeds,
+  found,
+  over_seeds,
 )
+from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 from mtp_jax.analysis.statistics import interval
 
 _WRITTEN = "data.train_on"
@@ -169,14 +159,9 @@ def measured(
   return by_key(rows, [*REPLICATE, results.key(WIDTH)])
 
 
-def ntp_loss(results: Results) -> pd.Series:
-  """Returns the main loss of NTP: that of any drafter on its frozen trunk."""
-  return measured(results, "main_loss", "medusa")
-
-
-def per_seed(values: pd.Series) -> pd.Series:
-  """Returns the mean over widths of every seed; NaN where a width is missing."""
-  return values.unstack(WIDTH).mean(axis="columns", skipna=False)
+def price(results: Results, arm: str) -> pd.Series:
+  """Returns the main loss minus NTP's, which any drafter on its frozen trunk has."""
+  return measured(results, "main_loss", arm) - measured(results, "main_loss", "medusa")
 
 
 def tokens(results: Results, arm: str, how: str = "sampled") -> pd.Series:
@@ -184,39 +169,38 @@ def tokens(results: Results, arm: str, how: str = "sampled") -> pd.Series:
 
 
 def keeps_of_joint(results: Results) -> Finding:
-  """Tests whether modules on a frozen trunk keep `NEAR` of the tokens of joint ones."""
   ratio = tokens(results, "modules") / tokens(results, "modules, joint")
-  return Finding((
-    mean_over_seeds(per_seed(ratio), "frozen / joint", NEAR, sign=""),
-  ))
+  return found(ratio, "frozen / joint", threshold=NEAR, sign="")
 
 
 def medusa_brings_little(results: Results) -> Finding:
-  """Tests whether Medusa on a frozen trunk stays below `FEW_TOKENS` a round."""
-  own = per_seed(tokens(results, "medusa"))
-  return Finding((mean_over_seeds(own, "tokens per round", FEW_TOKENS, "below", ""),))
+  return found(
+    tokens(results, "medusa"), "tokens per round", threshold=FEW_TOKENS, side="below",
+    sign="",
+  )
 
 
 def brings_more(
   results: Results, more: str, less: str, by: float = 0.0, side: str = "above"
 ) -> Finding:
-  """Tests the difference in sampled tokens per round of two arms against `by`."""
   difference = tokens(results, more) - tokens(results, less)
-  return Finding((
-    mean_over_seeds(per_seed(difference), f"{more} minus {less}", by, side),
-  ))
+  return found(difference, f"{more} minus {less}", threshold=by, side=side)
 
 
 def price_of_joint(results: Results) -> Finding:
-  """Tests the main loss of joint training against NTP's, each arm against its bound."""
-  plain = ntp_loss(results)
   return Finding(tuple(
-    mean_over_seeds(
-      per_seed(measured(results, "main_loss", arm) - plain), arm, bound,
-      "above" if arm.startswith("parallel") else "below",
+    over_seeds(
+      price(results, arm), arm, threshold=bound,
+      side="above" if arm.startswith("parallel") else "below",
     )
     for arm, bound in PRICES.items()
   ))
+
+
+def _by_width(values: pd.Series) -> dict[int, dict[str, float]]:
+  """Returns {width: interval over seeds}."""
+  own = values.dropna()
+  return {width: interval(x) for width, x in own.groupby(level=WIDTH)}
 
 
 def table(results: Results) -> pd.DataFrame:
@@ -226,76 +210,59 @@ def table(results: Results) -> pd.DataFrame:
   their 95 % t interval over seeds; alpha, conditional, and S, survival, by draft.
   """
   rows = []
-  for arm, width in _arms_and_widths(results):
-    def over(metric: str, depth: int = 0, arm=arm, width=width) -> dict[str, Any]:
-      own = measured(results, metric, arm, depth).unstack(WIDTH)[width]
-      return interval(own.dropna().to_numpy())
-
-    trials = results.select(ARMS[arm] | {WIDTH: width})
-    loss = measured(results, "main_loss", arm) - ntp_loss(results)
-    sampled, greedy = (over(f"{x}_tokens_per_round") for x in ("sampled", "decoded"))
-    row = {
-      "drafter": arm, "width": width, "seeds": sampled["n"],
-      "parameters": int(trials[results.key("added_parameters")].iloc[0]),
-      "MFLOPs per token": trials[results.key("flops_per_token")].iloc[0] / 1e6,
-      "tokens per round, sampled": _bracketed(sampled),
-      "greedy": _bracketed(greedy),
+  nothing = interval([])
+  for arm, where in ARMS.items():
+    greedy = _by_width(tokens(results, arm, "decoded"))
+    loss = _by_width(price(results, arm))
+    drafts = {
+      f"{symbol}_{depth}": _by_width(measured(results, f"sampled_{metric}", arm, depth))
+      for symbol, metric in (("alpha", "acceptance"), ("S", "survival"))
+      for depth in (1, 2, 3)
     }
-    for symbol, metric in (("alpha", "acceptance"), ("S", "survival")):
-      for depth in (1, 2, 3):
-        row[f"{symbol}_{depth}"] = over(f"sampled_{metric}", depth)["mean"]
-    own = interval(loss.unstack(WIDTH)[width].dropna().to_numpy())
-    rows.append(row | {"main loss minus NTP's": _bracketed(own, "+")})
+    for width, sampled in _by_width(tokens(results, arm)).items():
+      trials = results.select(where | {WIDTH: width})
+      rows.append({
+        "drafter": arm, "width": width, "seeds": sampled["n"],
+        "parameters": int(trials[results.key("added_parameters")].iloc[0]),
+        "MFLOPs per token": trials[results.key("flops_per_token")].iloc[0] / 1e6,
+        "tokens per round, sampled": _bracketed(sampled),
+        "greedy": _bracketed(greedy.get(width, nothing)),
+        **{name: own.get(width, nothing)["mean"] for name, own in drafts.items()},
+        "main loss minus NTP's": _bracketed(loss.get(width, nothing), "+"),
+      })
   return pd.DataFrame(rows)
+
+
+def _bracketed(over: dict[str, Any], sign: str = "") -> str:
+  return statistics.text(over, sign, 3) if over["n"] else ""
 
 
 def draw(results: Results) -> Drawing:
   """Draws sampled tokens per round and the price in main loss, one line an arm."""
-  shown = {
-    "sampled tokens per round": lambda arm: tokens(results, arm),
-    "main loss minus NTP's, nats": lambda arm: (
-      measured(results, "main_loss", arm) - ntp_loss(results)
-    ),
-  }
-  arms = list(dict.fromkeys(arm for arm, _ in _arms_and_widths(results)))
-  widths = sorted({width for _, width in _arms_and_widths(results)})
-  figure, axes = panels(1, 2, width=9.0, height=0.3 * len(arms) + 1.3, sharey=True)
+  shown = {"sampled tokens per round": tokens, "main loss minus NTP's, nats": price}
+  measured_arms = [arm for arm in ARMS if len(tokens(results, arm).dropna())]
+  widths = sorted(results.select({})[WIDTH].unique())
+  figure, axes = drawing.panels(
+    1, 2, width=9.0, height=0.3 * len(measured_arms) + 1.3, sharey=True
+  )
   numbers = []
   for ax, (title, values) in zip(axes.flat, shown.items(), strict=True):
-    for place, arm in enumerate(arms):
-      by_width = values(arm).unstack(WIDTH)
-      for index, width in enumerate(widths):
-        if width not in by_width:
-          continue
-        over = pd.DataFrame([interval(by_width[width].dropna().to_numpy())])
-        aside = 0.34 * (index - (len(widths) - 1) / 2)
+    for place, arm in enumerate(measured_arms):
+      colour = drawing.COLOURS[ARMS[arm]["mtp.kind"]]
+      for width, over in _by_width(values(results, arm)).items():
+        index = widths.index(width)
+        line = pd.DataFrame([over])
         ax.errorbar(
-          over["mean"], place + aside, xerr=error_bars(over), capsize=2,
-          color=COLOURS[ARMS[arm]["mtp.kind"]], marker=series_marker(index),
-          markerfacecolor="white" if index % 2 else COLOURS[ARMS[arm]["mtp.kind"]],
-          linestyle="none", label=f"width {width}" if place == 0 else None,
+          line["mean"], place + 0.34 * (index - (len(widths) - 1) / 2),
+          xerr=drawing.error_bars(line), capsize=2, color=colour,
+          marker=drawing.series_marker(index), linestyle="none",
+          markerfacecolor="white" if index % 2 else colour,
+          label=f"width {width}" if place == 0 else None,
         )
-        numbers.append({"shown": title, "drafter": arm, "width": width})
-        numbers[-1] |= over.iloc[0].to_dict()
+        numbers.append({"shown": title, "drafter": arm, "width": width} | over)
     ax.set_xlabel(title)
-  axes[0, 0].set_yticks(range(len(arms)), arms)
+  axes[0, 0].set_yticks(range(len(measured_arms)), measured_arms)
   axes[0, 0].invert_yaxis()
-  zero_line(axes[0, 1], "x")
-  legend_below(figure, axes.flat)
+  drawing.zero_line(axes[0, 1], "x")
+  drawing.legend_below(figure, axes.flat)
   return figure, pd.DataFrame(numbers)
-
-
-def _arms_and_widths(results: Results) -> Iterator[tuple[str, int]]:
-  """Yields the arms, and their widths, that were measured."""
-  for arm in ARMS:
-    own = tokens(results, arm).dropna()
-    for width in sorted(own.index.get_level_values(WIDTH).unique()):
-      yield arm, width
-
-
-def _bracketed(over: dict[str, Any], sign: str = "") -> str:
-  if not over["n"]:
-    return ""
-  if over["n"] == 1:
-    return f"{over['mean']:{sign}.3f}"
-  return "{mean:{s}.3f} [{low:{s}.3f}, {high:{s}.3f}]".format(s=sign, **over)

@@ -1,7 +1,6 @@
 """Gains with size on text: the ladder that `launch.report` left."""
 
 import functools
-from collections.abc import Sequence
 
 import pandas as pd
 
@@ -9,24 +8,21 @@ from mtp_jax.analysis import results as results_lib
 from mtp_jax.analysis.claims.claim import (
   DEEPSEEK,
   GLOECKLE,
+  NATS,
+  NATS_PER_DECADE,
   NO_FIGURE,
   TOP,
   Claim,
   Drawing,
   Experiment,
-)
-from mtp_jax.analysis.claims.pictures import lines, with_method
-from mtp_jax.analysis.drawing import legend_below, panels, size_axis, zero_line
-from mtp_jax.analysis.ladders import size_text
-from mtp_jax.analysis.published import published_gains
-from mtp_jax.analysis.results import LadderResults
-from mtp_jax.analysis.rules import (
-  NATS,
-  NATS_PER_DECADE,
   Finding,
   estimate,
-  mean_over_seeds,
+  over_seeds,
 )
+from mtp_jax.analysis.claims.pictures import line_picture, with_method
+from mtp_jax.analysis.ladders import size_text
+from mtp_jax.analysis.published import published_gains
+from mtp_jax.analysis.results import REPLICATE, LadderResults
 from mtp_jax.analysis.runs import RunsError
 
 
@@ -89,19 +85,17 @@ def _pass_rates(n: int) -> str:
 
 
 def heads_cost_loss(results: LadderResults) -> Finding:
-  """Tests whether parallel heads of weight 1 lose to NTP, at every size and depth."""
   return Finding(tuple(
-    mean_over_seeds(gains, f"D={depth}, {size_text(size)}", side="below")
+    over_seeds(gains, f"D={depth}, {size_text(size)}", side="below")
     for depth in (1, 3)
-    for size, gains in _gains(results, "parallel", depth)
+    for size, gains in _gains(results, "parallel", depth).items()
   ))
 
 
 def more_heads_cost_more(results: LadderResults) -> Finding:
-  """Tests whether three extra heads lose more than one, at every size."""
-  three, one = (dict(_gains(results, "parallel", depth)) for depth in (3, 1))
+  three, one = (_gains(results, "parallel", depth) for depth in (3, 1))
   return Finding(tuple(
-    mean_over_seeds(
+    over_seeds(
       three[size] - one[size], f"D=3 minus D=1, {size_text(size)}", side="below"
     )
     for size in sorted(three.keys() & one.keys())
@@ -132,29 +126,21 @@ def pairs_of(results: LadderResults, kind: str, depth: int) -> pd.DataFrame:
   """Returns the gains a seed of methods that more than one size was trained with."""
   methods = _at_equal_tokens(results.slopes, kind, depth)["method"]
   pairs = _at_equal_tokens(results.pairs, kind, depth)
-  return pairs[pairs["method"].isin(methods)]
+  return pairs[pairs["method"].isin(methods)].rename(columns={"data_seed": "data.seed"})
 
 
-def _gains(
-  results: LadderResults, kind: str, depth: int
-) -> Sequence[tuple[float, pd.Series]]:
-  """Returns (size, gain a seed) from the smallest size up."""
-  pairs = pairs_of(results, kind, depth)
-  seed = ["seed", "data_seed"]
-  return [(size, cell.set_index(seed)["gain"]) for size, cell in pairs.groupby("size")]
+def _gains(results: LadderResults, kind: str, depth: int) -> dict[float, pd.Series]:
+  """Returns {size: gain a seed}, the smallest size first."""
+  return {
+    size: cell.set_index(list(REPLICATE))["gain"]
+    for size, cell in pairs_of(results, kind, depth).groupby("size")
+  }
 
 
 def draw(results: LadderResults) -> Drawing:
-  """Gain at equal tokens against size."""
+  """Draws the gain at equal tokens against size."""
   rows = pd.concat([
     pairs_of(results, kind, depth)
     for kind in ("parallel", "sequential") for depth in (1, 3)
   ]).rename(columns={"gain": "value", "kind": "mtp.kind", "depth": "mtp.depth"})
-  rows = with_method(rows)
-  figure, axes = panels(1, 1, width=5.5)
-  table = lines(axes[0, 0], rows, "size", ["method"])
-  size_axis(axes[0, 0], rows["size"])
-  zero_line(axes[0, 0])
-  axes[0, 0].set_ylabel("gain over NTP, nats per token")
-  legend_below(figure, axes.flat)
-  return figure, table
+  return line_picture(with_method(rows), "size", ylabel="gain over NTP, nats per token")

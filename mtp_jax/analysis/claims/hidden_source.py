@@ -2,13 +2,21 @@
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.acceptance import rows_at
-from mtp_jax.analysis.claims.arms import Where, sequential
-from mtp_jax.analysis.claims.claim import OWN, PAIRED, Claim, Drawing, Experiment
+from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims.arms import sequential
+from mtp_jax.analysis.claims.claim import (
+  NATS,
+  OWN,
+  PAIRED,
+  POINTS,
+  Claim,
+  Drawing,
+  Experiment,
+  Finding,
+  found,
+)
 from mtp_jax.analysis.claims.pictures import dots
-from mtp_jax.analysis.drawing import panels, share_axis
-from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import NATS, POINTS, Finding, mean_over_seeds, paired
+from mtp_jax.analysis.results import Results, Where
 
 
 def experiment(preset: str) -> Experiment:
@@ -40,46 +48,45 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def arm(hidden: str = "chained", norm: str = "after", fed: str = "true") -> Where:
-  return sequential(2) | {
-    "mtp.hidden": hidden, "mtp.hidden_norm": norm, "mtp.fed": fed,
+def arm(norm: str = "after", fed: str = "true", **hidden: str) -> Where:
+  return sequential(2) | {"mtp.hidden_norm": norm, "mtp.fed": fed} | {
+    f"mtp.{key}": value for key, value in hidden.items()
   }
 
 
 def chained_accepts_more(results: Results) -> Finding:
-  """Tests whether a chained state drafts the second token better than the trunk's."""
-  difference = paired(*(rows_at(results, arm(x), 2) for x in ("chained", "trunk")))
-  return Finding((mean_over_seeds(difference, "chained minus trunk"),))
+  chained, trunk = (
+    results.value("sampled_acceptance", arm(hidden=hidden), 2)
+    for hidden in ("chained", "trunk")
+  )
+  return found(chained - trunk, "chained minus trunk")
 
 
 def embedding_helps(results: Results) -> Finding:
-  """Tests whether the first draft is worse without the embedding of its token."""
-  difference = paired(*(rows_at(results, arm(fed=x), 1) for x in ("true", "none")))
-  return Finding((mean_over_seeds(difference, "with minus without"),))
+  true, none = (
+    results.value("sampled_acceptance", arm(fed=fed, hidden="chained"), 1)
+    for fed in ("true", "none")
+  )
+  return found(true - none, "with minus without")
 
 
 def norm_does_not_matter(results: Results) -> Finding:
-  """Tests whether the main loss is the same with the state from before the norm."""
   before, after = (
-    pd.concat([
-      results.measured("main_loss", arm(hidden, norm))
-      for hidden in ("chained", "trunk")
-    ])
+    results.value("main_loss", arm(norm), by=["mtp.hidden"])
     for norm in ("before", "after")
   )
-  difference = paired(before, after, ("mtp.hidden",))
-  return Finding((mean_over_seeds(difference, "before minus after", side="within"),))
+  return found(before - after, "before minus after", side="within")
 
 
 def draw(results: Results) -> Drawing:
-  """Acceptance at depths 1 and 2 and the main loss, by what the module is fed."""
+  """Draws acceptance and the main loss by what the module is fed."""
   shown = (
     ("acceptance at depth 1", "sampled_acceptance", 1),
     ("acceptance at depth 2", "sampled_acceptance", 2),
     ("main loss, nats per token", "main_loss", 0),
   )
   keys = [results.key(f"mtp.{key}") for key in ("hidden", "hidden_norm", "fed")]
-  figure, axes = panels(1, len(shown), height=3.8)
+  figure, axes = drawing.panels(1, len(shown), height=3.8)
   tables = []
   for ax, (title, metric, depth) in zip(axes.flat, shown, strict=True):
     rows = results.measured(metric, sequential(2), depth).dropna(subset="value")
@@ -87,6 +94,6 @@ def draw(results: Results) -> Drawing:
     dots(ax, rows)
     ax.set_title(title)
     if depth:
-      share_axis(ax)
+      drawing.share_axis(ax)
     tables.append(rows[["trial", "method", "seed", "value"]].assign(shown=title))
   return figure, pd.concat(tables)

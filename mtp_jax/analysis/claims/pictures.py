@@ -11,7 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
+from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import arms
+from mtp_jax.analysis.claims.claim import Drawing
 from mtp_jax.analysis.drawing import COLOURS, LINES, error_bars, marker
 from mtp_jax.analysis.statistics import interval
 
@@ -35,7 +37,7 @@ def style(row: pd.Series) -> dict[str, Any]:
 
 
 def dots(ax: Axes, rows: pd.DataFrame) -> None:
-  """A dot a seed for each method, beside their mean and interval."""
+  """Draws a dot a seed for each method, beside their mean and interval."""
   methods = list(rows["method"].unique())
   for place, method in enumerate(methods):
     own = rows[rows["method"] == method]
@@ -92,3 +94,26 @@ def lines(
     table.append(line.rename_axis(x).reset_index().assign(**labels))
   ax.autoscale_view()
   return pd.concat(table, ignore_index=True) if table else rows
+
+
+def line_picture(
+  rows: pd.DataFrame, x: str, keys: Sequence[str] = ("method",),
+  styles: dict[tuple, dict[str, Any]] | None = None, is_share: bool = False,
+  **axis: Any,
+) -> Drawing:
+  """Returns one panel of `lines`; shares from 0 to 1, anything else with a line at 0.
+
+  axis: of `Axes.set`. The x axis is logarithmic for sizes, else has a tick a value.
+  """
+  figure, axes = drawing.panels(1, 1, width=5.5)
+  ax = axes[0, 0]
+  ax.set_xscale(axis.pop("xscale", "linear"))
+  table = lines(ax, rows, x, keys, styles)
+  if x == "size":
+    drawing.size_axis(ax, rows[x])
+  elif ax.get_xscale() == "linear":
+    ax.set_xticks(sorted(rows[x].unique()))
+  (drawing.share_axis if is_share else drawing.zero_line)(ax)
+  ax.set(**axis)
+  drawing.legend_below(figure, axes.flat)
+  return figure, table

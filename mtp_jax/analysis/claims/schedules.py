@@ -4,41 +4,31 @@ import functools
 
 import pandas as pd
 
+from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import arms
 from mtp_jax.analysis.claims.claim import (
   AYNETDINOV,
+  NATS,
   NO_FIGURE,
   Claim,
   Drawing,
   Experiment,
-)
-from mtp_jax.analysis.drawing import (
-  COLOURS,
-  error_bars,
-  legend_below,
-  panels,
-  series_marker,
-  zero_line,
-)
-from mtp_jax.analysis.results import REPLICATE, Results
-from mtp_jax.analysis.rules import (
-  NATS,
   Finding,
   Margin,
   Side,
-  by_key,
-  mean_over_seeds,
-  undecided,
+  over_seeds,
 )
+from mtp_jax.analysis.results import Results, Where
 from mtp_jax.analysis.statistics import interval
 
 KEEPS_DRAFTS = 0.9  # Of the tokens per round with a constant lambda.
-SCHEDULES: dict[str, arms.Where] = {
-  "constant": {"mtp.schedule": "constant", "mtp.curriculum": "none"},
-  "piecewise": {"mtp.schedule": "piecewise", "mtp.curriculum": "none"},
-  "anneal": {"mtp.schedule": "anneal", "mtp.curriculum": "none"},
-  "forward": {"mtp.schedule": "constant", "mtp.curriculum": "forward"},
-  "reverse": {"mtp.schedule": "constant", "mtp.curriculum": "reverse"},
+SCHEDULES: dict[str, Where] = {
+  name: {"mtp.schedule": schedule, "mtp.curriculum": curriculum}
+  for name, schedule, curriculum in (
+    ("constant", "constant", "none"), ("piecewise", "piecewise", "none"),
+    ("anneal", "anneal", "none"), ("forward", "constant", "forward"),
+    ("reverse", "constant", "reverse"),
+  )
 }
 
 
@@ -72,66 +62,63 @@ def experiment(preset: str) -> Experiment:
   )
 
 
+def rounds(results: Results, method: Where, arm: str) -> pd.Series:
+  return results.value("sampled_tokens_per_round", method | SCHEDULES[arm])
+
+
 def closes_half_of_penalty(results: Results, arm: str) -> Finding:
-  """Tests whether a schedule leaves less than half of the constant lambda's penalty."""
-  constant = arms.penalty(results, arms.parallel(4) | SCHEDULES["constant"])
-  own = arms.penalty(results, arms.parallel(4) | SCHEDULES[arm])
-  left = mean_over_seeds(
+  constant, own = (
+    arms.penalty(results, arms.parallel(4) | SCHEDULES[x]) for x in ("constant", arm)
+  )
+  left = over_seeds(
     own - constant / 2, f"penalty of {arm} minus half of constant's", side="below"
   )
-  whole = mean_over_seeds(constant)
+  whole = over_seeds(constant)
   if not whole.low > 0:
-    return undecided(Finding((left,)), f"no penalty to close: constant's is {whole}")
+    return Finding((left,)).undecided(f"no penalty to close: constant's is {whole}")
   return Finding((left,), f"penalty of constant {whole}")
 
 
 def forward_keeps_drafts(results: Results) -> Finding:
-  """Tests which curricula keep the tokens per round of a constant lambda."""
-  rounds = {
-    arm: by_key(
-      results.measured("sampled_tokens_per_round", arms.parallel(4) | SCHEDULES[arm]),
-      REPLICATE,
-    )
-    for arm in ("constant", "forward", "anneal", "reverse")
-  }
   sides: dict[str, Side] = {"forward": "above", "anneal": "below", "reverse": "below"}
+  own = functools.partial(rounds, results, arms.parallel(4))
   return Finding(tuple(
-    mean_over_seeds(
-      rounds[arm] / rounds["constant"], f"{arm} / constant", KEEPS_DRAFTS, side, sign=""
+    over_seeds(
+      own(arm) / own("constant"), f"{arm} / constant", threshold=KEEPS_DRAFTS,
+      side=side, sign="",
     )
     for arm, side in sides.items()
   ))
 
 
 def draw(results: Results) -> Drawing:
-  """Penalty against tokens per round, one point a schedule."""
-  figure, axes = panels(1, 1, width=6.5, height=4.2)
+  """Draws the penalty against tokens per round, one point a schedule."""
+  figure, axes = drawing.panels(1, 1, width=6.5, height=4.2)
   ax = axes[0, 0]
   table = []
   for base in (arms.parallel(4), arms.sequential(1)):
-    for index, (arm, where) in enumerate(SCHEDULES.items()):
-      rounds = results.measured("sampled_tokens_per_round", base | where)["value"]
+    for index, arm in enumerate(SCHEDULES):
       over = {
-        "penalty": interval(arms.penalty(results, base | where).dropna()),
-        "rounds": interval(rounds.dropna()),
+        "penalty": interval(arms.penalty(results, base | SCHEDULES[arm]).dropna()),
+        "rounds": interval(rounds(results, base, arm).dropna()),
       }
       if not over["penalty"]["n"] or not over["rounds"]["n"]:
         continue
-      x, y = (pd.DataFrame([over[key]]) for key in ("penalty", "rounds"))
+      x, y = (pd.DataFrame([one]) for one in over.values())
       method = arms.label(base["mtp.kind"], base["mtp.depth"])
       ax.errorbar(
-        x["mean"], y["mean"], xerr=error_bars(x), yerr=error_bars(y), capsize=3,
-        color=COLOURS[base["mtp.kind"]], marker=series_marker(index), markersize=8,
-        markerfacecolor="white", elinewidth=0.7, linestyle="none",
-        label=f"{method}, {arm}",
+        x["mean"], y["mean"], xerr=drawing.error_bars(x), yerr=drawing.error_bars(y),
+        color=drawing.COLOURS[base["mtp.kind"]], marker=drawing.series_marker(index),
+        markersize=8, markerfacecolor="white", elinewidth=0.7, linestyle="none",
+        capsize=3, label=f"{method}, {arm}",
       )
       table.append({"method": method, "arm": arm} | {
         f"{name}_{key}": value
         for name, values in over.items() for key, value in values.items()
       })
-  zero_line(ax, "x")
+  drawing.zero_line(ax, "x")
   ax.set(
     xlabel="next-token loss minus NTP's, nats", ylabel="sampled tokens per round"
   )
-  legend_below(figure, axes.flat)
+  drawing.legend_below(figure, axes.flat)
   return figure, pd.DataFrame(table)

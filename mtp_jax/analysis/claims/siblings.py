@@ -8,25 +8,26 @@ data set (children a parent, training examples, 0 for endless) and seed.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from mtp_jax.analysis import statistics
-from mtp_jax.analysis.claims.arms import at_moment, reported
-from mtp_jax.analysis.claims.claim import OWN, Claim, Drawing, Experiment
-from mtp_jax.analysis.drawing import (
-  error_bars,
-  legend_below,
-  panels,
-  series_style,
-  size_axis,
-  zero_line,
+from mtp_jax.analysis import drawing, statistics
+from mtp_jax.analysis.claims import arms, by_size
+from mtp_jax.analysis.claims.claim import (
+  NATS,
+  OWN,
+  POINTS,
+  Claim,
+  Drawing,
+  Experiment,
+  Finding,
+  Margin,
+  Side,
+  estimate,
 )
-from mtp_jax.analysis.results import REPLICATE, Results
-from mtp_jax.analysis.rules import NATS, POINTS, Finding, Margin, by_key, estimate
+from mtp_jax.analysis.results import Results
 
 CHILDREN, EXAMPLES = "task.siblings.num_children", "task.num_train"
 DATA = [CHILDREN, EXAMPLES]
@@ -43,25 +44,16 @@ class Score:
   margin: Margin
   per_decade: Margin
 
-  @property
-  def sign(self) -> int:
-    """Turns n = 2 minus NTP into a gain."""
-    return -1 if self.best == "min" else 1
-
 
 # The ladder spans about two decades: half a margin a decade is one from end to end.
+_NATS_PER_DECADE = Margin(NATS.value / 2, "nats per decade")
 _POINTS_PER_DECADE = Margin(POINTS.value / 2, "(2.5 points) per decade")
 SCORES = {
-  "loss": Score(
-    "loss", "held-out next-token loss", "min", NATS,
-    Margin(NATS.value / 2, "nats per decade"),
-  ),
+  "loss": Score("loss", "held-out next-token loss", "min", NATS, _NATS_PER_DECADE),
   "coherent": Score(
     "task_accuracy", "coherent answers", "max", POINTS, _POINTS_PER_DECADE
   ),
-  "new": Score(
-    "task_new", "new coherent answers", "max", POINTS, _POINTS_PER_DECADE
-  ),
+  "new": Score("task_new", "new coherent answers", "max", POINTS, _POINTS_PER_DECADE),
 }
 
 
@@ -81,16 +73,16 @@ def _claims() -> Iterator[Claim]:
     "own for each {} data set; seeds resampled within size and data set (BCa), {} 0"
   )
 
-  def own(key, statement, rule, margin, test, **how):
+  def own(key, statement, rule, margin, test, *how):
     return Claim(
-      key, statement, OWN, "nothing", rule, margin, functools.partial(test, **how)
+      key, statement, OWN, "nothing", rule, margin, lambda results: test(results, *how)
     )
 
   for name, score in SCORES.items():
     yield own(
       f"{name}_gains", f"Repeated data: n = 2 gains in {score.words}",
       f"paired gain {at}, averaged over sizes and repeated data sets, above 0",
-      score.margin, gains_on_average, score=name,
+      score.margin, gains_on_average, name,
     )
     for moment, when in (("best", at), ("last", "at the last step")):
       of = "" if moment == "best" else " at the last step"
@@ -98,14 +90,14 @@ def _claims() -> Iterator[Claim]:
         f"{name}_grows{'' if moment == 'best' else '_last'}",
         f"Repeated data: the gain in {score.words}{of} grows with size",
         grow.format(score.words, when, "repeated", "above"),
-        score.per_decade, grows, score=name, moment=moment,
+        score.per_decade, changes_with_size, name, moment,
       )
   loss = SCORES["loss"]
   yield own(
     "loss_shrinks_endless",
     f"Endless data: the gain in {loss.words} shrinks with size",
-    grow.format(loss.words, at, "endless", "below"), loss.per_decade, grows,
-    score="loss", is_endless=True, side="below",
+    grow.format(loss.words, at, "endless", "below"), loss.per_decade,
+    changes_with_size, "loss", "best", True, "below",
   )
   yield own(
     "regimes_part", "The gain grows faster with size on repeated data than on endless",
@@ -123,89 +115,53 @@ def _claims() -> Iterator[Claim]:
 
 
 def gains(
-  results: Results, score: str, moment: str = "best", depth: int = 1
+  results: Results, score: str, moment: str = "best", weight: float = WEIGHT
 ) -> pd.DataFrame:
-  """Returns the paired gains: columns DATA, size, mtp.weight, seed and gain."""
-  keys = [results.key(key) for key in DATA]
+  """Returns the paired gains: columns DATA, size, REPLICATE and gain."""
   own = SCORES[score]
-  arm = [*keys, "size", "mtp.depth", results.key("mtp.weight")]
+  data = [results.key(key) for key in DATA]
   rows = results.select({})
-  # The weight of no extra loss has no effect.
-  rows = rows.assign(**{"mtp.weight": rows["mtp.weight"].where(rows["mtp.depth"] > 0)})
-  rows = reported(rows[rows["mtp.depth"].isin([0, depth])], arm)
   rows = rows.assign(
-    value=rows["trial"].map(at_moment(results, own.column, moment, own.best))
-  ).dropna(subset="value")
-  pair = [*keys, "size", *REPLICATE]
-  is_ntp = rows["mtp.depth"] == 0
-  # A sweep over weights may train the same NTP trial once for each.
-  ntp = by_key(rows[is_ntp].drop_duplicates([*pair, "value"]), pair).rename("ntp")
-  pairs = by_key(rows[~is_ntp], [*pair, "mtp.weight"]).reset_index()
-  pairs = pairs.join(ntp, on=pair, how="inner")
-  return pairs.assign(gain=own.sign * (pairs["value"] - pairs["ntp"]))
+    value=rows["trial"].map(arms.at_moment(results, own.column, moment, own.best))
+  )
+  ntp, two = rows[rows["mtp.depth"] == 0], rows[rows["mtp.depth"] == 1]
+  two = two[two[results.key("mtp.weight")] == weight]
+  cell = [*data, "size"]
+  ntp, two = (arms.reported(x, cell).dropna(subset="value") for x in (ntp, two))
+  return arms.pairs(ntp, two, cell, 1 if own.best == "min" else -1)
 
 
-def repeated(pairs: pd.DataFrame, is_endless: bool = False) -> pd.DataFrame:
-  """Returns the gains of the claims: of one weight, on repeated or on endless data."""
-  is_own = pairs["mtp.weight"] == WEIGHT
-  return pairs[is_own & ((pairs[EXAMPLES] == 0) == is_endless)]
-
-
-def _cells(pairs: pd.DataFrame) -> tuple[pd.DataFrame, list[np.ndarray]]:
-  """Returns one row a cell (DATA, size) and the gains of its seeds."""
-  groups = list(pairs.groupby([*DATA, "size"]))
-  index = pd.DataFrame([key for key, _ in groups], columns=[*DATA, "size"])
-  return index, [own["gain"].to_numpy() for _, own in groups]
+def of(pairs: pd.DataFrame, is_endless: bool = False) -> pd.DataFrame:
+  """Returns the gains on repeated or on endless data."""
+  return pairs[(pairs[EXAMPLES] == 0) == is_endless]
 
 
 def gains_on_average(results: Results, score: str) -> Finding:
   """Tests the gain averaged over the cells of repeated data."""
-  index, cells = _cells(repeated(gains(results, score)))
-  if not cells:
-    return Finding(())
-  weights = np.full(len(cells), 1 / len(cells))
-  over = statistics.contrast(cells, weights)
-  return Finding((estimate(over, "mean gain"),), _precision(index, cells))
+  pairs = of(gains(results, score))
+  note = by_size.precision(pairs, DATA) if len(pairs) else ""
+  return by_size.average(pairs, "mean gain", note, DATA)
 
 
-def _slope(pairs: pd.DataFrame) -> dict[str, float] | None:
-  """Returns the common slope over data sets that have two sizes, or None."""
-  sizes = pairs.groupby(DATA)["size"].transform("nunique")
-  index, cells = _cells(pairs[sizes > 1])
-  return statistics.contrast(cells, _slope_weights(index, cells)) if cells else None
-
-
-def _slope_weights(index: pd.DataFrame, cells: list[np.ndarray]) -> np.ndarray:
-  levels = pd.get_dummies(index[DATA].astype(str).agg(" ".join, axis=1), dtype=float)
-  design = np.column_stack([np.log10(index["size"].astype(float)), levels])
-  return statistics.least_squares(design, cells)[0]
-
-
-def grows(
+def changes_with_size(
   results: Results, score: str, moment: str = "best", is_endless: bool = False,
-  side: str = "above",
+  side: Side = "above",
 ) -> Finding:
   """Tests the slope of the gain with size at fixed data."""
-  pairs = repeated(gains(results, score, moment), is_endless)
-  over = _slope(pairs)
+  pairs = of(gains(results, score, moment), is_endless)
+  over = by_size.slope(pairs, DATA)
   if over is None:
-    return Finding(())
-  return Finding(
-    (estimate(over, "per decade", side=side),), _precision(*_cells(pairs))
-  )
+    return Finding()
+  note = by_size.precision(pairs, DATA)
+  return Finding((estimate(over, "per decade", side=side),), note)
 
 
 def regimes_part(results: Results) -> Finding:
   """Tests whether the slope on repeated data is larger than on endless data."""
   pairs = gains(results, "loss")
-  parts = []
-  for is_endless in (False, True):
-    own = repeated(pairs, is_endless)
-    own = own[own.groupby(DATA)["size"].transform("nunique") > 1]
-    index, cells = _cells(own)
-    if not cells:
-      return Finding(())
-    parts.append((cells, _slope_weights(index, cells)))
+  parts = [by_size.slope_cells(of(pairs, is_endless), DATA) for is_endless in (0, 1)]
+  if None in parts:
+    return Finding()
   (cells, weights), (others, minus) = parts
   over = statistics.contrast(cells + others, np.concatenate([weights, -minus]))
   return Finding((estimate(over, "difference per decade"),))
@@ -213,33 +169,23 @@ def regimes_part(results: Results) -> Finding:
 
 def capacity_over_data(results: Results) -> Finding:
   """Tests the linear model of the gain on log size and log data."""
-  index, cells = _cells(repeated(gains(results, "loss")))
-  if not cells or index["size"].nunique() < 2 or index[EXAMPLES].nunique() < 2:
-    return Finding(())
-  size, data = (
-    np.log10(index[key].astype(float)) - np.log10(index[key].astype(float)).mean()
-    for key in ("size", EXAMPLES)
-  )
+  index, cells = by_size.cells(of(gains(results, "loss")), DATA)
+  if index["size"].nunique() < 2 or index[EXAMPLES].nunique() < 2:
+    return Finding()
+  logs = np.log10(index[["size", EXAMPLES]].astype(float))
+  size, data = (logs - logs.mean()).to_numpy().T
   levels = pd.get_dummies(index[CHILDREN], dtype=float)
   design = np.column_stack([size, -data, -size * data, levels])
+  # Cells that are still missing may leave the coefficients without a solution.
+  if np.linalg.matrix_rank(design) < design.shape[1]:
+    return Finding()
   weights = statistics.least_squares(design, cells)
   over = [statistics.contrast(cells, weights[i]) for i in range(3)]
   apart = statistics.contrast(cells, weights[0] - weights[1])
   return Finding(
-    (
-      estimate(over[0], "log10 parameters"), estimate(over[1], "minus log10 examples"),
-    ),
+    (estimate(over[0], "log10 parameters"), estimate(over[1], "minus log10 examples")),
     f"their product {estimate(over[2])}; the first minus the second {estimate(apart)}",
   )
-
-
-def _precision(index: pd.DataFrame, cells: list[np.ndarray]) -> str:
-  """How many seeds there are and the spread of a gain between them."""
-  counts = [len(x) for x in cells]
-  spread = [x.std(ddof=1) for x in cells if len(x) > 1]
-  seeds = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else f"{counts[0]}"
-  words = f"{index['size'].nunique()} sizes, {len(cells)} cells of {seeds} seeds"
-  return f"{words}, sd of a gain {np.median(spread):.4f}" if spread else words
 
 
 def table(results: Results) -> pd.DataFrame:
@@ -247,59 +193,44 @@ def table(results: Results) -> pd.DataFrame:
 
   Rows whose size is empty are slopes per decade at that data set.
   """
-  rows = []
-  for name, moment in ((x, m) for x in SCORES for m in ("best", "last")):
-    score = SCORES[name]
-    pairs = gains(results, name, moment)
-    for (children, examples, weight), own in pairs.groupby([*DATA, "mtp.weight"]):
-      key = {
-        "score": name, "step": moment, "children": children,
-        "examples": examples or "endless", "weight": weight,
-      }
-      for size, cell in own.groupby("size"):
-        over = statistics.interval(cell["gain"].to_numpy())
-        rows.append(_row(key | {"size": size}, over, score.margin))
-      over = _slope(own)
-      if over:
-        rows.append(_row(key | {"size": ""}, over, score.per_decade))
-  return pd.DataFrame(rows)
-
-
-def _row(key: dict, over: dict[str, float], margin: Margin) -> dict:
-  finding = Finding((estimate(over),)).at(margin)
-  seeds = {"seeds": over["n"]} | {k: over[k] for k in ("mean", "low", "high")}
-  return key | seeds | {"margin": margin.value, "verdict": finding.verdict}
+  extra = results.select({"mtp.depth": 1})["mtp.weight"]
+  return pd.DataFrame([
+    row
+    for name, score in SCORES.items() for moment in ("best", "last")
+    for weight in sorted(extra.unique())
+    for (children, examples), own in gains(results, name, moment, weight).groupby(DATA)
+    for row in by_size.rows(
+      own,
+      {"score": name, "step": moment, "children": children,
+       "examples": examples or "endless", "weight": weight},
+      score.margin, score.per_decade,
+    )
+  ])
 
 
 def draw(results: Results) -> Drawing:
-  """Gain of each score against size at the best step, one line a data set."""
-  figure, axes = panels(1, len(SCORES), width=10.0, height=4.2)
-  tables = []
-  for ax, (name, score) in zip(axes.flat, SCORES.items(), strict=True):
-    pairs = gains(results, name)
-    pairs = pairs[pairs["mtp.weight"] == WEIGHT]
-    tables.append(draw_gains(ax, pairs).assign(score=name))
-    ax.set_ylabel(f"gain of n = 2 in {score.words}")
-    zero_line(ax)
-  legend_below(figure, axes.flat)
+  """Draws the gain of each score against size at the best step, a line a data set."""
+  figure, axes = drawing.panels(1, len(SCORES), width=10.0, height=4.2)
+  tables = [
+    by_size.draw(
+      ax, *series(results, name), f"gain of n = 2 in {score.words}"
+    ).assign(score=name)
+    for ax, (name, score) in zip(axes.flat, SCORES.items(), strict=True)
+  ]
+  drawing.legend_below(figure, axes.flat)
   return figure, pd.concat(tables, ignore_index=True)
 
 
-def draw_gains(ax, pairs: pd.DataFrame) -> pd.DataFrame:
-  """Draws mean gain and interval against size; returns the numbers drawn."""
-  drawn = []
-  groups = list(pairs.groupby(DATA))
-  for index, ((children, examples), own) in enumerate(groups):
-    line = pd.DataFrame(
-      [{"size": s} | statistics.interval(c["gain"]) for s, c in own.groupby("size")]
-    )
-    amount = f"{examples:,} examples" if examples else "endless"
-    ax.errorbar(
-      line["size"] * 1.03 ** (index - (len(groups) - 1) / 2), line["mean"],
-      yerr=error_bars(line), capsize=3, label=f"{children} children, {amount}",
-      **series_style(index, is_hollow=not examples),
-    )
-    drawn.append(line.assign(children=children, examples=examples))
-  if len(pairs):
-    size_axis(ax, pairs["size"])
-  return pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame()
+def series(results: Results, score: str = "loss") -> by_size.Series:
+  """Returns the gains with the line that shows each, and the look of the lines."""
+  pairs = gains(results, score)
+  data = list(pairs[DATA].itertuples(index=False, name=None))
+  names = {
+    own: f"{own[0]} children, {f'{own[1]:,} examples' if own[1] else 'endless'}"
+    for own in sorted(set(data))
+  }
+  styles = {
+    name: drawing.series_style(index, is_hollow=not own[1])
+    for index, (own, name) in enumerate(names.items())
+  }
+  return pairs.assign(series=[names[own] for own in data]), styles

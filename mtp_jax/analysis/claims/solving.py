@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.arms import Where
-from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import Finding, mean_over_seeds, paired
+from mtp_jax.analysis.claims import arms
+from mtp_jax.analysis.claims.claim import Finding, found
+from mtp_jax.analysis.results import REPLICATE, Results, Where
 from mtp_jax.analysis.statistics import restricted_log_time, share_difference
 
 SOLVED = 0.95  # Of validation answers, twice running.
@@ -22,10 +22,10 @@ def solve_times(results: Results, where: Where) -> pd.DataFrame:
   stop the first of two validation records in a row that pass counts.
   """
   rows = results.select(where)
-  curves = results.curves[results.curves["split"] == "validation"]
   if "stopped_tokens" in rows and results.trials["stopped_tokens"].notna().any():
     reached = rows.set_index("trial")["stopped_tokens"]
   else:
+    curves = results.curves[results.curves["split"] == "validation"]
     curves = curves.dropna(subset="task_accuracy").sort_values(["trial", "step"])
     passes = curves["task_accuracy"] >= SOLVED
     again = passes.groupby(curves["trial"]).shift(-1, fill_value=False)
@@ -34,19 +34,18 @@ def solve_times(results: Results, where: Where) -> pd.DataFrame:
   return rows.assign(tokens_to=at.fillna(rows["tokens"]), solved=at.notna())
 
 
-def gain_in_log_time(ntp: pd.DataFrame, arm: pd.DataFrame) -> pd.Series:
-  """Returns NTP's minus the arm's restricted ln(tokens), one value a seed.
+def gains(ntp: pd.DataFrame, arm: pd.DataFrame) -> pd.DataFrame:
+  """Returns NTP's minus the arm's restricted ln(tokens), one row a pair of a seed.
 
   The horizon is the same for both: the earliest end of a trial that did not solve.
   """
   both = pd.concat([ntp, arm])
   ended = both.loc[~both["solved"], "tokens_to"]
   horizon = ended.min() if len(ended) else both["tokens_to"].max()
-  first, second = (
+  return arms.pairs(*(
     rows.assign(value=restricted_log_time(rows["tokens_to"], horizon, rows["solved"]))
     for rows in (ntp, arm)
-  )
-  return paired(first, second)
+  ))
 
 
 def shares(ntp: pd.DataFrame, arm: pd.DataFrame) -> str:
@@ -63,5 +62,5 @@ def shares(ntp: pd.DataFrame, arm: pd.DataFrame) -> str:
 def sooner(results: Results, where: Where, ntp: Where) -> Finding:
   """Tests whether an arm needs fewer tokens than NTP to solve the task."""
   own, plain = solve_times(results, where), solve_times(results, ntp)
-  gain = gain_in_log_time(plain, own)
-  return Finding((mean_over_seeds(gain, "ln(tokens) saved"),), shares(plain, own))
+  gain = gains(plain, own).set_index(list(REPLICATE))["gain"]
+  return found(gain, "ln(tokens) saved", shares(plain, own))

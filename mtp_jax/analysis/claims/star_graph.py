@@ -6,22 +6,26 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
+from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import arms, solving
-from mtp_jax.analysis.claims.claim import NO_FIGURE, TOP, Claim, Drawing, Experiment
-from mtp_jax.analysis.claims.pictures import DASHED, dots, style, with_method
-from mtp_jax.analysis.drawing import LINES, legend_below, panels, share_axis
-from mtp_jax.analysis.published import STAR_GRAPHS
-from mtp_jax.analysis.results import REPLICATE, Results
-from mtp_jax.analysis.rules import (
+from mtp_jax.analysis.claims.claim import (
   FACTOR,
+  NO_FIGURE,
   OPPOSITE,
   POINTS,
   SUPPORTED,
+  TOP,
   UNDECIDED,
+  Claim,
+  Drawing,
+  Experiment,
   Finding,
-  by_key,
   share,
 )
+from mtp_jax.analysis.claims.pictures import DASHED, dots, style, with_method
+from mtp_jax.analysis.drawing import LINES
+from mtp_jax.analysis.published import STAR_GRAPHS
+from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
 EASIER = "cpu_8_labels"  # NTP and n = 2 alone.
 SOLVED = solving.SOLVED
@@ -101,7 +105,7 @@ def is_at_chance(rows: pd.DataFrame) -> pd.Series:
   return (rows["value"] - 1 / rows["task.star_graph.arms"]).abs() <= AT_CHANCE
 
 
-def accuracy(results: Results, where: arms.Where) -> pd.DataFrame:
+def accuracy(results: Results, where: Where) -> pd.DataFrame:
   """Returns the accuracy of trials whose modules are fed as in DeepSeek-V3."""
   for key in ("arms", "length", "reversed"):
     results.key(f"task.star_graph.{key}")
@@ -112,7 +116,7 @@ def accuracy(results: Results, where: arms.Where) -> pd.DataFrame:
 
 def share_of_seeds(
   results: Results,
-  where: arms.Where,
+  where: Where,
   outcome: Callable[[pd.DataFrame], pd.Series],
 ) -> Finding:
   """Tests whether most seeds end so, on one graph."""
@@ -121,7 +125,7 @@ def share_of_seeds(
   return Finding((share(outcome(rows)),))
 
 
-def every_seed_solves(results: Results, where: arms.Where) -> Finding:
+def every_seed_solves(results: Results, where: Where) -> Finding:
   """Tests a control of few seeds: all of them, none of them, or undecided."""
   finding = share_of_seeds(results, where, is_solved)
   verdicts = {1.0: SUPPORTED, 0.0: OPPOSITE}
@@ -134,7 +138,7 @@ def draw(results: Results) -> Drawing:
   final = with_method(accuracy(results, {}))
   final["method"] += np.where(final["task.star_graph.reversed"], " reversed", "")
   graphs = list(final.groupby(["task.star_graph.arms", "task.star_graph.length"]))
-  figure, axes = panels(2, len(graphs), height=6.0, sharey=True)
+  figure, axes = drawing.panels(2, len(graphs), height=6.0, sharey=True)
   validation = results.curves[results.curves["split"] == "validation"]
   tables = []
   for (graph, rows), (above, below) in zip(graphs, axes.T, strict=True):
@@ -144,7 +148,7 @@ def draw(results: Results) -> Drawing:
     dots(above, rows)
     for ax in (above, below):
       ax.axhline(1 / graph[0], **DASHED)
-      share_axis(ax)
+      drawing.share_axis(ax)
     for trial, curve in curves.groupby("trial", sort=False):
       method, depth = curve["method"].iloc[0], curve["mtp.depth"].iloc[0]
       below.plot(
@@ -166,5 +170,5 @@ def draw(results: Results) -> Drawing:
     )
   for ax in axes[:, 0]:
     ax.set_ylabel("exact paths")
-  legend_below(figure, axes[1])
+  drawing.legend_below(figure, axes[1])
   return figure, pd.concat(tables, ignore_index=True)

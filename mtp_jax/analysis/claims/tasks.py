@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from mtp_jax.analysis.claims.arms import NTP, WIDTH, Where, parallel
+from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims.arms import NTP, WIDTH, parallel
 from mtp_jax.analysis.claims.claim import (
   GLOECKLE,
   NO_FIGURE,
   PAIRED,
+  POINTS,
   Claim,
   Drawing,
   Experiment,
+  Finding,
+  found,
 )
-from mtp_jax.analysis.claims.pictures import dots, lines, with_method
-from mtp_jax.analysis.drawing import legend_below, panels, share_axis
-from mtp_jax.analysis.results import Results
-from mtp_jax.analysis.rules import POINTS, Finding, mean_over_seeds, paired, undecided
+from mtp_jax.analysis.claims.pictures import dots, line_picture, with_method
+from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
 # Why the runs of a preset that are kept here cannot test their claims.
 _NOT_TESTED = {
@@ -138,42 +140,45 @@ def operator_rows(results: Results, where: Where) -> pd.DataFrame:
   return results.select(where).merge(groups.rename(columns={"mean": "value"}))
 
 
+Rows = Callable[[Results, Where], pd.DataFrame]
+
+
+def _gain(
+  results: Results, n: int, at: Where | None = None, rows: Rows = task_rows
+) -> pd.Series:
+  """Returns the accuracy of n heads minus NTP's, a seed."""
+  own, ntp = (
+    by_key(rows(results, arm | (at or {})), REPLICATE) for arm in (parallel(n), NTP)
+  )
+  return own - ntp
+
+
 def gains_on_task(
-  results: Results,
-  floor: float,
-  n: int | None = None,
-  rows: Callable[[Results, Where], pd.DataFrame] = task_rows,
+  results: Results, floor: float, n: int | None = None, rows: Rows = task_rows
 ) -> Finding:
   """Tests whether parallel heads answer more than NTP; n None: the most heads."""
   heads = results.select({"mtp.kind": "parallel"})["mtp.depth"]
   n = n or int(heads.max() + 1 if len(heads) else 2)
-  difference = paired(rows(results, parallel(n)), rows(results, NTP))
-  finding = Finding((mean_over_seeds(difference, f"n={n} minus NTP"),))
+  finding = found(_gain(results, n, rows=rows), f"n={n} minus NTP")
   return _unless_nothing_was_learnt(finding, rows(results, {}), floor)
 
 
 def induction_gain(results: Results, floor: float) -> Finding:
   """Tests whether n = 2 is better than NTP at the smallest width."""
-  small = results.trials[results.key(WIDTH)].min()
-  gain = _gain_at(results, small)
-  finding = Finding((mean_over_seeds(gain, f"width {small}, n=2 minus NTP"),))
-  return _unless_nothing_was_learnt(finding, task_rows(results, {WIDTH: small}), floor)
+  small = {WIDTH: results.trials[results.key(WIDTH)].min()}
+  finding = found(_gain(results, 2, small), f"width {small[WIDTH]}, n=2 minus NTP")
+  return _unless_nothing_was_learnt(finding, task_rows(results, small), floor)
 
 
 def induction_gain_shrinks(results: Results, floor: float) -> Finding:
   """Tests whether that gain is smaller at the largest width."""
   widths = results.trials[results.key(WIDTH)]
   small, large = widths.min(), widths.max()
-  change = _gain_at(results, small) - _gain_at(results, large)
-  finding = Finding((mean_over_seeds(change, f"gain at {small} minus at {large}"),))
+  change = _gain(results, 2, {WIDTH: small}) - _gain(results, 2, {WIDTH: large})
+  finding = found(change, f"gain at {small} minus at {large}")
   if small == large:
-    return undecided(finding, "only one width")
+    return finding.undecided("only one width")
   return _unless_nothing_was_learnt(finding, task_rows(results, {}), floor)
-
-
-def _gain_at(results: Results, width: int) -> pd.Series:
-  at = {WIDTH: width}
-  return paired(task_rows(results, parallel(2) | at), task_rows(results, NTP | at))
 
 
 def _unless_nothing_was_learnt(
@@ -183,43 +188,35 @@ def _unless_nothing_was_learnt(
   means = rows.dropna(subset="value").groupby(["mtp.kind", "mtp.depth"])["value"].mean()
   if len(means) and means.max() < floor:
     best = f"the best mean accuracy is {means.max():.3f}, below {floor:g}"
-    return undecided(finding, f"no arm has learnt the task: {best}")
+    return finding.undecided(f"no arm has learnt the task: {best}")
   return finding
 
 
 def draw_accuracy(results: Results) -> Drawing:
-  """Accuracy of each seed by method."""
+  """Draws the accuracy of each seed by method."""
   rows = with_method(task_rows(results, {}).dropna(subset="value"))
-  figure, axes = panels(1, 1, width=5.5)
+  figure, axes = drawing.panels(1, 1, width=5.5)
   dots(axes[0, 0], rows)
   axes[0, 0].set_ylabel("task accuracy")
-  share_axis(axes[0, 0])
+  drawing.share_axis(axes[0, 0])
   return figure, rows[["trial", "method", "seed", "value"]]
 
 
 def draw_polynomial(results: Results) -> Drawing:
-  """Accuracy by number of operations."""
+  """Draws the accuracy by number of operations, and how many were trained on."""
   rows = with_method(operator_rows(results, {}))
-  figure, axes = panels(1, 1, width=5.5)
-  ax = axes[0, 0]
-  table = lines(ax, rows, "operators", ["method"])
-  ax.axvline(
-    rows["task.polynomial.max_operators"].max() + 0.5, color="#777777", linestyle=":"
+  figure, table = line_picture(
+    rows, "operators", is_share=True, xlabel="operations in the expression",
+    ylabel="accuracy",
   )
-  ax.set(xlabel="operations in the expression", ylabel="accuracy")
-  ax.set_xticks(sorted(rows["operators"].unique()))
-  share_axis(ax)
-  legend_below(figure, axes.flat)
+  most = rows["task.polynomial.max_operators"].max()
+  figure.axes[0].axvline(most + 0.5, color="#777777", linestyle=":")
   return figure, table
 
 
 def draw_induction(results: Results) -> Drawing:
-  """Accuracy against width."""
+  """Draws the accuracy against width."""
   rows = with_method(task_rows(results, {}))
-  figure, axes = panels(1, 1, width=5.5)
-  table = lines(axes[0, 0], rows, WIDTH, ["method"])
-  axes[0, 0].set(xlabel="width", ylabel="task accuracy")
-  axes[0, 0].set_xticks(sorted(rows[WIDTH].unique()))
-  share_axis(axes[0, 0])
-  legend_below(figure, axes.flat)
-  return figure, table
+  return line_picture(
+    rows, WIDTH, is_share=True, xlabel="width", ylabel="task accuracy"
+  )
