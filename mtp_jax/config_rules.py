@@ -271,8 +271,8 @@ def _check_data(rule: _Rules) -> None:
   )
   readers = {limits.split: f"the evaluation reads it (eval.split {limits.split!r})"}
   if rule.config.train.eval_test:
-    both = dict.fromkeys(("validation", "test"), "validations read it (train.eval_test)")
-    readers = both | readers
+    reader = "validations read it (train.eval_test)"
+    readers = {"validation": reader, "test": reader} | readers
   for split, reader in readers.items():
     key = f"data.{split}_fraction"
     rule(values[key] > 0, key, f"positive: {reader}")

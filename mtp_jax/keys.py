@@ -2,7 +2,7 @@
 
   depth: int = key(0, "D extra tokens", ARCH, at_least(0))
 
-declares a field of a section of `mtp_jax/config.py`. All that treats keys differently
+declares a field of a section of a config. All that treats keys differently
 is derived from these lines: which values are refused, what a run may change when it
 resumes, what compiled programs depend on, and which trials an analysis compares.
 """
@@ -108,7 +108,8 @@ def key(
   role = Role(0)
   for fact in facts:
     role |= fact if isinstance(fact, Role) else Role(0)
-  found = Key(default, meaning, ranges, role, most, by, when, then or {}, when_given or {})
+  effect = when, then or {}, when_given or {}
+  found = Key(default, meaning, ranges, role, most, by, *effect)
   return dataclasses.field(metadata={"key": found})
 
 

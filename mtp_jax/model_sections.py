@@ -241,7 +241,7 @@ class MtpConfig:
   )
   norm: Literal["trunk", "rms"] = key(
     "trunk", "kind of a module's norms, but for its block", ARCH,
-    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP,
+    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP | {"trunk.kind": ("gpt2",)},
   )
   unembed: Literal["shared", "own"] = key(
     "shared", "output matrix of the extra depths", ARCH, when=_OWN

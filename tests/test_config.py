@@ -163,6 +163,7 @@ TASK = {
   "data.source": "siblings", "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
   "task.num_train": 10, "train.evals_per_doubling": 2, "train.stop_value": 0.95,
 }
+QUIET = TASK | {"train.stop_value": 0.0}  # Nothing ends training.
 RULES = {
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -618,8 +619,8 @@ IGNORED = {
   "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
   "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
   "train.eval_test": (True, {}),
-  "data.validation_fraction": (0.1, TASK),
-  "data.test_fraction": (0.1, TASK | {"data.source": "induction"}),
+  "data.validation_fraction": (0.1, QUIET),
+  "data.test_fraction": (0.1, QUIET | {"data.source": "induction"}),
   "mtp.schedule_fraction": (
     0.5, {"mtp.kind": "linear", "mtp.depth": 1, "mtp.schedule": "linear"}
   ),
@@ -650,7 +651,7 @@ IGNORED_IF_GIVEN = {
     "mtp.weighting", "sum", {"mtp.kind": "linear", "mtp.depth": 1}
   ),
   "scored depths without depths": (
-    "mtp.score_from", "answer", TASK | {"train.stop_value": 0.0}
+    "mtp.score_from", "answer", QUIET
   ),
   "diagnostics without depths": ("train.diagnostics_every", 50, {}),
   "middles without depths": ("eval.middle_prompts", 4, {}),
@@ -660,6 +661,9 @@ IGNORED_IF_GIVEN = {
   "schedule of longer NTP": ("mtp.schedule", "anneal", FLOPS),
   "curriculum of longer NTP": ("mtp.curriculum", "forward", FLOPS),
   "hidden of longer NTP": ("mtp.hidden", "trunk", FLOPS),
+  "norm of a trunk that has it": (
+    "mtp.norm", "rms", {"mtp.kind": "sequential", "mtp.depth": 2}
+  ),
   "norm of longer NTP": ("mtp.norm", "rms", FLOPS),
   "output norm of longer NTP": ("mtp.out_norm", "none", FLOPS),
   "feature weight of longer NTP": ("mtp.feature_weight", 0.1, FLOPS),
@@ -668,8 +672,8 @@ IGNORED_IF_GIVEN = {
   "length of no completion": ("eval.max_new_tokens", 9, NO_PROMPTS),
   "drafts of no completion": ("eval.num_drafts", 1, NO_PROMPTS),
   "drafts of no answer": (
-    "eval.num_drafts", 1, TASK | FLOPS | {"mtp.arm": "added", "eval.task_examples": 0}
-    | {"train.stop_value": 0.0},
+    "eval.num_drafts", 1,
+    QUIET | FLOPS | {"mtp.arm": "added", "eval.task_examples": 0},
   ),
 }
 
@@ -719,7 +723,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
   if key == "mtp.draft_vocab":
     others = {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own"}
   if key == "eval.task_examples" or key == "task.num_train":
-    others = TASK | {"train.stop_value": 0.0}
+    others = QUIET
   config = make(**others | {key: 2_000_000_000})
   if key in UNBOUNDED:
     config_rules.validate(config, 1, "cpu")
