@@ -32,8 +32,8 @@ from launch import cli, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
 from launch.progress import Progress
+from launch.states import Trial
 from launch.tables import markdown
-from launch.trials import Trial
 from mtp_jax import accounting, environment
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate

@@ -34,10 +34,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch import cli, engines, trials
-from launch.engines import Engine, kubernetes, options, printed, results, slurm, states
-from launch.engines.local import MOST_PACKED, Local
-from launch.trials import Trial
+from launch import cli, jobs, results_csv, state_table, states, trials
+from launch.engines import kubernetes, printed, slurm
+from launch.engines.engine import Engine
+from launch.engines.local import Local
+from launch.engines.order import MOST_PACKED
+from launch.states import Choice, Trial
 from mtp_jax.config import ConfigError
 
 cli.define_config()
@@ -54,7 +56,7 @@ _ONLY = flags.DEFINE_string(
   "train only the trials whose name has these parts, each a shell pattern, separated "
   "by commas: kind=sequential,seed=*",
 )
-_ON = flags.DEFINE_enum("on", "local", engines.NAMES, "who trains")
+_ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "who trains")
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
   1,
@@ -100,9 +102,51 @@ _CANCEL = flags.DEFINE_bool(
 _SUBMIT = flags.DEFINE_bool(
   "submit", False, "kubernetes: apply the manifests through kubectl"
 )
-_SLURM = options.define("slurm", slurm.Options)
-_KUBERNETES = options.define("kubernetes", kubernetes.Options)
-_PRINT = options.define("print", printed.Options)
+_SLURM = flags.DEFINE_multi_string(
+  "slurm", [],
+  "options of sbatch, KEY=VALUE separated by blanks ('partition=gpu nodes=2 "
+  "gpus-per-node=8 cpus-per-task=16 time=12:00:00 exclusive'); may be given again. "
+  "nodes, gpus-per-node (8 or a100:8; 0 trains on CPU cores) and ntasks-per-node "
+  "(processes of a node) say which devices a trial has",
+)
+_SLURM_SETUP = flags.DEFINE_string(
+  "slurm_setup", None,
+  "shell commands before training ('module load cuda; source env/bin/activate')",
+)
+_SLURM_GRACE = flags.DEFINE_integer(
+  "slurm_grace", 180, "seconds before the time limit at which a trial saves",
+  lower_bound=1, upper_bound=65535,
+)
+_KUBERNETES = flags.DEFINE_multi_string(
+  "kubernetes", [],
+  "values of the template's keys, KEY=VALUE separated by blanks "
+  "('image=REGISTRY/mtp_jax:1 hosts=2 devices=8 claim=runs folder=/runs/depth'); may "
+  "be given again. folder is the sweep folder as the pods see it, by default --workdir",
+)
+_KUBERNETES_TEMPLATE = flags.DEFINE_string(
+  "kubernetes_template", str(kubernetes.TEMPLATE), "file of the manifests of a trial; "
+  "copy this one or jobset_tpu.yaml beside it and edit the copy",
+)
+_PROCESSES = flags.DEFINE_integer(
+  "print.processes", 1, "processes of a trial", lower_bound=1, upper_bound=2**20
+)
+_DEVICES = flags.DEFINE_integer(
+  "print.devices", 0,
+  "accelerators of a process, to check the mesh by; 0 checks nothing",
+  lower_bound=0, upper_bound=2**20,
+)
+_COORDINATOR = flags.DEFINE_string(
+  "print.coordinator", None, "HOST:PORT of process 0 as the others reach it; may hold "
+  "shell variables",
+)
+# Flags of one engine. Where another engine is asked to train they are refused.
+_OWNERS = {
+  "parallel": "local", "pack": "local", "max_parallel": "slurm", "slurm": "slurm",
+  "slurm_setup": "slurm", "slurm_grace": "slurm", "submit": "kubernetes",
+  "kubernetes": "kubernetes", "kubernetes_template": "kubernetes",
+  "print.processes": "print", "print.devices": "print", "print.coordinator": "print",
+}
+
 
 def main() -> int:
   # This process counts parameters; others have the accelerators.
@@ -126,7 +170,7 @@ def main() -> int:
     print(preview(planned, engine))
     return 0
   if _CANCEL.value:
-    print("\n".join(engines.cancel(planned)) or "no trial was given to anyone")
+    print("\n".join(jobs.cancel(planned)) or "no trial was given to an engine")
     return 0
   if not _STATUS.value:
     code = _start(planned, engine, root)
@@ -134,14 +178,14 @@ def main() -> int:
       return code
   if _WATCH.value:
     try:
-      return states.watch(planned, root, _WATCH_SECONDS.value)
+      return state_table.watch(planned, root, _WATCH_SECONDS.value)
     except KeyboardInterrupt:  # The trials do not notice.
       return 128 + signal.SIGINT
   if _STATUS.value:
-    found = trials.share(planned, trials.read_states(planned))
-    print(states.table(planned, found))
+    found = jobs.share(planned, jobs.read_states(planned))
+    print(state_table.table(planned, found))
     if root.is_dir():
-      results.collect(root)
+      results_csv.collect(root)
   return 0
 
 
@@ -152,27 +196,20 @@ def _engine(root: Path) -> Engine:
     ConfigError: a flag of another engine is set.
   """
   on, cache, attempts = _ON.value, _COMPILATION_CACHE.value, _MAX_ATTEMPTS.value
-  owners = {
-    "parallel": "local", "pack": "local", "max_parallel": "slurm",
-    "submit": "kubernetes",
-  }
-  flagged = flags.FLAGS.flag_values_dict()
-  owners |= {
-    name: name.partition(".")[0]
-    for name in flagged
-    if name.partition(".")[0] in engines.NAMES
-  }
-  for name, owner in owners.items():
+  for name, owner in _OWNERS.items():
     if flags.FLAGS[name].present and owner != on:
       raise ConfigError(f"--{name} is for --on={owner}, got --on={on}.")
   match on:
     case "slurm":
-      return slurm.Slurm(root, _SLURM(), cache, _MAX_PARALLEL.value, attempts)
+      options = slurm.parse(_SLURM.value, _SLURM_SETUP.value, _SLURM_GRACE.value)
+      return slurm.Slurm(root, options, cache, _MAX_PARALLEL.value, attempts)
     case "kubernetes":
-      return kubernetes.Kubernetes(root, _KUBERNETES(), attempts, _SUBMIT.value)
+      options = kubernetes.parse(_KUBERNETES.value, Path(_KUBERNETES_TEMPLATE.value))
+      return kubernetes.Kubernetes(root, options, attempts, _SUBMIT.value)
     case "print":
-      return printed.Printed(root, _PRINT(), cache)
-  return Local(root, cache, _PARALLEL.value, attempts, _AGAIN.value, _pack())
+      options = printed.Options(_PROCESSES.value, _DEVICES.value, _COORDINATOR.value)
+      return printed.Printed(root, options, cache)
+  return Local(root, cache, _PARALLEL.value, attempts, _pack())
 
 
 def _pack() -> int | None:
@@ -188,20 +225,21 @@ def _pack() -> int | None:
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   """Gives the engine what is to be trained; returns the exit code."""
   trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
-  trials.share(planned, trials.read_states(planned))
+  jobs.share(planned, jobs.read_states(planned))
+  choice = jobs.choose(planned, _AGAIN.value)
   if _ON.value == "local":
     engine.check(planned)
-    return engine.submit(planned)
-  engine.check(trials.choose(planned, _AGAIN.value).todo)
+    return engine.submit(choice)
+  engine.check(choice.todo)
   with _alone(root):
     # Once more: another sweep may have been here in the meantime.
-    choice = trials.choose(planned, _AGAIN.value)
+    choice = jobs.choose(planned, _AGAIN.value)
     trials.check_active(choice.active)
     if engine.needs_folders:
       for trial in choice.todo:
         trials.prepare(trial)
-    code = engine.submit(choice.todo) if choice.todo else 0
-  results.collect(root)
+    code = engine.submit(choice) if choice.todo else 0
+  results_csv.collect(root)
   _tell(engine.outcome, planned, choice)
   return code
 
@@ -217,7 +255,7 @@ def _alone(root: Path) -> Iterator[None]:
     yield
 
 
-def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
+def _tell(outcome: str, planned: list[Trial], choice: Choice) -> None:
   """Says what became of every trial; on stderr, for `print` has its own output."""
   done = sum(state.kind == "done" for state in choice.states.values())
   lines = [f"{len(choice.todo)} of {len(planned)} trial(s) {outcome}, {done} done"]
@@ -236,7 +274,7 @@ def _tell(outcome: str, planned: list[Trial], choice: trials.Choice) -> None:
 
 def preview(planned: list[Trial], engine: Engine) -> str:
   """Returns the table of trials, as comments before what the engine would hand over."""
-  copies = trials.copies(planned)
+  copies = states.copies(planned)
   trained = [trial for trial in planned if trial.name not in copies]
   table, handed_over = dry_run_table(planned), engine.preview(trained)
   if not handed_over:
@@ -261,7 +299,7 @@ def dry_run_table(planned: list[Trial]) -> str:
   header = (
     "trial", "parameters", "deployed", "FLOPs/token", "steps", "tokens", "FLOPs"
   )
-  copies = trials.copies(planned)
+  copies = states.copies(planned)
   total = sum(trial.flops for trial in planned if trial.name not in copies)
   same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
   shapes = len({trial.shape for trial in planned})

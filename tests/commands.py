@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.quick_xla import xla_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _SERVER = textwrap.dedent("""
@@ -64,7 +66,7 @@ class Commands:
     self._server = subprocess.Popen(
       [sys.executable, "-c", _SERVER],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+      env=os.environ | {"XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, set before JAX starts; shared fixtures."""
+"""Eight CPU devices and quick compilation, set before JAX starts; shared fixtures."""
 
 import os
 import signal
@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-_FLAG = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+from tests.quick_xla import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags(num_devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiled programs are kept for the next run of the tests, and for their subprocesses.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "mtp_jax" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 _define_flag = flags.FlagValues.__setitem__

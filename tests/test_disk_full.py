@@ -1,5 +1,6 @@
 """A full disk: one message, a last word where there is room, and nothing lost."""
 
+import concurrent.futures
 import errno
 import os
 import signal
@@ -9,9 +10,10 @@ import types
 import jax
 import pytest
 
-from launch import exits, report, status, train, trials
-from launch.engines import Job, local, results, workers
+from launch import exits, jobs, report, results_csv, states, status, train, trials
+from launch.engines import local, workers
 from launch.engines.workers import Slot
+from launch.states import Job
 from mtp_jax import files
 from mtp_jax import train as training
 from mtp_jax.checkpoint import CheckpointError
@@ -196,12 +198,10 @@ def test_a_worker_that_cannot_log_goes_on_with_the_next_trial(
     raise FULL
 
   monkeypatch.setattr(workers, "_output_to", output_to)
-  for event in (
-    workers.train(config, tmp_path / "a"),
-    workers.train_pack([(config, tmp_path / "a"), (config, tmp_path / "b")], 2),
-  ):
-    assert (event.kind, event.exit_class) == ("failed", "infrastructure")
-    assert event.text == f"OSError: {FULL}"
+  runs = [(config, tmp_path / "a"), (config, tmp_path / "b")]
+  for outcome in (workers.train(*runs[0]), *workers.train_pack(runs, 2)):
+    assert (outcome.kind, outcome.exit_class) == ("failed", "infrastructure")
+    assert outcome.text == f"OSError: {FULL}"
 
 
 def test_a_sweep_goes_past_a_trial_whose_disk_is_full(
@@ -211,35 +211,34 @@ def test_a_sweep_goes_past_a_trial_whose_disk_is_full(
   planned = trials.plan(config, {}, swept, tmp_path)
   given = []
 
+  done = concurrent.futures.Future()
+  done.set_result(None)
+
   class Worker(types.SimpleNamespace):
     def give(self, chosen, size):
       self.trials = chosen
       given.extend(trial.name for trial in chosen)
 
-    def event(self):
-      if not self.is_ready:
-        self.is_ready = True
-        return workers.Event("ready", platform="cpu", num_devices=1)
+    def result(self):
+      if not self.trials:
+        return "cpu", 1
       if self.trials[0].name == "a":
-        return workers.Event("failed", f"OSError: {FULL}", "infrastructure")
+        return workers.Outcome("failed", f"OSError: {FULL}", "infrastructure")
       for name in ("DONE", "eval.json"):
         (self.trials[0].workdir / name).write_text('{"main_loss": {"mean": 1.5}}')
-      return workers.Event("done")
+      return workers.Outcome("done")
 
   def make(slot, _):
-    return Worker(
-      slot=slot, trials=[], shape=None, measures=False, is_ready=False,
-      close=lambda: None,
-    )
+    return Worker(slot=slot, trials=[], shape=None, future=done, close=lambda: None)
 
   def full(*_, **__):
     raise FULL
 
   monkeypatch.setattr(local, "Worker", make)
-  monkeypatch.setattr(workers, "wait", lambda found, _: list(found))
-  monkeypatch.setattr(local.engines, "write_record", full)
-  monkeypatch.setattr(results, "_write", full)
-  assert local.Sweep(planned, tmp_path, "").run([Slot(None)]) == 1
+  monkeypatch.setattr(states, "write_record", full)
+  monkeypatch.setattr(results_csv, "_write", full)
+  sweep = local.Sweep(jobs.choose(planned, again=False), tmp_path, "")
+  assert sweep.run([Slot(None)]) == 1
   assert sorted(given) == ["a", "b"]
   captured = capfd.readouterr()
   assert f"1 of 2 trial(s) failed:\n  a: OSError: {FULL}" in captured.out
@@ -265,7 +264,7 @@ def test_a_status_that_stayed_behind_counts_for_nothing(config, tmp_path):
   trial.workdir.mkdir()
   with status.Status(trial.workdir, 12, stall_seconds=0):
     pass
-  state = trials.read_state(trial)
+  state = states.read_state(trial)
   assert (state.kind, state.reason) == ("lost", "its process is gone; it left no word")
-  assert trials.read_state(trial, Job("running")).kind == "running"
-  assert trials.choose([trial], again=False).todo == [trial]
+  assert states.read_state(trial, Job("running")).kind == "running"
+  assert jobs.choose([trial], again=False).todo == [trial]

@@ -26,6 +26,7 @@ from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError
 from tests.common import assert_trees_close
+from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, without_wall_clock, write_texts
 
 # A server that has imported JAX, but not started it, forks every process: one import.
@@ -76,14 +77,7 @@ def signal_itself(signum, step, note=None):
 
 def child(arguments, log, fault, num_devices):
   """Is `python -m launch.train`."""
-  os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 "
-    f"--xla_force_host_platform_device_count={num_devices}"
-  )
-  # As in tests.common.quick_jit: most of the time would go into compiling.
-  import jax
-
-  jax.config.update("jax_disable_most_optimizations", True)
+  os.environ["XLA_FLAGS"] = xla_flags(num_devices)
   with log.open("ab", buffering=0) as file:
     for descriptor in (1, 2):
       os.dup2(file.fileno(), descriptor)

@@ -4,6 +4,7 @@
 test wants them to say.
 """
 
+import concurrent.futures
 import csv
 import fcntl
 import importlib.metadata
@@ -21,19 +22,18 @@ from pathlib import Path
 import pytest
 
 from experiments import base
-from launch import cli, engines, trials
+from launch import cli, jobs, results_csv, state_table, states, trials
 from launch.engines import (
-  Job,
   local,
+  order,
   printed,
-  results,
   slurm,
-  slurm_job,
-  states,
+  slurm_end,
+  slurm_queue,
   workers,
 )
 from launch.engines.workers import Slot
-from launch.trials import State
+from launch.states import Job, State
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 
 pytest_plugins = ("tests.commands",)
@@ -95,116 +95,128 @@ def fake_slurm(tmp_path, monkeypatch):
 # Slurm: arrays and scripts
 
 
-def test_every_shape_is_an_array(tmp_path):
-  planned = plan(tmp_path, "a", "wide1", "b", "wide2", "wide3")
-  first, second = slurm.arrays(planned, 1000, None)
-  assert [t.name for t in first.trials] == ["wide1", "wide2", "wide3"]
-  assert [t.name for t in second.trials] == ["a", "b"]
-  assert (first.parallel, second.parallel) == (3, 2)
+def options(text="", **others):
+  return slurm.parse([text], **others)
 
 
-def test_long_arrays_are_cut_and_together_run_no_more_than_allowed(tmp_path):
-  planned = plan(tmp_path, *(f"a{i}" for i in range(7)), "wide")
-  found = slurm.arrays(planned, 3, 5)
-  sizes = sorted(len(array.trials) for array in found)
-  assert sizes == [1, 1, 3, 3]
-  assert sum(array.parallel for array in found) <= 5
-  assert all(array.after is None for array in found)
+def test_a_sweep_is_one_array_with_the_most_work_first(tmp_path):
+  planned = plan(tmp_path, "a", "wide1", "b", "wide2")
+  text = slurm.Slurm(tmp_path).preview(planned)
+  names = [line.split()[1] for line in text.splitlines() if line.startswith("#   ")]
+  assert names == ["wide1", "wide2", "a", "b"]
+  assert text.count("#SBATCH --array=") == 1 and "#SBATCH --array=0-3%4" in text
 
-  found = slurm.arrays(planned, 3, 2)
-  assert [array.after for array in found] == [None, None, 0, 1]
-  assert {array.parallel for array in found} == {1}
+
+def test_long_arrays_are_cut_and_together_run_no_more_than_allowed(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(slurm, "_MAX_ARRAY_SIZE", 4)
+  planned = plan(tmp_path, *(f"a{i}" for i in range(7)))
+
+  def lines(max_parallel, start):
+    text = slurm.Slurm(tmp_path, max_parallel=max_parallel).preview(planned)
+    return [x for x in text.splitlines() if x.startswith(f"#SBATCH --{start}")]
+
+  assert lines(2, "array") == ["#SBATCH --array=0-2%2"] * 2  # The last is one job.
+  assert lines(2, "dependency") == ["#SBATCH --dependency=afterany:JOB"] * 2
+  assert lines(None, "array") == ["#SBATCH --array=0-2%3"] * 2
+  assert lines(None, "dependency") == []
 
 
 def test_the_script_requeues_what_yielded_and_nothing_that_was_cancelled(tmp_path):
-  options = slurm.Options(
-    partition="gpu", account="lab", nodes=2, gpus=8, time="1-00:00:00", grace=60,
-    setup="module load cuda", sbatch="reservation=x exclusive",
+  given = slurm.parse(
+    [
+      "--partition=gpu account=lab nodes=2 gpus_per_node=8 time=1-00:00:00",
+      "reservation=x exclusive comment='two words'",
+    ],
+    setup="module load cuda", grace=60,
   )
-  engine = slurm.Slurm(tmp_path / "my sweep", options, "", 2, max_attempts=4)
+  engine = slurm.Slurm(tmp_path / "my sweep", given, "", 2, max_attempts=4)
   text = engine.preview(plan(tmp_path, "a", "b", "c"))
   lines = text.splitlines()
   for line in (
     "#   a", "#SBATCH --array=0-2%2", "#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8",
-    "#SBATCH --ntasks-per-node=1", "#SBATCH --time=1440", "#SBATCH --partition=gpu",
-    "#SBATCH --account=lab", "#SBATCH --requeue", "#SBATCH --signal=TERM@60",
-    "#SBATCH --reservation=x", "#SBATCH --exclusive", "module load cuda",
-    "trap 'STOP=1' TERM",
+    "#SBATCH --ntasks-per-node=1", "#SBATCH --time=1-00:00:00",
+    "#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --requeue",
+    "#SBATCH --signal=TERM@60", "#SBATCH --reservation=x", "#SBATCH --exclusive",
+    "#SBATCH --comment='two words'", "module load cuda", "trap 'STOP=1' TERM",
     'if [ "$STOP" = 1 ]; then exit "$CODE"; fi',
   ):
-    assert line in lines
+    assert lines.count(line) == 1, line
   assert "wckey" not in text and "--kill-on-bad-exit=1" in text
   # The task of an array that has the id of the array would requeue all others.
   assert "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" in text
   ends = lines.index('if [ "$STOP" = 1 ]; then exit "$CODE"; fi')
   assert ends < lines.index('  scontrol requeue "$JOB"')
-  (end,) = [line for line in lines if "launch.engines.slurm_job" in line]
+  (end,) = [line for line in lines if "launch.engines.slurm_end" in line]
   assert f"'{tmp_path}/my sweep/slurm' \"$CODE\" \"$BEGAN\" 4;" in end
 
 
-@pytest.mark.parametrize("time_limit, minutes", [
-  ("90", 90), ("4:30", 5), ("1:30:00", 90), ("1-2", 1560), ("2-00:30", 2910),
+@pytest.mark.parametrize("time_limit, seconds", [
+  ("90", 5400), ("4:30", 270), ("1:30:00", 5400), ("1-2", 93600), ("2-00:30", 174600),
 ])
-def test_time_limits_are_those_of_slurm(time_limit, minutes):
-  assert slurm.Options(time=time_limit).minutes == minutes
+def test_time_limits_are_those_of_slurm(time_limit, seconds):
+  options(f"time={time_limit}", grace=seconds - 1)
+  with pytest.raises(ConfigError, match=rf"longer .* \({seconds} s\), got '"):
+    options(f"time={time_limit}", grace=seconds)
+  assert options("time=UNLIMITED").sbatch["time"] == "UNLIMITED"
 
 
-@pytest.mark.parametrize("options, message", [
-  ({"time": "soon"}, r"--slurm.time must be minutes, H:MM:SS .* got 'soon'"),
-  ({"time": "0"}, r"--slurm.time must be more than 0, got '0'"),
-  ({"time": "2"}, r"--slurm.time must be longer than --slurm.grace \(180 s\), got '2'"),
-  ({"nodes": 0}, r"--slurm.nodes must be at least 1, got 0"),
-  ({"gpus": 8, "tasks": 3}, r"--slurm.gpus must be a multiple .* \(3\), got 8"),
-  ({"gpus": "a100:8", "tasks": 3}, r"a multiple .* \(3\), got a100:8"),
-  ({"gpus": "a100"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got 'a100'"),
-  ({"gpus": "a100:4,v100:4"}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER"),
-  ({"gpus": -1}, r"--slurm.gpus must be NUMBER or TYPE:NUMBER .* got -1"),
-  ({"sbatch": "exclusive 5"}, r"--slurm.sbatch must be KEY=VALUE .*, got '5'"),
-  ({"sbatch": "comment='x"}, r"--slurm.sbatch must be .* got \"comment='x\" \(No clos"),
-  ({"sbatch": "-w n1"}, r"--slurm.sbatch must be .* of long options, got '-w'"),
-  ({"sbatch": "nice=1 nice=2"}, r"--slurm.sbatch must set nice once, got"),
+@pytest.mark.parametrize("text, message", [
+  ("time=soon", r"time must be minutes, H:MM:SS .*, got 'soon'"),
+  ("time=0", r"time must be .* longer than --slurm_grace \(180 s\), got '0'"),
+  ("time", r"time must be .*, got True"),
+  ("time=3", r"longer than --slurm_grace \(180 s\), got '3'"),
+  ("nodes=0", r"nodes must be a number from 1 up, got '0'"),
+  ("nodes=2-4", r"nodes must be a number from 1 up, got '2-4'"),
+  ("nodes", r"nodes must be a number from 1 up, got True"),
+  ("ntasks-per-node=two", r"ntasks-per-node must be a number from 1 up, got 'two'"),
+  ("gpus-per-node=8 ntasks-per-node=3", r"a multiple of ntasks.* \(3\), got '8'"),
+  ("gpus-per-node=a100:8 ntasks-per-node=3", r"a multiple .* \(3\), got 'a100:8'"),
+  ("gpus-per-node=a100", r"must be NUMBER or TYPE:NUMBER .* got 'a100'"),
+  ("gpus-per-node=a100:4,v100:4", r"gpus-per-node must be NUMBER or TYPE:NUMBER"),
+  ("gpus-per-node=-1", r"gpus-per-node must be NUMBER or TYPE:NUMBER .* got '-1'"),
+  ("exclusive 5", r"must be long options of sbatch, KEY=VALUE or KEY, got '5'"),
+  ("comment='x", r"--slurm must be KEY=VALUE .* got \"comment='x\" \(No clos"),
+  ("-w n1", r"must be long options of sbatch, .* got '-w'"),
+  ("-t60", r"must be long options of sbatch, .* got '-t60'"),
+  ("t=60", r"must be long options of sbatch, .* got 't=60'"),
+  ("--Nodes=2", r"must be long options of sbatch, .* got '--Nodes=2'"),
+  ("partition=", r"must be long options of sbatch, .* got 'partition='"),
+  ("comment='a\n#SBATCH --nodes=9'", r"must be long options of sbatch"),
+  ("nice=1 nice=2", r"--slurm must set nice once, got 'nice=2' again"),
+  ("part=gpu", r"must have whole names of options, partition, got 'part=gpu'"),
+  ("gpus-per-n=4", r"whole names of options, gpus-per-node, got 'gpus-per-n=4'"),
+  ("gre=gres/gpu:2", r"whole names of options, gres, got 'gre=gres/gpu:2'"),
+  ("arr=0-9", r"whole names of options, array or .*, got 'arr=0-9'"),
 ])
-def test_flags_of_slurm_are_checked(options, message):
+def test_options_of_slurm_are_checked(text, message):
   with pytest.raises(ConfigError, match=message):
-    slurm.Options(**options).check()
+    options(text)
 
 
-@pytest.mark.parametrize("word, key, owner", [
-  ("gpus-per-node=a100:4", "gpus-per-node", "--slurm.gpus"),
-  ("gpus_per_node=4", "gpus-per-node", "--slurm.gpus"),
-  ("--gpus-per-task=1", "gpus-per-task", "--slurm.gpus"),
-  ("gpus=4", "gpus", "--slurm.gpus"),
-  ("-G4", "gpus", "--slurm.gpus"),
-  ("gpus-per-n=4", "gpus-per-n", "--slurm.gpus"),  # sbatch takes beginnings of names.
-  ("gres=gpu:a100:4", "gres", "--slurm.gpus"),
-  ("gres=nvme:1,gpu=2", "gres", "--slurm.gpus"),
-  ("gre=gres/gpu:2", "gre", "--slurm.gpus"),
-  ("tres-per-task=gres/gpu:1", "tres-per-task", "--slurm.gpus and --slurm.cpus"),
-  ("time=60", "time", "--slurm.time"),
-  ("t=60", "time", "--slurm.time"),
-  ("-t60", "time", "--slurm.time"),
-  ("-p", "partition", "--slurm.partition"),
-  ("part=gpu", "part", "--slurm.partition"),
-  ("N=2", "nodes", "--slurm.nodes"),
-  ("nodes=2-4", "nodes", "--slurm.nodes"),
-  ("ntasks=8", "ntasks", "--slurm.nodes and --slurm.tasks"),
-  ("ntasks-per-gpu=1", "ntasks-per-gpu", "--slurm.tasks"),
-  ("cpus-per-gpu=8", "cpus-per-gpu", "--slurm.cpus"),
-  ("mem-per-cpu=4G", "mem-per-cpu", "--slurm.memory"),
-  ("signal=USR1@60", "signal", "--slurm.grace"),
+@pytest.mark.parametrize("word, name, owner", [
+  ("--gpus-per-task=1", "gpus-per-task", "gpus-per-node"),
+  ("gpus_per_task=1", "gpus-per-task", "gpus-per-node"),
+  ("gpus=4", "gpus", "gpus-per-node"),
+  ("gres=gpu:a100:4", "gres", "gpus-per-node"),
+  ("gres=nvme:1,gpu=2", "gres", "gpus-per-node"),
+  ("tres-per-task=gres/gpu:1", "tres-per-task", "gpus-per-node"),
+  ("ntasks=8", "ntasks", "nodes and ntasks-per-node"),
+  ("ntasks-per-gpu=1", "ntasks-per-gpu", "nodes and ntasks-per-node"),
+  ("signal=USR1@60", "signal", "--slurm_grace"),
   ("no-requeue", "no-requeue", "the sweep itself"),
   ("array=0-9", "array", "the sweep itself"),
   ("output=x", "output", "the sweep itself"),
-  ("e=x", "error", "the sweep itself"),
   ("job_name=x", "job-name", "the sweep itself"),
-  ("parsable", "parsable", "the sweep itself"),
+  ("--parsable", "parsable", "the sweep itself"),
   ("chdir=/tmp", "chdir", "the sweep itself"),
 ])
-def test_what_a_flag_or_the_sweep_sets_is_not_passed_on(word, key, owner):
+def test_what_the_sweep_sets_is_not_passed_on(word, name, owner):
   with pytest.raises(ConfigError) as caught:
-    slurm.Options(sbatch=f"reservation=x {word}").check()
+    options(f"reservation=x {word}")
   assert str(caught.value) == (
-    f"--slurm.sbatch must not set {key}, which {owner} sets, got {word!r}."
+    f"--slurm must not set {name}, which {owner} sets, got {word!r}."
   )
 
 
@@ -212,23 +224,23 @@ def test_what_nobody_sets_is_passed_on(tmp_path):
   free = (
     "comment=x", "exclusive", "export=ALL", "gpu-bind=none", "gres=nvme:1",
     "gres-flags=enforce-binding", "mail-type=END", "mem-bind=local", "nodelist=n1",
-    "time-min=60", "wckey=y", "x11=first",
+    "time-min=60", "wckey=y", "x11=first", "cpus-per-gpu=8", "mem-per-cpu=4G",
+    "mem=64G", "qos=low", "cpus-per-task=4",
   )
-  options = slurm.Options(sbatch=" ".join(free))
-  options.check()
-  lines = slurm.Slurm(tmp_path, options).preview(plan(tmp_path, "a")).splitlines()
+  given = options(" ".join(free))
+  lines = slurm.Slurm(tmp_path, given).preview(plan(tmp_path, "a")).splitlines()
   for word in free:
     assert lines.count(f"#SBATCH --{word}") == 1
 
 
 def test_gpus_of_a_type_are_counted_and_asked_for(tmp_path, fake_slurm):
-  options = slurm.Options(nodes=2, gpus="nvidia_a100_1g.5gb:4", tasks=2)
-  assert options.num_devices == 8
-  engine = slurm.Slurm(tmp_path, options)
+  given = options("nodes=2 gpus-per-node=nvidia_a100_1g.5gb:4 ntasks-per-node=2")
+  assert given.num_devices == 8
+  engine = slurm.Slurm(tmp_path, given)
   lines = engine.preview(plan(tmp_path, "a")).splitlines()
   (line,) = [line for line in lines if line.startswith("#SBATCH --gpu")]
   assert line == "#SBATCH --gpus-per-node=nvidia_a100_1g.5gb:4"
-  with pytest.raises(ConfigError, match=r"devices \(8\).* --slurm.gpus=nvidia_a100_1g"):
+  with pytest.raises(ConfigError, match=r"devices \(8\).* gpus-per-node=nvidia_a100"):
     engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
 
 
@@ -237,38 +249,29 @@ def test_variables_that_sbatch_would_take_instead_are_refused(
 ):
   monkeypatch.setenv("SBATCH_PARTITION", "debug")
   slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
-  with pytest.raises(ConfigError, match=r"SBATCH_PARTITION .* --slurm.partition .*bug"):
-    slurm.Slurm(tmp_path, slurm.Options(partition="gpu")).check(plan(tmp_path, "a"))
-  monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
-  with pytest.raises(ConfigError, match=r"SBATCH_TIMELIMIT must not .* got '5'"):
-    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+  with pytest.raises(ConfigError, match=r"SBATCH_PARTITION must not .* got 'debug'"):
+    slurm.Slurm(tmp_path, options("partition=gpu")).check(plan(tmp_path, "a"))
+  for variable in ("SBATCH_TIMELIMIT", "SBATCH_GPUS", "SBATCH_NO_REQUEUE"):
+    with monkeypatch.context() as patch:
+      patch.setenv(variable, "5")
+      with pytest.raises(ConfigError, match=rf"{variable} must not .* got '5'"):
+        slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
 
 
 def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
-  engine = slurm.Slurm(tmp_path, slurm.Options(nodes=2, gpus=3))
+  engine = slurm.Slurm(tmp_path, options("nodes=2 gpus-per-node=3"))
   with pytest.raises(ConfigError) as caught:
     engine.check(plan(tmp_path, "a", "b", **{"mesh.fsdp": 4}))
   text = str(caught.value)
   assert text.startswith("a and 1 more: mesh must be such that ")
   assert "number of devices (6)" in text
-  assert text.endswith("The devices come from --slurm.nodes=2 times --slurm.gpus=3.")
+  assert text.endswith("The devices come from --slurm: nodes=2 times gpus-per-node=3.")
 
 
 def test_slurm_that_is_not_there_is_missed_first(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(ConfigError, match=r"--on=slurm needs .* is no sbatch, srun"):
     slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
-
-
-def test_a_folder_that_other_hosts_cannot_see_is_refused(tmp_path, fake_slurm):
-  root = tmp_path / "runs"
-  fake_slurm("stat", "tmpfs\n")
-  slurm.Slurm(root).check(plan(root, "a"))  # The cluster is this host.
-  fake_slurm("scontrol", "NodeHostName=n7\nNodeHostName=n8\n")
-  with pytest.raises(ConfigError, match=r"--workdir must .* \(tmpfs\), .* \(n7, n8\)"):
-    slurm.Slurm(root).check(plan(root, "a"))
-  fake_slurm("stat", "nfs\n")
-  slurm.Slurm(root).check(plan(root, "a"))
 
 
 def test_what_sbatch_refuses_is_said(tmp_path, fake_slurm):
@@ -295,46 +298,34 @@ SACCT = """\
 15|FAILED|n1|137:0
 16|NODE_FAIL|n2|0:9
 """
-SCONTROL = (
-  "JobId=17 ArrayJobId=12 ArrayTaskId=4 JobName=x JobState=FAILED "
-  "Reason=NonZeroExitCode Dependency=(null) ExitCode=3:0 NodeList=n2 Command=/a b\n"
-  "JobId=18 JobName=y JobState=PENDING Reason=Priority ExitCode=0:0 NodeList=(null)\n"
-)
 
 
 def test_squeue_is_read():
-  jobs = slurm.parse_squeue(SQUEUE)
-  assert {id: (job.state, job.host) for id, job in jobs.items()} == {
+  found = slurm_queue.parse_jobs(SQUEUE)
+  assert {id: (job.state, job.host) for id, job in found.items()} == {
     "12_0": ("running", "n[1-2]"), "12_1": ("queued", ""), "12_2": ("running", "n3"),
     "13": ("cancelled", "n1"), "14": ("ended", "n1"), "15": ("ended", "n1"),
   }
-  assert jobs["12_1"].reason == "JobArrayTaskLimit"
-  assert jobs["14"].reason == ""
-  assert jobs["15"].reason == "Slurm says TIMEOUT, TimeLimit"
+  assert found["12_1"].reason == "JobArrayTaskLimit"
+  assert found["14"].reason == ""
+  assert found["15"].reason == "Slurm says TIMEOUT, TimeLimit"
 
 
 def test_sacct_is_read():
-  jobs = slurm.parse_sacct(SACCT)
-  assert jobs["13"].state == "cancelled"
-  assert jobs["15"] == Job("ended", "15", "n1", "Slurm says FAILED, exit code 137")
-  assert jobs["16"].reason == "Slurm says NODE_FAIL, signal 9"
-
-
-def test_scontrol_is_read():
-  jobs = slurm.parse_scontrol(SCONTROL)
-  assert jobs["12_4"] == Job("ended", "12_4", "n2", "Slurm says FAILED, exit code 3")
-  assert jobs["18"] == Job("queued", "18", "", "Priority")
+  found = slurm_queue.parse_jobs(SACCT)
+  assert found["13"].state == "cancelled"
+  assert found["15"] == Job("ended", "15", "n1", "Slurm says FAILED, exit code 137")
+  assert found["16"].reason == "Slurm says NODE_FAIL, signal 9"
 
 
 def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
   fake_slurm("squeue", "12_0|RUNNING|n1|None\n99|RUNNING|n2|None\n")
   fake_slurm("sacct", SACCT)
-  fake_slurm("scontrol", "slurm_load_jobs error: Invalid job id specified\n", code=1)
-  found = slurm.query(["12_0", "15", "20"])
+  found = slurm_queue.query(["12_0", "15", "20"])
   assert set(found) == {"12_0", "15"}
   assert found["15"].reason == "Slurm says FAILED, exit code 137"
   fake_slurm("sacct", "Slurm accounting storage is disabled\n", code=1)
-  assert set(slurm.query(["12_0", "15"])) == {"12_0"}
+  assert set(slurm_queue.query(["12_0", "15"])) == {"12_0"}
 
 
 # Slurm: submitting, and what is left alone
@@ -342,10 +333,10 @@ def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
 
 def submitted(planned, **options):
   engine = slurm.Slurm(planned[0].workdir.parent, **options)
-  choice = trials.choose(planned, again=False)
+  choice = jobs.choose(planned, again=False)
   for trial in choice.todo:
     trials.prepare(trial)
-  engine.submit(choice.todo)
+  engine.submit(choice)
   return [trial.name for trial in choice.todo]
 
 
@@ -361,17 +352,17 @@ def test_only_failed_and_missing_trials_are_submitted_again(
   fill(diverged, state="ended", exit_class="diverged", reason="not finite")
   fill(gone, state="training", time=time.time() - 5)
   for trial, id in ((queued, "7_0"), (gone, "7_1")):
-    engines.write_record(trial.workdir, "slurm", id=id)
+    states.write_record(trial.workdir, "slurm", id=id)
   fake_slurm("squeue", "7_0|PENDING||Priority\n")
   assert submitted(planned) == ["crashed", "new", "gone"]
-  assert "job 12: 3 trial(s) of one shape, at most 3 at once" in capfd.readouterr().out
-  records = [engines.read_record(root / name) for name in ("crashed", "new", "gone")]
+  assert "job 12: 3 trial(s)" in capfd.readouterr().out
+  records = [states.read_record(root / name) for name in ("crashed", "new", "gone")]
   assert [record["id"] for record in records] == ["12_0", "12_1", "12_2"]
   assert (root / "new" / "config.json").exists()
 
-  choice = trials.choose(planned, again=False)
+  choice = jobs.choose(planned, again=False)
   assert choice.given_up == [diverged] and queued in choice.active
-  assert diverged in trials.choose(planned, again=True).todo
+  assert diverged in jobs.choose(planned, again=True).todo
 
 
 def test_what_is_cancelled_here_is_remembered_when_slurm_forgets(tmp_path, fake_slurm):
@@ -379,11 +370,11 @@ def test_what_is_cancelled_here_is_remembered_when_slurm_forgets(tmp_path, fake_
   submitted(planned)
   fake_slurm("squeue", "12_0|RUNNING|n1|None\n12_1|COMPLETED|n1|None\n")
   calls = fake_slurm("scancel", "")
-  assert engines.cancel(planned) == ["slurm: cancelled 1 trial(s)"]
+  assert jobs.cancel(planned) == ["slurm: cancelled 1 trial(s)"]
   assert calls.read_text() == "12_0\n"
   fake_slurm("squeue", "")
-  assert trials.read_states(planned)["a"].kind == "cancelled"
-  assert trials.choose(planned, again=False).todo == planned
+  assert jobs.read_states(planned)["a"].kind == "cancelled"
+  assert jobs.choose(planned, again=False).todo == planned
 
 
 # Slurm: the end of a job
@@ -391,7 +382,7 @@ def test_what_is_cancelled_here_is_remembered_when_slurm_forgets(tmp_path, fake_
 
 def conclude(trial, code, began=None, max_attempts=2):
   began = time.time() - 5 if began is None else began
-  return slurm_job.conclude(trial.workdir, code, began, max_attempts, [])
+  return slurm_end.conclude(trial.workdir, code, began, max_attempts, [])
 
 
 def test_a_lost_process_is_tried_again_but_not_for_ever(tmp_path, monkeypatch):
@@ -427,9 +418,9 @@ def test_the_reason_comes_from_the_log(tmp_path):
   fill(trial)
   (trial.workdir / "log.txt").write_text("Traceback\n  x\nImportError: no jax\nbye\n")
   conclude(trial, 1)
-  reason = trials.read_state(trial).reason
+  reason = states.read_state(trial).reason
   assert reason == "ended with exit code 1: ImportError: no jax"
-  assert slurm_job.last_error("all is well\n") is None
+  assert slurm_end.last_error("all is well\n") is None
 
 
 def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
@@ -437,12 +428,12 @@ def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
   fill(trial, state="training")
   with cli.exclusive(trial.workdir):
     conclude(trial, 2)
-    assert trials.read_state(trial).kind == "running"
+    assert states.read_state(trial).kind == "running"
   assert json.loads((trial.workdir / "status.json").read_text())["state"] == "training"
 
 
 def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
-  code = f"from launch.engines import slurm_job as j; j.start({str(tmp_path)!r}, [])"
+  code = f"from launch.engines import slurm_task as j; j.start({str(tmp_path)!r}, [])"
   environment = {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}
   result = subprocess.run(
     [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -457,7 +448,7 @@ def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
 def test_a_task_becomes_training_and_prints_to_the_log(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   code = (
-    "from launch.engines import slurm_job as j; "
+    "from launch.engines import slurm_task as j; "
     f"j.start({str(tmp_path)!r}, ['/bin/sh', '-c', 'echo out; echo err >&2; exit 3'])"
   )
   result = subprocess.run([sys.executable, "-c", code], env={"SLURM_PROCID": "1"})
@@ -469,7 +460,7 @@ def test_a_task_becomes_training_and_prints_to_the_log(tmp_path):
 
 
 def kind(trial, job=None):
-  return trials.read_state(trial, job).kind
+  return states.read_state(trial, job).kind
 
 
 def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
@@ -481,20 +472,20 @@ def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
   assert kind(new) == "waiting"
   assert kind(new, Job("queued", reason="Priority")) == "queued"
   assert kind(new, Job("running")) == "running"
-  lost = trials.read_state(new, Job("ended", reason="Slurm says NODE_FAIL"))
+  lost = states.read_state(new, Job("ended", reason="Slurm says NODE_FAIL"))
   assert (lost.kind, lost.reason) == ("lost", "Slurm says NODE_FAIL")
   fill(done, "DONE", "eval.json")
   assert kind(done, Job("queued")) == "done"
   fill(killed, state="training")
   assert kind(killed) == "lost" and kind(killed, Job("unknown")) == "lost"
   fill(saved, state="ended", exit_class="yielded", reason="SIGTERM")
-  assert trials.read_state(saved, Job("running")) == State(
+  assert states.read_state(saved, Job("running")) == State(
     "running", host=socket.gethostname()
   )
   assert kind(saved) == "stopped" and kind(saved, Job("cancelled")) == "cancelled"
   fill(stale, state="ended", exit_class="diverged", time=time.time() - 60)
   assert kind(stale) == "failed"
-  engines.write_record(stale.workdir, "slurm", id="1")  # That was another job.
+  states.write_record(stale.workdir, "slurm", id="1")  # That was another job.
   assert kind(stale, Job("queued")) == "queued" and kind(stale) == "waiting"
 
 
@@ -511,7 +502,7 @@ def test_the_lock_decides_whether_a_trial_is_running(tmp_path):
     assert kind(killed) == "running"
   assert kind(killed) == kind(killed, Job("unknown")) == kind(unlocked) == "lost"
   with cli.exclusive(at_work.workdir):
-    assert trials.choose([killed, at_work], again=False).todo == [killed]
+    assert jobs.choose([killed, at_work], again=False).todo == [killed]
 
 
 @pytest.mark.parametrize("options", [
@@ -548,7 +539,7 @@ def test_the_table_shows_states_and_reasons(tmp_path):
     "a": State("running", 10, 2.0, 3.5, None, 1234.5, "n1"),
     "b": State("failed", reason="x" * 200, exit_class="config"),
   }
-  head, first, second, total = states.table(planned, found).splitlines()
+  head, first, second, total = state_table.table(planned, found).splitlines()
   assert head.split()[-2:] == ["host", "reason"]
   assert first.split()[1:] == ["running", "10/500", "3.5000", "1,234", "2", "n1"]
   assert second.endswith("  " + "x" * 100) and " failed " in second
@@ -558,12 +549,12 @@ def test_the_table_shows_states_and_reasons(tmp_path):
 def test_watching_ends_when_nothing_waits_or_runs(tmp_path, monkeypatch, capsys):
   planned = plan(tmp_path, "a")
   turns = iter(["queued", "queued", "running", "done"])
-  monkeypatch.setattr(trials, "read_states", lambda _: {"a": State(next(turns))})
-  assert states.watch(planned, tmp_path, 0.0) == 0
+  monkeypatch.setattr(jobs, "read_states", lambda _: {"a": State(next(turns))})
+  assert state_table.watch(planned, tmp_path, 0.0) == 0
   shown = [x.split()[1] for x in capsys.readouterr().out.splitlines() if x[0] == "a"]
   assert shown == ["queued", "running", "done"]
   turns = iter(["failed"])
-  assert states.watch(planned, tmp_path, 0.0) == 1
+  assert state_table.watch(planned, tmp_path, 0.0) == 1
 
 
 def test_results_hold_what_varies_and_flag_what_is_incomplete(tmp_path):
@@ -575,7 +566,7 @@ def test_results_hold_what_varies_and_flag_what_is_incomplete(tmp_path):
     "depth_loss": [{"mean": 1.5, "stderr": 0.25, "count": 4}, {"mean": 2.5}],
   }))
   fill(two, state="ended", exit_class="diverged", reason="not finite, 1", step=3)
-  with results.collect(tmp_path).open() as file:
+  with results_csv.collect(tmp_path).open() as file:
     first, second = csv.DictReader(file)
   assert first == {
     "trial": "one", "complete": "True", "step": "9", "exit_class": "done", "reason": "",
@@ -604,29 +595,33 @@ def test_workers_share_the_gpus(monkeypatch):
   assert workers.slots(2) == [Slot([0, 1]), Slot([2, 3])]
 
 
-def test_a_worker_sees_its_gpus_alone(monkeypatch):
-  seen = []
-
-  class Process:
-    def __init__(self, **_):
-      pass
-
-    def start(self):
-      seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-  monkeypatch.setattr(workers._SPAWN, "Process", Process)
+def test_a_worker_has_its_share_of_the_machine(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-  workers.Worker(Slot(None, "2,3"), "")
-  workers.Worker(Slot(None), "")
-  assert seen == ["2,3", "0,1,2,3"]
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  core = max(os.sched_getaffinity(0))
+  worker = workers.Worker(Slot([core], "2,3"), "")
+  try:
+    assert worker.result() == ("cpu", 1)
+    ask = worker._pool.submit
+    assert ask(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "2,3"
+    assert ask(os.sched_getaffinity, 0).result() == {core}
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.join()
+    worker.give(plan(Path(), "a"))
+    died = worker.result()
+    assert (died.kind, died.exit_class) == ("died", "infrastructure")
+    assert died.text.startswith("the worker was ended by SIGKILL (out of memory")
+  finally:
+    worker.close()
   assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
   (trial,) = plan(tmp_path, "a")
   with cli.exclusive(trial.workdir):
-    event = workers.train(trial.config, trial.workdir)
-  assert event.kind == "claimed" and "in use by another process" in event.text
+    outcome = workers.train(trial.config, trial.workdir)
+  assert outcome.kind == "claimed" and "in use by another process" in outcome.text
   assert os.listdir(trial.workdir) == [".lock"]
   # Another sweep was faster.
   fill(trial, "DONE")
@@ -648,26 +643,29 @@ def test_cancelling_stops_the_sweep_of_a_trial(tmp_path, monkeypatch):
   for trial, host in ((here, None), (idle, None), (there, "another")):
     fill(trial)
     host = host or socket.gethostname()
-    engines.write_record(trial.workdir, "local", pid=77, host=host)
+    states.write_record(trial.workdir, "local", pid=77, host=host)
   with cli.exclusive(here.workdir), cli.exclusive(there.workdir):
-    (said,) = engines.cancel([here, idle, there])
+    (said,) = jobs.cancel([here, idle, there])
   assert killed == [(77, signal.SIGTERM)]
   assert said == (
     "local: told 1 sweep(s) to save and stop; stop those on another there"
   )
 
 
+def sweep_of(planned, root, **options):
+  return local.Sweep(jobs.choose(planned, again=False), root, "", **options)
+
+
 def test_what_is_retried_follows_the_exit_class(tmp_path):
   crashed, broken = plan(tmp_path, "crashed", "broken")
-  passed = local.Sweep([crashed, broken], tmp_path, "", max_attempts=2)
-  passed._waiting = []
+  passed = sweep_of([crashed, broken], tmp_path, max_attempts=2)
   worker = types.SimpleNamespace(give=lambda *_: None, trials=[], shape=None)
   for trial, kinds in ((crashed, ("infrastructure",) * 2), (broken, ("config",))):
     for exit_class in kinds:
       passed._waiting = [trial]
       passed._give(worker)
-      event = workers.Event("failed", "RuntimeError: it broke", exit_class)
-      passed._note(trial, event)
+      outcome = workers.Outcome("failed", "RuntimeError: it broke", exit_class)
+      passed._note(trial, outcome)
   assert passed._attempts == {"crashed": 2, "broken": 1}
   assert passed._failed.keys() == {"crashed", "broken"}
 
@@ -677,17 +675,17 @@ def test_a_second_signal_ends_the_sweep_and_raises_nothing_amid_a_callback(
 ):
   ended = []
   worker = types.SimpleNamespace(
-    trials=[], stop=lambda: ended.append("stop"), close=lambda: ended.append("close")
+    trials=[], future=concurrent.futures.Future(), stop=lambda: ended.append("stop"),
+    close=lambda: ended.append("close"),
   )
   monkeypatch.setattr(local, "Worker", lambda *_: worker)
 
   def wait(*_):
     signal.raise_signal(signal.SIGTERM)
-    return []
 
-  monkeypatch.setattr(workers, "wait", wait)
+  monkeypatch.setattr(concurrent.futures, "wait", wait)
   monkeypatch.setattr(local, "_SECONDS_BETWEEN_LOOKS", 0)
-  sweep = local.Sweep(plan(tmp_path, "a"), tmp_path, "")
+  sweep = sweep_of(plan(tmp_path, "a"), tmp_path)
   with pytest.raises(SystemExit) as caught:
     sweep.run([Slot(None)])
   assert caught.value.code == 143 and ended == ["stop", "close"]
@@ -695,16 +693,16 @@ def test_a_second_signal_ends_the_sweep_and_raises_nothing_amid_a_callback(
 
 
 def test_packs_are_even_and_hold_what_is_alike(tmp_path):
-  assert [local.pack_size(n, 8, 1) for n in (1, 8, 9, 13, 24)] == [1, 8, 5, 7, 8]
+  assert [order.pack_size(n, 8, 1) for n in (1, 8, 9, 13, 24)] == [1, 8, 5, 7, 8]
   # Each of two workers is to have one.
-  assert [local.pack_size(n, 8, 2) for n in (1, 4, 13, 33)] == [1, 2, 7, 7]
+  assert [order.pack_size(n, 8, 2) for n in (1, 4, 13, 33)] == [1, 2, 7, 7]
   planned = plan(tmp_path, *"abcde", "wide")
   first = planned[0]
   short = with_overrides(first.resolved, {"train.num_steps": 9})
-  planned[0] = trials.Trial(first.config, short, first.workdir)
+  planned[0] = states.Trial(first.config, short, first.workdir)
   found = {trial.name: State("waiting") for trial in planned}
   found["b"] = State("stopped", step=3)
-  assert local.preview_packs(planned, found, 2, 1) == [
+  assert order.preview_packs(planned, found, 2, 1).splitlines() == [
     "shape 1, 2 trial(s): c d",
     "shape 1, 2 trial(s): e a",
     "shape 1, 1 trial(s): b",
@@ -716,11 +714,11 @@ def test_a_pack_that_failed_is_not_packed_again(tmp_path):
   planned = plan(tmp_path, "a", "b", "c")
   given = []
   worker = types.SimpleNamespace(
-    give=lambda *args: given.append(args), trials=[], shape=None, measures=False
+    give=lambda *args: given.append(args), trials=[], shape=None
   )
-  passed = local.Sweep(planned, tmp_path, "", max_attempts=1, pack=2)
+  passed = sweep_of(planned, tmp_path, max_attempts=1, pack=2)
   passed._give(worker)
-  passed._note_all(planned[:2], workers.Event("died", "killed", "infrastructure"))
+  passed._note_all(planned[:2], [workers.Outcome("died", "killed", "infrastructure")])
   for _ in range(3):
     passed._give(worker)
   names = [("".join(trial.name for trial in trials), size) for trials, size in given]
@@ -736,7 +734,7 @@ def test_commands_are_printed_for_every_process(tmp_path, capsys):
   engine = printed.Printed(tmp_path, options, "cache")
   planned = plan(tmp_path, "a,b=1")
   engine.check(planned)
-  assert engine.submit(planned) == 0
+  assert engine.submit(jobs.choose(planned, again=False)) == 0
   first, second = capsys.readouterr().out.splitlines()
   assert first.startswith(
     "MTP_JAX_COORDINATOR=$HOST:900 MTP_JAX_NUM_PROCESSES=2 MTP_JAX_PROCESS_ID=0 "
@@ -749,15 +747,19 @@ def test_commands_are_printed_for_every_process(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
   (["--on=ray"], "flag --on=ray: value should be one of <local|slurm|"),
-  (["--slurm.nodes=2"], "--slurm.nodes is for --on=slurm, got --on=local."),
+  (["--slurm=nodes=2"], "--slurm is for --on=slurm, got --on=local."),
+  (["--slurm_grace=5"], "--slurm_grace is for --on=slurm, got --on=local."),
   (["--on=slurm", "--parallel=2"], "--parallel is for --on=local, got --on=slurm."),
   (["--on=print", "--pack=2"], "--pack is for --on=local, got --on=print."),
   (["--pack=0"], "--pack must be a number from 1 up or auto, got '0'."),
   (["--pack=all"], "--pack must be a number from 1 up or auto, got 'all'."),
   (["--max_parallel=2"], "--max_parallel is for --on=slurm, got --on=local."),
-  (["--on=slurm", "--slurm.nodes=two"], "flag --slurm.nodes=two: "),
+  (["--on=slurm", "--slurm=nodes=two"], "--slurm: nodes must be a number from 1 up"),
+  (["--on=slurm", "--slurm_grace=0"], "flag --slurm_grace=0: "),
+  (["--on=print", "--print.processes=0"], "flag --print.processes=0: "),
   (["--on=print", "--print.processes=2"], "--print.coordinator must be HOST:PORT "),
-  (["--on=kubernetes"], "--kubernetes.image is required"),
+  (["--on=kubernetes"], "--kubernetes must set image, claim, which jobset.yaml has."),
+  (["--on=kubernetes", "--kubernetes_template=x"], "--kubernetes_template must be a"),
 ])
 def test_bad_engines_are_refused(command, tmp_path, arguments, message):
   root = tmp_path / "runs"
@@ -797,6 +799,6 @@ def test_a_dry_run_shows_packs(command):
 
 
 def test_a_dry_run_shows_what_would_be_handed_over(command, tmp_path):
-  result = command("launch.sweep", NTP, "--dry_run", "--on=slurm", "--slurm.qos=low")
+  result = command("launch.sweep", NTP, "--dry_run", "--on=slurm", "--slurm=qos=low")
   assert result.code == 0 and "#SBATCH --qos=low" in result.output
   assert result.output.startswith("# trial ") and not list(tmp_path.iterdir())

@@ -171,9 +171,9 @@ def test_an_error_keeps_its_reason(monkeypatch, capsys, tmp_path, name):
   assert end.message == described
   assert capsys.readouterr().err.splitlines()[-1] == f"error: {described}"
   assert status.read(tmp_path)["reason"] == described
-  event = workers._ended(status.Status(tmp_path, 1, 0), error)
-  assert event.text.splitlines()[0] == described
-  assert event.exit_class == "infrastructure"
+  outcome = workers._ended(status.Status(tmp_path, 1, 0), error)
+  assert outcome.text.splitlines()[0] == described
+  assert outcome.exit_class == "infrastructure"
 
 
 def test_status_follows_the_run(tmp_path):

@@ -7,15 +7,17 @@ words that are allowed in them, the other all of the job inside.
 import json
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
 import yaml
 
 from experiments import base
-from launch import engines, trials
-from launch.engines import Job, kubernetes
-from launch.engines.kubernetes import Kubernetes, Options
+from launch import jobs, trials
+from launch.engines import kubernetes
+from launch.engines.kubernetes import Kubernetes, parse
+from launch.states import Job
 from mtp_jax.config import ConfigError, from_config_dict, with_overrides
 
 models = pytest.importorskip("kubeflow_trainer_api.models")
@@ -25,15 +27,22 @@ ACTIONS = (
   "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob",
   "RestartJobAndIgnoreMaxRestarts",
 )
+TPU = kubernetes.TEMPLATE.with_name("jobset_tpu.yaml")
 OPTIONS = {
-  "gpus": Options(
-    image="example/mtp:1", nodes=2, gpus=8, claim="runs:/runs", folder="/runs/depth",
-    selector="pool=a100,zone=b", memory="64Gi", cpus=16, queue="lab",
-    service_account="trainer",
+  "gpus": parse(
+    ["image=example/mtp:1 hosts=2 devices=8", "claim=runs folder=/runs/depth"]
   ),
-  "tpu": Options(image="example/mtp:1", tpu="v5p:4x4x4", claim="runs:/runs"),
-  "slices": Options(image="example/mtp:1", tpu="v6e:4x4", slices=3),
-  "cpu": Options(image="example/mtp:1"),
+  "tpu": parse(
+    ["image=example/mtp:1 claim=runs accelerator=tpu-v5p-slice topology=4x4x4 "
+     "hosts=16 devices=4"],
+    TPU,
+  ),
+  "slices": parse(
+    ["image=example/mtp:1 claim=runs accelerator=tpu-v6e-slice topology=4x4 slices=3 "
+     "hosts=4 devices=4"],
+    TPU,
+  ),
+  "cpu": parse(["image=example/mtp:1 claim=runs"]),
 }
 
 
@@ -82,7 +91,7 @@ def test_manifests_follow_the_schemas(tmp_path, name):
 WORDS = (
   "25921e05", "1e3", "1E3", ".5", "12", "+1", "-0", "0o7", "0x1f", "0b1", "1_000",
   "12:30:45", ".inf", ".nan", "on", "off", "yes", "n", "y", "NO", "true", "False",
-  "null", "Null", "~", "", "2025-01-01", "=", "<<", "a: b", "#x", "é", "\t", "- a",
+  "null", "Null", "~", '"', "2025-01-01", "=", "<<", "a: b", "#x", "é", "\t", "- a",
   "{}",
 )
 
@@ -97,32 +106,52 @@ def bare_words(text):
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_texts_are_texts_to_every_yaml(tmp_path, word):
-  key = word.strip("=") or "y"
-  options = Options(
-    image=word or "x", selector=f"{key}=1,rev={word}", memory=word or "1Gi",
-    namespace=word, queue=word, service_account=word, claim=f"c:/{word}",
-  )
+@pytest.mark.parametrize("template", [kubernetes.TEMPLATE, TPU])
+def test_texts_are_texts_to_every_yaml(tmp_path, word, template):
+  keys = ["image", "claim", "namespace", "folder"]
+  keys += ["accelerator", "topology"] if template == TPU else []
+  values = [shlex.quote(f"{key}={word}") for key in keys]
+  engine = Kubernetes(tmp_path, parse(values, template))
   (trial,) = plan(tmp_path, "25921e05")
-  engine = Kubernetes(tmp_path, options)
   text = engine.preview([trial])
-  # 0 and 1 mean the same in all; so do a few numbers of ours.
-  assert all(re.fullmatch(r"0|[1-9][0-9]*", bare) for bare in bare_words(text))
-  expected = kubernetes.manifest(trial, options, tmp_path, 1)
-  assert list(yaml.safe_load_all(text)) == expected
-  pod = expected[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-  assert pod["nodeSelector"] == {key: "1", "rev": word}
+  # Keys of the template are words that nobody reads otherwise; counts are numbers.
+  assert all(re.fullmatch(r"\d|[1-9]\d+|[a-zA-Z_.]\S*", x) for x in bare_words(text))
+  assert not bare_words(text) & set(WORDS)
+  config, jobset = yaml.safe_load_all(text)
+  assert config["metadata"]["namespace"] == jobset["metadata"]["namespace"] == word
+  pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["containers"][0]["image"] == word
+  assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == word
+  if template == TPU:
+    assert set(pod["nodeSelector"].values()) == {word}
   # Several documents in one file, as they are handed over.
   both = engine.preview(plan(tmp_path, "1e3", "null"))
   assert len(list(yaml.safe_load_all(both))) == 4
 
 
-def test_a_selector_sets_no_label_twice(tmp_path):
-  topology = "cloud.google.com/gke-tpu-topology"
-  for tpu, selector in (("v5p:4x4x4", f"{topology}=2x2x1"), (None, "a=1,a=2")):
-    options = Options(image="x", tpu=tpu, selector=selector)
-    with pytest.raises(ConfigError, match=r"--kubernetes.selector must have each key"):
-      Kubernetes(tmp_path, options).check([])
+def test_a_template_of_ones_own_has_keys_of_its_own(tmp_path):
+  own = tmp_path / "own.yaml"
+  text = kubernetes.TEMPLATE.read_text()
+  own.write_text(text.replace('# nodeSelector: {pool: "a100"}', "nodeSelector: $nodes"))
+  with pytest.raises(ConfigError, match=r"--kubernetes must set nodes, which own.yaml"):
+    parse(["image=x claim=y"], own)
+  engine = Kubernetes(tmp_path, parse(["image=x claim=y nodes='a: b'"], own))
+  _, jobset = yaml.safe_load_all(engine.preview(plan(tmp_path, "a")))
+  pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["nodeSelector"] == "a: b"
+
+
+@pytest.mark.parametrize("text, message", [
+  ("cost: $", r"--kubernetes_template: '.*' has a dollar sign without a key; write"),
+  (None, r"--kubernetes_template must be a file of manifests, got '.*' \(.*No such"),
+  (b"\xff", r"--kubernetes_template must be a file of manifests, got '.*' \(.*utf-8"),
+])
+def test_templates_that_are_none_are_refused(tmp_path, text, message):
+  path = tmp_path / "t.yaml"
+  if text is not None:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(ConfigError, match=message):
+    parse([], path)
 
 
 @pytest.mark.parametrize("path, value", [
@@ -178,7 +207,8 @@ def test_every_process_learns_who_it_is(tmp_path):
 def test_the_config_of_a_trial_travels_with_it(tmp_path):
   path = {"data.source": "files", "data.path": "it's \\ '''here"}
   (trial,) = plan(tmp_path, "it", **path, **{"seed": 3})
-  config, _ = kubernetes.manifest(trial, OPTIONS["cpu"], tmp_path, 1)
+  text = Kubernetes(tmp_path, OPTIONS["cpu"]).preview([trial])
+  config, _ = yaml.safe_load_all(text)
   (tmp_path / "trial.py").write_text(config["data"]["trial.py"])
   module = trials.load_experiment(tmp_path / "trial.py")
   assert from_config_dict(module.get_config()) == trial.config
@@ -208,17 +238,12 @@ def test_exit_codes_say_what_is_started_again(tmp_path):
   assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_nodes_and_volume_are_as_asked_for(tmp_path):
+def test_devices_and_volume_are_as_asked_for(tmp_path):
   _, jobset = objects(tmp_path, "a", OPTIONS["gpus"])
-  pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
   container = container_of(jobset)
-  assert pod["nodeSelector"] == {"pool": "a100", "zone": "b"}
-  assert pod["serviceAccountName"] == "trainer"
   assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-  assert container["resources"]["requests"]["memory"] == "64Gi"
   assert {"name": "runs", "mountPath": "/runs"} in container["volumeMounts"]
   assert "--workdir=/runs/depth/a" in container["args"]
-  assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lab"
 
   _, jobset = objects(tmp_path, "a", OPTIONS["tpu"])
   pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -238,26 +263,27 @@ def test_names_are_short_and_no_two_configs_share_one(tmp_path):
   assert first.startswith("mtp-kind-sequential-depth-4")
 
 
-@pytest.mark.parametrize("options, message", [
-  ({"image": None}, r"--kubernetes.image is required"),
-  ({"nodes": 0}, r"--kubernetes.nodes must be at least 1, got 0"),
-  ({"tpu": "v9"}, r"--kubernetes.tpu must name one of .*, got 'v9'"),
-  ({"tpu": "h100:8"}, r"--kubernetes.tpu must name one of .*, got 'h100:8'"),
-  ({"tpu": "v5p"}, r"--kubernetes.tpu must be a slice of .* with its shape"),
-  ({"tpu": "v6e:4x4", "gpus": 8}, r"--kubernetes.nodes and .* not be set .* 1 and 8"),
-  ({"tpu": "v6e:2x2", "chips": 8}, r"--kubernetes.chips must divide .* \(4\), got 8"),
-  ({"slices": 2}, r"--kubernetes.slices must be 1 without --kubernetes.tpu, got 2"),
-  ({"selector": "pool"}, r"--kubernetes.selector must be KEY=VALUE,..., got 'pool'"),
-  ({"claim": "runs"}, r"--kubernetes.claim must be CLAIM:/PATH, got 'runs'"),
+@pytest.mark.parametrize("text, message", [
+  ("claim=y", r"--kubernetes must set image, which jobset.yaml has"),
+  ("image=x claim=y hosts=0", r"hosts must be a number from 1 up, got '0'"),
+  ("image=x claim=y hosts=two", r"hosts must be a number from 1 up, got 'two'"),
+  ("image=x claim=y slices=-1", r"slices must be a number from 1 up, got '-1'"),
+  ("image=x claim=y devices=8.5", r"devices must be a number from 0 up, got '8.5'"),
+  ("image=x image=y", r"each key once, of .*, got 'image=y'"),
+  ("image", r"--kubernetes must be KEY=VALUE, .*, got 'image'"),
+  ("image=", r"--kubernetes must be KEY=VALUE, .*, got 'image='"),
+  ("image='x", r"--kubernetes must be KEY=VALUE ..., got \"image='x\" \(No closing"),
+  ("tpu=v5p:4x4x4", r"of namespace, .*image.* \(keys of jobset.yaml\), got 'tpu="),
+  ("name=mine", r"--kubernetes must be KEY=VALUE, .*, got 'name=mine'"),
 ])
-def test_bad_flags_are_refused(tmp_path, options, message):
+def test_bad_values_are_refused(text, message):
   with pytest.raises(ConfigError, match=message):
-    Kubernetes(tmp_path, Options(**{"image": "x"} | options)).check([])
+    parse([text])
 
 
 def test_a_mesh_must_fit_the_slice(tmp_path):
   planned = plan(tmp_path, "a", **{"mesh.fsdp": 128})
-  with pytest.raises(ConfigError, match=r"devices \(64\).* from --kubernetes.slices=1"):
+  with pytest.raises(ConfigError, match=r"devices \(64\).* --kubernetes: slices=1 t"):
     Kubernetes(tmp_path, OPTIONS["tpu"]).check(planned)
 
 
@@ -288,12 +314,12 @@ JOBSETS = {"items": [
 
 
 def test_jobsets_are_read():
-  jobs = kubernetes.parse_jobsets(json.dumps(JOBSETS))
-  assert {name: job.state for name, job in jobs.items()} == {
+  found = kubernetes.parse_jobsets(json.dumps(JOBSETS))
+  assert {name: job.state for name, job in found.items()} == {
     "ran": "ended", "broke": "ended", "held": "queued", "runs": "running",
     "starts": "queued",
   }
-  assert jobs["broke"].reason == "Kubernetes says Failed, FailedJobs, two"
+  assert found["broke"].reason == "Kubernetes says Failed, FailedJobs, two"
 
 
 @pytest.fixture
@@ -312,13 +338,14 @@ def kubectl(tmp_path, monkeypatch):
 def test_manifests_are_written_and_applied_if_asked(tmp_path, kubectl, capsys):
   root = tmp_path / "runs"
   planned = plan(root, "a")
-  Kubernetes(root, OPTIONS["cpu"]).submit(planned)
+  choice = jobs.choose(planned, again=False)
+  Kubernetes(root, OPTIONS["cpu"]).submit(choice)
   manifest = root / "kubernetes" / "a.yaml"
   assert len(list(yaml.safe_load_all(manifest.read_text()))) == 2
   assert "Nothing was submitted" in capsys.readouterr().out
   assert not (kubectl / "calls").exists() and not planned[0].workdir.exists()
 
-  Kubernetes(root, OPTIONS["cpu"], submits=True).submit(planned)
+  Kubernetes(root, OPTIONS["cpu"], submits=True).submit(choice)
   name = kubernetes.jobset_name(planned[0])
   asked = (kubectl / "calls").read_text().splitlines()
   assert asked[-1] == f"apply --filename {manifest}"
@@ -326,9 +353,9 @@ def test_manifests_are_written_and_applied_if_asked(tmp_path, kubectl, capsys):
     "replicatedJobsStatus": [{"name": "train", "ready": 1}]
   }}
   (kubectl / "out").write_text(json.dumps({"items": [running]}))
-  assert trials.read_states(planned)["a"].kind == "running"
-  assert engines.find_jobs(planned) == {"a": Job("running", name)}
-  assert engines.cancel(planned) == ["kubernetes: deleted 1 JobSet(s)"]
+  assert jobs.read_states(planned)["a"].kind == "running"
+  assert jobs.find(planned) == {"a": Job("running", name)}
+  assert jobs.cancel(planned) == ["kubernetes: deleted 1 JobSet(s)"]
   asked = (kubectl / "calls").read_text().splitlines()
   assert asked[-1].startswith(f"delete jobset {name} --namespace=default")
 

@@ -11,13 +11,13 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.commands import ROOT
+from tests.quick_xla import xla_flags
 from tests.synthetic_runs import World, write_ladder
 from tests.tiny_runs import write_texts
 
 FOLDER = ROOT / "experiments" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# Most of the time would go into compiling tiny programs; see tests.common.quick_jit.
-QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
 
 TRAIN = """
 import sys

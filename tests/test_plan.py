@@ -16,7 +16,7 @@ import pytest
 
 from launch import plan
 from launch.planning import steps, topologies
-from launch.trials import Trial
+from launch.states import Trial
 from mtp_jax import accounting
 from mtp_jax.config import ConfigError, MeshConfig
 from mtp_jax.program import program_config

@@ -15,6 +15,7 @@ import pytest
 from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import with_overrides
+from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
 # A server that has imported JAX, but not started it, forks every process: one import.
@@ -53,11 +54,7 @@ def kill_while_saving(step):
 
 def child(config, cache, workdir, fault, num_devices=1):
   """Trains in a process of its own."""
-  # As in tests.common.quick_jit: most of the time would go into compiling.
-  os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 "
-    f"--xla_force_host_platform_device_count={num_devices}"
-  )
+  os.environ["XLA_FLAGS"] = xla_flags(num_devices)
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if fault is not None:

@@ -14,14 +14,14 @@ import time
 
 import pytest
 
-from launch.engines import read_record
+from launch.states import read_record
 from mtp_jax.checkpoint import Checkpointer
 from tests.commands import ROOT, Commands
 from tests.tiny_runs import read_metrics, without_wall_clock, write_texts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-SCRIPT = ROOT / "launch" / "engines" / "mini_slurm.sh"
+SCRIPT = ROOT / "tests" / "mini_slurm.sh"
 NODES = 4
 LONG = 240  # Steps: time enough to be found at work.
 EXPERIMENT = """
@@ -156,7 +156,7 @@ def table_rows(output):
 
 def test_a_sweep_is_an_array_and_says_which_trial_failed_and_why(sweep, tmp_path):
   root = tmp_path / "runs"
-  on = ("--on=slurm", "--slurm.grace=30", "--max_parallel=2")
+  on = ("--on=slurm", "--slurm_grace=30", "--max_parallel=2")
   result = sweep("array", root, *on, "--watch")
   assert result.code == 1, result.output + explain(root)
   assert table_rows(result.output) == {
@@ -190,7 +190,7 @@ def test_two_nodes_train_one_trial_and_resume_exactly_after_preemption(sweep, tm
     pytest.skip("the name n1 of a node does not resolve; root could see to it")
   root = tmp_path / "runs"
   preempted, undisturbed = root / "preempted", root / "undisturbed"
-  on = ("--on=slurm", "--slurm.nodes=2", "--slurm.cpus=2", "--slurm.grace=30")
+  on = ("--on=slurm", "--slurm=nodes=2 cpus-per-task=2", "--slurm_grace=30")
   assert sweep("pair", root, *on).code == 0
   wait_until(lambda: is_at_step(preempted, 40), "the trial is at work", 400)
   nodes = job_facts(preempted)["NodeList"]
@@ -229,7 +229,7 @@ def outcome(workdir):
 def test_a_killed_trial_is_tried_again_and_a_cancelled_one_is_not(sweep, tmp_path):
   root = tmp_path / "runs"
   workdir = root / "endless"
-  on = ("--on=slurm", "--slurm.grace=30")
+  on = ("--on=slurm", "--slurm_grace=30")
   assert sweep("endless", root, *on).code == 0
   wait_until(lambda: is_at_step(workdir, 20), "the trial is at work")
   first = read_status(workdir)
@@ -263,8 +263,8 @@ def test_a_killed_trial_is_tried_again_and_a_cancelled_one_is_not(sweep, tmp_pat
 
 
 @pytest.mark.parametrize("flags, message", [
-  (["--slurm.partition=nowhere"], "error: sbatch refused: "),
-  (["--slurm.nodes=9"], "error: sbatch refused: "),
+  (["--slurm=partition=nowhere"], "error: sbatch refused: "),
+  (["--slurm=nodes=9"], "error: sbatch refused: "),
 ])
 def test_what_slurm_refuses_is_said_before_anything_is_submitted(
   sweep, tmp_path, flags, message

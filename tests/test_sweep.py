@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,13 +18,14 @@ import types
 import pytest
 
 from experiments import base
-from launch import cli, trials
-from launch.engines import local, states, workers
+from launch import cli, jobs, state_table, states, trials
+from launch.engines import local, order, workers
 from launch.engines.local import Sweep
-from launch.engines.pace import Pace, Seen, Work, makespan
+from launch.engines.pace import Pace, Work, makespan
 from launch.engines.workers import Slot
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
+from tests.quick_xla import xla_flags
 
 TINY = {
   "trunk.num_layers": 1,
@@ -64,7 +66,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def one_device(monkeypatch):
   """Workers take the environment of this process, which asks for eight devices."""
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", xla_flags())
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
@@ -77,8 +79,12 @@ def plan(corpus, root, swept, **overrides):
   return trials.plan(tiny(corpus, **overrides), {}, swept, root)
 
 
+def sweep_of(planned, root, cache="", kind=Sweep, **options):
+  return kind(jobs.choose(planned, again=False), root, cache, **options)
+
+
 def kinds(planned):
-  return {trial.name: trials.read_state(trial).kind for trial in planned}
+  return {trial.name: states.read_state(trial).kind for trial in planned}
 
 
 def metrics(trial):
@@ -280,7 +286,7 @@ def done(trial):
 
 
 def share(planned):
-  trials.share(planned, trials.read_states(planned))
+  jobs.share(planned, jobs.read_states(planned))
 
 
 def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
@@ -288,8 +294,8 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   assert len(planned) == 8
   first, *others = (trial for trial in planned if trial.config.mtp.depth == 0)
   expected = {trial.name: first for trial in others}
-  assert trials.copies(planned) == expected
-  choice = trials.choose(planned, again=False)
+  assert states.copies(planned) == expected
+  choice = jobs.choose(planned, again=False)
   assert choice.copies == expected
   assert [t.name for t in choice.todo] == [
     t.name for t in planned if t is first or t.config.mtp.depth
@@ -306,7 +312,7 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   ]
   share(planned)
   for trial in others:
-    assert trials.read_state(trial).eval_loss == 1.5
+    assert states.read_state(trial).eval_loss == 1.5
     run = json.loads((trial.workdir / "run.json").read_text())
     assert run == {"commit": "abc", "same_run_as": first.name}
     assert (trial.workdir / "checkpoints" / "40" / "x").read_text() == "weights"
@@ -328,13 +334,13 @@ def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
   (two.workdir / "metrics.jsonl").write_text(
     json.dumps(record | {"tokens_per_second": 9.0}) + "\n"
   )
-  choice = trials.choose([one, two, three, other], again=False)
+  choice = jobs.choose([one, two, three, other], again=False)
   assert choice.todo == [two, other]
   with cli.exclusive(three.workdir):
-    choice = trials.choose([one, two, three, other], again=False)
+    choice = jobs.choose([one, two, three, other], again=False)
   assert (choice.active, choice.todo) == ([three], [other])
   done(one)
-  choice = trials.choose([one, two, three, other], again=False)
+  choice = jobs.choose([one, two, three, other], again=False)
   assert choice.todo == [other] and choice.copies == {"two": one, "three": one}
 
 
@@ -355,7 +361,7 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
   def pick(shape, *busy):
     worker = types.SimpleNamespace(shape=shape)
     others = [types.SimpleNamespace(shape=other) for other in busy]
-    return local.next_trial(waiting, worker, others).name
+    return order.next_trial(waiting, worker, others).name
 
   assert pick("b") == "b"
   assert pick("a") == "a2"
@@ -366,16 +372,17 @@ def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
 
 
 def test_time_left_follows_the_nearest_cost():
-  work = Work(cost=400.0, flops=1000.0, evaluation=100.0, is_first=False)
+  work = Work(400.0, 1000.0)
   pace = Pace([
-    (work._replace(cost=100.0), Seen(startup=3.0, training=10.0, flops=100.0)),
-    (work._replace(cost=10_000.0), Seen(startup=9.0, training=2.0, flops=100.0)),
+    Work(100.0, 100.0, 100.0, 10.0, 17.0, is_first=True, has_ended=True),
+    Work(10_000.0, 900.0, 100.0, 2.0, 90.0),
   ])
-  assert pace.left(work) == 3 + 50 + 5
-  assert pace.left(work._replace(cost=2_500.0)) == 9 + 40 + 4
-  assert pace.left(work, Seen(waited=1.0)) == 2 + 50 + 5
-  assert pace.left(work, Seen(startup=3.0, waited=20.0)) == 30 + 5
-  assert pace.left(work._replace(flops=0.0), Seen(startup=3.0, waited=4.0)) == 1
+  assert pace.left(work) == 50 + 7
+  assert pace.left(work._replace(cost=2_500.0)) == 40 + 7
+  assert pace.left(work._replace(seconds=3.0)) == 50 + 4  # It is starting.
+  at_work = work._replace(done=400.0, training=21.0, seconds=26.0)
+  assert pace.left(at_work) == 30 + 2
+  assert pace.left(at_work._replace(done=1000.0, seconds=40.0)) == 0
   assert str(Pace([]).left(work)) == "nan"
   assert makespan([4.0, 1.0], [2.0, 5.0]) == 6.0 and makespan([], []) == 0.0
 
@@ -399,31 +406,27 @@ def simulate(trials, num_workers):
   for now in range(1, int(end)):
     seen, busy, waiting = [], {i: [] for i in range(num_workers)}, []
     for worker, began, is_first, cost, flops, parts in plan:
-      at, work = now - began, Work(cost, flops, flops / 10, is_first)
+      at, work = now - began, Work(cost, flops, is_first=is_first)
       if at < 0:
         waiting.append(work)
         continue
       if at >= sum(parts):
-        seen.append((work._replace(flops=0.0), Seen(*parts[:2], flops, parts[2])))
+        work = work._replace(done=flops, training=parts[1], seconds=sum(parts))
+        seen.append(work._replace(has_ended=True))
         continue
       trained = min(max(at - parts[0], 0.0), parts[1])
       logged = trained - trained % 3 if trained < parts[1] else trained
-      share = logged / parts[1]
-      startup = parts[0] if at >= parts[0] else None
-      waited = at if startup is None else at - parts[0] - logged
-      pair = (
-        work._replace(flops=flops * (1 - share)),
-        Seen(startup, logged, flops * share, None, waited),
-      )
-      seen.append(pair)
-      busy[worker].append(pair)
+      done = flops * logged / parts[1]
+      work = work._replace(done=done, training=logged, seconds=at)
+      seen.append(work)
+      busy[worker].append(work)
     pace = Pace(seen)
     left = makespan(
-      [sum(pace.left(*pair) for pair in pairs) for pairs in busy.values()],
-      [pace.left(work) for work in waiting],
+      [sum(map(pace.left, works)) for works in busy.values()],
+      map(pace.left, waiting),
     )
     if not math.isnan(left):
-      yield left, end - now, any(x.evaluation is not None for _, x in seen)
+      yield left, end - now, any(work.has_ended for work in seen)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -456,14 +459,16 @@ def test_workers_share_the_cores(monkeypatch):
   ("darwin", None, None),
 ])
 def test_workers_start_with_huge_pages(monkeypatch, platform, before, at_start):
-  class Process:
-    def __init__(self, **_):
+  class Pool:
+    def __init__(self, *_, **__):
       pass
 
-    def start(self):
+    def submit(self, _):
       assert os.environ.get("GLIBC_TUNABLES") == at_start
 
-  monkeypatch.setattr(workers._SPAWN, "Process", Process)
+  children = iter([[], ["worker"]])
+  monkeypatch.setattr(multiprocessing, "active_children", lambda: next(children))
+  monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
   monkeypatch.setattr(sys, "platform", platform)
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   if before is not None:
@@ -480,7 +485,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
 ):
   monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into each trial's log.txt.
   planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1], STOPS])
-  sweep = Sweep(planned, tmp_path, "")
+  sweep = sweep_of(planned, tmp_path)
   assert sweep.run([Slot(None)]) == 1
   assert kinds(planned) == {
     "seed=0": "done", "diverges": "failed", "seed=1": "done", "stops": "done"
@@ -498,11 +503,11 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one shape, one worker.
 
   # Success ends a trial: what it did not do counts as done, not as fast.
-  flops = sum(seen.flops for _, seen in sweep._finished)
+  flops = sum(work.done for work in sweep._ended)
   assert flops == pytest.approx(2.5 * planned[0].flops)
   # The diverged one was noticed after 10 of its steps.
   assert sweep._progress() == (3.25 / 4, "3/4 trials, 81% of the FLOPs")
-  assert "  20/40 " in states.table(planned, trials.read_states(planned))
+  assert "  20/40 " in state_table.table(planned, jobs.read_states(planned))
   with (tmp_path / "results.csv").open() as file:
     rows = {row["trial"]: row for row in csv.DictReader(file)}
   assert rows["stops"]["complete"] == "True" and rows["stops"]["step"] == "20"
@@ -511,20 +516,20 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   assert [rows["seed=0"][name] for name in columns] == [""] * 3
 
   done = [planned[0], planned[2], planned[3]]
-  assert Sweep(done, tmp_path, "").run([Slot(None)]) == 0
+  assert sweep_of(done, tmp_path).run([Slot(None)]) == 0
   assert capfd.readouterr().out == f"all 3 trial(s) are done in {tmp_path}.\n"
 
 
 class Meddled(Sweep):
   """A sweep to which things are done while it runs: each until it returns True."""
 
-  def __init__(self, *args, steps):
-    super().__init__(*args)
+  def __init__(self, *args, steps, **options):
+    super().__init__(*args, **options)
     self.steps = list(steps)
 
   def _show(self):
     super()._show()
-    pids = {t.name: w._process.pid for w in self._workers for t in w.trials}
+    pids = {t.name: w.process.pid for w in self._workers for t in w.trials}
     if self.steps and self.steps[0](pids):
       self.steps.pop(0)
 
@@ -541,7 +546,7 @@ def test_killed_worker_and_stopped_sweep_are_continued(
 
   def hold_both_at_work(pids):
     for trial in planned:
-      state = trials.read_state(trial)
+      state = states.read_state(trial)
       if trial.name not in held and state.kind == "running" and state.step:
         os.kill(pids[trial.name], signal.SIGSTOP)
         held.add(trial.name)
@@ -560,14 +565,14 @@ def test_killed_worker_and_stopped_sweep_are_continued(
   cache = str(tmp_path / "cache")
   both = workers.slots(2) if (os.cpu_count() or 1) > 1 else [Slot(None)] * 2
   steps = [hold_both_at_work, kill_one, stop_the_sweep]
-  assert Meddled(planned, tmp_path, cache, steps=steps).run(both) == 143
+  assert sweep_of(planned, tmp_path, cache, Meddled, steps=steps).run(both) == 143
   assert kinds(planned) == {"seed=0": "failed", "seed=1": "stopped"}
   shown = capfd.readouterr().out
   assert "seed=0: FAILED: the worker was ended by SIGKILL (out of memory" in shown
   assert "SIGTERM: the sweep has stopped; the same command continues it." in shown
   assert list((tmp_path / "seed=1" / "checkpoints").iterdir())
 
-  assert Sweep(planned, tmp_path, cache).run(both) == 0
+  assert sweep_of(planned, tmp_path, cache).run(both) == 0
   assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
   assert not (tmp_path / "seed=0" / "error.txt").exists()
   assert "seed=1: continues near step" in capfd.readouterr().out
@@ -581,7 +586,7 @@ def test_a_pack_goes_past_a_failure(
 ):
   monkeypatch.setenv("JAX_LOG_COMPILES", "1")  # Into log.txt.
   planned = plan(corpus, tmp_path, [SEEDS[0], DIVERGES, SEEDS[1]])
-  assert Sweep(planned, tmp_path, "", pack=3).run([Slot(None)]) == 1
+  assert sweep_of(planned, tmp_path, pack=3).run([Slot(None)]) == 1
   assert kinds(planned) == {"seed=0": "done", "diverges": "failed", "seed=1": "done"}
   shown = capfd.readouterr().out
   assert "seed=1: starts in a pack of 3\n" in shown
@@ -605,7 +610,7 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
       return True
 
   cache = str(tmp_path / "cache")
-  sweep = Meddled(planned, tmp_path, cache, 1, False, 2, steps=[kill])
+  sweep = sweep_of(planned, tmp_path, cache, Meddled, pack=2, steps=[kill])
   assert sweep.run([Slot(None)]) == 0
   assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
   shown = capfd.readouterr().out

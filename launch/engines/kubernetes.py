@@ -1,49 +1,33 @@
-"""The engine of Kubernetes: a JobSet for every trial, for GPU nodes and TPU slices.
+"""The engine of Kubernetes: a JobSet for every trial, from a template that users edit.
 
-A manifest holds two objects: a ConfigMap with the trial's config, as an experiment
-file, and a JobSet of one indexed job per slice, a pod per host. Every pod runs
-`launch.train` and learns from its environment which process it is. How a process ends
-says what happens next (`launch.exits`): after 75, or when a pod is evicted, the trial
-is started again and it does not count; 2 and 3 end it; after all else it is started
-again, `maxRestarts` times. JobSet tells these apart by the message of the failed job,
-from version 0.10 on.
+`jobset.yaml` is for nodes with GPUs, `jobset_tpu.yaml` for slices of TPUs. A manifest
+holds a ConfigMap with the trial's config, as an experiment file, and a JobSet of one
+indexed job per slice with a pod per host. Every pod runs `launch.train` and reads from
+its environment which process it is.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 import re
+import shlex
 import shutil
+import string
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch import engines, exits, trials
-from launch.distributed import COORDINATOR, NUM_PROCESSES
-from launch.engines import Job, Record
-from launch.engines.options import option
-from launch.planning import topologies
-from launch.trials import Trial
+from launch import states, trials
+from launch.states import Choice, Job, Record, Trial
 from mtp_jax.config import Config, ConfigError, to_dict
 
+TEMPLATE = Path(__file__).with_name("jobset.yaml")
 _FOLDER = "kubernetes"
-_PORT = 8476
-_JOB = "train"
-_CONFIG = "/etc/mtp_jax"
 _MAX_SLUG = 24  # Names of pods add to those of JobSets; 63 characters are allowed.
-# As Google Kubernetes Engine calls the slices of `launch.plan`.
-_TPUS = {
-  "v4": "tpu-v4-podslice",
-  "v5e": "tpu-v5-lite-podslice",
-  "v5p": "tpu-v5p-slice",
-  "v6e": "tpu-v6e-slice",
-}
-# The rules of the job, in this order: JobSet knows them by their place.
-_YIELDED, _HOPELESS, _EVICTED = range(3)
 _EXPERIMENT = """\
 \"\"\"The config of one trial, written by launch.sweep.\"\"\"
 
@@ -65,143 +49,90 @@ _SCRIPT = (
   "export MTP_JAX_PROCESS_ID=$((SLICE * HOSTS + JOB_COMPLETION_INDEX)); "
   'exec python -u -m launch.train "$@"'
 )
+# Keys of a template that the sweep fills in for each trial.
+_FILLED = (
+  "name", "experiment", "max_restarts", "script", "workdir_flag", "coordinator",
+  "num_processes", "num_hosts",
+)
+_COUNTS = {"slices": 1, "hosts": 1, "devices": 0}  # With their least values.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The `--kubernetes.*` flags."""
+  """A template and the values of its keys; made by `parse`.
 
-  image: str | None = option(None, "container image, with this code in its workdir")
-  tpu: str | None = option(None, "TPU slice of a trial, as in v5p:4x4x4")
-  slices: int = option(1, "TPU slices of a trial")
-  chips: int = option(4, "TPU chips of a host")
-  nodes: int = option(1, "nodes of a trial, without TPUs")
-  gpus: int = option(0, "GPUs of each node; 0 trains on CPU cores")
-  folder: str | None = option(
-    None, "the sweep folder as the pods see it; by default --workdir"
-  )
-  claim: str | None = option(
-    None, "CLAIM:/PATH, persistent volume claim that holds that folder, and its place"
-  )
-  selector: str | None = option(None, "node labels, KEY=VALUE separated by commas")
-  memory: str | None = option(None, "memory of each pod (64Gi)")
-  cpus: int = option(0, "CPU cores of each pod; 0 leaves it to the cluster")
-  namespace: str = option("default", "namespace of the objects")
-  queue: str | None = option(None, "Kueue queue that they wait in")
-  service_account: str | None = option(None, "service account of the pods")
-  grace: int = option(120, "seconds that a pod has to save when it is evicted")
+  `slices` x `hosts` are the pods of a trial, `devices` the accelerators of a pod (0
+  trains on CPU cores).
+  """
+
+  template: string.Template
+  values: dict[str, str]
+
+  def count(self, key: str) -> int:
+    return int(self.values[key])
 
   @property
-  def topology(self) -> topologies.Topology | None:
-    if self.tpu is None:
-      return None
-    try:
-      topology = topologies.parse(self.tpu)
-    except ConfigError as error:
-      text = str(error).replace("--topology", "--kubernetes.tpu")
-      raise ConfigError(text) from error
-    if topology.chip.name not in _TPUS or topology.shape is None:
-      raise ConfigError(
-        f"--kubernetes.tpu must be a slice of {', '.join(_TPUS)} with its shape, as in "
-        f"v5p:4x4x4, got {self.tpu!r}."
-      )
-    return topology
-
-  @property
-  def hosts(self) -> int:
-    """Of a slice, or of the trial where there are no TPUs."""
-    topology = self.topology
-    return self.nodes if topology is None else topology.num_chips // self.chips
+  def num_pods(self) -> int:
+    return self.count("slices") * self.count("hosts")
 
   @property
   def num_devices(self) -> int:
-    topology = self.topology
-    if topology is None:
-      return self.nodes * max(self.gpus, 1)
-    return topology.num_chips * self.slices
-
-  @property
-  def devices_from(self) -> str:
-    if self.tpu is None:
-      return f"--kubernetes.nodes={self.nodes} times --kubernetes.gpus={self.gpus}"
-    return f"--kubernetes.slices={self.slices} times --kubernetes.tpu={self.tpu}"
-
-  def check(self) -> None:
-    """Raises ConfigError if a flag is missing or cannot be meant."""
-    if not self.image:
-      raise ConfigError("--kubernetes.image is required for --on=kubernetes.")
-    lowest = {"slices": 1, "chips": 1, "nodes": 1, "gpus": 0, "cpus": 0, "grace": 1}
-    for name, least in lowest.items():
-      if getattr(self, name) < least:
-        raise ConfigError(
-          f"--kubernetes.{name} must be at least {least}, got {getattr(self, name)}."
-        )
-    topology = self.topology
-    if topology is None:
-      if self.slices > 1:
-        raise ConfigError(
-          f"--kubernetes.slices must be 1 without --kubernetes.tpu, got {self.slices}."
-        )
-    elif self.gpus or self.nodes > 1:
-      raise ConfigError(
-        "--kubernetes.nodes and --kubernetes.gpus must not be set with "
-        f"--kubernetes.tpu, got {self.nodes} and {self.gpus}."
-      )
-    elif topology.num_chips % self.chips:
-      raise ConfigError(
-        f"--kubernetes.chips must divide the chips of a slice ({topology.num_chips}), "
-        f"got {self.chips}."
-      )
-    self.labels()
-    self.volume()
-
-  def labels(self) -> dict[str, str]:
-    """Returns what nodes must have."""
-    topology = self.topology
-    labels = {}
-    if topology is not None:
-      labels = {
-        "cloud.google.com/gke-tpu-accelerator": _TPUS[topology.chip.name],
-        "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
-      }
-    for pair in (self.selector or "").split(",") if self.selector else ():
-      key, equals, value = pair.partition("=")
-      if not key or not equals:
-        raise ConfigError(f"--kubernetes.selector must be KEY=VALUE,..., got {pair!r}.")
-      if key in labels:
-        raise ConfigError(
-          "--kubernetes.selector must have each key once, and none that "
-          f"--kubernetes.tpu sets, got {pair!r}."
-        )
-      labels[key] = value
-    return labels
-
-  def volume(self) -> tuple[str, str] | None:
-    """Returns the claim and where it is mounted."""
-    if self.claim is None:
-      return None
-    name, _, path = self.claim.partition(":")
-    if not name or not path.startswith("/"):
-      raise ConfigError(
-        f"--kubernetes.claim must be CLAIM:/PATH, got {self.claim!r}."
-      )
-    return name, path
+    return self.num_pods * max(self.count("devices"), 1)
 
 
-class _Dumper(yaml.SafeDumper):
-  """Writes every text in quotes, or line by line if it has several.
+def parse(words: Sequence[str], template: Path = TEMPLATE) -> Options:
+  """Returns the options of --kubernetes: `image=REGISTRY/mtp_jax:1 hosts=2 devices=8`.
 
-  PyYAML leaves `25921e05` and `0o7` bare: texts to YAML 1.1, numbers to YAML 1.2, which
-  kubectl reads.
+  Args:
+    words: values of --kubernetes, with one KEY=VALUE or several in each.
+    template: a file of manifests.
+
+  Raises:
+    ConfigError: no template, not KEY=VALUE, a key that the template does not have, that
+      the sweep sets, or that is missing, or a number that is none.
   """
-
-
-_Dumper.add_representer(
-  str,
-  lambda dumper, text: dumper.represent_scalar(
-    "tag:yaml.org,2002:str", text, style="|" if "\n" in text else '"'
-  ),
-)
+  try:
+    text = string.Template(template.read_text())
+    keys = text.get_identifiers()
+  except (OSError, ValueError) as error:
+    raise ConfigError(
+      f"--kubernetes_template must be a file of manifests, got {str(template)!r} "
+      f"({error})."
+    ) from error
+  if not text.is_valid():
+    raise ConfigError(
+      f"--kubernetes_template: {str(template)!r} has a dollar sign without a key; "
+      "write $$ for one."
+    )
+  own = [key for key in keys if key not in _FILLED]
+  allowed = dict.fromkeys([*own, *_COUNTS, "namespace", "folder"])
+  found: dict[str, str] = {}
+  for given in words:
+    try:
+      pairs = shlex.split(given)
+    except ValueError as error:
+      message = f"--kubernetes must be KEY=VALUE ..., got {given!r} ({error})."
+      raise ConfigError(message) from error
+    for pair in pairs:
+      key, equals, value = pair.partition("=")
+      if not equals or not value or key in found or key not in allowed:
+        raise ConfigError(
+          "--kubernetes must be KEY=VALUE, each key once, of "
+          f"{', '.join(allowed)} (keys of {template.name}), got {pair!r}."
+        )
+      found[key] = value
+  values = {"slices": "1", "hosts": "1", "devices": "0", "namespace": "default"}
+  values |= found
+  if missing := [key for key in own if key not in values]:
+    raise ConfigError(
+      f"--kubernetes must set {', '.join(missing)}, which {template.name} has."
+    )
+  for key, least in _COUNTS.items():
+    if not re.fullmatch(r"\d{1,9}", values[key]) or int(values[key]) < least:
+      raise ConfigError(
+        f"--kubernetes: {key} must be a number from {least} up, got {values[key]!r}."
+      )
+  return Options(text, values)
 
 
 class Kubernetes:
@@ -209,7 +140,7 @@ class Kubernetes:
 
   Args:
     root: the sweep folder, as it is seen here.
-    options: of the JobSets.
+    options: of the manifests.
     max_attempts: how often a trial may end for no fault of its own.
     submits: hand the manifests to the cluster, through kubectl.
   """
@@ -217,52 +148,47 @@ class Kubernetes:
   needs_folders = False
 
   def __init__(
-    self,
-    root: Path = Path(),
-    options: Options | None = None,
-    max_attempts: int = 1,
-    submits: bool = False,
+    self, root: Path, options: Options, max_attempts: int = 1, submits: bool = False
   ):
     self._root = Path(root).absolute()
     self._folder = self._root / _FOLDER
-    self._options = options or Options()
+    self._options = options
     self._max_attempts = max_attempts
     self._submits = submits
     self.outcome = "given to kubernetes" if submits else "written as manifests"
 
-  def check(self, planned: list[Trial]) -> None:
-    options = self._options
-    options.check()
-    trials.check_devices(planned, options.num_devices, options.devices_from)
+  def check(self, todo: list[Trial]) -> None:
+    values = self._options.values
+    counts = " times ".join(f"{key}={values[key]}" for key in _COUNTS)
+    trials.check_devices(todo, self._options.num_devices, f"--kubernetes: {counts}")
     if self._submits and shutil.which("kubectl") is None:
       raise ConfigError("--submit needs kubectl on the PATH of this host.")
 
-  def preview(self, planned: list[Trial]) -> str:
-    self._options.check()
-    return "---\n".join(self._text(trial) for trial in planned)
+  def preview(self, todo: list[Trial]) -> str:
+    return "---\n".join(self.manifest(trial) for trial in todo)
 
-  def submit(self, planned: list[Trial]) -> int:
+  def submit(self, choice: Choice) -> int:
     self._folder.mkdir(parents=True, exist_ok=True)
-    for trial in planned:
+    namespace = self._options.values["namespace"]
+    for trial in choice.todo:
       path, name = self._folder / f"{trial.name}.yaml", jobset_name(trial)
-      path.write_text(self._text(trial))
+      path.write_text(self.manifest(trial))
       if not self._submits:
         print(f"{trial.name}: {path}")
         continue
       # What a JobSet is to do cannot be changed; one that has ended makes way.
-      where = f"--namespace={self._options.namespace}"
+      where = f"--namespace={namespace}"
       _kubectl("delete", "jobset", name, where, "--ignore-not-found")
       _kubectl("apply", "--filename", str(path))
       trial.workdir.mkdir(parents=True, exist_ok=True)
-      engines.write_record(
-        trial.workdir, "kubernetes", id=name, namespace=self._options.namespace
-      )
+      states.write_record(trial.workdir, "kubernetes", id=name, namespace=namespace)
       print(f"{trial.name}: {name}", flush=True)
     if not self._submits:
       print(f"Nothing was submitted: --submit does, or kubectl apply -f {self._folder}")
     return 0
 
-  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
+  @staticmethod
+  def jobs(records: dict[str, Record]) -> dict[str, Job]:
     jobs = {}
     for namespace in sorted({record["namespace"] for record in records.values()}):
       try:
@@ -275,17 +201,38 @@ class Kubernetes:
           jobs[name] = found.get(record["id"], default)
     return jobs
 
-  def cancel(self, records: dict[str, Record]) -> str:
-    jobs = self.jobs(records)
+  @staticmethod
+  def cancel(records: dict[str, Record]) -> str:
+    jobs = Kubernetes.jobs(records)
     busy = [name for name, job in jobs.items() if job.state in ("queued", "running")]
     for name in busy:
       where = f"--namespace={records[name]['namespace']}"
       _kubectl("delete", "jobset", records[name]["id"], where, "--ignore-not-found")
     return f"kubernetes: deleted {len(busy)} JobSet(s)"
 
-  def _text(self, trial: Trial) -> str:
-    objects = manifest(trial, self._options, self._root, self._max_attempts)
-    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=math.inf)
+  def manifest(self, trial: Trial) -> str:
+    """Returns the template, filled in for a trial."""
+    options, name = self._options, jobset_name(trial)
+    folder = options.values.get("folder", str(self._root)).rstrip("/")
+    texts = options.values | {
+      "name": name,
+      "experiment": experiment_file(trial.config),
+      "script": _SCRIPT,
+      "workdir_flag": f"--workdir={folder}/{trial.name}",
+      # The first pod of the first slice; the JobSet makes its name known.
+      "coordinator": f"{name}-train-0-0.{name}:8476",
+      "num_processes": str(options.num_pods),
+      "num_hosts": options.values["hosts"],
+    }
+    filled: dict[str, Any] = {key: _quoted(text) for key, text in texts.items()}
+    filled |= {key: options.count(key) for key in _COUNTS}
+    filled["max_restarts"] = self._max_attempts - 1
+    return options.template.substitute(filled)
+
+
+def _quoted(text: str) -> str:
+  """Returns a text in quotes: bare, `25921e05` is a number to YAML 1.2 (kubectl)."""
+  return yaml.dump(text, default_style='"', width=float("inf")).rstrip("\n")
 
 
 def jobset_name(trial: Trial) -> str:
@@ -299,151 +246,6 @@ def experiment_file(config: Config) -> str:
   """Returns the source of an experiment file whose config is this one."""
   text = json.dumps(to_dict(config), indent=1)
   return _EXPERIMENT.format(config=text.replace("'", "\\u0027"))
-
-
-def manifest(
-  trial: Trial, options: Options, root: Path, max_attempts: int
-) -> list[dict[str, Any]]:
-  """Returns the objects of a trial: its config, and the JobSet that trains it."""
-  name = jobset_name(trial)
-  metadata = {"name": name, "namespace": options.namespace}
-  config = {
-    "apiVersion": "v1",
-    "kind": "ConfigMap",
-    "metadata": dict(metadata),
-    "data": {"trial.py": experiment_file(trial.config)},
-  }
-  labels = {"app.kubernetes.io/name": "mtp-jax"}
-  if options.queue:
-    labels["kueue.x-k8s.io/queue-name"] = options.queue
-  metadata["labels"] = labels
-  if options.tpu:
-    metadata["annotations"] = {
-      "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-    }
-  jobset = {
-    "apiVersion": "jobset.x-k8s.io/v1alpha2",
-    "kind": "JobSet",
-    "metadata": metadata,
-    "spec": {
-      "failurePolicy": _failure_policy(max_attempts),
-      "replicatedJobs": [
-        {
-          "name": _JOB,
-          "replicas": options.slices,
-          "template": {"spec": _job(trial, name, options, root)},
-        }
-      ],
-    },
-  }
-  return [config, jobset]
-
-
-def _failure_policy(max_attempts: int) -> dict[str, Any]:
-  def rule(name: str, action: str, *rules_of_job: int) -> dict[str, Any]:
-    return {
-      "name": name,
-      "action": action,
-      "onJobFailureReasons": ["PodFailurePolicy"],
-      "onJobFailureMessagePatterns": [
-        f"FailJob rule at index {i}$" for i in rules_of_job
-      ],
-    }
-
-  return {
-    "maxRestarts": max_attempts - 1,
-    "rules": [
-      rule("yielded", "RestartJobSetAndIgnoreMaxRestarts", _YIELDED, _EVICTED),
-      rule("hopeless", "FailJobSet", _HOPELESS),
-    ],
-  }
-
-
-def _job(trial: Trial, name: str, options: Options, root: Path) -> dict[str, Any]:
-  def ends_with(*codes: int) -> dict[str, Any]:
-    found = {"containerName": _JOB, "operator": "In", "values": list(codes)}
-    return {"action": "FailJob", "onExitCodes": found}
-
-  evicted = [{"type": "DisruptionTarget", "status": "True"}]
-  rules = {
-    _YIELDED: ends_with(exits.YIELDED),
-    _HOPELESS: ends_with(exits.BAD_INPUT, exits.DIVERGED),
-    _EVICTED: {"action": "FailJob", "onPodConditions": evicted},
-  }
-  return {
-    "completionMode": "Indexed",
-    "completions": options.hosts,
-    "parallelism": options.hosts,
-    "backoffLimit": 0,  # Whoever is lost, all start again.
-    "podFailurePolicy": {"rules": [rules[i] for i in sorted(rules)]},
-    "template": {"spec": _pod(trial, name, options, root)},
-  }
-
-
-def _pod(trial: Trial, name: str, options: Options, root: Path) -> dict[str, Any]:
-  folder = (options.folder or str(root)).rstrip("/")
-  facts = {
-    # The first pod of the first slice; the JobSet makes its name known.
-    COORDINATOR: f"{name}-{_JOB}-0-0.{name}:{_PORT}",
-    NUM_PROCESSES: str(options.hosts * options.slices),
-    "MTP_JAX_JOB_ID": name,
-    "HOSTS": str(options.hosts),
-  }
-  environment: list[dict[str, Any]] = [
-    {"name": key, "value": value} for key, value in facts.items()
-  ]
-  slice_of = {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}
-  environment.append({"name": "SLICE", "valueFrom": {"fieldRef": slice_of}})
-  mounts = [{"name": "config", "mountPath": _CONFIG}]
-  volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": name}}]
-  if volume := options.volume():
-    claim, path = volume
-    mounts.append({"name": "runs", "mountPath": path})
-    volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
-  if options.gpus:  # NCCL shares memory between processes; a container has 64 MB.
-    mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-  container = {
-    "name": _JOB,
-    "image": options.image,
-    "command": ["sh", "-c", _SCRIPT, "launch.train"],
-    "args": [f"--config={_CONFIG}/trial.py", f"--workdir={folder}/{trial.name}"],
-    "env": environment,
-    "ports": [{"containerPort": _PORT, "protocol": "TCP"}],
-    "volumeMounts": mounts,
-  }
-  if resources := _resources(options):
-    container["resources"] = resources
-  pod: dict[str, Any] = {
-    "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": options.grace,
-    "containers": [container],
-    "volumes": volumes,
-  }
-  if options.labels():
-    pod["nodeSelector"] = options.labels()
-  if options.service_account:
-    pod["serviceAccountName"] = options.service_account
-  return pod
-
-
-def _resources(options: Options) -> dict[str, Any]:
-  devices: dict[str, Any] = {}
-  if options.tpu:
-    devices["google.com/tpu"] = options.chips
-  elif options.gpus:
-    devices["nvidia.com/gpu"] = options.gpus
-  others = {}
-  if options.cpus:
-    others["cpu"] = options.cpus
-  if options.memory:
-    others["memory"] = options.memory
-  resources = {}
-  if devices:
-    resources["limits"] = devices
-  if others or devices:
-    resources["requests"] = others | devices
-  return resources
 
 
 def parse_jobsets(text: str) -> dict[str, Job]:

@@ -1,6 +1,7 @@
 """The engine of one machine: which worker trains which trial, and how a sweep ends."""
 
 import collections
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -8,105 +9,65 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from launch import cli, engines, exits, status, trials
-from launch.engines import Job, Record, results, workers
-from launch.engines.pace import Pace, Seen, Work, makespan
-from launch.engines.workers import Event, Slot, Worker, WorkerError
-from launch.trials import State, Trial
+from launch import cli, exits, results_csv, states, status, trials
+from launch.engines import workers
+from launch.engines.order import (
+  MOST_PACKED,
+  in_packs,
+  next_trial,
+  pack_size,
+  preview_packs,
+)
+from launch.engines.pace import Pace, Work, makespan
+from launch.engines.workers import Outcome, Slot, Worker, WorkerError
+from launch.states import Choice, Job, Record, State, Trial
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 
-# Of `--pack=auto`: the most that `launch.benchmark pack` measures. What a pack has
-# trained since its last checkpoints is lost together.
-MOST_PACKED = 32
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 60.0
 
 
-def next_trial(waiting: list[Trial], worker: Worker, busy: Iterable[Worker]) -> Trial:
-  """Returns what a free worker trains next.
+class Given(NamedTuple):
+  """A trial in a worker: when it began, its state then, and the trials of its pack.
 
-  First a trial of the shape that it has compiled; then one of a shape that no other
-  worker is at; among those the shape with the most work left. Long trials come before
-  short ones, so that the sweep does not end with one worker busy and the others idle.
+  is_first: no trial of its shape was given out before.
   """
-  taken = {other.shape for other in busy}
-  choice = [trial for trial in waiting if trial.shape == worker.shape]
-  if not choice:
-    choice = [trial for trial in waiting if trial.shape not in taken] or waiting
-  work: dict[Config, float] = {}
-  for trial in choice:
-    work[trial.shape] = work.get(trial.shape, 0.0) + trial.flops
-  return max(choice, key=lambda trial: (work[trial.shape], trial.flops))
 
-
-def pack_size(num_trials: int, most: int, num_workers: float) -> int:
-  """Returns the size of packs of trials of one shape, at most `most`, that are even.
-
-  13 trials, of which 8 fit, are two packs of up to 7: one program serves both, and one
-  of its places stays empty. `num_workers` are to have a pack each.
-  """
-  num_packs = max(-(-num_trials // most), min(num_trials, int(num_workers)), 1)
-  return -(-num_trials // num_packs)
-
-
-def in_packs(
-  mates: list[Trial], states: dict[str, State], size: int
-) -> list[list[Trial]]:
-  """Returns trials of one shape as packs of at most `size`, those alike together.
-
-  Trials at one step can share their batches, and those of one length end together. The
-  longest come first, else the order is that of the sweep.
-  """
-  alike = sorted(mates, key=lambda trial: (states[trial.name].step, -trial.num_steps))
-  return [alike[i : i + size] for i in range(0, len(alike), size)]
-
-
-def preview_packs(
-  waiting: list[Trial], states: dict[str, State], most: int, num_workers: int
-) -> list[str]:
-  """Returns a line for each pack that `Sweep` would make of trials."""
-  mates: dict[Config, list[Trial]] = {}
-  for trial in waiting:
-    mates.setdefault(trial.shape, []).append(trial)
-  lines = []
-  for shape, trials_of_shape in enumerate(mates.values(), start=1):
-    size = pack_size(len(trials_of_shape), most, num_workers / len(mates))
-    for pack in in_packs(trials_of_shape, states, size):
-      names = " ".join(trial.name for trial in pack)
-      lines.append(f"shape {shape}, {len(pack)} trial(s): {names}")
-  return lines
+  began: float
+  state: State
+  num_trials: int
+  is_first: bool
 
 
 class Sweep:
   """One pass over the trials of a sweep; see `run`.
 
   Args:
-    planned: the trials, those that are done among them.
+    choice: which trials are to be trained, and the states of all.
     root: the sweep folder.
     compilation_cache: folder of compiled programs; empty for none.
     max_attempts: how often a trial is started that ends for no fault of its own.
-    again: start also those that ended in bad input or diverged.
     pack: most trials of one shape that are trained in one program; None is as many as
       fit, up to `MOST_PACKED`.
   """
 
   def __init__(
     self,
-    planned: list[Trial],
+    choice: Choice,
     root: Path,
     compilation_cache: str,
     max_attempts: int = 1,
-    again: bool = False,
     pack: int | None = 1,
   ):
-    self._planned = planned
+    self._planned, self._copies = choice.planned, choice.copies
+    self._waiting, self._states = list(choice.todo), dict(choice.states)
     self._root = root
     self._compilation_cache = compilation_cache
     self._max_attempts = max_attempts
@@ -116,9 +77,6 @@ class Sweep:
     self._sizes: dict[Config, int] = {}
     self._not_packed: set[str] = set()  # Their pack failed.
     self._num_devices = 1
-    choice = trials.choose(planned, again)
-    self._states = choice.states
-    self._waiting, self._copies = choice.todo, choice.copies
     self._num_shapes = len({trial.shape for trial in self._waiting})
     self._failed = {t.name: "another process trains it" for t in choice.active}
     for trial in choice.given_up:
@@ -126,14 +84,11 @@ class Sweep:
       self._failed[trial.name] = f"{reason} (not tried again without --again)"
     self._attempts: collections.Counter[str] = collections.Counter()
     self._workers: list[Worker] = []
+    self._given: dict[str, Given] = {}
+    self._begun: set[Config] = set()  # Shapes.
+    self._ended: list[Work] = []
     self._signum: int | None = None
     self._stopped_at, self._ends_at_once = 0.0, False
-    # Of this pass: when each running trial was given out, its step then, how many were
-    # given out with it, and whether it is the first of its shape; what finished ones
-    # took; the shapes that were given out.
-    self._given: dict[str, tuple[float, int, int, bool]] = {}
-    self._finished: list[tuple[Work, Seen]] = []
-    self._begun: set[Config] = set()
     self._bar: tqdm | None = None
     self._last_line = time.monotonic()
 
@@ -162,8 +117,12 @@ class Sweep:
     try:
       self._workers = [Worker(slot, self._compilation_cache) for slot in slots]
       while self._workers:
-        for worker in workers.wait(self._workers, _SECONDS_BETWEEN_LOOKS):
-          self._answer(worker, worker.event())
+        concurrent.futures.wait(
+          [worker.future for worker in self._workers], _SECONDS_BETWEEN_LOOKS,
+          concurrent.futures.FIRST_COMPLETED,
+        )
+        for worker in [w for w in self._workers if w.future.done()]:
+          self._answer(worker)
         self._show()
         if self._ends_at_once:
           raise SystemExit(128 + self._signum)
@@ -176,24 +135,29 @@ class Sweep:
         signal.signal(signum, handler)
     return self._summary()
 
-  def _answer(self, worker: Worker, event: Event) -> None:
-    """Notes what happened in a worker and gives it what comes next."""
-    if event.kind == "warning":
-      names = [trial.name for trial in worker.trials]
-      self._say(f"{', '.join(names) or 'worker'}: warning: {event.text}")
-      return
+  def _answer(self, worker: Worker) -> None:
+    """Notes what a worker has done and gives it what comes next."""
+    result, has_died = worker.result(), False
     given, worker.trials = worker.trials, []
-    measured, worker.measures = worker.measures, False
-    if event.kind == "ready":
-      self._check_devices(event)
-    elif given:
-      self._note_all(given, event)
-    elif measured:  # A worker that died of it has no room for two.
-      self._fitting[worker.shape] = event.size or 1
-    elif self._signum is None:
-      raise WorkerError(f"a worker could not start: {event.text}.")
+    match result:
+      case (str() as platform, int() as num_devices):
+        self._check_devices(platform, num_devices)
+      case int():
+        self._fitting[worker.shape] = result
+      case Outcome(kind="died"):
+        has_died = True
+        if given:
+          self._note_all(given, [result])
+        elif worker.shape is not None:  # It died of measuring: two do not fit.
+          self._fitting[worker.shape] = 1
+        elif self._signum is None:
+          raise WorkerError(f"a worker could not start: {result.text}.")
+      case Outcome():
+        self._note_all(given, [result])
+      case _:
+        self._note_all(given, result)
     goes_on = bool(self._waiting) and self._signum is None
-    if goes_on and event.kind != "died":
+    if goes_on and not has_died:
       self._give(worker)
       return
     self._workers.remove(worker)
@@ -202,7 +166,7 @@ class Sweep:
       self._workers.append(Worker(worker.slot, self._compilation_cache))
 
   def _give(self, worker: Worker) -> None:
-    busy = [other for other in self._workers if other.trials or other.measures]
+    busy = [other for other in self._workers if other is not worker and other.shape]
     trial = next_trial(self._waiting, worker, busy)
     mates = self._mates(trial)
     if len(mates) > 1 and self._pack is None and trial.shape not in self._fitting:
@@ -216,16 +180,16 @@ class Sweep:
     self._begun.add(given[0].shape)
     for trial in given:
       self._waiting.remove(trial)
-      step = self._states[trial.name].step
-      self._given[trial.name] = time.time(), step, len(given), is_first
+      state = self._states[trial.name]
+      self._given[trial.name] = Given(time.time(), state, len(given), is_first)
       with self._warnings(trial):
         trial.workdir.mkdir(parents=True, exist_ok=True)
         (trial.workdir / "error.txt").unlink(missing_ok=True)
-        engines.write_record(
+        states.write_record(
           trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
         )
       self._attempts[trial.name] += 1
-      how = f"continues near step {step}" if step else "starts"
+      how = f"continues near step {state.step}" if state.step else "starts"
       self._say(f"{trial.name}: {how}{pack}")
     is_plain = size == 1 and (self._pack == 1 or self._num_devices == 1)
     worker.give(given, None if is_plain else size)
@@ -250,63 +214,63 @@ class Sweep:
       self._sizes[trial.shape] = pack_size(num_mates, most, num_workers)
     return self._sizes[trial.shape]
 
-  def _note_all(self, given: list[Trial], event: Event) -> None:
-    """Notes the end of a trial, or of a pack."""
-    if event.kind == "packed":
-      for trial, part in zip(given, event.parts, strict=True):
-        self._note(trial, part)
-    elif len(given) == 1 or self._signum is not None:
-      for trial in given:
-        self._note(trial, event)
-    else:
-      text = event.text or "the worker was told to stop (SIGTERM)"
-      self._say(
-        f"a pack of {len(given)} failed, each is tried alone: {text.splitlines()[0]}"
-      )
-      # It may be the fault of another one, or of their number: no attempt is counted.
-      for trial in given:
-        self._attempts[trial.name] -= 1
-        self._given.pop(trial.name)
-        self._not_packed.add(trial.name)
-        self._waiting.append(trial)
+  def _note_all(self, given: list[Trial], outcomes: list[Outcome]) -> None:
+    """Notes the end of a trial, or of a pack; of one that failed, a single outcome."""
+    first = outcomes[0]
+    names = ", ".join(trial.name for trial in given)
+    for text in first.warnings:
+      self._say(f"{names}: warning: {text}")
+    if len(given) == len(outcomes) or self._signum is not None:
+      for trial, outcome in zip(given, outcomes * len(given), strict=False):
+        self._note(trial, outcome)
+      return
+    text = first.text or "the worker was told to stop (SIGTERM)"
+    self._say(
+      f"a pack of {len(given)} failed, each is tried alone: {text.splitlines()[0]}"
+    )
+    # It may be the fault of another one, or of their number: no attempt is counted.
+    for trial in given:
+      self._attempts[trial.name] -= 1
+      self._given.pop(trial.name)
+      self._not_packed.add(trial.name)
+      self._waiting.append(trial)
 
-  def _note(self, trial: Trial, event: Event) -> None:
+  def _note(self, trial: Trial, outcome: Outcome) -> None:
     """Notes the end of a trial, for better or worse."""
-    self._states[trial.name] = state = trials.read_state(trial)
-    elapsed = time.time() - self._given[trial.name][0]
-    work, seen = self._seen(trial)
-    self._given.pop(trial.name)
-    if event.kind == "done":
-      self._finished.append((work, seen._replace(evaluation=seen.waited)))
+    self._states[trial.name] = state = states.read_state(trial)
+    work = self._work(trial)
+    elapsed = time.time() - self._given.pop(trial.name).began
+    if outcome.kind == "done":
+      self._ended.append(work._replace(has_ended=True))
       loss = math.nan if state.eval_loss is None else state.eval_loss
       self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
       self._share(trial)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
-    elif event.kind == "claimed":
-      self._failed[trial.name] = f"another process trains it: {event.text}"
-      self._say(f"{trial.name}: not trained here: {event.text}")
+    elif outcome.kind == "claimed":
+      self._failed[trial.name] = f"another process trains it: {outcome.text}"
+      self._say(f"{trial.name}: not trained here: {outcome.text}")
     else:
-      self._note_failure(trial, event)
-    results.collect(self._root)
+      self._note_failure(trial, outcome)
+    results_csv.collect(self._root)
 
   def _share(self, original: Trial) -> None:
     """Gives the results of a trial to those that are the same run."""
     for trial in self._planned:
       if self._copies.get(trial.name) is original:
         with self._warnings(trial):
-          trials.adopt(trial, original)
+          states.adopt(trial, original)
           self._say(f"{trial.name}: the same run as {original.name}")
-        self._states[trial.name] = trials.read_state(trial)
+        self._states[trial.name] = states.read_state(trial)
 
-  def _note_failure(self, trial: Trial, event: Event) -> None:
-    text = event.text or "the worker was told to stop (SIGTERM)"
+  def _note_failure(self, trial: Trial, outcome: Outcome) -> None:
+    text = outcome.text or "the worker was told to stop (SIGTERM)"
     with self._warnings(trial):
       (trial.workdir / "error.txt").write_text(text + "\n")
-    if event.kind == "died":
-      status.left_behind(trial.workdir, event.exit_class, text)
+    if outcome.kind == "died":
+      status.left_behind(trial.workdir, outcome.exit_class, text)
     attempt, summary = self._attempts[trial.name], text.splitlines()[0]
-    if exits.is_retried(event.exit_class) and attempt < self._max_attempts:
+    if exits.is_retried(outcome.exit_class) and attempt < self._max_attempts:
       self._waiting.append(trial)
       self._say(
         f"{trial.name}: attempt {attempt} of {self._max_attempts} failed: {summary}"
@@ -317,24 +281,24 @@ class Sweep:
 
   @contextlib.contextmanager
   def _warnings(self, trial: Trial) -> Iterator[None]:
-    """Says what could not be written: the disk of one trial may be full, or of all."""
+    """Prints what could not be written: the disk of one trial may be full, or of all.
+    """
     try:
       yield
     except OSError as error:
       self._say(f"{trial.name}: warning: {error}")
 
-  def _check_devices(self, event: Event) -> None:
-    self._num_devices = event.num_devices
+  def _check_devices(self, platform: str, num_devices: int) -> None:
+    self._num_devices = num_devices
     shared = any(worker.slot.gpus is None for worker in self._workers)
-    if event.platform != "cpu" and len(self._workers) > 1 and shared:
+    if platform != "cpu" and len(self._workers) > 1 and shared:
       raise ConfigError(
-        f"--parallel must be 1 on {event.platform}: workers can share CPU cores and "
+        f"--parallel must be 1 on {platform}: workers can share CPU cores and "
         f"GPUs that are known before they start; got {len(self._workers)}."
       )
     for trial in self._waiting:
       try:
-        num_devices = event.num_devices if self._pack == 1 else 1
-        validate(trial.config, num_devices, event.platform)
+        validate(trial.config, num_devices if self._pack == 1 else 1, platform)
       except ConfigError as error:
         raise ConfigError(f"{trial.name}: {error}") from error
 
@@ -350,50 +314,39 @@ class Sweep:
       worker.stop()
     os.write(1, b"saving; a second signal ends at once\n")  # Printing is not safe here.
 
-  def _work(self, trial: Trial, first_step: int = 0) -> float:
-    """FLOPs of a trial since `first_step`; it may be done before its last step."""
-    step = self._states[trial.name].step
-    return trial.flops * max(0, step - first_step) / trial.num_steps
+  def _done_flops(self, trial: Trial) -> float:
+    """Returns the FLOPs of the steps that a trial has taken; all, if it is done."""
+    state = self._states[trial.name]
+    steps = trial.num_steps if state.kind == "done" else state.step
+    return trial.flops * steps / trial.num_steps
 
-  def _left(self, trial: Trial, is_first: bool) -> Work:
-    """Returns what a trial has to do."""
-    data, limits = trial.resolved.data, trial.resolved.eval
-    prompts = limits.line_prompts + limits.function_prompts + limits.middle_prompts
-    tokens = limits.num_rows * data.seq_len + prompts * limits.max_new_tokens
-    # A forward pass is a third of what training costs.
-    left = trial.flops - self._work(trial)
-    return Work(trial.cost, left, tokens * trial.cost / 3, is_first)
-
-  def _seen(self, trial: Trial) -> tuple[Work, Seen]:
-    """Returns what a trial that was given out has to do, and what it took so far."""
-    began, first_step, num_given, is_first = self._given[trial.name]
-    now, work = time.time(), self._left(trial, is_first)
-    startup = _time_of(trial.workdir / "startup.json")
-    if startup < began:
-      return work, Seen(waited=(now - began) / num_given)
-    logged = max(startup, _time_of(trial.workdir / "metrics.jsonl"))
-    flops = self._work(trial, first_step)
-    training = logged - startup if flops else 0.0
-    return work, Seen(
-      *(x / num_given for x in (startup - began, training)), flops, None,
-      (now - logged) / num_given,
-    )
+  def _work(self, trial: Trial) -> Work:
+    """Returns what a trial has to do from here, or from where it was given out."""
+    given = self._given.get(trial.name)
+    if given is None:
+      is_first = trial.shape not in self._begun
+      left = trial.flops - self._done_flops(trial)
+      return Work(trial.cost, left, is_first=is_first)
+    per_step, state = trial.flops / trial.num_steps, self._states[trial.name]
+    # Success may end a trial before its last step: its true steps count for the pace.
+    done = per_step * max(0, state.step - given.state.step)
+    training = max(0.0, state.seconds - given.state.seconds) / given.num_trials
+    seconds = (time.time() - given.began) / given.num_trials
+    flops = trial.flops - per_step * given.state.step
+    return Work(trial.cost, flops, done, training, seconds, given.is_first)
 
   def _progress(self) -> tuple[float, str]:
     """Returns the share of FLOPs done and a line that says so."""
-    for worker in self._workers:
-      for trial in worker.trials:
-        self._states[trial.name] = trials.read_state(trial)
-    at_work = [[self._seen(t) for t in worker.trials] for worker in self._workers]
-    pace = Pace([*self._finished, *(x for pairs in at_work for x in pairs)])
+    for trial in (trial for worker in self._workers for trial in worker.trials):
+      self._states[trial.name] = states.read_state(trial)
+    at_work = [[self._work(t) for t in worker.trials] for worker in self._workers]
+    pace = Pace([*self._ended, *(work for works in at_work for work in works)])
     left = makespan(
-      [sum(pace.left(*pair) for pair in pairs) for pairs in at_work],
-      [pace.left(self._left(t, t.shape not in self._begun)) for t in self._waiting],
+      [sum(map(pace.left, works)) for works in at_work],
+      [pace.left(self._work(trial)) for trial in self._waiting],
     )
     trained = [trial for trial in self._planned if trial.name not in self._copies]
-    done = {t for t in trained if self._states[t.name].kind == "done"}
-    share = sum(t.flops if t in done else self._work(t) for t in trained)
-    share /= sum(trial.flops for trial in trained)
+    share = sum(map(self._done_flops, trained)) / sum(trial.flops for trial in trained)
     finished = sum(self._states[t.name].kind == "done" for t in self._planned)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
     if self._workers and not math.isnan(left):
@@ -420,7 +373,7 @@ class Sweep:
     self._last_line = time.monotonic()
 
   def _summary(self) -> int:
-    """Says how the sweep ended; returns the exit code."""
+    """Prints how the sweep ended; returns the exit code."""
     if self._signum is not None:
       name = signal.Signals(self._signum).name
       print(f"{name}: the sweep has stopped; the same command continues it.")
@@ -445,7 +398,7 @@ class Local:
   """Worker processes on this machine; see `Engine`.
 
   Args:
-    root, compilation_cache, max_attempts, again, pack: see `Sweep`.
+    root, compilation_cache, max_attempts, pack: see `Sweep`.
     parallel: trials that are trained at once.
   """
 
@@ -458,48 +411,44 @@ class Local:
     compilation_cache: str = "",
     parallel: int = 1,
     max_attempts: int = 1,
-    again: bool = False,
     pack: int | None = 1,
   ):
     self._root = root
     self._compilation_cache = compilation_cache
     self._parallel = parallel
     self._max_attempts = max_attempts
-    self._again = again
     self._pack = pack
 
-  def check(self, planned: list[Trial]) -> None:
+  def check(self, todo: list[Trial]) -> None:
     workers.slots(self._parallel)
     if self._pack != 1:
-      trials.check_devices(planned, 1, "--pack: each trial has one of its own")
+      trials.check_devices(todo, 1, "--pack: each trial has one of its own")
 
-  def preview(self, planned: list[Trial]) -> str:
+  def preview(self, todo: list[Trial]) -> str:
     """Returns the packs in which trials would be trained, if any are to be."""
-    self.check(planned)
+    self.check(todo)
     if self._pack == 1:
       return ""
-    choice = trials.choose(planned, self._again)
-    most = self._pack or MOST_PACKED
-    lines = preview_packs(choice.todo, choice.states, most, self._parallel)
-    if self._pack is None:
-      lines.insert(0, f"packs of at most {most}, if as many fit the memory:")
-    return "\n".join(lines)
+    found = {trial.name: states.read_state(trial) for trial in todo}
+    waiting = [trial for trial in todo if found[trial.name].kind != "done"]
+    return preview_packs(waiting, found, self._pack, self._parallel)
 
-  def submit(self, planned: list[Trial]) -> int:
+  def submit(self, choice: Choice) -> int:
     sweep = Sweep(
-      planned, self._root, self._compilation_cache, self._max_attempts, self._again,
-      self._pack,
+      choice, self._root, self._compilation_cache, self._max_attempts, self._pack
     )
     try:
       return sweep.run(workers.slots(self._parallel))
     except WorkerError as error:
       return cli.fail(str(error), exits.FAILED)
 
-  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
-    """Knows nothing that the run folders do not: a worker holds its own."""
+  @staticmethod
+  def jobs(records: dict[str, Record]) -> dict[str, Job]:
+    """Returns nothing: run folders tell all, a worker holds the lock of its own."""
     return {}
 
-  def cancel(self, records: dict[str, Record]) -> str:
+  @staticmethod
+  def cancel(records: dict[str, Record]) -> str:
     """Stops the sweeps that train these trials, with all that they train."""
     busy = [r for r in records.values() if cli.is_in_use(Path(r["workdir"]))]
     pids = {r["pid"] for r in busy if r["host"] == socket.gethostname()}
@@ -510,11 +459,6 @@ class Local:
     if elsewhere:
       text += f"; stop those on {', '.join(sorted(elsewhere))} there"
     return text
-
-
-def _time_of(path: Path) -> float:
-  """Returns when a file was written, 0 if it is not there."""
-  return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _duration(seconds: float) -> str:

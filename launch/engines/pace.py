@@ -1,4 +1,4 @@
-"""How long a sweep still takes: what its trials took so far, laid out over workers."""
+"""Time that a sweep still takes: from what its trials took, laid out over workers."""
 
 import heapq
 import math
@@ -7,90 +7,58 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-  """What a trial has to do.
+  """A trial of this pass; of a pack, each has its part of the seconds.
 
-  cost: training FLOPs per token. flops: left to train. evaluation: FLOPs of that.
-  is_first: no trial of its shape has begun, so that its programs must be compiled.
+  cost:      training FLOPs per token.
+  flops:     from the step at which it was given out to the last one.
+  done:      FLOPs of these that are done, in `training` seconds.
+  seconds:   since it was given out, with start-up and evaluation.
+  is_first:  no trial of its shape came before, so its programs are compiled.
+  has_ended: it is evaluated.
   """
 
   cost: float
   flops: float
-  evaluation: float
-  is_first: bool
-
-
-class Seen(NamedTuple):
-  """What a trial has taken in this pass, in seconds; a pack shares them.
-
-  startup: until its first step, None before that. training: for `flops`, validations
-  among them. evaluation: None before it has ended. waited: in the part it is at.
-  """
-
-  startup: float | None = None
+  done: float = 0.0
   training: float = 0.0
-  flops: float = 0.0
-  evaluation: float | None = None
-  waited: float = 0.0
+  seconds: float = 0.0
+  is_first: bool = False
+  has_ended: bool = False
 
 
 class Pace:
-  """Seconds of the parts of a trial, by those that have been seen.
+  """Seconds of training per FLOP by the cost of a trial, and seconds of all else.
 
-  The nearest cost counts. Smaller models are slower for their FLOPs, between not at all
-  and as their cost: the root of it is assumed. Nothing is known before the first steps:
-  NaN.
+  The nearest known cost counts. Smaller models take longer for their FLOPs, between not
+  at all and as their cost: the root of it is assumed.
   """
 
-  def __init__(self, trials: Iterable[tuple[Work, Seen]]):
-    self._seconds: dict[str, dict[tuple[float, bool], list[float]]] = {}
-    for work, seen in trials:
-      self._add("startup", work, seen.startup, 1.0)
-      self._add("training", work, seen.training if seen.flops else None, seen.flops)
-      self._add("evaluation", work, seen.evaluation, 1.0)
+  def __init__(self, works: Iterable[Work]):
+    sums: dict[float, list[float]] = {}
+    rest: dict[bool, list[float]] = {}
+    for work in works:
+      if work.done:
+        entry = sums.setdefault(work.cost, [0.0, 0.0])
+        entry[0] += work.training
+        entry[1] += work.done
+      if work.has_ended:
+        rest.setdefault(work.is_first, []).append(work.seconds - work.training)
+    self._per_flop = {cost: seconds / flops for cost, (seconds, flops) in sums.items()}
+    self._rest = {is_first: sum(x) / len(x) for is_first, x in rest.items()}
 
-  def _add(
-    self, part: str, work: Work, seconds: float | None, amount: float
-  ) -> None:
-    if seconds is not None:
-      key = work.cost, work.is_first and part != "training"
-      sums = self._seconds.setdefault(part, {}).setdefault(key, [0.0, 0.0])
-      sums[0] += seconds
-      sums[1] += amount
-
-  def _per(self, part: str, work: Work) -> float | None:
-    """Returns seconds for one, of trials that compile like this one if any do."""
-    known = self._seconds.get(part)
-    if not known:
-      return None
-    is_first = work.is_first and part != "training"
-    nearest = min(
-      known, key=lambda key: (key[1] != is_first, abs(math.log(key[0] / work.cost)))
-    )
-    seconds, amount = known[nearest]
-    slower = math.sqrt(nearest[0] / work.cost) if part == "training" else 1.0
-    return slower * seconds / amount
-
-  def left(self, work: Work, seen: Seen | None = None) -> float:
-    """Returns the seconds that a trial still takes; `seen` is None if it waits."""
-    seen = seen or Seen()
-    per_flop = self._per("training", work)
-    if per_flop is None:
+  def left(self, work: Work) -> float:
+    """Returns the seconds that a trial still takes; NaN before the first steps."""
+    if not self._per_flop:
       return math.nan
-    evaluation = self._per("evaluation", work)
-    if evaluation is None:
-      evaluation = work.evaluation * per_flop
-    training = work.flops * per_flop
-    if seen.startup is None:
-      return max(0.0, (self._per("startup", work) or 0.0) - seen.waited) + (
-        training + evaluation
-      )
-    if work.flops > 0:
-      return max(0.0, training - seen.waited) + evaluation
-    return max(0.0, evaluation - seen.waited)
+    nearest = min(self._per_flop, key=lambda cost: abs(math.log(cost / work.cost)))
+    per_flop = self._per_flop[nearest] * math.sqrt(nearest / work.cost)
+    of_others = self._rest.get(not work.is_first, 0.0)
+    rest = self._rest.get(work.is_first, of_others) - (work.seconds - work.training)
+    return per_flop * (work.flops - work.done) + max(0.0, rest)
 
 
 def makespan(busy: Iterable[float], waiting: Iterable[float]) -> float:
-  """Returns when the last worker is done.
+  """Returns when the last worker is done, in seconds.
 
   Each of the waiting trials, the longest first, goes to the worker that is free first.
   `busy` are the seconds until each worker is free.

@@ -8,23 +8,21 @@ from pathlib import Path
 
 from launch import trials
 from launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from launch.engines import Job, Record
-from launch.engines.options import option
-from launch.trials import Trial
+from launch.states import Choice, Job, Record, Trial
 from mtp_jax.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The `--print.*` flags."""
+  """The `--print.*` flags.
 
-  processes: int = option(1, "processes of a trial")
-  devices: int = option(
-    0, "accelerators of a process, to check the mesh by; 0 checks nothing"
-  )
-  coordinator: str | None = option(
-    None, "HOST:PORT of process 0 as the others reach it; may hold shell variables"
-  )
+  processes: of a trial. devices: accelerators of a process, to check the mesh by; 0
+  checks nothing. coordinator: HOST:PORT of process 0, as the others reach it.
+  """
+
+  processes: int = 1
+  devices: int = 0
+  coordinator: str | None = None
 
 
 class Printed:
@@ -52,13 +50,8 @@ class Printed:
     self._options = options or Options()
     self._compilation_cache = compilation_cache
 
-  def check(self, planned: list[Trial]) -> None:
+  def check(self, todo: list[Trial]) -> None:
     options = self._options
-    for name, least in {"processes": 1, "devices": 0}.items():
-      if getattr(options, name) < least:
-        raise ConfigError(
-          f"--print.{name} must be at least {least}, got {getattr(options, name)}."
-        )
     if options.processes > 1:
       if not re.fullmatch(r"\S+:\S+", options.coordinator or ""):
         raise ConfigError(
@@ -67,24 +60,26 @@ class Printed:
         )
     if options.devices:
       trials.check_devices(
-        planned,
+        todo,
         options.processes * options.devices,
         f"--print.processes={options.processes} times "
         f"--print.devices={options.devices}",
       )
 
-  def preview(self, planned: list[Trial]) -> str:
-    self.check(planned)
-    return "\n".join(line for trial in planned for line in self._lines(trial))
+  def preview(self, todo: list[Trial]) -> str:
+    self.check(todo)
+    return "\n".join(line for trial in todo for line in self._lines(trial))
 
-  def submit(self, planned: list[Trial]) -> int:
-    print(self.preview(planned))
+  def submit(self, choice: Choice) -> int:
+    print(self.preview(choice.todo))
     return 0
 
-  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
+  @staticmethod
+  def jobs(records: dict[str, Record]) -> dict[str, Job]:
     return {}
 
-  def cancel(self, records: dict[str, Record]) -> str:
+  @staticmethod
+  def cancel(records: dict[str, Record]) -> str:
     return "print: these jobs are not known here"
 
   def _lines(self, trial: Trial) -> list[str]:

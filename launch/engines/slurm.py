@@ -1,305 +1,204 @@
-"""The engine of Slurm: submitit writes and submits, the queue trains.
+"""The engine of Slurm: submitit writes and submits the script, the queue trains.
 
-Trials of one shape become one job array. Every task of the array is a job of
-`nodes * tasks` processes of `launch.train`, which find each other through Slurm's
-variables. What is known of a trial lies in its run folder; the queue is only asked who
-waits and who runs, with or without accounting.
+The trials of a sweep become one job array. Every task of the array is a job of
+`nodes * ntasks-per-node` processes of `launch.train`, which find each other through
+Slurm's variables. The run folders hold what is known of a trial; the queue is only
+asked which jobs wait and which run, with or without accounting.
 
 A job that is preempted, or about to reach its time limit, gets SIGTERM in its step. It
 saves, writes the file of MTP_JAX_YIELD and leaves with 0, and the batch shell requeues
-the job. The shell decides because only it can tell a warning from an end: scancel, and
-Slurm where it requeues by itself, signal the shell too, and then nothing is requeued
-here, so that what was cancelled stays cancelled.
+the job. The shell decides because only the shell can tell a warning from an end:
+scancel, and Slurm where it requeues by itself, signal the shell too, and then nothing
+is requeued here, so that what was cancelled stays cancelled.
 
 submitit's own way, a signal handler in rank 0, cannot make several processes stop at
-one step, so it is left waiting for USR2, which nobody sends.
+one step, so submitit waits for USR2, which is never sent.
 """
 
-import contextlib
 import dataclasses
+import inspect
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm import slurm as submitit_slurm
 
-from launch import engines, trials
-from launch.engines import Job, Record, slurm_job
-from launch.engines.options import option
+from launch import states, trials
+from launch.engines import slurm_task
+from launch.engines.slurm_queue import query, run, summary
 from launch.exits import YIELD, YIELDED
 from launch.huge_pages import HUGE_PAGES
-from launch.trials import Trial
+from launch.states import Choice, Job, Record, Trial
 from mtp_jax.config import ConfigError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 _FOLDER = "slurm"
 # Slurm's own default. Indices must stay below it.
 _MAX_ARRAY_SIZE = 1001
-# What lies in memory, or in a container, is of this host alone.
-_OF_ONE_HOST = ("tmpfs", "ramfs", "overlayfs", "aufs", "squashfs")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _GPUS = re.compile(r"(?:[\w.+-]*[A-Za-z][\w.+-]*:)?(\d+)")  # 4, or a100:4
-# Options of sbatch that --slurm.sbatch may not set, and what sets each of them. sbatch
-# takes the last of two values without a word, and some options replace others.
-_OWNED = {
-  "account": "--slurm.account",
-  "constraint": "--slurm.constraint",
-  "cpus-per-gpu": "--slurm.cpus",
-  "cpus-per-task": "--slurm.cpus",
-  "exclude": "--slurm.exclude",
-  "gpus": "--slurm.gpus",
-  "gpus-per-node": "--slurm.gpus",
-  "gpus-per-socket": "--slurm.gpus",
-  "gpus-per-task": "--slurm.gpus",
-  "mem": "--slurm.memory",
-  "mem-per-cpu": "--slurm.memory",
-  "mem-per-gpu": "--slurm.memory",
-  "nodes": "--slurm.nodes",
-  "ntasks": "--slurm.nodes and --slurm.tasks",
-  "ntasks-per-core": "--slurm.tasks",
-  "ntasks-per-gpu": "--slurm.tasks",
-  "ntasks-per-node": "--slurm.tasks",
-  "ntasks-per-socket": "--slurm.tasks",
-  "partition": "--slurm.partition",
-  "qos": "--slurm.qos",
-  "signal": "--slurm.grace",
-  "time": "--slurm.time",
-  "tres-per-task": "--slurm.gpus and --slurm.cpus",
-} | dict.fromkeys(
-  (
-    "array", "chdir", "dependency", "error", "job-name", "no-requeue", "open-mode",
-    "output", "parsable", "quiet", "requeue", "test-only", "wait", "wrap",
-  ),
-  "the sweep itself",
-)
-_SHORT = {
-  "A": "account", "C": "constraint", "D": "chdir", "G": "gpus", "J": "job-name",
-  "N": "nodes", "Q": "quiet", "W": "wait", "a": "array", "c": "cpus-per-task",
-  "d": "dependency", "e": "error", "n": "ntasks", "o": "output", "p": "partition",
-  "q": "qos", "t": "time", "x": "exclude",
+_TIME = re.compile(r"(?:(\d+)-(?=\d))?(\d+)(?::(\d+))?(?::(\d+))?")
+_DEFAULTS = {
+  "nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "0", "time": "4:00:00"
 }
+# Options of sbatch that --slurm may not set, and what sets them. sbatch takes the last
+# of two values without a word, and some options replace others.
+_OWNED = {
+  **dict.fromkeys(
+    ("gpus", "gpus-per-socket", "gpus-per-task", "tres-per-task"), "gpus-per-node"
+  ),
+  **dict.fromkeys(
+    ("ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"),
+    "nodes and ntasks-per-node",
+  ),
+  "signal": "--slurm_grace",
+  **dict.fromkeys(
+    (
+      "array", "chdir", "dependency", "error", "job-name", "no-requeue", "open-mode",
+      "output", "parsable", "quiet", "requeue", "test-only", "wait", "wrap",
+    ),
+    "the sweep itself",
+  ),
+}
+# The options that submitit writes where they are set. Beginnings of all names count as
+# the names to sbatch.
+_WRITTEN = {
+  name.replace("_", "-")
+  for name in inspect.signature(submitit_slurm._make_sbatch_string).parameters
+}
+_NAMES = sorted({*_DEFAULTS, *_OWNED, *_WRITTEN})
 # As sbatch reads options from the environment, where not SBATCH_ and the name.
 _VARIABLES = {
   "array": "SBATCH_ARRAY_INX", "mem": "SBATCH_MEM_PER_NODE", "time": "SBATCH_TIMELIMIT"
-}
-_STATES = {
-  "queued": (
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
-    "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED",
-  ),
-  "running": ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"),
-  "cancelled": ("CANCELLED", "REVOKED"),
-  # All others: COMPLETED, FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED, ...
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The `--slurm.*` flags."""
+  """What the jobs ask for; made by `parse`.
 
-  partition: str | None = option(None, "partition of the jobs; the cluster's default")
-  account: str | None = option(None, "account that pays")
-  qos: str | None = option(None, "quality of service")
-  constraint: str | None = option(None, "features that nodes must have, as for sbatch")
-  exclude: str | None = option(None, "nodes that are not to be used")
-  time: str = option(
-    "4:00:00",
-    "limit of a job: minutes, H:MM:SS or D-HH:MM:SS; longer trials go on in a new turn",
-  )
-  nodes: int = option(1, "nodes of a trial")
-  gpus: int | str = option(
-    "0",
-    "GPUs of each node, of one type perhaps (a100:4); 0 trains on CPU cores, a device "
-    "a process",
-  )
-  tasks: int = option(1, "processes on each node, which share its GPUs evenly")
-  cpus: int = option(0, "CPU cores of each process; 0 leaves it to the cluster")
-  memory: str | None = option(None, "memory of each node (64G)")
-  grace: int = option(
-    180, "seconds before the time limit at which a trial is told to save"
-  )
-  setup: str | None = option(
-    None, "shell commands before training ('module load cuda; source env/bin/activate')"
-  )
-  sbatch: str | None = option(
-    None, "more options of sbatch, KEY=VALUE separated by blanks (reservation=x)"
-  )
+  sbatch: options of sbatch by their long names; True for a switch.
+  setup:  shell commands before training.
+  grace:  seconds before the time limit at which a trial saves.
+  """
 
-  @property
-  def num_devices(self) -> int:
-    return self.nodes * (self.num_gpus or self.tasks)
+  sbatch: dict[str, str | bool]
+  setup: str | None = None
+  grace: int = 180
 
   @property
   def num_gpus(self) -> int:
-    """Of `gpus`, the number."""
-    found = _GPUS.fullmatch(str(self.gpus))
-    if not found:
-      raise ConfigError(
-        f"--slurm.gpus must be NUMBER or TYPE:NUMBER (a100:4), got {self.gpus!r}."
-      )
-    return int(found[1])
+    """GPUs of each node."""
+    return int(_GPUS.fullmatch(self.sbatch["gpus-per-node"])[1])
 
   @property
-  def minutes(self) -> int:
-    """Of `time`, rounded up; Slurm's formats."""
-    found = _TIME.fullmatch(self.time)
-    if not found:
-      raise ConfigError(
-        f"--slurm.time must be minutes, H:MM:SS or D-HH:MM:SS, got {self.time!r}."
-      )
-    days, *parts = found.groups()
-    given = [int(part) for part in parts if part is not None]
-    if days is not None:
-      hours, minutes, seconds = [*given, 0, 0][:3]
-    elif len(given) == 3:
-      hours, minutes, seconds = given
-    else:
-      hours, minutes, seconds = 0, *[*given, 0][:2]
-    total = int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
-    if not total:
-      raise ConfigError(f"--slurm.time must be more than 0, got {self.time!r}.")
-    return total
+  def num_devices(self) -> int:
+    each = self.num_gpus or int(self.sbatch["ntasks-per-node"])
+    return int(self.sbatch["nodes"]) * each
 
-  def check(self) -> None:
-    """Raises ConfigError if a flag cannot be meant."""
-    lowest = {"nodes": 1, "tasks": 1, "cpus": 0, "grace": 1}
-    for name, least in lowest.items():
-      if getattr(self, name) < least:
-        raise ConfigError(
-          f"--slurm.{name} must be at least {least}, got {getattr(self, name)}."
-        )
-    if self.num_gpus % self.tasks:
-      raise ConfigError(
-        f"--slurm.gpus must be a multiple of --slurm.tasks ({self.tasks}), got "
-        f"{self.gpus}."
-      )
-    if self.minutes * 60 <= self.grace:
-      raise ConfigError(
-        f"--slurm.time must be longer than --slurm.grace ({self.grace} s), got "
-        f"{self.time!r}."
-      )
-    self.more()
 
-  def more(self) -> dict[str, Any]:
-    """Returns `sbatch` by key; a key alone is a switch.
+def parse(words: Sequence[str], setup: str | None = None, grace: int = 180) -> Options:
+  """Returns the options of --slurm, which are those of sbatch: `nodes=2 exclusive`.
 
-    Raises:
-      ConfigError: not KEY=VALUE, a key twice, or one that a flag or the sweep sets.
-    """
-    found: dict[str, Any] = {}
+  Args:
+    words: values of --slurm, with one option or several in each.
+    setup, grace: see `Options`.
+
+  Raises:
+    ConfigError: not KEY=VALUE, a key twice, a key that the sweep sets, or a value that
+      the engine cannot count devices by.
+  """
+  found: dict[str, str | bool] = {}
+  for text in words:
     try:
-      words = shlex.split(self.sbatch or "")
+      options = shlex.split(text)
     except ValueError as error:
+      message = f"--slurm must be KEY=VALUE ..., got {text!r} ({error})."
+      raise ConfigError(message) from error
+    for word in options:
+      key, equals, value = word.removeprefix("--").partition("=")
+      name = key.replace("_", "-")
+      is_value = value.isprintable() and bool(value) == bool(equals)
+      if not re.fullmatch(r"[a-z][a-z0-9-]+", name) or not is_value:
+        raise ConfigError(
+          f"--slurm must be long options of sbatch, KEY=VALUE or KEY, got {word!r}."
+        )
+      _check_name(name, value, word)
+      if name in found:
+        raise ConfigError(f"--slurm must set {name} once, got {word!r} again.")
+      found[name] = value if equals else True
+  options = _DEFAULTS | found
+  for name in ("nodes", "ntasks-per-node"):
+    if not re.fullmatch(r"[1-9]\d*", str(options[name])):
       raise ConfigError(
-        f"--slurm.sbatch must be KEY=VALUE ..., got {self.sbatch!r} ({error})."
-      ) from error
-    for word in words:
-      key, equals, value = word.lstrip("-").partition("=")
-      if word.startswith("-") and not word.startswith("--"):
-        key = key[:1]  # `-t60`
-      elif len(key) > 1:
-        key = key.replace("_", "-")
-      if owner := _owner(key, value):
-        raise ConfigError(
-          f"--slurm.sbatch must not set {_SHORT.get(key, key)}, which {owner} sets, "
-          f"got {word!r}."
-        )
-      if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
-        raise ConfigError(
-          f"--slurm.sbatch must be KEY=VALUE ... of long options, got {word!r}."
-        )
-      if key in found:
-        raise ConfigError(f"--slurm.sbatch must set {key} once, got {self.sbatch!r}.")
-      found[key] = value if equals else True
-    return found
+        f"--slurm: {name} must be a number from 1 up, got {options[name]!r}."
+      )
+  tasks = options["ntasks-per-node"]
+  gpus = _GPUS.fullmatch(str(options["gpus-per-node"]))
+  if not gpus or int(gpus[1]) % int(tasks):
+    raise ConfigError(
+      "--slurm: gpus-per-node must be NUMBER or TYPE:NUMBER (a100:4), a multiple of "
+      f"ntasks-per-node ({tasks}), got {options['gpus-per-node']!r}."
+    )
+  if _seconds(str(options["time"])) <= grace:
+    raise ConfigError(
+      "--slurm: time must be minutes, H:MM:SS or D-HH:MM:SS, longer than --slurm_grace "
+      f"({grace} s), got {options['time']!r}."
+    )
+  return Options(options, setup, grace)
 
 
-def _owner(key: str, value: str) -> str | None:
-  """Returns what sets an option of sbatch, None if it is free.
+def _check_name(name: str, value: str, word: str) -> None:
+  """Refuses an option that something else sets, also by the beginning of its name."""
+  owner = _OWNED.get(name)
+  # Generic resources are free but for GPUs; newer versions put `gres` before each.
+  if name == "gres" and re.search(r"(?:^|,)(?:gres[:/])?gpu(?:[:=,]|$)", value):
+    owner = "gpus-per-node"
+  if owner:
+    raise ConfigError(f"--slurm must not set {name}, which {owner} sets, got {word!r}.")
+  whole = [known for known in _NAMES if known.startswith(name)]
+  if whole and name not in whole:
+    raise ConfigError(
+      f"--slurm must have whole names of options, {' or '.join(whole)}, got {word!r}."
+    )
 
-  sbatch also takes the beginning of a name for the whole (`--part`).
+
+def _seconds(limit: str) -> float:
+  """Returns a time limit of Slurm in seconds, 0 for what is none."""
+  if limit.upper() in ("UNLIMITED", "INFINITE"):
+    return float("inf")
+  if not (found := _TIME.fullmatch(limit)):
+    return 0
+  days, *parts = found.groups()
+  numbers = [int(part) for part in parts if part is not None]
+  if days is None and len(numbers) < 3:  # M, or M:SS.
+    numbers = [0, *numbers]
+  hours, minutes, seconds = [*numbers, 0, 0][:3]
+  return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def check_environment(script: str) -> None:
+  """Refuses variables that win over what a script sets: sbatch does not tell.
+
+  Raises:
+    ConfigError: names the variable.
   """
-  name = _SHORT.get(key, key)
-  if len(name) > 1 and "gres".startswith(name):
-    # Free but for GPUs; newer versions put `gres` before each.
-    names_gpus = re.search(r"(?:^|,)(?:gres[:/])?gpu(?:[:=,]|$)", value)
-    return _OWNED["gpus"] if names_gpus else None
-  if name in _OWNED:
-    return _OWNED[name]
-  whole = [x for x in _OWNED if len(name) > 1 and x.startswith(name)]
-  return _OWNED[whole[0]] if whole else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-  """Trials that are submitted together.
-
-  parallel: how many of them may run at once.
-  after: place in the list of the array that has to end before; None: at once.
-  """
-
-  trials: list[Trial]
-  parallel: int
-  after: int | None = None
-
-
-def arrays(
-  planned: list[Trial], max_size: int, max_parallel: int | None
-) -> list[Array]:
-  """Returns an array for every shape, or several where one would be too long.
-
-  Together they run at most `max_parallel` trials at once. Each has its part of that; if
-  there are more arrays than that, some begin when others have ended.
-  """
-  shapes: dict[Any, list[Trial]] = {}
-  for trial in planned:
-    shapes.setdefault(trial.shape, []).append(trial)
-  groups = [
-    group[i : i + max_size]
-    for group in shapes.values()
-    for i in range(0, len(group), max_size)
-  ]
-  groups.sort(key=lambda group: -sum(trial.flops for trial in group))
-  if max_parallel is None:
-    return [Array(group, len(group)) for group in groups]
-  if len(groups) > max_parallel:
-    return [
-      Array(group, 1, i - max_parallel if i >= max_parallel else None)
-      for i, group in enumerate(groups)
-    ]
-  parts = [1] * len(groups)
-  for _ in range(max_parallel - len(groups)):
-    # The next place goes where a place has the most trials to do.
-    i = max(range(len(groups)), key=lambda i: len(groups[i]) / parts[i])
-    parts[i] += 1
-  return [
-    Array(group, min(part, len(group)))
-    for group, part in zip(groups, parts, strict=True)
-  ]
-
-
-def _check_environment(script: str) -> None:
-  """Refuses variables that win over what a script sets: sbatch does not say so."""
-  in_script = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
-  owners = {_OWNED[name] for name in in_script if name in _OWNED}
-  for name, owner in _OWNED.items():
+  in_script = re.findall(r"^#SBATCH --([a-z0-9-]+)", script, re.MULTILINE)
+  for name in (*in_script, *_OWNED):
     variable = _VARIABLES.get(name, f"SBATCH_{name.upper().replace('-', '_')}")
-    if owner in owners and variable in os.environ:
+    if variable in os.environ:
       raise ConfigError(
         f"{variable} must not be set in the environment: sbatch takes it instead of "
-        f"what {owner} sets, got {os.environ[variable]!r}."
+        f"what the script has, got {os.environ[variable]!r}."
       )
 
 
-class _Executor(SlurmExecutor):
+class _Executor(submitit_slurm.SlurmExecutor):
   """submitit's, which also writes scripts where there is no Slurm."""
 
   @classmethod
@@ -315,7 +214,7 @@ class _Executor(SlurmExecutor):
 
 
 class Slurm:
-  """Job arrays; see `Engine`.
+  """A job array, or several where one would be too long; see `Engine`.
 
   Args:
     root: the sweep folder, which all nodes see.
@@ -337,63 +236,52 @@ class Slurm:
     max_attempts: int = 1,
   ):
     self._root = Path(root).absolute()
-    self._options = options or Options()
+    self._options = options or parse([])
     self._compilation_cache = compilation_cache
     self._max_parallel = max_parallel
     self._max_attempts = max_attempts
 
-  def check(self, planned: list[Trial]) -> None:
-    options = self._options
-    options.check()
+  def check(self, todo: list[Trial]) -> None:
+    options = self._options.sbatch
+    each = "gpus-per-node" if self._options.num_gpus else "ntasks-per-node"
     trials.check_devices(
-      planned,
-      options.num_devices,
-      f"--slurm.nodes={options.nodes} times --slurm.gpus={options.gpus}"
-      if options.num_gpus
-      else f"--slurm.nodes={options.nodes} times --slurm.tasks={options.tasks}",
+      todo, self._options.num_devices,
+      f"--slurm: nodes={options['nodes']} times {each}={options[each]}",
     )
     if missing := [name for name in _COMMANDS if shutil.which(name) is None]:
       raise ConfigError(
         f"--on=slurm needs {', '.join(_COMMANDS)} on the PATH of this host; there is "
         f"no {', '.join(missing)}."
       )
-    self._check_shared()
-    if planned:
-      self._check_script(planned)
+    if todo:
+      self._check_script(self._arrays(todo, self._max_array_size())[0])
 
-  def preview(self, planned: list[Trial]) -> str:
-    self._options.check()
+  def preview(self, todo: list[Trial]) -> str:
     texts = []
-    for array in arrays(planned, _MAX_ARRAY_SIZE - 1, self._max_parallel):
-      names = "\n".join(f"#   {trial.name}" for trial in array.trials)
-      executor = self._executor(array, None if array.after is None else "JOB")
-      script = executor.script(len(array.trials))
+    for i, array in enumerate(self._arrays(todo, _MAX_ARRAY_SIZE - 1)):
+      names = "\n".join(f"#   {trial.name}" for trial in array)
+      script = self._executor(len(array), "JOB" if i else None).script(len(array))
       texts.append(f"# Trials of this script:\n{names}\n{script}")
     return "\n\n".join(texts)
 
-  def submit(self, planned: list[Trial]) -> int:
-    ids: list[str] = []
-    for array in arrays(planned, self._max_array_size(), self._max_parallel):
-      after = None if array.after is None else ids[array.after]
-      executor = self._executor(array, after)
-      workdirs = [str(trial.workdir.absolute()) for trial in array.trials]
+  def submit(self, choice: Choice) -> int:
+    before = None
+    for array in self._arrays(choice.todo, self._max_array_size()):
+      workdirs = [str(trial.workdir.absolute()) for trial in array]
       try:
-        jobs = executor.map_array(
-          slurm_job.start, workdirs, [self._command(workdir) for workdir in workdirs]
+        jobs = self._executor(len(array), before).map_array(
+          slurm_task.start, workdirs, [self._command(workdir) for workdir in workdirs]
         )
       except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"sbatch refused: {_summary(str(error))}") from error
-      for trial, job in zip(array.trials, jobs, strict=True):
-        engines.write_record(trial.workdir, "slurm", id=job.job_id)
-      ids.append(jobs[0].job_id.partition("_")[0])
-      print(
-        f"job {ids[-1]}: {len(array.trials)} trial(s) of one shape, at most "
-        f"{array.parallel} at once" + (f", after job {after}" if after else ""),
-        flush=True,
-      )
+        raise ConfigError(f"sbatch refused: {summary(str(error))}") from error
+      for trial, job in zip(array, jobs, strict=True):
+        states.write_record(trial.workdir, "slurm", id=job.job_id)
+      before = jobs[0].job_id.partition("_")[0]
+      print(f"job {before}: {len(array)} trial(s)", flush=True)
     return 0
 
-  def jobs(self, records: dict[str, Record]) -> dict[str, Job]:
+  @staticmethod
+  def jobs(records: dict[str, Record]) -> dict[str, Job]:
     found = query([record["id"] for record in records.values()])
     jobs = {}
     for name, record in records.items():
@@ -404,16 +292,22 @@ class Slurm:
       jobs[name] = job
     return jobs
 
-  def cancel(self, records: dict[str, Record]) -> str:
-    jobs = self.jobs(records)
+  @staticmethod
+  def cancel(records: dict[str, Record]) -> str:
+    jobs = Slurm.jobs(records)
     busy = [name for name, job in jobs.items() if job.state in ("queued", "running")]
     if busy:
-      _run(["scancel", *(records[name]["id"] for name in busy)])
+      run(["scancel", *(records[name]["id"] for name in busy)])
     for name in busy:
       record = dict(records[name])
       workdir, facts = Path(record.pop("workdir")), record | {"cancelled": True}
-      engines.write_record(workdir, facts.pop("engine"), **facts)
+      states.write_record(workdir, facts.pop("engine"), **facts)
     return f"slurm: cancelled {len(busy)} trial(s)"
+
+  def _arrays(self, todo: list[Trial], max_size: int) -> list[list[Trial]]:
+    """Returns the trials, those with the most work first, cut where there are many."""
+    longest = sorted(todo, key=lambda trial: -trial.flops)
+    return [longest[i : i + max_size] for i in range(0, len(longest), max_size)]
 
   def _command(self, workdir: str) -> list[str]:
     return [
@@ -421,30 +315,28 @@ class Slurm:
       f"--compilation_cache={self._compilation_cache}",
     ]
 
-  def _executor(self, array: Array, after: str | None) -> _Executor:
-    options, folder = self._options, self._root / _FOLDER
-    executor = _Executor(folder)
+  def _executor(self, size: int, before: str | None) -> _Executor:
+    """Returns what submits an array of so many trials, after the array before.
+
+    Where --max_parallel bounds the trials at once, arrays run one after the other.
+    """
+    sbatch = {
+      name.replace("-", "_") if name in _WRITTEN else name: value
+      for name, value in self._options.sbatch.items()
+      if not (name == "gpus-per-node" and not self._options.num_gpus)
+    }
+    waits = before is not None and self._max_parallel is not None
+    executor = _Executor(self._root / _FOLDER)
     executor.update_parameters(
       job_name=self._root.name,
-      partition=options.partition,
-      account=options.account,
-      qos=options.qos,
-      constraint=options.constraint,
-      exclude=options.exclude,
-      time=options.minutes,
-      nodes=options.nodes,
-      ntasks_per_node=options.tasks,
-      gpus_per_node=options.gpus if options.num_gpus else None,
-      cpus_per_task=options.cpus or None,
-      mem=options.memory,
       wckey=None,  # Clusters that do not use them refuse jobs that have one.
-      dependency=f"afterany:{after}" if after else None,
-      array_parallelism=array.parallel,
+      dependency=f"afterany:{before}" if waits else None,
+      array_parallelism=min(size, self._max_parallel or size),
       srun_args=["--kill-on-bad-exit=1"],
       setup=self._setup(),
       teardown=self._teardown(),
       additional_parameters={
-        "requeue": True, "signal": f"TERM@{options.grace}", **options.more()
+        "requeue": True, "signal": f"TERM@{self._options.grace}", **sbatch
       },
     )
     return executor
@@ -460,13 +352,12 @@ class Slurm:
       "export SUBMITIT_PREEMPT_SIGNAL=USR2",
       f"export {name}=${{{name}-{value}}}",
     ]
-    if self._options.setup:
-      lines.append(self._options.setup)
+    lines += [self._options.setup] if self._options.setup else []
     # The shell answers a signal when the step has ended.
     return [*lines, "BEGAN=$(date +%s)", "STOP=0", "trap 'STOP=1' TERM"]
 
   def _teardown(self) -> list[str]:
-    conclude = shlex.join([sys.executable, "-m", "launch.engines.slurm_job"])
+    conclude = shlex.join([sys.executable, "-m", "launch.engines.slurm_end"])
     folder = shlex.quote(str(self._root / _FOLDER))
     return [
       "CODE=$?",
@@ -487,164 +378,16 @@ class Slurm:
       'exit "$CODE"',
     ]
 
-  def _check_shared(self) -> None:
-    """Refuses a sweep folder that other hosts can hardly see.
-
-    Whether they do, only they know, and a job that asked would wait in the queue. So:
-    where the cluster is this host alone, anything goes. Else the file system must not
-    be one that lives in memory or in a container. A local disk may be exported to the
-    nodes; every task looks for its run folder before it trains, and says so if there
-    is none.
-    """
-    nodes = _run(["scontrol", "show", "node", "-o"])
-    hosts = set(re.findall(r"\bNodeHostName=(\S+)", nodes))
-    if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0]}:
-      return
-    path = next(path for path in (self._root, *self._root.parents) if path.exists())
-    kind = _run(["stat", "--file-system", "--format=%T", str(path)]).strip()
-    if kind in _OF_ONE_HOST:
-      raise ConfigError(
-        f"--workdir must be in a folder that all hosts see, got {str(self._root)!r}: a "
-        f"file system of this host alone ({kind}), and the cluster has other hosts "
-        f"({', '.join(sorted(hosts)[:3])}{', ...' if len(hosts) > 3 else ''})."
-      )
-
-  def _check_script(self, planned: list[Trial]) -> None:
+  def _check_script(self, array: list[Trial]) -> None:
     """Lets sbatch judge partition, account and size without submitting."""
-    array = arrays(planned, self._max_array_size(), None)[0]
-    text = self._executor(array, None).script(len(array.trials))
-    _check_environment(text)
+    text = self._executor(len(array), None).script(len(array))
+    check_environment(text)
     result = subprocess.run(
       ["sbatch", "--test-only"], input=text, capture_output=True, text=True
     )
     if result.returncode:
-      raise ConfigError(f"sbatch refused: {_summary(result.stderr)}")
+      raise ConfigError(f"sbatch refused: {summary(result.stderr)}")
 
   def _max_array_size(self) -> int:
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]))
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]))
     return max((int(found[1]) if found else _MAX_ARRAY_SIZE) - 1, 1)
-
-
-def query(ids: Iterable[str]) -> dict[str, Job]:
-  """Returns the jobs that Slurm knows of, by id (`12`, or `12_3` in an array).
-
-  squeue knows those that wait and run, and for some minutes those that have ended;
-  scontrol why; sacct, where there is accounting, the older ones.
-  """
-  ids = set(ids)
-  if not ids:
-    return {}
-  found = parse_squeue(
-    _try(
-      "squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r",
-      f"--jobs={','.join(sorted(_bases(ids)))}",
-    )
-  )
-  found = {id: job for id, job in found.items() if id in ids}
-  if missing := ids - found.keys():
-    older = parse_sacct(
-      _try(
-        "sacct", "--noheader", "--parsable2", "--allocations",
-        "--format=JobID,State,NodeList,ExitCode",
-        f"--jobs={','.join(sorted(_bases(missing)))}",
-      )
-    )
-    found |= {id: job for id, job in older.items() if id in missing}
-  ended = {id for id, job in found.items() if job.state == "ended"}
-  for base in _bases(ended):
-    details = parse_scontrol(_try("scontrol", "show", "job", "-o", base))
-    found |= {id: job for id, job in details.items() if id in ended}
-  return found
-
-
-def parse_squeue(text: str) -> dict[str, Job]:
-  """Reads lines of `ID|STATE|NODES|REASON`."""
-  jobs = {}
-  for line in text.splitlines():
-    if line.count("|") == 3:
-      id, state, nodes, reason = line.strip().split("|")
-      jobs[id] = _job(id, state, nodes, "" if reason == "None" else reason)
-  return jobs
-
-
-def parse_sacct(text: str) -> dict[str, Job]:
-  """Reads lines of `ID|STATE|NODES|CODE:SIGNAL`; arrays that wait are left out."""
-  jobs = {}
-  for line in text.splitlines():
-    if line.count("|") == 3:
-      id, state, nodes, code = line.strip().split("|")
-      jobs[id] = _job(id, state, nodes, _exit(code))
-  return jobs
-
-
-def parse_scontrol(text: str) -> dict[str, Job]:
-  """Reads `scontrol show job -o`, a line a job."""
-  jobs = {}
-  for line in text.splitlines():
-    facts = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", line))
-    if "JobState" not in facts:
-      continue
-    id = facts["JobId"]
-    if "ArrayJobId" in facts:
-      id = f"{facts['ArrayJobId']}_{facts.get('ArrayTaskId', '')}"
-    nodes = facts.get("NodeList", "")
-    reasons = [facts.get("Reason", "None"), _exit(facts.get("ExitCode", ""))]
-    reason = ", ".join(r for r in reasons if r and r not in ("None", "NonZeroExitCode"))
-    jobs[id] = _job(id, facts["JobState"], nodes, reason)
-  return jobs
-
-
-def _job(id: str, state: str, nodes: str, reason: str) -> Job:
-  name = state.split()[0].rstrip("+")  # `CANCELLED by 1000`, `CANCELLED+`
-  for kind, names in _STATES.items():
-    if name in names:
-      return Job(kind, id, _host(nodes), reason)
-  if name == "COMPLETED":
-    return Job("ended", id, _host(nodes))
-  reason = ", ".join(filter(None, (f"Slurm says {name}", reason)))
-  return Job("ended", id, _host(nodes), reason)
-
-
-def _host(nodes: str) -> str:
-  return "" if nodes.startswith(("(", "None")) else nodes
-
-
-def _exit(code: str) -> str:
-  """Reads `CODE:SIGNAL`."""
-  number, _, signum = code.partition(":")
-  if signum not in ("", "0"):
-    return f"signal {signum}"
-  return "" if number in ("", "0") else f"exit code {number}"
-
-
-def _bases(ids: Iterable[str]) -> set[str]:
-  """Returns the arrays: asked for one by one they would be many."""
-  return {id.partition("_")[0] for id in ids}
-
-
-def _run(command: list[str]) -> str:
-  """Returns what a command prints.
-
-  Raises:
-    ConfigError: it fails.
-  """
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-  except FileNotFoundError as error:
-    raise ConfigError(f"{command[0]} is not on the PATH of this host.") from error
-  except subprocess.CalledProcessError as error:
-    raise ConfigError(f"{command[0]} failed: {_summary(error.stderr)}") from error
-
-
-def _try(*command: str) -> str:
-  """Returns what a command prints, '' if it fails: unknown jobs, no accounting."""
-  with contextlib.suppress(ConfigError):
-    return _run(list(command))
-  return ""
-
-
-def _summary(text: str) -> str:
-  """Returns what sbatch says, without what it adds."""
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  errors = [line for line in lines if "error" in line.lower()]
-  return "; ".join(errors[:3] or lines[:3]) or "without a word"

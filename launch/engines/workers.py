@@ -1,10 +1,9 @@
-"""Worker processes that train the trials of a sweep, one or a pack at a time each.
+"""Worker processes that train the trials of a sweep, one trial or pack at a time each.
 
-A worker has a slot: its own share of the CPU cores (XLA starts as many threads) and of
-the GPUs. It keeps corpora and compiled programs from trial to trial, so trials of one
-shape compile once. What a trial prints goes to `log.txt` in its run folder; what
-becomes of it goes to `status.json` there, and comes back as an `Event`. A worker that
-is killed is an event too.
+A worker is a pool of one process, with its own share of the CPU cores (XLA starts as
+many threads) and of the GPUs. It keeps corpora and compiled programs from trial to
+trial, so trials of one shape compile once. What a trial prints goes to `log.txt` in its
+run folder, its end to `status.json` there and to its `Outcome`.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
@@ -20,6 +18,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +27,8 @@ import jax
 
 from launch import cli, exits
 from launch.huge_pages import start_with_huge_pages
+from launch.states import Trial
 from launch.status import Status, exit_class_of, last_words
-from launch.trials import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.environment import cpu_cores
@@ -37,6 +37,7 @@ from mtp_jax.train import Interrupted, fit, fit_pack
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
+_seen_warnings: list[str] = []
 
 
 class WorkerError(RuntimeError):
@@ -44,7 +45,7 @@ class WorkerError(RuntimeError):
 
 
 class Slot(NamedTuple):
-  """What a worker has of the machine.
+  """The share of the machine that a worker has.
 
   cores: CPU cores; None where a process cannot be pinned.
   gpus:  for CUDA_VISIBLE_DEVICES; None leaves it as it is.
@@ -55,107 +56,92 @@ class Slot(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
-  """What happened in a worker.
+class Outcome:
+  """How a trial ended in a worker.
 
-  kind: ready | done | failed | claimed (another process has the run folder) | stopped
-    (saved after SIGTERM) | warning | died.
-  text: why it failed or died, or the warning; its first line is a summary.
+  kind: done | failed | claimed (another process has the run folder) | stopped (saved
+    after SIGTERM) | died (the worker was killed).
+  text: why it failed or died; its first line is a summary.
   exit_class: of a trial that failed or died, see `launch.exits`.
-  platform, num_devices: of a worker that is ready.
-  size: trials of a pack that fit its memory, of a worker that has measured.
-  parts: of a pack that has ended, the events of its trials.
+  warnings: of the run, a damaged checkpoint perhaps.
   """
 
-  kind: Literal[
-    "ready", "done", "failed", "claimed", "stopped", "warning", "died", "measured",
-    "packed",
-  ]
+  kind: Literal["done", "failed", "claimed", "stopped", "died"]
   text: str = ""
   exit_class: str = ""
-  platform: str = ""
-  num_devices: int = 0
-  size: int = 0
-  parts: tuple["Event", ...] = ()
+  warnings: tuple[str, ...] = ()
 
 
 class Worker:
-  """The sweep's end of one worker process.
+  """The sweep's side of one worker process.
 
-  trials: those it trains, none while it is idle or starting.
-  shape: that of the last trial it was given.
-  measures: it tries how many trials of its shape fit.
+  trials: those in training, none while it is idle, starting or measuring.
+  shape: of the last trial that it got; its programs are compiled.
+  future: of what it does; at first of `devices`.
   """
 
   def __init__(self, slot: Slot, compilation_cache: str):
     self.slot = slot
     self.trials: list[Trial] = []
     self.shape: Config | None = None
-    self.measures = False
-    self._connection, theirs = _SPAWN.Pipe()
-    self._process = _SPAWN.Process(
-      target=_serve, args=(theirs, slot.cores, compilation_cache)
+    self._pool = ProcessPoolExecutor(
+      1, _SPAWN, initializer=begin, initargs=(slot, compilation_cache)
     )
+    before = set(multiprocessing.active_children())
     # Ctrl-C reaches every process of the terminal; the sweep alone is to answer it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with start_with_huge_pages(), _seeing(slot.gpus):
-      self._process.start()
+    with start_with_huge_pages():
+      self.future: Future[Any] = self._pool.submit(devices)
     signal.signal(signal.SIGINT, handler)
-    theirs.close()
-
-  def fileno(self) -> int:
-    """For `multiprocessing.connection.wait`: readable when there is an event."""
-    return self._connection.fileno()
+    (self.process,) = set(multiprocessing.active_children()) - before
 
   def give(self, trials: list[Trial], size: int | None = None) -> None:
     """Starts training a trial, or several as a pack of `size`."""
     self.trials, self.shape = trials, trials[0].shape
     runs = [(trial.config, trial.workdir) for trial in trials]
-    self._send(*((train, *runs[0]) if size is None else (train_pack, runs, size)))
+    work = (train, *runs[0]) if size is None else (train_pack, runs, size)
+    self._submit(*work)
 
   def measure(self, trial: Trial, most: int) -> None:
-    """Starts looking how many trials of this shape fit, at most `most`."""
-    self.shape, self.measures = trial.shape, True
-    self._send(measure, trial.resolved, most)
+    """Starts to measure how many trials of this shape fit, at most `most`."""
+    self.shape = trial.shape
+    self._submit(measure, trial.resolved, most)
 
-  def _send(self, *work: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # It died: the next event says so.
-      self._connection.send(work)
-
-  def event(self) -> Event:
-    """Returns the next event; waits for it."""
+  def _submit(self, *work: Any) -> None:
     try:
-      return self._connection.recv()
-    except (EOFError, OSError):
-      self._process.join()
-      code = self._process.exitcode
+      self.future = self._pool.submit(*work)
+    except BrokenProcessPool as error:  # It was killed while it was idle.
+      self.future = Future()
+      self.future.set_exception(error)
+
+  def result(self) -> Any:
+    """Returns what its work returned; an `Outcome` of kind died if it was killed."""
+    try:
+      return self.future.result()
+    except BrokenProcessPool:
+      self.process.join()
+      code = self.process.exitcode
       if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, perhaps)" if -code == signal.SIGKILL else ""
         text = f"the worker was ended by {name}{hint}"
       else:
         text = f"the worker ended with exit code {code}"
-      return Event("died", text, "infrastructure")
+      return Outcome("died", text, "infrastructure")
 
   def stop(self) -> None:
     """Asks it to save and end."""
-    self._process.terminate()
+    self.process.terminate()
 
   def close(self) -> None:
-    """Ends it at once if it is at work, and waits."""
-    self._connection.close()
-    if self.trials or self.measures:
-      self._process.kill()
-    self._process.join()
-
-
-def wait(workers: list[Worker], seconds: float) -> list[Worker]:
-  """Returns the workers that have an event, at the latest after `seconds`."""
-  return multiprocessing.connection.wait(workers, seconds)
+    """Ends it, at once if it is at work, and waits."""
+    if not self.future.done():
+      self.process.kill()
+    self._pool.shutdown()
 
 
 def slots(num_workers: int) -> list[Slot]:
-  """Returns what each worker gets of the CPU cores, and of the GPUs if JAX uses them.
+  """Returns each worker's share of the CPU cores, and of the GPUs if JAX uses them.
 
   Raises:
     ConfigError: there are fewer cores than workers, or GPUs cannot be shared evenly.
@@ -198,124 +184,97 @@ def _gpus() -> list[str]:
   return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
 
 
-@contextlib.contextmanager
-def _seeing(gpus: str | None) -> Iterator[None]:
-  """Shows these GPUs alone to the processes that are started inside."""
-  if gpus is None:
-    yield
-    return
-  before = os.environ.get(_GPUS)
-  os.environ[_GPUS] = gpus
-  try:
-    yield
-  finally:
-    if before is None:
-      del os.environ[_GPUS]
-    else:
-      os.environ[_GPUS] = before
+# In the worker.
 
 
-def _serve(
-  connection: multiprocessing.connection.Connection,
-  cores: list[int] | None,
-  compilation_cache: str,
-) -> None:
-  """Does what comes over `connection` until it ends: the life of a worker."""
-  os.setpgrp()  # See `Worker`: Ctrl-C stays with the sweep.
-  if cores is not None:
-    os.sched_setaffinity(0, cores)
+def begin(slot: Slot, compilation_cache: str) -> None:
+  """Prepares a worker process: its share of the machine, its signals, its caches."""
+  os.setpgrp()  # Ctrl-C stays with the sweep.
+  if slot.cores is not None:
+    os.sched_setaffinity(0, slot.cores)
+  if slot.gpus is not None:  # CUDA reads it when JAX starts its backend.
+    os.environ[_GPUS] = slot.gpus
   # While `fit` trains, a handler of its own saves first.
   signal.signal(signal.SIGTERM, _end_at_once)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   cli.use_compilation_cache(compilation_cache)
-  warnings.showwarning = lambda message, category, filename, *_: _report(
-    connection, message, filename
-  )
-  # The sweep closes its end when there is nothing left to do.
-  with contextlib.suppress(EOFError, OSError):
-    platform, num_devices = jax.default_backend(), jax.device_count()
-    connection.send(Event("ready", platform=platform, num_devices=num_devices))
-    while True:
-      work, *args = connection.recv()
-      connection.send(work(*args))
+  warnings.showwarning = _show_warning
 
 
-def train(config: Config, workdir: Path) -> Event:
-  """Trains one trial and returns what became of it; raises nothing."""
-  return _or_failed(_train, config, workdir)
+def devices() -> tuple[str, int]:
+  """Returns the platform of the worker and the number of its devices."""
+  return jax.default_backend(), jax.device_count()
 
 
-def _train(config: Config, workdir: Path) -> Event:
-  with contextlib.ExitStack() as stack:
-    if event := _taken(stack, workdir):
-      return event
-    stack.enter_context(_output_to(workdir / "log.txt"))
-    status = _status(stack, config, workdir)
-    try:
-      fit(config, workdir, progress=False, observer=status)
-    except Exception as error:
-      return _ended(status, error)
-    return _ended(status)
+def train(config: Config, workdir: Path) -> Outcome:
+  """Trains one trial and returns how it ended; raises nothing."""
+  return _or_failed(_train, [(config, workdir)])[0]
 
 
-def train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
-  """Trains trials of one shape as a pack; see `train` and `fit_pack`.
+def train_pack(runs: list[tuple[Config, Path]], size: int) -> list[Outcome]:
+  """Trains trials of one shape as a pack of `size`; see `train` and `fit_pack`.
 
-  The event has those of the trials as its parts, or it is a failure of them all. What
-  libraries print goes to the log of the first trial, and the others say so.
+  A single outcome is a failure of them all. What libraries print goes to the log of the
+  first trial, and the other logs name it.
   """
-  return _or_failed(_train_pack, runs, size)
+  return _or_failed(_train, runs, size)
 
 
-def _or_failed(work: Callable[..., Event], *args: Any) -> Event:
-  """Returns what `work` returns, or that it failed: no log can be opened, perhaps."""
+def _or_failed(work: Callable[..., list[Outcome]], *args: Any) -> list[Outcome]:
+  """Returns what `work` returns, or one failure: its log cannot be opened, perhaps."""
+  _seen_warnings.clear()
   try:
-    return work(*args)
+    outcomes = work(*args)
   except Exception as error:
-    return Event("failed", *_explain(error))
+    outcomes = [Outcome("failed", *_explain(error))]
+  first, *others = outcomes
+  return [dataclasses.replace(first, warnings=tuple(_seen_warnings)), *others]
 
 
-def _train_pack(runs: list[tuple[Config, Path]], size: int) -> Event:
+def _train(runs: list[tuple[Config, Path]], size: int | None = None) -> list[Outcome]:
   with contextlib.ExitStack() as stack:
-    events = [_taken(stack, workdir) for _, workdir in runs]
-    ours = [run for run, event in zip(runs, events, strict=True) if event is None]
+    taken = [_taken(stack, workdir) for _, workdir in runs]
+    ours = [run for run, outcome in zip(runs, taken, strict=True) if outcome is None]
     if not ours:
-      return Event("packed", parts=tuple(events))
+      return taken
     (_, first), *others = ours
     stack.enter_context(_output_to(first / "log.txt"))
     for _, workdir in others:
       with (workdir / "log.txt").open("a") as log:
         log.write(f"trained in a pack: see {first / 'log.txt'}\n")
-    statuses = [_status(stack, *run) for run in ours]
+    observers = [_status(stack, *run) for run in ours]
     try:
-      outcomes = fit_pack(*zip(*ours, strict=True), size=size, observers=statuses)
+      if size is None:
+        results = [fit(*ours[0], progress=False, observer=observers[0])]
+      else:
+        results = fit_pack(*zip(*ours, strict=True), size=size, observers=observers)
     except Exception as error:
-      failures = [_ended(status, error) for status in statuses]
-      return failures[0]
+      # All end by it. Of a pack one outcome is returned: the sweep tries each alone.
+      return [_ended(observer, error) for observer in observers][:1]
     ended = iter([
-      _ended(status, outcome if isinstance(outcome, Exception) else None)
-      for status, outcome in zip(statuses, outcomes, strict=True)
+      _ended(observer, result if isinstance(result, Exception) else None)
+      for observer, result in zip(observers, results, strict=True)
     ])
-    return Event("packed", parts=tuple(event or next(ended) for event in events))
+    return [outcome or next(ended) for outcome in taken]
 
 
-def measure(config: Config, most: int) -> Event:
+def measure(config: Config, most: int) -> int:
   """Returns the size of a pack that fits, 1 if it cannot be found out."""
   try:
-    return Event("measured", size=fitting_size(config, most, jax.devices()))
+    return fitting_size(config, most, jax.devices())
   except jax.errors.JaxRuntimeError:  # No memory for the program, or to compile it.
     traceback.print_exc()
-    return Event("measured", size=1)
+    return 1
 
 
-def _taken(stack: contextlib.ExitStack, workdir: Path) -> Event | None:
-  """Holds a run folder, or says why there is nothing to be trained in it."""
+def _taken(stack: contextlib.ExitStack, workdir: Path) -> Outcome | None:
+  """Holds a run folder, or returns why there is nothing to be trained in it."""
   try:
     stack.enter_context(cli.exclusive(workdir))
   except ConfigError as error:
-    return Event("claimed", str(error))
+    return Outcome("claimed", str(error))
   # By another sweep, since this one looked.
-  return Event("done") if (workdir / "DONE").exists() else None
+  return Outcome("done") if (workdir / "DONE").exists() else None
 
 
 def _status(stack: contextlib.ExitStack, config: Config, workdir: Path) -> Status:
@@ -329,33 +288,36 @@ def _end_at_once(signum: int, _: Any) -> None:
   os._exit(128 + signum)
 
 
-def _ended(status: Status, error: Exception | None = None) -> Event:
-  """Notes the end of a trial in its run folder; returns it as an event."""
+def _ended(status: Status, error: Exception | None = None) -> Outcome:
+  """Notes the end of a trial in its run folder and returns it."""
   if error is None:
     status.ended("done")
-    return Event("done")
+    return Outcome("done")
   if isinstance(error, Interrupted):
     status.ended("yielded", str(error))
-    return Event("stopped")
+    return Outcome("stopped")
   text, exit_class = _explain(error)
   status.ended(exit_class, text)
-  return Event("failed", text, exit_class)
+  return Outcome("failed", text, exit_class)
 
 
 def _explain(error: Exception) -> tuple[str, str]:
-  """Returns what to tell of it, its first line a summary, and its exit class."""
+  """Returns the text of an error, its first line a summary, and its exit class."""
   if exit_class := exit_class_of(error):
     return f"{type(error).__name__}: {error}", exit_class
   trace = "".join(traceback.format_exception(error))
   return f"{exits.describe(error)}\n\n{trace}", "infrastructure"
 
 
-def _report(connection: Any, message: Warning | str, filename: str) -> None:
-  """Sends the warnings that speak of the run (a damaged checkpoint); logs all."""
+def _show_warning(
+  message: Warning | str, category: type[Warning], filename: str, *_: Any
+) -> None:
+  """Logs a warning; keeps those of this package for the sweep (a damaged checkpoint).
+  """
   with contextlib.suppress(OSError):  # The disk of the log is full.
     print(f"warning: {message}", file=sys.stderr, flush=True)
   if "mtp_jax" in Path(filename).parts:
-    connection.send(Event("warning", str(message)))
+    _seen_warnings.append(str(message))
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from launch import cli, exits, trials
-from launch.engines import results
-from launch.trials import State, Trial
+from launch import cli, exits, jobs, results_csv
+from launch.states import State, Trial
 
 _MAX_REASON = 100
 
@@ -27,9 +26,9 @@ def watch(planned: list[Trial], root: Path, seconds: float) -> int:
     if console.is_terminal:
       live = stack.enter_context(Live(console=console, auto_refresh=False))
     while True:
-      states = trials.share(planned, trials.read_states(planned))
+      states = jobs.share(planned, jobs.read_states(planned))
       if root.is_dir():
-        results.collect(root)
+        results_csv.collect(root)
       before, kinds = kinds, [state.kind for state in states.values()]
       text = table(planned, states)
       if live is not None:

@@ -1,17 +1,20 @@
-"""What runs inside a Slurm job: the start of every task, and the end of the step.
+"""The end of a step of a Slurm job: the batch shell runs this module as a command.
 
-submitit calls `start` in every task of the step, with the trial's run folder. When the
-step has ended the batch shell runs this module as a command; its exit code says whether
-the job is to be requeued. A step that yielded is requeued without it: that must not
-take long. See `launch.engines.slurm`, which writes the script.
+Its exit code says whether the job is to be requeued. A step that yielded is requeued
+without it: that must not take long. `launch.engines.slurm` writes the script.
 """
 
-import os
+import json
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+from launch import exits, results_csv, status
 
 AGAIN = 0  # Exit code of the command: requeue.
 _ATTEMPTS = "attempts.jsonl"
@@ -19,43 +22,14 @@ _TAIL_BYTES = 1 << 16
 _ERROR = re.compile(r"(?i:error|fatal)\b|[\w.]*(?:Error|Exception)\b")
 
 
-def start(workdir: str, command: list[str]) -> None:
-  """Becomes the training command, which prints to `log.txt` of the run folder."""
-  folder, rank = Path(workdir), os.environ["SLURM_PROCID"]
-  if not (folder / "config.json").is_file():
-    host = os.environ.get("SLURMD_NODENAME", "this host")
-    print(
-      f"error: --workdir must be a folder that all hosts see: {host} does not see "
-      f"{folder}/config.json.",
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(2)
-  log = folder / ("log.txt" if rank == "0" else f"log.{rank}.txt")
-  descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os.dup2(descriptor, 1)
-  os.dup2(descriptor, 2)
-  # Until training has a handler a warning would end it, and look like a fault. Who
-  # means it ends the job in any case.
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  os.execv(command[0], command)
-
-
 def main() -> int:
   folder, code, began, max_attempts = sys.argv[1:]
-  from submitit.core.utils import DelayedSubmission, JobPaths
-
-  from launch import exits
-  from launch.engines import results
-
   paths = JobPaths(folder, job_id=exits.job_id())
   workdir = Path(DelayedSubmission.load(paths.submitted_pickle).args[0])
   again = conclude(
     workdir, int(code), float(began), int(max_attempts), [paths.stderr, paths.stdout]
   )
-  results.collect(workdir.parent)
+  results_csv.collect(workdir.parent)
   return AGAIN if again else 1
 
 
@@ -71,11 +45,6 @@ def conclude(
     max_attempts: of one job, how often it may end for no fault of the trial.
     logs: where the tasks wrote before training did.
   """
-  import json
-  import time
-
-  from launch import exits, status
-
   said = status.read(workdir) or {}
   ended_now = said.get("state") == "ended" and said["time"] >= began
   # srun may report how the other processes were ended, not why.

@@ -1,4 +1,4 @@
-"""One table of a sweep: a row for every run folder, what varies and what came out.
+"""The table results.csv of a sweep: a row for every run folder, from its files.
 
 Only files of the run folders are read, so a job can write the table when it ends.
 """
