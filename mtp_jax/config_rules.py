@@ -4,13 +4,12 @@ A message has the dotted key, the rule and the value.
 """
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Collection
 
 import jax
 
-from mtp_jax import memory_rules
+from mtp_jax import machine_rules
 from mtp_jax.config import (
   AUTOREGRESSIVE,
   EAGLES,
@@ -53,7 +52,7 @@ def validate(
   rules.raise_if_broken()  # The rules below divide by and compare these values.
   _check_effects(rules, given)
   _check_pairs(rules)
-  memory_rules.check_host(rules, config)
+  machine_rules.check_memory(rules, config)
   _check_trunk(rules)
   _check_attention(rules)
   _check_experts(rules)
@@ -64,8 +63,8 @@ def validate(
     rules.raise_if_broken()
     _check_devices(rules, num_devices)
   if platform is not None:
-    _check_platform(rules, platform, num_devices)
-    memory_rules.check_devices(rules, config, num_devices or jax.device_count())
+    machine_rules.check_kernels(rules, config, platform, num_devices)
+    machine_rules.check_parameters(rules, config, num_devices or jax.device_count())
   rules.raise_if_broken()
 
 
@@ -124,6 +123,16 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     verb = "they are" if len(found) > 1 else "it is"
     there = f"({verb} {' and '.join(found)})"
     rule(False, name, f"{key.default!r} unless {' and '.join(words)} {there}")
+  trunk, mtp, layers = rule.config.trunk, rule.config.mtp, num_trunk_layers(rule.config)
+  if "mtp.kind" in given and mtp.depth == 0 and layers == trunk.num_layers:
+    rule(mtp.kind == "none", "mtp.kind", "'none' unless mtp.depth is positive (it is 0)")
+  blocks = predictor_trunk(trunk, mtp) if num_added_layers(mtp) else trunk
+  if "trunk.mlp_dim" in given and trunk.moe.num_experts and blocks.moe.num_experts:
+    rule(
+      trunk.moe.dense_layers > 0, "trunk.mlp_dim",
+      f"{keys()['trunk.mlp_dim'].default} where every layer has experts "
+      "(trunk.moe.dense_layers is 0)",
+    )
 
 
 def _check_pairs(rule: _Rules) -> None:
@@ -412,37 +421,3 @@ def _check_devices(rule: _Rules, num_devices: int) -> None:
     config.eval.batch_size % shards == 0, "eval.batch_size",
     f"divisible by mesh data * fsdp * expert ({shards})",
   )
-
-
-def _check_platform(
-  rule: _Rules, platform: str, num_devices: int | None
-) -> None:
-  """The kernels that are named run on the platform; see `kernels.attention`."""
-  trunk, key = rule.config.trunk, "trunk.attention"
-  if trunk.attention == "tokamax":
-    rule(
-      importlib.util.find_spec("tokamax") is not None, key,
-      f"'auto', 'xla' or 'blocked' on platform {platform!r} where the package tokamax "
-      "is not installed",
-    )
-    rule(num_devices in (None, 1), key, f"another on {num_devices} devices")
-  if trunk.attention != "cudnn":
-    return
-  rule(
-    platform in ("gpu", "cuda"), key,
-    f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
-  )
-  sizes, head_dim = trunk.latent, trunk.head_dim
-  if trunk.attention_kind == "latent":
-    head_dim = sizes.nope_dim + sizes.rope_dim
-    rule(
-      head_dim == sizes.value_dim, key,
-      f"another where values ({sizes.value_dim}) differ in size from keys ({head_dim})",
-    )
-  for holds, why in (
-    (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),
-    (head_dim % 8 == 0, f"has heads of {head_dim}, not a multiple of 8"),
-    (rule.config.data.seq_len % 2 == 0, "has rows of odd length (data.seq_len)"),
-    (rule.config.mesh.context == 1, "splits the sequence (mesh.context)"),
-  ):
-    rule(holds, key, f"another where attention {why}")

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules, memory_rules, program
+from mtp_jax import config_rules, machine_rules, program
 from mtp_jax.config import ConfigError
 from mtp_jax.keys import ABOVE_0, FRACTION, HOST, NOT_NEGATIVE, Range
 
@@ -711,8 +711,8 @@ UNBOUNDED = {
 ])
 def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
   memory = lambda: 10**11  # noqa: E731
-  monkeypatch.setattr(memory_rules, "machine_memory", memory)
-  monkeypatch.setattr(memory_rules, "device_memory", memory)
+  monkeypatch.setattr(machine_rules, "machine_memory", memory)
+  monkeypatch.setattr(machine_rules, "device_memory", memory)
   others = next((x for name, x in TASK_OF.items() if key.startswith(name)), {})
   if key.startswith("trunk.latent"):
     others = LATENT
@@ -729,14 +729,14 @@ def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
     config_rules.validate(config, 1, "cpu")
   elif key == "task.num_train":  # 64 GB at least.
     config_rules.validate(config, 1, "cpu")
-    monkeypatch.setattr(memory_rules, "machine_memory", lambda: 60 * 10**9)
+    monkeypatch.setattr(machine_rules, "machine_memory", lambda: 60 * 10**9)
     assert "fits into memory" in error_of(config)
   else:
     assert error_of(config, 1, "cpu")
 
 
 def test_a_batch_that_no_memory_holds_is_refused_with_what_it_takes(monkeypatch):
-  monkeypatch.setattr(memory_rules, "machine_memory", lambda: 16 * 10**9)
+  monkeypatch.setattr(machine_rules, "machine_memory", lambda: 16 * 10**9)
   assert error_of(make(data__batch_size=2_000_000_000)) == (
     "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
     "at least 1,536 bytes, and there are 16.0 GB, got 2000000000."
@@ -746,6 +746,32 @@ def test_a_batch_that_no_memory_holds_is_refused_with_what_it_takes(monkeypatch)
     "least "
   )
   config_rules.validate(make(trunk__num_layers=2_000_000_000))  # For other devices.
+
+
+def test_a_kind_without_depths_is_refused_where_it_is_given():
+  for kind in ("sequential", "linear", "medusa"):
+    with pytest.raises(ConfigError) as caught:
+      config_rules.validate(make(mtp__kind=kind), given=["mtp.kind"])
+    assert str(caught.value) == (
+      f"mtp.kind must be 'none' unless mtp.depth is positive (it is 0), got {kind!r}."
+    )
+  # The head of the next token is a layer of its own.
+  config_rules.validate(make(mtp__kind="parallel"), given=["mtp.kind"])
+
+
+def test_the_width_of_dense_layers_is_refused_where_no_layer_is_dense():
+  values = EXPERTS | {"trunk.moe.dense_layers": 0, "trunk.mlp_dim": 64}
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(make(**values), given=["trunk.mlp_dim"])
+  assert str(caught.value) == (
+    "trunk.mlp_dim must be 352 where every layer has experts (trunk.moe.dense_layers is "
+    "0), got 64."
+  )
+  for more in (
+    {"trunk.moe.dense_layers": 1}, {"mtp.kind": "eagle", "mtp.depth": 1},
+    {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.dense_blocks": True},
+  ):
+    config_rules.validate(make(**values | more), given=["trunk.mlp_dim"])
 
 
 def test_every_condition_of_an_effect_is_of_known_keys_and_choices():

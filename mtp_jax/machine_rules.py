@@ -1,5 +1,6 @@
-"""Sizes that no memory holds: refused with the bytes that they take at the least."""
+"""Rules of the machine: its memory holds the sizes, its platform has the kernels."""
 
+import importlib.util
 from collections.abc import Callable
 
 from mtp_jax.config import (
@@ -19,7 +20,7 @@ from mtp_jax.keys import Role
 Rule = Callable[[bool, str, str], None]
 
 
-def check_host(rule: Rule, config: Config) -> None:
+def check_memory(rule: Rule, config: Config) -> None:
   """Checks that what one machine keeps at a time fits into the memory of this one."""
   memory, values = machine_memory(), flatten(to_dict(config))
   # A token has its number, its document and its position in it; a process has Python.
@@ -39,7 +40,7 @@ def check_host(rule: Rule, config: Config) -> None:
       )
 
 
-def check_devices(rule: Rule, config: Config, num_devices: int) -> None:
+def check_parameters(rule: Rule, config: Config, num_devices: int) -> None:
   """Checks that the parameters fit, by the matrices that every model has."""
   trunk, moe, latent = config.trunk, config.trunk.moe, config.trunk.latent
   layers, dim, memory = num_trunk_layers(config), trunk.embed_dim, device_memory()
@@ -60,3 +61,37 @@ def check_devices(rule: Rule, config: Config, num_devices: int) -> None:
     f"such that the parameters fit into memory: they take at least {needed / 1e9:,.0f} "
     f"GB, and {num_devices} device(s) have {(memory or 0) / 1e9:,.1f} GB each",
   )
+
+
+def check_kernels(
+  rule: Rule, config: Config, platform: str, num_devices: int | None
+) -> None:
+  """Checks that the kernels that are named run here; see `kernels.attention`."""
+  trunk, key = config.trunk, "trunk.attention"
+  if trunk.attention == "tokamax":
+    rule(
+      importlib.util.find_spec("tokamax") is not None, key,
+      f"'auto', 'xla' or 'blocked' on platform {platform!r} where the package tokamax "
+      "is not installed",
+    )
+    rule(num_devices in (None, 1), key, f"another on {num_devices} devices")
+  if trunk.attention != "cudnn":
+    return
+  rule(
+    platform in ("gpu", "cuda"), key,
+    f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
+  )
+  sizes, head_dim = trunk.latent, trunk.head_dim
+  if trunk.attention_kind == "latent":
+    head_dim = sizes.nope_dim + sizes.rope_dim
+    rule(
+      head_dim == sizes.value_dim, key,
+      f"another where values ({sizes.value_dim}) differ in size from keys ({head_dim})",
+    )
+  for holds, why in (
+    (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),
+    (head_dim % 8 == 0, f"has heads of {head_dim}, not a multiple of 8"),
+    (config.data.seq_len % 2 == 0, "has rows of odd length (data.seq_len)"),
+    (config.mesh.context == 1, "splits the sequence (mesh.context)"),
+  ):
+    rule(holds, key, f"another where attention {why}")
