@@ -125,7 +125,8 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     rule(False, name, f"{key.default!r} unless {' and '.join(words)} {there}")
   trunk, mtp, layers = rule.config.trunk, rule.config.mtp, num_trunk_layers(rule.config)
   if "mtp.kind" in given and mtp.depth == 0 and layers == trunk.num_layers:
-    rule(mtp.kind == "none", "mtp.kind", "'none' unless mtp.depth is positive (it is 0)")
+    text = "'none' unless mtp.depth is positive (it is 0)"
+    rule(mtp.kind == "none", "mtp.kind", text)
   blocks = predictor_trunk(trunk, mtp) if num_added_layers(mtp) else trunk
   if "trunk.mlp_dim" in given and trunk.moe.num_experts and blocks.moe.num_experts:
     rule(

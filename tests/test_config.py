@@ -764,8 +764,8 @@ def test_the_width_of_dense_layers_is_refused_where_no_layer_is_dense():
   with pytest.raises(ConfigError) as caught:
     config_rules.validate(make(**values), given=["trunk.mlp_dim"])
   assert str(caught.value) == (
-    "trunk.mlp_dim must be 352 where every layer has experts (trunk.moe.dense_layers is "
-    "0), got 64."
+    "trunk.mlp_dim must be 352 where every layer has experts (trunk.moe.dense_layers "
+    "is 0), got 64."
   )
   for more in (
     {"trunk.moe.dense_layers": 1}, {"mtp.kind": "eagle", "mtp.depth": 1},
