@@ -90,6 +90,7 @@ def get_dotted(config: Any, key: str) -> Any:
   return functools.reduce(getattr, key.split("."), config)
 
 
+@functools.cache
 def type_name(key: str) -> str:
   """Returns what messages call the type of a dotted key: `int`, `section`, ...
 
@@ -206,6 +207,7 @@ def idle_keys(config: Config) -> dict[str, Any]:
   return idle
 
 
+@functools.lru_cache(maxsize=4096)
 def settled(config: Config) -> Config:
   """Returns the config with the default for every key that has no effect."""
   return with_overrides(config, idle_keys(config))

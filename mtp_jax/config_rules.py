@@ -64,7 +64,8 @@ def validate(
     _check_devices(rules, num_devices)
   if platform is not None:
     machine_rules.check_kernels(rules, config, platform, num_devices)
-    machine_rules.check_parameters(rules, config, num_devices or jax.device_count())
+    if num_devices is not None:
+      machine_rules.check_parameters(rules, config, platform, num_devices)
   rules.raise_if_broken()
 
 

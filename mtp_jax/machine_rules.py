@@ -13,8 +13,11 @@ from mtp_jax.config import (
   num_trunk_layers,
   to_dict,
 )
-from mtp_jax.environment import device_memory, machine_memory
+from mtp_jax.environment import machine_memory
 from mtp_jax.keys import Role
+
+# More than any accelerator has.
+_ACCELERATOR_BYTES = 2**40
 
 # Notes that the value of a key must be as the text says, unless it is.
 Rule = Callable[[bool, str, str], None]
@@ -40,10 +43,16 @@ def check_memory(rule: Rule, config: Config) -> None:
       )
 
 
-def check_parameters(rule: Rule, config: Config, num_devices: int) -> None:
-  """Checks that the parameters fit, by the matrices that every model has."""
+def check_parameters(
+  rule: Rule, config: Config, platform: str, num_devices: int
+) -> None:
+  """Checks that the parameters fit, by the matrices that every model has.
+
+  The process that checks may be another than the one that has the devices.
+  """
   trunk, moe, latent = config.trunk, config.trunk.moe, config.trunk.latent
-  layers, dim, memory = num_trunk_layers(config), trunk.embed_dim, device_memory()
+  layers, dim = num_trunk_layers(config), trunk.embed_dim
+  memory = machine_memory() if platform == "cpu" else _ACCELERATOR_BYTES
   routed = layers - trunk.dense_prefix if moe.num_experts else 0
   attention = 2 * dim * (trunk.attention_dim or dim)
   if trunk.attention_kind == "latent":
@@ -59,7 +68,7 @@ def check_parameters(rule: Rule, config: Config, num_devices: int) -> None:
   rule(
     not memory or needed <= memory * num_devices, max(sizes, key=lambda x: values[x]),
     f"such that the parameters fit into memory: they take at least {needed / 1e9:,.0f} "
-    f"GB, and {num_devices} device(s) have {(memory or 0) / 1e9:,.1f} GB each",
+    f"GB, and {num_devices} device(s) have at most {(memory or 0) / 1e9:,.0f} GB each",
   )
 
 

@@ -710,9 +710,7 @@ UNBOUNDED = {
   if type(facts.default) is int and not key.endswith("seed")
 ])
 def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
-  memory = lambda: 10**11  # noqa: E731
-  monkeypatch.setattr(machine_rules, "machine_memory", memory)
-  monkeypatch.setattr(machine_rules, "device_memory", memory)
+  monkeypatch.setattr(machine_rules, "machine_memory", lambda: 10**11)
   others = next((x for name, x in TASK_OF.items() if key.startswith(name)), {})
   if key.startswith("trunk.latent"):
     others = LATENT
@@ -741,11 +739,15 @@ def test_a_batch_that_no_memory_holds_is_refused_with_what_it_takes(monkeypatch)
     "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
     "at least 1,536 bytes, and there are 16.0 GB, got 2000000000."
   )
-  assert error_of(make(trunk__num_layers=2_000_000_000), 1, "cpu").startswith(
-    "trunk.num_layers must be such that the parameters fit into memory: they take at "
-    "least "
-  )
-  config_rules.validate(make(trunk__num_layers=2_000_000_000))  # For other devices.
+  deep = make(trunk__num_layers=2_000_000_000)
+  for platform, most in (("cpu", "16"), ("gpu", "1,100")):
+    assert re.fullmatch(
+      r"trunk\.num_layers must be such that the parameters fit into memory: they take "
+      rf"at least [\d,]+ GB, and 8 device\(s\) have at most {most} GB each, got "
+      r"2000000000\.",
+      error_of(deep, 8, platform),
+    )
+  config_rules.validate(deep, 8)  # For devices of another machine.
 
 
 def test_a_kind_without_depths_is_refused_where_it_is_given():
