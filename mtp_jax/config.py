@@ -14,9 +14,6 @@ from typing import Any, Literal
 
 from mtp_jax.keys import Conditions, Key, Range, Role
 from mtp_jax.model_sections import (
-  AUTOREGRESSIVE,
-  EAGLES,
-  OWN_UNEMBED,
   LatentConfig,
   MoeConfig,
   MtpConfig,
@@ -176,66 +173,12 @@ def defaults() -> dict[str, Any]:
   return values
 
 
-def has_effect(conditions: Conditions, values: dict[str, Any]) -> bool:
-  """Whether all conditions hold: the keys have these values, and an effect themselves.
-
-  `values` are those of all dotted keys.
-  """
-
-  def holds(name: str, allowed: tuple | Range) -> bool:
-    is_allowed = allowed.holds if isinstance(allowed, Range) else allowed.__contains__
-    return is_allowed(values[name]) and has_effect(keys()[name].when, values)
-
-  return all(
-    any(holds(name, allowed) for name in ([names] if isinstance(names, str) else names))
-    for names, allowed in conditions.items()
-  )
-
-
-def idle_keys(config: Config) -> dict[str, Any]:
-  """Returns the default of every key that has no effect under the other values."""
-  values, idle = flatten(to_dict(config)), {}
-  # What has no effect may be all that another key had an effect by.
-  while more := {
-    name: key.default
-    for name, key in keys().items()
-    if name not in idle
-    and not has_effect(key.when | key.then | key.when_given, values)
-  }:
-    idle |= more
-    values |= more
-  return idle
-
-
-@functools.lru_cache(maxsize=4096)
-def settled(config: Config) -> Config:
-  """Returns the config with the default for every key that has no effect."""
-  return with_overrides(config, idle_keys(config))
-
-
-def essential(config: Config) -> Config:
-  """Returns the config with one value for all that decides nothing about a run.
-
-  Runs of equal ones have the same bits.
-  """
-  return dataclasses.replace(settled(config), name="")
-
-
 # What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
 # predictor has the choice.
 PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
 
 # The same with their norms: RMSNorm, as their trunk has.
 PUBLISHED_MODULES = PUBLISHED_INPUTS | {"out_norm": "own", "norm": "trunk"}
-
-
-def num_added_layers(mtp: MtpConfig) -> int:
-  """Transformer layers that training has and the deployed NTP model has not."""
-  if mtp.depth == 0 or mtp.kind in ("none", "linear", "medusa"):
-    return 0
-  if mtp.kind in EAGLES or (mtp.kind == "sequential" and mtp.share_modules):
-    return 1
-  return mtp.depth
 
 
 def next_token_only(mtp: MtpConfig) -> MtpConfig:
@@ -248,62 +191,9 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
   )
 
 
-def routed_layers(config: Config) -> dict[str, int]:
-  """Returns how many layers with experts there are in the `trunk` and in `mtp`.
-
-  These are the routings of one forward pass: a shared module counts once per depth.
-  A part without any is left out.
-  """
-  mtp, moe = config.mtp, config.trunk.moe
-  if moe.num_experts == 0:
-    return {}
-  in_mtp = {"parallel": 1 + mtp.depth, "sequential": mtp.depth}.get(mtp.kind, 0)
-  if mtp.dense_blocks:
-    in_mtp = 0
-  in_trunk = num_trunk_layers(config) - moe.dense_layers
-  return {"trunk": in_trunk} | ({"mtp": in_mtp} if in_mtp else {})
-
-
 def learns_from_trunk(mtp: MtpConfig) -> bool:
   """Whether the extra depths learn from what the trunk says, not from data alone."""
   return mtp.objective != "cross_entropy" or mtp.feature_weight > 0
-
-
-def predictor_trunk(trunk: TrunkConfig, mtp: MtpConfig) -> TrunkConfig:
-  """Returns the trunk that the blocks of the extra predictors are built from."""
-  trunk = trunk.dense() if mtp.dense_blocks or mtp.kind in EAGLES else trunk
-  return dataclasses.replace(trunk, mlp_dim=mtp.mlp_dim or trunk.mlp_dim)
-
-
-def num_trunk_layers(config: Config) -> int:
-  """Layers of the shared trunk, given the kind of predictor and the fairness arm.
-
-  `trunk.num_layers` counts what is deployed for next-token prediction. Parallel heads
-  deploy their first head, so their trunk is one layer shorter than the NTP trunk: with
-  D = 0 they are the same function. In the `shortened` arm (Gloeckle et al. 2024,
-  section 3) the trunk also gives up the layers of the extra modules.
-  """
-  layers = config.trunk.num_layers
-  if config.mtp.kind == "parallel":
-    layers -= 1
-  if config.mtp.arm == "shortened":
-    layers -= num_added_layers(config.mtp)
-  return layers
-
-
-def tapped_layers(config: Config) -> tuple[int, ...]:
-  """Returns after how many trunk layers the streams are taken that EAGLE-3 starts from.
-
-  Other kinds start from the last stream alone: (). The published ones are after 2, L/2
-  and L - 3 of L layers (Li et al. 2025, arXiv 2503.01840, and its code); a trunk of
-  less than 8 has them after the first, the middle and the last layer.
-  """
-  if config.mtp.kind != "eagle3":
-    return ()
-  layers = num_trunk_layers(config)
-  if layers < 8:
-    return 1, (1 + layers) // 2, layers
-  return 2, layers // 2, layers - 3
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

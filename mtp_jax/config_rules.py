@@ -11,8 +11,6 @@ import jax
 
 from mtp_jax import machine_rules
 from mtp_jax.config import (
-  AUTOREGRESSIVE,
-  EAGLES,
   SAT_TABLE_VARIABLES,
   TASKS,
   TASKS_WITH_NEW,
@@ -20,14 +18,18 @@ from mtp_jax.config import (
   ConfigError,
   flatten,
   get_dotted,
-  has_effect,
   keys,
+  to_dict,
+)
+from mtp_jax.effects import conditions, has_effect
+from mtp_jax.keys import INT32, SEED, Range
+from mtp_jax.predictors import (
+  KINDS,
+  kind_of,
   num_added_layers,
   num_trunk_layers,
   predictor_trunk,
-  to_dict,
 )
-from mtp_jax.keys import INT32, SEED, Range
 
 
 def validate(
@@ -47,7 +49,8 @@ def validate(
   Raises:
     ConfigError: with all broken rules, one per line.
   """
-  rules = _Rules(config)
+  kind_of(config.mtp)  # Raises where there is no such kind.
+  rules = Rules(config)
   _check_ranges(rules)
   rules.raise_if_broken()  # The rules below divide by and compare these values.
   _check_effects(rules, given)
@@ -69,8 +72,8 @@ def validate(
   rules.raise_if_broken()
 
 
-class _Rules:
-  """Collects the broken rules of one config."""
+class Rules:
+  """Collects the broken rules of one config; called as `rule(holds, key, text)`."""
 
   def __init__(self, config: Config):
     self.config = config
@@ -93,7 +96,7 @@ class _Rules:
       raise ConfigError("\n".join(self._broken))
 
 
-def _check_ranges(rule: _Rules) -> None:
+def _check_ranges(rule: Rules) -> None:
   """Every value is in its range, whatever the other values are (NaN included)."""
   for name, key in sorted(keys().items()):
     value = get_dotted(rule.config, name)
@@ -102,13 +105,13 @@ def _check_ranges(rule: _Rules) -> None:
       rule(allowed.holds(value), name, allowed.text)
 
 
-def _check_effects(rule: _Rules, given: Collection[str]) -> None:
+def _check_effects(rule: Rules, given: Collection[str]) -> None:
   """A value that nothing reads under the other values is the default."""
   values = flatten(to_dict(rule.config))
   for name, key in keys().items():
     if get_dotted(rule.config, name) == key.default:
       continue
-    missing = key.when
+    missing = conditions(name)
     if has_effect(missing, values):
       more = key.then | (key.when_given if name in given else {})
       missing = {k: v for k, v in more.items() if not has_effect({k: v}, values)}
@@ -124,10 +127,10 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     verb = "they are" if len(found) > 1 else "it is"
     there = f"({verb} {' and '.join(found)})"
     rule(False, name, f"{key.default!r} unless {' and '.join(words)} {there}")
-  trunk, mtp, layers = rule.config.trunk, rule.config.mtp, num_trunk_layers(rule.config)
-  if "mtp.kind" in given and mtp.depth == 0 and layers == trunk.num_layers:
+  trunk, mtp = rule.config.trunk, rule.config.mtp
+  if "mtp.kind" in given and mtp.depth == 0 and not kind_of(mtp).deployed_blocks:
     text = "'none' unless mtp.depth is positive (it is 0)"
-    rule(mtp.kind == "none", "mtp.kind", text)
+    rule(not kind_of(mtp).has_depths, "mtp.kind", text)
   blocks = predictor_trunk(trunk, mtp) if num_added_layers(mtp) else trunk
   if "trunk.mlp_dim" in given and trunk.moe.num_experts and blocks.moe.num_experts:
     rule(
@@ -137,18 +140,18 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     )
 
 
-def _check_pairs(rule: _Rules) -> None:
+def _check_pairs(rule: Rules) -> None:
   """No key is larger than the one that bounds it; sharded dimensions divide evenly."""
   values = flatten(to_dict(rule.config))
   for name, key in keys().items():
-    if key.most and has_effect(key.when, values):
+    if key.most and has_effect(conditions(name), values):
       most = values[key.most]
       rule(values[name] <= most, name, f"at most {key.most} ({most})")
-    if key.by and has_effect(key.when, values):
+    if key.by and has_effect(conditions(name), values):
       rule.divisible(name, key.by)
 
 
-def _check_trunk(rule: _Rules) -> None:
+def _check_trunk(rule: Rules) -> None:
   trunk = rule.config.trunk
   if trunk.kind == "gpt2":
     rule(
@@ -168,7 +171,7 @@ def _check_trunk(rule: _Rules) -> None:
   )
 
 
-def _check_attention(rule: _Rules) -> None:
+def _check_attention(rule: Rules) -> None:
   trunk = rule.config.trunk
   if trunk.attention_kind == "latent":
     rule(
@@ -201,7 +204,7 @@ def _check_attention(rule: _Rules) -> None:
     rule(trunk.rope_theta > 1, "trunk.rope_theta", "more than 1 for yarn")
 
 
-def _check_experts(rule: _Rules) -> None:
+def _check_experts(rule: Rules) -> None:
   moe = rule.config.trunk.moe
   if moe.num_experts == 0:
     return
@@ -222,16 +225,9 @@ def _check_experts(rule: _Rules) -> None:
   )
 
 
-def _check_mtp(rule: _Rules) -> None:
+def _check_mtp(rule: Rules) -> None:
   mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
-  if mtp.kind == "none":
-    rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
-  if mtp.kind in EAGLES:
-    rule(mtp.depth >= 1, "mtp.depth", f"at least 1 for mtp.kind {mtp.kind!r}")
-    rule(
-      rule.config.trunk.attention_kind == "grouped", "trunk.attention_kind",
-      f"'grouped' for mtp.kind {mtp.kind!r}",
-    )
+  kind_of(mtp).rules(rule)
   rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
   rule(
     len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
@@ -251,10 +247,12 @@ def _check_mtp(rule: _Rules) -> None:
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
   most = rule.config.eval.num_drafts
+  further = [repr(name) for name, kind in KINDS.items() if kind.is_autoregressive]
   rule(
-    most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
-    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of "
-    f"{', '.join(map(repr, AUTOREGRESSIVE))} with extra depths (it is {mtp.kind!r})",
+    most <= mtp.depth or (kind_of(mtp).is_autoregressive and mtp.depth > 0),
+    "eval.num_drafts",
+    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of {', '.join(further)} "
+    f"with extra depths (it is {mtp.kind!r})",
   )
   if mtp.arm == "shortened":
     rule(
@@ -268,7 +266,7 @@ def _check_mtp(rule: _Rules) -> None:
     )
 
 
-def _check_data(rule: _Rules) -> None:
+def _check_data(rule: Rules) -> None:
   data, tokenizer, limits = rule.config.data, rule.config.tokenizer, rule.config.eval
   values = flatten(to_dict(rule.config))
   for key in ("data.path", "data.text_field", "tokenizer.path"):
@@ -311,7 +309,7 @@ def _check_data(rule: _Rules) -> None:
     )
 
 
-def _check_task(rule: _Rules) -> None:
+def _check_task(rule: Rules) -> None:
   task = rule.config.task
   num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
   rule(
@@ -342,7 +340,7 @@ def _check_task(rule: _Rules) -> None:
   )
 
 
-def _check_training(rule: _Rules) -> None:
+def _check_training(rule: Rules) -> None:
   if rule.config.train.freeze_trunk:
     rule(
       rule.config.mtp.depth > 0, "train.freeze_trunk",
@@ -371,7 +369,7 @@ def _check_training(rule: _Rules) -> None:
     )
 
 
-def _check_stop(rule: _Rules) -> None:
+def _check_stop(rule: Rules) -> None:
   """The metric that ends training is measured, and can have its value."""
   train, source = rule.config.train, rule.config.data.source
   key = "train.stop_metric"
@@ -398,7 +396,7 @@ def _check_stop(rule: _Rules) -> None:
   rule(0 < train.stop_value <= 1, "train.stop_value", "in (0, 1] for an accuracy")
 
 
-def _check_devices(rule: _Rules, num_devices: int) -> None:
+def _check_devices(rule: Rules, num_devices: int) -> None:
   """The mesh fills the devices, and the rows divide over it."""
   config, mesh = rule.config, rule.config.mesh
   fixed = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from mtp_jax.config import (
   Config,
   flatten,
-  has_effect,
-  keys,
   keys_of,
-  num_added_layers,
-  num_trunk_layers,
   to_dict,
 )
+from mtp_jax.effects import conditions, has_effect
 from mtp_jax.environment import machine_memory
 from mtp_jax.keys import Role
+from mtp_jax.predictors import num_added_layers, num_trunk_layers
 
 # More than any accelerator has.
 _ACCELERATOR_BYTES = 2**40
@@ -35,7 +33,7 @@ def check_memory(rule: Rule, config: Config) -> None:
     "eval.task_examples": (100, "an example"),
     "task.num_train": (32, "an example"),
   }.items():
-    if memory and has_effect(keys()[key].when, values):
+    if memory and has_effect(conditions(key), values):
       rule(
         values[key] * size <= memory, key,
         f"such that it fits into memory: {what} takes at least {size:,} bytes, and "

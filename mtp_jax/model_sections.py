@@ -1,4 +1,7 @@
-"""The sections of a config that describe the model; see `sections.py`."""
+"""The sections of a config that describe the model; see `sections.py`.
+
+Which kinds of predictors read a key of `mtp` is in `predictors.KINDS`.
+"""
 
 import dataclasses
 from typing import Literal
@@ -18,13 +21,6 @@ from mtp_jax.keys import (
   section,
 )
 
-# Drafters of one layer that goes on from its own output, as often as is wanted.
-EAGLES = ("eagle", "eagle3")
-# The kinds that can draft more tokens than they have depths.
-AUTOREGRESSIVE = ("sequential", *EAGLES)
-# The kinds that may have output matrices of their own.
-OWN_UNEMBED = ("medusa", "eagle3")
-
 # Mesh axes that split heads and inner widths, and the width of the stream.
 _TENSOR, _FSDP = "mesh.tensor", "mesh.fsdp"
 
@@ -36,14 +32,11 @@ _LINEAR = {"trunk.rope_scaling.kind": ("linear", "llama3", "yarn")}
 _LENGTH = {"trunk.rope_scaling.kind": ("llama3", "yarn")}
 _LLAMA3 = {"trunk.rope_scaling.kind": ("llama3",)}
 _DEPTHS = {"mtp.depth": ON}
-_SEQUENTIAL = {"mtp.kind": ("sequential",)}
-_DENSE = _SEQUENTIAL | _EXPERTS
 _DEPTH_2 = {"mtp.depth": at_least(2)}
 # Extra depths are trained, not next-token prediction for as long as they would take.
 _MTP = {"mtp.arm": ("added", "shortened")}
 _TRAINED = _DEPTHS | _MTP
-_OWN = {"mtp.kind": OWN_UNEMBED, "mtp.depth": ON}
-_WIDTH = {"mtp.kind": AUTOREGRESSIVE, "mtp.depth": ON}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
@@ -163,8 +156,6 @@ class TrunkConfig:
 class MtpConfig:
   """What is predicted beyond the next token, and how much it weighs.
 
-  kind:       none | parallel, sequential, linear, medusa (`model.mtp`) | eagle, eagle3
-              (`drafters.eagle`; needs grouped attention).
   weighting:  `mean` gives each depth lambda / D, `sum` gives each lambda.
   schedule:   constant | piecewise (`weight` until `schedule_fraction` of the steps,
               then `final_weight`) | linear (from `weight` to `final_weight`) | anneal
@@ -172,7 +163,7 @@ class MtpConfig:
   curriculum: none | forward (depths switched on one by one) | reverse (switched off).
   hidden:     chained (of module k - 1 at i) | trunk (the trunk's at i) | trunk_shifted
               (the trunk's at i + k - 1, of the token before the one that it is fed; see
-              `model.mtp.SequentialModules` for where there is none).
+              `predictors.sequential` for where there is none).
   fed:        the token i + k whose embedding module k sees: true | none (zeros) | own
               (the most likely one by depth k - 1).
   out_norm:   what the output matrix and the next sequential module read: own (the
@@ -194,9 +185,7 @@ class MtpConfig:
               the FLOPs that this kind and depth would have cost).
   """
 
-  kind: Literal[
-    "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
-  ] = key("none", "kind of predictor", ARCH)
+  kind: str = key("none", "kind of predictor, see predictors.KINDS", ARCH)
   depth: int = key(0, "D extra tokens; 0: plain next-token", ARCH, at_least(0))
   weight: float = key(0.3, "lambda", HOST, NOT_NEGATIVE, when_given=_TRAINED)
   weighting: Literal["mean", "sum"] = key(
@@ -216,40 +205,40 @@ class MtpConfig:
     "none", "order in which depths are switched on or off", when_given=_TRAINED
   )
   share_modules: bool = key(
-    False, "one module for all depths", ARCH, when=_SEQUENTIAL, then=_DEPTH_2
+    False, "one module for all depths", ARCH, then=_DEPTH_2
   )
   dense_blocks: bool = key(
-    False, "modules without experts", ARCH, when=_DENSE, then=_DEPTHS
+    False, "modules without experts", ARCH, when=_EXPERTS, then=_DEPTHS
   )
   mlp_dim: int = key(
-    0, "of modules; 0: trunk.mlp_dim", ARCH, at_least(0), when=_WIDTH, by=_TENSOR
+    0, "of modules; 0: trunk.mlp_dim", ARCH, at_least(0), when=_DEPTHS, by=_TENSOR
   )
   hidden: Literal["chained", "trunk", "trunk_shifted"] = key(
     "chained", "state that module k starts from at position i", ARCH,
-    when=_SEQUENTIAL, then=_DEPTH_2, when_given=_MTP,
+    then=_DEPTH_2, when_given=_MTP,
   )
   hidden_norm: Literal["after", "before"] = key(
     "after", "the trunk's state after or before its final norm", ARCH,
-    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP,
+    then=_DEPTHS, when_given=_MTP,
   )
   fed: Literal["true", "none", "own"] = key(
-    "true", "token whose embedding module k sees", ARCH, when=_SEQUENTIAL, then=_DEPTHS
+    "true", "token whose embedding module k sees", ARCH, then=_DEPTHS
   )
   out_norm: Literal["own", "none"] = key(
-    "own", "norm of a module's output", ARCH, when=_SEQUENTIAL, then=_DEPTHS,
+    "own", "norm of a module's output", ARCH, then=_DEPTHS,
     when_given=_MTP,
   )
   norm: Literal["trunk", "rms"] = key(
     "trunk", "kind of a module's norms, but for its block", ARCH,
-    when=_SEQUENTIAL, then=_DEPTHS, when_given=_MTP | {"trunk.kind": ("gpt2",)},
+    then=_DEPTHS, when_given=_MTP | {"trunk.kind": ("gpt2",)},
   )
   unembed: Literal["shared", "own"] = key(
-    "shared", "output matrix of the extra depths", ARCH, when=_OWN
+    "shared", "output matrix of the extra depths", ARCH, when=_DEPTHS
   )
   draft_vocab: int = key(
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
-    when={"mtp.kind": ("eagle3",), "mtp.unembed": ("own",)},
+    when={"mtp.unembed": ("own",)},
   )
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(
     "cross_entropy", "what the extra depths minimise", when=_DEPTHS
@@ -261,8 +250,3 @@ class MtpConfig:
     "start", "where the extra depths of a task are scored", when_given=_TRAINED
   )
   arm: Literal["added", "shortened", "flops"] = key("added", "fairness arm", ARCH)
-
-  @property
-  def is_autoregressive(self) -> bool:
-    """Whether depth k follows from depth k - 1 and the token before its target."""
-    return self.kind in AUTOREGRESSIVE

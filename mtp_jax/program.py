@@ -9,7 +9,8 @@ import functools
 import typing
 from typing import Any
 
-from mtp_jax.config import Config, settled
+from mtp_jax.config import Config
+from mtp_jax.effects import settled
 from mtp_jax.keys import HOST
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules, machine_rules, program
+from mtp_jax import config_rules, effects, machine_rules, predictors, program
 from mtp_jax.config import ConfigError
 from mtp_jax.keys import ABOVE_0, FRACTION, HOST, NOT_NEGATIVE, Range
 
@@ -49,9 +49,7 @@ def test_base_is_valid_on_one_and_on_eight_devices():
   ("name", 3, "name must be of type str, got 3."),
   ("mtp", 3, "mtp must be a section, got 3."),
   (
-    "mtp.kind", "eagle2",
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', got 'eagle2'.",
+    "mtp.fed", "mine", "mtp.fed must be one of 'true', 'none', 'own', got 'mine'."
   ),
   (
     "mtp.depth_weights", 1.0,
@@ -165,6 +163,11 @@ TASK = {
 }
 QUIET = TASK | {"train.stop_value": 0.0}  # Nothing ends training.
 RULES = {
+  "kind": (
+    {"mtp.kind": "eagle2"},
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
+    "'eagle', 'eagle3', got 'eagle2'.",
+  ),
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
     {"data.seed": 2**31}, "data.seed must be in [0, 2^31), got 2147483648."
@@ -686,8 +689,8 @@ def test_a_value_that_nothing_reads_is_refused_where_it_is_given(name):
   with pytest.raises(ConfigError) as caught:
     config_rules.validate(config, given=[key])
   assert str(caught.value).startswith(f"{key} must be {KEYS[key].default!r} unless ")
-  assert config_lib.settled(config) == config_lib.settled(make(**others))
-  assert config_lib.essential(config) == config_lib.essential(make(**others))
+  assert effects.settled(config) == effects.settled(make(**others))
+  assert effects.essential(config) == effects.essential(make(**others))
 
 
 TASK_OF = {
@@ -859,7 +862,6 @@ def test_equal_programs_have_no_key_of_the_host():
   assert hash(found) == hash(program.program_config(config))
   assert pickle.loads(pickle.dumps(found)) == found
   assert program.program_config(make()) != found
-  assert found.mtp.is_autoregressive is False
   for read in (
     lambda: found.seed, lambda: found.data.source, lambda: found.mtp.weight,
     lambda: found.eval, lambda: found.task,
@@ -871,7 +873,7 @@ def test_equal_programs_have_no_key_of_the_host():
 def test_programs_of_the_baseline_do_not_depend_on_what_weighs_depths():
   plain, swept = make(), make(mtp__weighting="sum", mtp__schedule="anneal")
   assert program.program_config(plain) == program.program_config(swept)
-  assert config_lib.essential(plain) == config_lib.essential(swept)
+  assert effects.essential(plain) == effects.essential(swept)
 
 
 def test_json_and_back():
@@ -906,7 +908,7 @@ def test_dotted_keys_hold_sections_and_values():
 
 def test_layers_of_the_trunk_by_kind_and_arm():
   def layers(**mtp):
-    return config_lib.num_trunk_layers(make(trunk__num_layers=8, **mtp))
+    return predictors.num_trunk_layers(make(trunk__num_layers=8, **mtp))
 
   assert layers() == 8
   assert layers(mtp__kind="sequential", mtp__depth=2) == 8

@@ -24,11 +24,12 @@ from mtp_jax.config import (
   Config,
   MtpConfig,
   flatten,
-  idle_keys,
   keys_of,
   to_dict,
 )
+from mtp_jax.effects import idle_keys
 from mtp_jax.keys import Role
+from mtp_jax.predictors import KINDS, kind_of
 
 NTP = "NTP"
 
@@ -38,9 +39,6 @@ IGNORED = keys_of(Role.UNCOMPARED)
 WITHIN = keys_of(Role.REPEATS)
 # What a ladder may change from size to size.
 MAY_SCALE = keys_of(Role.SCALES)
-_KIND_ORDER = (
-  "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
-)
 
 
 def arrange(runs: Runs) -> pd.DataFrame:
@@ -80,7 +78,8 @@ def canonical(config: Config) -> MtpConfig:
   }
   mtp = dataclasses.replace(config.mtp, **idle)
   if mtp.depth == 0:
-    kind = "parallel" if mtp.kind == "parallel" else "none"
+    # Without a depth a kind is NTP, but for one whose block is part of the model.
+    kind = mtp.kind if kind_of(mtp).deployed_blocks else "none"
     return dataclasses.replace(mtp, kind=kind, arm="added")
   # Kind, depth and own tokens say how long NTP is trained, other tokens do not.
   if mtp.arm == "flops" and mtp.fed == "none":
@@ -94,7 +93,7 @@ def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
   What else is said is what varies among the methods of the same kind.
   """
   labels = {}
-  for kind in _KIND_ORDER:
+  for kind in KINDS:
     own = [m for m in methods if m.kind == kind and m.depth and m.arm != "flops"]
     varying = _varying([_details(m) for m in own])
     for mtp in own:
@@ -106,7 +105,7 @@ def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
       own = " fed=own" if mtp.fed == "own" else ""
       labels[mtp] = f"NTP at FLOPs of {mtp.kind} D={mtp.depth}{shared}{own}"
     elif mtp.depth == 0:
-      labels[mtp] = NTP if mtp.kind == "none" else f"{mtp.kind} D=0"
+      labels[mtp] = f"{mtp.kind} D=0" if kind_of(mtp).deployed_blocks else NTP
   return labels
 
 
@@ -154,7 +153,7 @@ def _order(mtp: MtpConfig) -> tuple:
   return (
     mtp.depth > 0,
     not is_longer_ntp,
-    _KIND_ORDER.index(mtp.kind),
+    list(KINDS).index(mtp.kind),
     mtp.depth,
     str(dataclasses.astuple(mtp)),
   )
