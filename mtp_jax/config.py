@@ -12,7 +12,7 @@ import functools
 import typing
 from typing import Any, Literal
 
-from mtp_jax.keys import Conditions, Key, Range, Role
+from mtp_jax.keys import Conditions, Key, Role
 from mtp_jax.model_sections import (
   LatentConfig,
   MoeConfig,
@@ -182,13 +182,9 @@ PUBLISHED_MODULES = PUBLISHED_INPUTS | {"out_norm": "own", "norm": "trunk"}
 
 
 def next_token_only(mtp: MtpConfig) -> MtpConfig:
-  """Returns the section without any extra predictor, on top of the whole trunk."""
-  return dataclasses.replace(
-    mtp, kind="none", depth=0, depth_weights=(), share_modules=False,
-    dense_blocks=False, mlp_dim=0, unembed="shared", draft_vocab=0,
-    objective="cross_entropy", feature_weight=0.0, score_from="start",
-    arm="added", **PUBLISHED_MODULES,
-  )
+  """Returns the section of plain next-token prediction, which all defaults are."""
+  names = [field.name for field in dataclasses.fields(mtp)]
+  return dataclasses.replace(mtp, **{x: keys()[f"mtp.{x}"].default for x in names})
 
 
 def learns_from_trunk(mtp: MtpConfig) -> bool:

@@ -876,6 +876,14 @@ def test_programs_of_the_baseline_do_not_depend_on_what_weighs_depths():
   assert effects.essential(plain) == effects.essential(swept)
 
 
+def test_next_token_prediction_is_the_section_without_depths():
+  for mtp in (make(mtp__kind="linear", mtp__depth=2, mtp__objective="kl").mtp,
+              program.program_config(make(mtp__kind="linear", mtp__depth=2)).mtp):
+    found = config_lib.next_token_only(mtp)
+    assert type(found) is type(mtp) and (found.kind, found.depth) == ("none", 0)
+  assert config_lib.next_token_only(make(mtp__weight=9.0).mtp) == make().mtp
+
+
 def test_json_and_back():
   config = make(mtp__kind="linear", mtp__depth=2, mtp__depth_weights=(1.0, 0.5))
   text = json.dumps(config_lib.to_dict(config))
