@@ -794,9 +794,7 @@ def test_the_baseline_of_a_sweep_may_have_the_weight_of_the_others():
   config_rules.validate(baseline)
   for kind in ("none", "linear"):
     with pytest.raises(ConfigError) as caught:
-      config_rules.validate(
-        make(mtp__weight=1.0, mtp__kind=kind), given=("mtp.weight", "mtp.kind")
-      )
+      config_rules.validate(make(mtp__weight=1.0, mtp__kind=kind), given=["mtp.weight"])
     assert str(caught.value) == (
       "mtp.weight must be 0.3 unless mtp.depth is positive (it is 0), got 1.0."
     )
