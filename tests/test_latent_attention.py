@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.model.block import cache_bytes_per_token, empty_cache
+from mtp_jax.model.block import empty_cache
 from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.sharding import logical_axes, make_mesh, put_batch, tree_shardings
 from tests.common import (
@@ -97,6 +97,11 @@ def test_absorbed_decoding_equals_the_naive_form(options):
       np.testing.assert_allclose(
         out_BTD[0, 0], expected_BSD[0, t], rtol=1e-10, atol=1e-10
       )
+
+
+def cache_bytes_per_token(trunk):
+  cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def test_the_cache_holds_the_latent_and_one_rotated_key():

@@ -211,7 +211,7 @@ MUTANTS = {
     "test_distilled_text.py::test_held_out_text_and_tokenizer_are_those_of_the_source",
   ),
   "every text that a model wrote ends a document": Mutant(
-    "data/pipeline.py",
+    "data/memory_store.py",
     "tokenizers_lib.document(tokenizer, ids, begins, ends)",
     "tokenizers_lib.document(tokenizer, ids, begins, True)",
     "test_distilled_text.py::test_documents_begin_and_end_where_their_lines_say",

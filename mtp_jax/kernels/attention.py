@@ -39,15 +39,15 @@ def choose_implementation(
   seq_len: int,
   value_dim: int | None = None,
 ) -> str:
-  """Returns one of `IMPLEMENTATIONS`; the only place that looks at the platform.
+  """Returns the implementation to use, one of `IMPLEMENTATIONS` other than `auto`.
 
-  `auto` is `blocked` on CPU, cuDNN flash attention on GPU where its constraints hold
-  (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
-  length, sequence not split over devices), else `xla`. `tokamax` is never chosen unless
-  named. `value_dim` is `head_dim` unless given.
+  `auto` becomes `blocked` on CPU, cuDNN flash attention on GPU where its constraints
+  hold (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
+  length, sequence not split over devices), else `xla`. `tokamax` must be named.
+  `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: unknown implementation, cuDNN asked for with values of another size, or
+    ValueError: an unknown implementation; cuDNN with values of another size than keys;
       tokamax where it is not installed or on several devices.
   """
   if implementation not in IMPLEMENTATIONS:
@@ -67,7 +67,7 @@ def choose_implementation(
         "trunk.attention must not be 'tokamax' where the package tokamax is not "
         "installed."
       )
-    # Its kernels cannot be split by the compiler.
+    # The compiler cannot split tokamax' kernels over devices.
     if (size := jax.sharding.get_abstract_mesh().size) > 1:
       raise ValueError(
         "trunk.attention must not be 'tokamax' on several devices, got a mesh of "
@@ -108,6 +108,7 @@ def attention(
     raise ValueError(
       f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {K}."
     )
+  # The choice is made at trace time, so a program has one implementation.
   chosen = choose_implementation(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTKV.shape[-1]
   )
@@ -138,7 +139,7 @@ def import_tokamax() -> Any:
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
-    # It would read its own flags from a command line that may be anyone's.
+    # tokamax would otherwise parse the command line, which belongs to the caller.
     flags.FLAGS.mark_as_parsed()
   return tokamax
 
@@ -149,11 +150,11 @@ def unrolled_attention(
   values: tuple[jax.Array, ...],
   segment_ids_BT: jax.Array,
 ) -> jax.Array:
-  """Returns out_BTNH of a later step of a layer that goes on from its own output.
+  """Returns out_BTNH of a later step of a layer that is applied to its own output.
 
-  `keys` and `values` are [B, T, K, H] of each step so far. One softmax is over the
-  first step's keys, of which a token sees what it does in `attention`, and over the
-  later steps' keys of its own place. Dtypes and scale are as there.
+  `keys` and `values` hold one [B, T, K, H] array per step so far. Token i attends, in
+  one softmax, to the keys of the first step that it sees in `attention`, and to the one
+  key at place i of every later step. Dtypes and scale are as in `attention`.
   """
   (first_BTKH, *own_k), (value_BTKH, *own_v) = keys, values
   T, K, H = first_BTKH.shape[1:]
@@ -215,6 +216,7 @@ def _blocked_fwd(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
 
 def _blocked_bwd(scale, saved, d_out_BKGTV):
   q_BKGTH, k_BKSH, v_BKSV, segments_BT, out_BKGTV, lse_BKGT1 = saved
+  # Gradients of keys and values are sums over blocks, hence kept in the wide dtype.
   wide = lse_BKGT1.dtype
   # Row sums of weights * d_weights, from the output alone (Dao 2023, section 2.3).
   delta_BKGT1 = jnp.sum(
@@ -228,6 +230,7 @@ def _blocked_bwd(scale, saved, d_out_BKGTV):
     rows = (slice(None), slice(None), slice(None), slice(start, end))
     q, d_out = q_BKGTH[rows], d_out_BKGTV[rows]
     k, v = k_BKSH[:, :, :end], v_BKSV[:, :, :end]
+    # The forward pass saved only the log-sum-exp: weights are computed again from it.
     weights = jnp.exp(_scores(q, k, segments_BT, start, scale) - lse_BKGT1[rows])
     d_weights = _einsum("BKGTV,BKSV->BKGTS", d_out, v)
     d_scores = (weights * (d_weights - delta_BKGT1[rows]) * scale).astype(q.dtype)
@@ -243,7 +246,7 @@ _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _scores(q_BKGTH, k_BKSH, segments_BT, start, scale):
-  """Scaled scores of queries `start`.. against all keys given; masked ones are huge."""
+  """Returns scaled scores of the queries from `start` on; masked ones are very low."""
   T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
   scores = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
   rows_T1 = start + jnp.arange(T)[:, None]
@@ -264,7 +267,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _sequence_is_split() -> bool:
-  """Whether the mesh in use puts the sequence on more than one device."""
+  """Returns whether the mesh in use splits the sequence over devices."""
   mesh = jax.sharding.get_abstract_mesh()
   axis = partition_spec(("seq",))[0]
   return not mesh.empty and axis is not None and mesh.shape[axis] > 1

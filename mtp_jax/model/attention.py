@@ -26,17 +26,19 @@ from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitio
 from mtp_jax.model.rotary import rotate
 from mtp_jax.sharding import constrain, platform
 
-# XLA on CPU starts to share out what is ready among its cores at nine things.
+# XLA on CPU spreads independent operations over its cores only if there are nine or
+# more.
 _PARTS = 16
-_LEAST_BYTES = 1 << 22  # Of the keys of a cache, that parts are worth compiling.
+# Smaller caches are not split: compiling the parts would take longer than they save.
+_LEAST_BYTES = 1 << 22
 
 
 class KVCache(NamedTuple):
   """Keys and values of one sequence per row; slot s holds position s, see `Places`.
 
-  Each is one array, or of `_num_parts` with some pairs of row and kv head each, [b, 1,
-  ...] with B K / parts of them. The axes are in the order in which a query reads them:
-  XLA on CPU would otherwise transpose the whole cache at every step.
+  Each is a tuple of one array [B, K, ...], or of `_num_parts` arrays [B K / parts, 1,
+  ...], each with some of the pairs of row and kv head. Axes are in the order in which a
+  query reads them: XLA on CPU would otherwise transpose the whole cache at every step.
   """
 
   keys_BKHS: tuple[jax.Array, ...]
@@ -54,7 +56,7 @@ class KVCache(NamedTuple):
     )
 
   def num_heads(self, rows: int) -> int:
-    """Returns K of a cache of B rows."""
+    """Returns K, given B."""
     return sum(math.prod(key.shape[:2]) for key in self.keys_BKHS) // rows
 
   def write(
@@ -85,7 +87,7 @@ class KVCache(NamedTuple):
     return KVCache(moved(self.keys_BKHS, 3), moved(self.values_BKSH, 2))
 
   def _for_parts(self, slot_BT: jax.Array) -> list[jax.Array]:
-    """Returns the slots of the rows of every part."""
+    """Returns, for every part, the slots of its rows."""
     parts = len(self.keys_BKHS)
     if parts == 1:
       return [slot_BT]
@@ -94,11 +96,12 @@ class KVCache(NamedTuple):
 
 
 def _num_parts(pairs: int, bytes_per_pair: int) -> int:
-  """Returns into how many arrays a cache goes, of its pairs of row and kv head.
+  """Returns the number of arrays over which a cache is split.
 
-  XLA on CPU multiplies a few queries by a cache on one core, which reads it at half the
-  rate of two. Products with arrays of their own run side by side; with slices of an
-  array they do not, as these are copied first.
+  `pairs`: of row and kv head. XLA on CPU multiplies a few queries by a cache on one
+  core, which reads memory at half the rate of two cores. Products with separate arrays
+  run in parallel. Products with slices of one array do not, because slices are copied
+  first.
   """
   small = pairs * bytes_per_pair < _LEAST_BYTES or pairs % _PARTS
   one_device = jax.sharding.get_abstract_mesh().size <= 1
@@ -106,18 +109,18 @@ def _num_parts(pairs: int, bytes_per_pair: int) -> int:
 
 
 def _split(x_BK: jax.Array, parts: int) -> list[jax.Array]:
-  """Returns what [B, K, ...] has for every part of a cache."""
+  """Returns the entries of [B, K, ...] that belong to each part of a cache."""
   if parts == 1:
     return [x_BK]
   return jnp.split(x_BK.reshape(-1, 1, *x_BK.shape[2:]), parts)
 
 
 class Unrolled(NamedTuple):
-  """Keys and values of the steps so far of a layer that goes on from its own output.
+  """Keys and values, [B, T, K, H] per step, of a layer applied to its own output.
 
-  Each is [B, T, K, H], a key and a value of every row. A row of a later step sees the
-  first step's up to itself and of the steps since then its own alone, as a drafter
-  does that runs on the features up to that row and then on its own output.
+  Token i of a later step sees the first step's keys up to i, and only key i of each
+  later step: as a drafter at i does, which first reads the trunk's features and then
+  its own output.
   """
 
   keys: tuple[jax.Array, ...] = ()
@@ -127,11 +130,15 @@ class Unrolled(NamedTuple):
 class Attention(nn.Module):
   """Causal self-attention within documents.
 
-  In training (`cache` is None) a token sees the tokens up to itself that share its
-  segment id. With a cache, the T new tokens are written at their positions and see
-  every slot up to their own, or as `Places` in their stead say; segment ids are not
-  used then. With `Unrolled` this is the next step of a layer that is applied to its own
-  output, within documents too. The input may be wider than the output.
+  - `cache` None (training): a token sees earlier tokens, and itself, that share its
+    segment id.
+  - `cache` a `KVCache`: the T new tokens are written to the slots of their positions
+    and see every slot up to their own. `Places` instead of positions changes both.
+    Segment ids are not used.
+  - `cache` an `Unrolled`: the next step of a layer that is applied to its own output,
+    within documents.
+
+  The input may be wider than the output.
   """
 
   trunk: TrunkConfig
@@ -172,10 +179,12 @@ class Attention(nn.Module):
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
-      seq = "seq" if is_later else "kv_seq"  # Later keys are for their own rows.
+      # Keys of later steps are read by their own token alone: no gather over `seq`.
+      seq = "seq" if is_later else "kv_seq"
       query_BTNH = constrain(query_BTNH, "batch", "seq", "heads", "head_dim")
       key_BTKH = constrain(key_BTKH, "batch", seq, "kv_heads", "head_dim")
       value_BTKH = constrain(value_BTKH, "batch", seq, "kv_heads", "head_dim")
+      # Named, so that rematerialisation can keep them (`block.SAVED_NAMES`).
       query_BTNH = checkpoint_name(query_BTNH, "query")
       key_BTKH = checkpoint_name(key_BTKH, "key")
       value_BTKH = checkpoint_name(value_BTKH, "value")

@@ -1,13 +1,13 @@
-"""Multi-head latent attention: keys and values come from one small vector per token.
+"""Multi-head latent attention: keys and values are products of one small latent vector.
 
 DeepSeek-V2 (arXiv 2405.04434, section 2.1) and DeepSeek-V3 (arXiv 2412.19437, equations
-1 to 11). A token's `latent` c, of `kv_rank` numbers, gives every head its key and value
-by `kv_up`; one rotated key of `rope_dim` numbers is shared by all heads. Only these two
-are cached. In decoding `kv_up` moves to the query's side and to the output's,
+1 to 11). `kv_up` maps a token's latent c, of `kv_rank` numbers, to the key and value of
+every head; all heads share one rotated key of `rope_dim` numbers. Only the latent and
+this key are cached. In decoding, `kv_up` is applied to the query and to the output,
 
   q . (W_k c) = (W_k^T q) . c   and   sum_s w_s (W_v c_s) = W_v sum_s w_s c_s,
 
-so that the keys and values of past tokens are never made.
+so that keys and values of past tokens are never computed.
 
 Legend: B batch, T sequence, S cache slots, D embed, N heads, R kv rank, H head dim of
 queries and keys, of which P are rotated and C = H - P are not, V head dim of values.
@@ -34,7 +34,7 @@ from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitio
 from mtp_jax.model.rotary import rotate, softmax_gain
 from mtp_jax.sharding import constrain
 
-_NORM_EPS = 1e-6  # Of the released code, whatever the other norms have.
+_NORM_EPS = 1e-6  # The released code uses this value, not `trunk.norm_eps`.
 
 
 class LatentCache(NamedTuple):
@@ -61,10 +61,10 @@ class LatentCache(NamedTuple):
 
 
 class LatentAttention(nn.Module):
-  """Causal self-attention within documents; called like `Attention`, cache and all.
+  """Causal self-attention within documents, with the call of `Attention`.
 
-  With `query_rank` the queries come from a compressed vector too, which saves
-  activations and parameters and is not cached.
+  With `query_rank` queries are computed from a compressed vector, too. This saves
+  activations and parameters; the vector is not cached.
   """
 
   trunk: TrunkConfig
@@ -86,6 +86,8 @@ class LatentAttention(nn.Module):
       init = partitioned(fan_in_normal(shape[0]), *axes)
       return self.param(name, init, shape).astype(dtype)
 
+    # Only the last P dimensions of queries and keys are rotated: rotation does not
+    # commute with `kv_up`, which decoding applies to the query.
     source, rank, axis = x_BTD, D, "embed"
     if sizes.query_rank:
       rank, axis = sizes.query_rank, "rank_in"
@@ -102,6 +104,7 @@ class LatentAttention(nn.Module):
     kv_up = kernel("kv_up", (R, N, C + V), "rank_in", "heads", "head_dim")
     scale = softmax_gain(c) ** 2 * (C + P) ** -0.5
 
+    # In training the keys are computed: with T queries that is the smaller product.
     if cache is None:
       key_BTNC, value_BTNV = jnp.split(dense(latent_BTR, kv_up), [C], axis=-1)
       shared_BTNP = jnp.broadcast_to(rope_key_BT1P, (B, T, N, P))
@@ -145,7 +148,7 @@ def _attend_to_cache(
   positions_BT: Positions,
   scale: float,
 ) -> jax.Array:
-  """Returns the latents of the visible slots, mixed by every head; as `Attention`."""
+  """Returns, for every head, the weighted sum of the latents of the visible slots."""
   B, T, N, R = query_BTNR.shape
   dtype = query_BTNR.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
