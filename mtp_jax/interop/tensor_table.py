@@ -80,7 +80,7 @@ class Entry(NamedTuple):
 
 
 class _Line(NamedTuple):
-  """A tensor of a block; `{expert}` in its name stands for every expert.
+  """A tensor of a block; with `{expert}` in its name, one tensor per expert.
 
   `zeros`: size of the tensor if our block has no such parameter.
   """
