@@ -336,7 +336,10 @@ def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
   """
   sizes = trunk.latent
   pairs = np.arange(sizes.rope_dim).reshape(-1, 2).T.reshape(-1)
-  after = lambda n: np.concatenate([np.arange(n), n + pairs])  # noqa: E731
+
+  def after(n: int) -> np.ndarray:
+    return np.concatenate([np.arange(n), n + pairs])
+
   query = _LINEAR._replace(axis=2, order=after(sizes.nope_dim))
   if sizes.query_rank:
     queries = (

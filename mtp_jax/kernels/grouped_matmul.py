@@ -197,9 +197,12 @@ def _backward(plan, saved, d_out_QF):
   x_GSD, d_out_GSF = _blocks(x_QD, plan), _blocks(d_out_QF, plan)
 
   def add(d_w_EDF: jax.Array, index_C: jax.Array) -> jax.Array:
-    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, index_C[0], plan.chunk)  # noqa: E731
+    x_CSD, d_out_CSF = (
+      jax.lax.dynamic_slice_in_dim(a_GSX, index_C[0], plan.chunk)
+      for a_GSX in (x_GSD, d_out_GSF)
+    )
     d_w_CDF = jnp.einsum(
-      "CSD,CSF->CDF", cut(x_GSD), cut(d_out_GSF), preferred_element_type=_wide(x_QD)
+      "CSD,CSF->CDF", x_CSD, d_out_CSF, preferred_element_type=_wide(x_QD)
     )
     return d_w_EDF.at[expert_G[index_C]].add(d_w_CDF, mode="drop")
 
@@ -217,8 +220,9 @@ def _over_chunks(step, carry, expert_G, num_experts, plan):
   if plan.chunk == plan.num_blocks:
     return step(carry, index_C)
   num_used = -(-jnp.sum(expert_G < num_experts) // plan.chunk)
-  body = lambda i, carry: step(carry, i * plan.chunk + index_C)  # noqa: E731
-  return jax.lax.fori_loop(0, num_used, body, carry)
+  return jax.lax.fori_loop(
+    0, num_used, lambda i, carry: step(carry, i * plan.chunk + index_C), carry
+  )
 
 
 def _blocks(x_QX: jax.Array, plan: Plan) -> jax.Array:

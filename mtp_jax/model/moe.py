@@ -230,10 +230,10 @@ def _experts_share(
   group. Time is spent only on the choices that fall on this device.
   """
   B, T, D = x_BTD.shape
-  join = lambda a_BTX: gather_shards(  # noqa: E731
-    a_BTX.reshape(B * T, -1), "experts", 0
+  x_ND, choices_Nk, gates_Nk = (
+    gather_shards(a_BTX.reshape(B * T, -1), "experts", 0)
+    for a_BTX in (x_BTD, choices_BTk, gates_BTk)
   )
-  x_ND, choices_Nk, gates_Nk = join(x_BTD), join(choices_BTk), join(gates_BTk)
   gate_EDF, up_EDF = (gather_shards(w, "embed", 1) for w in (gate_EDF, up_EDF))
   down_EFD = gather_shards(down_EFD, "embed", 2)
 
@@ -252,7 +252,10 @@ def _experts_share(
   )
 
   x_QD = to_rows(x_ND, rows)
-  multiply = lambda x_QX, w: grouped_matmul(x_QX, w, rows.expert_G, plan)  # noqa: E731
+
+  def multiply(x_QX: jax.Array, w_EXY: jax.Array) -> jax.Array:
+    return grouped_matmul(x_QX, w_EXY, rows.expert_G, plan)
+
   hidden_QF = swiglu(
     checkpoint_name(multiply(x_QD, gate_EDF), "mlp_gate"),
     checkpoint_name(multiply(x_QD, up_EDF), "mlp_up"),
