@@ -210,7 +210,7 @@ def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
   for path, leaf in leaves.items():
     if tuple(leaf.shape) != shapes[path]:
       raise InteropError(
-        f"parameter {path!r} is {list(leaf.shape)}, and its config means "
+        f"parameter {path!r} has shape {list(leaf.shape)}; its config needs "
         f"{list(shapes[path])}."
       )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
