@@ -340,6 +340,22 @@ def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
   assert tax_and_gain.draw({}) is None
 
 
+def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
+  """Without the tax, and with star graphs that nobody has solved yet."""
+  unsolved = look_ahead(tmp_path / "look_ahead_cpu", 3.0, solves=False, seeds=2)
+  kept = {
+    "siblings": EXPERIMENTS["siblings_cpu"].read(
+      siblings(tmp_path / "siblings_cpu", seeds=2)
+    ),
+    "look_ahead": EXPERIMENTS["look_ahead_cpu"].read(unsolved),
+  }
+  figure, numbers = tax_and_gain.draw(kept)
+  assert [ax.get_title() for ax in figure.axes] == ["Gain on siblings"]
+  assert set(numbers["shown"]) == {"siblings"}
+  del kept["siblings"]
+  assert tax_and_gain.draw(kept) is None
+
+
 @pytest.mark.parametrize(
   "write", [siblings, lambda x: look_ahead(x, factor=3.0), tax],
   ids=["siblings", "look_ahead", "tax"],
