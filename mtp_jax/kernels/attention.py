@@ -106,7 +106,7 @@ def attention(
   G = k_BTGH.shape[2]
   if N % G:
     raise ValueError(
-      f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {K}."
+      f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {G}."
     )
   # The choice is made at trace time, so a program has one implementation.
   chosen = choose_implementation(
