@@ -186,7 +186,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(InteropError, match=r"mtp.kind must be one of .* got 'linear'"):
     read(tmp_path / "out", params, other)
   none = with_overrides(config, {"mtp.depth": 0, "mtp.unembed": "shared"})
-  with pytest.raises(InteropError, match=r"cannot be read .*: the layout holds predictors of mt"):
+  with pytest.raises(InteropError, match=r"be read .*: the layout holds predictors"):
     read(tmp_path / "out", params, none)
   rewrite(tmp_path / "out", lambda t: {k: v for k, v in t.items() if k[0] != "2"})
   with pytest.raises(InteropError, match=r"lacks tensors: 2.0.linear.bias, 2.0.linear"):
