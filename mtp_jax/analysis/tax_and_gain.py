@@ -1,8 +1,8 @@
 """Tax and gain against size on one page: what MTP costs, and where it pays.
 
-The tax is what extra losses cost in next-token loss on text; the gain is what they bring
-where the tokens ahead must be planned (siblings, star graphs). Intervals are over seeds.
-Published points are hollow and grey; nothing is fitted to them.
+The tax is what extra losses cost in next-token loss on text; the gain is what they
+bring where the tokens ahead must be planned (siblings, star graphs). Intervals are over
+seeds. Published points are hollow and grey; nothing is fitted to them.
 """
 
 import numpy as np
