@@ -1,4 +1,4 @@
-"""The train step of a shape of trial, compiled for devices that are not there."""
+"""Compiles the train step of a trial for devices that this machine does not have."""
 
 import hashlib
 import importlib.metadata
