@@ -308,7 +308,7 @@ def load(
 def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
   """Returns the checkpoints that `path` may refer to, the newest first."""
   if not path.is_dir():
-    raise CheckpointError(f"{path} must be a folder, and there is none.")
+    raise CheckpointError(f"{path} must be a folder; there is no such folder.")
   if (path / "meta").is_dir() and (path / "state").is_dir():
     if step is not None and path.name != str(step):
       raise CheckpointError(f"{path} is one checkpoint; step {step} was asked for.")

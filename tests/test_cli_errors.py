@@ -120,7 +120,7 @@ FILES = {
   ),
   "missing text of a model": (
     ["--config.data.train_on=no.jsonl"],
-    "data.train_on must be a JSONL file, got 'no.jsonl', which is not there.",
+    "data.train_on must be a JSONL file, got 'no.jsonl', which does not exist.",
   ),
   "missing prepared text": (
     ["--config.data.source=array_record", "--config.data.path=no/such"],
