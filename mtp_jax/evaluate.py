@@ -28,6 +28,7 @@ from mtp_jax.config import Config
 from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
 from mtp_jax.predictors.vocabulary import localize
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 
@@ -127,7 +128,7 @@ def hit_sums(
 
 
 def top_k_hits(
-  shape: Config,
+  config: Config,
   params: Any,
   batches: Iterable[tuple[Batch, np.ndarray]],
   ranks: int,
@@ -139,18 +140,18 @@ def top_k_hits(
   is the trunk's own choice: teacher-forced, at the positions of `row_sums`.
 
   Args:
-    shape: of the trial, with at least one extra predictor.
+    config: of the trial, with at least one extra predictor.
     batches: see `document_sums`.
     ranks: R, from the most likely token on.
 
   Raises:
     ValueError: no position, or ranks not in [1, vocab].
   """
-  most = shape.mtp.draft_vocab or shape.tokenizer.vocab_size
+  most = config.mtp.draft_vocab or config.tokenizer.vocab_size
   if not 1 <= ranks <= most:
     raise ValueError(f"ranks must be 1 to {most}, the vocabulary, got {ranks}.")
-  program = jax.jit(functools.partial(hit_sums, shape, ranks=ranks))
-  hits_KR, count = np.zeros((shape.mtp.depth, ranks)), 0.0
+  program = jax.jit(functools.partial(hit_sums, config, ranks=ranks))
+  hits_KR, count = np.zeros((config.mtp.depth, ranks)), 0.0
   for batch, document_B in batches:
     sums = program(params, put_batch(mesh, batch, is_whole=True))
     sums = multihost_utils.process_allgather(sums, tiled=True)
@@ -164,13 +165,13 @@ def top_k_hits(
 
 
 @functools.lru_cache(maxsize=32)
-def row_sums_program(shape: Config) -> Any:
-  """Returns `row_sums` compiled for a shape of trial (`train_step.shape_of`)."""
-  return jax.jit(functools.partial(row_sums, shape))
+def row_sums_program(config: ProgramConfig) -> Any:
+  """Returns `row_sums` as a jitted function of parameters, batch and byte counts."""
+  return jax.jit(functools.partial(row_sums, config))
 
 
 def document_sums(
-  shape: Config,
+  config: Config,
   params: Any,
   batches: Iterable[tuple[Batch, np.ndarray]],
   token_bytes_V: np.ndarray,
@@ -180,8 +181,8 @@ def document_sums(
 
   `batches` yields (Batch, document index per row); a negative index is padding.
   """
-  program = row_sums_program(shape)
-  table = np.zeros(shape.tokenizer.vocab_size, np.int32)
+  program = row_sums_program(config)
+  table = np.zeros(config.tokenizer.vocab_size, np.int32)
   table[: len(token_bytes_V)] = token_bytes_V
   rows, documents = [], []
   for batch, document_B in batches:

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mtp_jax.program import program_config
 from mtp_jax.config import Config
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tasks.interface import Example
@@ -20,7 +21,6 @@ from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
-from mtp_jax.train_step import shape_of
 
 _NO_TOKEN = -1
 
@@ -127,13 +127,14 @@ def text_metrics(
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), *tokenizer.end_ids)
   stop_at_end = (_NO_TOKEN, *tokenizer.end_ids)  # As many, for the same program.
-  weights, shape = unstack(params, shape_of(config)), shape_of(config)
+  program = program_config(config)
+  weights = unstack(params, program)
 
   def complete(
     prompts: list[str], stop_ids: tuple[int, ...], rule: str = "greedy"
   ) -> list[Completion]:
     return generate(
-      shape,
+      program,
       weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       max_new_tokens=limits.max_new_tokens,
@@ -202,9 +203,10 @@ def task_metrics(
   """
   task, tokenizer = corpus.task, corpus.tokenizer
   examples = corpus.held_out(config.eval.task_examples)
+  program = program_config(config)
   completions = generate(
-    shape_of(config),
-    unstack(params, shape_of(config)),
+    program,
+    unstack(params, program),
     [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
     max_new_tokens=task.max_answer + task.answer_ends,
     stop_ids=(tokenizer.eos_id, tokenizer.eos_id),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mtp_jax import run_folder
+from mtp_jax.program import program_config
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, difference
 from mtp_jax.data.pipeline import TrainLoader
@@ -18,7 +19,6 @@ from mtp_jax.run import Run, admit, check_folder
 from mtp_jax.run_log import Clock, Observer, RunLog
 from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import TrainState, hyperparameters
-from mtp_jax.train_step import shape_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,7 +128,7 @@ def fit_pack(
   first of them.
 
   Args:
-    configs: of equal `shape_of`, each for a mesh of one device.
+    configs: of equal `program_config`, each for a mesh of one device.
     workdirs: their run folders.
     size: runs that the program is made for, by default as many as there are: the same
       one serves packs that are smaller.
@@ -147,7 +147,7 @@ def fit_pack(
     )
   workdirs = [Path(workdir) for workdir in workdirs]
   resolved = [admit(*run, 1) for run in zip(configs, workdirs, strict=True)]
-  first, *others = map(shape_of, resolved)
+  first, *others = map(program_config, resolved)
   for other in others:
     if keys := difference(first, other):
       raise ConfigError(

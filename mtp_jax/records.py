@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mtp_jax import evaluate, generative_metrics
+from mtp_jax.program import program_config
 from mtp_jax.balancing import violation
 from mtp_jax.batch import Batch
 from mtp_jax.data.pipeline import Corpus
@@ -14,7 +15,6 @@ from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.metrics import model_flop_utilisation
 from mtp_jax.run import Run
 from mtp_jax.train_state import TrainState
-from mtp_jax.train_step import shape_of
 
 
 class Measures(NamedTuple):
@@ -52,7 +52,7 @@ def likelihood_of(
   batches = corpus.eval_batches(1 + run.config.mtp.depth)
   with jax.set_mesh(run.mesh):
     sums = evaluate.document_sums(
-      shape_of(run.config),
+      program_config(run.config),
       params,
       batches if before_batch is None else _each_after(before_batch, batches),
       corpus.tokenizer.token_bytes_V,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mtp_jax import accounting, checkpoint, run_folder
+from mtp_jax.program import program_config
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, ConfigError
@@ -26,7 +27,7 @@ from mtp_jax.predictors.vocabulary import most_frequent
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import make_mesh, put_batch, replicated, row_share
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import Programs, compiled, programs, shape_of
+from mtp_jax.train_step import Programs, compiled, programs
 
 # Their versions go into run.json.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -135,7 +136,7 @@ class Run:
 
   @functools.cached_property
   def programs(self) -> Programs:
-    return programs(shape_of(self.config), self.mesh)
+    return programs(program_config(self.config), self.mesh)
 
   @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:
@@ -279,7 +280,7 @@ class Run:
     run_folder.write_config(self.workdir, config)
     if self.model_folder is not None:
       run_folder.write(self.workdir, run_folder.MODEL_FOLDER, self.model_folder)
-    counts = dataclasses.asdict(accounting.count(shape_of(self.config)))
+    counts = dataclasses.asdict(accounting.count(program_config(self.config)))
     flops = counts.pop("train_flops_per_token")
     facts = {
       "parameters": counts,
