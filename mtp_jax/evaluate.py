@@ -28,7 +28,7 @@ from mtp_jax.config import Config
 from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
 from mtp_jax.predictors.vocabulary import localize
-from mtp_jax.program import ProgramConfig, program_config
+from mtp_jax.program import ProgramConfig
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 

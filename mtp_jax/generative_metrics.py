@@ -12,7 +12,6 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mtp_jax.program import program_config
 from mtp_jax.config import Config
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tasks.interface import Example
@@ -21,6 +20,7 @@ from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
+from mtp_jax.program import program_config
 
 _NO_TOKEN = -1
 

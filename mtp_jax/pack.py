@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from mtp_jax import run_folder
-from mtp_jax.program import program_config
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, difference
 from mtp_jax.data.pipeline import TrainLoader
 from mtp_jax.interrupt import Interrupt
 from mtp_jax.pack_program import Pack
+from mtp_jax.program import program_config
 from mtp_jax.run import Run, admit, check_folder
 from mtp_jax.run_log import Clock, Observer, RunLog
 from mtp_jax.stopwatch import Stopwatch

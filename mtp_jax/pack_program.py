@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.program import program_config
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.lm import zeros_batch
+from mtp_jax.program import program_config
 from mtp_jax.sharding import (
   make_mesh,
   make_trial_mesh,

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from mtp_jax import evaluate, generative_metrics
-from mtp_jax.program import program_config
 from mtp_jax.balancing import violation
 from mtp_jax.batch import Batch
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.metrics import model_flop_utilisation
+from mtp_jax.program import program_config
 from mtp_jax.run import Run
 from mtp_jax.train_state import TrainState
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from mtp_jax import accounting, checkpoint, run_folder
-from mtp_jax.program import program_config
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, ConfigError
@@ -24,6 +23,7 @@ from mtp_jax.environment import code_commit, hardware, versions
 from mtp_jax.interrupt import Interrupted
 from mtp_jax.lm import on_trunk
 from mtp_jax.predictors.vocabulary import most_frequent
+from mtp_jax.program import program_config
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import make_mesh, put_batch, replicated, row_share
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters

@@ -15,9 +15,9 @@ from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.interrupt import Interrupted
 from mtp_jax.pack_program import Pack
+from mtp_jax.program import program_config
 from mtp_jax.run import Diverged, Run
 from mtp_jax.run_log import Observer
-from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs
