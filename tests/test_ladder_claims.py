@@ -321,6 +321,9 @@ def test_the_page_of_tax_and_gain(tmp_path):
   far = numbers[numbers["source"] == "extrapolated"]
   assert far["size"].max() == pytest.approx(1.3e9)  # Of the tax only.
   assert set(far["shown"]) == {"tax"}
+  caption = tax_and_gain.caption(numbers)
+  assert f"![{caption}](tax_and_gain.png)" in text
+  assert all(words in caption for words in ("Tax:", "Dotted:", "Gain:"))
 
 
 def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
@@ -352,6 +355,8 @@ def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
   figure, numbers = tax_and_gain.draw(kept)
   assert [ax.get_title() for ax in figure.axes] == ["Gain on siblings"]
   assert set(numbers["shown"]) == {"siblings"}
+  assert tax_and_gain.caption(numbers).endswith("Gain: above 0 the extra losses pay.")
+  assert "Tax:" not in tax_and_gain.caption(numbers)
   del kept["siblings"]
   assert tax_and_gain.draw(kept) is None
 

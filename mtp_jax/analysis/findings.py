@@ -123,7 +123,8 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   for name, table in tables.items():
     table.to_csv(output / name, index=False)
   groups = [own for own, _ in judged]
-  (output / "findings.md").write_text(_markdown(groups, bool(both), command))
+  caption = tax_and_gain.caption(both[1]) if both else ""
+  (output / "findings.md").write_text(_markdown(groups, caption, command))
   names = ["findings.md", *tables, *(f"{name}.png" for name in drawings)]
   return Report(_as_text(groups), tuple(output / name for name in names))
 
@@ -179,7 +180,7 @@ def _as_text(groups: list[list[Row]]) -> str:
   return "\n".join([*lines, *waiting, f"{len(verdicts)} claims: {counts}."])
 
 
-def _markdown(groups: list[list[Row]], has_page: bool, command: str) -> str:
+def _markdown(groups: list[list[Row]], caption: str, command: str) -> str:
   """Returns the page: decided claims, the others, then each experiment, folded."""
   def listed(verdict: str, heading: str) -> list[str]:
     own = [row for group in groups for row in group if row.verdict == verdict]
@@ -187,8 +188,7 @@ def _markdown(groups: list[list[Row]], has_page: bool, command: str) -> str:
     return [title, "", *map(_bullet, own), ""] if own else []
 
   lines = ["# What multi-token prediction does at the sizes of a CPU", ""]
-  if has_page:
-    caption = tax_and_gain.CAPTION
+  if caption:
     lines += [f"![{caption}](tax_and_gain.png)", "", caption, ""]
   for verdict in (SUPPORTED, OPPOSITE, EQUIVALENT):
     lines += listed(verdict, "**{}**")
