@@ -65,7 +65,7 @@ def define_config(default: str | None = None, required: bool = True) -> None:
     default,
     "experiment file, with a preset perhaps (experiments/smoke.py, or "
     "experiments/gains_with_scale.py:cpu). --config.KEY=VALUE overrides one value "
-    "(--config.mtp.depth=2); every key is in experiments/base.py.",
+    "(--config.mtp.depth=2); every key is in mtp_jax/sections.py.",
   )
   if required and default is None:
     flags.mark_flag_as_required("config")

@@ -35,6 +35,20 @@ def cpu_cores() -> list[int]:
   return list(range(os.cpu_count() or 1))
 
 
+def machine_memory() -> int | None:
+  """Returns the bytes of this machine; None where the system does not say."""
+  try:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, ValueError, OSError):
+    return None
+
+
+def device_memory() -> int | None:
+  """Returns the bytes of the first device, for a CPU those of the machine."""
+  stats = jax.local_devices()[0].memory_stats()
+  return stats["bytes_limit"] if stats and "bytes_limit" in stats else machine_memory()
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
   """Returns the versions of Python and `packages`; "missing" where not installed."""
   found = {"python": platform.python_version()}

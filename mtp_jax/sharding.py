@@ -192,8 +192,10 @@ def map_over_tokens(
   tokens (batch, seq) are split; the compiler handles other axes, such as the
   vocabulary. `function` may call `psum_tokens`.
   """
-  is_token_axis = lambda name: name in ("batch", "seq")  # noqa: E731
-  keep = lambda axes: tuple(a if is_token_axis(a) else None for a in axes)  # noqa: E731
+
+  def keep(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return tuple(a if a in ("batch", "seq") else None for a in axes)
+
   return _map_over_devices(function, in_axes, out_axes, _token_axes(), keep)
 
 
@@ -228,9 +230,9 @@ def _map_over_devices(
     kept = (tuple(a for a in np.atleast_1d(e) if a in mesh_axes) for e in entries)
     return PartitionSpec(*(names or None for names in kept))
 
-  is_axes = lambda node: isinstance(node, tuple) and not any(  # noqa: E731
-    isinstance(child, tuple) for child in node
-  )
+  def is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and not any(isinstance(x, tuple) for x in node)
+
   return jax.shard_map(
     function,
     in_specs=jax.tree.map(spec, in_axes, is_leaf=is_axes),
@@ -312,7 +314,10 @@ def batch_shardings(
   Axes are `leading`, then `batch`; then `seq` for fields of the row, and no split for
   fields of the tokens after the row.
   """
-  last = lambda name: None if name.startswith("next_") else "seq"  # noqa: E731
+
+  def last(name: str) -> str | None:
+    return None if name.startswith("next_") else "seq"
+
   return {
     name: NamedSharding(mesh, partition_spec((*leading, "batch", last(name))))
     for name in names

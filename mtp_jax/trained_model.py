@@ -36,9 +36,9 @@ from mtp_jax.lm import (
 from mtp_jax.losses import token_stats
 from mtp_jax.predictors import kind_of
 from mtp_jax.predictors.vocabulary import scatter
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
-from mtp_jax.train_step import shape_of
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -205,7 +205,7 @@ class TrainedModel:
   @functools.cached_property
   def _shape(self) -> Config:
     """What compiled programs depend on, so that models of one shape share them."""
-    return shape_of(self.config)
+    return program_config(self.config)
 
   @functools.cached_property
   def _weights(self) -> network.Weights:
@@ -308,7 +308,7 @@ def load(
 def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
   """Returns the checkpoints that `path` may refer to, the newest first."""
   if not path.is_dir():
-    raise CheckpointError(f"{path} must be a folder, and there is none.")
+    raise CheckpointError(f"{path} must be a folder; there is no such folder.")
   if (path / "meta").is_dir() and (path / "state").is_dir():
     if step is not None and path.name != str(step):
       raise CheckpointError(f"{path} is one checkpoint; step {step} was asked for.")

@@ -67,8 +67,17 @@ CONFIGS = {
   ),
   "a weight of nothing": (
     [BASE, "--config.mtp.weight=1"],
-    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
-    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0.\n",
+    "mtp.weight must be 0.3 unless mtp.depth is positive (it is 0), got 1.0.\n",
+  ),
+  "a kind of nothing": (
+    [BASE, "--config.mtp.kind=sequential"],
+    "mtp.kind must be 'none' unless mtp.depth is positive (it is 0), got "
+    "'sequential'.\n",
+  ),
+  "a batch of terabytes": (
+    [BASE, "--config.data.batch_size=2000000000"],
+    "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
+    "at least 1,536 bytes, and there are ",
   ),
   "two rules": (
     [BASE, "--config.mtp.weight=-1", "--config.seed=-1"],
@@ -111,7 +120,7 @@ FILES = {
   ),
   "missing text of a model": (
     ["--config.data.train_on=no.jsonl"],
-    "data.train_on must be a JSONL file, got 'no.jsonl', which is not there.",
+    "data.train_on must be a JSONL file, got 'no.jsonl', which does not exist.",
   ),
   "missing prepared text": (
     ["--config.data.source=array_record", "--config.data.path=no/such"],

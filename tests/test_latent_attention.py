@@ -126,7 +126,7 @@ def test_decoding_never_makes_keys_or_values_of_past_tokens():
   largest = max(
     leaf.aval.size for equation in jaxpr.eqns for leaf in equation.outvars
   )
-  assert largest == cache.latent_BSR.size  # Keys would be 6, values 2 times as much.
+  assert largest == cache.latent_BSZ.size  # Keys would be 6, values 2 times as much.
 
 
 def test_a_token_sees_its_document_up_to_its_place_and_nothing_else():

@@ -158,8 +158,8 @@ MUTANTS = {
   ),
   "later steps of EAGLE see the later keys of other rows": Mutant(
     "kernels/attention.py",
-    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH',
-    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, jnp.roll(own_JBTKH, 1, axis=2)',
+    '"BGPTH,JBTGH->BGPTJ", q_BGPTH, own_JBTGH',
+    '"BGPTH,JBTGH->BGPTJ", q_BGPTH, jnp.roll(own_JBTGH, 1, axis=2)',
     f"{DRAFTING}[llama-eagle]",
   ),
   "EAGLE's position stays that of the row": Mutant(

@@ -251,7 +251,7 @@ def test_a_stopped_command_goes_on_to_the_same_file(command, flags, tmp_path, co
 @pytest.mark.parametrize("more, message", [
   (["--output=it.json"], "--output must end in .jsonl, got 'it.json'."),
   ([f"--excerpt_tokens={ROW}"], "--excerpt_tokens must leave room in a row (data.s"),
-  (["--workdir=/no/run"], "/no/run must be a folder, and there is none."),
+  (["--workdir=/no/run"], "/no/run must be a folder; there is no such folder."),
   (["--top_p=2"], "top_p must be a number in (0, 1], or None, got 2.0."),
   (["--documents=0"], "flag --documents=0: 0 is not a positive integer"),
 ])

@@ -28,9 +28,10 @@ from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
 from mtp_jax.pack import Pack
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
-from mtp_jax.train_step import compiled, programs, shape_of
+from mtp_jax.train_step import compiled, programs
 
 PRESETS = {
   "cpu": {
@@ -115,7 +116,7 @@ def build_step(
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
   """Builds the step of a pack; that of a lone trial if `num_trials` is 0."""
   devices = jax.devices()[:1]
-  mesh, shape = make_mesh(config.mesh, devices), shape_of(config)
+  mesh, shape = make_mesh(config.mesh, devices), program_config(config)
   rows = jax.tree.map(lambda x: x[None], harness.one_document_batch(config))
   hyper, waits_for = hyperparameters(config), None
   with jax.set_mesh(mesh):

@@ -22,7 +22,7 @@ def check_file(path: str) -> str:
   if not os.path.isfile(file):
     raise sources.DataError(
       f"data.train_on must be a JSONL file, got {path!r}, which "
-      f"{'is none' if os.path.exists(file) else 'is not there'}."
+      f"{'is no file' if os.path.exists(file) else 'does not exist'}."
     )
   return file
 

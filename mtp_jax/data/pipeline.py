@@ -3,8 +3,8 @@
     source -> documents -> split by hash -> tokenizer -> token store -> rows -> batches
 
 With so few documents that a split would be empty, every document is cut into the three
-splits. `data.train_on` replaces the training rows only; tokenizer and held-out text are
-those of the source.
+splits. `data.train_on` replaces the training rows only, not the tokenizer or the
+held-out text.
 
 The order of documents and rows depends on the corpus and `data.seed` alone, not on the
 model's seed, the depth, or the number of hosts or workers.
@@ -330,7 +330,7 @@ class TrainLoader:
     """Continues where `get_state` was called.
 
     Raises:
-      DataError: the corpus, tokenizer or order is not that of the saved run.
+      DataError: corpus, tokenizer or order differ from the saved run's.
     """
     if state["identity"] != self._identity:
       keys = state["identity"].keys() | self._identity.keys()

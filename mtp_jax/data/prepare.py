@@ -113,7 +113,7 @@ def write_shard(
     if found != expected:
       raise OSError(f"{file} holds {found} of {expected} records: is the disk full?")
     files.commit(temporary, file)
-  except RuntimeError as error:  # What the ArrayRecord library raises for I/O errors.
+  except RuntimeError as error:  # The ArrayRecord library raises this for I/O errors.
     raise OSError(f"{file} could not be written ({error}).") from error
   finally:
     temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Ids that begin and end a text, from the files of a Hugging Face model folder.
 
-The rules are those of transformers. The post-processor of `tokenizer.json`, or else
+As in transformers, the post-processor of `tokenizer.json`, or else
 `tokenizer_config.json`, decides whether a text gets a begin token.
 `generation_config.json`, or else `config.json`, names the tokens that end a generated
 text.

@@ -2,7 +2,7 @@
 
 Every tokenizer is lossless and has the number of bytes of text per id, so that losses
 convert to bits per byte. Our own tokenizers have a begin and an end of document;
-tokenizers of model folders have those of the folder, see `special_tokens`. All kinds
+tokenizers of model folders have the folder's ids, see `special_tokens`. All kinds
 are saved as a Hugging Face `tokenizer.json`, which other tools read, and, for a model
 folder, `special_tokens.json` beside it.
 """

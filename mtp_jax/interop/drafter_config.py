@@ -38,7 +38,9 @@ def layouts_for(config: Config, trunk_only: bool = False) -> dict[str, str]:
   `trunk_only`: export without the extra predictors.
   """
   return model_layouts_for(config, trunk_only) | {
-    layout: "it has no trunk" if trunk_only else drafter_obstacle(config, layout)
+    layout: (
+      "the layout has no trunk" if trunk_only else drafter_obstacle(config, layout)
+    )
     for layout in DRAFTERS
   }
 
@@ -46,14 +48,14 @@ def layouts_for(config: Config, trunk_only: bool = False) -> dict[str, str]:
 def drafter_obstacle(config: Config, layout: str) -> str:
   """Returns the reason why the predictors have no place in a layout; "" if they do."""
   if config.mtp.kind != layout or not config.mtp.depth:
-    return f"it has predictors of mtp.kind {layout!r}, at least one"
+    return f"the layout holds predictors of mtp.kind {layout!r}, at least one"
   return "" if layout == "medusa" else _eagle_obstacle(config)
 
 
 def _eagle_obstacle(config: Config) -> str:
   trunk, layers = config.trunk, num_trunk_layers(config)
   if trunk.kind != "llama":
-    return f"its layer is Llama's, and the trunk is of kind {trunk.kind!r}"
+    return f"the drafter's layer is Llama's, but trunk.kind is {trunk.kind!r}"
   if trunk.qk_norm:
     return "trunk.qk_norm must be False there"
   if trunk.rope_scaling.kind not in ("none", "linear"):

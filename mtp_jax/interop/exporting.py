@@ -29,7 +29,6 @@ from mtp_jax.interop.layouts import DRAFTERS
 from mtp_jax.interop.placing import parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
-  write_bytes,
   write_file,
   write_json,
   write_tensors,
@@ -134,7 +133,7 @@ def export_params(
       for name, content in _other_files(tokenizer, values, came, layout).items():
         is_text = isinstance(content, str)
         encoded = content if is_text else json.dumps(content, indent=2)
-        write_bytes(temporary / name, encoded.encode())
+        files.write_whole(temporary / name, encoded.encode())
     os.replace(temporary, folder)
   finally:
     if temporary.exists():
@@ -211,7 +210,7 @@ def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
   for path, leaf in leaves.items():
     if tuple(leaf.shape) != shapes[path]:
       raise InteropError(
-        f"parameter {path!r} is {list(leaf.shape)}, and its config means "
+        f"parameter {path!r} has shape {list(leaf.shape)}; its config needs "
         f"{list(shapes[path])}."
       )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

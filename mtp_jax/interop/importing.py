@@ -233,7 +233,7 @@ def _check_sizes(
 def _count_modules(
   file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
 ) -> int:
-  """Returns the number of MTP layers in the files: that of config.json, or 0."""
+  """Returns the number of MTP layers in the files: as in config.json, or 0."""
   if described.family == "mimo":
     prefix, first = "model.mtp_layers.", 0
   elif described.family == "deepseek_v3":

@@ -79,7 +79,7 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   has_any = (mtp.depth > 0 or mtp.kind == "parallel") and not trunk_only
   if layout == "mimo":
     if not has_any or mtp.kind != "sequential" or mtp.depth != 1:
-      return "it has exactly one sequential module (mtp.depth 1)"
+      return "the layout has exactly one sequential module (mtp.depth 1)"
     return unpublished_inputs(mtp)
   if not has_any:
     return ""
@@ -88,7 +88,7 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if mtp.kind != "sequential":
     return f"{mtp.kind} heads have no portable layout; the trunk alone has one"
   if layout != "deepseek_v3":
-    return "it has no place for MTP modules; the trunk alone can be written in it"
+    return "the layout has no place for MTP modules; the trunk alone can be exported"
   if mtp.dense_blocks:
     return "MTP layers have experts there wherever the trunk ends with them"
   return unpublished_inputs(mtp)

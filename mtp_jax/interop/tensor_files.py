@@ -170,14 +170,7 @@ def write_tensors(
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
   """Writes an object as indented JSON."""
-  write_bytes(file, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-  """Writes a file and waits until it is on the disk."""
-  with open(file, "wb") as handle:
-    handle.write(content)
-    _flush(handle)
+  files.write_whole(file, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def write_file(file: Path, tensors: list[NewTensor]) -> None:
@@ -201,9 +194,5 @@ def write_file(file: Path, tensors: list[NewTensor]) -> None:
       if content.shape != tensor.shape:
         raise ValueError(f"{tensor.name} is {content.shape}, not {tensor.shape}.")
       handle.write(content.view(np.uint8).data if content.size else b"")
-    _flush(handle)
-
-
-def _flush(handle: Any) -> None:
-  handle.flush()
-  os.fsync(handle.fileno())
+    handle.flush()
+    os.fsync(handle.fileno())

@@ -80,7 +80,7 @@ class Entry(NamedTuple):
 
 
 class _Line(NamedTuple):
-  """A tensor of a block; `{expert}` in its name stands for every expert.
+  """A tensor of a block; with `{expert}` in its name, one tensor per expert.
 
   `zeros`: size of the tensor if our block has no such parameter.
   """
@@ -336,7 +336,10 @@ def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
   """
   sizes = trunk.latent
   pairs = np.arange(sizes.rope_dim).reshape(-1, 2).T.reshape(-1)
-  after = lambda n: np.concatenate([np.arange(n), n + pairs])  # noqa: E731
+
+  def after(n: int) -> np.ndarray:
+    return np.concatenate([np.arange(n), n + pairs])
+
   query = _LINEAR._replace(axis=2, order=after(sizes.nope_dim))
   if sizes.query_rank:
     queries = (

@@ -9,7 +9,7 @@ on GPU in many versions, XLA expands `ragged_dot` to one dense product per exper
 is, num_experts times the work. On TPU XLA expands its derivative by the matrices, so
 that this derivative is `blocked` everywhere.
 
-Legend: N tokens, k choices per token, A = N k choices, E experts, R rows of the buffer,
+Legend: N tokens, k choices per token, A = N k choices, E experts, Q rows of the buffer,
 G blocks, S rows of a block, C blocks of a chunk, D and F inputs and outputs.
 """
 
@@ -42,12 +42,12 @@ class Plan(NamedTuple):
 class Rows(NamedTuple):
   """The place of every choice in the buffer; blocks in use come first.
 
-  choice_R: the choice n * k + j of each row; N * k where the row is empty.
-  row_Nk:   the row of each choice; R where its expert is not among the E.
+  choice_Q: the choice n * k + j of each row; N * k where the row is empty.
+  row_Nk:   the row of each choice; Q where its expert is not among the E.
   expert_G: the expert of each block; E where the block is unused.
   """
 
-  choice_R: jax.Array
+  choice_Q: jax.Array
   row_Nk: jax.Array
   expert_G: jax.Array
 
@@ -112,7 +112,7 @@ def sort_by_expert(expert_Nk: jax.Array, num_experts: int, plan: Plan) -> Rows:
   place_A = jnp.zeros_like(order_A).at[order_A].set(choices_A, unique_indices=True)
   row_A = jnp.where(is_here_A, place_A + shift_E1[expert_A], num_rows)
   return Rows(
-    choice_R=jnp.full(num_rows, expert_A.size).at[row_A].set(choices_A, mode="drop"),
+    choice_Q=jnp.full(num_rows, expert_A.size).at[row_A].set(choices_A, mode="drop"),
     row_Nk=row_A.reshape(expert_Nk.shape),
     expert_G=jnp.searchsorted(last_block_E, jnp.arange(plan.num_blocks), side="right"),
   )
@@ -120,92 +120,95 @@ def sort_by_expert(expert_Nk: jax.Array, num_experts: int, plan: Plan) -> Rows:
 
 def num_computed(rows: Rows) -> jax.Array:
   """Returns the number of choices that have a row, and so are computed."""
-  return jnp.sum(rows.choice_R < rows.row_Nk.size)
+  return jnp.sum(rows.choice_Q < rows.row_Nk.size)
 
 
 @jax.custom_vjp
 def to_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
-  """Returns x_RD: the token of each row's choice; empty rows are 0.
+  """Returns x_QD: the token of each row's choice; empty rows are 0.
 
   `to_rows` and `from_rows` are each other's derivative. Both gather: plain autodiff
   would turn a gather into a scatter, which adds in sequence.
   """
-  token_R = rows.choice_R // rows.row_Nk.shape[1]
-  return x_ND.at[token_R].get(mode="fill", fill_value=0)
+  token_Q = rows.choice_Q // rows.row_Nk.shape[1]
+  return x_ND.at[token_Q].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def from_rows(y_RD: jax.Array, rows: Rows) -> jax.Array:
+def from_rows(y_QD: jax.Array, rows: Rows) -> jax.Array:
   """Returns y_ND: for each token, the sum of the rows of its choices."""
-  y_NkD = y_RD.at[rows.row_Nk].get(mode="fill", fill_value=0)
-  wide = jnp.promote_types(y_RD.dtype, jnp.float32)
-  return jnp.sum(y_NkD, axis=1, dtype=wide).astype(y_RD.dtype)
+  y_NkD = y_QD.at[rows.row_Nk].get(mode="fill", fill_value=0)
+  wide = jnp.promote_types(y_QD.dtype, jnp.float32)
+  return jnp.sum(y_NkD, axis=1, dtype=wide).astype(y_QD.dtype)
 
 
 to_rows.defvjp(
   lambda x_ND, rows: (to_rows(x_ND, rows), rows),
-  lambda rows, d_RD: (from_rows(d_RD, rows), None),
+  lambda rows, d_QD: (from_rows(d_QD, rows), None),
 )
 from_rows.defvjp(
-  lambda y_RD, rows: (from_rows(y_RD, rows), rows),
+  lambda y_QD, rows: (from_rows(y_QD, rows), rows),
   lambda rows, d_ND: (to_rows(d_ND, rows), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-  x_RD: jax.Array, w_EDF: jax.Array, expert_G: jax.Array, plan: Plan
+  x_QD: jax.Array, w_EDF: jax.Array, expert_G: jax.Array, plan: Plan
 ) -> jax.Array:
-  """Returns out_RF: each row times its block's matrix; unused blocks are arbitrary.
+  """Returns out_QF: each row times its block's matrix; unused blocks are arbitrary.
 
-  `x_RD`, `w_EDF` and the result have one dtype; sums are float32 or wider.
+  `x_QD`, `w_EDF` and the result have one dtype; sums are float32 or wider.
   """
   if plan.implementation == "ragged":
     blocks_E = jnp.sum(expert_G[:, None] == jnp.arange(w_EDF.shape[0]), axis=0)
-    out_RF = jax.lax.ragged_dot(
-      x_RD,
+    out_QF = jax.lax.ragged_dot(
+      x_QD,
       w_EDF,
       (blocks_E * plan.block).astype(jnp.int32),
-      preferred_element_type=_wide(x_RD),
+      preferred_element_type=_wide(x_QD),
     )
-    return out_RF.astype(x_RD.dtype)
+    return out_QF.astype(x_QD.dtype)
 
   def multiply(out_GSF: jax.Array, index_C: jax.Array) -> jax.Array:
     w_CDF = w_EDF.at[expert_G[index_C]].get(mode="clip")
     x_CSD = jax.lax.dynamic_slice_in_dim(x_GSD, index_C[0], plan.chunk)
     product = jnp.einsum(
-      "CSD,CDF->CSF", x_CSD, w_CDF, preferred_element_type=_wide(x_RD)
-    ).astype(x_RD.dtype)
+      "CSD,CDF->CSF", x_CSD, w_CDF, preferred_element_type=_wide(x_QD)
+    ).astype(x_QD.dtype)
     if plan.chunk == plan.num_blocks:
       return product
     return jax.lax.dynamic_update_slice_in_dim(out_GSF, product, index_C[0], 0)
 
   # Unused blocks lie at the end, so the loop over chunks stops early.
-  x_GSD = _blocks(x_RD, plan)
-  empty_GSF = jnp.zeros((*x_GSD.shape[:2], w_EDF.shape[2]), x_RD.dtype)
+  x_GSD = _blocks(x_QD, plan)
+  empty_GSF = jnp.zeros((*x_GSD.shape[:2], w_EDF.shape[2]), x_QD.dtype)
   out_GSF = _over_chunks(multiply, empty_GSF, expert_G, w_EDF.shape[0], plan)
-  return out_GSF.reshape(x_RD.shape[0], -1)
+  return out_GSF.reshape(x_QD.shape[0], -1)
 
 
-def _forward(x_RD, w_EDF, expert_G, plan):
-  return grouped_matmul(x_RD, w_EDF, expert_G, plan), (x_RD, w_EDF, expert_G)
+def _forward(x_QD, w_EDF, expert_G, plan):
+  return grouped_matmul(x_QD, w_EDF, expert_G, plan), (x_QD, w_EDF, expert_G)
 
 
-def _backward(plan, saved, d_out_RF):
-  x_RD, w_EDF, expert_G = saved
-  d_x_RD = grouped_matmul(d_out_RF, jnp.swapaxes(w_EDF, 1, 2), expert_G, plan)
-  x_GSD, d_out_GSF = _blocks(x_RD, plan), _blocks(d_out_RF, plan)
+def _backward(plan, saved, d_out_QF):
+  x_QD, w_EDF, expert_G = saved
+  d_x_QD = grouped_matmul(d_out_QF, jnp.swapaxes(w_EDF, 1, 2), expert_G, plan)
+  x_GSD, d_out_GSF = _blocks(x_QD, plan), _blocks(d_out_QF, plan)
 
   def add(d_w_EDF: jax.Array, index_C: jax.Array) -> jax.Array:
-    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, index_C[0], plan.chunk)  # noqa: E731
+    x_CSD, d_out_CSF = (
+      jax.lax.dynamic_slice_in_dim(a_GSX, index_C[0], plan.chunk)
+      for a_GSX in (x_GSD, d_out_GSF)
+    )
     d_w_CDF = jnp.einsum(
-      "CSD,CSF->CDF", cut(x_GSD), cut(d_out_GSF), preferred_element_type=_wide(x_RD)
+      "CSD,CSF->CDF", x_CSD, d_out_CSF, preferred_element_type=_wide(x_QD)
     )
     return d_w_EDF.at[expert_G[index_C]].add(d_w_CDF, mode="drop")
 
-  zeros = jnp.zeros(w_EDF.shape, _wide(x_RD))
+  zeros = jnp.zeros(w_EDF.shape, _wide(x_QD))
   d_w_EDF = _over_chunks(add, zeros, expert_G, w_EDF.shape[0], plan)
-  return d_x_RD, d_w_EDF.astype(w_EDF.dtype), None
+  return d_x_QD, d_w_EDF.astype(w_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -217,12 +220,13 @@ def _over_chunks(step, carry, expert_G, num_experts, plan):
   if plan.chunk == plan.num_blocks:
     return step(carry, index_C)
   num_used = -(-jnp.sum(expert_G < num_experts) // plan.chunk)
-  body = lambda i, carry: step(carry, i * plan.chunk + index_C)  # noqa: E731
-  return jax.lax.fori_loop(0, num_used, body, carry)
+  return jax.lax.fori_loop(
+    0, num_used, lambda i, carry: step(carry, i * plan.chunk + index_C), carry
+  )
 
 
-def _blocks(x_RX: jax.Array, plan: Plan) -> jax.Array:
-  return x_RX.reshape(plan.num_blocks, plan.block, -1)
+def _blocks(x_QX: jax.Array, plan: Plan) -> jax.Array:
+  return x_QX.reshape(plan.num_blocks, plan.block, -1)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

@@ -1,6 +1,6 @@
 """Slots of a decoding cache: where new tokens are written, and what each token sees.
 
-Legend: B batch, T new tokens, S slots of the cache, K kv heads, Q rows of a product
+Legend: B batch, T new tokens, S slots of the cache, G kv heads, Q rows of a product
 (the T tokens of one query head after the other).
 """
 
@@ -74,17 +74,17 @@ def _at_slots(slot_BT: jax.Array, slot_axis: int) -> tuple:
   return (rows_B1, *[slice(None)] * (slot_axis - 1), slot_BT)
 
 
-def slot_weights(scores_BKQS: jax.Array, places: Positions) -> jax.Array:
+def slot_weights(scores_BGQS: jax.Array, places: Positions) -> jax.Array:
   """Returns the softmax of scaled scores over the slots that each token sees.
 
   Heads and tokens stay joined in the axis Q: splitting it would cost XLA on CPU a copy
   of all scores.
   """
-  rows, slots = scores_BKQS.shape[2:]
+  rows, slots = scores_BGQS.shape[2:]
   if isinstance(places, Places):
     visible_BTS = places.visible_BTS
   else:
     visible_BTS = jnp.arange(slots) <= places[:, :, None]
   visible_BQS = jnp.tile(visible_BTS, (1, rows // visible_BTS.shape[1], 1))
-  floor = jnp.finfo(scores_BKQS.dtype).min / 2
-  return jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BKQS, floor), axis=-1)
+  floor = jnp.finfo(scores_BGQS.dtype).min / 2
+  return jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BGQS, floor), axis=-1)

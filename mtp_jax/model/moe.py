@@ -6,7 +6,7 @@ which `balancing` moves after every step; the gates are the chosen affinities al
 No choice is ever dropped.
 
 Legend: B batch, T sequence, D embed, F expert width, E experts, k choices per token, N
-tokens, R rows (see grouped_matmul).
+tokens, Q rows (see grouped_matmul).
 """
 
 import dataclasses
@@ -230,10 +230,10 @@ def _experts_share(
   group. Time is spent only on the choices that fall on this device.
   """
   B, T, D = x_BTD.shape
-  join = lambda a_BTX: gather_shards(  # noqa: E731
-    a_BTX.reshape(B * T, -1), "experts", 0
+  x_ND, choices_Nk, gates_Nk = (
+    gather_shards(a_BTX.reshape(B * T, -1), "experts", 0)
+    for a_BTX in (x_BTD, choices_BTk, gates_BTk)
   )
-  x_ND, choices_Nk, gates_Nk = join(x_BTD), join(choices_BTk), join(gates_BTk)
   gate_EDF, up_EDF = (gather_shards(w, "embed", 1) for w in (gate_EDF, up_EDF))
   down_EFD = gather_shards(down_EFD, "embed", 2)
 
@@ -251,17 +251,20 @@ def _experts_share(
     sort_by_expert(local_Nk, num_local, plan),
   )
 
-  x_RD = to_rows(x_ND, rows)
-  multiply = lambda x_RX, w: grouped_matmul(x_RX, w, rows.expert_G, plan)  # noqa: E731
-  hidden_RF = swiglu(
-    checkpoint_name(multiply(x_RD, gate_EDF), "mlp_gate"),
-    checkpoint_name(multiply(x_RD, up_EDF), "mlp_up"),
+  x_QD = to_rows(x_ND, rows)
+
+  def multiply(x_QX: jax.Array, w_EXY: jax.Array) -> jax.Array:
+    return grouped_matmul(x_QX, w_EXY, rows.expert_G, plan)
+
+  hidden_QF = swiglu(
+    checkpoint_name(multiply(x_QD, gate_EDF), "mlp_gate"),
+    checkpoint_name(multiply(x_QD, up_EDF), "mlp_up"),
   )
   # The last product is linear, so the gate may be applied before it. The gate's
   # derivative then does not need the output, which would have to be computed again.
-  gate_R = gates_Nk.ravel().at[rows.choice_R].get(mode="fill", fill_value=0)
-  hidden_RF = (hidden_RF * gate_R[:, None]).astype(x_RD.dtype)
-  out_ND = from_rows(multiply(hidden_RF, down_EFD), rows)
+  gate_Q = gates_Nk.ravel().at[rows.choice_Q].get(mode="fill", fill_value=0)
+  hidden_QF = (hidden_QF * gate_Q[:, None]).astype(x_QD.dtype)
+  out_ND = from_rows(multiply(hidden_QF, down_EFD), rows)
   # Devices along `mlp` hold parts of each expert's width: their outputs are summed.
   out_BTD = sum_shards(scatter_sum_shards(out_ND, "experts", 0), "mlp")
   return out_BTD.reshape(B, T, D), psum_tokens(num_computed(rows))
