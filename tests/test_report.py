@@ -133,6 +133,16 @@ def test_losses_that_are_not_finite_are_named_and_print_no_nan(tmp_path, one_fig
   assert "n/a (not finite)" in page and not re.search(r"\bnan\b", text + page)
 
 
+def test_a_clock_of_different_machines_is_not_to_be_used(tmp_path, one_figure):
+  for kind, depth, chip in (("none", 0, "A"), ("sequential", 1, "B")):
+    for seed in (0, 1):
+      config = trial_config(16, kind, depth, seed)
+      write_trial(tmp_path, WORLD, config, run_json=RUN_JSON | {"hardware": chip})
+  text = write_report(tmp_path, tmp_path / "out").text
+  assert "Wall clock compares different hardware (`A`; `B`): do not use it." in text
+  assert "intervals of gains are computed. If nothing had any effect, about" in text
+
+
 @pytest.fixture
 def one_figure(monkeypatch):
   monkeypatch.setattr(figures, "PLOTS", figures.PLOTS[:1])

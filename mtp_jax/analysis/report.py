@@ -357,6 +357,17 @@ def _states(analysis: Analysis) -> Iterator[str]:
       f"{row['trial']} skipped {row['skipped_steps']} update(s): loss or gradient was "
       f"not finite."
     )
+  intervals = analysis.gains["low"][analysis.gains["metric"] != "bits_per_byte"].count()
+  if intervals:
+    yield (
+      f"{intervals} intervals of gains are computed. If nothing had any effect, about "
+      f"{intervals * 0.05:.0f} of them would miss 0 by chance."
+    )
+  hardware = sorted(set(trials["hardware"]) - {""})
+  if len(hardware) > 1:
+    yield (
+      f"Wall clock compares different hardware ({_distinct(hardware)}): do not use it."
+    )
   # MTP trials without an NTP partner, and seeds of NTP that a method lacks.
   for (_, size), cell in trials[trials["chosen"]].groupby(["ladder", "size"]):
     seeds = {
