@@ -12,15 +12,9 @@ the newest checkpoint back until one is whole.
 """
 
 import contextlib
-import functools
-import gc
 import hashlib
 import json
-import logging
-import sys
-import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +36,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.effects import essential
 from mtp_jax.keys import Role
+from mtp_jax.orbax_noise import discard_frames, ignore_late_reads
 from mtp_jax.predictors import contract
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
@@ -58,21 +53,6 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 # What a process meets in Orbax when another one is gone or waits for something else.
 _PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-  """Whether a log line is more than an error that Orbax also raises.
-
-  Where a save fails, on a full disk say, each of its threads and futures logs a
-  traceback: hundreds of lines, among which our message would be lost.
-  """
-  is_of_orbax = "orbax" in Path(record.pathname).parts
-  is_error = is_of_orbax and record.levelno >= logging.ERROR
-  return not is_error and "exception was never retrieved" not in record.getMessage()
-
-
-for _name in ("absl", "asyncio"):
-  logging.getLogger(_name).addFilter(_is_news)
 
 
 class CheckpointError(RuntimeError):
@@ -255,7 +235,7 @@ class Checkpointer:
         stacklevel=2,
       )
     damaged = []
-    _ignore_late_reads()
+    ignore_late_reads()
     for step in reversed(steps):
       try:
         restored = self._restore(step, abstract_state, config)
@@ -272,7 +252,7 @@ class Checkpointer:
           f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
           stacklevel=2,
         )
-        _discard_frames(error)
+        discard_frames(error)
         damaged.append(step)
       else:
         self._move_aside(damaged)
@@ -306,7 +286,7 @@ class Checkpointer:
     if not (is_last or self._read_only):
       with contextlib.suppress(FileNotFoundError):  # Another process was faster.
         self._rename(step)
-      advice = "it was moved aside; start again to go on from the one before it"
+      advice = "it was moved aside; start again to continue from the one before it"
     return CheckpointError(
       f"checkpoint {self.directory / str(step)} is damaged "
       f"({type(error).__name__}: {_first_line(error)}); {advice}."
@@ -368,7 +348,7 @@ def restore_params(
     CheckpointError: damaged, or no checkpoint.
   """
   folder = folder.resolve()
-  _ignore_late_reads()
+  ignore_late_reads()
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
@@ -390,7 +370,7 @@ def restore_params(
     raise
   # As in `Checkpointer.restore`: damage is reported as errors of many libraries.
   except Exception as error:
-    _discard_frames(error)
+    discard_frames(error)
     raise CheckpointError(
       f"checkpoint {folder} is damaged ({type(error).__name__}: {_first_line(error)})."
     ) from error
@@ -418,42 +398,6 @@ def _check_fingerprint(tree: Any, expected: list[int]) -> None:
   if found != expected:
     wrong = np.flatnonzero(np.array(found) != np.array(expected))
     raise ValueError(f"fingerprint mismatch in {len(wrong)} of {len(found)} arrays")
-
-
-def _discard_frames(error: BaseException) -> None:
-  """Lets go of what Orbax was still reading when it met damage, without a word.
-
-  Else every array that was not read yet reports, when its coroutine is collected, that
-  the event loop is closed: hundreds of lines about one damaged file.
-  """
-  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-  was_disabled = log.disabled
-  sys.unraisablehook, log.disabled = lambda _: None, True
-  try:
-    cause: BaseException | None = error
-    while cause is not None:
-      traceback.clear_frames(cause.__traceback__)
-      cause = cause.__cause__ or cause.__context__
-    gc.collect()
-  finally:
-    sys.unraisablehook, log.disabled = hook, was_disabled
-
-
-@functools.cache
-def _ignore_late_reads() -> None:
-  """Keeps TensorStore's threads from reporting reads that end after a failure.
-
-  Orbax closes its event loop at the first damaged array; each read that is still under
-  way then prints that the loop is closed, through `sys.excepthook`.
-  """
-  previous = sys.excepthook
-
-  def hook(kind: Any, error: Any, trace: Any) -> None:
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main or str(error) != "Event loop is closed":
-      previous(kind, error, trace)
-
-  sys.excepthook = hook
 
 
 def _first_line(error: Exception, limit: int = 200) -> str:

@@ -1,4 +1,4 @@
-"""Reading and writing files: a file is there whole or not at all, whatever happens."""
+"""Atomic file writes: a reader sees the old file or the new one, never half of one."""
 
 import json
 import math

@@ -376,3 +376,8 @@ def compiled(program: Any, *arguments: Any) -> Any:
   if kind not in executables:
     executables[kind] = program.lower(*arguments).compile()
   return executables[kind]
+
+
+def forget_compiled() -> None:
+  """Frees all executables of `compiled`; the next calls compile again."""
+  _executables.clear()

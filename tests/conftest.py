@@ -55,4 +55,4 @@ def forgets_programs():
 
   if _MAPPINGS.exists() and len(_MAPPINGS.read_bytes().splitlines()) > _MANY:
     jax.clear_caches()
-    train_step._executables.clear()
+    train_step.forget_compiled()

@@ -409,7 +409,7 @@ def test_a_damaged_checkpoint_ends_the_job_and_the_next_goes_on(tiny, pair, tmp_
       file.write_bytes(b"")
   job = Job(tiny, workdir, 2)
   check_infrastructure(job.wait())
-  assert "it was moved aside; start again to go on from the one before" in job.output()
+  assert "moved aside; start again to continue from the one before it" in job.output()
   assert finished_steps(workdir) == [before]
   (aside,) = (workdir / "damaged_checkpoints").iterdir()
   assert aside.name.startswith(f"{newest}.")

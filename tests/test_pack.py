@@ -261,6 +261,29 @@ def test_a_signal_during_evaluation_keeps_what_is_evaluated(
   assert [path.parent.name for path in tmp_path.glob("*/DONE")] == ["plain"]
 
 
+def contents(folder):
+  """Returns the bytes of every file below a folder, and when it was written."""
+  return {
+    path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+@pytest.mark.parametrize("done", [("short",), ("plain", "short")])
+def test_a_pack_leaves_a_finished_run_alone(never_stopped, tmp_path, done):
+  pair, root, expected = never_stopped
+  for name in done:
+    shutil.copytree(root / name, tmp_path / name)
+  before = {name: contents(tmp_path / name) for name in done}
+  ended = fit_pack(pair, tmp_path)
+  for name in done:
+    assert contents(tmp_path / name) == before[name]
+    assert without_wall_clock(ended[name]) == without_wall_clock(expected[name])
+  for name, config in pair.items():
+    assert_close_run(tmp_path / name, root / name, config)
+
+
 def test_what_fails_in_one_run_is_its_own(never_stopped, tmp_path, monkeypatch):
   pair, root, _ = never_stopped
   save = Checkpointer.save

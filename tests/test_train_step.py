@@ -16,7 +16,7 @@ from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters
-from mtp_jax.train_step import loss_and_grads, programs
+from mtp_jax.train_step import compiled, forget_compiled, loss_and_grads, programs
 from tests.common import (
   assert_trees_close,
   gradient_program,
@@ -367,3 +367,11 @@ def test_a_frozen_trunk_stays_as_it_is_while_the_predictors_learn(trial):
     rtol=1e-4,
   )
   assert report["loss_M"].shape == (3,)
+
+
+def test_a_forgotten_program_is_compiled_again():
+  program, one = jax.jit(lambda x: 2 * x), np.float32(1)
+  first = compiled(program, one)
+  assert compiled(program, one) is first
+  forget_compiled()
+  assert compiled(program, one) is not first
