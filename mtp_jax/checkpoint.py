@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtp_jax import run_folder
+from mtp_jax import orbax_noise, run_folder
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -36,7 +36,6 @@ from mtp_jax.config import (
 )
 from mtp_jax.effects import essential
 from mtp_jax.keys import Role
-from mtp_jax.orbax_noise import discard_frames, ignore_late_reads
 from mtp_jax.predictors import contract
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
@@ -120,6 +119,7 @@ class Checkpointer:
   def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
     self.directory = (workdir / run_folder.CHECKPOINTS).resolve()
     self._read_only = read_only
+    orbax_noise.silence()
     # Seen before the manager removes them. Other names are the user's.
     self._unfinished = sorted(
       path.name.partition(_UNFINISHED)[0]
@@ -235,7 +235,6 @@ class Checkpointer:
         stacklevel=2,
       )
     damaged = []
-    ignore_late_reads()
     for step in reversed(steps):
       try:
         restored = self._restore(step, abstract_state, config)
@@ -252,7 +251,6 @@ class Checkpointer:
           f"({type(error).__name__}: {_first_line(error)}); trying the one before it.",
           stacklevel=2,
         )
-        discard_frames(error)
         damaged.append(step)
       else:
         self._move_aside(damaged)
@@ -348,7 +346,7 @@ def restore_params(
     CheckpointError: damaged, or no checkpoint.
   """
   folder = folder.resolve()
-  ignore_late_reads()
+  orbax_noise.silence()
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
@@ -370,7 +368,6 @@ def restore_params(
     raise
   # As in `Checkpointer.restore`: damage is reported as errors of many libraries.
   except Exception as error:
-    discard_frames(error)
     raise CheckpointError(
       f"checkpoint {folder} is damaged ({type(error).__name__}: {_first_line(error)})."
     ) from error

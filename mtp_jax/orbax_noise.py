@@ -1,16 +1,13 @@
-"""Filters for what Orbax prints about one failure: hundreds of lines beside ours.
-
-Importing the module filters the logs of `absl` and `asyncio`.
-"""
+"""Filters for what Orbax prints about one failure: hundreds of lines beside ours."""
 
 import functools
-import gc
 import logging
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
+
+_OF_ASYNCIO = ("exception was never retrieved", "Task was destroyed")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -19,47 +16,38 @@ def _is_news(record: logging.LogRecord) -> bool:
   If a save fails (on a full disk, for example), each thread and future of the save logs
   a traceback: hundreds of lines, among which our message would be lost.
   """
-  is_of_orbax = "orbax" in Path(record.pathname).parts
-  is_error = is_of_orbax and record.levelno >= logging.ERROR
-  return not is_error and "exception was never retrieved" not in record.getMessage()
+  is_error = record.levelno >= logging.ERROR
+  if "orbax" in Path(record.pathname).parts and is_error:
+    return False
+  return not any(text in record.getMessage() for text in _OF_ASYNCIO)
 
 
-for _name in ("absl", "asyncio"):
-  logging.getLogger(_name).addFilter(_is_news)
-
-
-def discard_frames(error: BaseException) -> None:
-  """Collects the reads that an error left unfinished, and silences their reports.
-
-  Otherwise the coroutine of every array that was not read yet reports, when Python
-  collects the coroutine, that the event loop is closed: hundreds of lines about one
-  damaged file.
-  """
-  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-  was_disabled = log.disabled
-  sys.unraisablehook, log.disabled = lambda _: None, True
-  try:
-    cause: BaseException | None = error
-    while cause is not None:
-      traceback.clear_frames(cause.__traceback__)
-      cause = cause.__cause__ or cause.__context__
-    gc.collect()
-  finally:
-    sys.unraisablehook, log.disabled = hook, was_disabled
+def _is_late(error: BaseException | None, of: Any = None) -> bool:
+  """Returns whether an error is of a read that ended after Orbax had given up."""
+  code = getattr(of, "cr_code", None)
+  is_of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
+  return is_of_orbax or str(error) == "Event loop is closed"
 
 
 @functools.cache
-def ignore_late_reads() -> None:
-  """Silences reports of reads that end after a failure, for the rest of the process.
+def silence() -> None:
+  """Filters logs and the hooks for errors that nobody catches, once in a process.
 
-  Orbax closes its event loop at the first damaged array. Each thread of TensorStore
-  that is still reading then prints through `sys.excepthook` that the loop is closed.
+  Orbax closes its event loop at the first damaged array. Then every TensorStore thread
+  that is still reading reports that the loop is closed. Every coroutine that waits for
+  a read raises when Python collects the coroutine, however late.
   """
-  previous = sys.excepthook
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_news)
+  uncaught, unraisable = sys.excepthook, sys.unraisablehook
 
-  def hook(kind: Any, error: Any, trace: Any) -> None:
+  def on_uncaught(kind: Any, error: Any, trace: Any) -> None:
     in_main = threading.current_thread() is threading.main_thread()
-    if in_main or str(error) != "Event loop is closed":
-      previous(kind, error, trace)
+    if in_main or not _is_late(error):
+      uncaught(kind, error, trace)
 
-  sys.excepthook = hook
+  def on_unraisable(report: Any) -> None:
+    if not _is_late(report.exc_value, report.object):
+      unraisable(report)
+
+  sys.excepthook, sys.unraisablehook = on_uncaught, on_unraisable
