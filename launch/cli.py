@@ -44,7 +44,6 @@ from mtp_jax.data import distilled_text, prepared, sources, tokenizers
 flags.disclaim_key_flags()
 
 BAD_INPUT = 2
-LOCK = ".lock"
 # Mount options of NFS and Lustre.
 _LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -180,7 +179,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context((workdir / LOCK).open("w"))
+      lock = stack.enter_context((workdir / run_folder.LOCK).open("w"))
     except OSError as error:
       if not exits.is_bad_path(error):
         raise
@@ -215,7 +214,7 @@ def is_in_use(workdir: Path) -> bool | None:
   None: no process of this host does, and locks of other hosts do not show here.
   """
   try:
-    with (workdir / LOCK).open() as lock:
+    with (workdir / run_folder.LOCK).open() as lock:
       fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
     return False

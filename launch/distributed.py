@@ -30,6 +30,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from launch import cli
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
@@ -384,7 +385,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
     if not is_free:
       raise ConfigError(problem or f"{workdir} is in use by another process.")
     if jax.process_index() == 0:
-      (workdir / cli.LOCK).write_text(str(token))
+      (workdir / run_folder.LOCK).write_text(str(token))
     sees_P = multihost_utils.process_allgather(_sees(workdir, str(token)))
     if not sees_P.all():
       blind = ", ".join(map(str, np.flatnonzero(~sees_P)))
@@ -400,7 +401,7 @@ def _sees(workdir: Path, token: str) -> np.ndarray:
   deadline = time.monotonic() + _LOOK_SECONDS
   while time.monotonic() < deadline:
     with contextlib.suppress(OSError):
-      if (workdir / cli.LOCK).read_text() == token:
+      if (workdir / run_folder.LOCK).read_text() == token:
         return np.bool_(True)
     time.sleep(0.1)
   return np.bool_(False)

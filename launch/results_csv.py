@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax import files
+from mtp_jax import files, run_folder
 from mtp_jax.config import flatten
 
 FILE = "results.csv"
@@ -58,8 +58,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _rows(root: Path) -> list[dict[str, Any]]:
-  folders = sorted(path.parent for path in root.glob("*/config.json"))
-  configs = {folder: flatten(_read(folder / "config.json")) for folder in folders}
+  folders = run_folder.folders_below(root)
+  configs = {folder: flatten(_read(folder / run_folder.CONFIG)) for folder in folders}
   configs = {folder: config for folder, config in configs.items() if config}
   values: dict[str, set[str]] = {}
   for key in dict.fromkeys(key for config in configs.values() for key in config):
@@ -69,9 +69,9 @@ def _rows(root: Path) -> list[dict[str, Any]]:
 
 
 def _row(folder: Path, config: dict[str, Any], varying: list[str]) -> dict[str, Any]:
-  complete = (folder / "DONE").exists()
-  result = _read(folder / "eval.json") if complete else {}
-  status = _read(folder / "status.json")
+  complete = run_folder.is_done(folder)
+  result = _read(folder / run_folder.EVAL) if complete else {}
+  status = _read(folder / run_folder.STATUS)
   row = {
     "trial": folder.name,
     "complete": complete,

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import cli, status
-from mtp_jax import accounting, files
-from mtp_jax.config import Config, ConfigError, to_dict
+from mtp_jax import accounting, files, run_folder
+from mtp_jax.config import Config, ConfigError
 from mtp_jax.effects import essential
-from mtp_jax.metrics import write_json
 from mtp_jax.program import ProgramConfig, program_config
 
-JOB_FILE = "job.json"
 Record = dict[str, Any]
 
 _TAIL_BYTES = 1 << 16
@@ -35,7 +33,8 @@ _SILENT_SECONDS = 600
 _STAYS = ("done", "running", "queued")
 # Files that a copy of a run folder does not take over.
 _OF_ONE_FOLDER = (
-  cli.LOCK, JOB_FILE, "config.json", "run.json", "DONE", "error.txt", "attempts.jsonl"
+  run_folder.LOCK, run_folder.JOB, run_folder.CONFIG, run_folder.RUN, run_folder.DONE,
+  run_folder.ERROR, run_folder.ATTEMPTS,
 )
 
 
@@ -153,13 +152,13 @@ class Choice:
 def write_record(workdir: Path, engine: str, **facts: Any) -> None:
   """Notes in a run folder the engine and the job that it was given to, now."""
   record = {"engine": engine, "submitted": time.time(), **facts}
-  files.write_whole(workdir / JOB_FILE, (json.dumps(record) + "\n").encode())
+  files.write_whole(workdir / run_folder.JOB, (json.dumps(record) + "\n").encode())
 
 
 def read_record(workdir: Path) -> Record | None:
   """Returns the record of a run folder, None where there is none."""
   with contextlib.suppress(OSError, ValueError):
-    return files.read_json(workdir / JOB_FILE)
+    return files.read_json(workdir / run_folder.JOB)
   return None
 
 
@@ -167,7 +166,7 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
   """Returns the state of a trial from its run folder, and its job if it has one."""
   folder = trial.workdir
   last_status = _last_status(folder)
-  last = _last_train_record(folder / "metrics.jsonl")
+  last = _last_train_record(folder / run_folder.METRICS)
   facts = {"host": last_status.get("host") or (job.host if job else None) or None}
   if last:
     facts |= {
@@ -176,13 +175,13 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
       "train_loss": last["loss"][0],
       "tokens_per_second": last["tokens_per_second"],
     }
-  if (folder / "DONE").exists():
+  if run_folder.is_done(folder):
     try:
-      loss = files.read_json(folder / "eval.json")["main_loss"]["mean"]
+      loss = files.read_json(folder / run_folder.EVAL)["main_loss"]["mean"]
     except (OSError, ValueError, KeyError, TypeError) as error:
       reason = (
-        f"{folder / 'eval.json'} cannot be read ({type(error).__name__}); remove "
-        f"{folder / 'DONE'} to evaluate again"
+        f"{folder / run_folder.EVAL} cannot be read ({type(error).__name__}); remove "
+        f"{folder / run_folder.DONE} to evaluate again"
       )
       return State("failed", **facts, exit_class="config", reason=reason)
     return State("done", **facts, eval_loss=loss)
@@ -212,15 +211,17 @@ def _ended(folder: Path, last_status: dict[str, Any], job: Job | None) -> State:
     reason = last_status["reason"] or job_reason or None
     return State(kind, exit_class=exit_class, reason=reason)
   if last_status:
-    reason = job_reason or "its process is gone; it left no word"
+    reason = job_reason or "its process is gone and wrote no reason"
     return State("lost", exit_class="infrastructure", reason=reason)
-  if (folder / "error.txt").exists():
-    reason = (folder / "error.txt").read_text().partition("\n")[0]
+  error_file = folder / run_folder.ERROR
+  if error_file.exists():
+    reason = error_file.read_text().partition("\n")[0]
     return State("failed", exit_class="infrastructure", reason=reason)
   if job is not None and job.state == "ended":
     reason = job_reason or "its job ended before training began"
     return State("lost", exit_class="infrastructure", reason=reason)
-  begun = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+  written = (run_folder.METRICS, run_folder.CHECKPOINTS)
+  begun = any((folder / name).exists() for name in written)
   return State("stopped" if begun else "waiting")
 
 
@@ -291,22 +292,24 @@ def adopt(trial: Trial, original: Trial) -> None:
   run.json, which is printed. DONE is written last: a copy that was interrupted is made
   again.
   """
-  run_file = original.workdir / "run.json"
+  run_file = original.workdir / run_folder.RUN
   try:
     run = files.read_json(run_file)
   except (OSError, ValueError) as error:
     text = f"warning: {trial.name} gets no results: {run_file} cannot be read ({error})"
     print(text, file=sys.stderr, flush=True)
     return
+  logs = run_folder.logs(original.workdir)
   with contextlib.suppress(ConfigError), cli.exclusive(trial.workdir):
     for path in sorted(original.workdir.iterdir()):
       copy = trial.workdir / path.name
       if path.is_dir():
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(path, copy)
-      elif path.name not in _OF_ONE_FOLDER and not path.name.startswith("log."):
+      elif path.name not in _OF_ONE_FOLDER and path not in logs:
         shutil.copy2(path, copy)
-    write_json(trial.workdir / "run.json", run | {"same_run_as": original.name})
-    write_json(trial.workdir / "config.json", to_dict(trial.config))
-    (trial.workdir / "error.txt").unlink(missing_ok=True)
-    (trial.workdir / "DONE").touch()
+    facts = run | {"same_run_as": original.name}
+    run_folder.write(trial.workdir, run_folder.RUN, facts)
+    run_folder.write_config(trial.workdir, trial.config)
+    (trial.workdir / run_folder.ERROR).unlink(missing_ok=True)
+    (trial.workdir / run_folder.DONE).touch()

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from launch import cli, distributed, exits
+from mtp_jax import run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.data.sources import DataError
@@ -25,7 +26,6 @@ from mtp_jax.files import plain
 from mtp_jax.run import Diverged
 from mtp_jax.run_log import Observer
 
-FILE = "status.json"
 # After so long without a step a process notes that it waits: sooner than JAX gives up.
 _NOTICE_SECONDS = 5
 _SLOW_FACTOR = 10
@@ -66,7 +66,7 @@ class Status(Observer):
   """
 
   def __init__(self, workdir: Path, stall_seconds: int = 0):
-    self._path = workdir / FILE
+    self._path = workdir / run_folder.STATUS
     self._stall_seconds = stall_seconds
     self._record = {
       "state": "starting",
@@ -215,13 +215,13 @@ def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
       "pid": os.getpid(),
       "job_id": exits.job_id(),
     }
-    _write(workdir / FILE, record)
+    _write(workdir / run_folder.STATUS, record)
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
   """Returns the status of a run folder, None where there is none."""
   try:
-    record = json.loads((workdir / FILE).read_text())
+    record = json.loads((workdir / run_folder.STATUS).read_text())
   except (OSError, ValueError, RecursionError):
     return None  # A machine that crashed may leave an empty file.
   return record if isinstance(record, dict) else None

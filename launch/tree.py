@@ -25,7 +25,7 @@ from absl import flags
 
 import mtp_jax
 from launch import cli
-from mtp_jax import evaluate
+from mtp_jax import evaluate, run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.data.pipeline import load_corpus
@@ -68,7 +68,7 @@ def main() -> int:
     return cli.fail(str(error), cli.BAD_INPUT)
   command = ["python", "-m", "launch.tree", *sys.argv[1:]]
   found |= {"command": shlex.join(command), "commit": code_commit()}
-  path = workdir / "tree.json"
+  path = workdir / run_folder.TREE
   write_json(path, found)
   print(_table(found))
   print(

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch import cli, exits
 from launch.states import Trial
-from mtp_jax import accounting
+from mtp_jax import accounting, run_folder
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import (
   Config,
@@ -30,8 +30,6 @@ from mtp_jax.config import (
 )
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
-from mtp_jax.metrics import write_json
-from mtp_jax.run_folder import is_begun, read_config
 from mtp_jax.saved_model import check_source
 
 Overrides = dict[str, Any]
@@ -179,8 +177,9 @@ def check_devices(trials: list[Trial], num_devices: int, source: str) -> None:
 def prepare(trial: Trial) -> None:
   """Fills the run folder with its config: `launch.train --workdir` then trains it."""
   trial.workdir.mkdir(parents=True, exist_ok=True)
-  (trial.workdir / "error.txt").unlink(missing_ok=True)
-  write_json(trial.workdir / "config.json", to_dict(trial.config))
+  (trial.workdir / run_folder.ERROR).unlink(missing_ok=True)
+  # Not `write_config`: the tokenizer is not in the run folder yet.
+  run_folder.write(trial.workdir, run_folder.CONFIG, to_dict(trial.config))
 
 
 def select(trials: list[Trial], pattern: str | None) -> list[Trial]:
@@ -277,25 +276,24 @@ def check_active(trials: Iterable[Trial]) -> None:
   """
 
   def check(trial: Trial) -> None:
-    if (trial.workdir / "config.json").exists():
-      check_resumable(read_config(trial.workdir), trial.config)
+    if run_folder.is_run(trial.workdir):
+      check_resumable(run_folder.read_config(trial.workdir), trial.config)
 
   _collect_errors(check, [(trial.name, trial) for trial in trials])
 
 
 def _check_folder(trial: Trial) -> None:
   """Refuses a run folder that holds something else than the trial."""
-  saved_config = trial.workdir / "config.json"
-  if not saved_config.exists():
+  if not (trial.workdir / run_folder.CONFIG).exists():
     return
-  saved = read_config(trial.workdir)
-  if is_begun(trial.workdir):
+  saved = run_folder.read_config(trial.workdir)
+  if run_folder.is_begun(trial.workdir):
     check_resumable(saved, trial.config)
-  if not (trial.workdir / "DONE").exists():
+  if not run_folder.is_done(trial.workdir):
     return
   for key, (there, now) in difference(saved, trial.config).items():
     if key.startswith("eval."):
       raise ConfigError(
         f"{key} must be {there!r}, with which the trial was evaluated, got {now!r}; "
-        f"remove {trial.workdir / 'DONE'} to evaluate it again."
+        f"remove {trial.workdir / run_folder.DONE} to evaluate it again."
       )

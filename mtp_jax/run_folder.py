@@ -26,8 +26,10 @@ METRICS, EVAL, DONE = "metrics.jsonl", "eval.json", "DONE"
 TOKENIZER, MODEL_FOLDER = "tokenizer.json", "model_folder.json"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 TENSORBOARD = "tensorboard"
-# What `launch` adds: who holds the folder, how far the run is, why it failed.
+# What `launch` adds: who holds the folder, how far the run is, why it failed, what it
+# prints; the job that the run was given to and how its attempts ended; measured drafts.
 LOCK, STATUS, ERROR, LOG = ".lock", "status.json", "error.txt", "log.txt"
+JOB, ATTEMPTS, TREE = "job.json", "attempts.jsonl", "tree.json"
 
 _FILES = (CONFIG, RUN, TOKENIZER, STARTUP, METRICS, EVAL, DONE)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD)
@@ -61,6 +63,13 @@ def steps_in(checkpoints: Path) -> list[int]:
   """Returns the same of a folder of checkpoints, which may lie anywhere."""
   found = checkpoints.iterdir() if checkpoints.is_dir() else ()
   return sorted(int(x.name) for x in found if x.name.isdecimal() and x.is_dir())
+
+
+def logs(workdir: Path) -> list[Path]:
+  """Returns what the processes of a run printed, that of process 0 first."""
+  name = Path(LOG)
+  others = workdir.glob(f"{name.stem}.*{name.suffix}")
+  return [*filter(Path.exists, [workdir / LOG]), *sorted(others)]
 
 
 def folders_below(root: Path) -> list[Path]:

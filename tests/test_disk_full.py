@@ -266,6 +266,7 @@ def test_a_status_that_stayed_behind_counts_for_nothing(config, tmp_path):
   with status.Status(trial.workdir) as observer:
     observer.begins(12)
   state = states.read_state(trial)
-  assert (state.kind, state.reason) == ("lost", "its process is gone; it left no word")
+  assert state.kind == "lost"
+  assert state.reason == "its process is gone and wrote no reason"
   assert states.read_state(trial, Job("running")).kind == "running"
   assert jobs.choose([trial], again=False).todo == [trial]

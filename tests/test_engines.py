@@ -34,6 +34,7 @@ from launch.engines import (
 )
 from launch.engines.workers import Slot
 from launch.states import Job, State
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 
 pytest_plugins = ("tests.commands",)
@@ -433,7 +434,10 @@ def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
 
 
 def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
-  code = f"from launch.engines import slurm_task as j; j.start({str(tmp_path)!r}, [])"
+  code = (
+    "from launch.engines import slurm_task as j; "
+    f"j.start({str(tmp_path)!r}, [], config='config.json', log='log.txt')"
+  )
   environment = {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}
   result = subprocess.run(
     [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -449,7 +453,8 @@ def test_a_task_becomes_training_and_prints_to_the_log(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   code = (
     "from launch.engines import slurm_task as j; "
-    f"j.start({str(tmp_path)!r}, ['/bin/sh', '-c', 'echo out; echo err >&2; exit 3'])"
+    f"j.start({str(tmp_path)!r}, ['/bin/sh', '-c', 'echo out; echo err >&2; exit 3'], "
+    "config='config.json', log='log.txt')"
   )
   result = subprocess.run([sys.executable, "-c", code], env={"SLURM_PROCID": "1"})
   assert result.returncode == 3
@@ -513,7 +518,7 @@ def test_where_locks_say_nothing_ten_minutes_count(tmp_path, monkeypatch, option
   fill(elsewhere, state="training", host="another")
   fill(old, state="training", host="another", time=time.time() - 3600)
   for trial in (elsewhere, old):
-    (trial.workdir / cli.LOCK).touch()
+    (trial.workdir / run_folder.LOCK).touch()
   if options is None:
     monkeypatch.setattr(fcntl, "flock", no_locks)
   else:
@@ -526,7 +531,7 @@ def test_where_locks_say_nothing_ten_minutes_count(tmp_path, monkeypatch, option
 
 
 def test_asking_for_a_state_keeps_nobody_from_starting(tmp_path):
-  lock = (tmp_path / cli.LOCK).open("w")
+  lock = (tmp_path / run_folder.LOCK).open("w")
   fcntl.flock(lock, fcntl.LOCK_SH)
   threading.Timer(0.1, lock.close).start()
   with cli.exclusive(tmp_path):

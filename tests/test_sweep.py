@@ -23,6 +23,7 @@ from launch.engines import local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.pace import Pace, Work, makespan
 from launch.engines.workers import Slot
+from mtp_jax import run_folder
 from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import ConfigError, from_config_dict, to_dict, with_overrides
 from tests.quick_xla import xla_flags
@@ -322,6 +323,15 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   check_resumable(first.resolved, others[-1].resolved)
   with pytest.raises(ConfigError, match=r"mtp\.weight"):
     check_resumable(planned[-1].resolved, planned[-3].resolved)
+
+
+def test_a_copy_names_the_tokenizer_in_its_own_folder(corpus, tmp_path):
+  outside = {"tokenizer.kind": "file", "tokenizer.path": str(tmp_path / "outside.json")}
+  one, two = plan(corpus, tmp_path, [{"name": x} | outside for x in ("one", "two")])
+  done(one)
+  share([one, two])
+  saved = run_folder.read_config(two.workdir)
+  assert (saved.name, saved.tokenizer.path) == ("two", "tokenizer.json")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 20_000, b"\xff", None])

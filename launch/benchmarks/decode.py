@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from launch.benchmarks.decode_parts import Model, Variant
 from launch.benchmarks.harness import TORCH, Contestant, Failed
 from launch.benchmarks.pages import spread
 from launch.tables import markdown
+from mtp_jax import run_folder
 from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import load_corpus
@@ -153,7 +153,7 @@ def _runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
   """Returns acceptance and speed of trained models."""
   paths = [Path(run) for run in settings.runs]
   for path in paths:  # All of them before the first is measured.
-    if not (path / "config.json").is_file():
+    if not run_folder.is_run(path):
       raise ConfigError(f"--runs must name run folders, {str(path)!r} is none.")
   uneven = [size for size in settings.batch_sizes if settings.prompts % size]
   if uneven:
@@ -199,7 +199,7 @@ def _runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
 
 def _decodings(path: Path, settings: SimpleNamespace) -> list[Decoding]:
   """Returns the ways to decode that are measured on a run: chains, then trees."""
-  recurse, own = settings.recurse, str(path / "tree.json")
+  recurse, own = settings.recurse, str(path / run_folder.TREE)
   chains = [Decoding(num_drafts=K, recurse=recurse) for K in settings.drafts]
   texts = (own if text == "own" else text for text in settings.trees)
   try:
@@ -246,8 +246,7 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
 
 def _teacher_forced(path: Path) -> dict[str, Any]:
   """Returns what the run's final evaluation measured about its drafts, if it exists."""
-  file = path / "eval.json"
-  found = json.loads(file.read_text()) if file.is_file() else {}
+  found = run_folder.read(path, run_folder.EVAL) or {}
   keys = ("split", "teacher_forced_agreement", "simulated_accepted_length")
   return {key: found.get(key) for key in keys}
 

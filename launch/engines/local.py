@@ -28,6 +28,7 @@ from launch.engines.order import (
 from launch.engines.pace import Pace, Work, duration, makespan
 from launch.engines.workers import Outcome, Slot, Worker, WorkerError
 from launch.states import Choice, Job, Record, State, Trial
+from mtp_jax import run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 
@@ -179,7 +180,7 @@ class Sweep:
       self._given[trial.name] = Given(time.time(), state, len(given), is_first)
       with self._warnings(trial):
         trial.workdir.mkdir(parents=True, exist_ok=True)
-        (trial.workdir / "error.txt").unlink(missing_ok=True)
+        (trial.workdir / run_folder.ERROR).unlink(missing_ok=True)
         states.write_record(
           trial.workdir, "local", host=socket.gethostname(), pid=os.getpid()
         )
@@ -261,7 +262,7 @@ class Sweep:
   def _note_failure(self, trial: Trial, outcome: Outcome) -> None:
     text = outcome.text or "the worker was told to stop (SIGTERM)"
     with self._warnings(trial):
-      (trial.workdir / "error.txt").write_text(text + "\n")
+      (trial.workdir / run_folder.ERROR).write_text(text + "\n")
     if outcome.kind == "died":
       status.left_behind(trial.workdir, outcome.exit_class, text)
     attempt, summary = self._attempts[trial.name], text.splitlines()[0]
@@ -380,8 +381,8 @@ class Sweep:
       for name, text in self._failed.items():
         print(f"  {name}: {text.splitlines()[0]}")
       print(
-        f"{self._root}/<trial>/error.txt has more; the same command tries them again "
-        "(with --again also what was bad input or diverged)."
+        f"{self._root}/<trial>/{run_folder.ERROR} has more; the same command tries "
+        "them again (with --again also what was bad input or diverged)."
       )
       return 1
     print(f"all {len(self._planned)} trial(s) are done in {self._root}.")

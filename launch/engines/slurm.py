@@ -16,6 +16,7 @@ one step, so submitit waits for USR2, which is never sent.
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -36,6 +37,7 @@ from launch.engines.slurm_queue import query, run, summary
 from launch.exits import YIELD, YIELDED
 from launch.huge_pages import HUGE_PAGES
 from launch.states import Choice, Job, Record, Trial
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -258,12 +260,15 @@ class Slurm:
     return "\n\n".join(texts)
 
   def submit(self, choice: Choice) -> int:
+    start = functools.partial(
+      slurm_task.start, config=run_folder.CONFIG, log=run_folder.LOG
+    )
     before = None
     for array in self._arrays(choice.todo, self._max_array_size()):
       workdirs = [str(trial.workdir.absolute()) for trial in array]
       try:
         jobs = self._executor(len(array), before).map_array(
-          slurm_task.start, workdirs, [self._command(workdir) for workdir in workdirs]
+          start, workdirs, [self._command(workdir) for workdir in workdirs]
         )
       except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"sbatch refused: {summary(str(error))}") from error

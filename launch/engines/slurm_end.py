@@ -15,9 +15,9 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch import exits, results_csv, status
+from mtp_jax import run_folder
 
 AGAIN = 0  # Exit code of the command: requeue.
-_ATTEMPTS = "attempts.jsonl"
 _TAIL_BYTES = 1 << 16
 _ERROR = re.compile(r"(?i:error|fatal)\b|[\w.]*(?:Error|Exception)\b")
 
@@ -54,10 +54,10 @@ def conclude(
     return False
   else:
     exit_class = exits.classify(code, yielded=False)
-    own = [workdir / "log.txt", *sorted(workdir.glob("log.*.txt"))]
-    reason = _explain(code, [path for path in (*own, *logs) if _is_new(path, began)])
+    logs = [*run_folder.logs(workdir), *logs]
+    reason = _explain(code, [path for path in logs if _is_new(path, began)])
     status.left_behind(workdir, exit_class, reason)
-  attempts = workdir / _ATTEMPTS
+  attempts = workdir / run_folder.ATTEMPTS
   attempt: dict[str, Any] = {
     "time": time.time(),
     "job_id": exits.job_id(),

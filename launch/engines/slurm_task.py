@@ -9,20 +9,28 @@ import sys
 from pathlib import Path
 
 
-def start(workdir: str, command: list[str]) -> None:
-  """Becomes the training command, which prints to `log.txt` of the run folder."""
+def start(workdir: str, command: list[str], *, config: str, log: str) -> None:
+  """Becomes the training command, which prints to a log in the run folder.
+
+  Args:
+    workdir: the run folder, with the file named `config`.
+    command: of training.
+    config, log: names of files; `run_folder` has them, and would import NumPy.
+  """
   folder, rank = Path(workdir), os.environ["SLURM_PROCID"]
-  if not (folder / "config.json").is_file():
+  if not (folder / config).is_file():
     host = os.environ.get("SLURMD_NODENAME", "this host")
     print(
       f"error: --workdir must be a folder that all hosts see: {host} does not see "
-      f"{folder}/config.json.",
+      f"{folder / config}.",
       file=sys.stderr,
       flush=True,
     )
     os._exit(2)
-  log = folder / ("log.txt" if rank == "0" else f"log.{rank}.txt")
-  descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+  file = folder / log
+  if rank != "0":
+    file = file.with_suffix(f".{rank}{file.suffix}")
+  descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
   sys.stdout.flush()
   sys.stderr.flush()
   os.dup2(descriptor, 1)

@@ -29,6 +29,7 @@ from launch import cli, exits
 from launch.huge_pages import start_with_huge_pages
 from launch.states import Trial
 from launch.status import Status, exit_class_of, last_words
+from mtp_jax import run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.environment import cpu_cores
 from mtp_jax.interrupt import Interrupted
@@ -239,10 +240,10 @@ def _train(runs: list[tuple[Config, Path]], size: int | None = None) -> list[Out
     if not ours:
       return taken
     (_, first), *others = ours
-    stack.enter_context(_output_to(first / "log.txt"))
+    stack.enter_context(_output_to(first / run_folder.LOG))
     for _, workdir in others:
-      with (workdir / "log.txt").open("a") as log:
-        log.write(f"trained in a pack: see {first / 'log.txt'}\n")
+      with (workdir / run_folder.LOG).open("a") as log:
+        log.write(f"trained in a pack: see {first / run_folder.LOG}\n")
     observers = [stack.enter_context(Status(workdir)) for _, workdir in ours]
     try:
       if size is None:
@@ -275,7 +276,7 @@ def _taken(stack: contextlib.ExitStack, workdir: Path) -> Outcome | None:
   except ConfigError as error:
     return Outcome("claimed", str(error))
   # By another sweep, since this one looked.
-  return Outcome("done") if (workdir / "DONE").exists() else None
+  return Outcome("done") if run_folder.is_done(workdir) else None
 
 
 def _end_at_once(signum: int, _: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from mtp_jax import accounting
+from mtp_jax import accounting, run_folder
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -91,7 +91,8 @@ def load(root: Path) -> Runs:
     curves += its_curve
   if not trials:
     raise RunsError(
-      f"{root}: no run folder in it or below it (a run folder has a config.json)."
+      f"{root}: no run folder in it or below it (a run folder has a "
+      f"{run_folder.CONFIG})."
     )
   return Runs(
     root,
@@ -134,17 +135,17 @@ def _shape(mtp: MtpConfig) -> MtpConfig:
 def _run_folders(root: Path) -> Iterator[Path]:
   for folder, below, files in os.walk(root):
     below.sort()
-    if "config.json" in files:
+    if run_folder.CONFIG in files:
       below.clear()
       yield Path(folder)
 
 
 def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
   name = folder.relative_to(root).as_posix() if folder != root else folder.name
-  config = _read_config(folder / "config.json")
-  records = _read_records(folder / "metrics.jsonl")
-  evaluation = read_json(folder / "eval.json")
-  run = read_json(folder / "run.json") or {}
+  config = _read_config(folder / run_folder.CONFIG)
+  records = _read_records(folder / run_folder.METRICS)
+  evaluation = read_json(folder / run_folder.EVAL)
+  run = read_json(folder / run_folder.RUN) or {}
   counted, plain = counts(config), counts(baseline(config))
   trained = [x for x in records if x["kind"] == "train"]
   if evaluation is not None:
@@ -180,7 +181,7 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
   }
   metrics = []
   if evaluation is not None:
-    path = folder / "eval.json"
+    path = folder / run_folder.EVAL
     keys = ("step", "tokens", "train_flops", "train_seconds", "num_documents")
     trial |= {key: require(evaluation, key, path) for key in keys}
     # Null where training did not stop on success; older runs could not.
@@ -188,7 +189,7 @@ def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
     trial |= {f"stopped_{key}": _number(stopped.get(key)) for key in ("step", "tokens")}
     trial["date"] = _day(path)
     metrics = [{"trial": name} | x for x in _metrics(evaluation, path)]
-  curve = [{"trial": name} | x for x in _curve(records, folder / "metrics.jsonl")]
+  curve = [{"trial": name} | x for x in _curve(records, folder / run_folder.METRICS)]
   return trial, metrics, curve
 
 
