@@ -12,7 +12,7 @@ one for the losses without MTP:
   so that with RMSNorm only the scales of the final norm make a difference);
 - `hidden=trunk`, with both norms: every module starts from the trunk's state at i;
 - `hidden=trunk_shifted`: from the trunk's state at i + k - 1, which in drafting does
-  not exist: module k then starts from what module k - 1 said (`model/mtp.py`);
+  not exist: module k then starts from the output of module k - 1;
 - `fed=none`: no token, as parallel heads, but one after the other;
 - `kind=none`: plain next-token prediction.
 

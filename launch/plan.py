@@ -38,6 +38,7 @@ from mtp_jax import accounting, environment
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate
 from mtp_jax.metrics import write_json
+from mtp_jax.predictors import kind_of
 from mtp_jax.sharding import MESH_AXES, make_mesh
 
 cli.define_config()
@@ -254,7 +255,7 @@ def _depth_cells(
   plain = next((
     other
     for key, other in rows.items()
-    if key.mtp.kind == "none" and _trunk(key) == _trunk(shape)
+    if not kind_of(key.mtp).has_depths and _trunk(key) == _trunk(shape)
   ), None)
   if plain is None or plain is row:
     return None

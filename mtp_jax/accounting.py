@@ -11,15 +11,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mtp_jax.config import (
-  EAGLES,
-  Config,
-  TrunkConfig,
-  next_token_only,
-  num_trunk_layers,
-  predictor_trunk,
-)
-from mtp_jax.model.lm import MtpLm, deployed, zeros_batch
+from mtp_jax.config import Config, TrunkConfig, next_token_only
+from mtp_jax.lm import MtpLm, deployed, zeros_batch
+from mtp_jax.predictors import kind_of, num_trunk_layers, predictor_trunk
 from mtp_jax.sharding import unbox
 
 
@@ -86,15 +80,8 @@ def train_flops_per_token(
   )
   deployed = trunk.dense_prefix * flops(trunk.dense()) + logits
   deployed += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
-  block, added = flops(predictor_trunk(trunk, mtp)), 0.0
-  if mtp.kind == "parallel":
-    added = (1 + mtp.depth) * block
-  elif mtp.kind == "sequential":
-    added = mtp.depth * (block + 2 * 2 * dim * dim)
-  elif mtp.kind in ("linear", "medusa"):
-    added = mtp.depth * 2 * dim * dim
-  elif mtp.kind in EAGLES:
-    added = mtp.depth * block + _around_eagle(config)
+  kind = kind_of(mtp)
+  added = kind.blocks(mtp) * flops(predictor_trunk(trunk, mtp)) + kind.flops(config)
   passes = 2 if is_frozen and mtp.unembed == "shared" else 3
   total = (1 if is_frozen else 3) * deployed + 3.0 * added
   total += passes * mtp.depth * logits
@@ -102,19 +89,6 @@ def train_flops_per_token(
   # trunk as a teacher are computed for every depth; neither has a gradient.
   total += mtp.depth * logits * (mtp.fed == "own")
   return total + mtp.depth * logits * (mtp.objective != "cross_entropy")
-
-
-def _around_eagle(config: Config) -> float:
-  """Forward FLOPs per token of EAGLE's steps besides a block each."""
-  trunk, depth, dim = config.trunk, config.mtp.depth, config.trunk.embed_dim
-  heads = trunk.num_heads * trunk.head_dim
-  if config.mtp.kind == "eagle":
-    weights = depth * 2 * dim * dim
-  else:  # The other half of what queries, keys and values are made of; the fusion.
-    kv_heads = trunk.num_kv_heads * trunk.head_dim
-    weights = depth * dim * (heads + 2 * kv_heads) + 3 * dim * dim
-  own_keys = depth * (depth - 1) / 2  # Step k has k - 1 besides those of the rows.
-  return 2.0 * weights + 2.0 * 2 * heads * own_keys
 
 
 def resolve(config: Config) -> Config:

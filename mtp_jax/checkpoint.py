@@ -40,9 +40,9 @@ from mtp_jax.config import (
   difference,
   essential,
   from_config_dict,
-  tapped_layers,
   to_dict,
 )
+from mtp_jax.predictors import contract
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
@@ -110,59 +110,6 @@ class Restored(NamedTuple):
   state: Any
   data: dict[str, Any]
   progress: dict[str, Any]
-
-
-def contract(config: Config) -> dict[str, Any]:
-  """Returns what a reader of the parameters must know besides their names."""
-  kind = config.mtp.kind
-  trunk_state = f"trunk output {config.mtp.hidden_norm} its final norm"
-  has_norm = config.mtp.out_norm == "own"
-  return {
-    "kind": kind,
-    "depth": config.mtp.depth,
-    "share_modules": config.mtp.share_modules,
-    "depth_m_predicts": "token i + 1 + m at position i; m = 0 is the next token",
-    "hidden_source": {
-      "none": None,
-      "linear": "trunk output after its final norm",
-      "medusa": "trunk output after its final norm",
-      "parallel": "trunk residual stream before the final norm",
-      "eagle": "depth 1: trunk output after its final norm; depth k: the output of "
-      "depth k - 1, by the same layer",
-      "eagle3": "depth 1: a linear map of the trunk residual streams after layers "
-      f"{', '.join(map(str, tapped_layers(config)))}; depth k: the un-normed output of "
-      "depth k - 1, by the same layer",
-      "sequential": f"depth 1: {trunk_state}; depth k: "
-      + {
-        "chained": f"the {'normed ' if has_norm else ''}output of module k - 1",
-        "trunk": "the same",
-        "trunk_shifted": "the same, k - 1 positions on",
-      }[config.mtp.hidden],
-    }[kind],
-    "embedding_source": {
-      "true": "token i + k", "none": None, "own": "arg max of depth k - 1",
-    }[config.mtp.fed] if config.mtp.is_autoregressive else None,
-    "output_norm": {
-      "sequential": "own norm per module" if has_norm else None,
-      "eagle": None,
-      "eagle3": "own norm",
-    }.get(kind, "final norm"),
-    "module_norms": {
-      "rms": "RMSNorm", "trunk": "as in the trunk",
-    }[config.mtp.norm] if kind == "sequential" else None,
-    "concat_order": ["hidden", "embedding"] if config.mtp.is_autoregressive else None,
-    "next_token_head": "first parallel head" if kind == "parallel" else "trunk",
-    "embedding_shared": True,
-    "unembedding_shared": config.mtp.unembed == "shared",
-    "tied_embeddings": config.trunk.tie_embeddings,
-    "positions": {"kind": "learned", "count": config.data.seq_len}
-    if config.trunk.kind == "gpt2"
-    else {
-      "kind": "rotary",
-      "theta": config.trunk.rope_theta,
-      "scaling": dataclasses.asdict(config.trunk.rope_scaling),
-    },
-  }
 
 
 def read_config(workdir: Path) -> Config:

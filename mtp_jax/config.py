@@ -139,8 +139,7 @@ class TrunkConfig:
 class MtpConfig:
   """What is predicted beyond the next token, and how much it weighs.
 
-  kind:       none | parallel, sequential, linear, medusa (`model.mtp`) | eagle, eagle3
-              (`drafters.eagle`; needs grouped attention).
+  kind:       of the predictors, see `predictors.KINDS`.
   depth:      D extra tokens; 0 is plain next-token prediction.
   weight:     lambda. `mean` gives each depth lambda / D, `sum` gives each lambda.
   schedule:   lambda over training: constant | piecewise (`weight` until
@@ -155,7 +154,7 @@ class MtpConfig:
   hidden:     the state that sequential module k starts from at position i: chained (of
               module k - 1 at i) | trunk (the trunk's at i) | trunk_shifted (the trunk's
               at i + k - 1, of the token before the one that it is fed; see
-              `model.mtp.SequentialModules` for where there is none).
+              `predictors.sequential` for where there is none).
   hidden_norm: the trunk's state as the modules get it: after or before the final norm.
   fed:        the token i + k whose embedding module k sees: true | none (zeros) | own
               (the most likely one by depth k - 1).
@@ -182,9 +181,7 @@ class MtpConfig:
               the FLOPs that this kind and depth would have cost).
   """
 
-  kind: Literal[
-    "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
-  ]
+  kind: str
   depth: int
   weight: float
   weighting: Literal["mean", "sum"]
@@ -208,18 +205,6 @@ class MtpConfig:
   score_from: Literal["start", "answer"]
   arm: Literal["added", "shortened", "flops"]
 
-  @property
-  def is_autoregressive(self) -> bool:
-    """Whether depth k follows from depth k - 1 and the token before its target."""
-    return self.kind in AUTOREGRESSIVE
-
-
-# Drafters of one layer that goes on from its own output, as often as is wanted.
-EAGLES = ("eagle", "eagle3")
-
-# The kinds that can draft more tokens than they have depths.
-AUTOREGRESSIVE = ("sequential", *EAGLES)
-
 
 # What the modules of DeepSeek-V3 start from, by key of `MtpConfig`; no other kind of
 # predictor has the choice.
@@ -227,9 +212,6 @@ PUBLISHED_INPUTS = {"hidden": "chained", "hidden_norm": "after", "fed": "true"}
 
 # The same with their norms: RMSNorm, as their trunk has.
 PUBLISHED_MODULES = PUBLISHED_INPUTS | {"out_norm": "own", "norm": "trunk"}
-
-# The kinds that may have output matrices of their own.
-OWN_UNEMBED = ("medusa", "eagle3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -585,15 +567,6 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
   return {k: (left[k], right[k]) for k in left if left[k] != right[k]}
 
 
-def num_added_layers(mtp: MtpConfig) -> int:
-  """Transformer layers that training has and the deployed NTP model has not."""
-  if mtp.depth == 0 or mtp.kind in ("none", "linear", "medusa"):
-    return 0
-  if mtp.kind in EAGLES or (mtp.kind == "sequential" and mtp.share_modules):
-    return 1
-  return mtp.depth
-
-
 def next_token_only(mtp: MtpConfig) -> MtpConfig:
   """Returns the section without any extra predictor, on top of the whole trunk."""
   return dataclasses.replace(
@@ -619,62 +592,9 @@ def essential(config: Config) -> Config:
   return dataclasses.replace(config, name="", mtp=mtp)
 
 
-def routed_layers(config: Config) -> dict[str, int]:
-  """Returns how many layers with experts there are in the `trunk` and in `mtp`.
-
-  These are the routings of one forward pass: a shared module counts once per depth.
-  A part without any is left out.
-  """
-  mtp, moe = config.mtp, config.trunk.moe
-  if moe.num_experts == 0:
-    return {}
-  in_mtp = {"parallel": 1 + mtp.depth, "sequential": mtp.depth}.get(mtp.kind, 0)
-  if mtp.dense_blocks:
-    in_mtp = 0
-  in_trunk = num_trunk_layers(config) - moe.dense_layers
-  return {"trunk": in_trunk} | ({"mtp": in_mtp} if in_mtp else {})
-
-
 def learns_from_trunk(mtp: MtpConfig) -> bool:
   """Whether the extra depths learn from what the trunk says, not from data alone."""
   return mtp.objective != "cross_entropy" or mtp.feature_weight > 0
-
-
-def predictor_trunk(trunk: TrunkConfig, mtp: MtpConfig) -> TrunkConfig:
-  """Returns the trunk that the blocks of the extra predictors are built from."""
-  trunk = trunk.dense() if mtp.dense_blocks or mtp.kind in EAGLES else trunk
-  return dataclasses.replace(trunk, mlp_dim=mtp.mlp_dim or trunk.mlp_dim)
-
-
-def num_trunk_layers(config: Config) -> int:
-  """Layers of the shared trunk, given the kind of predictor and the fairness arm.
-
-  `trunk.num_layers` counts what is deployed for next-token prediction. Parallel heads
-  deploy their first head, so their trunk is one layer shorter than the NTP trunk: with
-  D = 0 they are the same function. In the `shortened` arm (Gloeckle et al. 2024,
-  section 3) the trunk also gives up the layers of the extra modules.
-  """
-  layers = config.trunk.num_layers
-  if config.mtp.kind == "parallel":
-    layers -= 1
-  if config.mtp.arm == "shortened":
-    layers -= num_added_layers(config.mtp)
-  return layers
-
-
-def tapped_layers(config: Config) -> tuple[int, ...]:
-  """Returns after how many trunk layers the streams are taken that EAGLE-3 starts from.
-
-  Other kinds start from the last stream alone: (). The published ones are after 2, L/2
-  and L - 3 of L layers (Li et al. 2025, arXiv 2503.01840, and its code); a trunk of
-  less than 8 has them after the first, the middle and the last layer.
-  """
-  if config.mtp.kind != "eagle3":
-    return ()
-  layers = num_trunk_layers(config)
-  if layers < 8:
-    return 1, (1 + layers) // 2, layers
-  return 2, layers // 2, layers - 3
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -15,24 +15,24 @@ import jax
 
 from experiments import base
 from mtp_jax.config import (
-  AUTOREGRESSIVE,
-  EAGLES,
   MOST_DRAFTS,
-  OWN_UNEMBED,
-  PUBLISHED_MODULES,
   SAT_TABLE_VARIABLES,
   TASKS,
   TASKS_WITH_NEW,
   Config,
   ConfigError,
   DataConfig,
-  MtpConfig,
   flatten,
   from_config_dict,
+  to_dict,
+)
+from mtp_jax.predictors import (
+  KINDS,
+  kind_of,
   num_added_layers,
   num_trunk_layers,
   predictor_trunk,
-  to_dict,
+  reading,
 )
 
 
@@ -53,7 +53,8 @@ def validate(
   Raises:
     ConfigError: with all broken rules, one per line.
   """
-  rules = _Rules(config)
+  kind_of(config.mtp)  # Raises where there is no such kind.
+  rules = Rules(config)
   _check_ranges(rules)
   rules.raise_if_broken()  # The rules below divide by and compare these values.
   _check_effects(rules, given)
@@ -72,8 +73,8 @@ def validate(
   rules.raise_if_broken()
 
 
-class _Rules:
-  """Collects the broken rules of one config."""
+class Rules:
+  """Collects the broken rules of one config; called as `rule(holds, key, text)`."""
 
   def __init__(self, config: Config):
     self.config = config
@@ -146,7 +147,6 @@ def _choices(section: type, field: str) -> tuple[str, ...]:
 
 
 _TEXTS = tuple(x for x in _choices(DataConfig, "source") if x not in TASKS)
-_PREDICTORS = tuple(x for x in _choices(MtpConfig, "kind") if x != "none")
 _POSITIVE = ()  # The condition that a number is not 0.
 _PROMPTS = "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts"
 _GROUPED = {"trunk.kind": ("llama",), "trunk.attention_kind": ("grouped",)}
@@ -178,14 +178,10 @@ _EFFECTS: dict[str, dict[str, tuple]] = {
   "trunk.rope_scaling.high_freq_factor": _LLAMA3,
   "mtp.schedule_fraction": {"mtp.schedule": ("piecewise", "anneal")},
   "mtp.final_weight": {"mtp.schedule": ("piecewise", "linear")},
-  "mtp.share_modules": {"mtp.kind": ("sequential",)},
-  "mtp.dense_blocks": {
-    "mtp.kind": ("sequential",), "trunk.moe.num_experts": _POSITIVE
-  },
-  "mtp.mlp_dim": {"mtp.kind": AUTOREGRESSIVE, "mtp.depth": _POSITIVE},
-  **{f"mtp.{key}": {"mtp.kind": ("sequential",)} for key in PUBLISHED_MODULES},
-  "mtp.unembed": {"mtp.kind": OWN_UNEMBED, "mtp.depth": _POSITIVE},
-  "mtp.draft_vocab": {"mtp.kind": ("eagle3",), "mtp.unembed": ("own",)},
+  "mtp.dense_blocks": {"trunk.moe.num_experts": _POSITIVE},
+  "mtp.mlp_dim": {"mtp.depth": _POSITIVE},
+  "mtp.unembed": {"mtp.depth": _POSITIVE},
+  "mtp.draft_vocab": {"mtp.unembed": ("own",)},
   "mtp.objective": {"mtp.depth": _POSITIVE},
   "mtp.feature_weight": {"mtp.depth": _POSITIVE},
   "tokenizer.path": {"tokenizer.kind": ("file",)},
@@ -219,21 +215,27 @@ def _defaults() -> dict[str, Any]:
 
 @functools.cache
 def _effects() -> dict[str, dict[str, tuple]]:
-  """Returns `_EFFECTS` by single key: its own entry, or that of its section."""
+  """Returns the conditions by key: its own entry of `_EFFECTS`, or its section's.
+
+  A key of `mtp` that only some kinds read needs one of these too.
+  """
   found = {}
   for key in _defaults():
     parts = key.split(".")
     above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    if entry := next((x for x in above if x in _EFFECTS), None):
-      found[key] = _EFFECTS[entry]
+    kinds = reading(parts[-1]) if parts[0] == "mtp" else ()
+    conditions = {"mtp.kind": kinds} if kinds else {}
+    conditions |= next((_EFFECTS[x] for x in above if x in _EFFECTS), {})
+    if conditions:
+      found[key] = conditions
   return found
 
 
-def _check_effects(rule: _Rules, given: Collection[str]) -> None:
+def _check_effects(rule: Rules, given: Collection[str]) -> None:
   """A value that nothing reads under the other values is the default."""
   values, effects = flatten(to_dict(rule.config)), _effects()
-  if rule.config.mtp.kind == "none":
-    more = {"mtp.kind": _PREDICTORS}
+  if not kind_of(rule.config.mtp).has_depths:
+    more = {"mtp.kind": tuple(name for name, x in KINDS.items() if x.has_depths)}
     effects = effects | {
       key: effects.get(key, {}) | more for key in _OF_DEPTHS if key in given
     }
@@ -255,7 +257,7 @@ def _check_effects(rule: _Rules, given: Collection[str]) -> None:
     )
 
 
-def _check_ranges(rule: _Rules) -> None:
+def _check_ranges(rule: Rules) -> None:
   """Values that are out of range whatever the other values are (NaN included)."""
   get = functools.partial(_get_dotted, rule.config)
   for key in _AT_LEAST_1:
@@ -288,7 +290,7 @@ def _check_ranges(rule: _Rules) -> None:
   rule(data == -1 or data >= 1, "mesh.data", "-1 (the rest) or at least 1")
 
 
-def _check_trunk(rule: _Rules) -> None:
+def _check_trunk(rule: Rules) -> None:
   trunk = rule.config.trunk
   if trunk.kind == "gpt2":
     rule(
@@ -308,7 +310,7 @@ def _check_trunk(rule: _Rules) -> None:
   )
 
 
-def _check_attention(rule: _Rules) -> None:
+def _check_attention(rule: Rules) -> None:
   trunk = rule.config.trunk
   if trunk.attention_kind == "latent":
     rule(
@@ -341,7 +343,7 @@ def _check_attention(rule: _Rules) -> None:
     rule(trunk.rope_theta > 1, "trunk.rope_theta", "more than 1 for yarn")
 
 
-def _check_experts(rule: _Rules) -> None:
+def _check_experts(rule: Rules) -> None:
   moe = rule.config.trunk.moe
   if moe.num_experts == 0:
     return
@@ -367,16 +369,9 @@ def _check_experts(rule: _Rules) -> None:
   )
 
 
-def _check_mtp(rule: _Rules) -> None:
+def _check_mtp(rule: Rules) -> None:
   mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
-  if mtp.kind == "none":
-    rule(mtp.depth == 0, "mtp.depth", "0 for mtp.kind 'none'")
-  if mtp.kind in EAGLES:
-    rule(mtp.depth >= 1, "mtp.depth", f"at least 1 for mtp.kind {mtp.kind!r}")
-    rule(
-      rule.config.trunk.attention_kind == "grouped", "trunk.attention_kind",
-      f"'grouped' for mtp.kind {mtp.kind!r}",
-    )
+  kind_of(mtp).rules(rule)
   rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
   rule(
     len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
@@ -401,10 +396,12 @@ def _check_mtp(rule: _Rules) -> None:
     f"at most tokenizer.vocab_size ({vocab})",
   )
   most = rule.config.eval.num_drafts
+  further = [repr(name) for name, kind in KINDS.items() if kind.is_autoregressive]
   rule(
-    most <= mtp.depth or (mtp.is_autoregressive and mtp.depth > 0), "eval.num_drafts",
-    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of "
-    f"{', '.join(map(repr, AUTOREGRESSIVE))} with extra depths (it is {mtp.kind!r})",
+    most <= mtp.depth or (kind_of(mtp).is_autoregressive and mtp.depth > 0),
+    "eval.num_drafts",
+    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of {', '.join(further)} "
+    f"with extra depths (it is {mtp.kind!r})",
   )
   if mtp.arm == "shortened":
     rule(
@@ -418,7 +415,7 @@ def _check_mtp(rule: _Rules) -> None:
     )
 
 
-def _check_data(rule: _Rules) -> None:
+def _check_data(rule: Rules) -> None:
   data, tokenizer, limits = rule.config.data, rule.config.tokenizer, rule.config.eval
   if data.source in ("files", "jsonl", "array_record"):
     rule(bool(data.path), "data.path", f"set for data.source {data.source!r}")
@@ -468,7 +465,7 @@ def _check_data(rule: _Rules) -> None:
     )
 
 
-def _check_task(rule: _Rules) -> None:
+def _check_task(rule: Rules) -> None:
   task = rule.config.task
   rule(task.star_graph.length >= 2, "task.star_graph.length", "at least 2")
   num_nodes = 1 + task.star_graph.arms * (task.star_graph.length - 1)
@@ -505,7 +502,7 @@ def _check_task(rule: _Rules) -> None:
   )
 
 
-def _check_training(rule: _Rules) -> None:
+def _check_training(rule: Rules) -> None:
   if rule.config.train.freeze_trunk:
     rule(
       rule.config.mtp.depth > 0, "train.freeze_trunk",
@@ -535,7 +532,7 @@ def _check_training(rule: _Rules) -> None:
     )
 
 
-def _check_stop(rule: _Rules) -> None:
+def _check_stop(rule: Rules) -> None:
   """The metric that ends training is measured, and can have its value."""
   train, source = rule.config.train, rule.config.data.source
   key = "train.stop_metric"
@@ -562,7 +559,7 @@ def _check_stop(rule: _Rules) -> None:
   rule(0 < train.stop_value <= 1, "train.stop_value", "in (0, 1] for an accuracy")
 
 
-def _check_sharding(rule: _Rules) -> None:
+def _check_sharding(rule: Rules) -> None:
   """Sharded dimensions divide evenly."""
   rule.divisible("data.seq_len", "mesh.context")
   for key in (
@@ -578,7 +575,7 @@ def _check_sharding(rule: _Rules) -> None:
       rule.divisible(key, "mesh.fsdp")
 
 
-def _check_devices(rule: _Rules, num_devices: int) -> None:
+def _check_devices(rule: Rules, num_devices: int) -> None:
   """The mesh fills the devices, and the rows divide over it."""
   config, mesh = rule.config, rule.config.mesh
   fixed = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
@@ -606,7 +603,7 @@ def _check_devices(rule: _Rules, num_devices: int) -> None:
 
 
 def _check_platform(
-  rule: _Rules, platform: str, num_devices: int | None
+  rule: Rules, platform: str, num_devices: int | None
 ) -> None:
   """The kernels that are named run on the platform; see `kernels.attention`."""
   trunk, key = rule.config.trunk, "trunk.attention"

@@ -33,9 +33,9 @@ from mtp_jax.decode.acceptance import counts
 from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.network import unstack
 from mtp_jax.decode.warp import check_warp
-from mtp_jax.drafters.vocabulary import localize
+from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
-from mtp_jax.model.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
+from mtp_jax.predictors.vocabulary import localize
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of

@@ -22,7 +22,7 @@ import numpy as np
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
-from mtp_jax.model.lm import zeros_batch
+from mtp_jax.lm import zeros_batch
 from mtp_jax.sharding import (
   make_mesh,
   make_trial_mesh,

@@ -13,7 +13,7 @@ import numpy as np
 from mtp_jax import accounting, checkpoint
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict
-from mtp_jax.model.lm import deployed, deployed_config
+from mtp_jax.lm import deployed, deployed_config
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
 # Keys of `train` that name a run to begin with, of which one may be set: the trunk of

@@ -45,9 +45,9 @@ from mtp_jax.data.tokenizers import (
   in_run,
   save_tokenizer,
 )
-from mtp_jax.drafters.vocabulary import most_frequent
 from mtp_jax.environment import code_commit, hardware
 from mtp_jax.files import is_begun
+from mtp_jax.lm import on_trunk
 from mtp_jax.metrics import (
   MetricsWriter,
   Progress,
@@ -55,8 +55,8 @@ from mtp_jax.metrics import (
   plain,
   write_json,
 )
-from mtp_jax.model.lm import copied_unembed
 from mtp_jax.pack import Pack
+from mtp_jax.predictors.vocabulary import most_frequent
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import (
   make_mesh,
@@ -420,13 +420,8 @@ class _Run:
       self.mesh,
     )
     if given:
-      state = self.initial_state(given)
       self.model_folder = model_folder
-    else:
-      state = self.programs.init(np.int32(self.config.seed))
-    if "mtp" not in given:
-      state = self.with_draft_tokens(state)
-    return state, _NO_PROGRESS, origin
+    return self.initial_state(given), _NO_PROGRESS, origin
 
   def _recorded_origin(self) -> dict[str, Any]:
     """Returns where the parameters are from, as the run folder says."""
@@ -451,48 +446,30 @@ class _Run:
 
     What is given is not initialised: there is never a second copy of it.
     """
-    shardings = self.programs.shardings
+    shardings, seed = self.programs.shardings, np.int32(self.config.seed)
 
     def without(state: TrainState) -> TrainState:
       kept = {name: x for name, x in state.params.items() if name not in given}
       return state.replace(params=kept)
 
     # Inlined in another program, what is not kept is never computed.
-    init = jax.jit(
+    init = self.programs.init if not given else jax.jit(
       lambda seed: without(self.programs.init.__wrapped__(seed)),
       out_shardings=without(shardings),
     )
-    state = init(np.int32(self.config.seed))
+    state = init(seed)
     params = state.params | given
-    mtp = self.config.mtp
-    if mtp.unembed == "own" and not mtp.draft_vocab and "mtp" not in given:
-      copy = jax.jit(
-        lambda given: copied_unembed(given, self.config),
-        out_shardings=shardings.params["mtp"]["unembed"],
-      )
-      params["mtp"] = params["mtp"] | {"unembed": copy(given)}
+    if "mtp" not in given:
+      params = on_trunk(params, self.config, shardings.params, self._draft_tokens())
     return state.replace(params=params)
 
-  def with_draft_tokens(self, state: TrainState) -> TrainState:
-    """Returns a new state with the tokens that can be drafted, if not every one can."""
-    c = self.config
-    if not c.mtp.draft_vocab:
-      return state
-    counts_V = token_counts(self.corpus.train_rows(1), c.tokenizer.vocab_size)
-    tokens_C = most_frequent(counts_V, c.mtp.draft_vocab)
-    shardings = self.programs.shardings.params["mtp"]
-    narrow = jax.jit(
-      lambda params: copied_unembed(params, c, tokens_C),
-      out_shardings=shardings["unembed"],
-    )
-    own = {
-      "unembed": narrow(state.params),
-      "draft_tokens": jax.device_put(
-        tokens_C.astype(np.float32), shardings["draft_tokens"]
-      ),
-    }
-    mtp = state.params["mtp"] | own
-    return state.replace(params=state.params | {"mtp": mtp})
+  def _draft_tokens(self) -> np.ndarray | None:
+    """Returns the tokens that a new drafter can draft, None where every one can."""
+    size = self.config.mtp.draft_vocab
+    if not size:
+      return None
+    vocab_size = self.config.tokenizer.vocab_size
+    return most_frequent(token_counts(self.corpus.train_rows(1), vocab_size), size)
 
   def restore(self, step: int | None = None) -> Restored | None:
     abstract = jax.tree.map(

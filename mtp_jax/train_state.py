@@ -13,8 +13,9 @@ from flax import struct
 
 from mtp_jax import accounting
 from mtp_jax import optimizer as optimizers
-from mtp_jax.config import Config, routed_layers
-from mtp_jax.model.lm import MtpLm, zeros_batch
+from mtp_jax.config import Config
+from mtp_jax.lm import MtpLm, zeros_batch
+from mtp_jax.predictors import routed_layers
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
 
@@ -38,9 +39,9 @@ class Interval(NamedTuple):
   """Sums over the finite steps since the last log line. They are part of the state, so
   that a run resumed within an interval logs what an uninterrupted one logs.
 
-  Of the experts, by part (`config.routed_layers`) and summed over steps: load, tokens
-  per layer and expert; dropped, choices that no expert computed; balance_loss with its
-  weight alpha.
+  Of the experts, by part (`predictors.routed_layers`) and summed over steps: load,
+  tokens per layer and expert; dropped, choices that no expert computed; balance_loss
+  with its weight alpha.
   """
 
   steps: jax.Array

@@ -17,6 +17,13 @@ from mtp_jax.balancing import update_biases
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, learns_from_trunk
 from mtp_jax.depth_weights import depth_weights
+from mtp_jax.lm import (
+  MtpLm,
+  columns,
+  draft_tokens,
+  unembed_matrix,
+  unembeddings,
+)
 from mtp_jax.losses import (
   LossSums,
   Teacher,
@@ -24,13 +31,6 @@ from mtp_jax.losses import (
   loss_coefficients,
   loss_sums,
   trunk_states,
-)
-from mtp_jax.model.lm import (
-  MtpLm,
-  columns,
-  draft_tokens,
-  unembed_matrix,
-  unembeddings,
 )
 from mtp_jax.sharding import logical_axes
 from mtp_jax.targets import future_targets
@@ -65,7 +65,7 @@ class BatchSums(NamedTuple):
   weighted_M, nll_M, correct_M: see `losses.LossSums`.
   balance: the balance loss of the experts, with its weight; 0 without experts.
   dropped: choices of experts that were not computed; 0.
-  load:    by part, tokens per layer and expert; see `config.routed_layers`.
+  load:    by part, tokens per layer and expert; see `predictors.routed_layers`.
   """
 
   total: jax.Array
@@ -152,7 +152,7 @@ def depth_losses(
 def learnt_targets(
   config: Config, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns `(targets_MBT, mask_MBT)` of training, targets as `model.lm.columns`.
+  """Returns `(targets_MBT, mask_MBT)` of training, targets as `lm.columns`.
 
   Where depths learn from the trunk's own prediction of a token, those at the end of a
   row are left out whose prediction would be made after it.

@@ -26,15 +26,16 @@ from mtp_jax.decode import network, stops
 from mtp_jax.decode.provenance import Generation
 from mtp_jax.decode.trees import Tree
 from mtp_jax.decode.warp import check_warp
-from mtp_jax.drafters.vocabulary import scatter
-from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import (
+from mtp_jax.lm import (
   MtpLm,
   columns,
   draft_tokens,
   unembed_matrix,
   unembeddings,
 )
+from mtp_jax.losses import token_stats
+from mtp_jax.predictors import kind_of
+from mtp_jax.predictors.vocabulary import scatter
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
 from mtp_jax.train_step import shape_of
@@ -80,7 +81,7 @@ class TrainedModel:
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
-    if self.config.mtp.is_autoregressive:
+    if kind_of(self.config.mtp).is_autoregressive:
       for m in range(1, len(hidden_MTD)):
         hidden_MTD[m, -m:] = np.nan
     return hidden_MTD
@@ -101,7 +102,7 @@ class TrainedModel:
     with jax.set_mesh(self.mesh):
       logits_PV = _logits(self._shape, self.params, hidden_MBPD, depth)
     logits_TV = np.array(logits_PV)[: len(tokens_T)]
-    if depth and self.config.mtp.is_autoregressive:
+    if depth and kind_of(self.config.mtp).is_autoregressive:
       logits_TV[-depth:] = np.nan
     return logits_TV
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.lm import MtpLm, unembed_matrix
+from mtp_jax.predictors import kind_of
 from mtp_jax.targets import future_targets
 from tests.common import (
   INPUTS,
@@ -72,7 +73,7 @@ def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(
   found_MTU, mask_MT = influence(config, batch)
   for m in range(1 + depth):
     # Depth m of a chain is given the m tokens before the one it predicts.
-    ahead = m if config.mtp.is_autoregressive else 0
+    ahead = m if kind_of(config.mtp).is_autoregressive else 0
     for i in range(LENGTH):
       same_document = SEGMENTS == SEGMENTS[i]
       newest = i + ahead if config.mtp.fed == "true" else newest_in_trunk(config, m, i)

@@ -22,10 +22,10 @@ from mtp_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
   check_resumable,
-  contract,
   fingerprint,
 )
 from mtp_jax.config import ConfigError, flatten, to_dict, with_overrides
+from mtp_jax.predictors import contract
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.train_state import init_state, state_shardings
 from tests.common import GPT2, MINIMAL, tiny_config

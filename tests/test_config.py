@@ -9,7 +9,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules
+from mtp_jax import config_rules, predictors
 from mtp_jax.config import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -47,9 +47,7 @@ def test_base_is_valid_on_one_and_on_eight_devices():
   ("name", 3, "name must be of type str, got 3."),
   ("mtp", 3, "mtp must be a section, got 3."),
   (
-    "mtp.kind", "eagle2",
-    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', got 'eagle2'.",
+    "mtp.fed", "mine", "mtp.fed must be one of 'true', 'none', 'own', got 'mine'."
   ),
   (
     "mtp.depth_weights", 1.0,
@@ -134,6 +132,11 @@ TASK = {
   "task.num_train": 10, "train.evals_per_doubling": 2, "train.stop_value": 0.95,
 }
 RULES = {
+  "kind": (
+    {"mtp.kind": "eagle2"},
+    "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
+    "'eagle', 'eagle3', got 'eagle2'.",
+  ),
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
     {"data.seed": 2**31}, "data.seed must be in [0, 2^31), got 2147483648."
@@ -700,7 +703,7 @@ def test_dotted_keys_hold_sections_and_values():
 
 def test_layers_of_the_trunk_by_kind_and_arm():
   def layers(**mtp):
-    return config_lib.num_trunk_layers(make(trunk__num_layers=8, **mtp))
+    return predictors.num_trunk_layers(make(trunk__num_layers=8, **mtp))
 
   assert layers() == 8
   assert layers(mtp__kind="sequential", mtp__depth=2) == 8

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.config import EAGLES, with_overrides
+from mtp_jax.config import with_overrides
 from mtp_jax.decode import drafters, generate, loop, network
 from mtp_jax.decode.generate import Decoding
-from mtp_jax.decode.interface import Window
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
+from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.model import attention
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.predictors.drafting import Choice, Window
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
   INPUTS,
@@ -336,7 +336,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   EAGLE, whose parameters are the same at any depth, goes on for two drafts more.
   """
-  depth = model.config.mtp.depth + 2 * (model.config.mtp.kind in EAGLES)
+  depth = model.config.mtp.depth + 2 * (model.config.mtp.kind in ("eagle", "eagle3"))
   config = with_overrides(model.config, {"mtp.depth": depth})
   T = 12
   rng = np.random.default_rng(3)
@@ -374,7 +374,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
     def choose(logits_BV, k):
       logits.append(logits_BV)
-      return tokens_BS[jnp.arange(2), length_B + k - 1]
+      return Choice(tokens_BS[jnp.arange(2), length_B + k - 1])
 
     drafter.propose(weights, cache, carry, window, choose)
     return target.unembed(weights, hidden), logits

@@ -16,9 +16,10 @@ import pytest
 from scipy.stats import chi2
 
 from mtp_jax.decode import loop, trees
-from mtp_jax.decode.interface import Drafter, Recursion, Target
+from mtp_jax.decode.network import Target
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.model.cache_slots import Places, positions_of
+from mtp_jax.predictors.drafting import Drafter, Recursion
 from tests.common import quick_jit
 
 VOCAB, NEW, TABLE = 4, 4, 211
@@ -79,8 +80,8 @@ def table_drafter(num_drafts):
       row_B = code(tokens_BS)[rows_B, window.length_B + k - 2]
       drafts.append(choose(weights[row_B], k))
       slot_B = window.length_B + k - 1
-      tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1], mode="drop")
-    return cache, jnp.stack(drafts, axis=1)
+      tokens_BS = tokens_BS.at[rows_B, slot_B].set(drafts[-1].token_B, mode="drop")
+    return cache, drafts
 
   return Drafter(
     num_drafts, True, lambda rows, slots: (),

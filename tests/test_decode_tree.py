@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.decode import drafters, generate, interface, loop, network, trees
+from mtp_jax.decode import drafters, generate, loop, network, trees
 from mtp_jax.decode.generate import Decoding
-from mtp_jax.decode.interface import Drafter, Nodes, Recursion, Window
 from mtp_jax.decode.trees import DynamicTree, StaticTree, best_static_tree
+from mtp_jax.predictors.drafting import (
+  Drafter,
+  Nodes,
+  Recursion,
+  Window,
+  chain,
+)
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import INPUTS, LATENT, MINIMAL, SHARED, quick_jit, tiny_config
 from tests.test_decode import (
@@ -249,7 +255,7 @@ def test_a_chain_of_recursion_is_what_recurse_drafts(name, decoding):
   found = []
   for drafter in (
     drafters.own_predictors(model.config, 3, recurse=True),
-    interface.chain(drafters.own_recursion(model.config), 3),
+    chain(drafters.own_recursion(model.config), 3),
   ):
     plan = generate.make_plan(model.config, decoding, drafter)
     sizes = generate._Sizes(model.config, plan, model.prompts, NEW, PROMPT_SLOTS)
@@ -318,7 +324,7 @@ def test_nodes_of_a_static_tree_are_the_likeliest_tokens_by_rank():
 
   def propose(weights, cache, carry, window, choose):
     chosen.extend(choose(jnp.array(logits[k - 1]), k) for k in range(1, 1 + K))
-    return cache, None
+    return cache, chosen
 
   drafter = Drafter(K, True, None, None, propose, feeds_choices=False)
   tree = trees.static(drafter, WIDE)
@@ -329,7 +335,7 @@ def test_nodes_of_a_static_tree_are_the_likeliest_tokens_by_rank():
     np.testing.assert_array_equal(nodes.token_BN[:, i], expected)
     parent = 0 if len(path) == 1 else 1 + WIDE.paths.index(path[:-1])
     assert set(np.asarray(nodes.parent_BN)[:, i]) == {parent}
-  np.testing.assert_array_equal(np.stack(chosen), order[:, :, 0])
+  np.testing.assert_array_equal(np.stack([x.token_B for x in chosen]), order[:, :, 0])
   assert tree.num_drafted == len(WIDE.paths) and tree.num_drafts == K
 
 

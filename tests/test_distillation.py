@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from mtp_jax.model.lm import MtpLm, copied_unembed, unembed_matrix
+from mtp_jax.lm import MtpLm, on_trunk, unembed_matrix
 from mtp_jax.sharding import unbox
 from tests.common import (
   assert_trees_close,
@@ -126,4 +126,6 @@ def test_own_matrices_begin_as_copies_of_the_trunks(tied, kind):
   expected = np.stack([shared, shared]) if kind == "medusa" else shared
   assert np.any(shared)
   np.testing.assert_array_equal(own, expected)
-  np.testing.assert_array_equal(copied_unembed(params, config), own)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  found = on_trunk(params, config, jax.tree.map(lambda x: one, params))
+  np.testing.assert_array_equal(found["mtp"]["unembed"], own)

@@ -13,9 +13,9 @@ from mtp_jax import evaluate, train
 from mtp_jax.config import with_overrides
 from mtp_jax.data.pipeline import token_counts
 from mtp_jax.decode import network
-from mtp_jax.drafters import vocabulary
+from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.losses import loss_coefficients
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.predictors import vocabulary
 from mtp_jax.targets import future_targets
 from tests.common import (
   VOCAB,
@@ -138,6 +138,9 @@ def test_a_run_begins_with_the_frequent_tokens_of_its_text(tmp_path):
   run = train._Run(config, tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     params = run.start(run.loader())[0].params
+    trunk = {name: tree for name, tree in params.items() if name != "mtp"}
+    trunk["unembed"] = {"kernel": 2 * trunk["unembed"]["kernel"]}
+    beside = run.initial_state(trunk).params["mtp"]  # Of a trunk that was imported.
   counts_V = token_counts(run.corpus.train_rows(1), config.tokenizer.vocab_size)
   chosen = np.asarray(params["mtp"]["draft_tokens"]).astype(int)
   others = np.setdiff1d(np.arange(len(counts_V)), chosen)
@@ -145,6 +148,8 @@ def test_a_run_begins_with_the_frequent_tokens_of_its_text(tmp_path):
   np.testing.assert_array_equal(
     params["mtp"]["unembed"], np.asarray(params["unembed"]["kernel"])[:, chosen]
   )
+  np.testing.assert_array_equal(beside["draft_tokens"], chosen)
+  np.testing.assert_array_equal(beside["unembed"], 2 * params["mtp"]["unembed"])
   # They stay what they are.
   short = {"train.num_steps": 2, "train.eval_every": 0, "eval.num_rows": 4,
            "eval.line_prompts": 0, "eval.function_prompts": 0}

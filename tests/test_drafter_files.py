@@ -14,7 +14,7 @@ import mtp_jax
 from mtp_jax import accounting, interop
 from mtp_jax.config import with_overrides
 from mtp_jax.interop import InteropError
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.lm import MtpLm, unembed_matrix
 from tests import common, numpy_models
 from tests.hf_folders import LINEAR, TIED, assert_same_bits, one_device
 from tests.untrained_runs import save_run

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import num_trunk_layers, tapped_layers, with_overrides
+from mtp_jax.config import with_overrides
+from mtp_jax.lm import MtpLm
 from mtp_jax.model.block import Block
-from mtp_jax.model.lm import MtpLm
 from mtp_jax.model.trunk import Trunk
+from mtp_jax.predictors import num_trunk_layers, tapped_layers
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train_state import Hyperparameters
 from tests.common import (

@@ -11,8 +11,8 @@ from mtp_jax import evaluate
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Completion
+from mtp_jax.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.losses import token_ranks
-from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.sharding import make_mesh
 from tests.common import TRUNKS, packed_batch, quick_jit, random_params, tiny_config
 

@@ -14,11 +14,11 @@ from experiments import drafters, gains_with_scale
 from launch import trials
 from mtp_jax import accounting, config_rules, optimizer
 from mtp_jax import config as config_lib
-from mtp_jax.config import routed_layers
 from mtp_jax.data.tasks.corpus import load_task
 from mtp_jax.depth_weights import depth_weights
+from mtp_jax.lm import zeros_batch
 from mtp_jax.model import block, layers
-from mtp_jax.model.lm import zeros_batch
+from mtp_jax.predictors import routed_layers
 from mtp_jax.sharding import MESH_AXES, abstract_mesh, logical_axes
 from mtp_jax.train_state import Hyperparameters, init_state
 from mtp_jax.train_step import train_step

@@ -23,7 +23,7 @@ from experiments import base
 from mtp_jax import accounting, train
 from mtp_jax import config as config_lib
 from mtp_jax.analysis.findings import write_findings
-from mtp_jax.checkpoint import contract
+from mtp_jax.predictors import contract
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import loss_and_grads
 from tests import common, hf_folders, test_drafter_files

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mtp_jax import accounting, interop
 from mtp_jax.config import difference, with_overrides
 from mtp_jax.interop import InteropError, exporting, tensor_files
-from mtp_jax.model.lm import deployed
+from mtp_jax.lm import deployed
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests import common
 from tests.hf_folders import (

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtp_jax import accounting, interop
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.lm import MtpLm, unembed_matrix
 from tests import common, numpy_models
 from tests.hf_folders import CASES, DEEPSEEK, one_device
 

@@ -10,8 +10,8 @@ import pytest
 import mtp_jax
 from launch import import_hf
 from mtp_jax import interop
-from mtp_jax.checkpoint import contract
 from mtp_jax.config import ConfigError, with_overrides
+from mtp_jax.predictors import contract
 from tests import tiny_runs
 from tests.common import tiny_config
 from tests.untrained_runs import save_run

@@ -7,12 +7,12 @@ import pytest
 
 from mtp_jax import accounting
 from mtp_jax import config as config_lib
-from mtp_jax.config import num_trunk_layers
+from mtp_jax.lm import MtpLm, likeliest_tokens, unembed_matrix
 from mtp_jax.model.block import Block
 from mtp_jax.model.layers import make_norm
-from mtp_jax.model.lm import MtpLm, likeliest_tokens, unembed_matrix
-from mtp_jax.model.mtp import SequentialModule
 from mtp_jax.model.trunk import Trunk
+from mtp_jax.predictors import num_trunk_layers
+from mtp_jax.predictors.sequential import SequentialModule
 from mtp_jax.sharding import unbox
 from tests.common import (
   GPT2,

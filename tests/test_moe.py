@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import mtp_jax
 from mtp_jax import accounting, train
-from mtp_jax.config import routed_layers
 from mtp_jax.decode import network
 from mtp_jax.kernels.grouped_matmul import (
   Plan,
@@ -25,9 +24,10 @@ from mtp_jax.kernels.grouped_matmul import (
   sort_by_expert,
   to_rows,
 )
+from mtp_jax.lm import MtpLm
 from mtp_jax.model import moe as moe_lib
-from mtp_jax.model.lm import MtpLm
 from mtp_jax.model.moe import Moe, choose, gates
+from mtp_jax.predictors import routed_layers
 from mtp_jax.sharding import (
   logical_axes,
   make_mesh,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.model.lm import MtpLm, deployed, unembed_matrix, zeros_batch
+from mtp_jax.lm import MtpLm, deployed, unembed_matrix, zeros_batch
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import loss_and_grads
 from tests.common import (

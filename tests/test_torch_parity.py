@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import Config, num_trunk_layers
+from mtp_jax.config import Config
 from mtp_jax.decode import network
 from mtp_jax.depth_weights import depth_weights
-from mtp_jax.model.lm import MtpLm
+from mtp_jax.lm import MtpLm
+from mtp_jax.predictors import num_trunk_layers
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import loss_and_grads
 from tests import common

@@ -11,7 +11,7 @@ import pytest
 
 from mtp_jax import evaluate
 from mtp_jax import train_step as train_step_lib
-from mtp_jax.model.lm import MtpLm, unembed_matrix
+from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.sharding import make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters

@@ -22,8 +22,9 @@ from mtp_jax.decode import loop, network, stops
 from mtp_jax.decode.generate import Completion, Decoding
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import check_warp
+from mtp_jax.lm import MtpLm, unembeddings
 from mtp_jax.losses import token_stats
-from mtp_jax.model.lm import MtpLm, unembeddings
+from mtp_jax.predictors import kind_of
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import init_state
@@ -194,7 +195,7 @@ def test_losses_are_those_of_a_row_with_other_documents(models, name):
 def test_logits_at_a_row_say_what_the_losses_say(models, name):
   model = models(name)
   ids, losses = model.encode(TEXT), model.losses(TEXT)
-  reads_on = model.config.mtp.is_autoregressive
+  reads_on = kind_of(model.config.mtp).is_autoregressive
   for depth in range(3):
     logits = model.logits(TEXT, depth)
     assert logits.shape == (len(ids), 260) and logits.dtype == np.float32

@@ -14,7 +14,7 @@ from mtp_jax import train
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
-from mtp_jax.model.lm import deployed
+from mtp_jax.lm import deployed
 from mtp_jax.saved_model import check_source
 from tests.common import GPT2, MINIMAL, assert_trees_close
 from tests.tiny_runs import run_config, write_texts

@@ -37,7 +37,8 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, network, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
-from mtp_jax.model.lm import MtpLm, zeros_batch
+from mtp_jax.lm import MtpLm, zeros_batch
+from mtp_jax.predictors import KINDS
 from mtp_jax.sharding import unbox
 
 DEFINITIONS = {
@@ -275,7 +276,8 @@ def _sizes(settings: SimpleNamespace) -> list[dict[str, Any]]:
       ),
     }
     # The plain model does not depend on the predictors: one comparison will do.
-    is_first = kind == settings.kinds[0] and kind != "parallel"
+    has_plain_trunk = not KINDS[kind].deployed_blocks
+    is_first = kind == settings.kinds[0] and has_plain_trunk
     with contextlib.ExitStack() as processes:
       peers = {}
       for name in TORCH if settings.torch and is_first else ():

@@ -27,9 +27,16 @@ from launch.benchmarks.pages import ratios
 from mtp_jax.config import Config
 from mtp_jax.decode import loop, network, trees
 from mtp_jax.decode.generate import Decoding, make_plan
-from mtp_jax.decode.interface import Drafter, Window, take_tokens
 from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import compute_dtype
+from mtp_jax.predictors.drafting import (
+  Choice,
+  Drafter,
+  Nodes,
+  Window,
+  take_tokens,
+  tokens_of,
+)
 
 _MOST_TURNS = 1 << 14
 
@@ -142,7 +149,8 @@ def draft(
     window = Window(tokens_BS, length_B, feature_BWD + drift, *places)
     cache, found = drafter.catch_up(weights, cache, window)
     cache, drafts = drafter.propose(weights, cache, found, window, most_likely)
-    return drafts, window.feature_BWD, cache
+    is_tree = isinstance(drafts, Nodes)
+    return drafts if is_tree else tokens_of(drafts), window.feature_BWD, cache
 
   cache = jax.tree.map(jnp.copy, state.draft_cache)
   drafts = state.drafts_BK if state.nodes is None else state.nodes
@@ -151,10 +159,10 @@ def draft(
   )
 
 
-def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
-  """The `interface.Choose` of greedy decoding."""
+def most_likely(logits_BV: jax.Array, k: int) -> Choice:
+  """The `Choose` of greedy decoding."""
   del k
-  return argmax(logits_BV)
+  return Choice(argmax(logits_BV))
 
 
 def whole_round(
@@ -176,11 +184,14 @@ def forced(drafter: Drafter) -> Drafter:
 
   def propose(weights, cache, carry, window: Window, choose):
     own, drafts_BS = weights
-    cache, found_BK = drafter.propose(own, cache, carry, window, choose)
+    cache, found = drafter.propose(own, cache, carry, window, choose)
     ahead_BK = window.length_B[:, None] + jnp.arange(drafter.num_drafts)
-    given_BK = take_tokens(drafts_BS, ahead_BK)
+    given_KB = take_tokens(drafts_BS, ahead_BK).T
     # Tokens are never negative, which the compiler does not know.
-    return cache, jnp.where(found_BK < 0, found_BK, given_BK)
+    return cache, [
+      Choice(jnp.where(x.token_B < 0, x.token_B, given_B))
+      for x, given_B in zip(found, given_KB, strict=True)
+    ]
 
   return drafter._replace(
     has_distribution=False,

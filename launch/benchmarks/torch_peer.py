@@ -18,13 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_jax.config import (
-  EAGLES,
-  PUBLISHED_MODULES,
-  Config,
-  TrunkConfig,
-  num_trunk_layers,
-)
+from mtp_jax.config import PUBLISHED_MODULES, Config, TrunkConfig
+from mtp_jax.predictors import num_trunk_layers
+
+# The kinds of predictors that are written here once more.
+KINDS = "none", "parallel", "sequential", "linear", "medusa"
 
 
 class Context(NamedTuple):
@@ -148,16 +146,16 @@ class Peer(nn.Module):
   """Trunk, predictors and losses of one config.
 
   Raises:
-    ValueError: an EAGLE drafter, or sequential modules with other inputs or norms than
-      the published ones.
+    ValueError: a kind of predictor that is not one of `KINDS`, or sequential modules
+      with other inputs or norms than the published ones.
   """
 
   def __init__(self, config: Config):
     super().__init__()
     trunk, mtp = config.trunk, config.mtp
-    if mtp.kind in EAGLES:
+    if mtp.kind not in KINDS:
       raise ValueError(
-        f"mtp.kind must not be an EAGLE drafter for PyTorch, got {mtp.kind!r}."
+        f"mtp.kind must be one of {', '.join(KINDS)} for PyTorch, got {mtp.kind!r}."
       )
     for key, published in PUBLISHED_MODULES.items():
       if getattr(mtp, key) != published:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mtp_jax import files
 from mtp_jax.config import Config
-from mtp_jax.model.lm import zeros_batch
+from mtp_jax.lm import zeros_batch
 from mtp_jax.sharding import batch_shardings, replicated
 from mtp_jax.train_state import Hyperparameters, TrainState
 from mtp_jax.train_step import programs

@@ -24,17 +24,13 @@ from matplotlib.ticker import (
 
 from mtp_jax.analysis.gains import UPPER
 from mtp_jax.analysis.ladders import size_text
+from mtp_jax.predictors import KINDS
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness.
-COLOURS = {
-  "none": "#000000",
-  "parallel": "#0072B2",
-  "sequential": "#D55E00",
-  "linear": "#009E73",
-  "medusa": "#CC79A7",
-  "eagle": "#56B4E9",
-  "eagle3": "#E69F00",
-}
+_PALETTE = (
+  "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+)
+COLOURS = dict(zip(KINDS, itertools.cycle(_PALETTE), strict=False))
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 LINES = ("-", "--", ":", "-.")
 _ZERO = dict(color="#777777", linewidth=0.8)

@@ -28,6 +28,7 @@ from mtp_jax.config import (
   flatten,
   to_dict,
 )
+from mtp_jax.predictors import KINDS, kind_of
 
 NTP = "NTP"
 
@@ -53,9 +54,6 @@ MAY_SCALE = (
   "optimizer.base_width", "optimizer.warmup_fraction", "optimizer.decay_fraction",
   "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1",
   "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
-)
-_KIND_ORDER = (
-  "none", "parallel", "sequential", "linear", "medusa", "eagle", "eagle3"
 )
 _NO_EFFECT = dict(
   weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
@@ -95,7 +93,8 @@ def arrange(runs: Runs) -> pd.DataFrame:
 def canonical(mtp: MtpConfig) -> MtpConfig:
   """Returns the section with every value that has no effect set to a fixed one."""
   if mtp.depth == 0:
-    kind = "parallel" if mtp.kind == "parallel" else "none"
+    # Without a depth a kind is NTP, but for one whose block is part of the model.
+    kind = mtp.kind if kind_of(mtp).deployed_blocks else "none"
     return dataclasses.replace(
       mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_MODULES,
       **_NO_EFFECT,
@@ -119,7 +118,7 @@ def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
   What else is said is what varies among the methods of the same kind.
   """
   labels = {}
-  for kind in _KIND_ORDER:
+  for kind in KINDS:
     own = [m for m in methods if m.kind == kind and m.depth and m.arm != "flops"]
     varying = _varying([_details(m) for m in own])
     for mtp in own:
@@ -131,7 +130,7 @@ def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
       own = " fed=own" if mtp.fed == "own" else ""
       labels[mtp] = f"NTP at FLOPs of {mtp.kind} D={mtp.depth}{shared}{own}"
     elif mtp.depth == 0:
-      labels[mtp] = NTP if mtp.kind == "none" else f"{mtp.kind} D=0"
+      labels[mtp] = f"{mtp.kind} D=0" if kind_of(mtp).deployed_blocks else NTP
   return labels
 
 
@@ -179,7 +178,7 @@ def _order(mtp: MtpConfig) -> tuple:
   return (
     mtp.depth > 0,
     not is_longer_ntp,
-    _KIND_ORDER.index(mtp.kind),
+    list(KINDS).index(mtp.kind),
     mtp.depth,
     str(dataclasses.astuple(mtp)),
   )

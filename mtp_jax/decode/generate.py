@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mtp_jax.config import MOST_DRAFTS, Config, num_trunk_layers
+from mtp_jax.config import MOST_DRAFTS, Config
 from mtp_jax.decode import drafters, loop, network, stops, trees
-from mtp_jax.decode.interface import Drafter
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
 from mtp_jax.model.layers import compute_dtype
+from mtp_jax.predictors import kind_of, num_trunk_layers
+from mtp_jax.predictors.drafting import Drafter
 
 PROPOSALS = ("auto", "argmax", "sample", "coupled")
 
@@ -115,7 +116,8 @@ def make_plan(
   if drafter.num_drafts == 0 and rule != "greedy":
     rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
-    uses_q = rule == "block" or (rule == "leviathan" and config.mtp.is_autoregressive)
+    feeds_drafts = kind_of(config.mtp).is_autoregressive
+    uses_q = rule == "block" or (rule == "leviathan" and feeds_drafts)
     proposal = "sample" if uses_q and drafter.has_distribution else "argmax"
   if drafter.num_drafts:
     if proposal in ("sample", "coupled") and not drafter.has_distribution:

@@ -25,10 +25,18 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.decode import stops, trees
-from mtp_jax.decode.interface import Drafter, Nodes, Target, Window, take_rows
+from mtp_jax.decode.network import Target
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.kernels.argmax import argmax
+from mtp_jax.predictors.drafting import (
+  Choice,
+  Drafter,
+  Nodes,
+  Window,
+  take_rows,
+  tokens_of,
+)
 
 # What `DecodeState.source_BS` says of a committed token; k >= 1: accepted draft k.
 PROMPT, CORRECTION, OWN = -2, -1, 0
@@ -407,17 +415,15 @@ def _draft(
     start_B,
     n_B - 2 - start_B,
   )
-  log_q = []
 
-  def choose(logits_BV: jax.Array, k: int) -> jax.Array:
+  def choose(logits_BV: jax.Array, k: int) -> Choice:
     if plan.proposal == "argmax":
-      return argmax(logits_BV)
+      return Choice(argmax(logits_BV))
     log_q_BV = warp(logits_BV, inputs.warp)
     role = _TARGET if plan.proposal == "coupled" else _DRAFT
     position_B1 = (n_B + k - 1)[:, None]
     gumbel_B1V = _gumbel(plan, state, position_B1, role, log_q_BV)
-    log_q.append(log_q_BV)
-    return sample_tokens(log_q_BV, gumbel_B1V[:, 0])
+    return Choice(sample_tokens(log_q_BV, gumbel_B1V[:, 0]), log_q_BV)
 
   cache, carry = drafter.catch_up(inputs.draft_weights, state.draft_cache, window)
   cache, drafts = drafter.propose(inputs.draft_weights, cache, carry, window, choose)
@@ -426,8 +432,8 @@ def _draft(
   keeps_q = plan.proposal == "sample" and plan.rule != "match"
   return state._replace(
     draft_cache=cache,
-    drafts_BK=drafts,
-    log_q_BKV=jnp.stack(log_q, axis=1) if keeps_q else None,
+    drafts_BK=tokens_of(drafts),
+    log_q_BKV=jnp.stack([x.note for x in drafts], axis=1) if keeps_q else None,
   )
 
 

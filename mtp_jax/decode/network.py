@@ -1,53 +1,49 @@
-"""The trained network in the form that decoding wants: per-layer weights and caches.
-
-Training stacks the parameters of equal layers and loops over them. A decoding step is
-bound by reading weights, and taking a layer out of a stack would copy it every time;
-`unstack` does that once.
+"""The next-token model inside an MTP model: its weights, and as a decoding target.
 
 Legend: B batch, T new tokens, S slots, D embed, V vocab.
 """
 
 import functools
-import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import (
-  EAGLES,
-  Config,
-  TrunkConfig,
-  num_trunk_layers,
-  tapped_layers,
+from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.lm import draft_tokens, unembed_matrix, unembeddings
+from mtp_jax.model.block import Cache
+from mtp_jax.model.cache_slots import positions_of
+from mtp_jax.model.layers import compute_dtype
+from mtp_jax.predictors import kind_of, num_trunk_layers, tapped_layers
+from mtp_jax.predictors.weights import (
+  Weights,
+  embed,
+  empty_caches,
+  final_norm,
+  layers,
+  run_block,
+  unembed,
 )
-from mtp_jax.decode.interface import Target
-from mtp_jax.drafters.vocabulary import scatter
-from mtp_jax.model.block import Block, Cache, empty_cache
-from mtp_jax.model.cache_slots import Positions, positions_of
-from mtp_jax.model.layers import compute_dtype, make_norm
-from mtp_jax.model.lm import draft_tokens, unembed_matrix, unembeddings
 
 
-class Weights(NamedTuple):
-  """Parameters of an `MtpLm`, matrices in the compute dtype.
+class Target(NamedTuple):
+  """The model whose output is to be reproduced. Hashable: it keys compiled programs.
 
-  blocks: the trunk's layers, and the first head of parallel heads.
-  predictors: what depth 1, 2, ... D adds: a head, a module or a linear map; one module
-    where it is shared; all of an EAGLE drafter.
-  draft_unembeds_DV: the output matrix of depth 1, 2, ... D, where they have their own;
-    one where they share it.
-  draft_tokens_C: the tokens that can be drafted; None: every one.
+  init(rows, slots) -> cache.
+  forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
+    runs T new tokens and caches them at their positions. A position of `slots` or more
+    marks a row that is not there: what is returned for it is not read. Nodes of a tree
+    come with `cache_slots.Places` in the place of positions.
+  unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
+  move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
+    S or more is none. Asked for by trees alone.
   """
 
-  embedding_VD: jax.Array
-  position_PD: jax.Array | None
-  blocks: tuple[Any, ...]
-  final_norm: Any
-  unembed_DV: jax.Array
-  predictors: tuple[Any, ...]
-  draft_unembeds_DV: tuple[jax.Array, ...]
-  draft_tokens_C: jax.Array | None
+  init: Callable[..., Any]
+  forward: Callable[..., Any]
+  unembed: Callable[..., Any]
+  move: Callable[..., Any]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -61,27 +57,12 @@ def unstack(params: Any, config: Config) -> Weights:
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: x if is_wide(path) else x.astype(dtype), params
   )
-  layers = lambda stack, count: [  # noqa: E731
-    jax.tree.map(operator.itemgetter(i), stack) for i in range(count)
-  ]
   num_dense = config.trunk.dense_prefix
   blocks = layers(params["trunk"]["dense_blocks"], num_dense) if num_dense else []
   blocks += layers(params["trunk"]["blocks"], num_trunk_layers(config) - num_dense)
-  depth, kind = config.mtp.depth, config.mtp.kind
-  predictors = []
-  if kind == "parallel":
-    first, *predictors = layers(params["mtp"]["heads"], 1 + depth)
-    blocks.append(first)
-  elif kind == "linear" and depth:
-    predictors = layers(params["mtp"]["maps"], depth)
-  elif kind == "medusa" and depth:
-    heads = ("kernels", "biases")
-    predictors = layers({name: params["mtp"][name] for name in heads}, depth)
-  elif kind == "sequential" and depth:
-    stack = params["mtp"]["modules"]
-    predictors = [stack] if config.mtp.share_modules else layers(stack, depth)
-  elif kind in EAGLES:
-    predictors = [params["mtp"]]
+  kind = kind_of(config.mtp)
+  predictors = kind.unstack(params["mtp"], config.mtp) if "mtp" in params else []
+  blocks += predictors[: kind.deployed_blocks]
   is_learned = config.trunk.kind == "gpt2"
   return Weights(
     params["embed"]["embedding"],
@@ -89,7 +70,7 @@ def unstack(params: Any, config: Config) -> Weights:
     tuple(blocks),
     params["final_norm"],
     unembed_matrix(params, config),
-    tuple(predictors),
+    tuple(predictors[kind.deployed_blocks :]),
     tuple(own_DV for _, own_DV in unembeddings(params, config)[1:]),
     draft_tokens(params, config),
   )
@@ -99,12 +80,13 @@ def target(config: Config) -> Target:
   """Returns the next-token model inside an MTP model as a decoding target.
 
   Its feature is the trunk's un-normed residual stream, which is what every kind of
-  predictor starts from; that of EAGLE-3 is three such streams side by side. Parallel
-  heads predict the next token by their first head.
+  predictor starts from, or several such streams side by side (`tapped_layers`). Blocks
+  of the predictors that are deployed come after the trunk's.
   """
   layers = num_trunk_layers(config)
   taps = tapped_layers(config) or (layers,)
-  return _target(config.trunk, taps, layers + (config.mtp.kind == "parallel"))
+  deployed = layers + kind_of(config.mtp).deployed_blocks
+  return _target(config.trunk, taps, deployed)
 
 
 @functools.cache
@@ -133,41 +115,3 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
     return tuple(cache.move(source_BT, slot_BT) for cache in caches)
 
   return Target(init, forward, unembed, move)
-
-
-def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
-  return jnp.take(weights.embedding_VD, tokens, axis=0)
-
-
-def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
-  """Returns the logits of a depth in at least float32; 0 is the next token."""
-  own, tokens_C = weights.draft_unembeds_DV, weights.draft_tokens_C
-  logits = jnp.einsum(
-    "...D,DV->...V",
-    hidden,
-    own[depth - 1] if depth and own else weights.unembed_DV,
-    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
-  )
-  if depth == 0 or tokens_C is None:
-    return logits
-  return scatter(logits, tokens_C, len(weights.embedding_VD))
-
-
-def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:
-  return make_norm(trunk).apply({"params": weights.final_norm}, x)
-
-
-def run_block(
-  trunk: TrunkConfig, params: Any, x_BTD: jax.Array, positions_BT: Positions,
-  cache: Cache,
-) -> tuple[jax.Array, Cache]:
-  # A cache holds one document per row.
-  no_segments = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-  block = Block(trunk)
-  return block.apply({"params": params}, x_BTD, positions_BT, no_segments, cache)[:2]
-
-
-def empty_caches(
-  trunk: TrunkConfig, count: int, rows: int, slots: int
-) -> tuple[Cache, ...]:
-  return tuple(empty_cache(trunk, rows, slots) for _ in range(count))

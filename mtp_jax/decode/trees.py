@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.decode.interface import (
+from mtp_jax.model.cache_slots import Places, write_slots
+from mtp_jax.predictors.drafting import (
+  Choice,
   Choose,
   Drafter,
   Nodes,
@@ -34,7 +36,6 @@ from mtp_jax.decode.interface import (
   Window,
   take_rows,
 )
-from mtp_jax.model.cache_slots import Places, write_slots
 
 # A round verifies all nodes at once; more than these never pay.
 MOST_NODES = 1024
@@ -181,14 +182,13 @@ def static(drafter: Drafter, tree: StaticTree) -> Drafter:
 
   def propose(weights, cache, carry, window: Window, choose: Choose):
     del choose
-    likeliest = []
 
-    def choose_first(logits_BV: jax.Array, k: int) -> jax.Array:
-      likeliest.append(jax.lax.top_k(logits_BV, widths[k - 1])[1])
-      return likeliest[-1][:, 0]
+    def choose_first(logits_BV: jax.Array, k: int) -> Choice:
+      _, likeliest = jax.lax.top_k(logits_BV, widths[k - 1])
+      return Choice(likeliest[:, 0], likeliest)
 
-    cache, _ = drafter.propose(weights, cache, carry, window, choose_first)
-    tokens = [likeliest[len(path) - 1][:, path[-1]] for path in tree.paths]
+    cache, drafts = drafter.propose(weights, cache, carry, window, choose_first)
+    tokens = [drafts[len(path) - 1].note[:, path[-1]] for path in tree.paths]
     token_BN = jnp.stack(tokens, axis=1)
     parent_BN = jnp.broadcast_to(jnp.array(tree.parents, jnp.int32), token_BN.shape)
     return cache, Nodes(token_BN, parent_BN)

@@ -9,7 +9,7 @@ written, has no `d2t` and `t2d`.
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, num_trunk_layers, predictor_trunk, tapped_layers
+from mtp_jax.config import Config
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import (
   DRAFTERS,
@@ -19,6 +19,7 @@ from mtp_jax.interop.hf_config import (
   model_layouts_for,
   write_keys,
 )
+from mtp_jax.predictors import num_trunk_layers, predictor_trunk, tapped_layers
 
 # What must be the same on both sides where config.json states it ...
 _STATED = (

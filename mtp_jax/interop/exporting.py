@@ -33,7 +33,7 @@ from mtp_jax.interop.tensor_files import (
   write_tensors,
 )
 from mtp_jax.interop.tensor_table import CONCAT_ORDER, Entry, tensor_table
-from mtp_jax.model.lm import deployed
+from mtp_jax.lm import deployed
 
 _DTYPES = {
   "float32": np.dtype(np.float32),
@@ -68,7 +68,7 @@ def export_params(
     dtype: float32 | bfloat16; the balancing bias of experts stays float32.
     max_shard_bytes: size from which there are several files and an index; layouts of
       predictors alone have one file.
-    trunk_only: deletes the extra predictors (`model.lm.deployed`).
+    trunk_only: deletes the extra predictors (`lm.deployed`).
     token_ids: of the tokens that begin and end a text; by default the tokenizer's.
     base_model: folder or name of the trunk, for config.json of predictors alone.
     tokenizer: of the model.

@@ -16,10 +16,10 @@ from mtp_jax.config import (
   MtpConfig,
   RopeScalingConfig,
   TrunkConfig,
-  num_trunk_layers,
 )
 from mtp_jax.files import shortened
 from mtp_jax.interop.errors import InteropError
+from mtp_jax.predictors import num_trunk_layers
 
 # Ids of the tokens that begin a text, and of the one or the several that end it.
 TokenIds = tuple[int | None, int | list[int] | None]

@@ -17,14 +17,7 @@ import jax
 import numpy as np
 
 from mtp_jax import accounting
-from mtp_jax.config import (
-  PUBLISHED_INPUTS,
-  Config,
-  MtpConfig,
-  next_token_only,
-  num_trunk_layers,
-  to_dict,
-)
+from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, next_token_only, to_dict
 from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
@@ -48,6 +41,7 @@ from mtp_jax.interop.tensor_table import (
   Shapes,
   tensor_table,
 )
+from mtp_jax.predictors import num_trunk_layers
 from mtp_jax.sharding import logical_axes, tree_shardings, unbox
 
 CONTRACT = "mtp_contract.json"

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax.config import Config, TrunkConfig, num_trunk_layers
+from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.predictors import num_trunk_layers
 
 Shapes = dict[str, tuple[int, ...]]  # Of our parameters, by path: "embed/embedding".
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
+from mtp_jax.predictors import KINDS
 
 NTP: Where = {"mtp.kind": "none"}
 WIDTH = "trunk.embed_dim"
@@ -26,9 +27,11 @@ def sequential(depth: int) -> Where:
 
 def label(kind: str, depth: int) -> str:
   """Returns NTP, parallel n=4 or sequential D=3."""
-  if kind == "none":
+  row = KINDS[kind]
+  if not row.has_depths:
     return "NTP"
-  return f"parallel n={1 + depth}" if kind == "parallel" else f"{kind} D={depth}"
+  # A head of the deployed model is counted too, as in the paper on these heads.
+  return f"{kind} n={1 + depth}" if row.deployed_blocks else f"{kind} D={depth}"
 
 
 def penalty(

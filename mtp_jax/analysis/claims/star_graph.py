@@ -59,7 +59,7 @@ def _claims(num_arms: int, length: int) -> Iterator[Claim]:
     method = arms.label(kind, depth)
     where = forward | {"mtp.kind": kind, "mtp.depth": depth}
     source, published = f"{_BACHMANN}; {TOP}, table 5", f"{of}{percent:g} % exact paths"
-    if kind == "none" and percent > 1:
+    if depth == 0 and percent > 1:
       outcome, says = is_at_chance, "stays at chance"
       rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
     elif percent > 100 * SOLVED:
@@ -73,7 +73,7 @@ def _claims(num_arms: int, length: int) -> Iterator[Claim]:
       f"{published} (one run)", f"{rule}; {_SHARE}", POINTS,
       functools.partial(share_of_seeds, where=where, outcome=outcome),
     )
-    if kind == "parallel":
+    if where == where | arms.parallel(1 + depth):
       yield Claim(
         f"sooner_{kind}{depth}_{num_arms}_{length}",
         f"{graph}: {method} learns it in fewer tokens than NTP", source,

@@ -8,12 +8,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config, next_token_only, num_trunk_layers, tapped_layers
-from mtp_jax.drafters import vocabulary
-from mtp_jax.drafters.eagle import Eagle, Eagle3
-from mtp_jax.drafters.medusa import MedusaHeads
+from mtp_jax.config import Config, next_token_only
 from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import (
   Embedding,
@@ -23,14 +21,15 @@ from mtp_jax.model.layers import (
   partitioned,
 )
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import (
-  Given,
-  LinearHeads,
-  NextToken,
-  ParallelHeads,
-  SequentialModules,
-)
 from mtp_jax.model.trunk import Trunk
+from mtp_jax.predictors import (
+  kind_of,
+  num_trunk_layers,
+  predictor_trunk,
+  tapped_layers,
+  vocabulary,
+)
+from mtp_jax.predictors.interface import Given
 from mtp_jax.sharding import (
   constrain,
   fewest_rows,
@@ -38,16 +37,6 @@ from mtp_jax.sharding import (
   tokens_per_block,
 )
 from mtp_jax.targets import shifted_tokens
-
-KINDS: dict[str, type[nn.Module]] = {
-  "none": NextToken,
-  "linear": LinearHeads,
-  "parallel": ParallelHeads,
-  "sequential": SequentialModules,
-  "medusa": MedusaHeads,
-  "eagle": Eagle,
-  "eagle3": Eagle3,
-}
 
 
 class MtpLm(nn.Module):
@@ -70,7 +59,8 @@ class MtpLm(nn.Module):
     layers, taps = num_trunk_layers(self.config), tapped_layers(self.config)
     self.trunk = Trunk(trunk, layers, taps)
     self.final_norm = make_norm(trunk)
-    self.mtp = KINDS[self.config.mtp.kind](trunk, self.config.mtp)
+    mtp = self.config.mtp
+    self.mtp = kind_of(mtp).module(predictor_trunk(trunk, mtp), mtp)
     if not trunk.tie_embeddings:
       self.unembed = Unembed(vocab, trunk.embed_dim)
 
@@ -81,7 +71,7 @@ class MtpLm(nn.Module):
   def with_routing(self, batch: Batch) -> tuple[jax.Array, dict[str, Routing]]:
     """Returns `(hidden_MBTD, routing)`: how the experts of `trunk` and `mtp` were used.
 
-    `config.routed_layers` says which parts there are and the length of their stacks.
+    `predictors.routed_layers` has the parts and the length of their stacks.
     """
     x_BTD = self.embed(batch.tokens)
     if self.config.trunk.kind == "gpt2":
@@ -160,7 +150,7 @@ def unembed_matrix(params: dict, config: Config, depth: int = 0) -> jax.Array:
   matrix_DV = _unembed_param(params, config)
   if depth and config.mtp.unembed == "own":
     matrix_DV = params["mtp"]["unembed"]
-    if config.mtp.kind == "medusa":
+    if kind_of(config.mtp).stacks_unembed:
       matrix_DV = matrix_DV[depth - 1]
   return matrix_DV.astype(compute_dtype(config.trunk))
 
@@ -177,9 +167,9 @@ def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
   mtp = config.mtp
   if mtp.unembed == "shared":
     return [(slice(0, None), unembed_matrix(params, config))]
-  # Each head of Medusa has one; the depths of EAGLE-3 have one together.
-  own = [(m, 1 + m) for m in range(1, 1 + mtp.depth)]
-  own = own if mtp.kind == "medusa" else [(1, None)]
+  own = [(1, None)]  # One for all extra depths.
+  if kind_of(mtp).stacks_unembed:
+    own = [(m, 1 + m) for m in range(1, 1 + mtp.depth)]
   return [
     (slice(*ends), unembed_matrix(params, config, ends[0])) for ends in [(0, 1), *own]
   ]
@@ -210,18 +200,27 @@ def columns(
   )
 
 
-def copied_unembed(
-  params: dict, config: Config, tokens_C: jax.Array | None = None
-) -> jax.Array:
-  """Returns what the own output matrices of new predictors are on a given trunk.
+def on_trunk(
+  params: dict, config: Config, shardings: dict, tokens_C: np.ndarray | None = None
+) -> dict:
+  """Returns the parameters with new predictors made to fit the trunk beside them.
 
-  `tokens_C`: the tokens that can be drafted, where these are not all.
+  Args:
+    params, shardings: of the whole model.
+    tokens_C: the tokens that can be drafted, None where every one can.
   """
-  matrix_DV, mtp = _unembed_param(params, config), config.mtp
-  if tokens_C is not None:
-    return matrix_DV[:, tokens_C]
-  stack = (mtp.depth,) if mtp.kind == "medusa" else ()
-  return jnp.broadcast_to(matrix_DV, (*stack, *matrix_DV.shape))
+
+  def fit(trunk: dict) -> dict[str, jax.Array]:
+    trunk_DV = _unembed_param(trunk, config)
+    return kind_of(config.mtp).on_trunk(config.mtp, trunk_DV, tokens_C)
+
+  trunk = {name: tree for name, tree in params.items() if name != "mtp"}
+  names = jax.eval_shape(fit, trunk).keys()
+  if not names:
+    return params
+  of_own = {name: shardings["mtp"][name] for name in names}
+  own = jax.jit(fit, out_shardings=of_own)(trunk)
+  return params | {"mtp": params["mtp"] | own}
 
 
 def deployed(params: dict, config: Config) -> tuple[dict, Config]:
@@ -230,9 +229,10 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
   The first parallel head becomes the last trunk layer, which is the same function.
   """
   kept = {name: tree for name, tree in params.items() if name != "mtp"}
-  if config.mtp.kind == "parallel":
+  count = kind_of(config.mtp).deployed_blocks
+  if count:
     blocks = jax.tree.map(
-      lambda trunk, heads: jnp.concatenate([trunk, heads[:1]]),
+      lambda trunk, heads: jnp.concatenate([trunk, heads[:count]]),
       params["trunk"]["blocks"],
       params["mtp"]["heads"],
     )
@@ -242,7 +242,7 @@ def deployed(params: dict, config: Config) -> tuple[dict, Config]:
 
 def deployed_config(config: Config) -> Config:
   """Returns the config of what `deployed` leaves."""
-  layers = num_trunk_layers(config) + (config.mtp.kind == "parallel")
+  layers = num_trunk_layers(config) + kind_of(config.mtp).deployed_blocks
   trunk = dataclasses.replace(config.trunk, num_layers=layers)
   return dataclasses.replace(config, mtp=next_token_only(config.mtp), trunk=trunk)
 

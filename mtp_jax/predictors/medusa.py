@@ -12,12 +12,15 @@ Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import MtpConfig, TrunkConfig
 from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
-from mtp_jax.model.mtp import Given
+from mtp_jax.predictors.interface import Given, Kind
+from mtp_jax.predictors.linear import heads_on_one_state, square_flops
+from mtp_jax.predictors.weights import layers
 
 
 def medusa_head(
@@ -30,8 +33,8 @@ def medusa_head(
 class MedusaHeads(nn.Module):
   """One residual layer per extra depth on the trunk's normed state.
 
-  The parameter `unembed` [D, embed, V], where heads have matrices of their own, is read
-  by the loss; see `model.lm.unembeddings`.
+  Where heads have output matrices of their own, the loss reads them from the parameter
+  `unembed` [depth, embed, vocab]; see `lm.unembeddings`.
   """
 
   trunk: TrunkConfig
@@ -58,3 +61,31 @@ class MedusaHeads(nn.Module):
       )
     heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
     return jnp.stack([hidden_BTD, *heads]), None
+
+
+def _medusa_head(params: dict[str, jax.Array], hidden_BD: jax.Array) -> jax.Array:
+  return medusa_head(hidden_BD, params["kernels"], params["biases"])
+
+
+def _on_trunk(
+  mtp: MtpConfig, unembed_DV: jax.Array, tokens_C: np.ndarray | None
+) -> dict[str, jax.Array]:
+  del tokens_C
+  if mtp.unembed != "own":
+    return {}
+  return {"unembed": jnp.broadcast_to(unembed_DV, (mtp.depth, *unembed_DV.shape))}
+
+
+MEDUSA = Kind(
+  module=MedusaHeads,
+  reads=("unembed",),
+  stacks_unembed=True,
+  flops=square_flops,
+  on_trunk=_on_trunk,
+  unstack=lambda params, mtp: layers(
+    {name: params[name] for name in ("kernels", "biases")}, mtp.depth
+  ),
+  drafter=lambda trunk, mtp, num_drafts: heads_on_one_state(
+    trunk, num_drafts, _medusa_head
+  ),
+)

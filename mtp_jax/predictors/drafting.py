@@ -1,12 +1,12 @@
-"""What the decoding loop asks of a target model and of a drafter: pure functions.
+"""The interface of drafters: pure functions that propose tokens from features.
 
-The loop in `loop.py` knows no network. A `Target` turns tokens into next-token logits
-and a *feature* of every position; a `Drafter` proposes K tokens from features. Each is
-a tuple of pure functions over pytrees, so that any predictor (or a table, in the tests)
-plugs in and one compiled program runs the whole generation.
+The decoding loop (`decode.loop`) has a target model, which turns tokens into next-token
+logits and a *feature* of every position, and a `Drafter`, which proposes K tokens from
+the features. Each is a tuple of pure functions over pytrees, so that any predictor (or
+a table, in the tests) plugs in and one compiled program runs the whole generation.
 
-Legend: B batch, T new tokens, S slots of a sequence, W rows of a window or of a step,
-D feature or state, K drafted tokens, N nodes of a tree, V vocab.
+Legend: B batch, S slots of a sequence, W rows of a window or of a step, D feature or
+state, K drafts, N nodes of a tree, V vocab.
 """
 
 import functools
@@ -15,25 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-
-class Target(NamedTuple):
-  """The model whose output is to be reproduced. Hashable: it keys compiled programs.
-
-  init(rows, slots) -> cache.
-  forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
-    runs T new tokens and caches them at their positions. A position of `slots` or more
-    marks a row that is not there: what is returned for it is not read. Nodes of a tree
-    come with `cache_slots.Places` in the place of positions.
-  unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
-  move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
-    S or more is none. Asked for by trees alone.
-  """
-
-  init: Callable[..., Any]
-  forward: Callable[..., Any]
-  unembed: Callable[..., Any]
-  move: Callable[..., Any]
 
 
 class Window(NamedTuple):
@@ -54,8 +35,19 @@ class Window(NamedTuple):
   last_B: jax.Array
 
 
-# (logits_BV, k) -> token_B: chooses draft number k = 1..K, and notes its distribution.
-Choose = Callable[[jax.Array, int], jax.Array]
+class Choice(NamedTuple):
+  """One draft of every sequence.
+
+  note: what the caller of `propose` wants to know of it besides, such as the
+    distribution that it was drawn from.
+  """
+
+  token_B: jax.Array
+  note: Any = None
+
+
+# (logits_BV, k) -> draft number k = 1..K.
+Choose = Callable[[jax.Array, int], Choice]
 
 
 class Nodes(NamedTuple):
@@ -76,8 +68,8 @@ class Drafter(NamedTuple):
   has_distribution: whether tokens come from logits, through `choose`, or are given.
   init(rows, slots) -> cache.
   catch_up(weights, cache, window) -> (cache, carry): writes what the new features say.
-  propose(weights, cache, carry, window, choose) -> (cache, drafts_BK), or with `Nodes`
-    for drafts.
+  propose(weights, cache, carry, window, choose) -> (cache, drafts): a list of K
+    `Choice`, or the `Nodes` of a tree.
   num_nodes: N of a tree; None says that the drafts are a chain.
   feeds_choices: whether logits depend on the drafts that were chosen before.
   """
@@ -125,11 +117,11 @@ def chain(recursion: Recursion, num_drafts: int) -> Drafter:
       # Row p has read token p + 1; the newest row is length - 2.
       position_B1 = window.length_B[:, None] + k - 3
       cache, state_B1D = recursion.step(
-        weights, cache, state_BD[:, None], drafts[-1][:, None], position_B1
+        weights, cache, state_BD[:, None], drafts[-1].token_B[:, None], position_B1
       )
       state_BD = state_B1D[:, 0]
       drafts.append(choose(recursion.logits(weights, state_BD), k))
-    return cache, jnp.stack(drafts, axis=1)
+    return cache, drafts
 
   return Drafter(num_drafts, True, recursion.init, recursion.catch_up, propose)
 
@@ -144,3 +136,8 @@ def take_tokens(tokens_BS: jax.Array, position_BX: jax.Array) -> jax.Array:
   """Returns token_BX at the given positions; past the end, the last one."""
   rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
   return tokens_BS.at[rows_B1, position_BX].get(mode="clip")
+
+
+def tokens_of(drafts: list[Choice]) -> jax.Array:
+  """Returns the tokens of a chain, token_BK."""
+  return jnp.stack([draft.token_B for draft in drafts], axis=1)
