@@ -5,14 +5,14 @@
 
 Claim: the finer the token, the larger the n that helps: on bytes n = 8 is best
 (Gloeckle et al. 2024, arXiv 2404.19737, table 1: MBPP pass@1 of 19.3 with n = 1 and
-32.3 with n = 8 at 7B, 314B bytes), while on tokens n = 4 is and n = 8 gains little.
-Score: `bits_per_byte` of eval.json, that of n minus that of n = 1 with the same seed,
-the penalty; it compares across tokenizers.
+32.3 with n = 8 at 7B, 314B bytes), while on tokens n = 4 is best and n = 8 gains
+little. Score, the penalty: `bits_per_byte` of eval.json with n minus `bits_per_byte`
+with n = 1 and the same seed. Bits per byte can be compared across tokenizers.
 
-n = 1, 4 and 8 as parallel heads at weight 1 each, in as many steps on about as much
-text: in `cpu` a row of 192 bytes, or of 80 tokens of BPE, which are 2.43 bytes each. So
-n tokens reach more than twice as far as n bytes. How long tokens of the larger BPE of
-`gpu` are was not measured; its rows are equal if they are 4 bytes.
+n = 1, 4 and 8 as parallel heads at weight 1 each, in equal steps on about equal text:
+in `cpu` a row of 192 bytes, or of 80 tokens of BPE with 2.43 bytes each. So n tokens
+reach more than twice as far as n bytes. The length of tokens of the larger BPE of `gpu`
+was not measured; rows hold equal text if it is 4 bytes.
 
 Presets: `cpu`: width 64, 4 layers, 400 steps of 4 rows; three seeds. `gpu`: width 384,
 6 layers, 5,000 steps of 64 rows of 2,048 bytes against BPE of 4,096; `cluster`: width

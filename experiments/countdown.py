@@ -3,11 +3,11 @@
   python -m launch.sweep --config=experiments/countdown.py:cpu \
       --workdir=runs/countdown --parallel=2
 
-Claim: an equation that is true can still lead nowhere; predicting the following ones
-at the same time teaches to choose it with the target in view, so that accuracy rises
-with n (the task of Gandhi et al. 2024, arXiv 2404.03683, with pauses before the answer,
-on which NextLat, arXiv 2511.05963, compares numbers of predicted tokens). Score:
-`task_accuracy` of eval.json, every equation true and the target reached, greedy.
+Claim: a true equation can still lead nowhere. Predicting the following equations at the
+same time teaches the model to choose one that leads to the target, so that accuracy
+rises with n (the task of Gandhi et al. 2024, arXiv 2404.03683, with pauses before the
+answer, on which NextLat, arXiv 2511.05963, compares numbers of predicted tokens).
+Score: `task_accuracy` of eval.json, every equation true and the target reached, greedy.
 
 Presets: `cpu`: three numbers up to 20, four pauses, 4 layers of width 64, endless
 problems, 400 steps of 64; NTP and parallel n = 2, 5; three seeds. `gpu` and `cluster`:

@@ -1,4 +1,4 @@
-"""Does multi-token prediction gain less when the same text comes again?
+"""Does multi-token prediction gain less when text is repeated?
 
   python -m launch.sweep --config=experiments/data_repetition.py:cpu \
       --workdir=runs/data_repetition --parallel=2
@@ -6,11 +6,12 @@
 Claim: over four epochs of the same code the gains of n = 4 shrink but stay (Gloeckle et
 al. 2024, arXiv 2404.19737, table 1, 7B: MBPP pass@1 33.8 against 30.0 after 0.8 epochs
 of 200B tokens, 43.1 against 40.7 after four of 1T). Score: the gain, `main_loss` of
-eval.json of next-token prediction (NTP) minus that of the same seed with n = 2 or 4.
+eval.json of next-token prediction (NTP) minus `main_loss` with n = 2 or 4 and the same
+seed.
 
-Every trial sees as many tokens; how many different ones is set by how much of the text
-is held out for `test`, and the loss is that of the validation split, which is the same
-for all. n = 2 and 4 are parallel heads at weight 1 each.
+Every trial trains on the same number of tokens. The share of the text that is held out
+for `test` sets how often the rest is repeated; the loss is on the validation split,
+which is the same for all trials. n = 2 and 4 are parallel heads at weight 1 each.
 
 Presets: `cpu`: the middle model of gains_with_scale:cpu, 1,000 steps of 512 bytes, of
 all the text, of 1/100 and of 1/500 of it; three seeds. `gpu`: the model of width 384

@@ -11,9 +11,9 @@ groups; the first layer is dense, the MTP module has experts like the trunk.
 
 Preset `v3`: the sizes of the released model, as in its config.json and report (arXiv
 2412.19437, section 4.2), for 2048 devices: 671 billion parameters without the MTP
-module. It is checked by its shapes and has never been trained here; name your own
+module. Its shapes are tested; it has never been trained here. Name your own
 prepared text with --config.data.path. Pre-training has a context of 4096 without YaRN;
-what was released is that extended by YaRN: --config.trunk.rope_scaling.kind=yarn with
+the released model extends it by YaRN: --config.trunk.rope_scaling.kind=yarn with
 .factor=40, .original_length=4096 and .mscale_all_dim=1.
 """
 

@@ -2,9 +2,9 @@
 
   python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth_sweep
 
-Heads are added to the same trunk and the mean weighting keeps their total weight at
-lambda, so what varies is how far ahead the trunk is asked to look. Depth 0 is plain
-next-token prediction.
+Modules are added to the same trunk, and the mean weighting keeps their total weight at
+lambda, so that only the number of tokens that the trunk predicts varies. Depth 0 is
+plain next-token prediction.
 """
 
 from collections.abc import Iterator

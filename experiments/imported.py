@@ -1,12 +1,12 @@
-"""Weights from elsewhere, a new sequential module on top, and on with the training.
+"""Trains imported weights further, with a new sequential module.
 
   python -m launch.import_hf --from=DIR --workdir=runs/imported
   python -m launch.train --workdir=runs/imported
 
-`launch.import_hf` takes the trunk from the folder and all else from here: D = 1, lambda
-0.3 and a low learning rate without width scaling, as for weights that are trained
-already. `--config.train.freeze_trunk=True` trains the module alone. The learning rate
-was not tuned.
+`launch.import_hf` reads the trunk's sizes from the folder and all other values from
+here: D = 1, lambda 0.3, and a low learning rate without width scaling, because the
+weights are trained already. `--config.train.freeze_trunk=True` trains the module alone.
+The learning rate was not tuned.
 """
 
 from ml_collections import ConfigDict

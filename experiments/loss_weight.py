@@ -2,8 +2,8 @@
 
   python -m launch.sweep --config=experiments/loss_weight.py --workdir=runs/loss_weight
 
-Constant lambda for two sequential modules. Weight 0 trains the modules' own parameters
-by nothing and the trunk by the next token alone: the baseline. Weights that change over
+Constant lambda for two sequential modules. With weight 0 the modules are not trained,
+and the trunk learns from the next token alone: the baseline. Weights that change during
 training are in schedules.py.
 """
 

@@ -3,13 +3,12 @@
   python -m launch.sweep --config=experiments/moe_balance.py:cpu \
       --workdir=runs/moe_balance --parallel=2
 
-Three ways to balance a mixture of experts: the bias on the choice that DeepSeek-V3
-moves after every step (no loss; gamma and alpha as below), the sequence-wise loss that
-it keeps as a complement, here alone and with a large alpha, and nothing. Each with
-plain next-token prediction and with one sequential module, whose block has experts of
-its own; three seeds. `violation` in metrics.jsonl, the largest load over the mean load
-minus 1, says how unequal the loads of the last steps were; `main_loss` in eval.json
-what it cost.
+Three ways to balance a mixture of experts: the bias that DeepSeek-V3 adds to the choice
+and moves after every step (no loss; gamma and alpha as below); the sequence-wise loss
+that DeepSeek-V3 keeps as a complement, here alone and with a large alpha; and nothing.
+Each with plain next-token prediction and with one sequential module, whose block has
+experts of its own; three seeds. Scores: `violation` in metrics.jsonl, the largest load
+over the mean load minus 1 in the last steps, and `main_loss` in eval.json.
 
 Presets: `cpu` (18 trials, about 8 minutes on two cores) and `gpu` (bytes of the
 installed packages, 32 experts, one accelerator; some hours in all on an H100, not
@@ -19,7 +18,7 @@ Expected, before any run: with nothing the violation stays high (above 1, the bu
 expert has more than twice its share) in the trunk and in the module; bias and loss both
 bring it below 0.5; the bias costs no main loss (within seed noise of the best), the
 loss a little. MTP changes the main loss, not the order of the three. Found (`cpu`): the
-violations so, no cost of either that could be told from seed noise; see
+violations as expected; no cost of either distinguishable from seed noise; see
 `experiments/README.md`.
 """
 

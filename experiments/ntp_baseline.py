@@ -2,8 +2,8 @@
 
   python -m launch.sweep --config=experiments/ntp_baseline.py --workdir=runs/ntp
 
-Every other experiment is read against this spread: a gain that is smaller than the
-difference between two seeds is not one.
+The spread is the scale for every other experiment: a gain smaller than the difference
+between two seeds is no evidence.
 """
 
 from collections.abc import Iterator

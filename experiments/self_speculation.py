@@ -7,7 +7,7 @@
 Hardware and time: about 7 minutes on two CPU cores. Width 512, 8 layers, D = 3: the
 models of `gains_with_scale:cpu` (width 64) and a first try at width 256 are too small
 for drafts to pay on a CPU, see `experiments/README.md`. The learning rate was not
-tuned: this says what drafts are worth, not what MTP is.
+tuned: this experiment measures drafting, not the quality of MTP training.
 Expected before the run: text identical to plain decoding, 1.2 to 1.6 times as fast at
 batch 1. Found: identical, and 1.94 times as fast; see `experiments/README.md`.
 """

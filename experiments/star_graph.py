@@ -25,9 +25,10 @@ Found (experiments/README.md): with 12 labels NTP is at chance on 9 of 10 seeds,
 solves it on 4, n = 4 and sequential modules on none; with 8 labels and more steps n = 2
 solves it on 8, and NTP, later, on 6.
 
-`gpu` and `cluster` add sequential D = 3 fed with no token (`fed=none`) and with its own
-(`fed=own`), for a hypothesis: a module that is fed the true token can copy the next
-edge, as NTP can, and parallel heads cannot; so modules without it help as much as they.
+`gpu` and `cluster` add sequential D = 3 that is fed no token (`fed=none`) or its own
+(`fed=own`). Hypothesis: a module that is fed the true token can copy the next edge, as
+NTP can, and parallel heads cannot; so modules without the true token help as much as
+parallel heads.
 
 Expected, before the run of `cpu` and after a few single runs that chose its size: NTP
 within 0.1 of 1/2 for at least 8 of 10 seeds; parallel n = 2 solves it (at least 0.95)

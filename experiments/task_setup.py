@@ -1,4 +1,4 @@
-"""What the experiments on generated tasks share. Not an experiment itself."""
+"""Shared setup of the experiments on synthetic tasks; not an experiment itself."""
 
 from collections.abc import Iterator, Sequence
 

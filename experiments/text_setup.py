@@ -1,7 +1,7 @@
-"""What the experiments on text share. Not an experiment itself.
+"""Shared setup of the experiments on text; not an experiment itself.
 
-Their models are rungs of the ladders of gains_with_scale.py; `cluster` has larger
-models or more seeds than `gpu`, of the same ladder.
+Models are rungs of the ladders of gains_with_scale.py. Preset `cluster` has larger
+models or more seeds than `gpu`, from the same ladder.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,6 @@ import glob
 import math
 import os
 import re
-import stat
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import exits
+from launch import exits, paths
 from mtp_jax import checkpoint
 from mtp_jax.config import (
   TASKS,
@@ -66,14 +65,14 @@ def define_config(default: str | None = None, required: bool = True) -> None:
     default,
     "experiment file, with a preset perhaps (experiments/smoke.py, or "
     "experiments/gains_with_scale.py:cpu). --config.KEY=VALUE overrides one value "
-    "(--config.mtp.depth=2); every key is in experiments/base.py.",
+    "(--config.mtp.depth=2); every key is in mtp_jax/sections.py.",
   )
   if required and default is None:
     flags.mark_flag_as_required("config")
 
 
 def define_workdir(text: str, required: bool = True) -> flags.FlagHolder[str | None]:
-  """Defines `--workdir`; `text` says what it is to the command."""
+  """Defines `--workdir`; `text` is its help."""
   holder = flags.DEFINE_string("workdir", None, text, allow_override=True)
   if required:
     flags.mark_flag_as_required("workdir")
@@ -154,7 +153,7 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   """Checks that the files a config names are there; reads no text.
 
   Raises:
-    DataError: says where it looked.
+    DataError: names the place that was searched.
   """
   if data.source in TASKS:
     return
@@ -172,8 +171,8 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
 def exclusive(workdir: Path) -> Iterator[None]:
   """Holds the run folder: two processes in one would overwrite each other's files.
 
-  Processes of other hosts too, where the file system shares its locks: NFS does, Lustre
-  if it is mounted so. Where there are no locks at all that is said, and work goes on.
+  The lock also holds against processes of other hosts, where the file system shares
+  its locks: NFS does, Lustre if it is mounted so. Without locks a warning is printed.
 
   Raises:
     ConfigError: another process holds it.
@@ -252,27 +251,6 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return "\n".join(lines)
 
 
-def check_folder(name: str, value: str) -> None:
-  """Checks that a flag names a folder, or where one can be made.
-
-  Raises:
-    ConfigError: empty, a file, below a file, or no name that the file system can have.
-  """
-  if not value.strip():
-    raise ConfigError(f"--{name} must name a folder, got {value!r}.")
-  try:
-    is_folder = stat.S_ISDIR(os.stat(value).st_mode)
-  except FileNotFoundError:
-    return
-  except (OSError, ValueError) as error:  # Below a file, too long, a null byte.
-    reason = getattr(error, "strerror", None) or str(error)
-    raise ConfigError(
-      f"--{name} must name a folder, got {value!r:.80}: {reason}."
-    ) from error
-  if not is_folder:
-    raise ConfigError(f"--{name} must name a folder, got {value!r}, which is a file.")
-
-
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a command and exits with what it returns.
 
@@ -286,7 +264,7 @@ def run(main: Callable[[], int | None]) -> None:
       logging.set_verbosity(logging.ERROR)  # Else absl shows what libraries log.
     try:
       if "workdir" in flags.FLAGS and flags.FLAGS.workdir is not None:
-        check_folder("workdir", flags.FLAGS.workdir)
+        paths.check_folder("workdir", flags.FLAGS.workdir)
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
@@ -302,7 +280,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-  """Returns whether an error says that a disk, or a quota, has no room."""
+  """Returns whether an error means that a disk, or a quota, is full."""
   return isinstance(error, OSError) and error.errno in _FULL
 
 
@@ -318,7 +296,7 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     _check_arguments(argv)
     rest = flags.FLAGS(argv)
-    _check_numbers()
+    _check_values()
     if len(rest) > 1:
       raise ConfigError(f"{rest[1]!r}: arguments must be flags (--name=value).")
     return rest
@@ -331,10 +309,12 @@ def _parse(argv: list[str]) -> list[str]:
     sys.exit(fail(text, BAD_INPUT))
 
 
-def _check_numbers() -> None:
-  """Refuses what passes every bound or what no counter holds: nan, inf, 2^63."""
+def _check_values() -> None:
+  """Refuses what passes every bound or what no counter holds: nan, inf, 2^63, ''."""
   for name in flags.FLAGS:
     flag = flags.FLAGS[name]
+    if flag.present and flag.value == []:
+      raise ConfigError(f"--{name} must have at least one value, got ''.")
     values = flag.value if isinstance(flag.value, list) else [flag.value]
     for value in values if flag.present else ():
       if isinstance(value, float) and not math.isfinite(value):

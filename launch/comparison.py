@@ -1,4 +1,4 @@
-"""What launch.generate says about drafts: how many were kept, and what they saved."""
+"""The report of launch.generate on drafts: how many were kept, and what they saved."""
 
 import statistics
 import time

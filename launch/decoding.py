@@ -14,10 +14,10 @@ flags.disclaim_key_flags()
 
 
 def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
-  """Defines the flags; returns what reads them, for `TrainedModel.generate`.
+  """Defines the flags; returns a function that reads them for `TrainedModel.generate`.
 
-  `temperature` is that flag's default: None takes the most likely tokens unless a rule,
-  temperature or cut asks for sampling.
+  `temperature` is the default of its flag: None takes the most likely tokens unless a
+  rule, temperature or cut asks for sampling.
   """
   drafts = flags.DEFINE_integer(
     "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 "
@@ -39,14 +39,20 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
   )
   temperature = flags.DEFINE_float(
     "temperature", temperature, "divides the logits before sampling, 1 changes "
-    "nothing; 0 is greedy"
+    "nothing; 0 is greedy",
+    lower_bound=0.0,
   )
-  top_k = flags.DEFINE_integer("top_k", None, "sample among the k most likely tokens")
+  top_k = flags.DEFINE_integer(
+    "top_k", None, "sample among the k most likely tokens", 1, 2**31 - 1
+  )
   top_p = flags.DEFINE_float(
-    "top_p", None, "sample among the most likely tokens that have this mass together"
+    "top_p", None, "sample among the most likely tokens that have this mass together",
+    0.0, 1.0,
   )
   min_p = flags.DEFINE_float(
-    "min_p", None, "sample among tokens at least so likely, relative to the most likely"
+    "min_p", None, "sample among tokens at least so likely, relative to the most "
+    "likely",
+    0.0, 1.0,
   )
 
   def chosen() -> dict[str, Any]:

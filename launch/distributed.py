@@ -1,10 +1,10 @@
-"""Several processes that train one model: how they find each other and how they part.
+"""The processes that train one model together: how they start, hold a folder and end.
 
-Every process runs the same command. Who starts them says who they are: a Slurm step or
-Open MPI through their own variables, a TPU pod through its metadata, all others with
-`--distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID` or with MTP_JAX_COORDINATOR (the
-HOST:PORT of process 0), MTP_JAX_NUM_PROCESSES and MTP_JAX_PROCESS_ID. Where nobody says
-so a process is alone, and `jax.distributed` is not started.
+Every process runs the same command and reads its number from the environment: a Slurm
+step and Open MPI set variables, a TPU pod has metadata; elsewhere
+`--distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID`, or MTP_JAX_COORDINATOR (HOST:PORT of
+process 0), MTP_JAX_NUM_PROCESSES and MTP_JAX_PROCESS_ID. With none of these a process
+is alone, and `jax.distributed` is not started.
 
 What fails in one process must end all of them: JAX gives up those that send no
 heartbeat, and ends the others from C++, where nothing can be caught. So whatever is to
@@ -241,7 +241,7 @@ def _open_mpi(
 def _chooses_devices(
   environ: Mapping[str, str], given: tuple[int, ...] | None
 ) -> bool:
-  """Whether there are GPUs to share out, and nobody has said how."""
+  """Returns whether there are GPUs to share, and no flag or variable shares them."""
   return (
     given is None
     and "JAX_LOCAL_DEVICE_IDS" not in environ
@@ -259,7 +259,7 @@ def share_of_devices(
   Args:
     num_visible: GPUs that the process sees: its own, or all of the node.
     num_here, index_here: the processes of the node, and which of them this is.
-    per_process: GPUs that the scheduler gave to each, if it said so.
+    per_process: GPUs of each process, if the scheduler names their number.
 
   Raises:
     ConfigError: they cannot be shared evenly.

@@ -30,7 +30,7 @@ _BAD_PATHS = (
   errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
   errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )
-# JAX hangs frames that it removed on an error as a cause, which says nothing new.
+# JAX adds the frames that it removed from an error as a cause without information.
 _JAX_FRAMES = ("jax._src.traceback_util", "jax._src.source_info_util")
 _LOWER = (
   "There is not enough memory: lower data.batch_size, raise train.accumulation_steps, "
@@ -52,7 +52,7 @@ def classify(code: int, yielded: bool) -> str:
 
 
 def code_of(exit_class: str) -> int:
-  """Returns the code with which a process says that it ended so."""
+  """Returns the exit code of a class."""
   codes = {name: code for code, name in _CLASSES.items()}
   return codes.get(exit_class, FAILED)
 
@@ -106,7 +106,7 @@ def describe(error: BaseException) -> str:
   """Returns type and message of an error in one line, and those of what caused it.
 
   Notes are left out: JAX adds one about its frames to every error. Where memory ran
-  out, a sentence says what to lower.
+  out, a sentence names the keys to lower.
   """
   chain = list(_chain(error))
   text = ", caused by ".join(map(_type_and_message, chain))
@@ -130,6 +130,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _type_and_message(error: BaseException) -> str:
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  # A line that ends so announces what the next one says.
+  # A line that ends in a colon announces the next line.
   text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
   return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,14 +7,14 @@ r"""Writes a trained model as safetensors in a layout that other programs load.
   python -m launch.export --workdir=runs/medusa --layout=medusa \
       --output=exported/heads --base_model=exported/trunk
 
-Without --layout it says which layouts this model can be written in, and why not in the
-others. The folder gets config.json, generation_config.json, model.safetensors (shards
+Without --layout it lists the layouts of this model, and the reason against each other
+layout. The folder gets config.json, generation_config.json, model.safetensors (shards
 with an index if it is large), tokenizer.json, tokenizer_config.json and
-mtp_contract.json, which says what no config.json can: the order of concatenation, the
-hidden state that the predictors read, norms, positions. What an imported model had of
-these files goes out as it came in.
-Drafters that were published with a layout of their own (medusa, eagle, eagle3) are
-written in that without the trunk, which is another folder (--trunk_only).
+mtp_contract.json, which has what config.json cannot hold: the order of concatenation,
+the hidden state that the predictors read, norms, positions. Files that came with an
+imported model go out as they came in. Drafters with a published layout of their own
+(medusa, eagle, eagle3) are written without the trunk, which is another folder
+(--trunk_only).
 """
 
 import sys
@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 import mtp_jax
-from launch import cli
+from launch import cli, exits, paths
 from mtp_jax import interop
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
@@ -41,11 +41,17 @@ _BASE_MODEL = flags.DEFINE_string(
   "base_model", None, "folder or name of the trunk, for the config.json of a drafter"
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "of the written weights"
+  "dtype", "float32", ["float32", "bfloat16"], "type of the written weights"
 )
 
 
 def main() -> int:
+  if _LAYOUT.value is not None:
+    if _OUTPUT.value is None:
+      raise ConfigError("--output is required with --layout.")
+    paths.check_new_folder("output", _OUTPUT.value)
+    if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
+      raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
   try:
     model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
   except CheckpointError as error:
@@ -53,10 +59,6 @@ def main() -> int:
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
     return 0
-  if _OUTPUT.value is None:
-    raise ConfigError("--output is required with --layout.")
-  if _LAYOUT.value in interop.DRAFTERS and _BASE_MODEL.value is None:
-    raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
   output = Path(_OUTPUT.value)
   if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
@@ -75,7 +77,8 @@ def main() -> int:
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except OSError as error:
-    return cli.fail(f"{output} could not be written: {error}", 1)
+    code = cli.BAD_INPUT if exits.is_bad_path(error) else exits.FAILED
+    return cli.fail(f"{output} could not be written: {error}", code)
   print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
   return 0
 

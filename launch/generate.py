@@ -133,7 +133,7 @@ def _printed(text: str) -> str:
 
 
 def _tree() -> trees.Tree | None:
-  """Returns what --tree says."""
+  """Returns the tree of --tree, None without the flag."""
   if _TREE.value is None:
     return None
   try:

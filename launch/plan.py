@@ -1,4 +1,4 @@
-r"""Plans training on TPUs that are not there: memory, work, collectives, time.
+r"""Plans training on TPUs, on any machine: memory, work, collectives, time.
 
   python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import cli, trials
+from launch import cli, paths, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
 from launch.progress import Progress
@@ -64,9 +64,11 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def main() -> int:
-  jax.config.update("jax_platforms", "cpu")  # Not even a TPU that is there is needed.
+  jax.config.update("jax_platforms", "cpu")  # No TPU is needed, not even one at hand.
   if not 0 < _MFU.value <= 1:
     raise ConfigError(f"--mfu must be in (0, 1], got {_MFU.value}.")
+  if _OUTPUT.value is not None:
+    paths.check_folder("output", _OUTPUT.value)
   wanted = [_parse(text) for text in _TOPOLOGY.value]
   file, preset = cli.config_file()
   points = trials.points(trials.load_experiment(file), preset, _SWEEP.value)

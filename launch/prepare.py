@@ -24,7 +24,7 @@ import os
 
 from absl import flags
 
-from launch import cli
+from launch import cli, exits, paths
 from launch.progress import Progress
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, sources
@@ -49,7 +49,7 @@ flags.mark_flag_as_required("output")
 
 
 def main() -> int:
-  cli.check_folder("output", _OUTPUT.value)
+  paths.check_folder("output", _OUTPUT.value)
   config = cli.load_config()
   validate(config)
   progress = Progress("B")
@@ -62,7 +62,9 @@ def main() -> int:
       progress=progress,
     )
   except OSError as error:
-    return cli.fail(f"{error} The same command continues.", 1)
+    if exits.is_bad_path(error):
+      raise
+    return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:
     return cli.fail("interrupted; the same command continues.", 130)
   finally:

@@ -1,4 +1,4 @@
-"""Writes the report of a folder of runs: HTML, figures, tables, and what they say.
+"""Writes the report of a folder of runs: a page, figures, tables and verdicts.
 
     python -m launch.report runs/gains_with_scale
     python -m launch.report runs --output=report
@@ -8,21 +8,23 @@
 
 Reads config.json, eval.json and metrics.jsonl of every run folder below RUNS (run.json
 for commit and hardware only), finished or not, and writes to the output folder
-report.html (everything in one file), one PNG and one CSV per figure, and the tables
-behind them. The verdict is printed: what each way of predicting more tokens gains over
-next-token prediction at equal tokens, FLOPs and wall clock, how that changes with size,
-and whether the ladder counts. For that, every size needs NTP at two seeds or more and
-at three learning rates, the best in the middle; each method needs the rates on both
-sides of its own, on one seed at least. Arm `flops` (mtp.arm) adds the longer NTP runs
-that equal FLOPs and equal wall clock are measured with.
+report.html (everything in one file), the same page as report.md, one PNG and one CSV
+per figure, and the tables behind them. The page begins with a sentence, a figure and a
+table: what each way of predicting more tokens gains over next-token prediction (NTP) at
+equal tokens, FLOPs and wall clock, by size, each with its interval and verdict; and
+whether the ladder counts as evidence about size. It counts if every size has NTP at two
+seeds or more and at three learning rates, the best in the middle, and each method was
+trained at the rates on both sides of its own, on one seed at least. Arm `flops`
+(mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall clock are measured
+with.
 
 With --results it writes what is worth keeping of the runs instead, as small tables.
 
-With --findings it reads such results, one folder an experiment, and sets every
-published claim beside what was measured: findings.md, findings.csv, estimates.csv
-(every interval), one PNG and one CSV per experiment, and tax_and_gain.png where the
-ladders it shows were run. The verdicts are printed, each claim's rule and margin stand
-beside it on the page.
+With --findings it reads such tables, one folder an experiment, finished or not, and
+sets every published claim beside what was measured: findings.md, findings.csv,
+estimates.csv (every interval), one PNG and one CSV per experiment, and tax_and_gain.png
+of those of the ladders `tax`, `siblings` and `look_ahead` that have pairs of trials.
+Each claim's rule, margin and verdict stand beside it on the page.
 
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from launch import cli, status
 from mtp_jax import accounting, files
-from mtp_jax.config import Config, ConfigError, essential, to_dict
+from mtp_jax.config import Config, ConfigError, to_dict
+from mtp_jax.effects import essential
 from mtp_jax.metrics import write_json
-from mtp_jax.train_step import shape_of
+from mtp_jax.program import ProgramConfig, program_config
 
 JOB_FILE = "job.json"
 Record = dict[str, Any]
@@ -56,9 +57,9 @@ class Trial:
     return self.config.name
 
   @functools.cached_property
-  def shape(self) -> Config:
+  def shape(self) -> ProgramConfig:
     """Trials of equal shape share their compiled programs."""
-    return shape_of(self.resolved)
+    return program_config(self.resolved)
 
   @property
   def counts(self) -> accounting.Counts:
@@ -85,7 +86,7 @@ class Trial:
 
 
 @functools.cache
-def _counts(shape: Config) -> accounting.Counts:
+def _counts(shape: ProgramConfig) -> accounting.Counts:
   return accounting.count(shape)
 
 
@@ -262,7 +263,7 @@ def copies(
   """Returns, by the name of a trial, the equal trial that is trained in its place.
 
   A sweep over depth and lambda has the baseline once for each lambda. Of equal runs
-  (`config.essential`) one is trained: the first or, by `states`, the furthest; `adopt`
+  (`effects.essential`) one is trained: the first or, by `states`, the furthest; `adopt`
   gives the others its results. Trials that are queued, running or done are no copies.
   """
   groups: dict[Config, list[Trial]] = {}

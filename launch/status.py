@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: status.json; and who sees it standing.
+"""The file status.json of a run at work, and the watch over steps that do not end.
 
 Process 0 writes `status.json` in the run folder at the start, with every log line and
 at the end. Whatever kills a job leaves the last one, so what is about to happen is
@@ -25,7 +25,7 @@ from mtp_jax.metrics import plain
 from mtp_jax.train import Diverged, Observer
 
 FILE = "status.json"
-# From this long without a step a process says that it waits: sooner than JAX gives up.
+# After so long without a step a process notes that it waits: sooner than JAX gives up.
 _NOTICE_SECONDS = 5
 _SLOW_FACTOR = 10
 # The first step after a pause may wait for processes that still compile; it has ended
@@ -53,9 +53,9 @@ def exit_class_of(error: BaseException) -> str | None:
 class Status(Observer):
   """The status of a run; a context manager, within which it also watches the steps.
 
-  Several processes wait for each other in every step. One that is gone or frozen is
-  noticed by JAX; one that is alive and stuck by nobody, so each looks at its own steps,
-  and ends if none ends for `stall_seconds` and for ten times the slowest so far.
+  Several processes wait for each other in every step. JAX notices a process that is
+  gone or frozen, but not one that is alive and stuck. So each process watches its own
+  steps, and ends if none ends for `stall_seconds` and ten times the slowest so far.
 
   Args:
     workdir: the run folder, which this job holds.

@@ -4,18 +4,18 @@ r"""Trains all trials of an experiment, here or on a cluster, and continues them
   python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
       --workdir=runs/ladder --parallel=2 --only='kind=sequential,seed=0'
   python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --on=slurm --slurm.partition=gpu --slurm.gpus=8 --max_parallel=4
+      --on=slurm --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
   python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
       --status --watch
 
 Every trial has a run folder of its own in --workdir, named by what varies
-(launch/README.md). Trials that are done are skipped, those that are queued or running
-are left alone, interrupted ones go on from their newest checkpoint, and a failed one
-does not stop the others: the reason is in --status and in its run folder. All configs
-are checked before the first trial starts. results.csv collects what came out.
+(launch/README.md). All configs are checked before the first trial starts. Trials that
+are done are skipped, trials that are queued or running are left alone, and interrupted
+trials continue from their newest checkpoint. A failed trial does not stop the others;
+its reason is in --status and in its run folder. results.csv has a row for each trial.
 
---on says who trains: `local` is this machine, where Ctrl-C (or SIGTERM) saves every
-running trial; `slurm` submits job arrays; `kubernetes` writes JobSets, and --submit
+--on names the engine: `local` is this machine, where Ctrl-C (or SIGTERM) saves every
+running trial; `slurm` submits a job array; `kubernetes` writes JobSets, and --submit
 applies them; `print` prints the commands for any other scheduler. The same command
 again continues, whatever happened, on another engine too; --status and --cancel need
 no --on.
@@ -56,7 +56,7 @@ _ONLY = flags.DEFINE_string(
   "train only the trials whose name has these parts, each a shell pattern, separated "
   "by commas: kind=sequential,seed=*",
 )
-_ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "who trains")
+_ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "which engine trains")
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
   1,
@@ -196,19 +196,20 @@ def _engine(root: Path) -> Engine:
     ConfigError: a flag of another engine is set.
   """
   on, cache, attempts = _ON.value, _COMPILATION_CACHE.value, _MAX_ATTEMPTS.value
+  absolute = root.absolute()
   for name, owner in _OWNERS.items():
     if flags.FLAGS[name].present and owner != on:
       raise ConfigError(f"--{name} is for --on={owner}, got --on={on}.")
   match on:
     case "slurm":
       options = slurm.parse(_SLURM.value, _SLURM_SETUP.value, _SLURM_GRACE.value)
-      return slurm.Slurm(root, options, cache, _MAX_PARALLEL.value, attempts)
+      return slurm.Slurm(absolute, options, cache, _MAX_PARALLEL.value, attempts)
     case "kubernetes":
       options = kubernetes.parse(_KUBERNETES.value, Path(_KUBERNETES_TEMPLATE.value))
-      return kubernetes.Kubernetes(root, options, attempts, _SUBMIT.value)
+      return kubernetes.Kubernetes(absolute, options, attempts, _SUBMIT.value)
     case "print":
       options = printed.Options(_PROCESSES.value, _DEVICES.value, _COORDINATOR.value)
-      return printed.Printed(root, options, cache)
+      return printed.Printed(absolute, options, cache)
   return Local(root, cache, _PARALLEL.value, attempts, _pack())
 
 

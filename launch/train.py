@@ -21,9 +21,9 @@ other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID says who they 
   python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke \
       --distributed=localhost:9876,2,1
 
-Every value of a config, with its meaning, is in experiments/base.py and
-mtp_jax/config.py. Bad values are refused before any work, with exit code 2; the other
-exit codes are in launch/README.md.
+Every key of a config, with its default and meaning, has a line in mtp_jax/sections.py
+or mtp_jax/model_sections.py. Bad values are refused before any work, with exit code 2;
+the other exit codes are in launch/README.md.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import drafters, trees
 from mtp_jax.environment import code_commit
 from mtp_jax.metrics import write_json
-from mtp_jax.train_step import shape_of
+from mtp_jax.program import program_config
 from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder")
@@ -88,8 +88,8 @@ def _measure(model: TrainedModel) -> dict[str, Any]:
   corpus = load_corpus(config, model.tokenizer)
   with jax.set_mesh(model.mesh):
     hits_KR, num_positions = evaluate.top_k_hits(
-      shape_of(config), model.params, corpus.eval_batches(1 + depth), _RANKS.value,
-      model.mesh,
+      program_config(config), model.params, corpus.eval_batches(1 + depth),
+      _RANKS.value, model.mesh,
     )
   tree = trees.best_static_tree(hits_KR, _NODES.value, spine_only=feeds)
   return {

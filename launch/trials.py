@@ -1,8 +1,8 @@
-"""From an experiment file to the trials of a sweep: named, checked, none started.
+"""The trials of an experiment file: their names and configs, checked before any starts.
 
 An experiment file has `get_config([preset])` and generators `sweep_<name>([preset])` of
-dotted overrides, crossed by name. A function `sweep([preset])` instead says what the
-trials are, one by one. Every function gets the preset, if one is named.
+dotted overrides, crossed by name. A function `sweep([preset])` instead yields the
+trials one by one. Every function gets the preset, if one is named.
 """
 
 import collections

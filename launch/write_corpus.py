@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 import mtp_jax
-from launch import cli, decoding
+from launch import cli, decoding, exits, paths
 from launch.progress import Progress
 from mtp_jax import files, self_distillation
 from mtp_jax.checkpoint import CheckpointError, fingerprint
@@ -64,16 +64,17 @@ _AT = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 64, "texts written at once", lower_bound=1
 )
-_SEED = flags.DEFINE_integer("seed", 0, "of places and sampling", 0, 2**32 - 1)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "random seed of the excerpts' places and of sampling", 0, 2**32 - 1
+)
 _DECODING = decoding.define(temperature=1.0)
 _COMPILATION_CACHE = cli.define_compilation_cache()
 flags.mark_flags_as_required(["output", "documents"])
 
 
 def main() -> int:
+  paths.check_file("output", _OUTPUT.value, ".jsonl")
   output, how = Path(_OUTPUT.value), _DECODING()
-  if output.suffix != ".jsonl":
-    raise ConfigError(f"--output must end in .jsonl, got {_OUTPUT.value!r}.")
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   try:
     model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
@@ -92,7 +93,9 @@ def main() -> int:
   except ValueError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except OSError as error:
-    return cli.fail(f"{error} The same command continues.", 1)
+    if exits.is_bad_path(error):
+      raise
+    return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:
     return cli.fail("interrupted; the same command continues.", 130)
   counts = _count(_unfinished(output))
@@ -150,21 +153,22 @@ def _settings(
 
 
 def _check_begun(output: Path, settings: dict[str, Any]) -> None:
-  """Checks that what is there of the file was written with the same settings."""
+  """Checks that an unfinished file was written with the same settings."""
   if not output.exists() and not _unfinished(output).exists():
     return
   about = _about(output)
   try:
-    begun = json.loads(about.read_text())["settings"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    begun = files.read_json(about)["settings"]
+    differing = files.changed_settings(begun, settings)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(
       f"--output must be a new file or one of this command, {str(output)!r} is there "
       f"without a {about.name} of this command."
     ) from error
-  if differing := files.changed_settings(begun, settings):
+  if differing:
     raise ConfigError(
-      f"--output {str(output)!r} was begun with other settings: "
-      f"{differing}. Use them, or another file."
+      f"--output {str(output)!r} was begun with other settings: {differing}. Use "
+      "these settings, or another file."
     )
 
 

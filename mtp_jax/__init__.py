@@ -2,13 +2,13 @@
 
 
 def load(path, step=None, mesh=None):
-  """Returns a trained model, ready to be looked at: see `mtp_jax.trained_model.load`.
+  """Returns a `trained_model.TrainedModel`.
 
   Args:
     path: a run folder, its `checkpoints`, or one checkpoint.
-    step: which checkpoint of a run; None is the newest whole one.
-    mesh: from `sharding.make_mesh`, to spread the parameters; None is the first device.
+    step: the checkpoint of a run; None is the newest undamaged one.
+    mesh: from `sharding.make_mesh`, for the parameters; None is the first device.
   """
-  from mtp_jax import trained_model  # Here, because it starts with importing JAX.
+  from mtp_jax import trained_model  # Here, because it imports JAX.
 
   return trained_model.load(path, step, mesh)

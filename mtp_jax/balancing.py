@@ -1,10 +1,10 @@
-"""Auxiliary-loss-free load balancing: the bias that steers the choice of experts.
+"""Auxiliary-loss-free load balancing: updates the biases of the experts' router.
 
-The bias of an expert is added to its affinity when experts are chosen, not to its gate
-(DeepSeek-V3, equation 16; Wang et al. 2024, arXiv 2408.15664). No gradient reaches it:
-after every step it moves by gamma, up for experts with less than the mean load and down
-for those with more. It lies in the parameter tree beside the router that reads it, so
-that whatever saves, loads or exports a model has it.
+An expert's bias is added to its affinity when experts are chosen, not to its gate
+(DeepSeek-V3, equation 16; Wang et al. 2024, arXiv 2408.15664). No gradient reaches the
+bias: after every step it rises by gamma for experts below the mean load and falls by
+gamma for experts above. Biases are stored in the parameter tree beside the router, so
+that they are saved, loaded and exported with the model.
 
 Legend: L layers, E experts.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from mtp_jax.config import MoeConfig
 
-BIAS = ("moe", "bias")  # How the path of such a parameter ends.
+BIAS = ("moe", "bias")  # Last two keys of the path of a bias.
 
 
 def update_biases(
@@ -27,8 +27,9 @@ def update_biases(
 
   Args:
     moe: `bias_rate` is gamma, until `bias_until` of the training.
-    params: the top level has the parts of `load`; a part that is absent is left out.
-    load: by part, load_LE, tokens per layer and expert of the whole optimizer step.
+    params: a tree; parts of `load` that it lacks are skipped.
+    load: by top-level part of the parameters, load_LE: tokens per layer and expert,
+      over the whole optimizer step.
     progress: step / num_steps.
   """
   if moe.bias_rate == 0:
@@ -38,7 +39,7 @@ def update_biases(
   def move(path: Any, leaf: jax.Array, load_LE: jax.Array) -> jax.Array:
     if tuple(key.key for key in path[-2:]) != BIAS:
       return leaf
-    # A shared module has one bias for all its applications.
+    # A shared module has one bias, but a load for each application: add the loads.
     load_of_bias = jnp.sum(load_LE.reshape(-1, *leaf.shape), axis=0)
     error = jnp.mean(load_of_bias, axis=-1, keepdims=True) - load_of_bias
     return leaf + (rate * jnp.sign(error)).astype(leaf.dtype)
@@ -53,8 +54,10 @@ def update_biases(
 
 
 def violation(load_LE: np.ndarray) -> np.ndarray:
-  """Returns max load / mean load - 1 per layer, MaxVio of Wang et al. 2024; NaN if
-  there were no tokens."""
+  """Returns max load / mean load - 1 per layer (MaxVio of Wang et al. 2024).
+
+  NaN where a layer had no tokens.
+  """
   mean_L = np.mean(load_LE, axis=-1)
   with np.errstate(invalid="ignore", divide="ignore"):
     return np.where(mean_L > 0, np.max(load_LE, axis=-1) / mean_L - 1.0, np.nan)

@@ -12,7 +12,6 @@ the newest checkpoint back until one is whole.
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import hashlib
@@ -35,48 +34,23 @@ import orbax.checkpoint as ocp
 from mtp_jax.config import (
   Config,
   ConfigError,
-  LatentConfig,
-  RopeScalingConfig,
   difference,
-  essential,
   from_config_dict,
+  keys_of,
   to_dict,
 )
+from mtp_jax.effects import essential
+from mtp_jax.keys import Role
 from mtp_jax.predictors import contract
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
 # Paths may: the state of the data iterator says whether they hold the same text, and
 # the run that this one began with is needed no more.
-RESUMABLE = (
-  "name", "mesh.", "checkpoint.", "eval.", "data.path", "data.train_on",
-  "data.num_workers", "tokenizer.path", "train.trunk_from", "train.start_from",
-  "train.log_every", "train.eval_every", "train.evals_per_doubling", "train.eval_test",
-  "train.diagnostics_every", "train.max_nonfinite_steps", "trunk.remat",
-  "trunk.scan_layers", "trunk.attention", "trunk.moe.grouped_matmul",
-  "loss.block_tokens",
-)
+RESUMABLE = keys_of(Role.RESUMES)
 
 # Keys that change the parameter tree or what its numbers mean.
-ARCHITECTURE = (
-  "trunk.kind", "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim",
-  "trunk.num_heads", "trunk.num_kv_heads", "trunk.attention_dim",
-  "trunk.attention_kind", "trunk.qkv_bias", "trunk.qk_norm", "trunk.tie_embeddings",
-  "trunk.rope_theta", "trunk.norm_eps", "trunk.moe.num_experts",
-  "trunk.moe.experts_per_token", "trunk.moe.expert_dim", "trunk.moe.num_shared",
-  "trunk.moe.dense_layers", "trunk.moe.num_groups", "trunk.moe.groups_per_token",
-  "trunk.moe.route_scale",
-  *(f"trunk.latent.{field.name}" for field in dataclasses.fields(LatentConfig)),
-  *(
-    f"trunk.rope_scaling.{field.name}"
-    for field in dataclasses.fields(RopeScalingConfig)
-  ),
-  "mtp.kind", "mtp.depth", "mtp.share_modules", "mtp.dense_blocks", "mtp.mlp_dim",
-  "mtp.hidden", "mtp.hidden_norm", "mtp.fed", "mtp.out_norm", "mtp.norm",
-  "mtp.unembed", "mtp.draft_vocab", "mtp.arm",
-  "tokenizer.kind", "tokenizer.vocab_size", "optimizer.kind",
-)
-
+ARCHITECTURE = keys_of(Role.ARCHITECTURE)
 
 # In the name of what Orbax is still writing, after the step.
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -137,7 +111,7 @@ def check_resumable(saved: Config, config: Config) -> None:
   differing = {
     key: values
     for key, values in difference(essential(saved), essential(config)).items()
-    if not any(key == k or (k.endswith(".") and key.startswith(k)) for k in RESUMABLE)
+    if key not in RESUMABLE
   }
   if not differing:
     return

@@ -1,4 +1,4 @@
-"""lambda and the weight of every depth's loss as a function of training progress.
+"""Weights of the depths' losses, and lambda, as functions of training progress.
 
 Legend: M = 1 + depth.
 """

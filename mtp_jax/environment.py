@@ -1,4 +1,4 @@
-"""What a program runs on: hardware, package versions, commit of the code."""
+"""Facts for logs: hardware, package versions, and the commit of the code."""
 
 import functools
 import importlib.metadata
@@ -12,7 +12,7 @@ import jax
 
 
 def hardware() -> str:
-  """Returns the devices of JAX, and the CPU where they are CPU devices."""
+  """Returns a description of JAX's devices; for CPU devices also of the CPU."""
   device = jax.devices()[0]
   name = f"{jax.device_count()} x {device.device_kind}"
   return f"{name}, {cpu()}" if device.platform == "cpu" else name
@@ -29,14 +29,28 @@ def cpu() -> str:
 
 
 def cpu_cores() -> list[int]:
-  """Returns the CPU cores of this process; all where processes cannot be pinned."""
+  """Returns the CPU cores that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return sorted(os.sched_getaffinity(0))
   return list(range(os.cpu_count() or 1))
 
 
+def machine_memory() -> int | None:
+  """Returns the bytes of this machine; None where the system does not say."""
+  try:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, ValueError, OSError):
+    return None
+
+
+def device_memory() -> int | None:
+  """Returns the bytes of the first device, for a CPU those of the machine."""
+  stats = jax.local_devices()[0].memory_stats()
+  return stats["bytes_limit"] if stats and "bytes_limit" in stats else machine_memory()
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
-  """Returns the versions of Python and of `packages`; "missing" if not installed."""
+  """Returns the versions of Python and `packages`; "missing" where not installed."""
   found = {"python": platform.python_version()}
   for package in packages:
     try:

@@ -36,9 +36,9 @@ from mtp_jax.decode.warp import check_warp
 from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
 from mtp_jax.predictors.vocabulary import localize
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import put_batch
 from mtp_jax.targets import future_targets
-from mtp_jax.train_step import shape_of
 
 _NO_TOKEN = -1
 
@@ -138,7 +138,7 @@ def hit_sums(
 
 
 def top_k_hits(
-  shape: Config,
+  config: Config,
   params: Any,
   batches: Iterable[tuple[Batch, np.ndarray]],
   ranks: int,
@@ -150,18 +150,18 @@ def top_k_hits(
   is the trunk's own choice: teacher-forced, at the positions of `row_sums`.
 
   Args:
-    shape: of the trial, with at least one extra predictor.
+    config: of the trial, with at least one extra predictor.
     batches: see `document_sums`.
     ranks: R, from the most likely token on.
 
   Raises:
     ValueError: no position, or ranks not in [1, vocab].
   """
-  most = shape.mtp.draft_vocab or shape.tokenizer.vocab_size
+  most = config.mtp.draft_vocab or config.tokenizer.vocab_size
   if not 1 <= ranks <= most:
     raise ValueError(f"ranks must be 1 to {most}, the vocabulary, got {ranks}.")
-  program = jax.jit(functools.partial(hit_sums, shape, ranks=ranks))
-  hits_KR, count = np.zeros((shape.mtp.depth, ranks)), 0.0
+  program = jax.jit(functools.partial(hit_sums, config, ranks=ranks))
+  hits_KR, count = np.zeros((config.mtp.depth, ranks)), 0.0
   for batch, document_B in batches:
     sums = program(params, put_batch(mesh, batch, is_whole=True))
     sums = multihost_utils.process_allgather(sums, tiled=True)
@@ -175,13 +175,13 @@ def top_k_hits(
 
 
 @functools.lru_cache(maxsize=32)
-def row_sums_program(shape: Config) -> Any:
-  """Returns `row_sums` compiled for a shape of trial (`train_step.shape_of`)."""
-  return jax.jit(functools.partial(row_sums, shape))
+def row_sums_program(config: ProgramConfig) -> Any:
+  """Returns `row_sums` as a jitted function of parameters, batch and byte counts."""
+  return jax.jit(functools.partial(row_sums, config))
 
 
 def document_sums(
-  shape: Config,
+  config: Config,
   params: Any,
   batches: Iterable[tuple[Batch, np.ndarray]],
   token_bytes_V: np.ndarray,
@@ -191,8 +191,8 @@ def document_sums(
 
   `batches` yields (Batch, document index per row); a negative index is padding.
   """
-  program = row_sums_program(shape)
-  table = np.zeros(shape.tokenizer.vocab_size, np.int32)
+  program = row_sums_program(config)
+  table = np.zeros(config.tokenizer.vocab_size, np.int32)
   table[: len(token_bytes_V)] = token_bytes_V
   rows, documents = [], []
   for batch, document_B in batches:
@@ -358,13 +358,14 @@ def generative_metrics(
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), *tokenizer.end_ids)
   stop_at_end = (_NO_TOKEN, *tokenizer.end_ids)  # As many, for the same program.
-  weights, shape = unstack(params, shape_of(config)), shape_of(config)
+  program = program_config(config)
+  weights = unstack(params, program)
 
   def complete(
     prompts: list[str], stop_ids: tuple[int, ...], rule: str = "greedy"
   ) -> list[Completion]:
     return generate(
-      shape,
+      program,
       weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       max_new_tokens=limits.max_new_tokens,
@@ -433,9 +434,10 @@ def task_metrics(
   """
   task, tokenizer = corpus.task, corpus.tokenizer
   examples = corpus.held_out(config.eval.task_examples)
+  program = program_config(config)
   completions = generate(
-    shape_of(config),
-    unstack(params, shape_of(config)),
+    program,
+    unstack(params, program),
     [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
     max_new_tokens=task.max_answer + task.answer_ends,
     stop_ids=(tokenizer.eos_id, tokenizer.eos_id),

@@ -1,11 +1,11 @@
-"""Per-depth losses from hidden states, with one block of logits alive.
+"""Per-depth losses from hidden states, with one block of logits in memory at a time.
 
 The losses receive hidden states and the unembedding matrix, never logits: they walk
-over depths and blocks of positions. Because the scalar that is differentiated is linear
-in every token's loss, the gradient of a block can be formed while its logits are alive:
-three matrix products per block (logits, d hidden, d unembedding), none repeated, and
-peak memory that does not grow with the number of depths. Results are sums and counts;
-the caller's coefficients hold the one division by global counts.
+over depths and blocks of positions. The total loss is linear in every token's loss, so
+the gradient of a block is computed while its logits are in memory: three matrix
+products per block (logits, d hidden, d unembedding), none repeated, and peak memory
+that does not grow with the number of depths. Results are sums and counts; the only
+division, by global counts, is in the caller's coefficients.
 
 Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth, N = tokens of a block.
 """
@@ -23,9 +23,12 @@ from mtp_jax.sharding import map_over_tokens, psum_tokens, tokens_per_block
 
 
 class LossSums(NamedTuple):
-  """`total` is the sum of `weighted_M`, the coefficients times the objective's sums.
+  """Losses of all depths, as sums over tokens.
 
-  nll_M, correct_M: sums over tokens, whatever the objective is.
+  total:      the sum of `weighted_M`.
+  weighted_M: coefficient times sum of the objective.
+  nll_M:      sum of the cross-entropies, for any objective.
+  correct_M:  tokens whose target is the most likely one.
   """
 
   total: jax.Array
@@ -35,7 +38,7 @@ class LossSums(NamedTuple):
 
 
 class Teacher(NamedTuple):
-  """The distributions that depths learn from instead of from the data.
+  """The trunk's own distributions, as targets in place of the data.
 
   hidden_MBTD: the trunk's normed states from which it predicts the same tokens.
   unembed_DV: the trunk's output matrix.
@@ -46,7 +49,7 @@ class Teacher(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-  """Per-token results of the evaluation: nats, and the most likely token."""
+  """Loss of every token in nats, and the most likely token in its place."""
 
   nll_MBT: jax.Array
   argmax_MBT: jax.Array
@@ -77,10 +80,10 @@ def tv(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
 
 
 def log_acceptance(logits_NV: jax.Array, teacher_NV: jax.Array) -> jax.Array:
-  """Returns -log sum min(p, q) in nats, of the LK losses (arXiv 2602.23881).
+  """Returns -log sum min(p, q) in nats, one of the LK losses (arXiv 2602.23881).
 
-  Its gradient is that of `tv` divided by the overlap, so that it does not vanish where
-  the distributions have nothing in common.
+  Its gradient is the gradient of `tv` divided by the overlap, so it does not vanish
+  where the two distributions barely overlap.
   """
   return -_log_overlap(logits_NV, teacher_NV)
 
@@ -96,10 +99,10 @@ OBJECTIVES = {"kl": kl, "tv": tv, "log_acceptance": log_acceptance}
 
 
 def trunk_states(hidden_MBTD: jax.Array) -> jax.Array:
-  """Returns at [m, b, i] the trunk's state from which it predicts token i + 1 + m.
+  """Returns, at [m, b, i], the trunk's state that predicts token i + 1 + m.
 
-  That is its state at i + m, `hidden_MBTD[0, b, i + m]`; where the row ends before, the
-  entry means nothing. No gradient passes.
+  This is the trunk's state at i + m, `hidden_MBTD[0, b, i + m]`. Entries with
+  i + m >= T are meaningless (mask them). No gradient passes.
   """
   trunk_BTD = jax.lax.stop_gradient(hidden_MBTD[0])
   depths = range(hidden_MBTD.shape[0])
@@ -109,10 +112,10 @@ def trunk_states(hidden_MBTD: jax.Array) -> jax.Array:
 def feature_sums(
   hidden_MBTD: jax.Array, teacher_MBTD: jax.Array, mask_MBT: jax.Array
 ) -> jax.Array:
-  """Returns sums_M over tokens of the smooth L1 distance, a mean over the features.
+  """Returns sums_M over tokens of the smooth L1 distance, averaged over the features.
 
-  EAGLE (Li et al. 2024, arXiv 2401.15077): states that draft resemble the trunk's.
-  float32, or float64.
+  EAGLE (Li et al. 2024, arXiv 2401.15077): the states that draft learn to resemble the
+  trunk's. Computed in float32 (float64 for float64 input).
   """
   wide = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
   hidden_MBTD, teacher_MBTD = hidden_MBTD.astype(wide), teacher_MBTD.astype(wide)
@@ -133,9 +136,9 @@ def loss_sums(
 ) -> LossSums:
   """Returns the weighted total loss and the per-depth sums.
 
-  Differentiable in `hidden_MBTD` and `unembed_DV` through `total` only; the rest are
-  reports, and the teacher learns nothing. Logits, softmax and sums are float32
-  (float64 for float64 input).
+  Only `total` is differentiable, in `hidden_MBTD` and `unembed_DV`; the other fields
+  are for logs, and no gradient reaches the teacher. Logits, softmax and sums are
+  float32 (float64 for float64 input).
 
   Args:
     hidden_MBTD: normed hidden states of every depth.
@@ -143,9 +146,10 @@ def loss_sums(
     targets_MBT: token ids.
     mask_MBT: true where the target counts.
     coefficients_M: see `loss_coefficients`.
-    block_tokens: positions per block of logits, on each device; 0: as suits it.
+    block_tokens: positions per block of logits on each device; 0 lets
+      `sharding.tokens_per_block` choose.
     objective: cross_entropy, or a key of `OBJECTIVES`, which needs a teacher.
-    teacher: see there.
+    teacher: see `Teacher`; None with `cross_entropy`.
   """
   return _over_devices(
     functools.partial(
@@ -193,7 +197,7 @@ def token_stats(
 ) -> TokenStats:
   """Returns every token's loss in nats and arg max, for evaluation (no gradient).
 
-  `unembeddings` are (depths, output matrix of these depths), in order.
+  `unembeddings`: pairs of a slice of depths and their output matrix, in order.
   """
   results = [
     _token_stats(hidden_MBTD[depths], unembed_DV, targets_MBT[depths], block_tokens)
@@ -217,9 +221,10 @@ def token_ranks(
   tokens_MBT: jax.Array,
   block_tokens: int,
 ) -> jax.Array:
-  """Returns rank_MBT: how many tokens are likelier than each of those given.
+  """Returns rank_MBT: how many tokens of the vocabulary precede each given token.
 
-  At equal logits lower ids come first, as in `jax.lax.top_k`.
+  Tokens are ordered by logit; at equal logits lower ids come first, as in
+  `jax.lax.top_k`.
   """
 
   def block(h_ND, t_N):
@@ -233,7 +238,7 @@ def token_ranks(
 
 
 def _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens):
-  """Returns what `block(h_ND, t_N)` says of every token, each [M, B, T]."""
+  """Returns the outputs of `block(h_ND, t_N)` for all tokens, each [M, B, T]."""
   shape = tokens_MBT.shape
   blocks, num_tokens = _split(
     block_tokens,
@@ -261,12 +266,13 @@ def _local_sums(
   hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M, teacher, *,
   block_tokens, objective, with_grads,
 ):
-  """One device's share: scans over (depth, block) and sums over devices at the end."""
+  """Returns one device's sums and gradients; sums are added over all devices."""
   M, B, T, D = hidden_MBTD.shape
   accumulate = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
 
   def block(d_unembed, xs):
     h_ND, t_N, mask_N, *of_teacher, coefficient = xs
+    # exp and its sum serve both the loss and, below, the gradient of the logits.
     logits_NV = _logits(h_ND, unembed_DV)
     top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
@@ -275,6 +281,7 @@ def _local_sums(
     nll_N = jnp.log(sum_N1[:, 0]) + top_N1[:, 0] - picked_N
     value = nll = jnp.sum(jnp.where(mask_N, nll_N, 0.0))
     correct = jnp.sum((picked_N >= top_N1[:, 0]) & mask_N, dtype=accumulate)
+    # Other objectives are differentiated by JAX: their logits are alive here anyway.
     if teacher is not None:
       teacher_NV = _logits(*of_teacher, teacher.unembed_DV)
       value_N, pullback = jax.vjp(
@@ -283,12 +290,15 @@ def _local_sums(
       value = jnp.sum(jnp.where(mask_N, value_N, 0.0))
     if not with_grads:
       return d_unembed, (value, nll, correct)
+    # The coefficient is applied here, once, so that the backward pass only scales.
     scale_N1 = jnp.where(mask_N, coefficient, 0.0)[:, None].astype(accumulate)
     if teacher is None:
       hot_NV = jax.lax.broadcasted_iota(t_N.dtype, logits_NV.shape, 1) == t_N[:, None]
       d_logits_NV = exp_NV * (scale_N1 / sum_N1) - jnp.where(hot_NV, scale_N1, 0.0)
     else:
       (d_logits_NV,) = pullback(scale_N1[:, 0])
+    # Products run in the compute dtype; the matrix' gradient is summed over all blocks,
+    # so its sum stays wide.
     d_logits_NV = d_logits_NV.astype(h_ND.dtype)
     d_h_ND = jnp.einsum("NV,DV->ND", d_logits_NV, unembed_DV)
     d_unembed = d_unembed + jnp.einsum(
@@ -309,11 +319,13 @@ def _local_sums(
     jnp.repeat(coefficients_M, num_blocks),
   )
   d_unembed = jnp.zeros(unembed_DV.shape, accumulate) if with_grads else ()
+  # One block needs no loop.
   if M * num_blocks == 1:
     d_unembed, ys = block(d_unembed, jax.tree.map(lambda x: x[0], xs))
     ys = jax.tree.map(lambda y: y[None], ys)
   else:
     d_unembed, ys = jax.lax.scan(block, d_unembed, xs)
+  # Only now sums over devices: one all-reduce, not one per block.
   value_M, nll_M, correct_M = (
     psum_tokens(jnp.sum(y.reshape(M, num_blocks), axis=1)) for y in ys[:3]
   )
@@ -335,7 +347,7 @@ def _pick(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
 
 
 def _split(block_tokens: int, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], int]:
-  """Cuts leading axes of equal length into equal blocks; pads the last with zeros."""
+  """Returns `(blocks, length)`: leading axes cut into equal blocks, the last padded."""
   num_tokens = arrays[0].shape[0]
   num_blocks = -(-num_tokens // tokens_per_block(block_tokens))
   size = -(-num_tokens // num_blocks)

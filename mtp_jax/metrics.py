@@ -128,10 +128,10 @@ class MetricsWriter:
 
 
 class _Tensorboard:
-  """An event file, written by tensorboardX in this thread.
+  """An event file of TensorBoard, written in this thread.
 
-  Its own writer has a thread behind a queue of ten events. Where the disk is full the
-  thread ends, and whoever writes waits for it for ever.
+  tensorboardX's own writer has a thread behind a queue of ten events. On a full disk
+  that thread ends, and the next write to the queue blocks for ever.
   """
 
   def __init__(self, folder: Path, step: int):
@@ -160,10 +160,10 @@ class _Tensorboard:
 
 
 def _import_tensorboard() -> tuple[Any, Any]:
-  """Returns `(EventsWriter, Event)`, imported without PyTorch, which takes seconds.
+  """Returns `(EventsWriter, Event)`, without importing PyTorch, which takes seconds.
 
-  tensorboardX imports that, where there is one, to accept tensors, and nobody gives it
-  any. It also does without; None makes it believe that there is none.
+  tensorboardX imports PyTorch, if installed, to accept its tensors, which are not used
+  here. The entry None in `sys.modules` makes that import fail, which it tolerates.
   """
   hides_torch = "torch" not in sys.modules
   if hides_torch:
@@ -178,7 +178,7 @@ def _import_tensorboard() -> tuple[Any, Any]:
 
 
 class Progress:
-  """A bar with loss and time left on a terminal, a plain line per report elsewhere."""
+  """A progress bar on a terminal; one line per report elsewhere."""
 
   def __init__(self, name: str, num_steps: int, enabled: bool):
     self._name, self._num_steps = name, num_steps
@@ -198,7 +198,7 @@ class Progress:
       )
 
   def advance(self, step: int) -> None:
-    """Moves the bar; cheap enough for every step."""
+    """Moves the bar; cheap, so that it can be called every step."""
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
@@ -248,7 +248,7 @@ def plain(value: Any) -> Any:
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
-  """Yields the numbers in nested lists and dicts, named by the way to them."""
+  """Yields (path, number) for all numbers in nested lists and dicts."""
   if isinstance(value, (dict, list)):
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, entry in items:

@@ -1,19 +1,20 @@
-"""AdamW and Muon, their schedules, and how the learning rate follows the width.
+"""AdamW and Muon, learning-rate schedules, and scaling of the rate with the width.
 
 Parameterisation: a config's learning rate is the peak for `base_width`. Matrices that
-map width to width, and an untied output matrix, use it times `base_width / embed_dim`;
-embeddings, norms and biases use it as it is. With initial variance 1 / fan_in for
-hidden and 1 / fan_in^2 for output matrices this is muP for Adam (Yang et al. 2022,
-arXiv 2203.03466, table 3) at a fixed head size. Muon (Jordan et al. 2024)
-orthogonalises the hidden matrices, its updates scaled to an RMS of 0.2 (Liu et al.
-2025, arXiv 2502.16982) so that learning rates of AdamW serve. Such an update has a
-spectral norm of 0.2 sqrt(width), hence the factor of these matrices is the square
-root, `sqrt(base_width / embed_dim)`: the spectral condition of Yang et al. 2023 (arXiv
-2310.17813). All else gets AdamW, with Nesterov momentum as optax has one switch for
-both.
+map width to width, and an untied output matrix, use that rate times `base_width /
+embed_dim`; embeddings, norms and biases use the rate unscaled. With initial variance
+1 / fan_in for hidden and 1 / fan_in^2 for output matrices this is muP for Adam (Yang et
+al. 2022, arXiv 2203.03466, table 3) at a fixed head size.
 
-The learning rate itself is traced: the optax chain yields the update per unit of
-learning rate, and `apply` multiplies.
+Muon (Jordan et al. 2024) orthogonalises the updates of the hidden matrices and scales
+them to an RMS of 0.2 (Liu et al. 2025, arXiv 2502.16982), so that AdamW's learning
+rates can be reused. Such an update has a spectral norm of 0.2 sqrt(width); therefore
+the factor of these matrices is the square root, `sqrt(base_width / embed_dim)`, the
+spectral condition of Yang et al. 2023 (arXiv 2310.17813). All other parameters get
+AdamW, with Nesterov momentum, because optax has one switch for both.
+
+The learning rate is traced: the optax chain returns the update per unit of learning
+rate, and `apply` multiplies it by the rate.
 """
 
 from typing import Any
@@ -49,8 +50,8 @@ def schedule_at(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
 def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
   """Returns the chain: clip, then AdamW or Muon, per unit of learning rate.
 
-  `axes` is the tree of logical axes of the parameters. Weight decay acts on matrices
-  (embeddings included), not on norms and biases, whichever of the two updates them.
+  `axes` is the tree of logical axes of the parameters. With either optimizer, weight
+  decay acts on matrices (embeddings included), not on norms and biases.
   """
   if config.kind == "adamw":
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
@@ -61,7 +62,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
       is_leaf=_is_axes,
     )
     direction = optax.contrib.muon(
-      -1.0,  # Its sign: the direction alone, turned around below with the decay.
+      -1.0,  # Undoes optax' negation: `scale(-1.0)` below negates once, decay included.
       beta=0.95,
       eps=config.eps,
       adam_b1=config.beta1,
@@ -80,7 +81,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
 
 
 def trainable(config: Config, tree: Any) -> Any:
-  """Returns the part of a parameter tree (or one like it) that training changes."""
+  """Returns the trained part of a parameter tree, or of a tree with its structure."""
   return {"mtp": tree["mtp"]} if config.train.freeze_trunk else tree
 
 
@@ -109,7 +110,7 @@ def _is_axes(node: Any) -> bool:
 
 
 def _own_axes(names: tuple[str, ...]) -> list[int]:
-  """The dimensions that are not a stack of layers, depths or experts."""
+  """Returns the dimensions that do not stack layers, depths or experts."""
   return [i for i, name in enumerate(names) if name not in _STACKED]
 
 
@@ -118,18 +119,18 @@ def _is_matrix(names: tuple[str, ...]) -> bool:
 
 
 def _is_hidden(path: Any, names: tuple[str, ...]) -> bool:
-  """Whether the parameter maps the width to (a multiple of) the width."""
+  """Returns whether the parameter maps the width to (a multiple of) the width."""
   in_layers = path[0].key in ("trunk", "mtp") and not _is_unembed(path)
   return in_layers and _is_matrix(names)
 
 
 def _is_unembed(path: Any) -> bool:
-  """Whether it is an output matrix, of the trunk or of extra depths."""
+  """Returns whether the parameter is an output matrix, of the trunk or of a head."""
   return path[0].key == "unembed" or path[-1].key == "unembed"
 
 
 def _muon_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
-  """Inputs and outputs of a matrix, heads perhaps split: [D, N, H], [N, H, D]."""
+  """Returns the input and output axes of a matrix, such as [D, N, H] or [N, H, D]."""
   own = _own_axes(names)
   split = 1 if names[own[0]] in _INPUTS else len(own) - 1
   return optax.contrib.MuonDimensionNumbers(tuple(own[:split]), tuple(own[split:]))

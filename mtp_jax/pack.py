@@ -23,6 +23,7 @@ import numpy as np
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.lm import zeros_batch
+from mtp_jax.program import program_config
 from mtp_jax.sharding import (
   make_mesh,
   make_trial_mesh,
@@ -32,7 +33,7 @@ from mtp_jax.sharding import (
   split_by_trial,
 )
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import compiled, programs, shape_of, train_step
+from mtp_jax.train_step import compiled, programs, train_step
 
 _LARGEST_SHARE = 0.8
 
@@ -44,7 +45,7 @@ class Pack:
   the number of devices.
 
   Args:
-    shape: of all trials, from `train_step.shape_of`.
+    shape: of all trials, from `train_step.program_config`.
     states: one for each trial, on the host.
     hypers: one for each trial.
     size: trials that the program is made for, at least as many as there are. Places
@@ -179,7 +180,7 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
   """
   if platform() == "cpu":
     return 1
-  shape = shape_of(config)
+  shape = program_config(config)
   mesh = make_mesh(shape.mesh, devices[:1])
   rows = zeros_batch(shape, shape.data.batch_size)
   microbatches = shape.train.accumulation_steps

@@ -1,4 +1,4 @@
-"""What one run takes from the checkpoint of another: a whole model, or its trunk."""
+"""Models in checkpoints of other runs: to load, or to start a new run from."""
 
 import dataclasses
 import json
@@ -16,17 +16,17 @@ from mtp_jax.config import Config, ConfigError, difference, from_config_dict
 from mtp_jax.lm import deployed, deployed_config
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
-# Keys of `train` that name a run to begin with, of which one may be set: the trunk of
-# that run, or all its parameters.
+# Keys of `train` that name a run to start from, of which one may be set: the first
+# takes the trunk of that run, the second all parameters.
 SOURCES = ("trunk_from", "start_from")
 
 
 class SavedModel(NamedTuple):
   """A model without its optimizer state.
 
-  config: as trained, with the kernels that suit any platform.
-  tokenizer: the tokenizer as JSON text.
-  model_folder: what an imported model had besides weights; see `interop.model_files`.
+  config: as trained, with kernels for any platform.
+  tokenizer: as JSON text.
+  model_folder: files of an imported model besides its weights, by name.
   """
 
   config: Config
@@ -40,8 +40,8 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
   """Returns the model of one checkpoint, its parameters laid out on `mesh`.
 
   Raises:
-    CheckpointError: damaged, or no checkpoint.
-    ConfigError: written by code with other settings.
+    CheckpointError: the checkpoint is missing or damaged.
+    ConfigError: a version with other config keys wrote it.
   """
 
   def layout(config: Config) -> tuple[Any, Any]:
@@ -63,13 +63,14 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
 def restore_newest(
   folders: Sequence[Path], mesh: jax.sharding.Mesh
 ) -> tuple[Path, SavedModel]:
-  """Returns the first of the checkpoints that is whole, and its model, as `restore`.
+  """Returns the first undamaged checkpoint, and its model.
 
-  Damaged ones are reported. Of several processes one alone may meet the damage, so that
-  none of them tries another checkpoint than the first.
+  Reports damaged checkpoints. With several processes only the first checkpoint is
+  tried, because a single process may find it damaged, and all must use the same.
 
   Raises:
-    CheckpointError: none is whole; the first is not, and there are several processes.
+    CheckpointError: no checkpoint is undamaged; with several processes, the first is
+      damaged.
   """
   *candidates, last = folders if jax.process_count() == 1 else folders[:1]
   for folder in candidates:
@@ -81,17 +82,17 @@ def restore_newest(
 
 
 def check_source(config: Config, workdir: Path) -> None:
-  """Checks that a new run can begin with the run that one of `SOURCES` names.
+  """Checks that a new run can start from the run that one of `SOURCES` names.
 
-  Loads no parameters. A run that has a checkpoint of its own goes on from that, and
-  needs no other.
+  Loads no parameters. Skipped if the new run has a checkpoint: it resumes from that.
 
   Args:
-    config: of the run.
-    workdir: its folder, which may not be there yet.
+    config: of the new run.
+    workdir: folder of the new run, which may not exist yet.
 
   Raises:
-    ConfigError: no run, no checkpoint, or one that differs in what is taken over.
+    ConfigError: the other run is missing, has no checkpoint, or differs in a key that
+      the copied parameters depend on.
   """
   name, source = _source(config)
   if source is None or _finished_steps(workdir):
@@ -109,6 +110,7 @@ def check_source(config: Config, workdir: Path) -> None:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
     ) from error
+  # The other run may be of any kind: only keys of the copied parameters must agree.
   saved, config = accounting.resolve(saved), accounting.resolve(config)
   keys, has = _trunk_keys(config), "whose deployed model has the trunk and the"
   if name == "trunk_from":
@@ -118,7 +120,7 @@ def check_source(config: Config, workdir: Path) -> None:
     has = "with the trunk, the extra predictors and the"
   differing = {key: x for key, x in difference(saved, config).items() if key in keys}
   theirs, ours = differing.get("data.seq_len", (0, 0))
-  if theirs > ours:  # Of learned positions the first ones are taken.
+  if theirs > ours:  # The first learned positions are copied.
     del differing["data.seq_len"]
   if differing:
     lines = [f"  {k}: {a!r} there, {b!r} here" for k, (a, b) in differing.items()]
@@ -133,24 +135,24 @@ def check_source(config: Config, workdir: Path) -> None:
 def load_source(
   config: Config, tokenizer: str, shardings: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any] | None], dict[str, Any] | None]:
-  """Returns the parameters that a new run begins with, and where they are from.
+  """Returns the parameters that a new run starts from, and their origin.
 
   Args:
     config: of the new run.
     tokenizer: of the new run, as JSON text.
     shardings: of all parameters of the new run.
-    mesh: that they are on.
+    mesh: of the new run.
 
   Returns:
-    Parameters of the newest whole checkpoint, laid out by `shardings`: with
-    `train.trunk_from` those of the deployed model, with `train.start_from` all, with
-    neither none. Then by name of `SOURCES` None, or the `path` as given, the `step`,
-    and the `commit` of the code that trained it, "" if its folder does not say. Last
-    `SavedModel.model_folder`.
+    `(params, origin, model_folder)`. `params`, laid out by `shardings`, are from the
+    newest undamaged checkpoint: the deployed model's with `train.trunk_from`, all with
+    `train.start_from`, {} with neither. `origin` has, for each of `SOURCES`, None or
+    the `path` in the config, the `step`, and the `commit` of the code that trained it
+    ("" if unknown). `model_folder`: see `SavedModel`.
 
   Raises:
-    CheckpointError: no checkpoint of it is whole; see `restore_newest`.
-    ConfigError: another tokenizer.
+    CheckpointError: the other run has no undamaged checkpoint; see `restore_newest`.
+    ConfigError: the other run has another tokenizer.
   """
   origin = dict.fromkeys(SOURCES)
   name, source = _source(config)
@@ -158,6 +160,7 @@ def load_source(
     return {}, origin, None
   steps = map(str, reversed(_finished_steps(source)))
   _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
+  # With another tokenizer, the same id would stand for other text.
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
     raise ConfigError(
       f"train.{name} must be a run with the tokenizer of this one, got "
@@ -186,16 +189,16 @@ def load_source(
 
 
 def _source(config: Config) -> tuple[str, Path | None]:
-  """Returns which of `SOURCES` is set, and the folder; `("", None)` if none is."""
+  """Returns the one of `SOURCES` that is set, and its folder; `("", None)` if none."""
   named = [name for name in SOURCES if getattr(config.train, name)]
   return (named[0], Path(getattr(config.train, named[0]))) if named else ("", None)
 
 
 def _trunk_keys(config: Config) -> set[str]:
-  """The keys that parameters outside `mtp` depend on."""
+  """Returns the keys that parameters outside `mtp` depend on."""
   keys = {key for key in checkpoint.ARCHITECTURE if key.startswith("trunk.")}
   keys.add("tokenizer.vocab_size")
-  if config.trunk.kind == "gpt2":  # It has so many learned positions.
+  if config.trunk.kind == "gpt2":  # One learned position per token of a row.
     keys.add("data.seq_len")
   return keys
 
@@ -206,7 +209,7 @@ def _finished_steps(workdir: Path) -> list[int]:
 
 
 def portable(config: Config) -> Config:
-  """Returns the config without choices that only the training's platform may have."""
+  """Returns the config with kernels that run on any platform."""
   moe = dataclasses.replace(config.trunk.moe, grouped_matmul="auto")
   trunk = dataclasses.replace(config.trunk, attention="auto", moe=moe)
   return dataclasses.replace(config, trunk=trunk)

@@ -1,8 +1,8 @@
-"""Text that a trained model writes, for other predictors to learn from.
+"""Self-distillation: a trained model writes text, on which predictors are trained.
 
-A drafter has to foresee what the trunk says, not what the corpus says, so one that is
-trained afterwards may learn from the trunk's own text: self-distillation (Medusa, arXiv
-2401.10774, section 2.3.2; FastMTP, arXiv 2509.18362).
+A drafter has to predict the tokens of the trunk, not those of the corpus. A drafter
+that is trained on a finished trunk can therefore learn from text that the trunk wrote
+(Medusa, arXiv 2401.10774, section 2.3.2; FastMTP, arXiv 2509.18362).
 
     training document -> excerpt -> completion by the model -> a line that
     `data.distilled_text` reads
@@ -21,12 +21,12 @@ from mtp_jax.trained_model import TrainedModel
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Excerpt:
-  """The part of a training document that is continued.
+  """A part of a training document, which the model continues.
 
-  number:   of the text that it begins.
+  number:   number of the text.
   document: hex content hash of the document.
-  begin:    its first token in the document; 0 is the begin-of-document token, where
-            documents have one.
+  begin:    index of the first token in the document; token 0 is the begin-of-document
+            token, if documents have one.
   tokens:   [n] ids.
   """
 
@@ -37,19 +37,19 @@ class Excerpt:
 
 
 class Excerpts:
-  """What the texts begin with, by number: `excerpts[number]`, any number >= 0.
+  """The beginnings of texts: `excerpts[number]`, for any number >= 0.
 
-  Texts go through the training documents in the shuffled order of the run, over and
-  over. A document that is too short is taken whole, without its end.
+  Numbers go through the training documents in the run's shuffled order, repeatedly.
+  The excerpt of a short document is the whole document, without its end token.
   """
 
   def __init__(self, corpus: Corpus, length: int, at: int | None, seed: int):
     """Args:
       corpus: of the run.
-      length: tokens of an excerpt, >= 1, where the document has so many.
-      at: where it begins, or as late as the document allows; None draws a place of
-        each, uniformly.
-      seed: of the places.
+      length: tokens of an excerpt, >= 1; fewer in short documents.
+      at: index of its first token, or less if the document is too short; None draws the
+        index uniformly.
+      seed: for these draws.
     """
     self._store, self._length, self._at, self._seed = corpus.store, length, at, seed
     self._order = corpus.documents("train", corpus.config.data.seed)
@@ -79,14 +79,19 @@ def write(
   seed: int,
   **how: Any,
 ) -> list[dict[str, Any]]:
-  """Returns the lines of `data/distilled_text.py` for consecutive excerpts.
+  """Returns lines for `data/distilled_text.py`, written by the model.
 
-  A text is an excerpt and what the model goes on with. A character that the excerpt or
-  the end of the row cuts in two is left away. A text with another broken character, or
-  with a token that no text has, is left out, so that lines may be fewer than excerpts.
-  What is drawn for a number does not depend on which other numbers there are.
+  A text is an excerpt and its completion. Characters that are cut at either end are
+  removed. Texts with other broken characters, or with tokens that stand for no text,
+  are skipped, so that there may be fewer lines than excerpts. The completion of a
+  number does not depend on the other numbers.
 
-  `how` is that of `TrainedModel.generate`, whose ValueErrors it raises.
+  Args:
+    model: writes the completions.
+    excerpts: with consecutive numbers.
+    max_new_tokens: longest completion.
+    seed: for sampling.
+    **how: other arguments of `TrainedModel.generate`, which also raises ValueErrors.
   """
   generations = model.generate(
     [x.tokens for x in excerpts],
@@ -95,6 +100,7 @@ def write(
     first=excerpts[0].number,
     **how,
   )
+  # `bos` and `eos` tell the reader which ends of a document the text has.
   lines = []
   for x, generation in zip(excerpts, generations, strict=True):
     text = _text(model, x.tokens, generation.completion)
@@ -114,7 +120,8 @@ def write(
 def _text(
   model: TrainedModel, excerpt_n: np.ndarray, completion: Completion
 ) -> str | None:
-  """Returns the text of excerpt and completion, None where they are no text."""
+  """Returns the text of excerpt and completion; None if it is to be skipped."""
+  # Ids beyond the tokenizer's have no text: 0 bytes.
   num_bytes_V = np.zeros(model.config.tokenizer.vocab_size, np.int64)
   num_bytes_V[: model.tokenizer.vocab_size] = model.tokenizer.token_bytes_V
   new = completion.tokens[: len(completion.tokens) - completion.is_stopped]

@@ -1,8 +1,8 @@
-"""Device mesh, the table from logical to mesh axes, and the checked look-up.
+"""Device mesh, and the table from logical axes of arrays to axes of the mesh.
 
-Modules name what a dimension *is* (`"embed"`, `"seq"`); this file alone knows which
-mesh axis that lies on, and is the only one with a `PartitionSpec`. An unknown name
-raises: Flax on its own would quietly replicate it.
+Modules name the dimensions of their arrays (`"embed"`, `"seq"`). Only this file maps
+names to mesh axes and has a `PartitionSpec`. An unknown name raises an error; Flax on
+its own would silently replicate the dimension.
 """
 
 import functools
@@ -19,21 +19,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mtp_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
-TRIAL_AXIS = "trial"  # Of a pack, whose mesh has no other.
+TRIAL_AXIS = "trial"  # The only axis of the mesh of a pack.
 
-# Logical axis -> mesh axis or axes. Parameters use the first block, activations both.
+# Logical axis -> mesh axis or axes. From `microbatch` on: activations only.
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",
   "embed_out": None,  # Second embed-sized dim of a square matrix.
-  "concat": None,  # Inputs of a projection that are states and embeddings joined.
+  "concat": None,  # Input of a projection: state and embedding, concatenated.
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
-  "rank": None,  # The compressed query, key and value of latent attention, as outputs
-  "rank_in": "fsdp",  # of a matrix, and as the inputs of the one that follows.
+  "rank": None,  # Compressed vectors of latent attention as outputs of a matrix,
+  "rank_in": "fsdp",  # and as inputs of the next matrix.
   "mlp": "tensor",
   "experts": "expert",
-  "router": None,  # The experts as outputs of the router: few, and needed by all.
+  "router": None,  # Experts, as outputs of the router: few, and needed by all devices.
   "vocab": "tensor",
   "position": None,
   "norm": None,
@@ -80,7 +80,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       f"fsdp={config.fsdp}, expert={config.expert}, tensor={config.tensor}, "
       f"context={config.context}."
     )
-  # A mesh axis may be a part of an axis of a TPU slice: 8 x 8 chips of 4 x 4 x 4.
+  # Lets a mesh axis be part of an axis of a TPU slice: 8 x 8 of 4 x 4 x 4 chips.
   grid = mesh_utils.create_device_mesh(
     (data, config.fsdp, config.expert, config.tensor, config.context),
     devices,
@@ -90,22 +90,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def make_trial_mesh(devices: Sequence[jax.Device]) -> Mesh:
-  """Returns the mesh of a pack: trials are spread over it, each on one device."""
+  """Returns the mesh of a pack: each trial is on one device."""
   return Mesh(np.array(devices), (TRIAL_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def split_by_trial(mesh: Mesh) -> NamedSharding:
-  """Returns how arrays lie whose first axis is that of the trials of a pack."""
+  """Returns the sharding of arrays whose first axis is the trials of a pack."""
   return NamedSharding(mesh, PartitionSpec(TRIAL_AXIS))
 
 
 def map_over_trial_devices(
   function: Callable[..., Any], mesh: Mesh, are_split: tuple[bool, ...]
 ) -> Callable[..., Any]:
-  """Runs `function` on every device's own trials of a pack.
+  """Returns `function` mapped over devices, each with its own trials of a pack.
 
-  `are_split` says of each argument whether its first axis is that of the trials, as
-  that of all results is; the others are whole on every device.
+  `are_split`: for each argument, whether its first axis is the trials; other arguments
+  are whole on every device. The first axis of all results is the trials.
   """
   if mesh.size == 1:
     return function
@@ -119,7 +119,7 @@ def map_over_trial_devices(
 
 
 def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-  """Returns the mesh of no devices, to trace with; `data = -1` counts as 1."""
+  """Returns a mesh without devices, for tracing; `data = -1` counts as 1."""
   return jax.sharding.AbstractMesh(
     tuple(abs(getattr(config, axis)) for axis in MESH_AXES),
     MESH_AXES,
@@ -128,24 +128,24 @@ def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
 
 
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
-  """Returns over how many devices the rows of a batch are spread."""
+  """Returns the number of parts into which the rows of a batch are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def _current_mesh() -> jax.sharding.AbstractMesh | None:
-  """The mesh set by `jax.set_mesh`, or None where there is nothing to distribute.
+  """Returns the mesh of `jax.set_mesh`; None if one device computes everything.
 
-  That of a pack distributes trials, not what is computed in one of them.
+  In a pack, too, one device computes everything of its trials.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 or TRIAL_AXIS in mesh.shape else mesh
 
 
 def platform() -> str:
-  """Returns the platform that programs are made for: `cpu`, `gpu`, `tpu`, ...
+  """Returns the platform that programs are compiled for: `cpu`, `gpu`, `tpu`, ...
 
-  That of JAX's default backend, but for a mesh in use of TPUs: programs for those can
-  be compiled on machines without any.
+  `tpu` if the mesh in use has TPUs, which programs can be compiled for on machines
+  without any; else JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   is_tpu = device is not None and device.device_kind.startswith("TPU")
@@ -153,18 +153,17 @@ def platform() -> str:
 
 
 def tokens_per_block(block_tokens: int, for_platform: str | None = None) -> int:
-  """Returns `loss.block_tokens`, or what suits a platform if that is 0.
+  """Returns `loss.block_tokens`; if that is 0, a default of the platform.
 
-  By default it is that of `platform`.
-
-  On a CPU a block of logits is to fit into its caches; elsewhere larger blocks add to
-  the gradient of the output matrix less often.
+  `for_platform` is `platform()` unless given. On a CPU a block of logits should fit
+  into the caches; elsewhere larger blocks mean fewer additions to the gradient of the
+  output matrix.
   """
   return block_tokens or (1024 if (for_platform or platform()) == "cpu" else 4096)
 
 
 def fewest_rows() -> int:
-  """Returns how many rows a batch must have at least for the mesh in use."""
+  """Returns the smallest number of rows of a batch on the mesh in use."""
   mesh = _current_mesh()
   return 1 if mesh is None else num_row_shards(mesh)
 
@@ -178,7 +177,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _token_axes() -> tuple[str, ...]:
-  """The axes of the mesh in use that hold different tokens on their devices."""
+  """Returns the axes of the mesh in use along which devices hold different tokens."""
   mesh = _current_mesh()
   carriers = ("data", "fsdp", "expert", "context")
   return () if mesh is None else tuple(a for a in carriers if mesh.shape[a] > 1)
@@ -187,23 +186,27 @@ def _token_axes() -> tuple[str, ...]:
 def map_over_tokens(
   function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
-  """Runs `function` on every device's own tokens; it may `psum_tokens` its results.
+  """Returns `function` mapped over devices, each with its own tokens.
 
-  `in_axes` and `out_axes` are (pytrees of) tuples of logical axes. Only the axes that
-  carry tokens (batch, seq) are split; vocabulary shards stay with the compiler.
+  `in_axes` and `out_axes` are (pytrees of) tuples of logical axes. Only the axes of
+  tokens (batch, seq) are split; the compiler handles other axes, such as the
+  vocabulary. `function` may call `psum_tokens`.
   """
-  is_token_axis = lambda name: name in ("batch", "seq")  # noqa: E731
-  keep = lambda axes: tuple(a if is_token_axis(a) else None for a in axes)  # noqa: E731
+
+  def keep(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return tuple(a if a in ("batch", "seq") else None for a in axes)
+
   return _map_over_devices(function, in_axes, out_axes, _token_axes(), keep)
 
 
 def map_over_shards(
   function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
-  """Runs `function` on every device's own part of every array, as the table splits it.
+  """Returns `function` mapped over devices, each with its own part of every array.
 
-  The function joins parts itself, with `gather_shards` and the sums below it. What
-  `out_axes` does not split must be equal on the devices.
+  Arrays are split as in `AXIS_RULES`. `function` joins parts itself, with
+  `gather_shards`, `sum_shards` and `scatter_sum_shards`. Results must be equal along
+  axes that `out_axes` does not split.
   """
   mesh = _current_mesh()
   split = () if mesh is None else tuple(a for a in MESH_AXES if mesh.shape[a] > 1)
@@ -217,19 +220,19 @@ def _map_over_devices(
   mesh_axes: tuple[str, ...],
   keep: Callable[[tuple[str | None, ...]], tuple[str | None, ...]],
 ) -> Callable[..., Any]:
-  """Maps over `mesh_axes`, with the arrays split along the logical axes that remain."""
+  """Returns `function` mapped over `mesh_axes`; `keep` names the axes to split."""
   if not mesh_axes:
     return function
 
   def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    # Mapped axes of size 1 are left out: XLA's partitioner fails on them.
+    # Skips mesh axes of size 1: XLA's partitioner fails on them.
     entries = partition_spec(keep(axes))
     kept = (tuple(a for a in np.atleast_1d(e) if a in mesh_axes) for e in entries)
     return PartitionSpec(*(names or None for names in kept))
 
-  is_axes = lambda node: isinstance(node, tuple) and not any(  # noqa: E731
-    isinstance(child, tuple) for child in node
-  )
+  def is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and not any(isinstance(x, tuple) for x in node)
+
   return jax.shard_map(
     function,
     in_specs=jax.tree.map(spec, in_axes, is_leaf=is_axes),
@@ -258,7 +261,7 @@ def sum_shards(x: jax.Array, axis: str) -> jax.Array:
 
 
 def scatter_sum_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
-  """As `sum_shards`, but every device keeps only its own part of `dim`."""
+  """Sums as `sum_shards`, but each device keeps only its own part of `dim`."""
   names = _split_axes(axis)
   if not names:
     return x
@@ -266,13 +269,13 @@ def scatter_sum_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 
 def shard_index(axis: str) -> jax.Array | int:
-  """Returns which part of a logical axis this device has, in `map_over_shards`."""
+  """Returns the index of this device's part of a logical axis, in `map_over_shards`."""
   names = _split_axes(axis)
   return jax.lax.axis_index(names) if names else 0
 
 
 def _split_axes(axis: str) -> tuple[str, ...]:
-  """The axes of the mesh in use that a logical axis is really split over."""
+  """Returns the mesh axes, of size above 1, over which a logical axis is split."""
   mesh, (entry,) = _current_mesh(), partition_spec((axis,))
   if mesh is None or entry is None:
     return ()
@@ -299,18 +302,22 @@ def tree_shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that puts a whole copy on every device."""
+  """Returns the sharding with a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shardings(
   mesh: Mesh, names: tuple[str, ...], leading: tuple[str, ...] = ()
 ) -> dict[str, NamedSharding]:
-  """Returns how the fields of a `Batch` lie; `leading` names axes before the batch.
+  """Returns the shardings of the fields of a `Batch`.
 
-  Rows lie on `batch`; the row axis of `tokens` and what goes with them on `seq`.
+  Axes are `leading`, then `batch`; then `seq` for fields of the row, and no split for
+  fields of the tokens after the row.
   """
-  last = lambda name: None if name.startswith("next_") else "seq"  # noqa: E731
+
+  def last(name: str) -> str | None:
+    return None if name.startswith("next_") else "seq"
+
   return {
     name: NamedSharding(mesh, partition_spec((*leading, "batch", last(name))))
     for name in names
@@ -320,10 +327,10 @@ def batch_shardings(
 def put_batch(
   mesh: Mesh, batch: Any, leading: tuple[str, ...] = (), is_whole: bool = False
 ) -> Any:
-  """Returns the global device arrays of this process's rows of a `Batch`.
+  """Returns a `Batch` of global device arrays, given this process's rows.
 
   `leading` names axes before the batch axis (`("microbatch",)` under accumulation).
-  `is_whole`: every process has all rows, the same ones.
+  `is_whole`: every process passes all rows.
   """
 
   def shape(x: np.ndarray) -> tuple[int, ...]:
@@ -332,7 +339,7 @@ def put_batch(
 
   arrays = batch.arrays()
   shapes = {name: shape(value) for name, value in arrays.items()}
-  # All in one call: each one takes as long as all together.
+  # One call for all fields takes as long as one call per field.
   arrays = jax.make_array_from_process_local_data(
     batch_shardings(mesh, tuple(arrays), leading), arrays, shapes
   )
@@ -341,13 +348,12 @@ def put_batch(
 
 @functools.cache
 def row_share(mesh: Mesh) -> tuple[int, int]:
-  """Returns `(index, count)`: a batch has `count` parts, and this process needs one.
+  """Returns `(index, count)`: this process reads part `index` of `count` of a batch.
 
-  Processes whose devices work on the same rows need the same part: those of one row of
-  the mesh that is split by `tensor` or `context`.
+  Processes that differ only along `tensor` or `context` read the same part.
 
   Raises:
-    ConfigError: some processes share a part of their rows, but not all.
+    ConfigError: two processes share some of their rows, but not all.
   """
   num_rows = num_row_shards(mesh)
   sharding = NamedSharding(mesh, partition_spec(("batch",)))
@@ -357,9 +363,9 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
   parts = sorted({tuple(sorted(x)) for x in rows.values()})
   if len(parts) * len(parts[0]) != num_rows or len({len(x) for x in parts}) > 1:
     raise ConfigError(
-      "mesh must be such that two processes work on the same rows of a batch or on "
-      f"none in common, and all on as many; got {dict(mesh.shape)} over "
-      f"{len(rows)} processes."
+      "mesh must split a batch evenly over processes, so that two processes hold "
+      "either the same rows or none in common; got "
+      f"{dict(mesh.shape)} over {len(rows)} processes."
     )
   return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
@@ -367,8 +373,8 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
 def max_over_processes(value: int) -> jax.Array:
   """Returns, on every process, the largest of the processes' values.
 
-  Every process must call it at the same place between its other programs. It does not
-  wait for the answer; whoever reads it does.
+  Every process must call it at the same place between its other programs. The call does
+  not wait; reading the result does.
   """
   mesh, program = _max_over_devices()
   values = np.full(jax.local_device_count(), value, np.int32)

@@ -1,4 +1,4 @@
-"""What passes between a command and its first step of training."""
+"""`Stopwatch`: seconds of every phase between a command and its first training step."""
 
 import os
 import time
@@ -7,28 +7,28 @@ from typing import Any
 
 
 class Stopwatch:
-  """A stopwatch of one phase after the other, from a start to the first step.
+  """Times consecutive phases, such as imports, data and compilation.
 
-  A phase that comes again, as in a pack of runs, has the sum of its seconds.
+  Seconds of a phase that occurs several times, as in a pack of runs, are added up.
   """
 
   def __init__(self, age: float = 0.0):
-    """Args: `age` is what has passed of the first phase already, in seconds."""
+    """Args: `age`: seconds of the first phase that have passed already."""
     self._since = time.monotonic() - age
     self._seconds: dict[str, float] = {}
 
   def ends(self, phase: str) -> None:
-    """Counts what has passed since the last phase ended as seconds of this one."""
+    """Ends `phase`: adds the seconds since the previous phase ended to it."""
     now = time.monotonic()
     self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
     self._since = now
 
   def record(self, step: int) -> dict[str, Any]:
-    """Returns what goes into startup.json; `step` is what training went on from."""
+    """Returns the content of startup.json; training starts from `step`."""
     return {"step": step, "total": self._total, "seconds": dict(self._seconds)}
 
   def describe(self) -> str:
-    """Returns one line on all phases so far."""
+    """Returns one line with the seconds of all phases so far."""
     phases = ", ".join(f"{name} {x:.1f}" for name, x in self._seconds.items())
     return f"first step after {self._total:.1f} s: {phases}"
 
@@ -40,12 +40,12 @@ class Stopwatch:
 def process_age() -> float:
   """Returns the seconds since this process was started.
 
-  By the kernel of Linux (`man 5 proc_pid_stat`, starttime), to 10 ms. Where there is no
-  such file, since this module was imported, which a command does first: the start of
-  the interpreter, some hundredths of a second, is missing then.
+  On Linux from /proc (`man 5 proc_pid_stat`, starttime), to 10 ms. Elsewhere the
+  seconds since this module was imported: commands import it first, so only the start of
+  the interpreter, some hundredths of a second, is missing.
   """
   try:
-    # The name of the program is in brackets, and may hold both spaces and brackets.
+    # Split after the last bracket: the program name may contain spaces and brackets.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -15,7 +15,7 @@ from mtp_jax.batch import Batch
 
 
 def shifted_tokens(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
-  """Returns `(tokens_BT, segment_ids_BT)` that stand `offset` places after each token.
+  """Returns `(tokens_BT, segment_ids_BT)`: the token `offset` places after each token.
 
   `offset` is in [0, M]; the tokens after the row come from `next_tokens`.
   """
@@ -26,7 +26,7 @@ def shifted_tokens(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _shifted(row_BT: jax.Array, after_BM: jax.Array, offset: int) -> jax.Array:
-  """Returns what stands `offset` places after each place of the row."""
+  """Returns, for each place of the row, the entry `offset` places later."""
   whole = jnp.concatenate([row_BT, after_BM], axis=1)
   return jax.lax.slice_in_dim(whole, offset, offset + row_BT.shape[1], axis=1)
 
@@ -37,8 +37,8 @@ def future_targets(
   """Returns `(targets_MBT, mask_MBT)` for M = 1 + depth predictors.
 
   `mask[m, b, i]` is true where token i + 1 + m exists and belongs to the same document
-  as token i, and is scored. With two documents a, b in a row of 5 and the tokens after
-  it, all of them scored:
+  as token i, and is scored. Example: two documents a and b, a row of 5 tokens, 2 tokens
+  after the row, all scored; a dot is a masked place:
 
     tokens     a0 a1 a2 b0 b1 | b2 b3
     depth 0    a1 a2  .  b1 b2
@@ -47,8 +47,9 @@ def future_targets(
   Args:
     batch: with at least M tokens after each row.
     depth: D extra predictors.
-    score_from: "start" scores an extra depth wherever its own target is; "answer" only
-      where that of depth 0 is scored too, so from the end of a prompt on.
+    score_from: "start" scores an extra depth wherever its own target is scored;
+      "answer" only where the target of depth 0 is scored too, that is, from the last
+      token of a prompt on.
 
   Raises:
     ValueError: if the batch holds fewer than M tokens after the row.

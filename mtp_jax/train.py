@@ -57,6 +57,7 @@ from mtp_jax.metrics import (
 )
 from mtp_jax.pack import Pack
 from mtp_jax.predictors.vocabulary import most_frequent
+from mtp_jax.program import program_config
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import (
   make_mesh,
@@ -67,7 +68,7 @@ from mtp_jax.sharding import (
 )
 from mtp_jax.stopwatch import Stopwatch
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import Programs, compiled, programs, shape_of
+from mtp_jax.train_step import Programs, compiled, programs
 
 # What an imported model had besides weights, in a run folder.
 _MODEL_FOLDER = "model_folder.json"
@@ -167,7 +168,7 @@ def fit_pack(
   first of them.
 
   Args:
-    configs: of equal `shape_of`, each for a mesh of one device.
+    configs: of equal `program_config`, each for a mesh of one device.
     workdirs: their run folders.
     size: runs that the program is made for, by default as many as there are: the same
       one serves packs that are smaller.
@@ -186,7 +187,7 @@ def fit_pack(
     )
   for config in configs:
     validate(config, 1, jax.default_backend())
-  first, *others = (shape_of(accounting.resolve(config)) for config in configs)
+  first, *others = (program_config(accounting.resolve(config)) for config in configs)
   for other in others:
     if keys := difference(first, other):
       raise ConfigError(
@@ -379,7 +380,7 @@ class _Run:
 
   @functools.cached_property
   def programs(self) -> Programs:
-    return programs(shape_of(self.config), self.mesh)
+    return programs(program_config(self.config), self.mesh)
 
   @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:
@@ -509,7 +510,7 @@ class _Run:
     batches = corpus.eval_batches(1 + c.mtp.depth)
     with jax.set_mesh(self.mesh):
       sums = evaluate.document_sums(
-        shape_of(c),
+        program_config(c),
         params,
         batches if before_batch is None else _each_after(before_batch, batches),
         corpus.tokenizer.token_bytes_V,
@@ -910,7 +911,7 @@ class _Packed(_Steps):
     self._errors: dict[_Training, Exception] = {}
     configs = [training.run.config for training in trainings]
     hypers = [hyperparameters(config) for config in configs]
-    self._pack = Pack(shape_of(configs[0]), states, hypers, size, devices)
+    self._pack = Pack(program_config(configs[0]), states, hypers, size, devices)
     active = self.active()
     read = [training.loader.get_state() for training in active]
     shares = all(x == read[0] for x in read)
@@ -1215,7 +1216,7 @@ def _write_run_json(
 ) -> None:
   if jax.process_index() != 0:
     return
-  counts = dataclasses.asdict(accounting.count(shape_of(run.config)))
+  counts = dataclasses.asdict(accounting.count(program_config(run.config)))
   flops = counts.pop("train_flops_per_token")
   save_tokenizer(run.corpus.tokenizer, run.workdir / IN_RUN)
   if run.model_folder is not None:

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and its sharded initialisation.
+"""`TrainState`: what training carries from step to step, and its initialisation.
 
 Legend: M = 1 + depth.
 """
@@ -20,7 +20,7 @@ from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
 
 class Hyperparameters(NamedTuple):
-  """Traced values: trials that differ only in these share one compiled program."""
+  """Traced scalars: trials that differ only in these share one compiled program."""
 
   learning_rate: jax.Array
   mtp_weight: jax.Array
@@ -28,7 +28,7 @@ class Hyperparameters(NamedTuple):
 
 
 def hyperparameters(config: Config) -> Hyperparameters:
-  """Returns those of a config, on the host."""
+  """Returns the traced scalars of a config, as NumPy values."""
   values = (
     config.optimizer.learning_rate, config.mtp.weight, config.train.num_steps
   )
@@ -36,12 +36,14 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 
 class Interval(NamedTuple):
-  """Sums over the finite steps since the last log line. They are part of the state, so
-  that a run resumed within an interval logs what an uninterrupted one logs.
+  """Sums over the finite steps since the last log line.
 
-  Of the experts, by part (`predictors.routed_layers`) and summed over steps: load,
-  tokens per layer and expert; dropped, choices that no expert computed; balance_loss
-  with its weight alpha.
+  They are part of the state, so that a run resumed between two log lines logs the same
+  values as an uninterrupted run.
+
+  load:         tokens per layer and expert, by part of the model (`routed_layers`).
+  dropped:      choices of experts that were not computed.
+  balance_loss: the loss times its weight alpha.
   """
 
   steps: jax.Array
@@ -69,7 +71,7 @@ class TrainState:
 
 
 def empty_interval(config: Config) -> Interval:
-  """Returns an interval with nothing in it."""
+  """Returns an interval of no steps: all sums are 0."""
   per_depth = {f for f in Interval._fields if f.endswith("_M")}
   integers = ("steps", "longest_nonfinite_run")
   experts = config.trunk.moe.num_experts
@@ -90,10 +92,10 @@ def empty_interval(config: Config) -> Interval:
 def init_state(
   config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
 ) -> TrainState:
-  """Returns the state before the first step; pure, so jit may shard its results.
+  """Returns the state before the first step; pure, so that jit can shard the result.
 
-  The trunk's parameters depend on the seed and the trunk alone: Flax folds each
-  parameter's path into the key.
+  The trunk's parameters depend on the seed and the trunk's config alone, because Flax
+  folds each parameter's path into the key.
   """
   variables = MtpLm(config).init(jax.random.key(seed), zeros_batch(config))
   params = unbox(variables["params"])
@@ -110,7 +112,7 @@ def init_state(
 def state_shardings(
   config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-  """Returns the shardings of a `TrainState`: moments lie as their parameters do."""
+  """Returns the shardings of a `TrainState`; moments are split as their parameters."""
   boxed = accounting.abstract_params(config)
   params = tree_shardings(mesh, logical_axes(boxed))
   whole = replicated(mesh)
@@ -141,5 +143,5 @@ def state_shardings(
 
 
 def _keys(path: Any) -> tuple[str, ...]:
-  """The dictionary keys of a tree path."""
+  """Returns the dictionary keys of a tree path."""
   return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function, compiled once per shape of trial.
+"""One optimizer step as a pure function, compiled once per `program.ProgramConfig`.
 
 Legend: A microbatches, B batch, T sequence, M = 1 + depth.
 """
@@ -32,6 +32,7 @@ from mtp_jax.losses import (
   loss_sums,
   trunk_states,
 )
+from mtp_jax.program import ProgramConfig
 from mtp_jax.sharding import logical_axes
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import (
@@ -50,7 +51,7 @@ _executables: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
 
 
 class Programs(NamedTuple):
-  """The compiled functions of one shape of trial on one mesh; see `programs`."""
+  """The compiled functions of one program config on one mesh; see `programs`."""
 
   init: Any
   step: Any
@@ -321,65 +322,29 @@ def gradient_diagnostics(
   }
 
 
-def shape_of(config: Config) -> Config:
-  """Returns the config with everything blanked that no compiled program depends on.
-
-  Trials with equal shapes share programs: learning rate, lambda, seeds, number of
-  steps, names and intervals are traced or live on the host.
-  """
-  replace = dataclasses.replace
-  mtp = replace(config.mtp, weight=1.0)
-  if mtp.depth == 0:
-    mtp = replace(mtp, weighting="mean", score_from="start")
-  return replace(
-    config,
-    name="",
-    seed=0,
-    mtp=mtp,
-    optimizer=replace(config.optimizer, learning_rate=1.0),
-    data=replace(
-      config.data, source="stdlib", path="", text_field="", train_on="", seed=0,
-      num_workers=0, validation_fraction=0.0, test_fraction=0.0,
-    ),
-    task=replace(config.task, num_train=0),
-    tokenizer=replace(config.tokenizer, kind="bytes", path=""),
-    train=replace(
-      config.train, num_steps=1, log_every=1, eval_every=0, evals_per_doubling=0,
-      eval_test=False, stop_metric="", stop_value=0.0, diagnostics_every=0,
-      max_nonfinite_steps=1, trunk_from="", start_from="",
-    ),
-    checkpoint=replace(config.checkpoint, every_steps=1, keep=1),
-    eval=replace(
-      config.eval, split="validation", num_rows=1, rows_per_document=1, batch_size=1,
-      line_prompts=0, function_prompts=0, middle_prompts=0, max_new_tokens=1,
-      num_drafts=0, task_examples=0,
-    ),
-  )
-
-
 @functools.lru_cache(maxsize=32)
-def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
-  """Returns the jitted functions for a shape of trial; `shape` is from `shape_of`."""
-  axes = logical_axes(accounting.abstract_params(shape))
+def programs(config: ProgramConfig, mesh: jax.sharding.Mesh) -> Programs:
+  """Returns the jitted functions of trials with this `program.program_config`."""
+  axes = logical_axes(accounting.abstract_params(config))
   chain = optimizer.make_optimizer(
-    shape.optimizer, optimizer.trainable(shape, axes)
+    config.optimizer, optimizer.trainable(config, axes)
   )
-  shardings = state_shardings(shape, chain, mesh)
+  shardings = state_shardings(config, chain, mesh)
   # Initialisation runs once, so what counts is the time to compile it: without LLVM's
   # optimisations that is a third.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return Programs(
     init=jax.jit(
-      functools.partial(init_state, shape, chain),
+      functools.partial(init_state, config, chain),
       out_shardings=shardings,
       compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
     ),
     step=jax.jit(
-      functools.partial(train_step, shape),
+      functools.partial(train_step, config),
       donate_argnums=0,
       out_shardings=(shardings, None),
     ),
-    diagnostics=jax.jit(functools.partial(gradient_diagnostics, shape)),
+    diagnostics=jax.jit(functools.partial(gradient_diagnostics, config)),
     shardings=shardings,
   )
 
@@ -387,7 +352,7 @@ def programs(shape: Config, mesh: jax.sharding.Mesh) -> Programs:
 def compiled(program: Any, *arguments: Any) -> Any:
   """Returns a jitted function compiled for such arguments, once for each kind of them.
 
-  So compilation is over before a clock starts, and trials of one shape share it.
+  So compilation is over before a clock starts, and trials of one program share it.
   """
   executables = _executables.setdefault(program, {})
   leaves, structure = jax.tree.flatten(arguments)

@@ -1,7 +1,7 @@
-"""A trained model in one call, for notebooks: `mtp_jax.load(folder)`.
+"""`TrainedModel`: what `mtp_jax.load(folder)` returns, for notebooks.
 
-A checkpoint holds all that is needed (parameters, config, tokenizer), so that its
-folder alone, copied anywhere, will do. The optimizer state is not read.
+A checkpoint has parameters, config and tokenizer, so its folder alone, copied anywhere,
+can be loaded. The optimizer state is not read.
 
 Legend: T tokens of a text, B rows, P padded length, D embed, V vocab, M = 1 + depth.
 """
@@ -36,9 +36,9 @@ from mtp_jax.lm import (
 from mtp_jax.losses import token_stats
 from mtp_jax.predictors import kind_of
 from mtp_jax.predictors.vocabulary import scatter
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
-from mtp_jax.train_step import shape_of
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -47,17 +47,17 @@ _ID = int | np.integer
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainedModel:
-  """A model as training left it; `load` returns one. No method changes anything.
+  """A trained model, read-only; `load` returns one.
 
-  A *text* is a string or token ids [T]. A string gets a begin-of-document token in
-  front, as every training document has, unless the model has none (an imported GPT-2);
-  `encode(text, bos=False)` gives the ids without it. Results have a row per token.
-  Texts longer than the rows of training are allowed where positions are rotary; what a
-  model says there, it was not trained for.
+  A *text* is a string or token ids [T]. A begin-of-document token is put before a
+  string, as before every training document, unless the model has none (an imported
+  GPT-2); `encode(text, bos=False)` returns the ids without that token. Results have one
+  row per token. With rotary positions, texts may be longer than the rows of training;
+  the model was not trained for such lengths.
 
-  config: as trained, with the attention implementation that suits this platform.
+  config: as trained, with the attention implementation for this platform.
   params: the tree of arrays, on `mesh`. folder: of the checkpoint.
-  model_folder: what an imported model had besides weights; see `interop.model_files`.
+  model_folder: files of an imported model besides its weights, by name.
   """
 
   config: Config
@@ -69,15 +69,15 @@ class TrainedModel:
   model_folder: dict[str, Any] | None = None
 
   def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-    """Returns token ids [T]; with `eos`, the text is a whole document."""
+    """Returns token ids [T], optionally with begin and end of document."""
     return document(self.tokenizer, self.tokenizer.encode(text), bos, eos)
 
   def hidden(self, text: Text) -> np.ndarray:
-    """Returns hidden_MTD, float32: the states that logits are made from.
+    """Returns hidden_MTD, float32: the hidden states before the output matrix.
 
-    A sequential module m at row i reads the tokens up to i + m, if `mtp.fed` is "true",
-    and so does step m of EAGLE. Where the text ends before that, the row is NaN,
-    whatever the module is fed.
+    Row i of sequential module m, or of step m of EAGLE, depends on the tokens up to
+    i + m (if `mtp.fed` is "true"). Rows with i + m beyond the text are NaN, for any
+    `mtp.fed`.
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
@@ -87,10 +87,10 @@ class TrainedModel:
     return hidden_MTD
 
   def logits(self, text: Text, depth: int = 0) -> np.ndarray:
-    """Returns logits_TV of one depth: row i is about token i + 1 + depth.
+    """Returns logits_TV of one depth: row i predicts token i + 1 + depth.
 
-    Rows that a module or step has no input for are NaN; see `hidden`. The last row of
-    every depth of other predictors is about tokens after the text.
+    Rows without input are NaN, see `hidden`. The last rows of other predictors predict
+    tokens after the text.
 
     Raises:
       ValueError: bad text, or a depth that the model does not have.
@@ -107,10 +107,10 @@ class TrainedModel:
     return logits_TV
 
   def losses(self, text: Text) -> np.ndarray:
-    """Returns nll_MT in nats: at [m, i], of token i + 1 + m given those up to it.
+    """Returns nll_MT in nats: entry [m, i] is the loss of token i + 1 + m.
 
-    NaN where the text ends before that token. The same as in training for a document
-    that begins so and fits into one row.
+    Entries with i + 1 + m beyond the text are NaN. The losses equal those in training
+    of a document that begins with this text and fits into one row.
     """
     tokens_T, batch, hidden_MBPD = self._run(text)
     with jax.set_mesh(self.mesh):
@@ -142,21 +142,20 @@ class TrainedModel:
     Args:
       prompt: a text, or a list of texts; an empty string begins a document.
       max_new_tokens: longest completion.
-      num_drafts: K; None takes one per extra predictor, 0 is plain decoding.
+      num_drafts: K drafts per round; None: one per extra predictor; 0: plain decoding.
       rule: `greedy`, or match | leviathan | block to sample; see `generate.Decoding`.
-      temperature, top_k, top_p, min_p: for the rules that sample; a temperature of None
-        is 1.
+      temperature, top_k, top_p, min_p: for rules that sample; temperature None is 1.
       proposal: how drafts are chosen; see `generate.Decoding`.
-      recurse: lets the last sequential module go on where K is more than there are.
-      tree: drafts as a tree of this depth instead of a chain, for the rules greedy and
-        match: `StaticTree`, `DynamicTree`, or what `decode.trees.read` returns.
-      seed: of sampling.
-      first: number of the first prompt; prompt i draws what is drawn for number
-        `first` + i, so that a long list may be given in parts.
-      stop: what ends a completion beside the model's own end tokens: ids, names of
-        special tokens ("<|eot_id|>"), or strings, before which the text ends. An empty
-        list lets nothing end it, not even these tokens.
-      stream: return an iterator over the growing Generation of one prompt instead.
+      recurse: apply the last sequential module again if K exceeds their number.
+      tree: drafts a tree of this shape instead of a chain, for rules greedy and match:
+        `StaticTree`, `DynamicTree`, or a tree from `decode.trees.read`.
+      seed: for sampling.
+      first: number of the first prompt. Random numbers depend on a prompt's number, so
+        that a long list of prompts may be split over several calls.
+      stop: ends of a completion besides the model's own end tokens: ids, names of
+        special tokens ("<|eot_id|>"), or strings, which are cut off. With an empty list
+        nothing ends a completion early, not even the model's end tokens.
+      stream: return an iterator over the growing Generation of a single prompt.
 
     Raises:
       ValueError: names the setting, the rule that it breaks, and its value.
@@ -168,6 +167,7 @@ class TrainedModel:
     if rule != "greedy" or any(x is not None for x in settings):
       warp = check_warp(1.0 if temperature is None else temperature, *settings[1:])
     how = decoding.Decoding(rule, warp, proposal, num_drafts, recurse, tree)
+    # Strings may span tokens: a table of transitions finds them inside the loop.
     stop_ids, strings = self._stops(stop)
     stop_SV = None
     if strings:
@@ -205,7 +205,7 @@ class TrainedModel:
   @functools.cached_property
   def _shape(self) -> Config:
     """What compiled programs depend on, so that models of one shape share them."""
-    return shape_of(self.config)
+    return program_config(self.config)
 
   @functools.cached_property
   def _weights(self) -> network.Weights:
@@ -225,7 +225,7 @@ class TrainedModel:
       return tokens_T, batch, _hidden(self._shape, self.params, batch)
 
   def _batch(self, tokens_T: np.ndarray) -> Batch:
-    """Returns the text as one document of a padded row, and as many as a mesh needs."""
+    """Returns the text as one padded row, and as many empty rows as the mesh needs."""
     num_tokens, num_extra = len(tokens_T), 1 + self.config.mtp.depth
     shards = self.mesh.shape["context"]
     length = decoding.bucket_size(num_tokens)
@@ -245,7 +245,7 @@ class TrainedModel:
     if isinstance(text, str):
       text, separator = self.encode(text), self.tokenizer.eos_id
       if not len(text) and separator is not None:
-        text = [separator]  # After which a document begins that has no begin token.
+        text = [separator]  # Without a begin token, a document follows a separator.
     ids, size = np.asarray(text), self.config.tokenizer.vocab_size
     if ids.size == 0:
       raise ValueError("text must have at least one token, got none.")
@@ -277,19 +277,19 @@ class TrainedModel:
 def load(
   path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> TrainedModel:
-  """Returns the model of a checkpoint, on whatever devices there are.
+  """Returns the model of a checkpoint, on any devices.
 
   Args:
     path: a run folder, its `checkpoints`, or one checkpoint (checkpoints/STEP or a copy
       of it).
-    step: which checkpoint of a run; None is the newest whole one, damaged ones are
-      reported.
-    mesh: from `sharding.make_mesh`, to spread the parameters; None is the first device.
+    step: the checkpoint of a run; None is the newest undamaged one (damaged ones are
+      reported).
+    mesh: from `sharding.make_mesh`, for the parameters; None is the first device.
 
   Raises:
-    CheckpointError: the folder is none of these, has no checkpoint of that step, or
-      what was asked for is damaged.
-    ConfigError: the checkpoint was written by code with other settings.
+    CheckpointError: `path` is no such folder, has no checkpoint of that step, or the
+      checkpoint is damaged.
+    ConfigError: a version with other config keys wrote the checkpoint.
   """
   folders = _checkpoint_folders(Path(path).expanduser(), step)
   mesh = _one_device() if mesh is None else mesh
@@ -306,9 +306,9 @@ def load(
 
 
 def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
-  """Returns the checkpoints that a path may mean, the most wanted first."""
+  """Returns the checkpoints that `path` may refer to, the newest first."""
   if not path.is_dir():
-    raise CheckpointError(f"{path} must be a folder, and there is none.")
+    raise CheckpointError(f"{path} must be a folder; there is no such folder.")
   if (path / "meta").is_dir() and (path / "state").is_dir():
     if step is not None and path.name != str(step):
       raise CheckpointError(f"{path} is one checkpoint; step {step} was asked for.")
@@ -327,7 +327,7 @@ def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
 
 
 def _why_not(path: Path) -> str:
-  """Says why no checkpoint was found in a folder."""
+  """Returns the reason why a folder has no checkpoint, as the rest of a message."""
   if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
     return "is a run folder without a finished checkpoint."
   runs = sorted(x.parent.name for x in path.glob("*/config.json"))

@@ -14,8 +14,9 @@ from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.program import program_config
 from mtp_jax.sharding import unbox
-from mtp_jax.train_step import Programs, loss_and_grads, programs, shape_of
+from mtp_jax.train_step import Programs, loss_and_grads, programs
 
 
 @functools.cache
@@ -168,7 +169,7 @@ def quick_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
   """Returns `programs` of the config's shape, compiled by `quick_jit`."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "jit", quick_jit)
-    return programs(shape_of(config), mesh)
+    return programs(program_config(config), mesh)
 
 
 def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:

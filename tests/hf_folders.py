@@ -10,7 +10,7 @@ import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mtp_jax import interop
-from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data import subword_tokenizer
 from mtp_jax.sharding import make_mesh
 from tests import common
 
@@ -63,7 +63,7 @@ def write(case, folder, **options):
 
 
 ALPHABET = [character for character, _ in sorted(
-  tokenizers_lib._byte_vocab().items(), key=lambda item: item[1]
+  subword_tokenizer.byte_vocab().items(), key=lambda item: item[1]
 )]  # fmt: skip
 BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 

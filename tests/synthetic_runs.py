@@ -82,7 +82,10 @@ def write_trial(
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(to_dict(config)))
   lines = [
-    {"kind": "train", "step": step, "nonfinite_steps": 0}
+    {
+      "kind": "train", "step": step, "nonfinite_steps": 0, "seconds": 1.0,
+      "tokens": step * tokens / steps, "loss": [loss + 1 / step] * (1 + mtp.depth),
+    }
     for step in (steps // 2, steps)[: 2 if finished else 1]
   ]
   for part in (0.25, 0.5, 1.0)[: 3 if finished else 1]:

@@ -27,7 +27,11 @@ def arranged(root, configs):
 
 
 def mtp(kind="none", depth=0, **changes):
-  return dataclasses.replace(tiny_config(kind, depth).mtp, **changes)
+  return changed(tiny_config(kind, depth), **changes)
+
+
+def changed(config, **changes):
+  return dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, **changes))
 
 
 def test_values_without_effect_do_not_make_methods():
@@ -35,16 +39,16 @@ def test_values_without_effect_do_not_make_methods():
   assert canonical(mtp("sequential", 0)) == canonical(mtp())
   a, b = (mtp("sequential", 1, schedule_fraction=x) for x in (0.2, 0.7))
   assert canonical(a) == canonical(b)
-  a, b = (dataclasses.replace(x, schedule="piecewise") for x in (a, b))
+  a, b = (changed(x, schedule="piecewise") for x in (a, b))
   assert canonical(a) != canonical(b)
   a, b = (mtp("sequential", 1, hidden=x) for x in ("chained", "trunk"))
   assert canonical(a) == canonical(b)
-  a, b = (dataclasses.replace(x, depth=2) for x in (a, b))
+  a, b = (changed(x, depth=2) for x in (a, b))
   assert canonical(a) != canonical(b)
   longer = mtp("sequential", 1, arm="flops")
-  assert canonical(longer) == canonical(dataclasses.replace(longer, fed="none"))
-  assert canonical(longer) != canonical(dataclasses.replace(longer, fed="own"))
-  assert canonical(longer) == canonical(dataclasses.replace(longer, weight=0.9))
+  assert canonical(longer) == canonical(changed(longer, fed="none"))
+  assert canonical(longer) != canonical(changed(longer, fed="own"))
+  assert canonical(longer) == canonical(changed(longer, weight=0.9))
 
 
 def test_labels_say_what_varies_within_a_kind():

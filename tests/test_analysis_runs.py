@@ -35,7 +35,8 @@ def test_reads_what_the_files_say(tmp_path, run):
   agreement = evaluation["teacher_forced_agreement"]
   assert means["teacher_forced_agreement", 1] == agreement[0]["mean"]
   assert means["teacher_forced_agreement", 2] == agreement[1]["mean"]
-  assert list(runs.curves["step"]) == [25, 50, 100]
+  steps = runs.curves.groupby("split")["step"].apply(list)
+  assert steps.to_dict() == {"train": [50, 100], "validation": [25, 50, 100]}
 
 
 def test_reads_what_evaluation_writes(tmp_path, run):

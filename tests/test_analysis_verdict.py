@@ -1,4 +1,4 @@
-"""The words follow from the numbers, and a false ladder is refused with its reason."""
+"""Verdicts follow from the numbers; a ladder that is no evidence has its reason."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import pytest
 
 from mtp_jax.analysis.checks import check_ladder
 from mtp_jax.analysis.gains import (
+  CLOCK,
   FLOPS,
   LOWER,
   TOKENS,
@@ -15,20 +16,23 @@ from mtp_jax.analysis.gains import (
   analyse,
   rough_clocks,
 )
-from mtp_jax.analysis.runs import load
-from mtp_jax.analysis.verdict import (
+from mtp_jax.analysis.ladders import size_text
+from mtp_jax.analysis.report import (
   BETTER,
   BOUND,
   NO_EFFECT,
   NO_SPREAD,
-  ONE_SEED,
+  NO_TREND,
+  ONE_PAIR,
   ROUGH_CLOCK,
   WORSE,
-  as_text,
   effect,
+  in_short,
+  method_table,
   trend,
-  verdict,
+  trend_table,
 )
+from mtp_jax.analysis.runs import load
 from tests.synthetic_runs import (
   BEST_RATE,
   WIDTHS,
@@ -48,7 +52,8 @@ def ladder_of(root, world=GROWS, **how):
 
 
 def words_of(ladder):
-  return as_text(verdict(ladder))
+  tables = (method_table(ladder).to_string(), trend_table(ladder).to_string())
+  return "\n".join([*in_short(ladder), *tables])
 
 
 def gain_row(low, high, bound="", is_rough=False):
@@ -64,7 +69,7 @@ def gain_row(low, high, bound="", is_rough=False):
     (0.01, 0.03, "", BETTER),
     (-0.03, -0.01, "", WORSE),
     (-0.01, 0.02, "", NO_EFFECT),
-    (np.nan, np.nan, "", ONE_SEED),
+    (np.nan, np.nan, "", ONE_PAIR),
     (0.01, 0.03, UPPER, BOUND),  # At most that much better: nothing follows.
     (-0.03, -0.01, UPPER, WORSE),  # At most so good, which is worse.
     (0.01, 0.03, LOWER, BETTER),
@@ -80,24 +85,24 @@ def test_effect(low, high, bound, word):
 
 def test_a_clock_that_cannot_carry_a_verdict_has_none():
   assert effect(gain_row(0.01, 0.03, is_rough=True)) == ROUGH_CLOCK
-  assert effect(gain_row(np.nan, np.nan, is_rough=True)) == ONE_SEED
+  assert effect(gain_row(np.nan, np.nan, is_rough=True)) == ONE_PAIR
 
 
 @pytest.mark.parametrize(
   "slope, low, high, means, words",
   [
-    (0.02, 0.01, 0.03, (-0.01, 0.01), "the gain grows with size"),
-    (0.02, 0.01, 0.03, (-0.03, -0.01), "the disadvantage shrinks with size"),
-    (-0.02, -0.03, -0.01, (0.03, 0.01), "the gain falls with size"),
-    (-0.02, -0.03, -0.01, (-0.01, -0.03), "the disadvantage grows with size"),
-    (0.02, -0.01, 0.05, (-0.01, 0.01), "no trend with size found"),
-    (0.02, np.nan, np.nan, (-0.01, 0.01), "no verdict on a trend"),
+    (0.02, 0.01, 0.03, (-0.01, 0.01), "gain grows"),
+    (0.02, 0.01, 0.03, (-0.03, -0.01), "disadvantage shrinks"),
+    (-0.02, -0.03, -0.01, (0.03, 0.01), "gain shrinks"),
+    (-0.02, -0.03, -0.01, (-0.01, -0.03), "disadvantage grows"),
+    (0.02, -0.01, 0.05, (-0.01, 0.01), "no trend found"),
+    (0.02, np.nan, np.nan, (-0.01, 0.01), NO_TREND),
   ],
 )
 def test_trend(slope, low, high, means, words):
   row = pd.Series({"slope": slope, "low": low, "high": high, "misfit": 0.0})
   gains = pd.DataFrame({"mean": means, "size": (1e6, 1e7), "is_rough": False})
-  assert trend(row, gains).startswith(words)
+  assert trend(row, gains) == words
 
 
 def test_a_crooked_trend_is_called_so():
@@ -105,7 +110,7 @@ def test_a_crooked_trend_is_called_so():
   gains = pd.DataFrame(
     {"mean": (0.0, 0.04, 0.02), "size": (1e6, 3e6, 1e7), "is_rough": False}
   )
-  assert trend(row, gains).endswith("not along a straight line")
+  assert trend(row, gains).endswith("not on a straight line")
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +123,10 @@ def test_a_tuned_ladder_counts_and_its_planted_gain_is_found(growing):
   assert check.ladder == ()
   assert check.counts(METHOD)
   words = words_of(growing)
-  assert "This ladder counts" in words
-  assert "does not count" not in words
-  assert "worse at 13k, better at" in words
-  assert "the gain grows with size" in words
-  assert "The fitted line crosses zero at" in words
+  assert "This ladder counts as evidence about size." in words
+  assert f"{METHOD} worse at 13k, better at 49k, 190k (gain grows)" in words
+  fits = trend_table(growing).set_index("equal")
+  assert fits.loc[TOKENS, "the line crosses 0 at"].endswith("k")
   slopes = growing.slopes[growing.slopes["metric"] == "main_loss"]
   slope = slopes[slopes["comparison"] == TOKENS].iloc[0]
   # 0.04 per factor of ten in width squared; parameters grow a little slower.
@@ -142,13 +146,12 @@ def test_equal_flops_costs_the_planted_worth_of_longer_training(growing):
 
 def test_no_effect_is_said(tmp_path):
   words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (0.0, 0.0)})))
-  assert f"{METHOD}: at equal tokens no effect found at each of 3 sizes" in words
-  assert "no trend with size found" in words
+  assert f"{METHOD} no effect found at each of 3 sizes (no trend found)" in words
 
 
 def test_worse_is_said(tmp_path):
   words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (-0.1, 0.0)})))
-  assert f"{METHOD}: at equal tokens worse at each of 3 sizes" in words
+  assert f"{METHOD} worse at each of 3 sizes" in words
 
 
 def test_learning_rate_at_the_edge_does_not_count(tmp_path):
@@ -159,9 +162,8 @@ def test_learning_rate_at_the_edge_does_not_count(tmp_path):
   assert reason.startswith("NTP: no higher learning rate was tried at 13k, 49k, 190k")
   assert "used 0.001, tried 0.00025, 0.0005, 0.001" in reason
   words = words_of(ladder)
-  assert "This ladder does not count" in words
-  assert "the gain grows with size" in words  # Said, and said not to be evidence.
-  assert "No evidence about size" in words
+  assert "gain grows" in words  # Shown, and called no evidence.
+  assert "This ladder does not count as evidence about size" in words
 
 
 def test_a_better_rate_that_was_not_used_does_not_count(tmp_path):
@@ -203,8 +205,8 @@ def test_one_seed_does_not_count_and_has_no_interval(tmp_path):
   assert not check_ladder(ladder).counts(METHOD)
   assert ladder.gains["low"].isna().all()
   words = words_of(ladder)
-  assert "no verdict from one pair of seeds" in words
-  assert "share 1 seed(s)" in words
+  assert ONE_PAIR in words and "nan" not in words
+  assert any("share 1 seed(s)" in reason for reason in check_ladder(ladder).ladder)
 
 
 def test_an_arm_whose_rate_was_not_checked_does_not_count(tmp_path):
@@ -220,23 +222,21 @@ def test_an_arm_whose_rate_was_not_checked_does_not_count(tmp_path):
   assert not check.counts("parallel D=1 λ=1")
   (reason,) = check.methods["parallel D=1 λ=1"]
   assert "no lower and no higher learning rate was tried" in reason
-  assert "This ladder counts for parallel D=1 λ=0.3, sequential D=1 only" in words_of(
-    ladder
-  )
+  counts = "counts as evidence about size for parallel D=1 λ=0.3, sequential D=1 only."
+  assert counts in words_of(ladder)
 
 
 def test_one_size_is_no_ladder(tmp_path):
   words = words_of(ladder_of(tmp_path, widths=(16,)))
-  assert "No ladder" in words
-  assert "says nothing about how gains change with size" in words
-  assert "No evidence about size" not in words
+  assert "One size a method: no evidence of how gains change with size." in words
+  assert "counts as evidence" not in words
 
 
 def test_without_longer_ntp_runs_equal_flops_is_only_a_bound(tmp_path):
-  words = words_of(ladder_of(tmp_path, arms=("added",)))
-  assert "at equal FLOPs worse at 13k, no verdict from a bound at" in words
-  assert "at most" in words
-  assert "no finished NTP run reaches" in words
+  rows = method_table(ladder_of(tmp_path, arms=("added",)))
+  gains = rows[rows["method"] == METHOD].set_index("size")["gain, equal FLOPs"]
+  assert all(gain.startswith("at most") for gain in gains)
+  assert gains["13k"].endswith(WORSE) and gains["190k"].endswith(BOUND)
 
 
 def test_a_rough_clock_gives_no_verdict(tmp_path):
@@ -251,11 +251,15 @@ def test_a_rough_clock_gives_no_verdict(tmp_path):
   assert clocks["is_rough"].to_dict() == {size: size == small for size in clocks.index}
   assert clocks.loc[small, "spread"] == pytest.approx(1.0)
   assert clocks.loc[small, "difference"] < 1.0
+  rows = method_table(ladder)
+  shown = rows[rows["method"] == METHOD].set_index("size")["gain, equal wall clock"]
+  assert {x: ROUGH_CLOCK in y for x, y in shown.items()} == {
+    size_text(size): size == small for size in clocks.index
+  }
+  assert trend_table(ladder).set_index("equal").loc[CLOCK, "verdict"] == ROUGH_CLOCK
   words = words_of(ladder)
-  assert f"at equal wall clock {ROUGH_CLOCK} at 13k, " in words
-  assert f"no verdict on a trend: {ROUGH_CLOCK}" in words
   assert "Wall clock has no verdict for 1 of 3 methods and sizes" in words
-  assert "(by up to 100%)" in words
+  assert "by up to 100%" in words
   at = ladder.gains.set_index(["comparison", "size"])["is_rough"]
   assert not at[TOKENS].any() and not at[FLOPS].any()
 

@@ -372,25 +372,14 @@ def other_value(key, value):
   return value + type(value)(1)
 
 
-def is_resumable(key):
-  return any(key == k or (k.endswith(".") and key.startswith(k)) for k in RESUMABLE)
-
-
-RESUMABLE_KEYS = [key for key in flatten(to_dict(CONFIG)) if is_resumable(key)]
-
-
-@pytest.mark.parametrize("key", RESUMABLE_KEYS)
+@pytest.mark.parametrize("key", sorted(RESUMABLE))
 def test_resumable_keys_may_change(key):
   value = flatten(to_dict(CONFIG))[key]
   check_resumable(CONFIG, with_overrides(CONFIG, {key: other_value(key, value)}))
 
 
-def test_the_lists_of_keys_name_keys():
-  keys = flatten(to_dict(CONFIG)).keys()
-  assert keys >= set(ARCHITECTURE)
-  for entry in RESUMABLE:
-    assert any(key.startswith(entry) for key in keys), entry
-  assert not [key for key in ARCHITECTURE if is_resumable(key)]
+def test_no_key_of_the_architecture_may_change():
+  assert ARCHITECTURE and RESUMABLE and not ARCHITECTURE & RESUMABLE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "bool"])

@@ -67,8 +67,17 @@ CONFIGS = {
   ),
   "a weight of nothing": (
     [BASE, "--config.mtp.weight=1"],
-    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
-    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0.\n",
+    "mtp.weight must be 0.3 unless mtp.depth is positive (it is 0), got 1.0.\n",
+  ),
+  "a kind of nothing": (
+    [BASE, "--config.mtp.kind=sequential"],
+    "mtp.kind must be 'none' unless mtp.depth is positive (it is 0), got "
+    "'sequential'.\n",
+  ),
+  "a batch of terabytes": (
+    [BASE, "--config.data.batch_size=2000000000"],
+    "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
+    "at least 1,536 bytes, and there are ",
   ),
   "two rules": (
     [BASE, "--config.mtp.weight=-1", "--config.seed=-1"],
@@ -111,7 +120,7 @@ FILES = {
   ),
   "missing text of a model": (
     ["--config.data.train_on=no.jsonl"],
-    "data.train_on must be a JSONL file, got 'no.jsonl', which is not there.",
+    "data.train_on must be a JSONL file, got 'no.jsonl', which does not exist.",
   ),
   "missing prepared text": (
     ["--config.data.source=array_record", "--config.data.path=no/such"],
@@ -332,3 +341,76 @@ def test_bad_evaluations(command, arguments, message):
   assert result.output.startswith(f"error: {message}")
   assert result.code == 2
   assert not result.touched_backend
+
+
+LONG = "x" * 300
+EXPORT = ("launch.export", "--workdir=x", "--layout=llama")
+WRITE = ("launch.write_corpus", "--workdir=x", "--documents=2")
+PLAN = ("launch.plan", BASE, "--topology=v5p")
+TRAIN = ("launch.benchmark", "train")
+DECODE = ("launch.benchmark", "decode")
+GENERATE = ("launch.generate", "--workdir=x", "--prompt=a")
+TREE = ("launch.tree", "--workdir=x")
+
+
+@pytest.mark.parametrize("words, message", [
+  ((*EXPORT,), "--output is required with --layout."),
+  ((*EXPORT, "--output="), "--output must name a folder, got ''."),
+  ((*EXPORT, "--output= "), "--output must name a folder, got ' '."),
+  ((*EXPORT, "--output=README.md"), "--output must name a folder, got 'README.md', "),
+  ((*EXPORT, "--output=README.md/x"), "--output must name a folder, got 'README.md/x'"),
+  ((*EXPORT, f"--output={LONG}"), f"--output must name a folder, got '{LONG[:79]}: "),
+  ((*EXPORT, "--output=tests"), "--output must name a new or empty folder, got 'te"),
+  (
+    ("launch.export", "--workdir=x", "--layout=medusa", "--output=y", "--base_model="),
+    "--base_model is required with --layout=medusa.",
+  ),
+  ((*EXPORT, "--output=y", "--step=-1"), "flag --step=-1: "),
+  ((*WRITE, "--output="), "--output must end in .jsonl, got ''."),
+  ((*WRITE, "--output=.jsonl"), "--output must end in .jsonl, got '.jsonl'."),
+  ((*WRITE, "--output=README.md/x.jsonl"), "--output must name a folder, got 'README"),
+  ((*WRITE, f"--output={LONG}.jsonl"), f"--output must name a file, got '{LONG[:79]}:"),
+  ((*WRITE, "--output=x.jsonl", "--excerpt_tokens=0"), "flag --excerpt_tokens=0: "),
+  ((*WRITE, "--output=x.jsonl", "--documents=0"), "flag --documents=0: "),
+  ((*WRITE, "--output=x.jsonl", "--top_k=0"), "flag --top_k=0: "),
+  ((*GENERATE, "--top_k=-1"), "flag --top_k=-1: "),
+  ((*GENERATE, "--top_k=2147483648"), "flag --top_k=2147483648: "),
+  ((*GENERATE, "--top_p=1.5"), "flag --top_p=1.5: "),
+  ((*GENERATE, "--min_p=-0.1"), "flag --min_p=-0.1: "),
+  ((*GENERATE, "--temperature=-1"), "flag --temperature=-1: "),
+  ((*GENERATE, "--top_p=nan"), "--top_p must be finite, got nan."),
+  ((*TREE, "--nodes=0"), "flag --nodes=0: "),
+  ((*TREE, "--ranks=0"), "flag --ranks=0: "),
+  ((*PLAN, "--output="), "--output must name a folder, got ''."),
+  ((*PLAN, "--output=README.md"), "--output must name a folder, got 'README.md', "),
+  ((*PLAN, "--mfu=0"), "--mfu must be in (0, 1], got 0.0."),
+  ((*PLAN, "--mfu=nan"), "--mfu must be finite, got nan."),
+  ((*PLAN, "--topology="), "--topology must have at least one value, got ''."),
+  ((*PLAN, "--topology=v5p:"), "--topology must have sizes after the colon, "),
+  ((*PLAN, "--only=zzz"), "--only: no trial matches 'zzz'; there are"),
+  ((*TRAIN, "--output="), "--output must name a folder, got ''."),
+  ((*TRAIN, "--output=README.md"), "--output must name a folder, got 'README.md', "),
+  ((*TRAIN, "--name=a/b"), "--name must be 1 to 200 letters, digits or any of "),
+  ((*TRAIN, "--name="), "--name must be 1 to 200 letters, digits or any of "),
+  ((*TRAIN, "--trace=README.md"), "--trace must name a folder, got 'README.md', "),
+  ((*TRAIN, "--depths="), "flag --depths=: must be whole numbers separated by commas"),
+  ((*TRAIN, "--models="), "--models must have at least one value, got ''."),
+  ((*TRAIN, "--contestants="), "--contestants must have at least one value, got ''."),
+  ((*DECODE, "--drafts=", "--runs=x"), "--drafts must have at least one value, got ''"),
+  (("launch.sweep", BASE, "--sweep="), "--sweep must have at least one value, got ''."),
+  (
+    ("launch.train", BASE, "--workdir=x", "--local_device_ids="),
+    "--local_device_ids must have at least one value, got ''.",
+  ),
+  ((*DECODE, "--seed=-1"), "flag --seed=-1: "),
+  ((*DECODE, "--least_seconds=-1"), "--least_seconds must be more than 0, got -1.0."),
+  ((*DECODE, "--drafts=-1", "--runs=x"), "--drafts must be whole numbers, got -1."),
+  ((*DECODE, "--drafts=2"), "--drafts is for trained models: it needs --runs."),
+  ((*DECODE, "--trees=own"), "--trees is for trained models: it needs --runs."),
+  ((*DECODE, "--runs="), "--runs must name run folders, '.' is none."),
+])
+def test_garbage_is_refused_before_any_work(command, words, message):
+  result = command(*words)
+  assert result.output.startswith(f"error: {message}"), result.output
+  assert result.code == 2 and not result.touched_backend
+  assert len(result.output.splitlines()) <= 3

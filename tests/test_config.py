@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules, predictors
+from mtp_jax import config_rules, effects, machine_rules, predictors, program
 from mtp_jax.config import ConfigError
+from mtp_jax.keys import ABOVE_0, FRACTION, HOST, NOT_NEGATIVE, Range
 
 NAN, INF = float("nan"), float("inf")
 
@@ -81,9 +83,42 @@ def test_unknown_and_missing_keys_of_a_config_dict():
     config_lib.from_config_dict(missing)
 
 
-@pytest.mark.parametrize("key", config_rules._AT_LEAST_1)
-def test_at_least_1(key):
-  assert f"{key} must be at least 1, got 0." in error_of(make(**{key: 0}))
+KEYS = config_lib.keys()
+
+
+def keys_in(*allowed):
+  return [key for key, facts in KEYS.items() if set(allowed) & set(facts.ranges)]
+
+
+LEAST = [
+  (key, allowed)
+  for key, facts in KEYS.items()
+  for allowed in facts.ranges
+  if allowed.text.startswith("at least")
+]
+
+
+@pytest.mark.parametrize("key, allowed", LEAST)
+def test_at_least(key, allowed):
+  below = int(allowed.text.removeprefix("at least ")) - 1
+  assert f"{key} must be {allowed.text}, got {below}." in error_of(make(**{key: below}))
+
+
+def test_every_number_has_a_range():
+  numbers = {k for k, facts in KEYS.items() if type(facts.default) in (int, float)}
+  # Checked with other keys: `config_rules._check_task`.
+  assert numbers - {k for k, facts in KEYS.items() if facts.ranges} == {
+    "task.star_graph.num_labels", "task.induction.num_halves"
+  }
+
+
+def test_defaults_are_those_of_the_base_experiment_and_in_range():
+  assert base.get_config().to_dict() == config_lib.defaults()
+  assert make() == config_lib.from_config_dict(config_lib.defaults())
+  for key, facts in KEYS.items():
+    assert facts.meaning
+    for allowed in facts.ranges:
+      assert allowed.holds(facts.default), (key, allowed.text)
 
 
 @pytest.mark.parametrize("key", [
@@ -100,26 +135,21 @@ def test_num_drafts_has_the_bound_of_the_decoder():
   assert error_of(config) == "eval.num_drafts must be at most 64, got 65."
 
 
-@pytest.mark.parametrize("key", config_rules._AT_LEAST_0)
-def test_at_least_0(key):
-  assert f"{key} must be at least 0, got -1." in error_of(make(**{key: -1}))
-
-
-@pytest.mark.parametrize("key", config_rules._FINITE_NOT_NEGATIVE)
+@pytest.mark.parametrize("key", keys_in(NOT_NEGATIVE))
 @pytest.mark.parametrize("value", [-0.1, NAN, INF])
 def test_finite_and_not_negative(key, value):
   message = f"{key} must be finite and not negative, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_rules._FINITE_POSITIVE)
+@pytest.mark.parametrize("key", keys_in(ABOVE_0))
 @pytest.mark.parametrize("value", [0.0, NAN, INF])
 def test_finite_and_positive(key, value):
   message = f"{key} must be finite and positive, got {value}."
   assert error_of(make(**{key: value})) == message
 
 
-@pytest.mark.parametrize("key", config_rules._FRACTIONS)
+@pytest.mark.parametrize("key", keys_in(FRACTION))
 @pytest.mark.parametrize("value", [-0.1, 1.1, NAN])
 def test_fractions(key, value):
   assert error_of(make(**{key: value})) == f"{key} must be in [0, 1], got {value}."
@@ -131,6 +161,7 @@ TASK = {
   "data.source": "siblings", "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
   "task.num_train": 10, "train.evals_per_doubling": 2, "train.stop_value": 0.95,
 }
+QUIET = TASK | {"train.stop_value": 0.0}  # Nothing ends training.
 RULES = {
   "kind": (
     {"mtp.kind": "eagle2"},
@@ -415,7 +446,7 @@ RULES = {
     "train.stop_value must be in (0, 1] for an accuracy, got 95.0.",
   ),
   "nothing to test": (
-    {"train.eval_test": True, "data.test_fraction": 0.0},
+    {"train.eval_test": True, "train.eval_every": 1, "data.test_fraction": 0.0},
     "data.test_fraction must be positive: validations read it (train.eval_test), got "
     "0.0.",
   ),
@@ -583,6 +614,16 @@ IGNORED = {
   "trunk.rope_scaling.high_freq_factor": (5.0, {"trunk.rope_scaling.kind": "yarn"}),
   "trunk.rope_scaling.beta_fast": (40.0, {"trunk.rope_scaling.kind": "llama3"}),
   "mtp.final_weight": (0.5, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.share_modules": (True, {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.hidden": ("trunk_shifted", {"mtp.kind": "sequential", "mtp.depth": 1}),
+  "mtp.hidden_norm": ("before", {"mtp.kind": "sequential"}),
+  "mtp.fed": ("own", {"mtp.kind": "sequential"}),
+  "mtp.out_norm": ("none", {"mtp.kind": "sequential"}),
+  "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
+  "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
+  "train.eval_test": (True, {}),
+  "data.validation_fraction": (0.1, QUIET),
+  "data.test_fraction": (0.1, QUIET | {"data.source": "induction"}),
   "mtp.schedule_fraction": (
     0.5, {"mtp.kind": "linear", "mtp.depth": 1, "mtp.schedule": "linear"}
   ),
@@ -592,38 +633,173 @@ IGNORED = {
 @pytest.mark.parametrize("key", IGNORED)
 def test_a_value_that_nothing_reads_is_refused(key):
   value, others = IGNORED[key]
-  default = config_rules._defaults()[key]
+  default = KEYS[key].default
   message = error_of(make(**others | {key: value}))
   assert re.fullmatch(
     rf"{re.escape(f'{key} must be {default!r} unless ')}.*, got {value!r}\.", message
   )
 
 
+FLOPS = {"mtp.kind": "sequential", "mtp.depth": 2, "mtp.arm": "flops"}
+NO_PROMPTS = {
+  "mtp.kind": "sequential", "mtp.depth": 2, "eval.line_prompts": 0,
+  "eval.function_prompts": 0,
+}
+# Values that a trial of a sweep may have for the sake of the others, and what else the
+# trial has; a lone run may not.
+IGNORED_IF_GIVEN = {
+  "schedule without depths": ("mtp.schedule", "anneal", {"mtp.kind": "linear"}),
+  "curriculum without depths": ("mtp.curriculum", "reverse", {}),
+  "weighting of one depth": (
+    "mtp.weighting", "sum", {"mtp.kind": "linear", "mtp.depth": 1}
+  ),
+  "scored depths without depths": (
+    "mtp.score_from", "answer", QUIET
+  ),
+  "diagnostics without depths": ("train.diagnostics_every", 50, {}),
+  "middles without depths": ("eval.middle_prompts", 4, {}),
+  "weight of longer NTP": ("mtp.weight", 0.5, FLOPS),
+  "weighting of longer NTP": ("mtp.weighting", "sum", FLOPS),
+  "depth weights of longer NTP": ("mtp.depth_weights", (1.0, 0.5), FLOPS),
+  "schedule of longer NTP": ("mtp.schedule", "anneal", FLOPS),
+  "curriculum of longer NTP": ("mtp.curriculum", "forward", FLOPS),
+  "hidden of longer NTP": ("mtp.hidden", "trunk", FLOPS),
+  "norm of a trunk that has it": (
+    "mtp.norm", "rms", {"mtp.kind": "sequential", "mtp.depth": 2}
+  ),
+  "norm of longer NTP": ("mtp.norm", "rms", FLOPS),
+  "output norm of longer NTP": ("mtp.out_norm", "none", FLOPS),
+  "feature weight of longer NTP": ("mtp.feature_weight", 0.1, FLOPS),
+  "drafts of longer NTP": ("eval.num_drafts", 1, FLOPS),
+  "diagnostics of longer NTP": ("train.diagnostics_every", 50, FLOPS),
+  "length of no completion": ("eval.max_new_tokens", 9, NO_PROMPTS),
+  "drafts of no completion": ("eval.num_drafts", 1, NO_PROMPTS),
+  "drafts of no answer": (
+    "eval.num_drafts", 1,
+    QUIET | FLOPS | {"mtp.arm": "added", "eval.task_examples": 0},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED_IF_GIVEN)
+def test_a_value_that_nothing_reads_is_refused_where_it_is_given(name):
+  key, value, others = IGNORED_IF_GIVEN[name]
+  config = make(**others | {key: value})
+  config_rules.validate(config)
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(config, given=[key])
+  assert str(caught.value).startswith(f"{key} must be {KEYS[key].default!r} unless ")
+  assert effects.settled(config) == effects.settled(make(**others))
+  assert effects.essential(config) == effects.essential(make(**others))
+
+
+TASK_OF = {
+  f"task.{x}.": {"data.source": x, "tokenizer.kind": "symbols"}
+  for x in config_lib.TASKS
+}
+# Counts that are reached or not: nothing is made of their size.
+UNBOUNDED = {
+  "train.num_steps", "train.log_every", "train.eval_every", "train.evals_per_doubling",
+  "train.diagnostics_every", "train.max_nonfinite_steps", "checkpoint.every_steps",
+  "checkpoint.keep", "optimizer.base_width", "loss.block_tokens", "eval.num_rows",
+  "eval.rows_per_document", "eval.line_prompts", "eval.function_prompts",
+  "eval.middle_prompts", "trunk.rope_scaling.original_length",
+  "task.countdown.largest",
+}
+
+
+@pytest.mark.parametrize("key", [
+  key for key, facts in KEYS.items()
+  if type(facts.default) is int and not key.endswith("seed")
+])
+def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
+  monkeypatch.setattr(machine_rules, "machine_memory", lambda: 10**11)
+  others = next((x for name, x in TASK_OF.items() if key.startswith(name)), {})
+  if key.startswith("trunk.latent"):
+    others = LATENT
+  if key.startswith("trunk.moe"):
+    others = EXPERTS
+  if key.startswith("trunk.rope_scaling"):
+    others = {"trunk.rope_scaling.kind": "yarn"}
+  if key == "mtp.draft_vocab":
+    others = {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own"}
+  if key == "eval.task_examples" or key == "task.num_train":
+    others = QUIET
+  config = make(**others | {key: 2_000_000_000})
+  if key in UNBOUNDED:
+    config_rules.validate(config, 1, "cpu")
+  elif key == "task.num_train":  # 64 GB at least.
+    config_rules.validate(config, 1, "cpu")
+    monkeypatch.setattr(machine_rules, "machine_memory", lambda: 60 * 10**9)
+    assert "fits into memory" in error_of(config)
+  else:
+    assert error_of(config, 1, "cpu")
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_what_it_takes(monkeypatch):
+  monkeypatch.setattr(machine_rules, "machine_memory", lambda: 16 * 10**9)
+  assert error_of(make(data__batch_size=2_000_000_000)) == (
+    "data.batch_size must be such that it fits into memory: a row of 128 tokens takes "
+    "at least 1,536 bytes, and there are 16.0 GB, got 2000000000."
+  )
+  deep = make(trunk__num_layers=2_000_000_000)
+  for platform, most in (("cpu", "16"), ("gpu", "1,100")):
+    assert re.fullmatch(
+      r"trunk\.num_layers must be such that the parameters fit into memory: they take "
+      rf"at least [\d,]+ GB, and 8 device\(s\) have at most {most} GB each, got "
+      r"2000000000\.",
+      error_of(deep, 8, platform),
+    )
+  config_rules.validate(deep, 8)  # For devices of another machine.
+
+
+def test_a_kind_without_depths_is_refused_where_it_is_given():
+  for kind in ("sequential", "linear", "medusa"):
+    with pytest.raises(ConfigError) as caught:
+      config_rules.validate(make(mtp__kind=kind), given=["mtp.kind"])
+    assert str(caught.value) == (
+      f"mtp.kind must be 'none' unless mtp.depth is positive (it is 0), got {kind!r}."
+    )
+  # The head of the next token is a layer of its own.
+  config_rules.validate(make(mtp__kind="parallel"), given=["mtp.kind"])
+
+
+def test_the_width_of_dense_layers_is_refused_where_no_layer_is_dense():
+  values = EXPERTS | {"trunk.moe.dense_layers": 0, "trunk.mlp_dim": 64}
+  with pytest.raises(ConfigError) as caught:
+    config_rules.validate(make(**values), given=["trunk.mlp_dim"])
+  assert str(caught.value) == (
+    "trunk.mlp_dim must be 352 where every layer has experts (trunk.moe.dense_layers "
+    "is 0), got 64."
+  )
+  for more in (
+    {"trunk.moe.dense_layers": 1}, {"mtp.kind": "eagle", "mtp.depth": 1},
+    {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.dense_blocks": True},
+  ):
+    config_rules.validate(make(**values | more), given=["trunk.mlp_dim"])
+
+
 def test_every_condition_of_an_effect_is_of_known_keys_and_choices():
-  keys = config_rules._defaults()
-  for key, conditions in config_rules._effects().items():
-    assert key in keys
-    for names, allowed in conditions.items():
-      for name in [names] if isinstance(names, str) else names:
-        for value in allowed:
-          make(**{name: value})  # Raises for a value that is no choice.
-  sections = {key for key in config_rules._EFFECTS if key not in keys}
-  assert sections == {
-    "trunk.latent", "trunk.moe", "trunk.rope_scaling", "task",
-    *(f"task.{task}" for task in config_lib.TASKS),
-  }
+  for facts in KEYS.values():
+    for conditions in (facts.when, facts.then, facts.when_given):
+      for names, allowed in conditions.items():
+        for name in [names] if isinstance(names, str) else names:
+          assert name in KEYS
+          for value in () if isinstance(allowed, Range) else allowed:
+            make(**{name: value})  # Raises for a value that is no choice.
 
 
 def test_the_baseline_of_a_sweep_may_have_the_weight_of_the_others():
   baseline = make(mtp__weight=1.0, mtp__weighting="sum", eval__middle_prompts=4)
   config_rules.validate(baseline)
-  with pytest.raises(ConfigError) as caught:
-    config_rules.validate(baseline, given=("mtp.weight", "mtp.kind"))
-  assert str(caught.value) == (
-    "mtp.weight must be 0.3 unless mtp.kind is one of 'parallel', 'sequential', "
-    "'linear', 'medusa', 'eagle', 'eagle3' (it is 'none'), got 1.0."
-  )
-  config_rules.validate(make(mtp__weight=1.0, mtp__kind="linear"), given=["mtp.weight"])
+  for kind in ("none", "linear"):
+    with pytest.raises(ConfigError) as caught:
+      config_rules.validate(make(mtp__weight=1.0, mtp__kind=kind), given=["mtp.weight"])
+    assert str(caught.value) == (
+      "mtp.weight must be 0.3 unless mtp.depth is positive (it is 0), got 1.0."
+    )
+  trained = make(mtp__weight=1.0, mtp__kind="linear", mtp__depth=1)
+  config_rules.validate(trained, given=["mtp.weight"])
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -669,6 +845,41 @@ def test_all_broken_rules_are_named_at_once():
   assert [re.match(r"[\w.]+", line)[0] for line in lines] == [
     "data.seq_len", "mtp.depth", "mtp.weight"
   ]
+
+
+def test_equal_programs_have_no_key_of_the_host():
+  config = make(mtp__kind="linear", mtp__depth=2)
+  values = {
+    key: 7 if type(facts.default) is int else 0.5
+    for key, facts in KEYS.items()
+    if HOST in facts.role and type(facts.default) in (int, float)
+  }
+  other = config_lib.with_overrides(config, values)
+  found = program.program_config(other)
+  assert found == program.program_config(config)
+  assert hash(found) == hash(program.program_config(config))
+  assert pickle.loads(pickle.dumps(found)) == found
+  assert program.program_config(make()) != found
+  for read in (
+    lambda: found.seed, lambda: found.data.source, lambda: found.mtp.weight,
+    lambda: found.eval, lambda: found.task,
+  ):
+    with pytest.raises(AttributeError):
+      read()
+
+
+def test_programs_of_the_baseline_do_not_depend_on_what_weighs_depths():
+  plain, swept = make(), make(mtp__weighting="sum", mtp__schedule="anneal")
+  assert program.program_config(plain) == program.program_config(swept)
+  assert effects.essential(plain) == effects.essential(swept)
+
+
+def test_next_token_prediction_is_the_section_without_depths():
+  for mtp in (make(mtp__kind="linear", mtp__depth=2, mtp__objective="kl").mtp,
+              program.program_config(make(mtp__kind="linear", mtp__depth=2)).mtp):
+    found = config_lib.next_token_only(mtp)
+    assert type(found) is type(mtp) and (found.kind, found.depth) == ("none", 0)
+  assert config_lib.next_token_only(make(mtp__weight=9.0).mtp) == make().mtp
 
 
 def test_json_and_back():

@@ -287,7 +287,7 @@ def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
   model = copy.copy(sequential)
   model.config = with_overrides(model.config, {"trunk.remat": "full"})
   _, _, state = ends(model, Decoding())
-  assert {len(cache.keys_BKHS) for cache in state.cache} == {len(LENGTHS)}
+  assert {len(cache.keys_BGHS) for cache in state.cache} == {len(LENGTHS)}
   rows = zip(np.asarray(state.tokens_BS), LENGTHS, sequential.expected, strict=True)
   for row, length, expected in rows:
     assert row[length : length + NEW].tolist() == expected

@@ -168,7 +168,7 @@ def test_blank_lines_and_byte_order_marks_are_passed_over(file, tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-  (None, "data.train_on must be a JSONL file, got 'FILE', which is not there."),
+  (None, "data.train_on must be a JSONL file, got 'FILE', which does not exist."),
   ("", "data.train_on must have at least one text, got 'FILE', which is empty."),
   ('{"text": "a"}\n{"txt": "b"}\n',
    "FILE:2: every line of data.train_on must have a key 'text', its keys are ['txt']."),
@@ -195,5 +195,5 @@ def test_what_cannot_be_trained_on(tmp_path, content, message):
 
 
 def test_a_folder_is_no_file(tmp_path):
-  with pytest.raises(DataError, match=r"must be a JSONL file, got .*, which is none\."):
+  with pytest.raises(DataError, match=r"be a JSONL file, got .*, which is no file\."):
     distilled_text.check_file(str(tmp_path))

@@ -427,7 +427,7 @@ def test_a_mesh_that_gives_a_row_to_parts_of_two_processes_is_refused(tiny, tmp_
   )]
   job = Job(tiny, tmp_path / "run", 2, *flags, num_devices=3)
   assert job.wait() == [2, 2], job.output()
-  assert "mesh must be such that two processes work on the same rows" in job.output()
+  assert "mesh must split a batch evenly over processes" in job.output()
 
 
 def test_processes_that_do_not_share_the_folder_refuse(tiny, tmp_path):

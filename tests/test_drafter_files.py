@@ -186,7 +186,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(InteropError, match=r"mtp.kind must be one of .* got 'linear'"):
     read(tmp_path / "out", params, other)
   none = with_overrides(config, {"mtp.depth": 0, "mtp.unembed": "shared"})
-  with pytest.raises(InteropError, match=r"cannot be read .*: it has predictors of mt"):
+  with pytest.raises(InteropError, match=r"be read .*: the layout holds predictors"):
     read(tmp_path / "out", params, none)
   rewrite(tmp_path / "out", lambda t: {k: v for k, v in t.items() if k[0] != "2"})
   with pytest.raises(InteropError, match=r"lacks tensors: 2.0.linear.bias, 2.0.linear"):
@@ -198,9 +198,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind, layout, overrides, words", [
   ("medusa", "llama", {}, "the layout 'medusa' has the extra predictors, this one the"),
-  ("eagle", "medusa", {}, "it has predictors of mtp.kind 'medusa', at least one"),
-  ("sequential", "eagle", {}, "it has predictors of mtp.kind 'eagle', at least one"),
-  ("eagle", "eagle", common.GPT2, "its layer is Llama's, and the trunk is of kind"),
+  ("eagle", "medusa", {}, "the layout holds predictors of mtp.kind 'medusa'"),
+  ("sequential", "eagle", {}, "the layout holds predictors of mtp.kind 'eagle'"),
+  ("eagle", "eagle", common.GPT2, "the drafter's layer is Llama's, but trunk.kind is"),
   ("eagle", "eagle", {"trunk.qk_norm": True}, "trunk.qk_norm must be False there"),
   ("eagle", "eagle", {"trunk.attention_dim": 24}, "trunk.attention_dim must be trunk"),
   ("eagle", "eagle", {"trunk.rope_scaling.kind": "yarn"}, "must be 'none' or 'linear'"),
@@ -211,7 +211,8 @@ def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
   config = common.tiny_config(kind, 2, overrides)
   with pytest.raises(InteropError, match=words):
     interop.export_params({}, config, tmp_path / "out", layout)
-  assert interop.layouts_for(config, trunk_only=True)["medusa"] == "it has no trunk"
+  obstacles = interop.layouts_for(config, trunk_only=True)
+  assert obstacles["medusa"] == "the layout has no trunk"
   assert list(tmp_path.iterdir()) == []
 
 

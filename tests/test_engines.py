@@ -101,7 +101,7 @@ def options(text="", **others):
 
 def test_a_sweep_is_one_array_with_the_most_work_first(tmp_path):
   planned = plan(tmp_path, "a", "wide1", "b", "wide2")
-  text = slurm.Slurm(tmp_path).preview(planned)
+  text = slurm.Slurm(tmp_path, options()).preview(planned)
   names = [line.split()[1] for line in text.splitlines() if line.startswith("#   ")]
   assert names == ["wide1", "wide2", "a", "b"]
   assert text.count("#SBATCH --array=") == 1 and "#SBATCH --array=0-3%4" in text
@@ -114,7 +114,7 @@ def test_long_arrays_are_cut_and_together_run_no_more_than_allowed(
   planned = plan(tmp_path, *(f"a{i}" for i in range(7)))
 
   def lines(max_parallel, start):
-    text = slurm.Slurm(tmp_path, max_parallel=max_parallel).preview(planned)
+    text = slurm.Slurm(tmp_path, options(), max_parallel=max_parallel).preview(planned)
     return [x for x in text.splitlines() if x.startswith(f"#SBATCH --{start}")]
 
   assert lines(2, "array") == ["#SBATCH --array=0-2%2"] * 2  # The last is one job.
@@ -248,14 +248,14 @@ def test_variables_that_sbatch_would_take_instead_are_refused(
   tmp_path, fake_slurm, monkeypatch
 ):
   monkeypatch.setenv("SBATCH_PARTITION", "debug")
-  slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+  slurm.Slurm(tmp_path, options()).check(plan(tmp_path, "a"))
   with pytest.raises(ConfigError, match=r"SBATCH_PARTITION must not .* got 'debug'"):
     slurm.Slurm(tmp_path, options("partition=gpu")).check(plan(tmp_path, "a"))
   for variable in ("SBATCH_TIMELIMIT", "SBATCH_GPUS", "SBATCH_NO_REQUEUE"):
     with monkeypatch.context() as patch:
       patch.setenv(variable, "5")
       with pytest.raises(ConfigError, match=rf"{variable} must not .* got '5'"):
-        slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+        slurm.Slurm(tmp_path, options()).check(plan(tmp_path, "a"))
 
 
 def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
@@ -271,14 +271,14 @@ def test_a_mesh_must_fit_the_allocation(tmp_path, fake_slurm):
 def test_slurm_that_is_not_there_is_missed_first(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(ConfigError, match=r"--on=slurm needs .* is no sbatch, srun"):
-    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+    slurm.Slurm(tmp_path, options()).check(plan(tmp_path, "a"))
 
 
 def test_what_sbatch_refuses_is_said(tmp_path, fake_slurm):
   script = tmp_path / "bin" / "sbatch"
   script.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
   with pytest.raises(ConfigError, match=r"^sbatch refused: sbatch: error: no such"):
-    slurm.Slurm(tmp_path).check(plan(tmp_path, "a"))
+    slurm.Slurm(tmp_path, options()).check(plan(tmp_path, "a"))
 
 
 # Slurm: what its commands say
@@ -331,8 +331,8 @@ def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
 # Slurm: submitting, and what is left alone
 
 
-def submitted(planned, **options):
-  engine = slurm.Slurm(planned[0].workdir.parent, **options)
+def submitted(planned, **more):
+  engine = slurm.Slurm(planned[0].workdir.parent, options(), **more)
   choice = jobs.choose(planned, again=False)
   for trial in choice.todo:
     trials.prepare(trial)

@@ -6,7 +6,6 @@ import importlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from mtp_jax import config as config_lib
 from mtp_jax.data.tasks.corpus import load_task
 from mtp_jax.depth_weights import depth_weights
 from mtp_jax.lm import zeros_batch
-from mtp_jax.model import block, layers
+from mtp_jax.model import block
 from mtp_jax.predictors import routed_layers
 from mtp_jax.sharding import MESH_AXES, abstract_mesh, logical_axes
 from mtp_jax.train_state import Hyperparameters, init_state
@@ -227,8 +226,8 @@ def test_deepseek_v3_has_the_published_size():
   assert found.active == pytest.approx(37e9, rel=0.02)
   assert found.total - found.deployed == pytest.approx(11.5e9, rel=0.02)
   trunk = trial.config.trunk
-  per_token = block.cache_bytes_per_token(trunk)
-  assert per_token == (512 + 64) * jnp.dtype(layers.compute_dtype(trunk)).itemsize
+  cache = jax.eval_shape(lambda: block.empty_cache(trunk, rows=1, slots=1))
+  assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 512 + 64
 
 
 def test_deepseek_v3_has_every_parameter_of_transformers():

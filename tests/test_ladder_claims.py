@@ -321,6 +321,9 @@ def test_the_page_of_tax_and_gain(tmp_path):
   far = numbers[numbers["source"] == "extrapolated"]
   assert far["size"].max() == pytest.approx(1.3e9)  # Of the tax only.
   assert set(far["shown"]) == {"tax"}
+  caption = tax_and_gain.caption(numbers)
+  assert f"![{caption}](tax_and_gain.png)" in text
+  assert all(words in caption for words in ("Tax:", "Dotted:", "Gain:"))
 
 
 def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
@@ -338,6 +341,24 @@ def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
   ).groupby(numbers["source"]).any().sum()
   assert all(box[0].get_markerfacecolor() == "white" for box in published)
   assert tax_and_gain.draw({}) is None
+
+
+def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
+  """Without the tax, and with star graphs that nobody has solved yet."""
+  unsolved = look_ahead(tmp_path / "look_ahead_cpu", 3.0, solves=False, seeds=2)
+  kept = {
+    "siblings": EXPERIMENTS["siblings_cpu"].read(
+      siblings(tmp_path / "siblings_cpu", seeds=2)
+    ),
+    "look_ahead": EXPERIMENTS["look_ahead_cpu"].read(unsolved),
+  }
+  figure, numbers = tax_and_gain.draw(kept)
+  assert [ax.get_title() for ax in figure.axes] == ["Gain on siblings"]
+  assert set(numbers["shown"]) == {"siblings"}
+  assert tax_and_gain.caption(numbers).endswith("Gain: above 0 the extra losses pay.")
+  assert "Tax:" not in tax_and_gain.caption(numbers)
+  del kept["siblings"]
+  assert tax_and_gain.draw(kept) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.model.block import cache_bytes_per_token, empty_cache
+from mtp_jax.model.block import empty_cache
 from mtp_jax.model.latent_attention import LatentAttention, LatentCache
 from mtp_jax.sharding import logical_axes, make_mesh, put_batch, tree_shardings
 from tests.common import (
@@ -99,6 +99,11 @@ def test_absorbed_decoding_equals_the_naive_form(options):
       )
 
 
+def cache_bytes_per_token(trunk):
+  cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
 def test_the_cache_holds_the_latent_and_one_rotated_key():
   trunk = trunk_with()
   cache = LatentCache.zeros(trunk, 3, 5)
@@ -121,7 +126,7 @@ def test_decoding_never_makes_keys_or_values_of_past_tokens():
   largest = max(
     leaf.aval.size for equation in jaxpr.eqns for leaf in equation.outvars
   )
-  assert largest == cache.latent_BSR.size  # Keys would be 6, values 2 times as much.
+  assert largest == cache.latent_BSZ.size  # Keys would be 6, values 2 times as much.
 
 
 def test_a_token_sees_its_document_up_to_its_place_and_nothing_else():

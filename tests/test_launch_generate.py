@@ -99,7 +99,10 @@ def test_sampling_goes_on_from_a_file_as_plain_sampling_does(command, run, tmp_p
   (["--prompt=a", "--rule=match", "--temperature=0"], "temperature must be positive, "),
   (["--prompt=a", "--rule=greedy", "--top_k=3"], "rule 'greedy' takes the arg max and"),
   (["--prompt=a", "--step=5"], "no checkpoint of step 5 in "),
-  (["--prompt=a", "--workdir=/no/run"], "/no/run must be a folder, and there is none."),
+  (
+    ["--prompt=a", "--workdir=/no/run"],
+    "/no/run must be a folder; there is no such folder.",
+  ),
   (["--prompt=a", "--rule=typical"], "value should be one of <greedy|match|leviathan"),
 ])
 def test_bad_input_ends_in_one_message(command, run, flags, message):

@@ -158,8 +158,8 @@ MUTANTS = {
   ),
   "later steps of EAGLE see the later keys of other rows": Mutant(
     "kernels/attention.py",
-    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH',
-    '"BKGTH,JBTKH->BKGTJ", q_BKGTH, jnp.roll(own_JBTKH, 1, axis=2)',
+    '"BGPTH,JBTGH->BGPTJ", q_BGPTH, own_JBTGH',
+    '"BGPTH,JBTGH->BGPTJ", q_BGPTH, jnp.roll(own_JBTGH, 1, axis=2)',
     f"{DRAFTING}[llama-eagle]",
   ),
   "EAGLE's position stays that of the row": Mutant(
@@ -211,7 +211,7 @@ MUTANTS = {
     "test_distilled_text.py::test_held_out_text_and_tokenizer_are_those_of_the_source",
   ),
   "every text that a model wrote ends a document": Mutant(
-    "data/pipeline.py",
+    "data/memory_store.py",
     "tokenizers_lib.document(tokenizer, ids, begins, ends)",
     "tokenizers_lib.document(tokenizer, ids, begins, True)",
     "test_distilled_text.py::test_documents_begin_and_end_where_their_lines_say",

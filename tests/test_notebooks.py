@@ -94,9 +94,9 @@ def test_a_sweep_is_reported(tmp_path):
   done = execute("scaling_report.ipynb", {"RUNS": str(runs)}, no_array)
   said = texts(done)
   assert "sequential D=1" in said
-  assert "slope" in said
-  assert "In short" in said
-  assert num_figures(done) == 5
+  assert "gain per decade" in said
+  assert "**Next-token loss at equal tokens" in said
+  assert num_figures(done) == 4
   assert "arrays: 0" in said
 
 

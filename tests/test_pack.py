@@ -14,9 +14,10 @@ from mtp_jax import pack, train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.pack import Pack
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
-from mtp_jax.train_step import programs, shape_of
+from mtp_jax.train_step import programs
 from tests.common import (
   EXPERTS,
   assert_trees_close,
@@ -314,7 +315,7 @@ def test_every_kind_of_step_can_be_stacked(kind, depth, overrides):
     with_overrides(config, {"seed": seed, "optimizer.learning_rate": rate})
     for seed, rate in enumerate((1e-3, 3e-3, 1e-2))
   ]
-  shape, mesh = shape_of(config), make_mesh(config.mesh, jax.devices()[:1])
+  shape, mesh = program_config(config), make_mesh(config.mesh, jax.devices()[:1])
   one = programs.__wrapped__(shape, mesh)
   hypers = [hyperparameters(c) for c in configs]
   batch = microbatches(packed_batch(config), config.train.accumulation_steps)
@@ -348,9 +349,9 @@ def test_a_stacked_step_is_one_that_gpus_have(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   config = tiny_config("none", 0, {"trunk.attention": "xla", "trunk.embed_dim": 32})
   devices, batch = jax.devices()[:1], microbatches(packed_batch(config))
-  one = programs.__wrapped__(shape_of(config), make_mesh(config.mesh, devices))
+  one = programs.__wrapped__(program_config(config), make_mesh(config.mesh, devices))
   state = jax.eval_shape(one.init, 0)
-  shape = shape_of(with_overrides(config, {"trunk.attention": "auto"}))
+  shape = program_config(with_overrides(config, {"trunk.attention": "auto"}))
   mesh = make_trial_mesh(devices)
   trial = state, hyperparameters(config), np.bool_(True), np.bool_(True)
   states, *others = jax.tree.map(
@@ -367,7 +368,7 @@ def test_a_stacked_step_is_one_that_gpus_have(monkeypatch):
 def test_a_pack_is_as_large_as_the_memory(monkeypatch):
   config = tiny_config("none", 0, {"trunk.num_layers": 1})
   state = jax.eval_shape(
-    programs(shape_of(config), make_mesh(config.mesh, jax.devices()[:1])).init, 0
+    programs(program_config(config), make_mesh(config.mesh, jax.devices()[:1])).init, 0
   )
   per_trial = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   with machine():
@@ -381,4 +382,4 @@ def test_a_pack_is_as_large_as_the_memory(monkeypatch):
 
 def test_a_pack_needs_a_place_for_each():
   with pytest.raises(ValueError, match=r"size must be at least 2, got 1\."):
-    Pack(shape_of(tiny_config()), [{}, {}], [(), ()], 1, jax.devices())
+    Pack(program_config(tiny_config()), [{}, {}], [(), ()], 1, jax.devices())

@@ -19,8 +19,9 @@ from launch.planning import steps, topologies
 from launch.states import Trial
 from mtp_jax import accounting
 from mtp_jax.config import ConfigError, MeshConfig
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, platform
-from mtp_jax.train_step import programs, shape_of
+from mtp_jax.train_step import programs
 from tests.common import quick_options, quick_programs, tiny_config
 
 pytest_plugins = ("tests.commands",)
@@ -59,7 +60,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def make_shape(**overrides):
-  return shape_of(tiny_config("sequential", 2, MODEL | overrides))
+  return program_config(tiny_config("sequential", 2, MODEL | overrides))
 
 
 def cpu_mesh(shape):

@@ -1,5 +1,6 @@
 """The report as a reader gets it: files, words on the terminal, refusals."""
 
+import json
 import re
 
 import numpy as np
@@ -67,6 +68,7 @@ def test_the_page_stands_alone(written):
   text = result.paths[0].read_text()
   sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
   assert len(sources) == len(figures.PLOTS)
+  assert text.startswith("<!doctype html>")
   assert all(source.startswith("data:image/png;base64,") for source in sources)
   assert not re.search(r"<script|<link|@import|url\(", text)
 
@@ -75,19 +77,36 @@ def test_the_page_says_what_a_reader_needs(written):
   result, _ = written
   text = result.paths[0].read_text()
   for words in (
-    "<h3>This ladder counts</h3>",
-    "the gain grows with size",
+    "This ladder counts as evidence about size.",
+    "gain grows",
     "late one (step 50 of 100)",
     "0123abc",
     "1 x &lt;chip&gt;",
     "jax 0.10",
     "(0, 0), (1, 1), (2, 2), (9, 9)",
+    "What speaks against this ladder",
     "python -m launch.report x",
     "table S7",
     "is not used: its learning rate",
     "lacks seed 2 (data 2)",
   ):
     assert words in text, words
+
+
+def test_the_page_begins_with_a_sentence_a_figure_and_a_table(written):
+  """Everything else is folded away; the Markdown has the same parts as the HTML."""
+  _, output = written
+  text = (output / "report.md").read_text()
+  first = text[: text.index("<details>")]
+  places = [first.index(x) for x in ("**Next-token loss", "](gain_vs_size.png)", "| ")]
+  assert places == sorted(places)
+  assert first.count("](") == 1 and len(first.splitlines()) < 50
+  assert text.count("<details>") == text.count("</details>") >= 6
+  page = (output / "report.html").read_text()
+  assert page.count("<details>") == text.count("<details>")
+  assert page.count("<table>") >= 5 and "nan" not in re.sub(r'src="[^"]*"', "", page)
+  # What is the same for several methods stands once.
+  assert first.count("no effect found at") <= 1
 
 
 def test_sweeps_show_what_varies(written):
@@ -102,6 +121,28 @@ def test_sweeps_show_what_varies(written):
   assert (depths["ntp_loss"] > 2).all()
 
 
+def test_losses_that_are_not_finite_are_named_and_print_no_nan(tmp_path, one_figure):
+  for kind, depth in (("none", 0), ("sequential", 1)):
+    run = write_trial(tmp_path, WORLD, trial_config(16, kind, depth), name=kind)
+    evaluation = json.loads((run / "eval.json").read_text())
+    evaluation["main_loss"] = {"mean": None, "stderr": None}
+    (run / "eval.json").write_text(json.dumps(evaluation))
+  text = write_report(tmp_path, tmp_path / "out").text
+  assert "none ended with a loss that is not a number and is left out." in text
+  page = (tmp_path / "out" / "report.md").read_text()
+  assert "n/a (not finite)" in page and not re.search(r"\bnan\b", text + page)
+
+
+def test_a_clock_of_different_machines_is_not_to_be_used(tmp_path, one_figure):
+  for kind, depth, chip in (("none", 0, "A"), ("sequential", 1, "B")):
+    for seed in (0, 1):
+      config = trial_config(16, kind, depth, seed)
+      write_trial(tmp_path, WORLD, config, run_json=RUN_JSON | {"hardware": chip})
+  text = write_report(tmp_path, tmp_path / "out").text
+  assert "Wall clock compares different hardware (`A`; `B`): do not use it." in text
+  assert "intervals of gains are computed. If nothing had any effect, about" in text
+
+
 @pytest.fixture
 def one_figure(monkeypatch):
   monkeypatch.setattr(figures, "PLOTS", figures.PLOTS[:1])
@@ -113,7 +154,8 @@ def test_command_prints_the_verdict_and_what_it_wrote(tmp_path, capsys, one_figu
     write_trial(tmp_path, WORLD, trial_config(16, kind, depth))
   assert report.main([str(tmp_path)]) == 0
   out = capsys.readouterr().out
-  assert "no verdict from one pair of seeds at 13k" in out
+  assert "sequential D=1 n/a (needs two pairs of seeds) at 13k" in out
+  assert "nan" not in out
   assert "2 of 2 trials below the folder are finished" in out
   assert f"{tmp_path}/report/report.html" in out
   assert report.main([str(tmp_path)]) == 0  # Its own output is not taken for runs.
@@ -125,8 +167,8 @@ def test_ladders_that_cannot_be_compared_stand_apart(tmp_path, one_figure):
       config = trial_config(16, kind, depth, overrides={"data.source": source})
       write_trial(tmp_path, WORLD, config, name=f"{source}-{kind}")
   result = write_report(tmp_path, tmp_path / "out")
-  assert "== data.source=site_packages" in result.text
-  assert "== data.source=stdlib" in result.text
+  assert "## data.source=site_packages" in result.text
+  assert "## data.source=stdlib" in result.text
   names = {path.name for path in result.paths}
   assert {"gain_vs_size_1.png", "gain_vs_size_2.png"} <= names
 
@@ -134,7 +176,7 @@ def test_ladders_that_cannot_be_compared_stand_apart(tmp_path, one_figure):
 def test_nothing_finished_is_said_and_still_a_report(tmp_path):
   write_trial(tmp_path, WORLD, trial_config(16), name="only", finished=False)
   text = write_report(tmp_path, tmp_path / "out").text
-  assert "No trial is finished: nothing can be said." in text
+  assert "No trial is finished: there is nothing to compare." in text
   assert "Not finished: only (step 50 of 100)." in text
 
 

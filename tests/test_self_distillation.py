@@ -251,8 +251,9 @@ def test_a_stopped_command_goes_on_to_the_same_file(command, flags, tmp_path, co
 @pytest.mark.parametrize("more, message", [
   (["--output=it.json"], "--output must end in .jsonl, got 'it.json'."),
   ([f"--excerpt_tokens={ROW}"], "--excerpt_tokens must leave room in a row (data.s"),
-  (["--workdir=/no/run"], "/no/run must be a folder, and there is none."),
-  (["--top_p=2"], "top_p must be a number in (0, 1], or None, got 2.0."),
+  (["--workdir=/no/run"], "/no/run must be a folder; there is no such folder."),
+  (["--top_p=0"], "top_p must be a number in (0, 1], or None, got 0.0."),
+  (["--top_p=2"], "flag --top_p=2: 2.0 is not a number in the range [0.0, 1.0]"),
   (["--documents=0"], "flag --documents=0: 0 is not a positive integer"),
 ])
 def test_bad_input_ends_in_one_message(command, flags, tmp_path, more, message):

@@ -58,8 +58,9 @@ EXPERIMENT = """
       yield {{"name": "seed=1", "seed": 1}}
       yield {{"name": "diverges", "optimizer.learning_rate": 1e30}}
     elif preset == "pair":
-      # The last task of an array has the job id of the array.
-      yield {{"name": "undisturbed"}}
+      # The last task of an array has the job id of the array. Equal trials would be
+      # trained once: these differ in what decides nothing.
+      yield {{"name": "undisturbed", "checkpoint.keep": 2}}
       yield {{"name": "preempted"}}
     else:
       yield {{"name": "endless"}}

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_jax.data import sources
+from mtp_jax.data import sources, text_files
 from mtp_jax.data.sources import DataError
 
 LINES = b'{"text": "one"}\n{"text": "two\\n2"}\n\n{"text": "one", "x": 1}\n'
@@ -219,7 +219,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_jsonl_across_read_chunks(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "_CHUNK_BYTES", 7)
+  monkeypatch.setattr(text_files, "_CHUNK_BYTES", 7)
   texts = [f"line {i} é漢" for i in range(50)]
   lines = "".join(json.dumps({"t": text}, ensure_ascii=False) + "\n" for text in texts)
   (tmp_path / "a.jsonl").write_text(lines)

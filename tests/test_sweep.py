@@ -324,6 +324,25 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
     check_resumable(planned[-1].resolved, planned[-3].resolved)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 20_000, b"\xff", None])
+def test_a_copy_of_a_run_that_cannot_be_read_is_not_made(
+  corpus, tmp_path, capsys, content
+):
+  one, two = plan(corpus, tmp_path, [{"name": "one"}, {"name": "two"}])
+  done(one)
+  run = one.workdir / "run.json"
+  run.unlink()
+  if content is not None:
+    run.write_bytes(content if isinstance(content, bytes) else content.encode())
+  share([one, two])
+  shown = capsys.readouterr().err
+  assert f"warning: two gets no results: {run} cannot be read (" in shown
+  assert kinds([one, two]) == {"one": "done", "two": "waiting"}
+  run.write_text("{}")
+  share([one, two])
+  assert kinds([one, two]) == {"one": "done", "two": "done"}
+
+
 def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
   one, two, three, other = plan(corpus, tmp_path, [
     {"name": "one", "mtp.weight": 0.1}, {"name": "two", "mtp.weight": 0.2},

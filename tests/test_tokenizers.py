@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mtp_jax.config import ConfigError, TokenizerConfig
-from mtp_jax.data import tokenizers
+from mtp_jax.data import subword_tokenizer, tokenizers
 from mtp_jax.data.sources import DataError
 from tests.corpora import some_texts
 
@@ -193,7 +193,7 @@ def changed(**sections: object) -> str:
 
 def unigram() -> str:
   """A model that finds its own control tokens in text, as many Unigram ones do."""
-  characters = sorted(set(tokenizers._PROBE) - {" "} | {"\u2581"})
+  characters = sorted(set(subword_tokenizer._PROBE) - {" "} | {"\u2581"})
   pieces = ["<unk>", "<s>", "</s>", *characters]
   model = hf.Tokenizer(models.Unigram([(p, -1.0) for p in pieces], unk_id=0))
   model.pre_tokenizer = pre_tokenizers.Metaspace()

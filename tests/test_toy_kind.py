@@ -39,6 +39,7 @@ class Gains(nn.Module):
     return jnp.concatenate([hidden_BTD[None], heads_KBTD]), None
 
 
+LARGE = {"tokenizer.vocab_size": 260, "data.seq_len": 128}  # Enough for a run.
 KINDS = frozenset(predictors.KINDS)
 TOY = Kind(
   module=Gains,
@@ -59,6 +60,8 @@ def test_a_kind_of_one_file_and_one_row_trains_drafts_and_loads(row, tmp_path):
   config = run_config(write_texts(tmp_path / "texts"), {
     "mtp.kind": "toy", "train.num_steps": 3, "train.eval_every": 0,
     "train.diagnostics_every": 1, "train.log_every": 1, "checkpoint.every_steps": 3,
+    # It learns to repeat a byte, so that drafts are accepted.
+    "optimizer.learning_rate": 0.3, "optimizer.warmup_fraction": 0.0,
   })
   train.fit(config, tmp_path / "run", progress=False)
   losses = np.array([x["loss"] for x in read_metrics(tmp_path / "run", "train")])
@@ -79,9 +82,9 @@ def test_a_kind_of_one_file_and_one_row_trains_drafts_and_loads(row, tmp_path):
 
 
 def test_what_follows_from_the_row_alone(row):
-  config = tiny_config("toy", 3)
+  config = tiny_config("toy", 3, LARGE)
   validate(config)
-  ntp = accounting.count(tiny_config())
+  ntp = accounting.count(tiny_config(overrides=LARGE))
   found = accounting.count(config)
   assert (found.deployed, found.total) == (ntp.total, ntp.total + 3 * 16)
   logits = 2 * 16 * config.tokenizer.vocab_size

@@ -12,10 +12,11 @@ import pytest
 from mtp_jax import evaluate
 from mtp_jax import train_step as train_step_lib
 from mtp_jax.lm import MtpLm, unembed_matrix
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters
-from mtp_jax.train_step import loss_and_grads, programs, shape_of
+from mtp_jax.train_step import loss_and_grads, programs
 from tests.common import (
   assert_trees_close,
   gradient_program,
@@ -107,7 +108,7 @@ def state_with(compiled, state=None, **changes):
 def test_trials_that_differ_in_traced_values_compile_once(trial):
   compiled, counts, mesh, batch = trial
   other = tiny_config("sequential", 2, flat_values(CONFIG) | OTHER)
-  assert other != CONFIG and programs(shape_of(other), mesh) is compiled
+  assert other != CONFIG and programs(program_config(other), mesh) is compiled
   reports, states = [], []
   for seed, values in ((0, hyper()), (7, hyper(0.5, 0.1, 20))):
     state = compiled.init(jnp.int32(seed))
@@ -149,7 +150,7 @@ def test_what_changes_the_program_changes_the_shape():
     ("data.seq_len", 8),
   ):
     other = tiny_config("sequential", 2, flat_values(CONFIG) | {key: value})
-    assert shape_of(other) != shape_of(CONFIG), key
+    assert program_config(other) != program_config(CONFIG), key
 
 
 def losses_by_definition(config, params, batch):

@@ -48,9 +48,6 @@ DEFINITIONS = {
   "of the newest token and all nodes of a tree",
   "sum_c": "draft / step; draft is the time of catching up with a round's new features "
   "and proposing K drafts, or nodes",
-  "overhead": "(round - verify - draft) / step: judging, committing, counting; and "
-  "what the parts gain by being repeated alone, from the processor's caches",
-  "plain_overhead": "(round without drafts - step) / step",
   "batch_tau": "rounds in which plain decoding finishes the batches / rounds with "
   "drafts; a batch takes as many rounds as its slowest sequence, so that batch_tau is "
   "tau at batch size 1",
@@ -117,7 +114,8 @@ _SPLIT = flags.DEFINE_enum(
 )
 _PEERS = flags.DEFINE_bool("torch", True, "compare with PyTorch", allow_override=True)
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "of random weights, prompts and resamples", allow_override=True
+  "seed", 0, "random seed of weights, prompts and resamples", 0, 2**32 - 1,
+  allow_override=True,
 )
 
 
@@ -133,6 +131,9 @@ def main() -> None:
   settings.split, settings.torch, settings.seed = (
     _SPLIT.value, _PEERS.value, _SEED.value
   )
+  for name in ("trees", "drafts", "recurse") if not settings.runs else ():
+    if flags.FLAGS[name].present:
+      raise ConfigError(f"--{name} is for trained models: it needs --runs.")
   accepted, rows = _runs(settings) if settings.runs else ([], _sizes(settings))
   pages.write_page(
     "decode", settings, rows, jax.devices()[0].device_kind,
@@ -143,12 +144,9 @@ def main() -> None:
 
 
 def _drafts() -> list[int | None]:
-  try:
-    return [int(text) for text in _DRAFTS.value] or [None]
-  except ValueError:
-    raise ConfigError(
-      f"--drafts must be whole numbers, got {','.join(_DRAFTS.value)}."
-    ) from None
+  if not all(text.isdecimal() for text in _DRAFTS.value):
+    raise ConfigError(f"--drafts must be whole numbers, got {','.join(_DRAFTS.value)}.")
+  return [int(text) for text in _DRAFTS.value] or [None]
 
 
 def _runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -340,8 +338,8 @@ def page(
     "## Costs and speed-up",
     "Floor: the bytes that a step of one token must read, at the rate measured in "
     "every round. In units of such a step (T_1): v, the verification of K + 1 rows "
-    "(N + 1 of a tree); sum c, all K drafts; overhead of the loop. Predicted speed-up: "
-    "batch tau / (v + sum c). Measured: against plain decoding of the same prompts.",
+    "(N + 1 of a tree); sum c, all K drafts. Predicted speed-up: batch tau / "
+    "(v + sum c). Measured: against plain decoding of the same prompts.",
     markdown(map(_cost_cells, rows)),
   ]
   peers = {(r["model"], r["batch_size"]): r for r in rows if r["plain_over_torch"]}
@@ -378,8 +376,6 @@ def _cost_cells(row: dict[str, Any]) -> dict[str, Any]:
     "T_1 ms": pages.milliseconds(row["seconds"]["step"]),
     "floor / T_1": spread(row["floor_over_step"]),
     "v": spread(row["v"]), "sum c": spread(row["sum_c"]),
-    "overhead": spread(row.get("overhead", [])),
-    "plain overhead": spread(row["plain_overhead"]),
     "tau": f"{row['tau']:.2f}", "batch tau": f"{row['batch_tau']:.2f}",
     "predicted": spread(row["predicted"]), "measured": spread(row["measured"]),
     "measured / predicted": spread(row["measured_over_predicted"]),

@@ -1,4 +1,4 @@
-"""What `launch.benchmark decode` times: whole generations, and the parts of a round.
+"""The work that `launch.benchmark decode` times: generations, and parts of a round.
 
 A part runs many times within one compiled loop, on the functions, caches and shapes of
 `mtp_jax.decode.loop`, so that its work is measured and not the dispatch of programs.
@@ -165,19 +165,8 @@ def most_likely(logits_BV: jax.Array, k: int) -> Choice:
   return Choice(argmax(logits_BV))
 
 
-def whole_round(
-  plan: loop.Plan, inputs: loop.Inputs, state: loop.DecodeState
-) -> Part:
-  """Runs `loop.run_round`; a round of sequences that are done is as much work."""
-
-  def body(inputs: loop.Inputs, state: loop.DecodeState) -> loop.DecodeState:
-    return loop.run_round(plan, inputs, state)
-
-  return Part(body, inputs, jax.tree.map(jnp.copy, state))
-
-
 def forced(drafter: Drafter) -> Drafter:
-  """Returns a drafter that does the work of `drafter` and then gives known tokens.
+  """Returns a drafter that does the work of `drafter` and then returns known tokens.
 
   Its weights are `(weights of drafter, drafts_BS)`, the latter as in `drafters.given`.
   """
@@ -278,10 +267,7 @@ def measure(
   plain = Generation(model, plain_plan, batches, [None] * len(batches))
   reads = _read_all(compute_dtype(model.config.trunk))
   inputs, state = plain.first()
-  parts = {
-    "step": forward(plain_plan, inputs, state, 1),
-    "plain round": whole_round(plain_plan, inputs, state),
-  }
+  parts = {"step": forward(plain_plan, inputs, state, 1)}
   generations = {"plain": plain}
   for name, variant in variants.items():
     plan = variant.plan
@@ -300,7 +286,6 @@ def measure(
       )
     if variant.has_cost:
       parts[f"{name} draft"] = draft(plan, inputs, state)
-      parts[f"{name} round"] = whole_round(plan, inputs, state)
   for part in parts.values():
     part.warm_up(settings.least_seconds)
   timed = generations | parts | {"reads": reads}
@@ -359,20 +344,17 @@ def _row(
   step, verify = seconds["step"], seconds[_verify(name, drafted.plan)]
   draft = seconds.get(f"{name} draft", np.zeros_like(step))
   timed = {
-    "floor": floor, "step": step, "plain_round": seconds["plain round"],
-    "verify": verify, "draft": draft, "plain": seconds["plain"],
-    "drafted": seconds[name],
+    "floor": floor, "step": step, "verify": verify, "draft": draft,
+    "plain": seconds["plain"], "drafted": seconds[name],
   }
   batch_tau = plain.rounds / drafted.rounds
   predicted = batch_tau * step / (verify + draft)
   measured = seconds["plain"] / seconds[name]
   found = {
     "floor_over_step": floor / step, "v": verify / step, "sum_c": draft / step,
-    "plain_overhead": seconds["plain round"] / step - 1, "predicted": predicted,
-    "measured": measured, "measured_over_predicted": measured / predicted,
+    "predicted": predicted, "measured": measured,
+    "measured_over_predicted": measured / predicted,
   }
-  if (whole := seconds.get(f"{name} round")) is not None:
-    timed["round"], found["overhead"] = whole, (whole - verify - draft) / step
   same = (
     np.all(a == b, axis=1).sum()
     for a, b in zip(plain.tokens, drafted.tokens, strict=True)

@@ -8,6 +8,7 @@ ratio is formed within one round, so that a busy machine slows both of its sides
 import contextlib
 import functools
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ import numpy as np
 from absl import flags
 
 from experiments import base
-from launch.huge_pages import HUGE_PAGES, start_with_huge_pages
+from launch import paths
+from launch.huge_pages import start_with_huge_pages
 from launch.progress import Progress
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
@@ -88,14 +90,11 @@ NAME = flags.DEFINE_string(
   "name", None, "name of the two files; by default the benchmark and the device",
   allow_override=True,
 )
-_HUGE_PAGES = flags.DEFINE_bool(
-  "huge_pages", True, f"start every contestant with {'='.join(HUGE_PAGES)} (Linux)"
-)
 _TRACE = flags.DEFINE_string(
   "trace", None, "folder for a profile of each JAX contestant, taken after its turns; "
   "for XProf (`xprof FOLDER`) or TensorBoard",
 )
-_SHARED = (_PRESET, OUTPUT, NAME, _HUGE_PAGES, _TRACE)
+_SHARED = (_PRESET, OUTPUT, NAME, _TRACE)
 
 
 class _Numbers(flags.ArgumentParser):
@@ -154,9 +153,18 @@ def read_settings(
         f"--{key} must be of {', '.join(choices[key])}, got {_text(value)}."
       )
     least = 0 if key in _MAY_BE_ZERO else 1
-    if any(type(x) is int and x < least for x in values):
-      raise ConfigError(f"--{key} must be at least {least}, got {_text(value)}.")
-  return SimpleNamespace(**found, preset=_PRESET.value, huge_pages=_HUGE_PAGES.value)
+    too_small = [x for x in values if type(x) is int and x < least]
+    if too_small or any(type(x) is float and x <= 0 for x in values):
+      least = "more than 0" if not too_small else f"at least {least}"
+      raise ConfigError(f"--{key} must be {least}, got {_text(value)}.")
+  for flag in (OUTPUT, _TRACE):
+    if flag.value is not None:
+      paths.check_folder(flag.name, flag.value)
+  if NAME.value is not None and not re.fullmatch(r"[\w.,=+-]{1,200}", NAME.value):
+    raise ConfigError(
+      f"--name must be 1 to 200 letters, digits or any of '=,._+-', got {NAME.value!r}."
+    )
+  return SimpleNamespace(**found, preset=_PRESET.value)
 
 
 def _text(value: Any) -> str:
@@ -325,7 +333,7 @@ def measure(
 
   Args:
     entrants: by name, which is shown.
-    settings: with `rounds` and `huge_pages`; with `apart`, every contestant ends before
+    settings: with `rounds`; with `apart`, every contestant ends before
       the next is built, where memory does not hold all of them. To be fair, the machine
       must have nothing else to do then.
     advance: from `count_turns`; building counts as a turn.
@@ -337,7 +345,7 @@ def measure(
       running: dict[str, Contestant] = {}
       for name in names:
         start = time.perf_counter()
-        contestant = Contestant(entrants[name].build, settings.huge_pages)
+        contestant = Contestant(entrants[name].build)
         processes.enter_context(contestant)
         try:
           found[name] = contestant.wait_ready()

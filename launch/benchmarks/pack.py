@@ -1,4 +1,4 @@
-"""Counts trials per hour side by side in one program, against one after the other.
+"""Times the step of trials side by side in one program against one after the other.
 
   python -m launch.benchmark pack --models=1M --packs=8,16
 
@@ -28,23 +28,23 @@ from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
 from mtp_jax.pack import Pack
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
-from mtp_jax.train_step import compiled, programs, shape_of
+from mtp_jax.train_step import compiled, programs
 
 PRESETS = {
   "cpu": {
     "models": ["0.3M", "1M", "3M"], "packs": [1, 2, 8, 32], "seq_len": 128,
-    "batch_size": 8, "rounds": 5, "steps_per_round": 24, "num_steps": 2000,
+    "batch_size": 8, "rounds": 5, "steps_per_round": 24,
   },
   "gpu": {
     "models": ["0.3M", "1M", "3M", "10M"], "packs": [1, 2, 4, 8, 16, 32],
     "seq_len": 256, "batch_size": 16, "rounds": 5, "steps_per_round": 64,
-    "num_steps": 2000,
   },
   "quick": {
     "models": ["0.3M"], "packs": [1, 2], "seq_len": 32, "batch_size": 2, "rounds": 2,
-    "steps_per_round": 2, "num_steps": 2000,
+    "steps_per_round": 2,
   },
 }
 harness.define_settings(
@@ -52,7 +52,6 @@ harness.define_settings(
   packs="trials of a pack",
   steps_per_round="steps of one trial in a turn; a pack of N takes an Nth of them, but "
   "at least three",
-  num_steps="steps of a trial, for the trials per hour that include compilation",
 )
 _PEERS = flags.DEFINE_bool("torch", True, "compare with PyTorch", allow_override=True)
 
@@ -117,7 +116,7 @@ def build_step(
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
   """Builds the step of a pack; that of a lone trial if `num_trials` is 0."""
   devices = jax.devices()[:1]
-  mesh, shape = make_mesh(config.mesh, devices), shape_of(config)
+  mesh, shape = make_mesh(config.mesh, devices), program_config(config)
   rows = jax.tree.map(lambda x: x[None], harness.one_document_batch(config))
   hyper, waits_for = hyperparameters(config), None
   with jax.set_mesh(mesh):
@@ -172,14 +171,13 @@ def page(settings: SimpleNamespace, rows: list[dict[str, Any]]) -> list[str]:
     f"one batch for all trials. {settings.rounds} interleaved rounds of "
     f"{settings.steps_per_round} steps of a trial; a pack of N takes an Nth of them, "
     "but at least three. Times: median over rounds. Ratios: median over rounds [least, "
-    "greatest], of trials per hour over those of the lone step (above 1 is better), "
-    "and of the step over its floor. With compilation: N trials of "
-    f"{settings.num_steps:,} steps, compiled once. Evaluation and saving are left out. "
-    "MB: arguments and temporaries of one program, by XLA's analysis; of PyTorch the "
-    "peak of a step. PyTorch: a lone step, float32 on a CPU and autocast to bfloat16 "
-    "on a GPU.",
+    "greatest], of steps of a trial per second over those of the lone step (above 1 is "
+    "better), and of the step over its floor. Evaluation and saving are left out. MB: "
+    "arguments and temporaries of one program, by XLA's analysis; of PyTorch the peak "
+    "of a step. PyTorch: a lone step, float32 on a CPU and autocast to bfloat16 on a "
+    "GPU.",
     markdown(
-      cells(row, name, settings.num_steps)
+      cells(row, name)
       for row in rows
       for name, facts in row["contestants"].items()
       if name != FLOOR and "error" not in facts
@@ -187,29 +185,18 @@ def page(settings: SimpleNamespace, rows: list[dict[str, Any]]) -> list[str]:
   ]
 
 
-def cells(row: dict[str, Any], name: str, num_steps: int) -> dict[str, str]:
+def cells(row: dict[str, Any], name: str) -> dict[str, str]:
   """Returns a contestant's line of the table."""
   facts, trials = row["contestants"][name], _num_trials(name)
   steps, alone = rounds_of(row, name), rounds_of(row, OURS)
-  compilation, compilation_alone = (
-    x.get("compile_seconds", 0.0)
-    for x in (facts, row["contestants"][OURS])
-  )
-  # Seconds of one trial of `trials`; their program is compiled once for all of them.
-  warm = [num_steps * x / trials for x in steps]
-  warm_alone = [num_steps * x for x in alone]
-  cold = [x + compilation / trials for x in warm]
-  cold_alone = [x + compilation_alone / trials for x in warm_alone]
   memory = facts.get("memory", facts.get("peak_memory"))
   return {
     "model": row["model"],
     "N": name,
-    "compile s": f"{compilation:.1f}",
+    "compile s": f"{facts.get('compile_seconds', 0.0):.1f}",
     "step ms": pages.milliseconds(steps),
     "step / floor": spread(ratios(steps, [trials * x for x in rounds_of(row, FLOOR)])),
     "MB": f"{memory / 1e6:.0f}" if memory else "-",
-    "trials/h": f"{3600 / statistics.median(warm):,.1f}",
-    "trials/h over lone": spread(ratios(warm_alone, warm)),
-    "with compilation": f"{3600 / statistics.median(cold):,.1f}",
-    "with compilation over lone": spread(ratios(cold_alone, cold)),
+    "steps/s of a trial": f"{trials / statistics.median(steps):,.1f}",
+    "over lone": spread(ratios([trials * x for x in alone], steps)),
   }

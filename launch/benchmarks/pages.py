@@ -78,7 +78,7 @@ def write_page(
     settings: what was measured.
     rows: the figures.
     device: that all of them are of.
-    parts: paragraphs and tables of the page; the first says what was measured.
+    parts: paragraphs and tables of the page; the first describes the measurement.
     packages: whose versions count.
     mode: joins the benchmark in the name of the files.
     more: further figures of the record.

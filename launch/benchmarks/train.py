@@ -30,9 +30,10 @@ from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.metrics import peak_flops
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import Hyperparameters
-from mtp_jax.train_step import programs, shape_of
+from mtp_jax.train_step import programs
 
 PRESETS = {
   "cpu": {
@@ -161,7 +162,7 @@ def build_ours(
   before = limits.resident_with_jax()
   mesh = make_mesh(config.mesh, jax.devices()[:1])
   jax.set_mesh(mesh)
-  train = programs(shape_of(config), mesh)
+  train = programs(program_config(config), mesh)
   state = train.init(jnp.int32(0))
   batch = jax.tree.map(lambda x: x[None], harness.one_document_batch(config))
   batch = put_batch(mesh, batch, ("microbatch",))

@@ -1,4 +1,4 @@
-"""Engines give machines to the trials of a sweep; `launch.engines.engine` says how.
+"""Engines start the trials of a sweep; `launch.engines.engine` is their interface.
 
   local       worker processes on this machine
   slurm       job arrays

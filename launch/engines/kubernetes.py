@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -135,45 +135,45 @@ def parse(words: Sequence[str], template: Path = TEMPLATE) -> Options:
   return Options(text, values)
 
 
+@dataclasses.dataclass(frozen=True)
 class Kubernetes:
   """A manifest for every trial, in `kubernetes/` of the sweep folder; see `Engine`.
 
-  Args:
-    root: the sweep folder, as it is seen here.
-    options: of the manifests.
-    max_attempts: how often a trial may end for no fault of its own.
-    submits: hand the manifests to the cluster, through kubectl.
+  root: absolute path of the sweep folder, as it is seen here.
+  options: of the manifests.
+  max_attempts: how often a trial may end for no fault of its own.
+  submits: hand the manifests to the cluster, through kubectl.
   """
 
-  needs_folders = False
+  needs_folders: ClassVar = False
 
-  def __init__(
-    self, root: Path, options: Options, max_attempts: int = 1, submits: bool = False
-  ):
-    self._root = Path(root).absolute()
-    self._folder = self._root / _FOLDER
-    self._options = options
-    self._max_attempts = max_attempts
-    self._submits = submits
-    self.outcome = "given to kubernetes" if submits else "written as manifests"
+  root: Path
+  options: Options
+  max_attempts: int = 1
+  submits: bool = False
+
+  @property
+  def outcome(self) -> str:
+    return "given to kubernetes" if self.submits else "written as manifests"
 
   def check(self, todo: list[Trial]) -> None:
-    values = self._options.values
+    values = self.options.values
     counts = " times ".join(f"{key}={values[key]}" for key in _COUNTS)
-    trials.check_devices(todo, self._options.num_devices, f"--kubernetes: {counts}")
-    if self._submits and shutil.which("kubectl") is None:
+    trials.check_devices(todo, self.options.num_devices, f"--kubernetes: {counts}")
+    if self.submits and shutil.which("kubectl") is None:
       raise ConfigError("--submit needs kubectl on the PATH of this host.")
 
   def preview(self, todo: list[Trial]) -> str:
     return "---\n".join(self.manifest(trial) for trial in todo)
 
   def submit(self, choice: Choice) -> int:
-    self._folder.mkdir(parents=True, exist_ok=True)
-    namespace = self._options.values["namespace"]
+    folder = self.root / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    namespace = self.options.values["namespace"]
     for trial in choice.todo:
-      path, name = self._folder / f"{trial.name}.yaml", jobset_name(trial)
+      path, name = folder / f"{trial.name}.yaml", jobset_name(trial)
       path.write_text(self.manifest(trial))
-      if not self._submits:
+      if not self.submits:
         print(f"{trial.name}: {path}")
         continue
       # What a JobSet is to do cannot be changed; one that has ended makes way.
@@ -183,8 +183,8 @@ class Kubernetes:
       trial.workdir.mkdir(parents=True, exist_ok=True)
       states.write_record(trial.workdir, "kubernetes", id=name, namespace=namespace)
       print(f"{trial.name}: {name}", flush=True)
-    if not self._submits:
-      print(f"Nothing was submitted: --submit does, or kubectl apply -f {self._folder}")
+    if not self.submits:
+      print(f"Nothing was submitted: --submit does, or kubectl apply -f {folder}")
     return 0
 
   @staticmethod
@@ -212,8 +212,8 @@ class Kubernetes:
 
   def manifest(self, trial: Trial) -> str:
     """Returns the template, filled in for a trial."""
-    options, name = self._options, jobset_name(trial)
-    folder = options.values.get("folder", str(self._root)).rstrip("/")
+    options, name = self.options, jobset_name(trial)
+    folder = options.values.get("folder", str(self.root)).rstrip("/")
     texts = options.values | {
       "name": name,
       "experiment": experiment_file(trial.config),
@@ -226,7 +226,7 @@ class Kubernetes:
     }
     filled: dict[str, Any] = {key: _quoted(text) for key, text in texts.items()}
     filled |= {key: options.count(key) for key in _COUNTS}
-    filled["max_restarts"] = self._max_attempts - 1
+    filled["max_restarts"] = self.max_attempts - 1
     return options.template.substitute(filled)
 
 

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from launch.engines.order import (
   pack_size,
   preview_packs,
 )
-from launch.engines.pace import Pace, Work, makespan
+from launch.engines.pace import Pace, Work, duration, makespan
 from launch.engines.workers import Outcome, Slot, Worker, WorkerError
 from launch.states import Choice, Job, Record, State, Trial
 from mtp_jax.config import Config, ConfigError
@@ -35,10 +36,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Given(NamedTuple):
-  """A trial in a worker: when it began, its state then, and the trials of its pack.
-
-  is_first: no trial of its shape was given out before.
-  """
+  """The start of a trial in a worker; `is_first` of its shape."""
 
   began: float
   state: State
@@ -93,10 +91,7 @@ class Sweep:
     self._last_line = time.monotonic()
 
   def run(self, slots: list[Slot]) -> int:
-    """Trains what is not done, with a worker for each of the slots.
-
-    Returns:
-      The exit code of the command.
+    """Trains what is not done, with a worker for each slot; returns the exit code.
 
     Raises:
       ConfigError: a trial does not fit the devices that the workers found.
@@ -243,7 +238,7 @@ class Sweep:
     if outcome.kind == "done":
       self._ended.append(work._replace(has_ended=True))
       loss = math.nan if state.eval_loss is None else state.eval_loss
-      self._say(f"{trial.name}: done, eval loss {loss:.4f}, {_duration(elapsed)}", True)
+      self._say(f"{trial.name}: done, eval loss {loss:.4f}, {duration(elapsed)}", True)
       self._share(trial)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
@@ -281,8 +276,7 @@ class Sweep:
 
   @contextlib.contextmanager
   def _warnings(self, trial: Trial) -> Iterator[None]:
-    """Prints what could not be written: the disk of one trial may be full, or of all.
-    """
+    """Prints what could not be written: a disk may be full."""
     try:
       yield
     except OSError as error:
@@ -336,7 +330,7 @@ class Sweep:
     return Work(trial.cost, flops, done, training, seconds, given.is_first)
 
   def _progress(self) -> tuple[float, str]:
-    """Returns the share of FLOPs done and a line that says so."""
+    """Returns the share of FLOPs done, and the progress as a line."""
     for trial in (trial for worker in self._workers for trial in worker.trials):
       self._states[trial.name] = states.read_state(trial)
     at_work = [[self._work(t) for t in worker.trials] for worker in self._workers]
@@ -350,7 +344,7 @@ class Sweep:
     finished = sum(self._states[t.name].kind == "done" for t in self._planned)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
     if self._workers and not math.isnan(left):
-      text += f", about {_duration(left)} left"
+      text += f", about {duration(left)} left"
     return share, text
 
   def _show(self) -> None:
@@ -394,51 +388,43 @@ class Sweep:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
 class Local:
   """Worker processes on this machine; see `Engine`.
 
-  Args:
-    root, compilation_cache, max_attempts, pack: see `Sweep`.
-    parallel: trials that are trained at once.
+  root, compilation_cache, max_attempts, pack: see `Sweep`.
+  parallel: trials that are trained at once.
   """
 
-  needs_folders = False
-  outcome = "trained"
+  needs_folders: ClassVar = False
+  outcome: ClassVar = "trained"
 
-  def __init__(
-    self,
-    root: Path = Path(),
-    compilation_cache: str = "",
-    parallel: int = 1,
-    max_attempts: int = 1,
-    pack: int | None = 1,
-  ):
-    self._root = root
-    self._compilation_cache = compilation_cache
-    self._parallel = parallel
-    self._max_attempts = max_attempts
-    self._pack = pack
+  root: Path
+  compilation_cache: str = ""
+  parallel: int = 1
+  max_attempts: int = 1
+  pack: int | None = 1
 
   def check(self, todo: list[Trial]) -> None:
-    workers.slots(self._parallel)
-    if self._pack != 1:
+    workers.slots(self.parallel)
+    if self.pack != 1:
       trials.check_devices(todo, 1, "--pack: each trial has one of its own")
 
   def preview(self, todo: list[Trial]) -> str:
     """Returns the packs in which trials would be trained, if any are to be."""
     self.check(todo)
-    if self._pack == 1:
+    if self.pack == 1:
       return ""
     found = {trial.name: states.read_state(trial) for trial in todo}
     waiting = [trial for trial in todo if found[trial.name].kind != "done"]
-    return preview_packs(waiting, found, self._pack, self._parallel)
+    return preview_packs(waiting, found, self.pack, self.parallel)
 
   def submit(self, choice: Choice) -> int:
     sweep = Sweep(
-      choice, self._root, self._compilation_cache, self._max_attempts, self._pack
+      choice, self.root, self.compilation_cache, self.max_attempts, self.pack
     )
     try:
-      return sweep.run(workers.slots(self._parallel))
+      return sweep.run(workers.slots(self.parallel))
     except WorkerError as error:
       return cli.fail(str(error), exits.FAILED)
 
@@ -459,11 +445,3 @@ class Local:
     if elsewhere:
       text += f"; stop those on {', '.join(sorted(elsewhere))} there"
     return text
-
-
-def _duration(seconds: float) -> str:
-  if seconds < 100:
-    return f"{seconds:.0f} s"
-  if seconds < 6000:
-    return f"{seconds / 60:.0f} min"
-  return f"{seconds / 3600:.1f} h"

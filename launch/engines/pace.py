@@ -68,3 +68,12 @@ def makespan(busy: Iterable[float], waiting: Iterable[float]) -> float:
   for seconds in sorted(waiting, reverse=True):
     heapq.heappush(free, heapq.heappop(free) + seconds)
   return max(free, default=0.0)
+
+
+def duration(seconds: float) -> str:
+  """Returns a time in words, as exact as an estimate is."""
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  if seconds < 6000:
+    return f"{seconds / 60:.0f} min"
+  return f"{seconds / 3600:.1f} h"

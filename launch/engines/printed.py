@@ -1,10 +1,11 @@
-"""The engine of any other scheduler: the commands, one for each trial and process."""
+"""The engine for any other scheduler: prints a command for each trial and process."""
 
 import dataclasses
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from launch import trials
 from launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
@@ -25,33 +26,27 @@ class Options:
   coordinator: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
 class Printed:
   """Starts nothing; see `Engine`.
 
   The run folders are prepared, so that a command is short and the same whatever the
   trial: `launch.train --workdir=RUN`.
 
-  Args:
-    root: the sweep folder.
-    options: of the commands.
-    compilation_cache: folder of compiled programs; empty for none.
+  root: absolute path of the sweep folder.
+  options: of the commands.
+  compilation_cache: folder of compiled programs; empty for none.
   """
 
-  needs_folders = True
-  outcome = "printed"
+  needs_folders: ClassVar = True
+  outcome: ClassVar = "printed"
 
-  def __init__(
-    self,
-    root: Path = Path(),
-    options: Options | None = None,
-    compilation_cache: str = "",
-  ):
-    self._root = Path(root).absolute()
-    self._options = options or Options()
-    self._compilation_cache = compilation_cache
+  root: Path
+  options: Options
+  compilation_cache: str = ""
 
   def check(self, todo: list[Trial]) -> None:
-    options = self._options
+    options = self.options
     if options.processes > 1:
       if not re.fullmatch(r"\S+:\S+", options.coordinator or ""):
         raise ConfigError(
@@ -83,14 +78,14 @@ class Printed:
     return "print: these jobs are not known here"
 
   def _lines(self, trial: Trial) -> list[str]:
-    workdir = self._root / trial.name
+    workdir = self.root / trial.name
     command = shlex.join([
       sys.executable, "-m", "launch.train", f"--workdir={workdir}",
-      f"--compilation_cache={self._compilation_cache}",
+      f"--compilation_cache={self.compilation_cache}",
     ])
-    number = self._options.processes
+    number = self.options.processes
     if number == 1:
       return [command]
     # Not quoted: a scheduler may fill in the host.
-    group = f"{COORDINATOR}={self._options.coordinator} {NUM_PROCESSES}={number}"
+    group = f"{COORDINATOR}={self.options.coordinator} {NUM_PROCESSES}={number}"
     return [f"{group} {PROCESS_ID}={i} {command}" for i in range(number)]

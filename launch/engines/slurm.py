@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm as submitit_slurm
@@ -213,39 +214,31 @@ class _Executor(submitit_slurm.SlurmExecutor):
     return text
 
 
+@dataclasses.dataclass(frozen=True)
 class Slurm:
   """A job array, or several where one would be too long; see `Engine`.
 
-  Args:
-    root: the sweep folder, which all nodes see.
-    options: of the jobs.
-    compilation_cache: folder of compiled programs; empty for none.
-    max_parallel: trials that run at once; None for as many as the queue lets run.
-    max_attempts: how often a job may end for no fault of its trial.
+  root: absolute path of the sweep folder, which all nodes see.
+  options: of the jobs.
+  compilation_cache: folder of compiled programs; empty for none.
+  max_parallel: trials that run at once; None for as many as the queue lets run.
+  max_attempts: how often a job may end for no fault of its trial.
   """
 
-  needs_folders = True
-  outcome = "given to slurm"
+  needs_folders: ClassVar = True
+  outcome: ClassVar = "given to slurm"
 
-  def __init__(
-    self,
-    root: Path = Path(),
-    options: Options | None = None,
-    compilation_cache: str = "",
-    max_parallel: int | None = None,
-    max_attempts: int = 1,
-  ):
-    self._root = Path(root).absolute()
-    self._options = options or parse([])
-    self._compilation_cache = compilation_cache
-    self._max_parallel = max_parallel
-    self._max_attempts = max_attempts
+  root: Path
+  options: Options
+  compilation_cache: str = ""
+  max_parallel: int | None = None
+  max_attempts: int = 1
 
   def check(self, todo: list[Trial]) -> None:
-    options = self._options.sbatch
-    each = "gpus-per-node" if self._options.num_gpus else "ntasks-per-node"
+    options = self.options.sbatch
+    each = "gpus-per-node" if self.options.num_gpus else "ntasks-per-node"
     trials.check_devices(
-      todo, self._options.num_devices,
+      todo, self.options.num_devices,
       f"--slurm: nodes={options['nodes']} times {each}={options[each]}",
     )
     if missing := [name for name in _COMMANDS if shutil.which(name) is None]:
@@ -312,7 +305,7 @@ class Slurm:
   def _command(self, workdir: str) -> list[str]:
     return [
       sys.executable, "-u", "-m", "launch.train", f"--workdir={workdir}",
-      f"--compilation_cache={self._compilation_cache}",
+      f"--compilation_cache={self.compilation_cache}",
     ]
 
   def _executor(self, size: int, before: str | None) -> _Executor:
@@ -322,27 +315,27 @@ class Slurm:
     """
     sbatch = {
       name.replace("-", "_") if name in _WRITTEN else name: value
-      for name, value in self._options.sbatch.items()
-      if not (name == "gpus-per-node" and not self._options.num_gpus)
+      for name, value in self.options.sbatch.items()
+      if not (name == "gpus-per-node" and not self.options.num_gpus)
     }
-    waits = before is not None and self._max_parallel is not None
-    executor = _Executor(self._root / _FOLDER)
+    waits = before is not None and self.max_parallel is not None
+    executor = _Executor(self.root / _FOLDER)
     executor.update_parameters(
-      job_name=self._root.name,
+      job_name=self.root.name,
       wckey=None,  # Clusters that do not use them refuse jobs that have one.
       dependency=f"afterany:{before}" if waits else None,
-      array_parallelism=min(size, self._max_parallel or size),
+      array_parallelism=min(size, self.max_parallel or size),
       srun_args=["--kill-on-bad-exit=1"],
       setup=self._setup(),
       teardown=self._teardown(),
       additional_parameters={
-        "requeue": True, "signal": f"TERM@{self._options.grace}", **sbatch
+        "requeue": True, "signal": f"TERM@{self.options.grace}", **sbatch
       },
     )
     return executor
 
   def _setup(self) -> list[str]:
-    marker = f"{shlex.quote(str(self._root / _FOLDER))}/yield.$JOB"
+    marker = f"{shlex.quote(str(self.root / _FOLDER))}/yield.$JOB"
     name, value = HUGE_PAGES
     lines = [
       "# Not SLURM_JOB_ID: one task of an array has that of the whole array.",
@@ -352,13 +345,13 @@ class Slurm:
       "export SUBMITIT_PREEMPT_SIGNAL=USR2",
       f"export {name}=${{{name}-{value}}}",
     ]
-    lines += [self._options.setup] if self._options.setup else []
+    lines += [self.options.setup] if self.options.setup else []
     # The shell answers a signal when the step has ended.
     return [*lines, "BEGAN=$(date +%s)", "STOP=0", "trap 'STOP=1' TERM"]
 
   def _teardown(self) -> list[str]:
     conclude = shlex.join([sys.executable, "-m", "launch.engines.slurm_end"])
-    folder = shlex.quote(str(self._root / _FOLDER))
+    folder = shlex.quote(str(self.root / _FOLDER))
     return [
       "CODE=$?",
       "# A signal to this shell means scancel, or that Slurm requeues by itself.",
@@ -366,7 +359,7 @@ class Slurm:
       f'if [ -e "${YIELD}" ]; then',
       f'  rm -f "${YIELD}"',
       f"  AGAIN=1 CODE={YIELDED}",
-      f'elif {conclude} {folder} "$CODE" "$BEGAN" {self._max_attempts}; then',
+      f'elif {conclude} {folder} "$CODE" "$BEGAN" {self.max_attempts}; then',
       "  AGAIN=1",
       "else",
       "  AGAIN=0",

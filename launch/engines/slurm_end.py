@@ -1,7 +1,7 @@
 """The end of a step of a Slurm job: the batch shell runs this module as a command.
 
-Its exit code says whether the job is to be requeued. A step that yielded is requeued
-without it: that must not take long. `launch.engines.slurm` writes the script.
+Exit code 0 asks the shell to requeue the job. A step that yielded is requeued without
+this command, because that must not take long. `launch.engines.slurm` writes the script.
 """
 
 import json

@@ -92,7 +92,7 @@ def _try(*command: str) -> str:
 
 
 def summary(text: str) -> str:
-  """Returns what sbatch says, without what it adds."""
+  """Returns the errors in the output of a command of Slurm, in one line."""
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   errors = [line for line in lines if "error" in line.lower()]
   return "; ".join(errors[:3] or lines[:3]) or "without a word"

@@ -1,1 +1,1 @@
-"""What a train step takes on accelerators that are not there."""
+"""Train steps compiled for accelerators that this machine does not have."""

@@ -1,4 +1,4 @@
-"""The train step of a shape of trial, compiled for devices that are not there."""
+"""Compiles the train step of a trial for devices that this machine does not have."""
 
 import hashlib
 import importlib.metadata
@@ -30,8 +30,7 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-  """Returns the state of a run as shapes with shardings; `config` is from `shape_of`.
-  """
+  """Returns the state of a run as shapes with shardings."""
   train = programs(config, mesh)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -78,7 +77,7 @@ def compile_step(
   refuses for its memory has `peak` alone, None if the compiler does not name it.
 
   Args:
-    config: from `train_step.shape_of`.
+    config: from `train_step.program_config`.
     mesh: of devices that may be compile-only (`topologies.devices`).
     cache: folder in which reports are kept, by program, devices and versions. JAX's own
       cache writes programs for such devices, but does not read them back.

@@ -6,34 +6,36 @@ left out where there is one seed.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from mtp_jax.analysis.drawing import (
   COLOURS,
+  LINES,
   STYLE,
-  fitted_lines,
-  forest,
-  gain_lines,
+  error_bars,
   legend_below,
-  level_lines,
+  log_axis,
   marker,
   method_styles,
   panels,
+  series_marker,
   share_axis,
   size_axis,
+  size_lines,
+  value_axis,
   zero_line,
 )
-from mtp_jax.analysis.gains import COMPARISONS, TOKENS, Analysis
-from mtp_jax.analysis.ladders import size_text
+from mtp_jax.analysis.gains import COMPARISONS, EXACT, TOKENS, Analysis
+from mtp_jax.analysis.ladders import NTP, size_text
 from mtp_jax.analysis.published import SOURCE, published_gains
-from mtp_jax.analysis.setting_sweeps import depth_sweep, weight_sweep
 
 Drawing = tuple[Figure, pd.DataFrame] | None
 
@@ -51,22 +53,33 @@ class Plot:
   draw: Callable[[Analysis], Drawing]
 
 
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One metric of one depth against size."""
+
+  metric: str
+  title: str = ""
+  ylabel: str = ""
+  at_depth: int = 0
+  is_share: bool = False
+
+
+def _main(table: pd.DataFrame) -> pd.DataFrame:
+  return table[table["metric"] == "main_loss"]
+
+
 def gain_vs_size(ladder: Analysis) -> Drawing:
-  gains = ladder.gains[ladder.gains["metric"] == "main_loss"]
+  gains = _main(ladder.gains)
   if not len(gains):
     return None
-  if gains["size"].nunique() == 1:
-    columns = {
-      f"gain at equal {c}, nats per token": gains[gains["comparison"] == c]
-      for c in COMPARISONS
-    }
-    return forest(columns, zero=True), gains
   figure, axes = panels(1, 3, sharey=True)
   styles = method_styles(gains)
   for ax, comparison in zip(axes.flat, COMPARISONS, strict=True):
     rows = gains[gains["comparison"] == comparison]
-    gain_lines(ax, rows, styles)
-    fitted_lines(ax, ladder.slopes, comparison, rows, styles)
+    size_lines(ax, rows, styles, is_joined=False)
+    _fitted_lines(ax, ladder, rows, styles)
+    ax.margins(y=0.12)
+    zero_line(ax)
     ax.set_title(f"equal {comparison}")
     size_axis(ax, gains["size"])
   axes.flat[0].set_ylabel("gain over NTP, nats per token\n(above 0: MTP is better)")
@@ -74,103 +87,93 @@ def gain_vs_size(ladder: Analysis) -> Drawing:
   return figure, gains
 
 
-def loss_vs_size(ladder: Analysis) -> Drawing:
-  metrics = {"main_loss": "nats per token", "bits_per_byte": "bits per byte"}
-  rows = ladder.levels[
-    ladder.levels["metric"].isin(metrics) & (ladder.levels["arm"] != "flops")
-  ]
-  if not len(rows):
-    return None
-  if rows["size"].nunique() == 1:
-    columns = {
-      f"next-token loss, {unit}": rows[rows["metric"] == metric]
-      for metric, unit in metrics.items()
-    }
-    return forest(columns, zero=False), rows
-  figure, axes = panels(1, 2)
-  styles = method_styles(rows)
-  for ax, (metric, unit) in zip(axes.flat, metrics.items(), strict=True):
-    level_lines(ax, rows[rows["metric"] == metric], styles)
-    ax.set_ylabel(f"next-token loss, {unit}")
-    size_axis(ax, rows["size"])
-  legend_below(figure, axes.flat)
-  return figure, rows
-
-
-def slopes(ladder: Analysis) -> Drawing:
-  rows = ladder.slopes[ladder.slopes["metric"] == "main_loss"]
-  if not len(rows):
-    return None
-  by_comparison = rows.rename(columns={"slope": "mean"}).groupby("comparison")
-  columns = {
-    f"equal {c}: nats per token per decade": by_comparison.get_group(c)
-    for c in COMPARISONS
-    if c in by_comparison.groups
-  }
-  return forest(columns, zero=True), rows
+def _fitted_lines(ax: Axes, ladder: Analysis, rows: pd.DataFrame, styles: dict) -> None:
+  """Draws the fitted trends, over the sizes that they were fitted to."""
+  fits = _main(ladder.slopes)
+  fits = fits[fits["comparison"].isin(rows["comparison"])].set_index("method")
+  for method, own in rows[rows["bound"] == EXACT].groupby("method"):
+    if method in fits.index:
+      fit, x = fits.loc[method], own["size"].agg(["min", "max"])
+      style = {key: styles[method][key] for key in ("color", "linestyle")}
+      ax.plot(x, fit["slope"] * np.log10(x) + fit["intercept"], linewidth=0.8, **style)
 
 
 def gain_beside_published(ladder: Analysis) -> Drawing:
-  gains = ladder.gains[
-    (ladder.gains["metric"] == "main_loss") & (ladder.gains["comparison"] == TOKENS)
-  ]
+  gains = _main(ladder.gains)
+  gains = gains[gains["comparison"] == TOKENS]
   published = published_gains()
   figure, axes = panels(3, 1, height=7.6, width=7.2, sharex=True)
   measured, *below = axes.flat
-  if len(gains):
-    gain_lines(measured, gains, method_styles(gains))
-    measured.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+  size_lines(measured, gains, method_styles(gains), is_joined=False)
   measured.set_title("measured here: next-token loss, equal tokens")
   measured.set_ylabel("gain, nats per token")
   for ax, k in zip(below, (1, 100), strict=True):
     for depth in (1, 3):
       for name, line in _BENCHMARK_LINES.items():
-        rows = published[
-          (published["benchmark"] == f"{name}@{k}") & (published["depth"] == depth)
-        ]
+        is_own = published["benchmark"] == f"{name}@{k}"
+        rows = published[is_own & (published["depth"] == depth)]
         ax.plot(
           rows["size"], rows["gain"], line, color=_PUBLISHED_COLOURS[depth],
           marker=marker(depth), label=f"{name}, n={depth + 1} (D={depth})",
         )
-    zero_line(ax)
     ax.set_title(f"published: pass@{k}, parallel heads (Gloeckle et al. 2024)")
     ax.set_ylabel("gain, percentage points")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-  everything = [*gains["size"], *published["size"]]
-  size_axis(axes.flat[-1], pd.Series(everything), "parameters")
-  table = pd.concat(
-    [
-      gains.assign(source="measured here"),
-      published.rename(columns={"gain": "mean"}).assign(source=SOURCE, unit="points"),
-    ],
-    ignore_index=True,
-  )
-  return figure, table
-
-
-def depth_losses(ladder: Analysis) -> Drawing:
-  names = {"depth_loss": "loss, nats per token", "depth_accuracy": "accuracy"}
-  rows = ladder.levels[
-    ladder.levels["metric"].isin(names) & (ladder.levels["arm"] != "flops")
+  for ax in axes.flat:
+    zero_line(ax)
+    if ax.get_legend_handles_labels()[0]:
+      ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+  size_axis(axes.flat[-1], pd.concat([gains["size"], published["size"]]), "parameters")
+  published = published.rename(columns={"gain": "mean"})
+  parts = [
+    gains.assign(source="measured here"), published.assign(source=SOURCE, unit="points")
   ]
+  return figure, pd.concat(parts, ignore_index=True)
+
+
+def _levels(ladder: Analysis, metrics: Sequence[str]) -> pd.DataFrame:
+  levels = ladder.levels
+  return levels[levels["metric"].isin(metrics) & (levels["arm"] != "flops")]
+
+
+def _grid(rows: pd.DataFrame, grid: list[list[Panel]], **how) -> Drawing:
+  """Draws each panel's metric against size, mean and interval over seeds."""
   if not len(rows):
     return None
-  depths = sorted(rows["at_depth"].unique())
-  figure, axes = panels(2, len(depths), sharey="row", sharex=True, height=5.2)
+  figure, axes = panels(len(grid), len(grid[0]), **how)
   styles = method_styles(rows)
-  for row_axes, (metric, label) in zip(axes, names.items(), strict=True):
-    row_axes[0].set_ylabel(label)
-    for ax, depth in zip(row_axes, depths, strict=True):
-      chosen = rows[(rows["metric"] == metric) & (rows["at_depth"] == depth)]
-      level_lines(ax, chosen, styles)
-      if metric == "depth_accuracy":
+  for row_axes, row in zip(axes, grid, strict=True):
+    for ax, panel in zip(row_axes, row, strict=True):
+      is_own = rows["metric"] == panel.metric
+      size_lines(ax, rows[is_own & (rows["at_depth"] == panel.at_depth)], styles)
+      ax.set(title=panel.title, ylabel=panel.ylabel)
+      if panel.is_share:
         share_axis(ax)
-  for ax, depth in zip(axes[0], depths, strict=True):
-    ax.set_title("next token (depth 0)" if depth == 0 else f"depth {depth}")
-  for ax in axes[1]:
+  for ax in axes[-1]:
     size_axis(ax, rows["size"])
   legend_below(figure, axes.flat)
   return figure, rows
+
+
+def loss_vs_size(ladder: Analysis) -> Drawing:
+  units = {"main_loss": "nats per token", "bits_per_byte": "bits per byte"}
+  grid = [Panel(x, ylabel=f"next-token loss, {unit}") for x, unit in units.items()]
+  return _grid(_levels(ladder, list(units)), [grid])
+
+
+def depth_losses(ladder: Analysis) -> Drawing:
+  rows = _levels(ladder, ["depth_loss", "depth_accuracy"])
+  names = {
+    depth: f"depth {depth}" if depth else "next token (depth 0)"
+    for depth in sorted(rows["at_depth"].unique())
+  }
+  losses = [Panel("depth_loss", name, "", depth) for depth, name in names.items()]
+  shares = [Panel("depth_accuracy", "", "", depth, True) for depth in names]
+  drawn = _grid(rows, [losses, shares], sharey="row", sharex=True, height=5.2)
+  if drawn:
+    axes = drawn[0].axes
+    axes[0].set_ylabel("loss, nats per token")
+    axes[len(names)].set_ylabel("accuracy")
+  return drawn
 
 
 def acceptance(ladder: Analysis) -> Drawing:
@@ -184,30 +187,18 @@ def acceptance(ladder: Analysis) -> Drawing:
     "decoded_acceptance": "greedy: accepted",
     "teacher_forced_agreement": "agreement with the trunk",
   }
-  rows = ladder.levels[
-    ladder.levels["metric"].isin([*lengths, *shares]) & (ladder.levels["depth"] > 0)
-  ]
-  if not len(rows):
-    return None
+  rows = _levels(ladder, [*lengths, *shares])
+  rows = rows[rows["depth"] > 0]
   depths = sorted(rows.loc[rows["metric"].isin(shares), "at_depth"].unique())
-  figure, axes = panels(3, 1 + len(depths), sharex=True, height=7.6)
-  styles = method_styles(rows)
-  for row_axes, length, share in zip(axes, lengths, shares, strict=True):
-    first, *others = row_axes
-    level_lines(first, rows[rows["metric"] == length], styles)
-    first.set_title(lengths[length])
-    first.set_ylabel("tokens")
-    first.sharey(axes[0, 0])
-    for ax, depth in zip(others, depths, strict=True):
-      chosen = (rows["metric"] == share) & (rows["at_depth"] == depth)
-      level_lines(ax, rows[chosen], styles)
-      ax.set_title(f"{shares[share]}, depth {depth}")
-      ax.set_ylabel("share")
-      share_axis(ax)
-  for ax in axes[-1]:
-    size_axis(ax, rows["size"])
-  legend_below(figure, axes.flat)
-  return figure, rows
+  grid = [
+    [Panel(length, lengths[length], "tokens")]
+    + [
+      Panel(share, f"{shares[share]}, depth {depth}", "share", depth, True)
+      for depth in depths
+    ]
+    for length, share in zip(lengths, shares, strict=True)
+  ]
+  return _grid(rows, grid, sharex=True, height=7.6)
 
 
 def generation(ladder: Analysis) -> Drawing:
@@ -215,11 +206,7 @@ def generation(ladder: Analysis) -> Drawing:
     "next_line_exact_match": "next line matches exactly",
     "function_parses": "completed function parses",
   }
-  rows = ladder.levels[
-    ladder.levels["metric"].isin(names) & (ladder.levels["arm"] != "flops")
-  ]
-  if not len(rows):
-    return None
+  rows = _levels(ladder, list(names))
   # One seed has no interval over seeds; its binomial error over prompts is shown.
   single = rows["low"].isna()
   rows = rows.assign(
@@ -227,16 +214,28 @@ def generation(ladder: Analysis) -> Drawing:
     low=rows["low"].fillna(rows["mean"] - 1.96 * rows["stderr"]),
     high=rows["high"].fillna(rows["mean"] + 1.96 * rows["stderr"]),
   )
-  measured = [metric for metric in names if (rows["metric"] == metric).any()]
-  figure, axes = panels(1, len(measured))
-  styles = method_styles(rows)
-  for ax, metric in zip(axes.flat, measured, strict=True):
-    level_lines(ax, rows[rows["metric"] == metric], styles)
-    ax.set_title(names[metric])
-    ax.set_ylabel("share of prompts")
-    share_axis(ax)
-    size_axis(ax, rows["size"])
-  legend_below(figure, axes.flat)
+  grid = [
+    Panel(metric, title, "share of prompts", 0, True)
+    for metric, title in names.items() if (rows["metric"] == metric).any()
+  ]
+  return _grid(rows, [grid])
+
+
+def _panel_a_size(
+  rows: pd.DataFrame, xlabel: str, draw_panel: Callable[[Axes, pd.DataFrame], None]
+) -> Drawing:
+  """Draws the next-token loss of each size in a panel of its own, smallest first."""
+  sizes = sorted(rows["size"].unique())
+  columns = min(len(sizes), 4)
+  figure, axes = panels(math.ceil(len(sizes) / columns), columns)
+  for ax in axes.flat[len(sizes) :]:
+    ax.remove()
+  for ax, size in zip(axes.flat, sizes, strict=False):
+    ax.set(title=f"{size_text(size)} parameters", xlabel=xlabel)
+    draw_panel(ax, rows[rows["size"] == size])
+  for row_axes in axes:
+    row_axes[0].set_ylabel("next-token loss, nats per token")
+  legend_below(figure, figure.axes)
   return figure, rows
 
 
@@ -246,13 +245,10 @@ def learning_rates(ladder: Analysis) -> Drawing:
   rows = rows[(tried > 1) & np.isfinite(rows["mean"].astype(float))]
   if not len(rows):
     return None
-  sizes = sorted(rows["size"].unique())
-  columns = min(len(sizes), 4)
-  figure, axes = panels(math.ceil(len(sizes) / columns), columns)
   styles = method_styles(rows)
-  for ax, size in zip(axes.flat, sizes, strict=False):
-    for method, line in rows[rows["size"] == size].groupby("method"):
-      line = line.sort_values("learning_rate")
+
+  def panel(ax: Axes, own: pd.DataFrame) -> None:
+    for method, line in own.sort_values("learning_rate").groupby("method"):
       ax.plot(line["learning_rate"], line["mean"], label=method, **styles[method])
       used = line[line["chosen"]]
       ax.plot(
@@ -260,52 +256,94 @@ def learning_rates(ladder: Analysis) -> Drawing:
         color=styles[method]["color"],
       )
     ax.set_xscale("log")
-    tried = sorted(rows.loc[rows["size"] == size, "learning_rate"].unique())
-    ax.xaxis.set_major_locator(FixedLocator(tried))  # Of this size alone.
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
+    value_axis(ax, own["learning_rate"])
     ax.tick_params(axis="x", labelrotation=45)
-    ax.set_title(f"{size_text(size)} parameters")
-    ax.set_xlabel("peak learning rate")
-  for ax in axes.flat[len(sizes) :]:
-    ax.set_visible(False)
-  for row_axes in axes:
-    row_axes[0].set_ylabel("next-token loss, nats per token")
-  legend_below(figure, axes.flat)
-  return figure, rows
+
+  return _panel_a_size(rows, "peak learning rate", panel)
 
 
 def curves(ladder: Analysis) -> Drawing:
   trials = ladder.trials[ladder.trials["chosen"] & (ladder.trials["arm"] != "flops")]
-  records = ladder.runs.curves
-  rows = records[records["split"] == "validation"].merge(
-    trials, on="trial", suffixes=("", "_final")
-  )
+  rows = ladder.runs.curves.merge(trials, on="trial", suffixes=("", "_final"))
+  validation, train = (rows[rows["split"] == x] for x in ("validation", "train"))
+  rows = validation if len(validation) else train
   if not len(rows):
     return None
-  keys = ["size", "order", "method", "kind", "depth", "arm", "tokens"]
+  keys = ["split", "size", "order", "method", "kind", "depth", "arm", "tokens"]
   rows = rows.groupby(keys, as_index=False).agg(
     loss=("loss", "mean"), bits_per_byte=("bits_per_byte", "mean"), n=("loss", "size")
   )
-  sizes = sorted(rows["size"].unique())
-  columns = min(len(sizes), 4)
-  figure, axes = panels(math.ceil(len(sizes) / columns), columns)
   styles = method_styles(rows)
-  for ax, size in zip(axes.flat, sizes, strict=False):
-    for method, line in rows[rows["size"] == size].groupby("method"):
+
+  def panel(ax: Axes, own: pd.DataFrame) -> None:
+    for method, line in own.groupby("method"):
       ax.plot(line["tokens"], line["loss"], label=method, **styles[method])
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_title(f"{size_text(size)} parameters")
-    ax.set_xlabel("tokens")
-  for ax in axes.flat[len(sizes) :]:
-    ax.set_visible(False)
-  for row_axes in axes:
-    row_axes[0].set_ylabel("next-token loss, nats per token")
+    log_axis(ax, size_text)
+
+  return _panel_a_size(rows, "tokens", panel)
+
+
+def setting_sweep(ladder: Analysis, setting: str, label: str) -> Drawing:
+  """Draws loss and paired gain against one number of the mtp section, a column a size.
+  """
+  rows = _families(ladder, setting)
+  if rows is None:
+    return None
+  sizes = sorted(rows["size"].unique())
+  figure, axes = panels(2, len(sizes), sharex=True, sharey="row", height=5.2)
+  for column, size in zip(axes.T, sizes, strict=True):
+    here = rows[rows["size"] == size]
+    for index, (family, line) in enumerate(here.groupby("family")):
+      style = dict(
+        color=COLOURS[line["kind"].iloc[0]], linestyle=LINES[index % len(LINES)],
+        marker=series_marker(index), capsize=3, label=family,
+      )
+      for ax, quantity in zip(column, ("loss", "gain"), strict=True):
+        part = line[line["quantity"] == quantity].sort_values(setting)
+        ax.errorbar(part[setting], part["mean"], yerr=error_bars(part), **style)
+    ntp = here["ntp_loss"].iloc[0]
+    if np.isfinite(ntp):
+      column[0].axhline(ntp, color=COLOURS["none"], linestyle="--", label=NTP)
+    zero_line(column[1])
+    column[0].set_title(f"{size_text(size)} parameters")
+    column[1].set_xlabel(label)
+    value_axis(column[1], rows[setting])
+  axes[0, 0].set_ylabel("next-token loss, nats per token")
+  axes[1, 0].set_ylabel("gain over NTP, nats per token")
   legend_below(figure, axes.flat)
   return figure, rows
+
+
+def _families(ladder: Analysis, setting: str) -> pd.DataFrame | None:
+  """Returns losses and gains of methods that agree in all but `setting`, if any.
+
+  A family has two values of the setting or more, and the name of its first member
+  without the number that varies.
+  """
+  trials = ladder.trials[ladder.trials["chosen"] & (ladder.trials["depth"] > 0)]
+  of_method = dict(zip(trials["method"], trials["mtp"], strict=True))
+  gains = _main(ladder.gains)
+  rows = pd.concat([
+    _main(ladder.levels).assign(quantity="loss"),
+    gains[gains["comparison"] == TOKENS].assign(quantity="gain"),
+  ], ignore_index=True)
+  ntp = rows[(rows["method"] == NTP) & (rows["quantity"] == "loss")]
+  rows = rows[rows["method"].isin(of_method)]
+  blank = {"depth": 0, "weight": 0.0}[setting]
+  own = rows["method"].map(of_method)
+  rows = rows.assign(
+    **{setting: [getattr(mtp, setting) for mtp in own]},
+    key=[str(dataclasses.replace(mtp, **{setting: blank})) for mtp in own],
+    ntp_loss=rows["size"].map(ntp.set_index("size")["mean"]),
+  )
+  rows = rows[rows.groupby(["key", "size"])[setting].transform("nunique") > 1]
+  if not len(rows):
+    return None
+  sign = {"depth": "D=", "weight": "λ="}[setting]
+  first = rows.groupby("key")["method"].transform("first").str.split()
+  rows["family"] = [" ".join(w for w in x if not w.startswith(sign)) for x in first]
+  columns = ["size", setting, "quantity", "n", "mean", "low", "high", "ntp_loss"]
+  return rows[["ladder", "family", "method", "kind", *columns]]
 
 
 PLOTS = (
@@ -327,13 +365,6 @@ PLOTS = (
     loss_vs_size,
   ),
   Plot(
-    "slopes",
-    "Gain per decade of size",
-    "Slope of the gain on log10 of the size, fitted for each seed; mean and 95 % t "
-    "interval over the seeds that have every size.",
-    slopes,
-  ),
-  Plot(
     "gain_beside_published",
     "The same axis with published gains",
     "Top: this ladder. Below: models of 0.3B to 13B parameters that predict n = 2 and "
@@ -353,11 +384,11 @@ PLOTS = (
     "Drafts accepted, while decoding and by teacher forcing, against size",
     "Measured while decoding the prompts of the generative metrics with all D "
     "predictors as drafters, sampled at temperature 1 (first row) and greedily "
-    "(second): tokens per verification (tau, the token of the trunk's own included), "
-    "and how often draft k was accepted once those before it were. A model that "
-    "repeats itself greedily is easy to draft for. Last row, on true prefixes: one "
-    "plus the mean number of depths that agree with the trunk in a row, and how often "
-    "depth k does. None of these is a speed.",
+    "(second): tokens per verification (tau, the trunk's own token included), and how "
+    "often draft k was accepted once the drafts before it were. A model that repeats "
+    "itself greedily is easy to draft for. Last row, on true prefixes: one plus the "
+    "mean number of depths that agree with the trunk in a row, and how often depth k "
+    "does. None of these is a speed.",
     acceptance,
   ),
   Plot(
@@ -371,13 +402,17 @@ PLOTS = (
     "depth_sweep",
     "Loss and gain against the number of extra tokens",
     "Methods that differ in D only; the dashed line is NTP. Equal tokens.",
-    depth_sweep,
+    functools.partial(
+      setting_sweep, setting="depth", label="D, extra tokens predicted"
+    ),
   ),
   Plot(
     "weight_sweep",
     "Loss and gain against the weight of the extra losses",
     "Methods that differ in λ only; the dashed line is NTP. Equal tokens.",
-    weight_sweep,
+    functools.partial(
+      setting_sweep, setting="weight", label="λ, weight of the extra losses"
+    ),
   ),
   Plot(
     "learning_rates",
@@ -388,7 +423,8 @@ PLOTS = (
   Plot(
     "curves",
     "Next-token loss during training",
-    "Validation loss, mean over seeds. Only finished runs are compared in this report.",
+    "Validation loss, or the loss of training steps where there are no validations; "
+    "mean over seeds. Only finished runs are compared in this report.",
     curves,
   ),
 )

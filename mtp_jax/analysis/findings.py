@@ -6,14 +6,14 @@ Writes Markdown, tables (CSV) and figures (PNG).
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
 
-from mtp_jax.analysis import tax_and_gain
+from mtp_jax.analysis import page, tax_and_gain
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   NOT_RUN,
@@ -102,41 +102,34 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   """
   if not results.is_dir():
     raise RunsError(f"{results}: no such folder; it holds the results of experiments.")
-  rows, kept, drawn = [], {}, {}
-  for experiment in experiments():
-    own, read = _findings(experiment, results / experiment.folder)
-    rows += own
-    if any(row.verdict != NOT_RUN for row in own):
-      kept[experiment.folder] = (experiment, read)
+  judged = [_judge(x, results / x.folder) for x in experiments()]
+  rows = [row for own, _ in judged for row in own]
+  kept = [(own[0].experiment, read) for own, read in judged if _has_run(own)]
   with matplotlib.rc_context(STYLE):
-    for folder, (experiment, read) in kept.items():
-      drawn[folder] = experiment.draw(read)
+    drawings = {experiment.folder: experiment.draw(read) for experiment, read in kept}
     # The largest preset of each experiment that has results.
-    by_name = {experiment.name: read for experiment, read in kept.values()}
-    page = tax_and_gain.draw(by_name)
+    both = tax_and_gain.draw({experiment.name: read for experiment, read in kept})
+    drawings |= {"tax_and_gain": both} if both else {}
   output.mkdir(parents=True, exist_ok=True)
-  drawings = drawn | ({"tax_and_gain": page} if page else {})
-  paths = []
-  for name, (figure, numbers) in drawings.items():
-    paths += [output / f"{name}.png", output / f"{name}.csv"]
-    figure.savefig(paths[-2])
-    numbers.to_csv(paths[-1], index=False)
-  for folder, (experiment, read) in kept.items():
-    if experiment.table:
-      paths.append(output / f"{folder}_table.csv")
-      experiment.table(read).to_csv(paths[-1], index=False)
   measured = [row for row in rows if row.verdict != NOT_RUN]
   tables = {
-    "findings.md": _markdown(rows, bool(page), command),
-    "findings.csv": pd.DataFrame([row.as_dict() for row in rows]).to_csv(index=False),
-    "estimates.csv": _estimates(measured).to_csv(index=False),
+    "findings.csv": pd.DataFrame([row.as_dict() for row in rows]),
+    "estimates.csv": _estimates(measured),
+    **{f"{name}.csv": numbers for name, (_, numbers) in drawings.items()},
+    **{f"{x.folder}_table.csv": x.table(read) for x, read in kept if x.table},
   }
-  for name, content in tables.items():
-    (output / name).write_text(content)
-  return Report(_as_text(rows), (*(output / name for name in tables), *paths))
+  for name, (figure, _) in drawings.items():
+    figure.savefig(output / f"{name}.png")
+  for name, table in tables.items():
+    table.to_csv(output / name, index=False)
+  groups = [own for own, _ in judged]
+  caption = tax_and_gain.caption(both[1]) if both else ""
+  (output / "findings.md").write_text(_markdown(groups, caption, command))
+  names = ["findings.md", *tables, *(f"{name}.png" for name in drawings)]
+  return Report(_as_text(groups), tuple(output / name for name in names))
 
 
-def _findings(experiment: Experiment, folder: Path) -> tuple[list[Row], Any]:
+def _judge(experiment: Experiment, folder: Path) -> tuple[list[Row], Any]:
   """Returns the rows of an experiment and its results, None if it was not run."""
   if not folder.is_dir():
     return [Row(experiment, x, None, _NO_FACTS) for x in experiment.claims], None
@@ -144,11 +137,14 @@ def _findings(experiment: Experiment, folder: Path) -> tuple[list[Row], Any]:
   rows = []
   for claim in experiment.claims:
     try:
-      finding = claim.judge(results)
+      rows.append(Row(experiment, claim, claim.judge(results), results.facts))
     except RunsError as e:
       raise RunsError(f"{folder}, claim {claim.key!r}: {e}") from e
-    rows.append(Row(experiment, claim, finding, results.facts))
   return rows, results
+
+
+def _has_run(rows: list[Row]) -> bool:
+  return any(row.verdict != NOT_RUN for row in rows)
 
 
 def _estimates(rows: list[Row]) -> pd.DataFrame:
@@ -165,70 +161,51 @@ def _estimates(rows: list[Row]) -> pd.DataFrame:
   )
 
 
-def _as_text(rows: list[Row]) -> str:
+def _as_text(groups: list[list[Row]]) -> str:
   """Returns the verdicts for a terminal; experiments that were not run in one line."""
   width = max(map(len, VERDICTS))
-  waiting = _waiting(rows)
-  lines = []
-  for folder, own in _by_experiment(rows).items():
-    if folder in waiting:
+  lines, waiting = [], []
+  for own in groups:
+    experiment = own[0].experiment
+    if not _has_run(own):
+      waiting.append(f"  {experiment.folder}: {experiment.command}")
       continue
-    lines.append(folder)
+    lines.append(experiment.folder)
     for row in own:
       lines.append(f"  {row.verdict:<{width}}  {row.claim.statement}")
       lines += [f"  {'':{width}}    {x}" for x in textwrap.wrap(row.ours, 76)]
-  if waiting:
-    lines.append(NOT_RUN)
-    lines += [f"  {x}: {own[0].experiment.command}" for x, own in waiting.items()]
-  return "\n".join([*lines, _count(rows)])
-
-
-def _count(rows: list[Row]) -> str:
-  verdicts = [row.verdict for row in rows]
+  verdicts = [row.verdict for own in groups for row in own]
   counts = ", ".join(f"{verdicts.count(x)} {x}" for x in VERDICTS if x in verdicts)
-  return f"{len(rows)} claims: {counts}."
+  waiting = [NOT_RUN, *waiting] if waiting else []
+  return "\n".join([*lines, *waiting, f"{len(verdicts)} claims: {counts}."])
 
 
-def _by_experiment(rows: list[Row]) -> dict[str, list[Row]]:
-  groups: dict[str, list[Row]] = {}
-  for row in rows:
-    groups.setdefault(row.experiment.folder, []).append(row)
-  return groups
-
-
-def _waiting(rows: list[Row]) -> dict[str, list[Row]]:
-  """Returns the rows, by folder, of experiments without any finding."""
-  return {
-    folder: own
-    for folder, own in _by_experiment(rows).items()
-    if all(row.verdict == NOT_RUN for row in own)
-  }
-
-
-def _markdown(rows: list[Row], has_page: bool, command: str) -> str:
+def _markdown(groups: list[list[Row]], caption: str, command: str) -> str:
   """Returns the page: decided claims, the others, then each experiment, folded."""
+  def listed(verdict: str, heading: str) -> list[str]:
+    own = [row for group in groups for row in group if row.verdict == verdict]
+    title = heading.format(_HEADINGS[verdict])
+    return [title, "", *map(_bullet, own), ""] if own else []
+
   lines = ["# What multi-token prediction does at the sizes of a CPU", ""]
-  if has_page:
-    lines += [f"![{tax_and_gain.CAPTION}](tax_and_gain.png)", "", tax_and_gain.CAPTION]
+  if caption:
+    lines += [f"![{caption}](tax_and_gain.png)", "", caption, ""]
   for verdict in (SUPPORTED, OPPOSITE, EQUIVALENT):
-    own = [row for row in rows if row.verdict == verdict]
-    if own:
-      lines += [f"**{_HEADINGS[verdict]}**", "", *map(_bullet, own), ""]
+    lines += listed(verdict, "**{}**")
   lines += [_HOW_TO_READ, ""]
   for verdict in (UNDECIDED, NOT_TESTED):
-    own = [row for row in rows if row.verdict == verdict]
-    if own:
-      lines += [f"## {_HEADINGS[verdict]}", "", *map(_bullet, own), ""]
-  waiting = _waiting(rows)
+    lines += listed(verdict, "## {}")
   lines += ["## Each experiment: rules, figure, where it comes from", ""]
-  for folder, own in _by_experiment(rows).items():
-    if folder not in waiting:
-      lines += _details(f"{own[0].experiment.title} ({folder})", _section(own))
+  waiting = []
+  for own in groups:
+    experiment = own[0].experiment
+    if _has_run(own):
+      title = f"{experiment.title} ({experiment.folder})"
+      lines += page.details(title, _section(own))
+    else:
+      waiting.append(f"- {experiment.folder}: `{experiment.command}`")
   if waiting:
-    lines += _details(
-      f"Not yet run: {len(waiting)} presets",
-      (f"- {x}: `{own[0].experiment.command}`" for x, own in waiting.items()),
-    )
+    lines += page.details(f"Not yet run: {len(waiting)} presets", waiting)
   if command:
     lines.append(f"Written by `{command}`.")
   return "\n".join(lines) + "\n"
@@ -239,11 +216,6 @@ def _bullet(row: Row) -> str:
   reason = row.claim.not_tested if row.verdict == NOT_TESTED else row.ours
   short = textwrap.shorten(reason, 10_000 if reason != row.ours else 160)
   return f"- {row.claim.statement}: {short} (`{row.experiment.folder}`)"
-
-
-def _details(title: str, lines: Iterable[str]) -> list[str]:
-  summary = f"<summary>{title}</summary>"
-  return ["<details>", summary, "", *lines, "", "</details>", ""]
 
 
 def _section(rows: list[Row]) -> Iterator[str]:

@@ -34,7 +34,7 @@ SHARES = ("next_line_exact_match", "function_parses")
 BUDGET_TOLERANCE = 0.01
 UPPER, LOWER, EXACT = "at most", "at least", ""
 _CELL = ["ladder", "order", "method", "kind", "depth", "arm", "size"]
-_REPLICATE = ["seed", "data_seed"]
+REPLICATE = ["seed", "data_seed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,10 @@ class Analysis:
 
   def ladder(self, label: str) -> "Analysis":
     """Returns the rows of one ladder."""
-    names = ("trials", "levels", "pairs", "gains", "slopes", "rates")
-    tables = {}
-    for name in names:
-      table = getattr(self, name)
-      tables[name] = table[table["ladder"] == label].reset_index(drop=True)
+    tables = {
+      name: table[table["ladder"] == label].reset_index(drop=True)
+      for name, table in vars(self).items() if name != "runs"
+    }
     return dataclasses.replace(self, **tables)
 
 
@@ -77,6 +76,17 @@ def analyse(runs: Runs) -> Analysis:
     slopes=slopes(pairs),
     rates=learning_rates(trials, runs.metrics),
   )
+
+
+def rows_of(
+  table: pd.DataFrame, method: str, comparison: str = TOKENS, metric: str = "main_loss"
+) -> pd.DataFrame:
+  """Returns the rows of one method in `gains` or `slopes`."""
+  return table[
+    (table["method"] == method)
+    & (table["metric"] == metric)
+    & (table["comparison"] == comparison)
+  ]
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:
@@ -103,32 +113,28 @@ def paired_gains(table: pd.DataFrame) -> pd.DataFrame:
   `bound` is '' for a gain, 'at most' where all finished NTP runs had less than the MTP
   trial's budget (more training would help NTP), 'at least' where all had more.
   """
-  columns = [*_CELL, *_REPLICATE, "metric", "comparison", "gain", "bound", "budget"]
+  columns = [*_CELL, *REPLICATE, "metric", "comparison", "gain", "bound", "budget"]
   rows = []
   wanted = table[table["metric"].isin([*LOSSES, *SHARES])].dropna(subset="mean")
   for _, cell in wanted.groupby(["ladder", "size"]):
-    is_plain = cell["method"] == NTP
-    is_ntp = is_plain | (cell["arm"] == "flops")
-    if not is_plain.any():
-      continue
+    is_ntp = (cell["method"] == NTP) | (cell["arm"] == "flops")
     ntp = cell[is_ntp]
+    if not (ntp["method"] == NTP).any():
+      continue
+    partners = dict(list(ntp.groupby([*REPLICATE, "metric"])))
     for _, group in cell[~is_ntp].groupby("method"):
       budgets = _budgets_in_ntp_tokens(group, ntp)
-      for key, trial in group.groupby([*_REPLICATE, "metric"]):
-        partner = _matching(ntp, key)
-        if not (partner["method"] == NTP).any():
+      for key, trial in group.groupby([*REPLICATE, "metric"]):
+        partner = partners.get(key)
+        if partner is None or not (partner["method"] == NTP).any():
           continue
+        own = trial.iloc[0]
         for comparison, budget in budgets.items():
           value, bound = _at_budget(partner, budget, comparison)
-          sign = 1 if key[-1] in LOSSES else -1
+          gain = (1 if key[-1] in LOSSES else -1) * (value - own["mean"])
           rows.append(
-            trial.iloc[0][[*_CELL, *_REPLICATE, "metric"]].to_dict()
-            | {
-              "comparison": comparison,
-              "gain": sign * (value - trial["mean"].iloc[0]),
-              "bound": bound,
-              "budget": budget,
-            }
+            own[[*_CELL, *REPLICATE, "metric"]].to_dict()
+            | dict(comparison=comparison, gain=gain, bound=bound, budget=budget)
           )
   return pd.DataFrame(rows, columns=columns)
 
@@ -204,7 +210,7 @@ def slopes(pairs: pd.DataFrame) -> pd.DataFrame:
   rows = []
   for key, cell in pairs[pairs["bound"] == EXACT].groupby(keys):
     by_seed = cell.pivot_table(
-      index=_REPLICATE, columns="size", values="gain", aggfunc="mean"
+      index=REPLICATE, columns="size", values="gain", aggfunc="mean"
     )
     if by_seed.shape[1] < 2:
       continue
@@ -233,14 +239,8 @@ def fit_slope(by_seed: pd.DataFrame) -> dict[str, float]:
     crossing = _inside(-intercept / slope, x)
     crossing_S = [c for c in _inside(-intercept_S / slope_S, x) if np.isfinite(c)]
   return {
-    "n": len(complete),
-    "sizes": len(x),
-    "slope": slope,
-    "low": over_seeds["low"],
-    "high": over_seeds["high"],
-    "intercept": intercept,
-    "misfit": misfit,
-    "crossing": float(crossing),
+    **over_seeds, "n": len(complete), "sizes": len(x), "slope": slope,
+    "intercept": intercept, "misfit": misfit, "crossing": float(crossing),
     "crossing_low": min(crossing_S, default=np.nan),
     "crossing_high": max(crossing_S, default=np.nan),
   }
@@ -266,22 +266,19 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     spread, freedom = _paired_spread(same_size[same_size["chosen"]])
     critical = stats.t.ppf(0.5 + LEVEL / 2, freedom) * spread
     for key, cell in same_size.groupby(_CELL):
-      chosen = cell[cell["chosen"]].set_index(_REPLICATE)["loss"]
+      chosen = cell[cell["chosen"]].set_index(REPLICATE)["loss"]
       for rate, tried in cell.groupby("learning_rate"):
-        loss = tried.set_index(_REPLICATE)["loss"]
+        loss = tried.set_index(REPLICATE)["loss"]
         shared = loss.index.intersection(chosen.index)
-        rows.append(
-          dict(zip(_CELL, key, strict=True))
-          | {
-            "learning_rate": rate,
-            "chosen": bool(tried["chosen"].any()),
-            "n": len(loss),
-            "mean": loss.mean(),
-            "shared": len(shared),
-            "excess": (loss[shared] - chosen[shared]).mean(),
-            "noise": critical / np.sqrt(len(shared)) if len(shared) else np.nan,
-          }
-        )
+        rows.append(dict(zip(_CELL, key, strict=True)) | {
+          "learning_rate": rate,
+          "chosen": bool(tried["chosen"].any()),
+          "n": len(loss),
+          "mean": loss.mean(),
+          "shared": len(shared),
+          "excess": (loss[shared] - chosen[shared]).mean(),
+          "noise": critical / np.sqrt(len(shared)) if len(shared) else np.nan,
+        })
   return pd.DataFrame(rows, columns=columns)
 
 
@@ -300,13 +297,6 @@ def _budgets_in_ntp_tokens(
     FLOPS: float(group["train_flops"].median() / flops_per_token),
     CLOCK: float(group["train_seconds"].median() * tokens_per_second),
   }
-
-
-def _matching(ntp: pd.DataFrame, key: tuple) -> pd.DataFrame:
-  seed, data_seed, metric = key
-  return ntp[
-    (ntp["seed"] == seed) & (ntp["data_seed"] == data_seed) & (ntp["metric"] == metric)
-  ]
 
 
 def _at_budget(
@@ -339,7 +329,7 @@ def _paired_spread(chosen: pd.DataFrame) -> tuple[float, int]:
   Pooled over the differences of all methods to NTP; with its degrees of freedom.
   """
   finite = chosen[np.isfinite(chosen["loss"])]
-  by_seed = finite.pivot_table(index=_REPLICATE, columns="method", values="loss")
+  by_seed = finite.pivot_table(index=REPLICATE, columns="method", values="loss")
   if NTP not in by_seed:
     return np.nan, 1
   differences = by_seed.drop(columns=NTP).sub(by_seed[NTP], axis=0)

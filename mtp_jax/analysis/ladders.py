@@ -21,45 +21,24 @@ import pandas as pd
 
 from mtp_jax.analysis.runs import Runs
 from mtp_jax.config import (
-  PUBLISHED_INPUTS,
-  PUBLISHED_MODULES,
   Config,
   MtpConfig,
   flatten,
+  keys_of,
   to_dict,
 )
+from mtp_jax.effects import idle_keys
+from mtp_jax.keys import Role
 from mtp_jax.predictors import KINDS, kind_of
 
 NTP = "NTP"
 
 # How a program runs, not what it computes.
-IGNORED = (
-  "name", "loss.block_tokens", "trunk.scan_layers", "trunk.remat", "trunk.attention",
-  "trunk.moe.grouped_matmul",
-  "data.num_workers", "train.accumulation_steps", "train.log_every",
-  "train.eval_every", "train.evals_per_doubling", "train.eval_test",
-  "train.diagnostics_every", "train.max_nonfinite_steps",
-  "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context",
-  "checkpoint.every_steps", "checkpoint.keep", "eval.batch_size",
-)
+IGNORED = keys_of(Role.UNCOMPARED)
 # What tells trials of one cell apart.
-WITHIN = ("seed", "data.seed", "optimizer.learning_rate")
+WITHIN = keys_of(Role.REPEATS)
 # What a ladder may change from size to size.
-MAY_SCALE = (
-  "trunk.num_layers", "trunk.embed_dim", "trunk.mlp_dim", "trunk.num_heads",
-  "trunk.num_kv_heads", "trunk.attention_dim", "trunk.latent.query_rank",
-  "trunk.latent.kv_rank", "trunk.latent.nope_dim", "trunk.latent.rope_dim",
-  "trunk.latent.value_dim", "trunk.moe.num_experts", "trunk.moe.expert_dim",
-  "trunk.moe.dense_layers", "train.num_steps", "data.batch_size",
-  "optimizer.base_width", "optimizer.warmup_fraction", "optimizer.decay_fraction",
-  "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.beta1",
-  "optimizer.beta2", "optimizer.eps", "optimizer.clip_norm",
-)
-_NO_EFFECT = dict(
-  weight=0.0, weighting="mean", schedule="constant", schedule_fraction=0.0,
-  final_weight=0.0, depth_weights=(), curriculum="none",
-  score_from="start",
-)
+MAY_SCALE = keys_of(Role.SCALES)
 
 
 def arrange(runs: Runs) -> pd.DataFrame:
@@ -70,7 +49,7 @@ def arrange(runs: Runs) -> pd.DataFrame:
   count once. Rows are ordered by ladder, method and size.
   """
   trials = runs.trials.copy()
-  methods = [canonical(config.mtp) for config in trials["config"]]
+  methods = [canonical(config) for config in trials["config"]]
   names = method_labels(methods)
   trials["mtp"] = methods
   trials["method"] = [names[m] for m in methods]
@@ -90,26 +69,22 @@ def arrange(runs: Runs) -> pd.DataFrame:
   return trials
 
 
-def canonical(mtp: MtpConfig) -> MtpConfig:
-  """Returns the section with every value that has no effect set to a fixed one."""
+def canonical(config: Config) -> MtpConfig:
+  """Returns the mtp section with every value that has no effect set to a fixed one."""
+  idle = {
+    key.removeprefix("mtp."): 0.0 if isinstance(default, float) else default
+    for key, default in idle_keys(config).items()
+    if key.startswith("mtp.")
+  }
+  mtp = dataclasses.replace(config.mtp, **idle)
   if mtp.depth == 0:
     # Without a depth a kind is NTP, but for one whose block is part of the model.
     kind = mtp.kind if kind_of(mtp).deployed_blocks else "none"
-    return dataclasses.replace(
-      mtp, kind=kind, share_modules=False, arm="added", **PUBLISHED_MODULES,
-      **_NO_EFFECT,
-    )
-  if mtp.arm == "flops":  # Kind, depth and own tokens say how long NTP is trained.
-    modules = PUBLISHED_MODULES | ({"fed": "own"} if mtp.fed == "own" else {})
-    return dataclasses.replace(mtp, **modules, **_NO_EFFECT)
-  changes: dict[str, Any] = {}
-  if mtp.depth == 1:  # The first module starts from the same state in each.
-    changes["hidden"] = PUBLISHED_INPUTS["hidden"]
-  if mtp.schedule in ("constant", "linear"):
-    changes["schedule_fraction"] = 0.0
-  if mtp.schedule in ("constant", "anneal"):
-    changes["final_weight"] = 0.0
-  return dataclasses.replace(mtp, **changes)
+    return dataclasses.replace(mtp, kind=kind, arm="added")
+  # Kind, depth and own tokens say how long NTP is trained, other tokens do not.
+  if mtp.arm == "flops" and mtp.fed == "none":
+    return dataclasses.replace(mtp, fed="true")
+  return mtp
 
 
 def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:

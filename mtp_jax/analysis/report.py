@@ -1,26 +1,79 @@
-"""The report: one HTML file that needs nothing else, PNG and CSV files, and words."""
+"""The report of a folder of runs: Markdown, one HTML file, PNG and CSV files.
+
+A ladder's part begins with a sentence, a figure and a table: each method's gain over
+next-token prediction at every size, its interval and its verdict. The rest is folded.
+"""
 
 import dataclasses
-import html
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mtp_jax.analysis import figures
-from mtp_jax.analysis.gains import COMPARISONS, Analysis, analyse
+from mtp_jax.analysis import figures, page
+from mtp_jax.analysis.checks import check_ladder, rows_of
+from mtp_jax.analysis.gains import (
+  COMPARISONS,
+  EXACT,
+  LOWER,
+  SHARES,
+  TOKENS,
+  UPPER,
+  Analysis,
+  analyse,
+  rough_clocks,
+)
 from mtp_jax.analysis.ladders import NTP, settings_that_scale, size_text
-from mtp_jax.analysis.page import definitions, html_figure, html_page, html_table
+from mtp_jax.analysis.results import unfinished
 from mtp_jax.analysis.runs import load
-from mtp_jax.analysis.verdict import Section, as_text, verdict
 from mtp_jax.config import Config
 
-TITLE = "Multi-token prediction: what the runs say"
+TITLE = "Multi-token prediction: what the runs show"
+BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
+ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
+NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
+NO_TREND = "n/a (needs two seeds with every size)"
+# Columns of gains: (name, comparison, metric).
+_GAINS = (
+  *((f"gain, equal {x}", x, "main_loss") for x in COMPARISONS),
+  *((f"gain, {x.replace('_', ' ')}", TOKENS, x) for x in SHARES),
+)
+_DEFINITIONS = {
+  "Size": """Parameters of the plain next-token model with the trial's trunk settings,
+    embeddings included; of the model that a shortened trunk is compared with.""",
+  "Gain": """NTP minus MTP for losses, MTP minus NTP for shares; positive is better.
+    Always between trials of the same size, model seed (the same initial values of the
+    layers that both have) and data seed (the same order of the text).""",
+  "Interval": """In brackets: Student's t at 95 % over pairs of seeds, not over held-out
+    documents, which all trials share. "No effect found": the interval holds 0.""",
+  "Equal FLOPs, equal wall clock": """The MTP trial's model FLOPs, or its training
+    seconds (median over seeds) at the median speed of NTP at this size, are turned into
+    the tokens that NTP trains on with them. NTP's metric at that many tokens is
+    interpolated, linearly in their logarithm, between finished NTP runs of the same
+    size and seeds: the plain one and the longer ones of arm "flops". A point in the
+    middle of a longer run is not used: its learning rate has not come down yet, which
+    would flatter MTP. Beyond the finished runs there is only a bound ("at most", "at
+    least"). Budgets within 1 % count as equal. The clock runs while training steps run.
+    It has no verdict where equal runs differ by more than the method and NTP do.""",
+  "Per decade": """Gain per factor of ten in size: every seed's gains are regressed on
+    log10 of the size; mean and t interval over the seeds that have every size. The
+    interval accounts for seeds, not for a trend that is not a straight line.""",
+  "Learning rate": """Of several that a method was trained with at one size, the rate
+    with the most seeds is used, the lowest mean loss among equals.""",
+  "Ladder counts": """Every larger NTP model is better than the next smaller one beyond
+    seed noise; NTP's learning rate is the best of at least three at every size, with
+    worse neighbours on both sides, at most 4 times away; each method's neighbours were
+    tried at every size and none is better beyond seed noise (95 %, from the spread of
+    paired differences at that size). Rates are compared on shared seeds.""",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The words, and the files that were written, report.html first."""
+  """The words, and the files that were written, the page to open first."""
 
   text: str
   paths: tuple[Path, ...]
@@ -35,185 +88,317 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
   analysis = analyse(load(root))
   output.mkdir(parents=True, exist_ok=True)
   labels = list(dict.fromkeys(analysis.trials["ladder"]))
-  body, texts, paths = [], [], []
+  lines, texts, paths = [f"# {TITLE}", ""], [], []
   for number, label in enumerate(labels, start=1):
     ladder = analysis.ladder(label)
-    sections = verdict(ladder)
-    if len(labels) > 1:
-      body.append(f"<h2>{html.escape(label)}</h2>")
-      texts.append(f"== {label}")
-    texts.append(as_text(sections))
+    heading = [f"## {label}", ""] if len(labels) > 1 else []
     suffix = f"_{number}" if len(labels) > 1 else ""
-    figure_html, written = _figures_html(ladder, output, suffix)
-    body += [_verdict_html(sections), figure_html, _tables_html(ladder)]
+    drawn, written = _figures(ladder, output, suffix)
+    words, table = in_short(ladder), _table(ladder)
+    lines += [*heading, *words, "", *drawn.pop("gain_vs_size", []), table, ""]
+    lines += _folded(ladder, drawn)
+    texts += [*heading, *words, "", table, ""]
     paths += written
-  body += [_trials_html(analysis), definitions(), _provenance_html(analysis, command)]
-  texts.append("\n".join(["Trials", *(f"  - {x}" for x in _state_lines(analysis))]))
-  page = output / "report.html"
-  page.write_text(html_page(TITLE, "\n".join(body)))
-  return Report("\n\n".join(texts), (page, *paths, *_write_tables(analysis, output)))
-
-
-def _write_tables(analysis: Analysis, output: Path) -> list[Path]:
-  paths = []
-  for name in ("trials", "levels", "pairs", "gains", "slopes", "rates"):
-    table = getattr(analysis, name)
-    paths.append(output / f"all_{name}.csv")
-    _columns_for_csv(table).to_csv(paths[-1], index=False)
-  return paths
-
-
-def _columns_for_csv(table: pd.DataFrame) -> pd.DataFrame:
-  return table.drop(columns=["config", "mtp", "order"], errors="ignore")
-
-
-def _figures_html(
-  ladder: Analysis, output: Path, suffix: str
-) -> tuple[str, list[Path]]:
-  parts, paths = [], []
-  for plot in figures.PLOTS:
-    drawn = figures.draw(plot, ladder)
-    if drawn is None:
-      continue
-    figure, table = drawn
-    png = output / f"{plot.stem}{suffix}.png"
-    csv = png.with_suffix(".csv")
-    parts.append(html_figure(figure, png, plot.title, plot.caption))
-    _columns_for_csv(table).to_csv(csv, index=False)
-    paths += [png, csv]
-  return "\n".join(parts), paths
-
-
-def _verdict_html(sections: list[Section]) -> str:
-  parts = []
-  for section in sections:
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in section.lines)
-    title = html.escape(section.title)
-    parts.append(
-      f"<details><summary>{title}: all numbers</summary><ul>{lines}</ul></details>"
-      if section.is_detail else f"<h3>{title}</h3><ul>{lines}</ul>"
-    )
-  return f'<div class="verdict">{"".join(parts)}</div>'
-
-
-def _tables_html(ladder: Analysis) -> str:
-  methods = method_table(ladder)
-  parts = []
-  if len(methods):
-    parts += ["<h3>Methods at each size</h3>", html_table(methods)]
-  scaled = settings_that_scale(ladder.trials)
-  if len(scaled) > 1:
-    scaled["size"] = scaled["size"].map(size_text)
-    parts += ["<h3>Settings that follow the size</h3>", html_table(scaled)]
-  described = ladder.trials.drop_duplicates("method")
-  settings = pd.DataFrame(
-    [
-      {"method": row["method"]} | dataclasses.asdict(row["mtp"])
-      for _, row in described.iterrows()
-      if row["mtp"].depth and row["arm"] != "flops"
-    ]
+  states = [f"- {line}" for line in _states(analysis)]
+  lines += page.details("Trials", [*states, "", _trials(analysis)])
+  lines += page.details(
+    "How it is computed",
+    (f"- **{term}**: {' '.join(text.split())}" for term, text in _DEFINITIONS.items()),
   )
-  if len(settings):
-    parts += ["<h3>Settings of the methods (mtp section)</h3>", html_table(settings)]
-  return "\n".join(parts)
+  lines += page.details("Where it comes from", _provenance(analysis, command))
+  markdown = "\n".join(lines)
+  pages = {
+    "report.html": page.html(markdown, TITLE, output), "report.md": markdown,
+  }
+  for name, content in pages.items():
+    (output / name).write_text(content)
+  tables = []
+  for name in ("trials", "levels", "pairs", "gains", "slopes", "rates"):
+    tables.append(output / f"all_{name}.csv")
+    _write(getattr(analysis, name), tables[-1])
+  text = "\n".join([*texts, "Trials", *states])
+  return Report(text, (*(output / name for name in pages), *paths, *tables))
+
+
+def effect(gain: pd.Series) -> str:
+  """Returns the verdict on one row of `gains`."""
+  if math.isnan(gain["low"]):
+    return ONE_PAIR
+  if gain["is_rough"]:
+    return ROUGH_CLOCK
+  if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
+    return NO_SPREAD
+  if gain["low"] > 0 and gain["bound"] != UPPER:
+    return BETTER
+  if gain["high"] < 0 and gain["bound"] != LOWER:
+    return WORSE
+  return BOUND if gain["bound"] else NO_EFFECT
+
+
+def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
+  """Returns the verdict on one row of `slopes`, fitted to the rows `gains`."""
+  if math.isnan(slope["low"]):
+    return NO_TREND
+  if gains["is_rough"].any():
+    return ROUGH_CLOCK
+  if slope["low"] <= 0 <= slope["high"]:
+    return "no trend found"
+  is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
+  words = f"{'disadvantage' if is_loss else 'gain'} "
+  words += "grows" if is_up != is_loss else "shrinks"
+  # A straight line that misses a size's mean by half of its own rise is none.
+  rise = abs(slope["slope"]) * math.log10(gains["size"].max() / gains["size"].min())
+  return words + (", not on a straight line" if slope["misfit"] > rise / 2 else "")
+
+
+def in_short(ladder: Analysis) -> list[str]:
+  """Returns what the ladder shows in a sentence, and whether it counts."""
+  finished = set(ladder.levels["method"])
+  reasons = {
+    "No trial is finished: there is nothing to compare.": not finished,
+    "There is no finished NTP trial, so no gain can be computed.": NTP not in finished,
+    "Only NTP is finished: there is no MTP trial to compare with NTP.": (
+      finished == {NTP}
+    ),
+    "No MTP trial has a finished NTP partner of the same size, seed and data seed, so "
+    "no gain can be computed.": not len(ladder.gains),
+  }
+  for reason, is_so in reasons.items():
+    if is_so:
+      return [reason]
+  check = check_ladder(ladder)
+  # Methods with the same verdicts share a clause.
+  clauses: dict[str, list[str]] = {}
+  for method in check.methods:
+    clauses.setdefault(_summary(ladder, method), []).append(method)
+  told = "; ".join(f"{', '.join(own)} {words}" for words, own in clauses.items())
+  sizes = " to ".join(dict.fromkeys(size_text(check.sizes[end]) for end in (0, -1)))
+  lines = [f"**Next-token loss at equal tokens, against NTP of {sizes} parameters: "
+           f"{told}.**"]
+  counted = [method for method in check.spans if check.counts(method)]
+  if not check.spans:
+    standing = "One size a method: no evidence of how gains change with size."
+  elif not counted:
+    standing = "This ladder does not count as evidence about size; reasons below."
+  else:
+    only = "" if len(counted) == len(check.spans) else f" for {', '.join(counted)} only"
+    standing = f"This ladder counts as evidence about size{only}."
+  lines += ["", standing]
+  clocks = rough_clocks(ladder.trials)
+  if clocks["is_rough"].any():
+    spread = clocks["spread"].max()
+    by = "an unknown amount" if math.isnan(spread) else f"up to {spread:.0%}"
+    lines.append(
+      f"Wall clock has no verdict for {clocks['is_rough'].sum()} of {len(clocks)} "
+      f"methods and sizes: equal runs differ in seconds per token by {by}, at least as "
+      f"much as the method and NTP do."
+    )
+  return lines
+
+
+def _summary(ladder: Analysis, method: str) -> str:
+  """Returns the verdicts of a method at equal tokens, and the sizes of each."""
+  rows = rows_of(ladder.gains, method).sort_values("size")
+  effects = rows.apply(effect, axis=1)
+  if effects.nunique() == 1 and len(rows) > 1:
+    words = f"{effects.iloc[0]} at each of {len(rows)} sizes"
+  else:
+    words = ", ".join(
+      f"{word} at {', '.join(rows.loc[effects == word, 'size'].map(size_text))}"
+      for word in effects.unique()
+    )
+  slopes = rows_of(ladder.slopes, method)
+  return words + "".join(f" ({trend(row, rows)})" for _, row in slopes.iterrows())
 
 
 def method_table(ladder: Analysis) -> pd.DataFrame:
-  """Returns one row per size and method: loss, gains and cost, as text."""
+  """Returns one row per method and size, as text: loss, cost, gains with verdicts."""
   losses = ladder.levels[ladder.levels["metric"] == "main_loss"]
-  gains = ladder.gains[ladder.gains["metric"] == "main_loss"]
   trials = ladder.trials[ladder.trials["chosen"]]
   rows = []
-  for _, loss in losses.sort_values(["size", "order"]).iterrows():
-    key = {"size": loss["size"], "method": loss["method"]}
-    own = _where(trials, **key)
-    ntp = _where(trials, size=loss["size"], method=NTP)
+  for _, loss in losses.sort_values(["order", "size"]).iterrows():
+    method, here = loss["method"], trials[trials["size"] == loss["size"]]
+    trial, ntp = (here[here["method"] == x] for x in (method, NTP))
     row = {
+      "method": method,
       "size": size_text(loss["size"]),
-      "method": loss["method"],
-      "learning rate": f"{own['learning_rate'].iloc[0]:g}",
-      "seeds": loss["n"],
-      "loss": _number(loss, 4, sign=False),
-      "trained parameters": f"{own['total'].iloc[0]:,}",
-      "FLOPs / NTP": _ratio(own["train_flops"], ntp["train_flops"]),
-      "seconds / NTP": _ratio(own["train_seconds"], ntp["train_seconds"]),
+      "seeds": str(loss["n"]),
+      "loss": _interval(loss, "") if loss["n"] else "n/a (not finite)",
+      "learning rate": f"{trial['learning_rate'].iloc[0]:g}",
+      "trained parameters": f"{trial['total'].iloc[0]:,}",
     }
-    for comparison in COMPARISONS:
-      gain = _where(gains, **key, comparison=comparison)
-      row[f"gain, equal {comparison}"] = (
-        f"{gain['bound'].iloc[0]} {_number(gain.iloc[0], 4)}"
-        f"{' (rough clock: no verdict)' if gain['is_rough'].iloc[0] else ''}".strip()
-        if len(gain) else ""
-      )
+    for name, key in (("FLOPs", "train_flops"), ("seconds", "train_seconds")):
+      ratio = trial[key].median() / ntp[key].median()
+      row[f"{name} / NTP"] = "" if math.isnan(ratio) else f"{ratio:.2f}"
+    for name, comparison, metric in _GAINS:
+      gains = rows_of(ladder.gains, method, comparison, metric)
+      for _, gain in gains[gains["size"] == loss["size"]].iterrows():
+        row[name] = f"{gain['bound']} {_interval(gain)}: {effect(gain)}".strip()
     rows.append(row)
   return pd.DataFrame(rows)
 
 
-def _trials_html(analysis: Analysis) -> str:
-  lines = "".join(f"<li>{html.escape(x)}</li>" for x in _state_lines(analysis))
+def trend_table(ladder: Analysis) -> pd.DataFrame:
+  """Returns one row per method and comparison: the gain per decade of size, as text."""
+  rows = []
+  fits = ladder.slopes[ladder.slopes["metric"] == "main_loss"]
+  for _, fit in fits.sort_values("order").iterrows():
+    gains = rows_of(ladder.gains, fit["method"], fit["comparison"])
+    crossing = "" if math.isnan(fit["crossing"]) else size_text(fit["crossing"])
+    rows.append({
+      "method": fit["method"], "equal": fit["comparison"],
+      "sizes": fit["sizes"], "seeds with every size": fit["n"],
+      "gain per decade": _interval(fit.rename({"slope": "mean"})),
+      "verdict": trend(fit, gains[gains["bound"] == EXACT]),
+      "largest misfit": f"{fit['misfit']:.4f}", "the line crosses 0 at": crossing,
+    })
+  return pd.DataFrame(rows)
+
+
+def _interval(row: Any, sign: str = "+") -> str:
+  """Returns a mean with its interval, if it has one."""
+  text = f"{row['mean']:{sign}.4f}"
+  if math.isnan(row["low"]):
+    return text
+  return f"{text} [{row['low']:{sign}.4f}, {row['high']:{sign}.4f}]"
+
+
+def _table(ladder: Analysis) -> str:
+  """Returns the first table of a ladder: method x size, gain with interval, verdict."""
+  rows = method_table(ladder)
+  columns = [name for name, *_ in _GAINS[: len(COMPARISONS)] if name in rows]
+  if not columns:
+    return ""
+  rows = rows.dropna(subset=columns, how="all")
+  return page.table(rows[["method", "size", "seeds", *columns]])
+
+
+def _figures(
+  ladder: Analysis, output: Path, suffix: str
+) -> tuple[dict[str, list[str]], list[Path]]:
+  """Draws and writes every figure; returns the Markdown of each, and the files."""
+  shown, paths = {}, []
+  for plot in figures.PLOTS:
+    drawn = figures.draw(plot, ladder)
+    if drawn is None:
+      continue
+    png = output / f"{plot.stem}{suffix}.png"
+    drawn[0].savefig(png)
+    _write(drawn[1], png.with_suffix(".csv"))
+    paths += [png, png.with_suffix(".csv")]
+    shown[plot.stem] = [
+      f"![{plot.title}]({png.name})", "",
+      f"{plot.title}. {plot.caption} Numbers: `{png.stem}.csv`.", "",
+    ]
+  return shown, paths
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+  internal = ["config", "mtp", "order"]
+  table.drop(columns=internal, errors="ignore").to_csv(path, index=False)
+
+
+def _folded(ladder: Analysis, drawn: dict[str, list[str]]) -> Iterator[str]:
+  """Yields what a first reading can pass over: reasons, figures, tables."""
+  if len(ladder.gains):
+    check = check_ladder(ladder)
+    reasons = [*check.ladder, *(x for own in check.methods.values() for x in own)]
+    yield from page.details(
+      "What speaks against this ladder as evidence about size",
+      [f"- {reason}" for reason in reasons] or ["Nothing: both rules hold."],
+    )
+  yield from page.details("All figures", itertools.chain(*drawn.values()))
+  scaled = settings_that_scale(ladder.trials)
+  scaled = scaled.assign(size=scaled["size"].map(size_text))
+  methods = ladder.trials.drop_duplicates("method")
+  methods = methods[(methods["depth"] > 0) & (methods["arm"] != "flops")]
+  settings = pd.DataFrame([
+    {"method": row["method"]} | dataclasses.asdict(row["mtp"])
+    for _, row in methods.iterrows()
+  ])
+  for title, rows in (
+    ("Methods at each size: loss, cost, gains", method_table(ladder)),
+    ("Trends with size, nats per token", trend_table(ladder)),
+    ("Settings that follow the size", scaled[: len(scaled) if len(scaled) > 1 else 0]),
+    ("Settings of the methods (mtp section)", settings),
+  ):
+    if len(rows):
+      yield from page.details(title, [page.table(rows)])
+
+
+def _trials(analysis: Analysis) -> str:
   columns = {
     "trial": "trial", "status": "status", "step": "step", "num_steps": "of",
     "size": "size", "method": "method", "learning_rate": "learning rate",
     "seed": "seed", "data_seed": "data seed", "chosen": "compared",
     "skipped_steps": "skipped steps",
   }
-  table = analysis.trials[list(columns)].rename(columns=columns)
-  table["size"] = table["size"].map(size_text)
-  table["compared"] = table["compared"].map({True: "yes", False: "no"})
-  return (
-    f"<h2>Trials</h2><ul>{lines}</ul><details><summary>All {len(table)} trials"
-    f"</summary>{html_table(table)}</details>"
-  )
+  rows = analysis.trials[list(columns)].rename(columns=columns)
+  return page.table(rows.assign(
+    size=rows["size"].map(size_text),
+    compared=rows["compared"].map({True: "yes", False: "no"}),
+  ))
 
 
-def _state_lines(analysis: Analysis) -> list[str]:
-  """What is finished, what is not, and which pairs are missing."""
-  trials = analysis.trials
-  finished = trials["status"] == "finished"
-  lines = [f"{finished.sum()} of {len(trials)} trials below the folder are finished."]
-  lines += [
-    f"Not finished: {row['trial']} (step {row['step']} of {row['num_steps']})."
-    for _, row in trials[~finished].iterrows()
-  ]
-  lines += [
-    f"{row['trial']} repeats {row['copy']} and is left out."
-    for _, row in trials[trials["copy"] != ""].iterrows()
-  ]
-  losses = analysis.runs.metrics
-  broken = losses[(losses["metric"] == "main_loss") & losses["mean"].isna()]
-  lines += [
-    f"{name} ended with a loss that is not a number and is left out."
-    for name in broken["trial"]
-  ]
-  skipped = trials[trials["skipped_steps"] > 0]
-  lines += [
-    f"{row['trial']} skipped {row['skipped_steps']} update(s): loss or gradient was "
-    f"not finite."
-    for _, row in skipped.iterrows()
-  ]
-  return lines + _missing_pairs(trials)
-
-
-def _missing_pairs(trials: pd.DataFrame) -> list[str]:
-  """MTP trials without an NTP partner, and seeds of NTP that a method lacks."""
-  lines = []
-  chosen = trials[trials["chosen"]]
-  for (_, size), cell in chosen.groupby(["ladder", "size"]):
+def _states(analysis: Analysis) -> Iterator[str]:
+  """Yields what is finished, what is not, and which pairs are missing."""
+  trials, metrics = analysis.trials, analysis.runs.metrics
+  is_broken = (metrics["metric"] == "main_loss") & metrics["mean"].isna()
+  finished = (trials["status"] == "finished").sum()
+  yield f"{finished} of {len(trials)} trials below the folder are finished."
+  for name in unfinished(analysis.runs):
+    yield f"Not finished: {name}."
+  for _, row in trials[trials["copy"] != ""].iterrows():
+    yield f"{row['trial']} repeats {row['copy']} and is left out."
+  for name in metrics.loc[is_broken, "trial"]:
+    yield f"{name} ended with a loss that is not a number and is left out."
+  for _, row in trials[trials["skipped_steps"] > 0].iterrows():
+    yield (
+      f"{row['trial']} skipped {row['skipped_steps']} update(s): loss or gradient was "
+      f"not finite."
+    )
+  intervals = analysis.gains["low"][analysis.gains["metric"] != "bits_per_byte"].count()
+  if intervals:
+    yield (
+      f"{intervals} intervals of gains are computed. If nothing had any effect, about "
+      f"{intervals * 0.05:.0f} of them would miss 0 by chance."
+    )
+  hardware = sorted(set(trials["hardware"]) - {""})
+  if len(hardware) > 1:
+    yield (
+      f"Wall clock compares different hardware ({_distinct(hardware)}): do not use it."
+    )
+  # MTP trials without an NTP partner, and seeds of NTP that a method lacks.
+  for (_, size), cell in trials[trials["chosen"]].groupby(["ladder", "size"]):
     seeds = {
       method: set(zip(rows["seed"], rows["data_seed"], strict=True))
       for method, rows in cell.groupby("method", sort=False)
     }
     ntp = seeds.pop(NTP, set())
     for method, own in seeds.items():
-      for who, lacking in ((NTP, own - ntp), (method, ntp - own)):
+      for who, other, lacking in ((NTP, method, own - ntp), (method, NTP, ntp - own)):
         if lacking:
           names = ", ".join(f"{s} (data {d})" for s, d in sorted(lacking))
-          other = method if who == NTP else NTP
-          lines.append(
+          yield (
             f"At {size_text(size)}, {who} lacks seed {names} that {other} has; "
             f"unpaired trials are not compared."
           )
-  return lines
+
+
+def _provenance(analysis: Analysis, command: str) -> list[str]:
+  """Returns where the numbers come from, as a list."""
+  trials, configs = analysis.trials, analysis.trials["config"]
+  seeds = sorted(set(zip(trials["seed"], trials["data_seed"], strict=True)))
+  facts = {
+    "Command": [command],
+    **{key.title(): trials[key] for key in ("commit", "hardware", "versions")},
+    "Seeds (model, data)": [", ".join(f"({s}, {d})" for s, d in seeds)],
+    "Text": configs.map(_text),
+    "Tokenizer": configs.map(lambda c: f"{c.tokenizer.kind}, {c.tokenizer.vocab_size}"),
+    "Held-out split": configs.map(lambda c: c.eval.split),
+    "Held-out documents": trials.loc[trials["num_documents"] > 0, "num_documents"],
+  }
+  return [f"- {key}: {_distinct(values)}" for key, values in facts.items()]
 
 
 def _text(config: Config) -> str:
@@ -222,50 +407,7 @@ def _text(config: Config) -> str:
   return f"{data.source} {data.path}{trained_on}"
 
 
-def _provenance_html(analysis: Analysis, command: str) -> str:
-  trials = analysis.trials
-  config = trials["config"].iloc[0]
-  seeds = sorted(set(zip(trials["seed"], trials["data_seed"], strict=True)))
-  facts = {
-    "Command": command,
-    "Commit": _distinct(trials["commit"]),
-    "Hardware": _distinct(trials["hardware"]),
-    "Versions": _distinct(trials["versions"]),
-    "Seeds (model, data)": ", ".join(f"({s}, {d})" for s, d in seeds),
-    "Text": _distinct(trials["config"].map(_text)),
-    "Tokenizer": _distinct(
-      trials["config"].map(lambda c: f"{c.tokenizer.kind}, {c.tokenizer.vocab_size}")
-    ),
-    "Held-out split": f"{config.eval.split}, "
-    f"{_distinct(trials.loc[trials['num_documents'] > 0, 'num_documents'])} documents",
-  }
-  rows = "".join(
-    f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
-    for key, value in facts.items()
-    if value
-  )
-  return f"<h2>Where it comes from</h2><table>{rows}</table>"
-
-
-def _distinct(values: pd.Series) -> str:
-  """The different values that occur, or a plain word if there are none."""
-  texts = dict.fromkeys(str(v).strip() for v in values)
-  return "; ".join(t for t in texts if t) or "not recorded"
-
-
-def _where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
-  for column, value in values.items():
-    table = table[table[column] == value]
-  return table
-
-
-def _ratio(own: pd.Series, other: pd.Series) -> str:
-  return f"{own.median() / other.median():.2f}" if len(other) else ""
-
-
-def _number(row: pd.Series, digits: int, sign: bool = True) -> str:
-  plus = "+" if sign else ""
-  text = f"{row['mean']:{plus}.{digits}f}"
-  if pd.notna(row["low"]):
-    text += f" [{row['low']:{plus}.{digits}f}, {row['high']:{plus}.{digits}f}]"
-  return text
+def _distinct(values: Iterable) -> str:
+  """Returns the different values that occur, or that there is none."""
+  texts = dict.fromkeys(str(value).strip() for value in values)
+  return "; ".join(page.code(text) for text in texts if text) or "not recorded"

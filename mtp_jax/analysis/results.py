@@ -170,7 +170,7 @@ def write(runs: Runs, folder: Path, commands: Sequence[str]) -> list[Path]:
   tables = {
     "trials.csv": pd.concat([state, pd.DataFrame(configs)[columns]], axis=1),
     "metrics.csv": runs.metrics,
-    "curves.csv": runs.curves[list(_CURVES)],
+    "curves.csv": runs.curves.loc[runs.curves["split"] != "train", list(_CURVES)],
   }
   folder.mkdir(parents=True, exist_ok=True)
   for name, table in tables.items():

@@ -57,9 +57,8 @@ class Runs:
   metrics: long: trial, metric, at_depth, mean, stderr (over held-out documents), count
            (of what was averaged, where eval.json has it). `task_accuracy:GROUP` is the
            accuracy of one group of a task's prompts.
-  curves:  long: trial, split (validation or test), step, tokens, seconds, loss
-           (next token), bits_per_byte, task_accuracy, task_new (NaN where no task is
-           scored).
+  curves:  long: trial, split (train, validation or test), step, tokens, seconds, loss
+           (next token), bits_per_byte, task_accuracy, task_new; NaN: not measured.
   """
 
   root: Path
@@ -226,12 +225,15 @@ def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]
 
 def _curve(records: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
   for record in records:
-    if record["kind"] in ("validation", "test"):
-      keys = ("step", "tokens", "seconds", "bits_per_byte")
+    split = record["kind"]
+    if split in ("validation", "test") or (split == "train" and "loss" in record):
+      keys = ("step", "tokens", "seconds")
       values = {key: _number(require(record, key, path)) for key in keys}
       values["loss"] = _number(require(record, "loss", path)[0])
-      scores = {k: _number(record.get(k)) for k in ("task_accuracy", "task_new")}
-      yield {"split": record["kind"]} | values | scores
+      if split != "train":
+        require(record, "bits_per_byte", path)
+      scores = ("bits_per_byte", "task_accuracy", "task_new")
+      yield {"split": split} | values | {x: _number(record.get(x)) for x in scores}
 
 
 def _read_config(path: Path) -> Config:

@@ -1,8 +1,8 @@
 """Tax and gain against size on one page: what MTP costs, and where it pays.
 
-Left: what extra losses cost in next-token loss on text. Right: what they gain where the
-tokens ahead must be planned (siblings, star graphs). Intervals are over seeds.
-Published points are hollow and grey; nothing is fitted to them.
+The tax is what extra losses cost in next-token loss on text; the gain is what they
+bring where the tokens ahead must be planned (siblings, star graphs). Intervals are over
+seeds. Published points are hollow and grey; nothing is fitted to them.
 """
 
 import numpy as np
@@ -15,12 +15,6 @@ from mtp_jax.analysis.claims.claim import Drawing
 from mtp_jax.analysis.published import published_taxes
 from mtp_jax.analysis.results import Results
 
-CAPTION = (
-  "Tax and gain against size; bars are 95 % intervals over seeds. Above 0 the extra "
-  "losses cost on the left and pay on the right. Hollow grey: published, not fitted, "
-  "in nats of the source's own unit. Dotted: the power law of our n = 4 tax with its "
-  "95 % prediction interval."
-)
 _FARTHEST = 1.3e9  # Of the extrapolation.
 # {experiment: (title, its series, label of the axis)}
 _PARTS = {
@@ -62,6 +56,24 @@ def draw(results: dict[str, Results]) -> Drawing | None:
     ax.set_title(title)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
   return figure, pd.concat(tables, ignore_index=True)
+
+
+def caption(numbers: pd.DataFrame) -> str:
+  """Returns the caption of the figure that shows these numbers."""
+  shown = set(numbers["shown"])
+  parts = ["Tax and gain against size; bars are 95 % intervals over seeds."]
+  if "tax" in shown:
+    parts.append(
+      "Tax: above 0 the extra losses cost. Hollow grey: published, not fitted, in nats "
+      "of the source's own unit."
+    )
+  if "extrapolated" in set(numbers["source"]):
+    parts.append(
+      "Dotted: the power law of our n = 4 tax with its 95 % prediction interval."
+    )
+  if shown - {"tax"}:
+    parts.append("Gain: above 0 the extra losses pay.")
+  return " ".join(parts)
 
 
 def _beside_taxes(ax: Axes, ours: pd.DataFrame) -> list[pd.DataFrame]:

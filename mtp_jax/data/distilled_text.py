@@ -1,10 +1,10 @@
-"""Texts that a model wrote, to train on (`data.train_on`): the lines of one file.
+"""Texts that a model wrote (`data.train_on`): reads a JSONL file of documents.
 
   {"text": "...", "bos": true, "eos": false, ...}
 
-`bos` says that the text begins a document, `eos` that it goes on to its end; both are
-true where a line does not say. Blank lines are passed over. No text is left out: one
-that was sampled twice is there twice. Other keys are for people.
+`bos`: the text begins a document. `eos`: the text ends a document. Both are true by
+default. Other keys are not read. Blank lines are skipped. Duplicates are kept: a text
+that was sampled twice counts twice.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data import sources
+from mtp_jax.data import sources, text_files
 
 
 def check_file(path: str) -> str:
-  """Returns the path of an existing file, `~` expanded; raises DataError."""
+  """Returns the path of a file with `~` expanded; DataError if there is none."""
   file = os.path.expanduser(path)
   if not os.path.isfile(file):
     raise sources.DataError(
       f"data.train_on must be a JSONL file, got {path!r}, which "
-      f"{'is none' if os.path.exists(file) else 'is not there'}."
+      f"{'is no file' if os.path.exists(file) else 'does not exist'}."
     )
   return file
 
@@ -31,13 +31,13 @@ def load(path: str) -> sources.Documents:
   """Reads a plain, .gz or .zst file into memory.
 
   Raises:
-    DataError: no such file, no line in it, or a line that is damaged or has no text.
+    DataError: no such file, an empty file, or a line that is damaged or has no text.
   """
   file = check_file(path)
   names, texts, edges = [], [], []
   try:
     with open(file, "rb") as handle:
-      for number, line in enumerate(sources.read_lines(handle, file), start=1):
+      for number, line in enumerate(text_files.read_lines(handle, file), start=1):
         if parsed := _parse(line, f"{file}:{number}"):
           names.append(f"{file}:{number}")
           texts.append(parsed[0])
@@ -50,6 +50,7 @@ def load(path: str) -> sources.Documents:
     raise sources.DataError(
       f"data.train_on must have at least one text, got {path!r}, which is empty."
     )
+  # Duplicates have equal hashes: the order of such documents does not matter.
   hashes = [_hash(text, *ends) for text, ends in zip(texts, edges, strict=True)]
   stats = sources.SourceStats(
     where=file,
@@ -71,13 +72,10 @@ def load(path: str) -> sources.Documents:
 
 
 def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
-  """Returns the text of a line, and whether it begins and ends a document.
-
-  None stands for a blank line.
-  """
+  """Returns `(text, bos, eos)` of a line; None for a blank line."""
   rule = f"{where}: every line of data.train_on must"
   try:
-    record = sources.parse_line(line, where)
+    record = text_files.parse_line(line, where)
   except UnicodeDecodeError as error:
     raise sources.DataError(f"{rule} be UTF-8 ({error}).") from error
   if record is None:
@@ -86,7 +84,7 @@ def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
     raise sources.DataError(f"{rule} have a key 'text', its keys are {sorted(record)}.")
   text = record["text"]
   if isinstance(text, str):
-    text = text.removeprefix(sources.BYTE_ORDER_MARK)
+    text = text.removeprefix(text_files.BYTE_ORDER_MARK)
   if not isinstance(text, str) or not text or not _is_encodable(text):
     raise sources.DataError(f"{rule} have a text in 'text', got {text!r:.80}.")
   return text, _flag(record, "bos", rule), _flag(record, "eos", rule)
@@ -100,7 +98,7 @@ def _flag(record: dict[str, Any], key: str, rule: str) -> bool:
 
 
 def _is_encodable(text: str) -> bool:
-  """Whether a text has a UTF-8 form: JSON can escape half of a surrogate pair."""
+  """Returns whether UTF-8 can encode `text`: JSON can escape half a surrogate pair."""
   return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

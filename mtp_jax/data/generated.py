@@ -1,7 +1,7 @@
-"""Texts that are on every machine without a file of their own: prose and stories.
+"""Generated texts, available on every machine: prose and stories.
 
 language_reference: the topics of Python's `help()`, English prose with some code.
-stories:            those of the task `induction` as text, always the same ones.
+stories:            1,500 fixed examples of the task `induction`, written as text.
 """
 
 import functools

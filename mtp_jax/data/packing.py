@@ -1,8 +1,8 @@
-"""Documents to rows: an endless stream cut into rows, without padding or loss.
+"""Packing: an endless stream of documents, cut into rows without padding or loss.
 
-Pure index arithmetic on top of a token store; reading it is the best way to learn what
-a `Batch` holds. Legend: N documents, B batch, T sequence, M = 1 + mtp.depth tokens
-after the row.
+Index arithmetic on top of a token store; read this file to learn what a `Batch` holds.
+
+Legend: N documents, B batch, T sequence, M = 1 + mtp.depth tokens after the row.
 
   stream     a0 a1 a2 a3 | b0 b1 b2 b3 | a0 ...     (T = 5, M = 2; a0, b0 = bos)
   row 0      a0 a1 a2 a3 b0 | b1 b2       row 1      b1 b2 b3 a0 a1 | a2 a3
@@ -19,11 +19,14 @@ from mtp_jax.batch import Batch
 
 
 class TokenStore(Protocol):
-  """Token ids of documents, each as [bos, tokens..., eos], or a part of that.
+  """Token ids of documents, each [bos, tokens..., eos].
 
-  A tokenizer of a model folder may have no bos or no eos: then nothing is in its place.
-  lengths_N: [N] int64, at least 1 each. hashes_NX: [N, 32] uint8 content hashes.
-  identity:  what tells corpora apart (JSON values); goes into checkpoints.
+  Documents have no bos or eos if the tokenizer has none (some model folders), and parts
+  of documents lack the end that they were cut from.
+
+  lengths_N: [N] int64, at least 1 each.
+  hashes_NX: [N, 32] uint8 content hashes.
+  identity:  JSON values that differ between corpora; written into checkpoints.
   """
 
   lengths_N: np.ndarray
@@ -37,15 +40,15 @@ class TokenStore(Protocol):
 class PackedRows:
   """Random access to the rows of the endless stream of a set of documents.
 
-  The documents stand in a given order, and the stream repeats it for ever. Row r is
-  `stream[r * T : r * T + T]`, so its tokens do not depend on M, and every token of the
+  The stream repeats the documents, in a given order, for ever. Row r is
+  `stream[r * T : r * T + T]`: its tokens do not depend on M, and every token of the
   stream is in exactly one row. One epoch is `len(self)` = floor(stream length / T) rows
-  (at least 1); what is left over opens the next epoch, so nothing is ever dropped and
-  the cuts fall elsewhere each time. Any index >= 0 can be read; iteration yields one
-  epoch.
+  (at least 1). The remainder begins the next epoch, so no token is dropped, and the
+  cuts between rows differ from epoch to epoch. Any index >= 0 can be read; iteration
+  yields one epoch.
 
-  Segment ids number the documents of a row from 1 and go on into the tokens after it.
-  Positions restart with each document and with each row.
+  Segment ids number the documents of a row from 1, and continue in the tokens after the
+  row. Positions restart with each document and with each row.
   """
 
   def __init__(
@@ -77,10 +80,11 @@ class PackedRows:
     """Returns the rows of these numbers, each at least 0, as a Batch [B, ...]."""
     if np.min(rows_B) < 0:
       raise IndexError(f"row must be at least 0, got {np.min(rows_B)}.")
+    # All rows at once: several times as fast as row after row.
     T, X = self.seq_len, self.seq_len + self.num_extra
     begin_B = rows_B.astype(np.int64) * T
     first_B, last_B = self._document_at(begin_B), self._document_at(begin_B + X - 1)
-    # A piece is what a row has of one document. Legend: P pieces, row after row, and
+    # A piece is the part of one document in one row. Legend: P pieces of all rows, and
     # X = T + M.
     count_B = 1 + last_B - first_B
     before_P = np.repeat(np.cumsum(count_B) - count_B, count_B)
@@ -101,6 +105,7 @@ class PackedRows:
         strict=True,
       )
     ])
+    # Positions count from the piece's begin, so that they restart with every row.
     size_P = end_P - begin_P
     segments = np.repeat(segment_P.astype(np.int32), size_P)
     at_P = np.cumsum(size_P) - size_P
@@ -116,7 +121,7 @@ class PackedRows:
     return Batch(*map(np.ascontiguousarray, fields))
 
   def _document_at(self, at_B: np.ndarray) -> np.ndarray:
-    """Returns which document of the endless stream its tokens `at_B` belong to."""
+    """Returns the numbers, in the endless stream, of the documents of tokens `at_B`."""
     epoch_B, offset_B = np.divmod(at_B, self.num_tokens)
     document_B = np.searchsorted(self._starts, offset_B, side="right") - 1
     return epoch_B * len(self._order) + document_B
@@ -134,11 +139,11 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
   """Yields `(Batch, document_B)`: held-out documents, each on rows of its own.
 
-  Documents come in the given order, at most `rows_per_document` consecutive rows of
-  each, until there are `num_rows`. A row holds one document as segment 1 and is padded
-  with segment 0; the tokens after it are the document's own. `document_B` [B] int32 is
-  the index into `documents`, -1 for the empty rows that fill up the last batch. A row
-  begins only where there is something left to predict.
+  Documents are read in the given order, at most `rows_per_document` consecutive rows of
+  each, until there are `num_rows` rows. A row holds one document as segment 1 and is
+  padded with segment 0; the tokens after the row are from the same document.
+  `document_B` [B] int32 holds indices into `documents`, -1 for the empty rows that fill
+  up the last batch. Every row has at least one token to predict.
   """
   rows: list[Batch] = []
   owners: list[int] = []
@@ -152,6 +157,7 @@ def eval_batches(
     if len(rows) == batch_size:
       yield stack_rows(rows), np.array(owners, np.int32)
       rows, owners = [], []
+  # The last batch is filled up, so that all batches have one shape and one program.
   if rows:
     missing = batch_size - len(rows)
     rows += [_one_row(np.zeros(0, np.int32), seq_len, num_extra)] * missing
@@ -168,7 +174,7 @@ def _eval_positions(
   """Yields (index into documents, first token) of each evaluation row."""
   count = 0
   for owner, document in enumerate(documents):
-    # The last token is only ever a target: no row needs to begin with it.
+    # No row begins with the last token: nothing follows it that could be predicted.
     begins = range(0, int(store.lengths_N[document]) - 1, seq_len)
     for begin in begins[:rows_per_document]:
       if count == num_rows:

@@ -1,13 +1,13 @@
-"""Corpus and training loader: documents in, an endless stream of batches out.
+"""`Corpus` and `TrainLoader`: from documents to an endless stream of batches.
 
     source -> documents -> split by hash -> tokenizer -> token store -> rows -> batches
 
-Where there are few documents and a split would have none, every document is cut into
-the three. Rows to train on may come from elsewhere, see `data.train_on`; all else
-stays.
+With so few documents that a split would be empty, every document is cut into the three
+splits. `data.train_on` replaces the training rows only, not the tokenizer or the
+held-out text.
 
-The order of documents and rows depends on the corpus and `data.seed` alone: not on the
-model's seed, the depth, the number of hosts or of workers.
+The order of documents and rows depends on the corpus and `data.seed` alone, not on the
+model's seed, the depth, or the number of hosts or workers.
 """
 
 import copy
@@ -27,82 +27,32 @@ from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
 from mtp_jax.data import distilled_text, packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.memory_store import DecodedTexts, MemoryStore
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
-# The tokenizer library's encodings take far more memory than the ids in them.
-_BATCH_TEXTS = 256
-# Of fewer documents, the hashes may leave a split without any; these are cut then.
+# With fewer documents a split may be empty by chance; then documents are cut.
 _FEW = 100
 _WHOLE_DOCUMENTS = (
   " A prepared folder is split by whole documents; data.source = 'files' or 'jsonl' "
   f"cuts fewer than {_FEW} documents by position."
 )
-# Rows that are counted at once.
+# Rows that `token_counts` reads at once.
 _GROUP_ROWS = 1024
-# Batches that are read ahead, and that every worker has ready. Of grain's defaults the
-# one would keep 500 in memory, and with the other, 1, workers wait for each other.
+# Batches to read ahead, in all and per worker. grain's defaults are 500, which takes
+# too much memory, and 1, with which workers wait for each other.
 _READ_AHEAD = 4
-# Groups of rows; more than any run takes.
+# Groups of rows; more than any run reads.
 _ENDLESS = 1 << 48
-
-
-class MemoryStore:
-  """`packing.TokenStore` of documents that were tokenized in this process."""
-
-  def __init__(
-    self,
-    documents: sources.Documents,
-    tokenizer: tokenizers_lib.Tokenizer,
-    identity: dict[str, str | int | float],
-  ):
-    self.identity = identity
-    self.hashes_NX = documents.hashes_NX
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    parts = []
-    for begin in range(0, len(documents.texts), _BATCH_TEXTS):
-      batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
-      edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
-      parts += [
-        tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)
-        for ids, (begins, ends) in zip(batch, edges, strict=True)
-      ]
-    self.lengths_N = np.array([len(part) for part in parts], np.int64)
-    self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
-    self._tokens = np.concatenate(parts)
-
-  def read(self, document: int, begin: int, end: int) -> np.ndarray:
-    start = self._starts_N[document]
-    return self._tokens[start + begin : start + end].astype(np.int32)
-
-
-class DecodedTexts(Sequence[str]):
-  """The texts of some documents of a token store, decoded when they are asked for."""
-
-  def __init__(
-    self,
-    store: packing.TokenStore,
-    tokenizer: tokenizers_lib.Tokenizer,
-    documents: np.ndarray,
-  ):
-    self._store, self._tokenizer, self._documents = store, tokenizer, documents
-
-  def __len__(self) -> int:
-    return len(self._documents)
-
-  def __getitem__(self, index: int) -> str:
-    document = int(self._documents[index])
-    length = int(self._store.lengths_N[document])
-    return self._tokenizer.decode(self._store.read(document, 0, length))
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The tokenized documents of a config, their split, and how they become rows.
+  """The tokenized documents of a config, and their splits.
 
-  store:   of the source.
-  split_N: 0 train, 1 validation, 2 test for each document of the store.
-  train_store: the texts of `data.train_on`; None trains on the train split.
-  stats:   what was read, left out and kept (JSON values); goes into run.json.
+  store:       documents of the source.
+  split_N:     0 train, 1 validation, 2 test for each document of the store.
+  train_store: documents of `data.train_on`; None trains on the train split.
+  stats:       counts of texts read and skipped (JSON values), for run.json.
   """
 
   config: Config
@@ -147,22 +97,23 @@ class Corpus:
 def load_corpus(
   config: Config, tokenizer: tokenizers_lib.Tokenizer | None = None
 ) -> Corpus | TaskCorpus:
-  """Reads, splits and tokenizes the corpus of a config; memory is kept for the next.
+  """Reads, splits and tokenizes the corpus of a config; caches the last two.
 
-  A synthetic task has no text: it is a `TaskCorpus`.
+  Returns a `TaskCorpus` if `data.source` is a synthetic task.
 
   Args:
     config: of the run.
-    tokenizer: takes the place of what `tokenizer.path` names.
+    tokenizer: replaces the tokenizer at `tokenizer.path`.
 
   Raises:
-    DataError: nothing found, unreadable input, or no document in a split that training
-      or evaluation needs; see `distilled_text.load` for `data.train_on`.
+    DataError: no input, unreadable input, or no document in a split that training or
+      evaluation needs; see `distilled_text.load` for `data.train_on`.
     ConfigError: `tokenizer.vocab_size` is too small for the tokenizer.
   """
   if config.data.source in config_lib.TASKS:
     return load_task(config)
   data, tokenizer_config = config.data, config.tokenizer
+  # Keys that do not change the tokens are blanked, so that trials share the cache.
   same_text = dataclasses.replace(
     data, train_on="", seq_len=0, batch_size=0, seed=0, num_workers=0
   )
@@ -173,7 +124,7 @@ def load_corpus(
     tokenizer, stats = folder.tokenizer, folder.source
     split_N, is_cut = _split(store.hashes_NX, data), False
   else:
-    # Only BPE is trained to a size; the others have one, checked below.
+    # Only BPE is trained to a size; other tokenizers have a fixed one, checked below.
     size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
     same_tokenizer = dataclasses.replace(tokenizer_config, vocab_size=size)
     given = tokenizer if tokenizer_config.kind == "file" else None
@@ -190,6 +141,7 @@ def load_corpus(
     }
     for i, name in enumerate(sources.SPLITS)
   }
+  # Only the splits that this run reads have to hold documents.
   tested = sources.SPLITS if config.train.eval_test else ()
   for name in dict.fromkeys(("train", config.eval.split, *tested)):
     if not counts[name]["documents"] and is_cut:
@@ -223,19 +175,20 @@ def _tokenized(
 ) -> tuple[
   MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any], np.ndarray, bool
 ]:
-  """Returns store, tokenizer and stats of the texts, their split, and if it cuts them.
-  """
+  """Returns `(store, tokenizer, stats, split_N, is_cut)` of a source of texts."""
   documents = sources.load_documents(data.source, data.path, data.text_field)
   split_N = _split(documents.hashes_NX, data)
   manifest = documents.stats.manifest
   held_out = (data.validation_fraction, data.test_fraction)
   fractions = (1 - sum(held_out), *held_out)
+  # Splits by hash are kept if none is empty: they do not move when documents are added.
   is_cut = len(split_N) < _FEW and fractions[0] > 0 and any(
     fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
   )
   if is_cut:
     documents, split_N = sources.cut(documents, *held_out)
     manifest = sources.manifest_of(map(bytes, documents.hashes_NX))
+  # A BPE tokenizer must not see held-out text.
   train_texts = (
     text for text, i in zip(documents.texts, split_N, strict=True) if i == 0
   )
@@ -256,10 +209,10 @@ def _split(hashes_NX: np.ndarray, data: DataConfig) -> np.ndarray:
 def _with_gaps(
   store: MemoryStore, split_N: np.ndarray, seq_len: int
 ) -> tuple[MemoryStore, np.ndarray]:
-  """Returns the parts of `sources.cut` without the last row before held-out text.
+  """Returns the store with training parts shortened by `seq_len` tokens, and splits.
 
-  So no row to train on has text that held-out text follows. Parts that have nothing
-  left to predict are in no split (-1).
+  Training and held-out parts of one document are neighbours (`sources.cut`); the gap
+  separates them. Parts with nothing left to predict are in no split (-1).
   """
   shorter = copy.copy(store)
   is_train_N = split_N == sources.SPLITS.index("train")
@@ -271,9 +224,9 @@ def _with_gaps(
 def _written(
   path: str, held_out: packing.TokenStore, tokenizer: tokenizers_lib.Tokenizer
 ) -> tuple[MemoryStore, dict[str, Any]]:
-  """Returns the texts of `data.train_on`, and what is to be said about them."""
+  """Returns the store of `data.train_on`, and counts for run.json."""
   documents = distilled_text.load(path)
-  # A run that goes on must find the held-out texts it had, too.
+  # A resumed run must have the same held-out texts, too.
   identity = held_out.identity | {"train_on": documents.stats.manifest}
   store = MemoryStore(documents, tokenizer, identity)
   num_tokens = int(store.lengths_N.sum())
@@ -297,8 +250,8 @@ def _check_prepared(
   config: Config,
   given: tokenizers_lib.Tokenizer | None,
 ) -> None:
-  """Refuses a config that says otherwise about how the folder's tokens came to be."""
-  # A BPE tokenizer has seen the train split: with another split, held-out text too.
+  """Raises DataError if the config differs from the settings of a prepared folder."""
+  # BPE was trained on the train split: another split would hold out text it has seen.
   values = config_lib.flatten(config_lib.to_dict(config))
   for key in ("tokenizer.kind", "data.validation_fraction", "data.test_fraction"):
     if key in folder.settings and folder.settings[key] != values[key]:
@@ -318,9 +271,9 @@ def _check_prepared(
 class TrainLoader:
   """Endless batches of this host's rows, shuffled anew every epoch.
 
-  The batches of all hosts, one below the other, are the batch that a single host would
-  get; so each row of an epoch is read exactly once. The state is the number of batches
-  taken: every batch can be computed from its number, by any number of workers.
+  The batches of all hosts, concatenated, are the batch of a single host, so that each
+  row of an epoch is read exactly once. The state is the number of batches taken: a
+  batch depends on its number alone, whatever the number of workers.
   """
 
   def __init__(
@@ -346,8 +299,8 @@ class TrainLoader:
       "seed": seed,
     }
     self._num_workers = num_workers
-    # Threads wait for a disk together; at rows in memory they only get into each
-    # other's way, and take twice as long as one does.
+    # Threads overlap their waits for a disk. Rows in memory are read twice as fast by
+    # one thread.
     waits = isinstance(rows.store, prepared.ArrayRecordStore)
     self._num_threads = _READ_AHEAD if waits else 1
     read = functools.partial(_read_group, rows, seed, batch_size // num_hosts)
@@ -364,20 +317,20 @@ class TrainLoader:
       self._iterator = self._start()
     batch = next(self._iterator)
     self._taken += 1
-    # Workers hand arrays over in shared memory, which lives no longer than they do.
+    # Copied, because shared memory ends with the workers.
     if self._num_workers:
       return packing.map_fields(lambda field: np.array(field[0]), batch)
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    """Returns what `set_state` needs to go on with the next batch (JSON values)."""
+    """Returns the state for `set_state` (JSON values)."""
     return {"batches": self._taken, "identity": self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues where `get_state` was called.
 
     Raises:
-      DataError: the corpus, tokenizer or order is not that of the saved run.
+      DataError: corpus, tokenizer or order differ from the saved run's.
     """
     if state["identity"] != self._identity:
       keys = state["identity"].keys() | self._identity.keys()
@@ -416,9 +369,9 @@ class TrainLoader:
 def token_counts(
   rows: packing.PackedRows | TaskRows, vocab_size: int, most: int = 10**7
 ) -> np.ndarray:
-  """Returns counts_V, how often each token is in the first `most` tokens of an epoch.
+  """Returns counts_V: how often each token occurs in the first `most` tokens.
 
-  At least one row is read.
+  Counts one epoch at most, and one row at least.
   """
   counts_V = np.zeros(vocab_size, np.int64)
   numbers = np.arange(min(len(rows), max(1, most // rows.seq_len)))
@@ -431,10 +384,10 @@ def token_counts(
 def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
   """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
 
-  The number of the epoch is in the numbers, and moves the cuts between rows: see
-  `packing.PackedRows`. The order within an epoch is that of grain's
-  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`, which takes several times
-  as long: four Python objects handle every row.
+  Row numbers increase from epoch to epoch, which moves the cuts between rows: see
+  `packing.PackedRows`. The order within an epoch equals that of grain's
+  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`. That takes several times
+  as long, because four Python objects handle every row.
   """
   (first_seed,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
   numbers = []
@@ -451,7 +404,7 @@ def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
 def _read_group(
   rows: packing.PackedRows | TaskRows, seed: int, num_rows: int, index: int
 ) -> Batch:
-  """Returns the index-th group of `num_rows` rows of the shuffled order."""
+  """Returns group number `index` of `num_rows` rows of the shuffled order."""
   begin, end = index * num_rows, (1 + index) * num_rows
   if isinstance(rows, TaskRows):
     numbers = rows.order(seed, begin, end)

@@ -1,10 +1,10 @@
-"""Text to a prepared folder (`prepared.py`): in parallel, and resumable after a kill.
+"""Preparation of text as a folder (`prepared.py`): parallel, resumable after a kill.
 
 One process reads the source, drops duplicates and cuts the stream of documents into
-shards; worker processes tokenize and write them. What a shard holds depends on the
-source and the settings alone, so finished shards of an earlier run are checked against
-the documents and kept, and the result does not depend on when or how often the work
-was stopped, nor on the number of workers.
+shards; worker processes tokenize and write them. The content of a shard depends on the
+source and the settings alone. Finished shards of an earlier run are therefore checked
+against the documents and kept; interruptions and the number of workers do not change
+the result.
 """
 
 import collections
@@ -28,8 +28,8 @@ from mtp_jax.config import Config, ConfigError
 from mtp_jax.data import prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
 
-# Told the phase and how many of how many bytes of input it has done.
-Progress = Callable[[str, int, int], None]
+# Called with the phase, the bytes of input done, and the bytes of input in all.
+OnProgress = Callable[[str, int, int], None]
 
 
 def prepare_folder(
@@ -38,16 +38,16 @@ def prepare_folder(
   *,
   num_workers: int,
   shard_size: int,
-  progress: Progress = lambda phase, done, total: None,
+  progress: OnProgress = lambda phase, done, total: None,
 ) -> prepared.PreparedFolder:
-  """Tokenizes the source of a config into a folder, or finishes doing so.
+  """Tokenizes the source of a config into a folder, or finishes an earlier call.
 
   Args:
-    config: `data` and `tokenizer` say what is read and how it becomes tokens.
+    config: `data` and `tokenizer` define the texts and their tokens.
     output: the folder; new, empty, or left by an earlier call.
     num_workers: processes that tokenize and write.
-    shard_size: bytes of text after which a shard ends, with the document they are in.
-    progress: called often; done bytes are those of the (compressed) input files.
+    shard_size: bytes of text after which a shard ends, at the end of a document.
+    progress: called often, with bytes of the (compressed) input files.
 
   Raises:
     ConfigError: the folder was begun with other settings, or the source or tokenizer
@@ -65,6 +65,7 @@ def prepare_folder(
   )
   folder = Path(os.path.expanduser(output))
   folder.mkdir(parents=True, exist_ok=True)
+  # Settings are compared under the lock: two commands may start at the same time.
   with _locked(folder):
     settings = _claim(folder, _settings(config, shard_size))
     if not (folder / prepared.MANIFEST).is_file():
@@ -86,9 +87,9 @@ def write_shard(
 ) -> None:
   """Tokenizes and writes one shard, then its index.
 
-  The shard is written beside its name, closed, reopened and counted, and only then
-  renamed; its index follows in the same way. A kill or a full disk at any point leaves
-  no shard that looks finished.
+  The shard is written under a temporary name, closed, reopened and counted, and only
+  then renamed; its index follows in the same way. A kill or a full disk at any point
+  leaves no shard that looks finished.
 
   Raises:
     OSError: the shard could not be written in full.
@@ -112,7 +113,7 @@ def write_shard(
     if found != expected:
       raise OSError(f"{file} holds {found} of {expected} records: is the disk full?")
     files.commit(temporary, file)
-  except RuntimeError as error:  # What the ArrayRecord library raises for I/O errors.
+  except RuntimeError as error:  # The ArrayRecord library raises this for I/O errors.
     raise OSError(f"{file} could not be written ({error}).") from error
   finally:
     temporary.unlink(missing_ok=True)
@@ -121,7 +122,7 @@ def write_shard(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-  """Keeps other processes out; the lock ends with the process, however it ends."""
+  """Locks the folder against other processes; the lock ends with this process."""
   descriptor = os.open(folder, os.O_RDONLY)
   try:
     _lock(descriptor, folder)
@@ -142,7 +143,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _settings(config: Config, shard_size: int) -> dict[str, Any]:
-  """Returns everything but the texts that the content of the folder depends on."""
+  """Returns all settings that the content of the folder depends on."""
   data, tokenizer = config.data, config.tokenizer
   settings = {"format": prepared.FORMAT, "data.source": data.source}
   if data.source in ("files", "jsonl"):
@@ -158,7 +159,7 @@ def _settings(config: Config, shard_size: int) -> dict[str, Any]:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-  """Writes the settings, or checks that the folder was begun with the same ones."""
+  """Writes the settings, or checks that the folder has the same."""
   file = folder / prepared.SETTINGS
   if not file.is_file():
     others = [x.name for x in sorted(folder.iterdir()) if ".tmp-" not in x.name]
@@ -182,9 +183,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(
-  config: Config, folder: Path, reader: sources.DocumentReader, progress: Progress
+  config: Config, folder: Path, reader: sources.DocumentReader, progress: OnProgress
 ) -> tokenizers_lib.Tokenizer:
-  """Returns the folder's tokenizer; a trained one is trained once."""
+  """Returns the folder's tokenizer; BPE is trained only if the folder has none yet."""
   file = folder / prepared.TOKENIZER
   if config.tokenizer.kind == "bpe" and file.is_file():
     return tokenizers_lib.load_tokenizer(file)
@@ -204,7 +205,7 @@ def _tokenizer(
 
 
 def _train_texts(
-  config: Config, reader: sources.DocumentReader, progress: Progress
+  config: Config, reader: sources.DocumentReader, progress: OnProgress
 ) -> Iterator[str]:
   data = config.data
   for document in reader:
@@ -220,9 +221,9 @@ def _write_shards(
   tokenizer: tokenizers_lib.Tokenizer,
   num_workers: int,
   shard_size: int,
-  progress: Progress,
+  progress: OnProgress,
 ) -> int:
-  """Writes the shards that are not there yet and returns how many there are."""
+  """Writes the missing shards; returns the number of all shards."""
   pool = concurrent.futures.ProcessPoolExecutor(
     num_workers,
     # Forking a process with threads, as the tokenizer library has, can deadlock.
@@ -230,6 +231,7 @@ def _write_shards(
     initializer=_start_worker,
     initargs=(tokenizer.to_json(),),
   )
+  # Waits in the order of submission, so that the progress reported never falls.
   pending = collections.deque()
   number = -1
 
@@ -277,10 +279,10 @@ def _shards(
 def _is_finished(
   folder: Path, number: int, documents: Sequence[sources.Document]
 ) -> bool:
-  """Whether an earlier run wrote this shard whole.
+  """Returns whether an earlier run has finished this shard.
 
   Raises:
-    DataError: it did, from other documents.
+    DataError: the finished shard has other documents.
   """
   file = _shard_file(folder, number)
   try:

@@ -1,14 +1,14 @@
-"""The folder of tokenized documents that `launch.prepare` writes and a cluster reads.
+"""A prepared folder: documents tokenized by `launch.prepare`, read by training runs.
 
-  manifest.json   written last: without it the folder is not finished
-  settings.json   what it was made from; a second run must agree to continue
+  manifest.json   written last: a folder without it is not finished
+  settings.json   settings of the first run; a later run must have the same
   tokenizer.json
-  index.npy       one entry a document, in the order of the shards (`INDEX_DTYPE`)
+  index.npy       one entry per document, in the order of the shards (`INDEX_DTYPE`)
   shard-00000.array_record, ...   tokens as int32 bytes, [bos, tokens..., eos]
-  shard-00000.npy, ...            the index of that shard; its presence = finished
+  shard-00000.npy, ...            index of the shard; written when it is finished
 
 A document of more than `RECORD_TOKENS` tokens takes several consecutive records, so
-that reading one row out of a very long document stays cheap. Legend: N documents.
+that reading one row of a very long document stays cheap. Legend: N documents.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class ArrayRecordStore:
     index_N: np.ndarray,
     identity: dict[str, str | int | float],
   ):
-    """Raises DataError if the shards do not hold what the index says."""
+    """Raises DataError if the number of records differs from the index."""
     self.identity = identity
     self.lengths_N = np.ascontiguousarray(index_N["num_tokens"])
     self.hashes_NX = np.ascontiguousarray(index_N["hash"])
@@ -72,12 +72,12 @@ class ArrayRecordStore:
 class PreparedFolder:
   """An opened folder.
 
-  path:      where it is.
-  settings:  dotted config keys and the values it was made with.
+  path:      the folder.
+  settings:  dotted config keys, and their values when the folder was prepared.
   source:    the fields of `sources.SourceStats`.
-  tokenizer: the one that made the tokens.
+  tokenizer: the tokenizer of the tokens.
   index_N:   [N] of `INDEX_DTYPE`.
-  shards:    the files of the tokens, in the order of the index.
+  shards:    the files of tokens, in the order of the index.
   """
 
   path: Path
@@ -92,8 +92,8 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
   """Opens a finished folder.
 
   Raises:
-    DataError: no such folder, not finished, another format, or a file that is missing,
-      damaged or not of the recorded size.
+    DataError: no such folder, an unfinished one, another format, or a file that is
+      missing, damaged or not of the recorded size.
   """
   folder = Path(os.path.expanduser(path))
   if not (folder / MANIFEST).is_file():
@@ -116,6 +116,7 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
     raise sources.DataError(
       f"{folder / MANIFEST}: format must be {FORMAT}, got {found!r}."
     )
+  # Sizes tell a truncated copy from a whole one without reading the shards.
   for name, expected in sizes.items():
     file = folder / name
     size = file.stat().st_size if file.is_file() else None
@@ -130,7 +131,7 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
 
 
 def num_records(lengths_N: np.ndarray) -> np.ndarray:
-  """Returns how many records documents of these token counts take."""
+  """Returns the number of records of each document, given its tokens."""
   return -(-lengths_N // RECORD_TOKENS)
 
 

@@ -1,38 +1,31 @@
-"""Where text comes from: documents out of files, with nothing skipped in silence.
+"""Documents of a source: read, deduplicated, split and ordered by content hash.
 
-A document is one text file or one JSONL line. Its identity is the sha256 of its UTF-8
-bytes: that decides duplicates, the split and the order, so neither the order of files
-nor their names nor the machine matters. What cannot be used (bytes that are not UTF-8,
-texts of white space only, exact duplicates) is left out, counted and reported.
+A document is one text file or one JSONL line. The sha256 of its UTF-8 bytes decides
+duplicates, split and order; names and order of files, and the machine, do not matter.
+Unusable texts (not UTF-8, white space only, exact duplicates) are skipped, counted and
+reported.
 """
 
 import codecs
 import dataclasses
-import glob
-import gzip
 import hashlib
 import itertools
-import json
 import os
-import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import zstandard
 
+from mtp_jax.data.errors import DataError
 from mtp_jax.data.generated import GENERATED
+from mtp_jax.data.text_files import (
+  BYTE_ORDER_MARK,
+  find_files,
+  read_lines,
+  text_of_line,
+)
 
 SPLITS = ("train", "validation", "test")
-# Some editors write it before a text, which it is no part of.
-BYTE_ORDER_MARK = "\ufeff"
-_CHUNK_BYTES = 1 << 20
-_NOT_STDLIB = ("site-packages", "dist-packages")
-
-
-class DataError(ValueError):
-  """Input data that cannot be used; the message says where and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +39,16 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceStats:
-  """What one pass over a source met.
+  """Counts of one pass over a source.
 
   where:           the folders or files that were read.
   num_files:       files opened; 0 where the texts are generated.
   num_documents:   distinct documents kept.
-  num_bytes:       their UTF-8 bytes.
-  num_empty:       texts left out because they are white space only.
-  num_duplicates:  texts left out because their bytes were already there.
-  encoding_errors: names of the texts left out because they have no UTF-8 form.
-  manifest:        sha256 over the sorted content hashes: equal means equal corpus.
+  num_bytes:       UTF-8 bytes of the documents kept.
+  num_empty:       texts skipped because they are white space only.
+  num_duplicates:  texts skipped because a kept document has the same bytes.
+  encoding_errors: names of texts skipped because they have no UTF-8 form.
+  manifest:        sha256 over the sorted content hashes; equal for equal corpora.
   """
 
   where: str
@@ -72,8 +65,9 @@ class SourceStats:
 class Documents:
   """All documents of a source in the order of their content hashes.
 
-  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: how they were found.
-  edges_N2: [N, 2] bool: the text begins a document (bos before it); it ends one (eos).
+  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
+  edges_N2: [N, 2] bool: whether the text begins a document (gets bos), and whether it
+    ends one (gets eos).
   """
 
   names: list[str]
@@ -86,15 +80,15 @@ class Documents:
 class DocumentReader:
   """Iterates over the distinct documents of a source, one in memory at a time.
 
-  `source`, `path` and `text_field` mean what they mean in `DataConfig`; `array_record`
-  holds tokens instead of text and is read by `prepared.py`. Every iteration starts
-  anew; `stats()` describes the last complete one. `done_bytes` of `total_bytes` tells
-  how far through the input files the current one is.
+  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` holds
+  tokens, not text: see `prepared.py`.) Every iteration starts anew; `stats()` describes
+  the last complete one. The current iteration has read `done_bytes` of `total_bytes` of
+  the input files.
 
   Raises:
-    DataError: at construction if no input file exists; while iterating on a damaged or
-      unreadable file or a line that is not a JSON object with the text field; at the
-      end if not one document was found.
+    DataError: at construction if there is no input file; during iteration for a damaged
+      or unreadable file, or a line that is not a JSON object with the text field; at
+      the end if there was no document.
   """
 
   def __init__(self, source: str, path: str, text_field: str):
@@ -106,7 +100,7 @@ class DocumentReader:
       self._where = source
       self._generated = [(name, text.encode()) for name, text in GENERATED[source]()]
     else:
-      self._where, self._files = _find_files(source, path)
+      self._where, self._files = find_files(source, path)
     self.total_bytes = sum(os.path.getsize(file) for _, file in self._files)
     self.total_bytes += sum(len(data) for _, data in self._generated)
     self._reset()
@@ -132,7 +126,7 @@ class DocumentReader:
       )
 
   def stats(self) -> SourceStats:
-    """Returns what the last iteration met; complete only if it ran to its end."""
+    """Returns the counts of the last iteration; complete if it ran to its end."""
     return SourceStats(
       where=self._where,
       num_files=len(self._files),
@@ -145,7 +139,7 @@ class DocumentReader:
     )
 
   def _texts(self) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None), and keeps `done_bytes`."""
+    """Yields (name, UTF-8 bytes or None), and updates `done_bytes`."""
     for name, data in self._generated:
       self.done_bytes += len(data)
       yield name, data
@@ -157,7 +151,7 @@ class DocumentReader:
   def _read(
     self, name: str, file: str, base: int
   ) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None where the text has no UTF-8 form)."""
+    """Yields (name, UTF-8 bytes); None in place of a text without a UTF-8 form."""
     try:
       with open(file, "rb") as handle:
         if not self._is_jsonl:
@@ -165,7 +159,7 @@ class DocumentReader:
           return
         for number, line in enumerate(read_lines(handle, file), start=1):
           self.done_bytes = base + handle.tell()
-          text = _text_of_line(line, f"{file}:{number}", self._text_field)
+          text = text_of_line(line, f"{file}:{number}", self._text_field)
           yield f"{name}:{number}", text
     except OSError as error:
       raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
@@ -193,7 +187,7 @@ class DocumentReader:
 
 
 def describe(stats: Mapping[str, Any]) -> str:
-  """Returns one line on the fields of a `SourceStats`: what was read and left out."""
+  """Returns one line about the fields of a `SourceStats`: texts read and skipped."""
   left_out = (
     f"{stats['num_duplicates']:,} duplicate, {stats['num_empty']:,} empty, "
     f"{len(stats['encoding_errors']):,} not UTF-8"
@@ -225,8 +219,8 @@ def split_of(
   """Returns `split_N`: for each document 0 train, 1 validation, 2 test (`SPLITS`).
 
   The first 8 bytes of the content hash [N, 32] uint8 are a uniform number in [0, 1):
-  below `validation_fraction` is validation, the next `test_fraction` is test. A
-  document's split therefore never depends on which others there are.
+  numbers below `validation_fraction` are validation, the next `test_fraction` are test.
+  A document's split therefore does not depend on the other documents.
   """
   uniform_N = _word(hashes_NX, 0) / 2.0**64
   held_out = validation_fraction + test_fraction
@@ -238,10 +232,11 @@ def split_of(
 def cut(
   documents: Documents, validation_fraction: float, test_fraction: float
 ) -> tuple[Documents, np.ndarray]:
-  """Returns the parts of documents that are too few to be split whole, and `split_N`.
+  """Returns `(parts, split_N)`: every document cut into train, validation and test.
 
-  Of every text the beginning is for training, then comes the part for validation, then
-  that for the test; parts of white space only are left out.
+  For sources with too few documents to be split by whole documents. The first part of
+  every text is for training, the next for validation, the last for test; parts of white
+  space only are skipped.
   """
   names, texts, edges, splits = [], [], [], []
   for name, text in zip(documents.names, documents.texts, strict=True):
@@ -264,9 +259,10 @@ def cut(
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
   """Returns the permutation `order_N` that puts documents into a canonical order.
 
-  Sorted by content hash [N, 32] uint8, or, given a seed, shuffled by it. The shuffle
-  sorts by a 64-bit mix (SplitMix64's finaliser) of seed and hash rather than by a
-  random generator, so it is the same for every NumPy and every order of the input.
+  Without a seed documents are sorted by content hash [N, 32] uint8; with a seed they
+  are shuffled. The shuffle sorts by a 64-bit mix (SplitMix64's finaliser) of seed and
+  hash instead of using a random generator, so that it is the same for every version of
+  NumPy and every order of the input.
   """
   words = [_word(hashes_NX, i) for i in range(4)]
   if seed is None:
@@ -296,166 +292,3 @@ def _word(hashes_NX: np.ndarray, index: int) -> np.ndarray:
   """Returns the index-th 8 bytes of each hash as a big-endian number, uint64."""
   bytes_N8 = np.ascontiguousarray(hashes_NX[:, 8 * index : 8 * index + 8])
   return bytes_N8.view(">u8")[:, 0].astype(np.uint64)
-
-
-def _find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
-  """Returns (where, sorted [(name, file)]) of a source's input files."""
-  if source == "stdlib":
-    where = sysconfig.get_path("stdlib")
-    files = _walk([where], ".py", skip=_NOT_STDLIB)
-  elif source == "site_packages":
-    folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    where = ", ".join(folders)
-    files = _walk(folders, ".py", skip=())
-  elif source in ("files", "jsonl"):
-    where = os.path.expanduser(path)
-    if source == "files" and os.path.isdir(where):
-      files = _walk([where], "", skip=())
-    else:
-      found = glob.glob(where, recursive=True, include_hidden=True)
-      # A path that exists is meant literally even if it has glob characters in it.
-      found = [where] if os.path.isfile(where) else found
-      files = [(file, file) for file in found if os.path.isfile(file)]
-  else:
-    raise DataError(
-      "data.source must be 'stdlib', 'site_packages', 'files', 'jsonl', "
-      f"'language_reference' or 'stories' to read texts from, got {source!r}."
-    )
-  if not files:
-    kind = "a file or glob" if source == "jsonl" else "a folder, file or glob"
-    has_path = source in ("files", "jsonl")
-    rule = f"data.path must be {kind} that names" if has_path else "there must be"
-    raise DataError(
-      f"{rule} at least one file for data.source {source!r}; looked in {where!r} "
-      "and found none."
-    )
-  return where, sorted(files)
-
-
-def _walk(
-  folders: list[str], suffix: str, skip: tuple[str, ...]
-) -> list[tuple[str, str]]:
-  """Returns [(path within its folder, file)] of the text files below some folders."""
-  files = []
-  seen: set[str] = set()
-  for folder in filter(os.path.isdir, folders):
-    walk = os.walk(folder, onerror=_refuse_folder, followlinks=True)
-    for root, subfolders, names in walk:
-      real = os.path.realpath(root)
-      if real in seen:  # A link to where we have been, in a circle perhaps.
-        subfolders.clear()
-        continue
-      seen.add(real)
-      subfolders[:] = sorted(set(subfolders).difference(skip))
-      for name in names:
-        file = os.path.join(root, name)
-        # A dangling link, socket or pipe has no text.
-        if name.endswith(suffix) and os.path.isfile(file):
-          files.append((os.path.relpath(file, folder), file))
-  return files
-
-
-def _refuse_folder(error: OSError) -> None:
-  raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-
-
-def _text_of_line(line: bytes, where: str, field: str) -> bytes | None:
-  """Returns the text of one JSONL line as UTF-8, or None where it has no such form."""
-  try:
-    record = parse_line(line, where)
-  except UnicodeDecodeError:
-    return None
-  if record is None:
-    return b""
-  if field not in record:
-    raise DataError(
-      f"{where}: data.text_field {field!r} is not a key of this line; "
-      f"its keys are {sorted(record)}."
-    )
-  if not isinstance(record[field], str):
-    raise DataError(
-      f"{where}: data.text_field {field!r} must hold a string, got "
-      f"{type(record[field]).__name__}."
-    )
-  try:
-    return record[field].encode("utf-8")
-  except UnicodeEncodeError:  # JSON can escape half of a surrogate pair.
-    return None
-
-
-def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
-  """Returns the object of one JSONL line, None of a blank line.
-
-  Raises:
-    DataError: the line holds something else.
-    UnicodeDecodeError: the line is not UTF-8.
-  """
-  text = line.decode("utf-8")
-  if not text.strip():
-    return None
-  try:
-    record = json.loads(text)
-  # ValueError: bad JSON, or a number with too many digits for Python.
-  except (ValueError, RecursionError) as error:
-    raise DataError(f"{where}: not valid JSON ({error}).") from error
-  if not isinstance(record, dict):
-    raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}.")
-  return record
-
-
-def read_lines(handle: BinaryIO, file: str) -> Iterator[bytes]:
-  """Yields the lines of a plain, .gz or .zst file, without ends and byte order mark.
-
-  Raises:
-    DataError: damaged or cut short.
-  """
-  parts: list[bytes] = []
-  mark = codecs.BOM_UTF8
-  for chunk in _chunks(handle, file):
-    first, *rest = chunk.split(b"\n")
-    parts.append(first)
-    for following in rest:
-      yield b"".join(parts).removeprefix(mark)
-      parts, mark = [following], b""
-  if last := b"".join(parts).removeprefix(mark):
-    yield last
-
-
-def _chunks(handle: BinaryIO, file: str) -> Iterator[bytes]:
-  """Yields the decompressed bytes of a plain, .gz or .zst file."""
-  try:
-    if file.endswith(".gz"):
-      with gzip.open(handle) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-          yield chunk
-    elif file.endswith(".zst"):
-      yield from _zstd_chunks(handle)
-    else:
-      while chunk := handle.read(_CHUNK_BYTES):
-        yield chunk
-  except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-    raise DataError(f"{file}: damaged or cut short ({error}).") from error
-
-
-def _zstd_chunks(handle: BinaryIO) -> Iterator[bytes]:
-  """Yields all frames; the library's own stream reader stops in silence after the
-  first one, and at the end of a file that was cut short.
-  """
-  frame = _zstd_frame()
-  started = False
-  while data := handle.read(_CHUNK_BYTES):
-    while data:
-      if frame.eof:
-        frame = _zstd_frame()
-      started = True
-      chunk = frame.decompress(data)
-      if chunk:
-        yield chunk
-      data = frame.unused_data if frame.eof else b""
-  if started and not frame.eof:
-    raise EOFError("the last zstd frame has no end")
-
-
-def _zstd_frame() -> Any:
-  # Large corpora are often compressed with `--long=31`.
-  return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

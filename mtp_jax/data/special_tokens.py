@@ -1,8 +1,9 @@
-"""Which ids begin and end a text, as the files of a Hugging Face model folder say.
+"""Ids that begin and end a text, from the files of a Hugging Face model folder.
 
-The rules are those of transformers: the post-processor of `tokenizer.json` or
-`tokenizer_config.json` says whether a text gets a begin token; `generation_config.json`
-names the tokens that end a generated text, or `config.json` where that does not.
+As in transformers, the post-processor of `tokenizer.json`, or else
+`tokenizer_config.json`, decides whether a text gets a begin token.
+`generation_config.json`, or else `config.json`, names the tokens that end a generated
+text.
 """
 
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from mtp_jax import files
-from mtp_jax.data import sources
+from mtp_jax.data.errors import DataError
 
-# Of a folder, what describes its model and its tokenizer beside tokenizer.json.
+# Files that describe model and tokenizer, besides tokenizer.json and the weights.
 MODEL_FILES = (
   "config.json", "generation_config.json", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "chat_template.json",
   "chat_template.jinja",
 )
-OWN_BOS = "<|bos|>"  # What begins a document of our own tokenizers.
+BOS, EOS = "<|bos|>", "<|eos|>"  # Begin and end of a document in our own tokenizers.
 # (bos_token_id, eos_token_id) of a config.json that lacks the keys, by model_type.
 _CLASS_DEFAULTS = {
   "gpt2": (50256, 50256), "llama": (1, 2), "deepseek_v3": (0, 1),
@@ -27,11 +28,11 @@ _CLASS_DEFAULTS = {
 
 
 class SpecialTokens(NamedTuple):
-  """Ids that are put around a document, and ids that end a generated text.
+  """Ids around a document, and ids that end a generated text.
 
-  bos_id: None where no text begins with one.
-  eos_id: the separator of documents; None where there is none.
-  end_ids: of all tokens that end a generated text.
+  bos_id:  begins a document; None if documents have no begin token.
+  eos_id:  ends a document; None if documents have no end token.
+  end_ids: all tokens that end a generated text.
   """
 
   bos_id: int | None
@@ -40,7 +41,7 @@ class SpecialTokens(NamedTuple):
 
 
 def read_files(folder: Path) -> dict[str, Any] | None:
-  """Returns `MODEL_FILES` by name, JSON parsed; None where it is no model folder.
+  """Returns `MODEL_FILES` by name, JSON parsed; None if `folder` is no model folder.
 
   Raises:
     DataError: a file is damaged.
@@ -55,7 +56,7 @@ def read_files(folder: Path) -> dict[str, Any] | None:
         files.read_json(file) if name.endswith(".json") else files.read_text(file)
       )
     except (OSError, ValueError) as error:
-      raise sources.DataError(f"{file} cannot be read: {error}") from error
+      raise DataError(f"{file} cannot be read: {error}") from error
   is_model = {"model_type", "architectures"} & found.get("config.json", {}).keys()
   return found if is_model else None
 
@@ -65,16 +66,16 @@ def special_tokens(
 ) -> SpecialTokens:
   """Returns the special ids of a model folder.
 
-  Ids outside the vocabulary of the model are left out: it can neither read nor write
+  Ids outside the model's vocabulary are skipped: the model can neither read nor write
   them.
 
   Args:
-    model_files: of `read_files`.
+    model_files: from `read_files`.
     model: the tokenizer of the folder.
     where: the folder, for messages.
 
   Raises:
-    DataError: an id is no id; names file, key and value.
+    DataError: a value is no token id; names file, key and value.
   """
   config = model_files["config.json"]
   written = model_files.get("tokenizer_config.json", {})
@@ -87,7 +88,7 @@ def special_tokens(
     listed = value if isinstance(value, list) else [] if value is None else [value]
     for i in listed:
       if type(i) is not int or i < 0:
-        raise sources.DataError(
+        raise DataError(
           f"{where / name}: {key} must be null, a token id or a list of them, got "
           f"{files.shortened(value)}."
         )
@@ -99,17 +100,18 @@ def special_tokens(
     i = model.token_to_id(content) if isinstance(content, str) else None
     return [] if i is None else [i]
 
+  # Ends of a generated text may be several ids; a document ends with the first of them.
   ends = ids("config.json", "eos_token_id", default_eos)
   stops = ids("generation_config.json", "eos_token_id") or ends
   eos = [*ends, *stops, *named("eos_token")][:1]
   begins = ids("config.json", "bos_token_id", default_bos)
   front = first_ids(model)
-  # Transformers 4 heeds the key, and so did whoever trained the model (DeepSeek-V3);
-  # transformers 5 does not, if there is a tokenizer.json.
+  # `add_bos_token` counts as in transformers 4, with which such models were trained
+  # (DeepSeek-V3); transformers 5 ignores the key beside a tokenizer.json.
   if not front and written.get("add_bos_token"):
     front = named("bos_token") or begins
-  # Folders that we wrote before tokenizer_config.json was among their files.
-  if not front and not written and begins == [model.token_to_id(OWN_BOS)]:
+  # Older exports of this package have no tokenizer_config.json.
+  if not front and not written and begins == [model.token_to_id(BOS)]:
     front = begins
   return SpecialTokens(
     front[0] if front else None, eos[0] if eos else None, tuple(stops or eos)

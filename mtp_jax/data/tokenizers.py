@@ -1,10 +1,10 @@
-"""Text to token ids and back: bytes, byte-level BPE, or a given `tokenizer.json`.
+"""Tokenizers: bytes, byte-level BPE, symbols of tasks, or any `tokenizer.json`.
 
-Every tokenizer here is lossless and knows how many bytes of text each id stands for, so
-that losses become bits per byte. Ours have a begin and an end of document; that of a
-model folder has what the folder says, see `special_tokens`. All kinds are saved as a
-Hugging Face `tokenizer.json`, which other tools open; beside it, `special_tokens.json`
-keeps what a folder said.
+Every tokenizer is lossless and has the number of bytes of text per id, so that losses
+convert to bits per byte. Our own tokenizers have a begin and an end of document;
+tokenizers of model folders have the folder's ids, see `special_tokens`. All kinds
+are saved as a Hugging Face `tokenizer.json`, which other tools read, and, for a model
+folder, `special_tokens.json` beside it.
 """
 
 import dataclasses
@@ -17,47 +17,36 @@ from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from mtp_jax import config as config_lib
 from mtp_jax import files
 from mtp_jax.data import sources
 from mtp_jax.data.special_tokens import (
-  OWN_BOS,
+  BOS,
+  EOS,
   SpecialTokens,
   read_files,
   special_tokens,
 )
+from mtp_jax.data.subword_tokenizer import KEY, SubwordTokenizer, byte_vocab, train_bpe
 
-# The tokenizer of a run folder, its special ids, and their key where both are one text.
+# The tokenizer of a run folder, and its special ids.
 IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
-_KEY = "mtp_jax"
-BOS, EOS = OWN_BOS, "<|eos|>"
-# What well-known tokenizers call them, in the order in which they are looked for.
-_BOS_NAMES = (
-  BOS, "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>",
-  "<bos>", "<|startoftext|>", "[BOS]",
-)  # fmt: skip
-_EOS_NAMES = (
-  EOS, "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>",
-  "<eos>", "<|endoftext|>", "[EOS]",
-)  # fmt: skip
-_MOST_TOKENS = 1 << 22
-_PROBE = 'def f(x):\n\treturn  {x: "\u00e9\u6f22\U0001f642"}\n\n    # A,b 123\n'
 
 
 class Tokenizer(Protocol):
-  """What the rest of the project needs of a tokenizer.
+  """The interface of all tokenizers.
 
-  bos_id, eos_id: ids put around a document, None where there is none; `encode` never
-                  produces a special token.
-  end_ids:        of the tokens that end a generated text.
+  bos_id, eos_id: ids that begin and end a document, or None; `encode` never returns a
+                  special token.
+  end_ids:        the tokens that end a generated text.
   vocab_size:     1 + the largest id; the least `tokenizer.vocab_size` that works.
-  token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for specials. The
-                  sum over `encode(text)` is `len(text.encode())` for byte-level
-                  tokenizers. A SentencePiece one may add one leading space, and a
-                  Unicode normaliser makes it the bytes of the normalised text.
-  token_texts:    [vocab_size] the bytes themselves.
+  token_bytes_V:  [vocab_size] int64, UTF-8 bytes of text per id; 0 for special tokens.
+                  The sum over `encode(text)` is `len(text.encode())` for byte-level
+                  tokenizers. SentencePiece may add one leading space; with a Unicode
+                  normaliser the sum is the length of the normalised text.
+  token_texts:    [vocab_size] the bytes of each id.
   """
 
   bos_id: int | None
@@ -68,28 +57,28 @@ class Tokenizer(Protocol):
   token_bytes_V: np.ndarray
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns the ids [n] int32 of `text`, without specials."""
+    """Returns the ids [n] int32 of `text`, without special tokens."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns `encode` of each text; uses all cores where that helps."""
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text; specials are left out, a broken character becomes U+FFFD."""
+    """Returns the text without special tokens; broken characters become U+FFFD."""
 
   def special_id(self, name: str) -> int | None:
-    """Returns the id of the special token with this name, if there is one."""
+    """Returns the id of the special token with this name, or None."""
 
   def to_json(self) -> str:
     """Returns the content of a Hugging Face `tokenizer.json`.
 
-    With the special ids of a model folder it has a key more than the format.
+    For a tokenizer of a model folder it has one extra key, with the special ids.
     """
 
 
 def document(
   tokenizer: Tokenizer, ids: np.ndarray, begins: bool = True, ends: bool = True
 ) -> np.ndarray:
-  """Returns the ids of a text with what the tokenizer puts around a document."""
+  """Returns `ids` with the tokenizer's begin and end of document, where asked for."""
   bos, eos = tokenizer.bos_id, tokenizer.eos_id
   before = [bos] if begins and bos is not None else []
   after = [eos] if ends and eos is not None else []
@@ -97,7 +86,7 @@ def document(
 
 
 class ByteTokenizer:
-  """Ids 0..255 are the UTF-8 bytes, 256 begins and 257 ends a document."""
+  """Ids 0 to 255 are UTF-8 bytes; 256 begins and 257 ends a document."""
 
   bos_id = 256
   eos_id = 257
@@ -123,7 +112,7 @@ class ByteTokenizer:
 
   def to_json(self) -> str:
     """Returns a BPE without merges whose vocabulary is the 256 bytes in order."""
-    model = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    model = tokenizers.Tokenizer(models.BPE(vocab=byte_vocab(), merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(
       add_prefix_space=False, use_regex=False
     )
@@ -137,150 +126,8 @@ _BYTES = SpecialTokens(
 )
 
 
-class SubwordTokenizer:
-  """A tokenizer of the `tokenizers` library.
-
-  Begin and end of document are those of the model folder that the file is from. Of a
-  file by itself they are the first special tokens among names that are well known
-  (`_BOS_NAMES`, `_EOS_NAMES`); where there is none, <|bos|> or <|eos|> is added after
-  the file's own ids. Text that happens to contain a special's name is encoded as plain
-  text, so no document can forge a document boundary.
-
-  Raises:
-    DataError: the tokenizer loses text (unknown tokens, lower case, white space), so
-      that its bits per byte and completions would mean nothing; or it makes a document
-      boundary of text that merely looks like one.
-  """
-
-  def __init__(
-    self,
-    model: tokenizers.Tokenizer,
-    name: str,
-    special: SpecialTokens | None = None,
-    content: dict[str, Any] | None = None,
-  ):
-    """Args:
-      model: as it was read.
-      name: for messages.
-      special: the special ids of the model folder, if the file is from one.
-      content: of the file; needed with `special`.
-    """
-    model.no_truncation()
-    model.no_padding()
-    model.encode_special_tokens = True
-    if getattr(model.model, "dropout", None):  # The same text has the same tokens.
-      model.model.dropout = None
-    self._model = model
-    if special is None:
-      bos, eos = self._special(_BOS_NAMES), self._special(_EOS_NAMES)
-      special, self._json = SpecialTokens(bos, eos, (eos,)), model.to_str()
-      vocab = model.get_vocab(with_added_tokens=True)
-    else:
-      # The library would not write all that the file has: padding, for one.
-      values = special._asdict() | {"end_ids": list(special.end_ids)}
-      self._json = json.dumps(content | {_KEY: values}, ensure_ascii=False)
-      # A model may lack rows for special tokens that it never reads.
-      vocab = model.get_vocab(with_added_tokens=True)
-      added = model.get_added_tokens_decoder()
-      vocab = {t: i for t, i in vocab.items() if i not in added or not added[i].special}
-    self.bos_id, self.eos_id, self.end_ids = special
-    ids = [i for i in (*special[:2], *special.end_ids) if i is not None]
-    self.vocab_size = 1 + max([*vocab.values(), *ids], default=0)
-    if self.vocab_size > _MOST_TOKENS:
-      raise sources.DataError(
-        f"tokenizer.path must have token ids below {_MOST_TOKENS}, {name!r} has "
-        f"{self.vocab_size - 1}."
-      )
-    self.token_texts = self._texts(vocab)
-    self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
-    self._check_lossless(name)
-    self._check_unforgeable(name)
-
-  def encode(self, text: str) -> np.ndarray:
-    return self.encode_batch([text])[0]
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    ids = np.asarray(ids).tolist()
-    return self._model.decode(ids, skip_special_tokens=True)
-
-  def special_id(self, name: str) -> int | None:
-    added = self._model.get_added_tokens_decoder()
-    i = self._model.token_to_id(name)
-    return i if i in added and added[i].special else None
-
-  def to_json(self) -> str:
-    return self._json
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, SubwordTokenizer) and self._json == other._json
-
-  def __hash__(self) -> int:
-    return hash(self._json)
-
-  def _special(self, names: tuple[str, ...]) -> int:
-    added = self._model.get_added_tokens_decoder()
-    ids = {token.content: i for i, token in added.items() if token.special}
-    for name in names:
-      if name in ids:
-        return ids[name]
-    self._model.add_special_tokens([names[0]])
-    return self._model.token_to_id(names[0])
-
-  def _texts(self, vocab: dict[str, int]) -> list[bytes]:
-    added = self._model.get_added_tokens_decoder()
-    is_byte_level = '"ByteLevel"' in json.dumps(
-      json.loads(self._model.to_str())["decoder"]
-    )
-    texts, bytes_of = [b""] * self.vocab_size, _byte_vocab()
-    for token, i in vocab.items():
-      if i in added:
-        texts[i] = b"" if added[i].special else added[i].content.encode()
-      elif is_byte_level and bytes_of.keys() >= set(token):
-        texts[i] = bytes(map(bytes_of.get, token))
-      elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        texts[i] = bytes.fromhex(token[3:5])  # SentencePiece's byte fallback.
-      else:
-        texts[i] = token.replace("\u2581", " ").encode()
-    return texts
-
-  def _check_lossless(self, name: str) -> None:
-    added = self._model.get_added_tokens_decoder().values()
-    for text in (_PROBE, *(f"a{x.content}b" for x in added if not x.special)):
-      try:
-        ids = self.encode(text)
-      # The library raises plain Exception for text without a token.
-      except Exception as error:
-        raise sources.DataError(
-          f"tokenizer.path must be a tokenizer that encodes any text, {name!r} does "
-          f"not encode {text!r} ({error})."
-        ) from error
-      num_bytes, expected = int(self.token_bytes_V[ids].sum()), len(text.encode())
-      if self.decode(ids) != text or num_bytes - expected not in (0, 1):
-        raise sources.DataError(
-          f"tokenizer.path must be a tokenizer that loses no text, got {name!r}: it "
-          f"turns {text!r} into {self.decode(ids)!r} ({num_bytes} bytes by its tokens, "
-          f"{expected} in the text)."
-        )
-
-  def _check_unforgeable(self, name: str) -> None:
-    # A Unigram model, for one, finds the names among its own pieces.
-    added = self._model.get_added_tokens_decoder()
-    for special in {self.bos_id, self.eos_id} & added.keys():
-      text = f"a{added[special].content}b"
-      if special in self.encode(text):
-        raise sources.DataError(
-          "tokenizer.path must be a tokenizer that encodes the names of its special "
-          f"tokens as plain text, {name!r} makes token {special} of "
-          f"{added[special].content!r}."
-        )
-
-
 class SymbolTokenizer:
-  """A closed vocabulary of words that white space separates, for synthetic tasks."""
+  """A closed vocabulary of words, separated by white space, for synthetic tasks."""
 
   bos_id = 0
   eos_id = 1
@@ -296,7 +143,7 @@ class SymbolTokenizer:
     self.token_bytes_V = np.array([len(text) for text in self.token_texts], np.int64)
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns ids; raises ValueError for a word that is no symbol of the task."""
+    """Returns ids; ValueError for a word that is no symbol of the task."""
     return self.encode_symbols(text.split())
 
   def encode_symbols(self, symbols: Sequence[str]) -> np.ndarray:
@@ -316,14 +163,14 @@ class SymbolTokenizer:
     return " ".join(self.decode_symbols(ids))
 
   def decode_symbols(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """Returns the symbols, specials and ids that stand for nothing left out."""
+    """Returns the symbols, without special tokens and unused ids."""
     return tuple(self._symbols[i] for i in ids if 2 <= i < self.vocab_size)
 
   def special_id(self, name: str) -> int | None:
     return {BOS: self.bos_id, EOS: self.eos_id}.get(name)
 
   def to_json(self) -> str:
-    """Returns a WordLevel model; its unknown word, which it must name, is the end."""
+    """Returns a WordLevel model; its unknown word, a required field, is the end."""
     model = tokenizers.Tokenizer(models.WordLevel(vocab=self._ids, unk_token=EOS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens([BOS, EOS])
@@ -336,10 +183,9 @@ def make_tokenizer(
   """Returns the tokenizer of a config.
 
   Args:
-    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`). That of kind
-      `symbols` is made by its task, see tasks/corpus.py.
-    train_texts: texts of the train split; only `bpe` reads them. Their order does not
-      matter.
+    config: `kind`, and `vocab_size` (for `bpe`) or `path` (for `file`). Kind `symbols`
+      is not made here but by its task, see tasks/corpus.py.
+    train_texts: texts of the train split, in any order; only `bpe` reads them.
 
   Raises:
     DataError: `path` is missing or no tokenizer, or it loses text.
@@ -347,7 +193,7 @@ def make_tokenizer(
   if config.kind == "bytes":
     return ByteTokenizer()
   if config.kind == "bpe":
-    return _train_bpe(config.vocab_size, train_texts)
+    return train_bpe(config.vocab_size, train_texts)
   return load_tokenizer(config.path)
 
 
@@ -361,7 +207,7 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes `tokenizer.json`, and `special_tokens.json` where it needs one."""
+  """Writes `tokenizer.json`; for a model folder also `special_tokens.json`."""
   content, special = _split(tokenizer.to_json())
   if special is not None:
     beside = Path(path).with_name(SPECIAL_TOKENS)
@@ -372,12 +218,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
 def load_tokenizer(
   path: str | os.PathLike, folder: str | os.PathLike | None = None
 ) -> Tokenizer:
-  """Returns the tokenizer of a `tokenizer.json`, ours or anyone's.
+  """Returns the tokenizer of a `tokenizer.json`, written by us or any other tool.
 
   Args:
-    path: of the file.
-    folder: the model folder that names the special ids; by default the one that the
-      file is in, if it is one.
+    path: the file.
+    folder: the model folder that names the special ids; by default the file's folder,
+      if that is a model folder.
 
   Raises:
     DataError: no such file, not a tokenizer, or one that loses text.
@@ -430,23 +276,23 @@ def tokenizer_from_json(text: str, name: str = "tokenizer.json") -> Tokenizer:
 
 
 def plain_json(tokenizer: Tokenizer) -> str:
-  """Returns the content of a `tokenizer.json` that any tool reads."""
+  """Returns the content of a `tokenizer.json` without our extra key."""
   return _split(tokenizer.to_json())[0]
 
 
 def _split(text: str) -> tuple[str, dict[str, Any] | None]:
-  """Returns a `tokenizer.json` without our key, and what the key has."""
-  if f'"{_KEY}": {{"bos_id"' not in text:
+  """Returns a `tokenizer.json` without our key, and the value of the key."""
+  if f'"{KEY}": {{"bos_id"' not in text:
     return text, None
   content = json.loads(text)
-  special = content.pop(_KEY)
+  special = content.pop(KEY)
   return json.dumps(content, indent=2, ensure_ascii=False), special
 
 
 def _stated(
   special: dict[str, Any] | None,
 ) -> Callable[[tokenizers.Tokenizer], SpecialTokens | None]:
-  """Returns what finds the special ids that a file has stated, if there is one."""
+  """Returns a function that returns the special ids of `special_tokens.json`."""
   if special is None:
     return lambda model: None
   ends = tuple(special["end_ids"])
@@ -456,7 +302,7 @@ def _stated(
 def _parse(
   text: str, name: str, find: Callable[[tokenizers.Tokenizer], SpecialTokens | None]
 ) -> Tokenizer:
-  """Returns the tokenizer of a `tokenizer.json`; `find` gets its special ids."""
+  """Returns the tokenizer of a `tokenizer.json`; `find` returns its special ids."""
   try:
     content = json.loads(text)
     loaded = tokenizers.Tokenizer.from_str(text)
@@ -469,8 +315,8 @@ def _parse(
     return SubwordTokenizer(loaded, name, special, content)
   except sources.DataError:
     raise
-  # The library raises plain Exception for every content that it cannot parse, and
-  # where it does not expect the content a PanicException, which has no name in Python.
+  # The library raises plain Exception for content that it cannot parse. For content
+  # that it did not expect it panics: PanicException cannot be imported.
   except BaseException as error:
     is_panic = type(error).__name__ == "PanicException"
     if not (is_panic or isinstance(error, Exception)):
@@ -481,46 +327,22 @@ def _parse(
     ) from error
 
 
-def _train_bpe(vocab_size: int, train_texts: Iterable[str]) -> SubwordTokenizer:
-  """Byte-level BPE (GPT-2's pre-tokenizer): any text has an encoding."""
-  model = tokenizers.Tokenizer(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  model.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=[BOS, EOS],
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  model.train_from_iterator(train_texts, trainer)
-  return SubwordTokenizer(model, "BPE trained on the corpus")
-
-
 def _is_bytes(values: dict[str, Any]) -> bool:
-  """Whether the parsed `tokenizer.json` is what `ByteTokenizer.to_json` returns."""
+  """Returns whether the parsed content equals `ByteTokenizer.to_json`."""
   added = {token["content"]: token["id"] for token in values.get("added_tokens", ())}
   return (
     values.get("normalizer") is None
-    and values["model"].get("vocab") == _byte_vocab()
+    and values["model"].get("vocab") == byte_vocab()
     and values["model"].get("merges") == []
     and added == {BOS: ByteTokenizer.bos_id, EOS: ByteTokenizer.eos_id}
   )
 
 
 def _symbols(values: dict[str, Any]) -> list[str]:
-  """Returns the symbols of a `SymbolTokenizer.to_json`, none of any other content."""
+  """Returns the symbols of a `SymbolTokenizer.to_json`; [] for other content."""
   model = values["model"]
   if model.get("type") != "WordLevel":
     return []
   bos, eos, *symbols = sorted(model["vocab"], key=model["vocab"].get)
   is_ours = (bos, eos, model["unk_token"]) == (BOS, EOS, EOS)
   return symbols if is_ours else []
-
-
-def _byte_vocab() -> dict[str, int]:
-  """Returns GPT-2's printable character for each byte, mapped to the byte."""
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printable]
-  vocab = {chr(byte): byte for byte in printable}
-  vocab.update({chr(256 + i): byte for i, byte in enumerate(others)})
-  return dict(sorted(vocab.items(), key=lambda item: item[1]))

@@ -1,4 +1,4 @@
-"""How the processes that prepare or load data begin and end."""
+"""Signals and lifetime of worker processes that prepare or load data."""
 
 import contextlib
 import multiprocessing
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 
 def follow_parent() -> None:
-  """Makes a worker process end with its parent; call it first thing in the worker.
+  """Makes a worker process end with its parent; the worker calls this first.
 
-  Ctrl-C reaches every process of a terminal and is left to the parent. When the parent
-  is gone, killed perhaps, the worker exits instead of waiting for work for ever.
+  The worker ignores Ctrl-C, which reaches every process of a terminal: the parent
+  handles it. When the parent ends, even by a kill, the worker exits instead of waiting
+  for work for ever.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -20,9 +21,9 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def shielded_from_interrupts() -> Iterator[None]:
-  """Processes started within never see Ctrl-C, not even while they still import.
+  """Blocks Ctrl-C for processes started in the context, even while they still import.
 
-  One that comes meanwhile is delivered to the caller afterwards.
+  A Ctrl-C during the context is delivered to the caller when the context ends.
   """
   before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
   try:
@@ -32,10 +33,10 @@ def shielded_from_interrupts() -> Iterator[None]:
 
 
 def serve_training(*_: int) -> None:
-  """Like `follow_parent`, for workers that training needs until it has saved.
+  """As `follow_parent`, for workers that training needs until it has saved.
 
-  A cluster sends SIGTERM to all processes of a job at once; it too is left to the
-  parent. Arguments are ignored: grain passes the number of the worker.
+  The worker ignores SIGTERM, too, which a cluster sends to all processes of a job at
+  once. Arguments are ignored: grain passes the worker's number.
   """
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   follow_parent()

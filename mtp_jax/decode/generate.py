@@ -8,7 +8,6 @@ Legend: B batch, S slots, K drafts.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from mtp_jax.config import MOST_DRAFTS, Config
 from mtp_jax.decode import drafters, loop, network, stops, trees
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
+from mtp_jax.environment import device_memory
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers
 from mtp_jax.predictors.drafting import Drafter
@@ -318,17 +318,6 @@ class _Sizes:
         f"padded to {self.prompt_slots} tokens, with {self.max_new_tokens} new ones, "
         f"take at least {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB."
       )
-
-
-def device_memory() -> int | None:
-  """Returns the bytes of the first device, for a CPU those of the machine."""
-  stats = jax.local_devices()[0].memory_stats()
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  try:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  except (AttributeError, ValueError, OSError):  # Not every system says so.
-    return None
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:

@@ -1,9 +1,9 @@
-"""Folders that hold extra predictors alone, beside one with the trunk.
+"""config.json of folders with drafters alone, whose trunk is in another folder.
 
-A layout is called like the `mtp.kind` whose predictors it holds: `medusa` is that of
-FasterDecoding/Medusa, `eagle` and `eagle3` are those of SafeAILab/EAGLE, with the layer
-of Llama. An EAGLE drafter of the trunk's whole vocabulary, the only one that is read or
-written, has no `d2t` and `t2d`.
+A layout has the name of its `mtp.kind`: `medusa` is the layout of
+FasterDecoding/Medusa; `eagle` and `eagle3` are the layouts of SafeAILab/EAGLE, with the
+layer of Llama. EAGLE drafters are read and written with the trunk's whole vocabulary
+only, that is, without the tensors `d2t` and `t2d`.
 """
 
 from pathlib import Path
@@ -11,23 +11,18 @@ from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import (
-  DRAFTERS,
-  KEYS,
-  TokenIds,
-  longest_text,
-  model_layouts_for,
-  write_keys,
-)
+from mtp_jax.interop.hf_config import KEYS
+from mtp_jax.interop.hf_config_writing import TokenIds, longest_text, write_keys
+from mtp_jax.interop.layouts import DRAFTERS, model_layouts_for
 from mtp_jax.predictors import num_trunk_layers, predictor_trunk, tapped_layers
 
-# What must be the same on both sides where config.json states it ...
+# Keys that must have our value if config.json has them.
 _STATED = (
   "medusa_num_heads", "medusa_num_layers", "hidden_size", "intermediate_size",
   "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
   "draft_vocab_size",
 )
-# ... and what it is where config.json does not.
+# Keys that must have our value, and their values if config.json lacks them.
 _DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "rope_theta": 10_000.0,
@@ -38,27 +33,29 @@ _DEFAULTS = {
 
 
 def layouts_for(config: Config, trunk_only: bool = False) -> dict[str, str]:
-  """Returns for every layout why `config` cannot be written in it; "" where it can.
+  """Returns, by layout, the reason why `config` cannot be exported; "" if it can.
 
-  `trunk_only`: without the extra predictors, as `export_params` takes it.
+  `trunk_only`: export without the extra predictors.
   """
   return model_layouts_for(config, trunk_only) | {
-    layout: "it has no trunk" if trunk_only else drafter_obstacle(config, layout)
+    layout: (
+      "the layout has no trunk" if trunk_only else drafter_obstacle(config, layout)
+    )
     for layout in DRAFTERS
   }
 
 
 def drafter_obstacle(config: Config, layout: str) -> str:
-  """Returns why the predictors cannot be written in a layout; "" where they can."""
+  """Returns the reason why the predictors have no place in a layout; "" if they do."""
   if config.mtp.kind != layout or not config.mtp.depth:
-    return f"it has predictors of mtp.kind {layout!r}, at least one"
+    return f"the layout holds predictors of mtp.kind {layout!r}, at least one"
   return "" if layout == "medusa" else _eagle_obstacle(config)
 
 
 def _eagle_obstacle(config: Config) -> str:
   trunk, layers = config.trunk, num_trunk_layers(config)
   if trunk.kind != "llama":
-    return f"its layer is Llama's, and the trunk is of kind {trunk.kind!r}"
+    return f"the drafter's layer is Llama's, but trunk.kind is {trunk.kind!r}"
   if trunk.qk_norm:
     return "trunk.qk_norm must be False there"
   if trunk.rope_scaling.kind not in ("none", "linear"):
@@ -85,10 +82,9 @@ def write_drafter_config(
   token_ids: TokenIds | None = None,
   base_model: str = "",
 ) -> dict[str, Any]:
-  """Returns the config.json of predictors alone.
+  """Returns the config.json of a folder with drafters alone.
 
-  `token_ids`: of the tokens that begin and end a text. `base_model`: folder or name of
-  the trunk.
+  `token_ids`: begin and end of a text. `base_model`: folder or name of the trunk.
   """
   kind, trunk = config.mtp.kind, config.trunk
   bos, eos = token_ids or (None, None)
@@ -106,6 +102,7 @@ def write_drafter_config(
       "medusa_num_heads": config.mtp.depth,
       "medusa_num_layers": 1,
     }
+  # The layer of an EAGLE drafter is described as a Llama model of one layer.
   scaling = trunk.rope_scaling
   is_linear = scaling.kind == "linear"
   values |= write_keys(config, KEYS) | {
@@ -129,7 +126,7 @@ def write_drafter_config(
 
 
 def check_drafter_config(file: Path, values: dict[str, Any], config: Config) -> None:
-  """Raises InteropError where a config.json is of other predictors than `config`."""
+  """Raises InteropError if a config.json describes other predictors than `config`."""
   wanted = write_drafter_config(config, "float32")
   for key in (*_STATED, *_DEFAULTS):
     if key not in wanted:
@@ -143,7 +140,7 @@ def check_drafter_config(file: Path, values: dict[str, Any], config: Config) -> 
 
 
 def drafter_contract(config: Config) -> dict[str, Any]:
-  """Returns what a reader must know and config.json does not state."""
+  """Returns facts that a reader of the weights needs and config.json lacks."""
   if config.mtp.kind == "medusa":
     return {
       "hidden_source": "trunk output after its final norm",

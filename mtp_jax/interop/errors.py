@@ -1,5 +1,5 @@
-"""What goes wrong with a model folder of another framework."""
+"""The error of import and export."""
 
 
 class InteropError(ValueError):
-  """A folder that cannot be read, or a model that has no place in a layout."""
+  """A model folder that cannot be read, or a model that a layout cannot hold."""

@@ -1,4 +1,4 @@
-"""Our parameters into model folders of other frameworks."""
+"""Export: writes our parameters as a model folder of other frameworks."""
 
 import json
 import os
@@ -23,11 +23,12 @@ from mtp_jax.interop.drafter_config import (
   write_drafter_config,
 )
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import DRAFTERS, ID_KEYS, TokenIds, write_config
-from mtp_jax.interop.importing import CONTRACT, parameter_shapes
+from mtp_jax.interop.hf_config_writing import ID_KEYS, TokenIds, write_config
+from mtp_jax.interop.importing import CONTRACT
+from mtp_jax.interop.layouts import DRAFTERS
+from mtp_jax.interop.placing import parameter_shapes
 from mtp_jax.interop.tensor_files import (
   NewTensor,
-  write_bytes,
   write_file,
   write_json,
   write_tensors,
@@ -56,27 +57,26 @@ def export_params(
 ) -> None:
   """Writes config.json, safetensors and `mtp_contract.json` into a new folder.
 
-  With a tokenizer also tokenizer.json, tokenizer_config.json and, for a layout with a
-  trunk, generation_config.json.
-
-  The folder appears whole or not at all. One tensor is alive at a time.
+  With a tokenizer, also tokenizer.json, tokenizer_config.json and, for a layout with a
+  trunk, generation_config.json. The folder appears whole or not at all. One tensor is
+  in memory at a time.
 
   Args:
     params, config: as trained.
-    folder: does not exist yet, or is empty; the one above it exists.
-    layout: one of those that `layouts_for(config, trunk_only)` allows.
+    folder: a new or empty folder; its parent exists.
+    layout: a layout that `layouts_for(config, trunk_only)` allows.
     dtype: float32 | bfloat16; the balancing bias of experts stays float32.
-    max_shard_bytes: size from which there are several files and an index; layouts of
-      predictors alone have one file.
+    max_shard_bytes: larger models are split into several files with an index; layouts
+      of drafters alone always have one file.
     trunk_only: deletes the extra predictors (`lm.deployed`).
-    token_ids: of the tokens that begin and end a text; by default the tokenizer's.
-    base_model: folder or name of the trunk, for config.json of predictors alone.
+    token_ids: begin and end of a text; by default the tokenizer's.
+    base_model: folder or name of the trunk, for the config.json of drafters alone.
     tokenizer: of the model.
-    model_folder: what an imported model had besides weights; goes out as it came in.
+    model_folder: files of an imported model besides its weights; written unchanged.
 
   Raises:
-    InteropError: the layout has no place for the model, or the folder is in use.
-    OSError: it could not be written in full; nothing is left of it.
+    InteropError: the layout cannot hold the model, or the folder is not empty.
+    OSError: the folder could not be written in full; nothing of it is left.
   """
   folder = Path(folder)
   _check_target(folder)
@@ -93,6 +93,7 @@ def export_params(
     )
   if dtype not in _DTYPES:
     raise InteropError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}.")
+  # Everything is checked before the first byte is written.
   if trunk_only:
     params, config = deployed(params, config)
   leaves = flax.traverse_util.flatten_dict(params, sep="/")
@@ -110,12 +111,14 @@ def export_params(
   if token_ids is None and tokenizer is not None:
     ends = tokenizer.end_ids
     token_ids = tokenizer.bos_id, list(ends) if len(ends) > 1 else tokenizer.eos_id
+  # Written beside the target and renamed, so that no half folder is ever visible.
   temporary = Path(files.temporary_name(folder))
   temporary.mkdir()
   try:
     if layout in DRAFTERS:
       write_file(temporary / DRAFTERS[layout], tensors)
       values = write_drafter_config(config, dtype, token_ids, base_model)
+      # Facts about the trunk stay as its authors stated them.
       of_trunk = (*ID_KEYS, "max_position_embeddings")
       own = came.get("config.json", {})
       values |= {key: own[key] for key in of_trunk if key in own and key in values}
@@ -127,30 +130,39 @@ def export_params(
     write_json(temporary / "config.json", values)
     write_json(temporary / CONTRACT, _contract(config, layout))
     if tokenizer is not None:
-      more = tokenizer_files(tokenizer, values) | came
-      before = came.get("config.json", values).get("n_positions")
-      if values.get("n_positions") != before:  # Fewer learned positions than came in.
-        more["tokenizer_config.json"] = more["tokenizer_config.json"] | {
-          "model_max_length": values["n_positions"]
-        }
-      not_written = ["config.json"]
-      if layout in DRAFTERS:  # Predictors alone generate nothing.
-        not_written.append("generation_config.json")
-      for name in more.keys() - not_written:
-        content = more[name]
+      for name, content in _other_files(tokenizer, values, came, layout).items():
         is_text = isinstance(content, str)
         encoded = content if is_text else json.dumps(content, indent=2)
-        write_bytes(temporary / name, encoded.encode())
+        files.write_whole(temporary / name, encoded.encode())
     os.replace(temporary, folder)
   finally:
     if temporary.exists():
       shutil.rmtree(temporary)
 
 
+def _other_files(
+  tokenizer: Tokenizer, values: dict[str, Any], came: dict[str, Any], layout: str
+) -> dict[str, dict[str, Any] | str]:
+  """Returns the files besides weights and config.json, by name.
+
+  Files of an imported model (`came`) replace ours. `values`: the config.json.
+  """
+  found = tokenizer_files(tokenizer, values) | came
+  before = came.get("config.json", values).get("n_positions")
+  if values.get("n_positions") != before:  # Fewer learned positions than imported.
+    found["tokenizer_config.json"] = found["tokenizer_config.json"] | {
+      "model_max_length": values["n_positions"]
+    }
+  skipped = {"config.json"}
+  if layout in DRAFTERS:  # Drafters alone generate no text.
+    skipped.add("generation_config.json")
+  return {name: content for name, content in found.items() if name not in skipped}
+
+
 def tokenizer_files(
   tokenizer: Tokenizer, values: dict[str, Any]
 ) -> dict[str, dict[str, Any] | str]:
-  """Returns the files with which AutoTokenizer gives the ids of training, by name.
+  """Returns the files, by name, with which AutoTokenizer returns the ids of training.
 
   `values`: of config.json.
   """
@@ -198,7 +210,7 @@ def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
   for path, leaf in leaves.items():
     if tuple(leaf.shape) != shapes[path]:
       raise InteropError(
-        f"parameter {path!r} is {list(leaf.shape)}, and its config means "
+        f"parameter {path!r} has shape {list(leaf.shape)}; its config needs "
         f"{list(shapes[path])}."
       )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -226,7 +238,7 @@ def _new_tensor(
 
 
 def _contract(config: Config, layout: str) -> dict[str, Any]:
-  """What a reader must know about the MTP layers and no layout states."""
+  """Returns facts about the MTP layers that readers need and layouts lack."""
   depth = config.mtp.depth
   contract = {"kind": config.mtp.kind if depth else "none", "depth": depth}
   if not depth:

@@ -1,48 +1,20 @@
-"""config.json to our config keys and back, and which of our models have a layout.
+"""config.json of model folders: tables of keys, and reading as overrides of ours.
 
-Both keys under which the rotary settings are known are read and written:
-`rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of those before.
+Rotary settings have two forms, which are both read and written: `rope_parameters`
+(transformers 5), and `rope_theta` with `rope_scaling` (before).
 """
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import (
-  PUBLISHED_INPUTS,
-  Config,
-  MtpConfig,
-  RopeScalingConfig,
-  TrunkConfig,
-)
 from mtp_jax.files import shortened
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.predictors import num_trunk_layers
+from mtp_jax.interop.layouts import LAYOUTS
 
-# Ids of the tokens that begin a text, and of the one or the several that end it.
-TokenIds = tuple[int | None, int | list[int] | None]
-ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-# Layout -> the class name and the model type that config.json has for it.
-LAYOUTS = {
-  "gpt2": ("GPT2LMHeadModel", "gpt2"),
-  "llama": ("LlamaForCausalLM", "llama"),
-  "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-  "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-  "deepseek_v3": ("DeepseekV3ForCausalLM", "deepseek_v3"),
-  "mimo": ("MiMoForCausalLM", "mimo"),
-}
-# Layout of extra predictors alone (`drafter_config`) -> the one file of their tensors.
-DRAFTERS = {
-  "medusa": "medusa_lm_head.safetensors",
-  "eagle": "model.safetensors",
-  "eagle3": "model.safetensors",
-}
-
-# Our key -> theirs; the same value on both sides.
-_GPT2_KEYS = {
+# Our key -> their key, with the same value.
+GPT2_KEYS = {
   "tokenizer.vocab_size": "vocab_size",
   "data.seq_len": "n_positions",
   "trunk.embed_dim": "n_embd",
@@ -56,13 +28,13 @@ KEYS = {
   "trunk.num_layers": "num_hidden_layers",
   "trunk.num_heads": "num_attention_heads",
 }
-_LATENT_KEYS = {
+LATENT_KEYS = {
   "trunk.latent.kv_rank": "kv_lora_rank",
   "trunk.latent.nope_dim": "qk_nope_head_dim",
   "trunk.latent.rope_dim": "qk_rope_head_dim",
   "trunk.latent.value_dim": "v_head_dim",
 }
-_EXPERT_KEYS = {
+EXPERT_KEYS = {
   "trunk.moe.num_experts": "n_routed_experts",
   "trunk.moe.experts_per_token": "num_experts_per_tok",
   "trunk.moe.expert_dim": "moe_intermediate_size",
@@ -71,7 +43,7 @@ _EXPERT_KEYS = {
   "trunk.moe.groups_per_token": "topk_group",
 }
 
-# Their key -> the values with which our model is theirs; a missing key is one of them.
+# Their key -> supported values; a missing key is supported, too.
 _ANY_LAYOUT = {
   "quantization_config": (None,),
   "attn_logit_softcapping": (None,),
@@ -87,7 +59,7 @@ _GPT2_ONLY = {
 }
 _ROTARY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1.0)}
 _NO_BIAS, _FALSE = {"attention_bias": (False, None)}, (False, None)
-# Qwen2 and MiMo have biases of queries, keys and values whatever `attention_bias` is.
+# Qwen2 and MiMo always have biases of queries, keys and values: no `attention_bias`.
 _ONLY = {
   "gpt2": _GPT2_ONLY,
   "llama": _ROTARY | _NO_BIAS | {"mlp_bias": _FALSE},
@@ -106,9 +78,9 @@ _ONLY = {
 _ROPE_KINDS = {
   "default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"
 }  # fmt: skip
-_ROPE_TYPES = {ours: theirs for theirs, ours in _ROPE_KINDS.items()}
-# What a set of rotary parameters may have beside its kind and theta.
-_ROPE_KEYS = {
+ROPE_TYPES = {ours: theirs for theirs, ours in _ROPE_KINDS.items()}
+# Keys of rotary parameters besides kind and theta, by kind.
+ROPE_KEYS = {
   "default": (),
   "linear": ("factor",),
   "llama3": (
@@ -125,9 +97,9 @@ _REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class TrunkDescription:
-  """What config.json says; see `importing.HfModel`.
+  """The content of a config.json; see `importing.HfModel`.
 
-  depth: of MTP, by its account. sizes: of parameters, by its keys.
+  depth: number of MTP layers. sizes: sizes of parameters, by their keys.
   """
 
   family: str
@@ -145,7 +117,7 @@ class _Values:
     self.sizes: dict[str, int] = {}
 
   def get(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED) -> Any:
-    """Returns a value; a missing one or null is `default`."""
+    """Returns a value; `default` if it is missing or null."""
     value = self._values.get(key)
     if value is None:
       if default is _REQUIRED:
@@ -162,7 +134,7 @@ class _Values:
     return value
 
   def size(self, key: str, default: Any = _REQUIRED) -> int:
-    """Returns an axis of parameters, or how many of them there are."""
+    """Returns a size or number of parameters, and records it in `sizes`."""
     self.sizes[key] = self.integer(key, default, least=1)
     return self.sizes[key]
 
@@ -194,11 +166,11 @@ class _Values:
 
 
 def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
-  """Returns what the values of a config.json mean for ours.
+  """Returns the description of the trunk, as overrides of our config.
 
   Raises:
-    InteropError: another architecture or variant; names file, key, value and what is
-      supported.
+    InteropError: an unsupported architecture or value; names file, key, value and the
+      supported values.
   """
   reader = _Values(file, values)
   family = _family(reader, values)
@@ -206,6 +178,7 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
   reader.check(_ONLY[family])
   if family == "gpt2":
     return _read_gpt2(reader)
+  # Sliding windows and the like would change the meaning of long texts.
   kinds = reader.get("layer_types", (list,), [])
   if any(kind != "full_attention" for kind in kinds):
     reader.refuse("layer_types", "'full_attention' for every layer")
@@ -249,7 +222,7 @@ def _family(reader: _Values, values: dict[str, Any]) -> str:
 
 
 def _read_gpt2(reader: _Values) -> TrunkDescription:
-  overrides = {ours: reader.size(theirs) for ours, theirs in _GPT2_KEYS.items()}
+  overrides = {ours: reader.size(theirs) for ours, theirs in GPT2_KEYS.items()}
   overrides |= {
     "trunk.kind": "gpt2",
     "trunk.num_kv_heads": overrides["trunk.num_heads"],
@@ -280,7 +253,7 @@ def _read_heads(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
 def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
   if overrides["trunk.num_kv_heads"] != overrides["trunk.num_heads"]:
     reader.refuse("num_key_value_heads", "num_attention_heads, for latent attention")
-  found = {ours: reader.size(theirs) for ours, theirs in _LATENT_KEYS.items()}
+  found = {ours: reader.size(theirs) for ours, theirs in LATENT_KEYS.items()}
   found |= {
     "trunk.attention_kind": "latent",
     "trunk.attention_dim": 0,
@@ -289,7 +262,7 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
   num_dense = reader.integer("first_k_dense_replace")
   if num_dense >= overrides["trunk.num_layers"]:
     return found | {"trunk.moe.num_experts": 0}
-  found |= {ours: reader.size(theirs) for ours, theirs in _EXPERT_KEYS.items()}
+  found |= {ours: reader.size(theirs) for ours, theirs in EXPERT_KEYS.items()}
   return found | {
     "trunk.moe.dense_layers": num_dense,
     "trunk.moe.route_scale": reader.number("routed_scaling_factor"),
@@ -297,7 +270,7 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
-  """Rotary settings, from whichever of the two keys is there."""
+  """Returns the rotary settings, from `rope_parameters` or else `rope_scaling`."""
   rope = reader.section("rope_parameters")
   if not rope.keys():
     rope = reader.section("rope_scaling")
@@ -305,9 +278,10 @@ def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
   kind = rope.get(key, (str,), "default")
   if kind not in _ROPE_KINDS:
     rope.refuse(key, ", ".join(_ROPE_KINDS))
+  # An unknown key may change the positions, so it must not be ignored.
   known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-  for extra in sorted(rope.keys() - known - set(_ROPE_KEYS[kind])):
-    rope.refuse(extra, f"for kind {kind!r}: {', '.join(_ROPE_KEYS[kind]) or 'nothing'}")
+  for extra in sorted(rope.keys() - known - set(ROPE_KEYS[kind])):
+    rope.refuse(extra, f"for kind {kind!r}: {', '.join(ROPE_KEYS[kind]) or 'nothing'}")
   rope.check({"partial_rotary_factor": (None, 1.0)})
   theta = rope.number("rope_theta", reader.number("rope_theta", 10_000.0))
   scaling = {"kind": _ROPE_KINDS[kind]}
@@ -333,7 +307,7 @@ def _read_yarn(rope: _Values, max_length: int, family: str) -> dict[str, Any]:
   rope.check({"truncate": (True, None)})
   original = rope.integer("original_max_position_embeddings", max_length, least=1)
   factor = rope.number("factor", max_length / original)
-  # Without both of these there, the attention factor follows from `factor` alone.
+  # Unless both are set, the attention factor follows from `factor` alone.
   mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
   if not (mscale and all_dim):
     if all_dim and family == "deepseek_v3":
@@ -356,247 +330,3 @@ def _read_yarn(rope: _Values, max_length: int, family: str) -> dict[str, Any]:
 
 def _mscale(factor: float, mscale: float) -> float:
   return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-def write_config(
-  config: Config,
-  layout: str,
-  dtype: str,
-  token_ids: TokenIds | None = None,
-  came: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-  """Returns the config.json of `layout`; `layouts_for` must allow it.
-
-  Args:
-    config: of the model.
-    layout: see `LAYOUTS`.
-    dtype: of the tensors.
-    token_ids: of the tokens that begin and end a text, where they are known.
-    came: the config.json of an imported model. What it has, goes out again as far as
-      the model is still the one that it describes.
-  """
-  values = _written(config, layout, dtype, token_ids)
-  if came is None:
-    return values
-  ids = {key: came[key] for key in ID_KEYS if key in came}
-  described = read_config(Path("config.json"), came)
-  changed = {k for k, x in described.overrides.items() if get_dotted(config, k) != x}
-  key = "max_position_embeddings"
-  if changed or described.family != layout:
-    longest = max(values.get(key, 0), _length_that_came(described, changed))
-    return values | ({key: longest} if key in values else {}) | ids
-  ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
-  own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
-  # The code that `auto_map` names is not in the folder that is written.
-  kept = {name: value for name, value in came.items() if name != "auto_map"}
-  if described.family != "gpt2" and config.data.seq_len > described.max_length:
-    kept[key] = config.data.seq_len  # Training has gone on with longer rows.
-  return own_ids | kept | {name: values[name] for name in ours if name in values}
-
-
-def _length_that_came(described: TrunkDescription, changed: set[str]) -> int:
-  """Returns the tokens of a text, as the folder states them, that still hold.
-
-  `changed`: keys that have other values now. A scaling that was replaced stretches the
-  texts no more.
-  """
-  scaling = "trunk.rope_scaling."
-  kind = described.overrides[f"{scaling}kind"]
-  if kind == "none" or not any(key.startswith(scaling) for key in changed):
-    return described.max_length
-  return described.overrides.get(f"{scaling}original_length", 0)
-
-
-def _written(
-  config: Config, layout: str, dtype: str, token_ids: TokenIds | None
-) -> dict[str, Any]:
-  architecture, model_type = LAYOUTS[layout]
-  bos, eos = token_ids or (None, None)
-  values = {
-    "architectures": [architecture],
-    "model_type": model_type,
-    "dtype": dtype,
-    "torch_dtype": dtype,
-    "bos_token_id": bos,
-    "eos_token_id": eos,
-    "tie_word_embeddings": config.trunk.tie_embeddings,
-    "use_cache": True,
-  }
-  trunk, depth = config.trunk, config.mtp.depth
-  if layout == "gpt2":
-    values |= write_keys(config, _GPT2_KEYS)
-    return values | {
-      "n_inner": trunk.mlp_dim,
-      "layer_norm_epsilon": trunk.norm_eps,
-      "activation_function": "gelu_new",
-      "attn_pdrop": 0.0,
-      "embd_pdrop": 0.0,
-      "resid_pdrop": 0.0,
-    }
-  values |= write_keys(config, KEYS) | _write_rope(trunk)
-  values |= {
-    "num_hidden_layers": num_trunk_layers(config),
-    "num_key_value_heads": trunk.num_kv_heads,
-    "rms_norm_eps": trunk.norm_eps,
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "max_position_embeddings": longest_text(config),
-  }
-  if layout == "deepseek_v3":
-    return values | _write_deepseek(config)
-  if layout in ("llama", "qwen3", "mimo"):
-    values["head_dim"] = trunk.head_dim
-  if layout in ("llama", "qwen3"):
-    values["attention_bias"] = False
-  if layout == "llama":
-    values["mlp_bias"] = False
-  else:
-    values["use_sliding_window"] = False
-  if layout == "mimo":
-    values["num_nextn_predict_layers"] = depth
-  return values
-
-
-def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
-  """Returns the values of dotted keys of ours under their names there."""
-  return {theirs: get_dotted(config, ours) for ours, theirs in keys.items()}
-
-
-def get_dotted(config: Config, key: str) -> Any:
-  return functools.reduce(getattr, key.split("."), config)
-
-
-def _write_deepseek(config: Config) -> dict[str, Any]:
-  trunk, depth = config.trunk, config.mtp.depth
-  moe = trunk.moe
-  if not moe.num_experts:  # Every layer is before the first with experts.
-    moe = dataclasses.replace(
-      moe, num_experts=1, experts_per_token=1, num_groups=1, groups_per_token=1,
-      num_shared=1, dense_layers=num_trunk_layers(config) + depth,
-    )  # fmt: skip
-  stated = dataclasses.replace(config, trunk=dataclasses.replace(trunk, moe=moe))
-  return write_keys(stated, _LATENT_KEYS | _EXPERT_KEYS) | {
-    "q_lora_rank": trunk.latent.query_rank or None,
-    "first_k_dense_replace": moe.dense_layers,
-    "routed_scaling_factor": moe.route_scale,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-    "attention_bias": False,
-    "num_nextn_predict_layers": depth,
-  }
-
-
-def _write_rope(trunk: TrunkConfig) -> dict[str, Any]:
-  scaling, kind = trunk.rope_scaling, _ROPE_TYPES[trunk.rope_scaling.kind]
-  named = {"original_max_position_embeddings": "original_length"}
-  parameters = {
-    key: getattr(scaling, named.get(key, key))
-    for key in _ROPE_KEYS[kind]
-    if key not in ("attention_factor", "truncate")
-  }
-  return {
-    "rope_parameters": {
-      "rope_theta": trunk.rope_theta, "rope_type": kind, **parameters
-    },
-    "rope_theta": trunk.rope_theta,
-    "rope_scaling": (
-      None if kind == "default" else {"rope_type": kind, "type": kind, **parameters}
-    ),
-  }  # fmt: skip
-
-
-def longest_text(config: Config) -> int:
-  """Returns the tokens of a text for which the positions are made."""
-  scaling = config.trunk.rope_scaling
-  stretched = 0
-  if scaling.kind in ("llama3", "yarn"):
-    stretched = round(scaling.factor * scaling.original_length)
-  return max(config.data.seq_len, stretched)
-
-
-def model_layouts_for(config: Config, trunk_only: bool) -> dict[str, str]:
-  """Returns for every layout of a trunk why `config` cannot be written in it, or ""."""
-  return {
-    layout: _trunk_obstacle(config, layout)
-    or _predictor_obstacle(config, layout, trunk_only)
-    for layout in LAYOUTS
-  }
-
-
-def _trunk_obstacle(config: Config, layout: str) -> str:
-  trunk = config.trunk
-  if (trunk.kind == "gpt2") != (layout == "gpt2"):
-    return f"the trunk is of kind {trunk.kind!r}"
-  if trunk.kind == "gpt2":
-    if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
-      return "trunk.attention_dim must be trunk.embed_dim there"
-    return ""
-  if _differs_there(trunk.rope_scaling):
-    return "YaRN with mscale_all_dim 0 means mscale 1 there"
-  if trunk.attention_kind == "latent":
-    if layout != "deepseek_v3":
-      return "latent attention exists in the layout 'deepseek_v3' only"
-    if trunk.moe.num_experts and not trunk.moe.num_shared:
-      return "every layer with experts has a shared one there"
-    return ""
-  if trunk.moe.num_experts:
-    return "grouped attention with experts has no portable layout"
-  if layout == "deepseek_v3":
-    return "attention is latent there (trunk.attention_kind)"
-  has = trunk.qkv_bias, trunk.qk_norm
-  wants = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
-  if layout == "mimo" and trunk.qk_norm:
-    return "trunk.qk_norm must be False there"
-  if layout in wants and has != wants[layout]:
-    return (
-      f"trunk.qkv_bias and trunk.qk_norm must be {wants[layout][0]} and "
-      f"{wants[layout][1]} there"
-    )
-  if layout in ("qwen2", "mimo"):
-    if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
-      return "trunk.attention_dim must be trunk.embed_dim there"
-  if layout == "llama" and trunk.embed_dim % trunk.num_heads:
-    return "trunk.embed_dim must be divisible by trunk.num_heads there"
-  return ""
-
-
-def _differs_there(scaling: RopeScalingConfig) -> bool:
-  if scaling.kind != "yarn":
-    return False
-  both = scaling.mscale and scaling.mscale_all_dim
-  return not both and (scaling.mscale, scaling.mscale_all_dim) != (1.0, 0.0)
-
-
-def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
-  mtp = config.mtp
-  has_any = (mtp.depth > 0 or mtp.kind == "parallel") and not trunk_only
-  if layout == "mimo":
-    if not has_any or mtp.kind != "sequential" or mtp.depth != 1:
-      return "it has exactly one sequential module (mtp.depth 1)"
-    return unpublished_inputs(mtp)
-  if not has_any:
-    return ""
-  if mtp.kind in DRAFTERS:
-    return f"the layout {mtp.kind!r} has the extra predictors, this one the trunk alone"
-  if mtp.kind != "sequential":
-    return f"{mtp.kind} heads have no portable layout; the trunk alone has one"
-  if layout != "deepseek_v3":
-    return "it has no place for MTP modules; the trunk alone can be written in it"
-  if mtp.dense_blocks:
-    return "MTP layers have experts there wherever the trunk ends with them"
-  return unpublished_inputs(mtp)
-
-
-def unpublished_inputs(mtp: MtpConfig) -> str:
-  """Returns what sequential modules have that no layout has; "" where it has all.
-
-  Layouts with modules have trunks with RMSNorm, so that `mtp.norm` decides nothing.
-  """
-  more = {"out_norm": "own", "mlp_dim": 0}
-  for key, published in (PUBLISHED_INPUTS | more).items():
-    if getattr(mtp, key) != published:
-      return f"mtp.{key} must be {published!r} there, got {getattr(mtp, key)!r}"
-  return ""

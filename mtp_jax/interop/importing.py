@@ -1,18 +1,15 @@
-"""Model folders of other frameworks into our parameters.
+"""Import: reads model folders of other frameworks into our parameters.
 
-`read_model` looks at config.json and the headers only; `load_params` puts every
-parameter where the mesh wants it, reading no more than each device holds.
+`read_model` reads config.json and the headers only. `load_params` lays every parameter
+out on a mesh; each device reads its own part.
 """
 
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
@@ -21,12 +18,9 @@ from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, next_token_only,
 from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.hf_config import (
-  DRAFTERS,
-  TrunkDescription,
-  read_config,
-  unpublished_inputs,
-)
+from mtp_jax.interop.hf_config import TrunkDescription, read_config
+from mtp_jax.interop.layouts import DRAFTERS, unpublished_inputs
+from mtp_jax.interop.placing import assemble, flat, parameter_shapes, shapes_of
 from mtp_jax.interop.tensor_files import (
   DTYPES,
   StoredTensor,
@@ -37,33 +31,30 @@ from mtp_jax.interop.tensor_files import (
 from mtp_jax.interop.tensor_table import (
   CONCAT_ORDER,
   Entry,
-  Piece,
-  Shapes,
   tensor_table,
 )
 from mtp_jax.predictors import num_trunk_layers
-from mtp_jax.sharding import logical_axes, tree_shardings, unbox
 
 CONTRACT = "mtp_contract.json"
-# Constants that older versions saved beside the parameters.
+# Constants that older versions saved with the parameters.
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-# Longer texts and other schedules do not change what the parameters are.
+# Keys that may differ from the folder: they do not change shapes or names.
 _FREE = ("trunk.rope_theta", "trunk.rope_scaling.", "trunk.attention_dim")
 _ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class HfModel:
-  """A folder that can be read.
+  """A model folder: its config as overrides of ours, and its tensors' headers.
 
   family:     gpt2 | llama | qwen2 | qwen3 | deepseek_v3 | mimo.
-  overrides:  dotted config keys and values that describe the trunk, the vocabulary and,
-              where the folder has MTP layers, `mtp`.
-  has_mtp:    how many MTP layers the folder has.
-  max_length: of a text, as config.json states it.
-  tokenizer:  the folder's tokenizer.json, if there is one.
+  overrides:  dotted config keys and values of the trunk, the vocabulary and, if the
+              folder has MTP layers, `mtp`.
+  has_mtp:    number of MTP layers in the folder.
+  max_length: longest text in tokens, from config.json.
+  tokenizer:  the folder's tokenizer.json, or None.
   files:      `special_tokens.MODEL_FILES` by name, JSON parsed.
-  tensors:    by name, as the headers have them.
+  tensors:    by name, from the headers.
   """
 
   folder: Path
@@ -80,8 +71,8 @@ def read_model(folder: Path) -> HfModel:
   """Reads config.json and the headers of the safetensors files; no data.
 
   Raises:
-    InteropError: an architecture or variant that we do not have, a damaged or missing
-      file, a dtype that is not read; names the file and the key or tensor.
+    InteropError: an unsupported architecture, variant or dtype, or a damaged or missing
+      file; names the file and the key or tensor.
   """
   folder = Path(folder)
   file = folder / "config.json"
@@ -93,6 +84,7 @@ def read_model(folder: Path) -> HfModel:
   }
   _check_dtypes(tensors)
   _check_sizes(file, tensors, described)
+  # The files decide about MTP layers: config.json may name layers that were dropped.
   depth = _count_modules(file, tensors, described)
   overrides = dict(described.overrides)
   if depth:
@@ -116,36 +108,36 @@ def read_model(folder: Path) -> HfModel:
 def load_params(
   model: HfModel, config: Config, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-  """Returns the parameters that the folder has, float32, laid out on `mesh`.
+  """Returns the folder's parameters, float32, laid out on `mesh`.
 
-  That is all of `config`, without `mtp` where the folder has no MTP layers or
-  `config.mtp` is of another kind than they are. Of learned positions the first
-  `data.seq_len` are taken.
+  These are all parameters of `config`, but without `mtp` if the folder has no MTP
+  layers, or if `config.mtp` is of another kind. Of learned positions, the first
+  `data.seq_len` are read.
 
   Raises:
-    InteropError: the config is of another model than the folder; a tensor is missing,
-      unknown, or of another shape (found before any data is read); a copy of the
-      embedding or the head differs from it.
+    InteropError: the config describes another model than the folder; a tensor is
+      missing, unknown, or of another shape (checked before any data is read); a copy of
+      the embedding or the output matrix differs from the original.
   """
   _check_config(model, config)
   model = _cropped(model, config)
   boxed = accounting.abstract_params(config)
-  stored_shapes = _shapes(boxed)
+  stored_shapes = shapes_of(boxed)
   stored = dataclasses.replace(config, mtp=_stored_mtp(model, config.mtp))
   if model.has_mtp and stored.mtp != config.mtp:
-    # What is not wanted is checked all the same: it has to be of this model.
+    # MTP layers that are not read are checked, too: they must fit this model.
     stored_shapes = parameter_shapes(stored)
   entries = tensor_table(stored, model.family, stored_shapes)
   required = {entry.name for entry in entries if not entry.copy_of}
   _check_tensors(model.folder, model.tensors, entries, required)
   _check_copies(model, entries)
-  return _assemble(boxed, entries, model.tensors, mesh)
+  return assemble(boxed, entries, model.tensors, mesh)
 
 
 def _cropped(model: HfModel, config: Config) -> HfModel:
-  """Returns the model with no more learned positions than rows have tokens.
+  """Returns the model with at most `data.seq_len` learned positions.
 
-  What is left out are the last ones, as nanoGPT's `crop_block_size` does.
+  The last positions are cut, as in nanoGPT's `crop_block_size`.
   """
   name, length = "transformer.wpe.weight", config.data.seq_len
   table = model.tensors.get(name)
@@ -160,18 +152,19 @@ def _cropped(model: HfModel, config: Config) -> HfModel:
 def read_drafter(
   folder: Path, config: Config, trunk: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-  """Returns the parameters `mtp` out of a folder that holds them alone.
+  """Returns the parameters `mtp`, float32, of a folder with drafters alone.
 
   Args:
-    folder: in the layout that `config.mtp.kind` names, see `drafter_config`.
+    folder: in the layout of `config.mtp.kind`, see `drafter_config`.
     config: of the whole model.
-    trunk: all its other parameters. What the folder repeats of them must be the same,
-      in the precision of the file; it may be left out.
-    mesh: on which the result is laid out, float32.
+    trunk: all other parameters of the model. The folder may repeat some of them, which
+      must then be equal in the precision of the file.
+    mesh: for the result.
 
   Raises:
-    InteropError: the kind has no such layout; a file is missing or damaged; a tensor is
-      missing, unknown, of another shape or dtype, or not what the trunk has.
+    InteropError: the kind has no layout of its own; a file is missing or damaged; a
+      tensor is missing, unknown, or of another shape or dtype; a repeated tensor
+      differs from the trunk's.
   """
   folder, kind = Path(folder), config.mtp.kind
   if kind not in DRAFTERS:
@@ -186,63 +179,19 @@ def read_drafter(
   tensors = read_header(folder / DRAFTERS[kind])
   _check_dtypes(tensors)
   boxed = accounting.abstract_params(config)
-  entries = tensor_table(config, kind, _shapes(boxed))
+  entries = tensor_table(config, kind, shapes_of(boxed))
   repeated = [e for e in entries if not e.pieces[0].path.startswith("mtp/")]
   own = [entry for entry in entries if entry not in repeated]
   _check_tensors(folder, tensors, entries, {entry.name for entry in own})
-  leaves = _flat(trunk)
+  leaves = flat(trunk)
   for entry in repeated:
     if entry.name in tensors:
       _check_repeated(folder, entry, tensors[entry.name].open(), leaves)
-  return _assemble(boxed, own, tensors, mesh)["mtp"]
-
-
-class _Source(NamedTuple):
-  """A piece of a parameter, what opens it, and the tensor that it is in."""
-
-  piece: Piece
-  open: Callable[[], np.ndarray]
-  name: str
-
-
-def _assemble(
-  boxed: Any,
-  entries: Iterable[Entry],
-  tensors: dict[str, StoredTensor],
-  mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
-  """Returns the parameters that the entries hold, laid out on `mesh`."""
-  shapes = _shapes(boxed)
-  sources: dict[str, list[_Source]] = {}
-  for entry in entries:
-    for i, piece in enumerate(entry.pieces):
-      part = _part(tensors[entry.name], entry, i)
-      source = _Source(piece, part, f"{tensors[entry.name].file}: {entry.name}")
-      sources.setdefault(piece.path, []).append(source)
-  layout = _flat(tree_shardings(mesh, logical_axes(boxed)))
-  params = {
-    path: _place(shapes[path], layout[path], sources[path])
-    for path in shapes
-    if path in sources
-  }
-  return flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def parameter_shapes(config: Config) -> Shapes:
-  """Returns the shape of every parameter of `config` by its path."""
-  return _shapes(accounting.abstract_params(config))
-
-
-def _shapes(boxed: Any) -> Shapes:
-  return {path: leaf.shape for path, leaf in _flat(unbox(boxed)).items()}
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(tree, sep="/")
+  return assemble(boxed, own, tensors, mesh)["mtp"]
 
 
 def _canonical(name: str, family: str) -> str:
-  """Old GPT-2 files have the names of the model without its head."""
+  """Returns a tensor's present name: old GPT-2 files lack the prefix."""
   if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
     return f"transformer.{name}"
   return name
@@ -251,9 +200,10 @@ def _canonical(name: str, family: str) -> str:
 def _check_sizes(
   file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
 ) -> None:
-  """Refuses sizes for which the files have no room, before anything is made of them.
+  """Raises InteropError if sizes in config.json exceed the files.
 
-  The shapes of all tensors are compared later, with those of the model.
+  Checked before a model of these sizes is traced, which could take all memory. All
+  shapes are compared later.
   """
   name = "transformer.wte.weight"
   keys = "vocab_size", "n_embd"
@@ -269,7 +219,7 @@ def _check_sizes(
     )
   num_values = sum(math.prod(tensor.shape) for tensor in tensors.values())
   for key, size in described.sizes.items():
-    # Every axis is one of a matrix whose other axis is the width, or a part of it.
+    # Every size is an axis, or a part of one, of a matrix with the width as other axis.
     most, of = num_values // max(shape[1], 1), f"values for a width of {shape[1]}"
     if key in ("n_layer", "num_hidden_layers", "n_routed_experts"):
       most, of = len(tensors), "tensors"
@@ -283,7 +233,7 @@ def _check_sizes(
 def _count_modules(
   file: Path, tensors: dict[str, StoredTensor], described: TrunkDescription
 ) -> int:
-  """Returns how many MTP layers the files have: as many as config.json says, or 0."""
+  """Returns the number of MTP layers in the files: as in config.json, or 0."""
   if described.family == "mimo":
     prefix, first = "model.mtp_layers.", 0
   elif described.family == "deepseek_v3":
@@ -293,7 +243,7 @@ def _count_modules(
   numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
   layers = {int(match[1]) for match in map(numbers.match, tensors) if match}
   found = {n for n in layers if n >= first}
-  # Frameworks that cannot run them leave them out and the number as it was.
+  # Frameworks that cannot run MTP layers drop them, but keep the number in config.json.
   if found and len(found) != described.depth:
     raise InteropError(
       f"{file}: num_nextn_predict_layers is {described.depth}, but the files have MTP "
@@ -303,7 +253,7 @@ def _count_modules(
 
 
 def _check_contract(folder: Path, family: str) -> None:
-  """A folder that states another concat order than its layout has is refused."""
+  """Raises InteropError if a folder states another concat order than its layout's."""
   file = folder / CONTRACT
   if not file.exists():
     return
@@ -316,11 +266,11 @@ def _check_contract(folder: Path, family: str) -> None:
 
 
 def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
-  """Returns the MTP section of what the folder holds."""
+  """Returns the MTP section of the model in the folder."""
   if not model.has_mtp:
     return next_token_only(wanted)
   if wanted.kind == "sequential" and wanted.depth:
-    return wanted  # The same, as `_check_config` makes sure.
+    return wanted  # `_check_config` has compared it with the folder.
   return dataclasses.replace(
     wanted, kind="sequential", depth=model.has_mtp, depth_weights=()
   )
@@ -343,6 +293,7 @@ def _check_config(model: HfModel, config: Config) -> None:
       f"mtp.kind {config.mtp.kind!r} and mtp.arm {config.mtp.arm!r} leave a trunk of "
       f"{layers} layers, and {model.folder} has {found}: load it with mtp.kind 'none'."
     )
+  # A sequential config must equal the folder's layers; other kinds do not read them.
   mtp = config.mtp
   if model.has_mtp and mtp.kind == "sequential" and mtp.depth:
     theirs = (model.has_mtp, False, False)
@@ -375,7 +326,7 @@ def _check_tensors(
   entries: tuple[Entry, ...],
   required: set[str],
 ) -> None:
-  """Compares names and shapes with the headers."""
+  """Raises InteropError if names or shapes of tensors differ from the entries."""
   expected = {entry.name: entry for entry in entries}
   for what, names in (
     ("lacks", required - tensors.keys()),
@@ -395,7 +346,7 @@ def _check_tensors(
 def _check_repeated(
   folder: Path, entry: Entry, stored: np.ndarray, trunk: dict[str, Any]
 ) -> None:
-  """Compares what a folder of predictors repeats of the trunk with the trunk."""
+  """Raises InteropError if a drafter's copy of a trunk tensor differs."""
   (piece,) = entry.pieces
   ours = piece.form.to_stored(np.asarray(trunk[piece.path]))
   if not np.array_equal(_float32(stored), _float32(ours.astype(stored.dtype))):
@@ -427,49 +378,3 @@ def _check_copies(model: HfModel, entries: tuple[Entry, ...]) -> None:
 
 def _float32(x: np.ndarray) -> np.ndarray:
   return x.astype(np.float32)
-
-
-def _part(tensor: StoredTensor, entry: Entry, i: int) -> Callable[[], np.ndarray]:
-  """Returns what opens piece i of a tensor, in the form of our parameter."""
-  widths = [p.form.stored_shape(p.shape)[-1] for p in entry.pieces]
-  start, piece = sum(widths[:i]), entry.pieces[i]
-
-  def open_part() -> np.ndarray:
-    stored = tensor.open()[..., start : start + widths[i]]
-    return piece.form.to_ours(stored, piece.shape)
-
-  return open_part
-
-
-def _place(
-  shape: tuple[int, ...],
-  sharding: jax.sharding.Sharding,
-  pieces: list[_Source],
-) -> jax.Array:
-  """Returns one parameter, of which every device reads its own part."""
-  read: dict[Any, np.ndarray] = {}  # Devices may hold the same part.
-
-  def part(index: tuple[slice, ...]) -> np.ndarray:
-    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-    if bounds not in read:
-      read[bounds] = _read(bounds, pieces)
-    return read[bounds]
-
-  return jax.make_array_from_callback(shape, sharding, part, dtype=np.float32)
-
-
-def _read(
-  bounds: tuple[tuple[int, int], ...],
-  pieces: list[_Source],
-) -> np.ndarray:
-  """Returns the part of a parameter between `bounds`, from what it is made of."""
-  part = np.empty([end - start for start, end in bounds], np.float32)
-  for piece, open_part, name in pieces:
-    depth = len(piece.index)
-    if all(a <= i < b for i, (a, b) in zip(piece.index, bounds, strict=False)):
-      at = tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))
-      inner = tuple(slice(*bound) for bound in bounds[depth:])
-      part[at] = open_part()[inner]
-      if not np.all(np.isfinite(part[at])):
-        warnings.warn(f"{name} has values that are not finite.", stacklevel=2)
-  return part

@@ -1,8 +1,8 @@
-"""Safetensors files: the headers of a folder, its data piece by piece, and new files.
+"""Safetensors files: reading headers, mapping tensors, and writing.
 
 A file is 8 bytes with the length of its header, the header (JSON: dtype, shape and byte
-range of every tensor), and the data. Data is mapped into memory, so that only what is
-asked for is read, and written as it is made, so that one tensor is alive at a time.
+range of every tensor), and the data. Reading maps the data into memory, so that only
+the parts used are read. Writing makes one tensor at a time.
 """
 
 import json
@@ -19,7 +19,7 @@ from mtp_jax import files
 from mtp_jax.interop.errors import InteropError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# How files call the dtypes that are read; parameters become float32.
+# Supported dtypes, by their names in files; parameters become float32.
 DTYPES = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
-  """Where a tensor lies; `offset` counts from the start of `file`."""
+  """Place of a tensor in a file; `offset` counts bytes from the start of `file`."""
 
   file: Path
   dtype: str
@@ -74,8 +74,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
   """Returns the tensors of a folder by name, from the headers of its files alone.
 
   Raises:
-    InteropError: there is no safetensors file; see `read_header`; the index names a
-      file that is missing, or disagrees with one.
+    InteropError: there is no safetensors file; the index names a missing file or
+      disagrees with a file; or as `read_header`.
   """
   if (folder / SINGLE).is_file():
     return read_header(folder / SINGLE)
@@ -94,6 +94,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         f"{index} names the file {files.shortened(shard)}, which is not in {folder}."
       )
     found |= read_header(folder / shard)
+  # An index of another download would silently mix weights: both must agree.
   for name in sorted(found.keys() ^ weight_map.keys()):
     has, lacks = ("the files", index) if name in found else (index, "the files")
     short = files.shortened(name)
@@ -107,7 +108,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_in(folder: Path, name: str) -> bool:
-  """Whether there is such a file; a path out of the folder, or no name, is none."""
+  """Returns whether `name`, without any path, is a file in `folder`."""
   try:
     return Path(name).name == name and (folder / name).is_file()
   except (OSError, ValueError):  # The name is too long, or has a NUL character.
@@ -118,7 +119,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
   """Returns the tensors of one file by name.
 
   Raises:
-    InteropError: it is missing, damaged, or not the size that its header says.
+    InteropError: the file is missing, damaged, or not of the size in its header.
   """
   try:
     # The library checks that the header is sound and that the tensors fill the file.
@@ -141,7 +142,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def write_tensors(
   folder: Path, tensors: Iterable[NewTensor], max_shard_bytes: int
 ) -> None:
-  """Writes one file, or shards with an index where one would be too large.
+  """Writes one file; above `max_shard_bytes`, several shards with an index.
 
   A tensor larger than `max_shard_bytes` gets a shard of its own.
   """
@@ -169,18 +170,11 @@ def write_tensors(
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
   """Writes an object as indented JSON."""
-  write_bytes(file, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-  """Writes a file and waits until it is on the disk."""
-  with open(file, "wb") as handle:
-    handle.write(content)
-    _flush(handle)
+  files.write_whole(file, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def write_file(file: Path, tensors: list[NewTensor]) -> None:
-  """Writes one file; a tensor is alive at a time."""
+  """Writes one file, with one tensor in memory at a time."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Readers insist on it.
   offset = 0
   for tensor in tensors:
@@ -200,9 +194,5 @@ def write_file(file: Path, tensors: list[NewTensor]) -> None:
       if content.shape != tensor.shape:
         raise ValueError(f"{tensor.name} is {content.shape}, not {tensor.shape}.")
       handle.write(content.view(np.uint8).data if content.size else b"")
-    _flush(handle)
-
-
-def _flush(handle: Any) -> None:
-  handle.flush()
-  os.fsync(handle.fileno())
+    handle.flush()
+    os.fsync(handle.fileno())

@@ -1,7 +1,8 @@
-"""Which tensor of a file is which parameter of ours: one table for both directions.
+"""The table of tensors: which tensor of a layout holds which of our parameters.
 
-A line says how a tensor is called, which parameters it holds and in what form. Forms
-can be inverted, so that reading what was written gives back every bit.
+A line of the table has a tensor's name, its parameters and their form in the file.
+Import and export use the same table; forms are invertible, so that reading an exported
+file returns the same bits.
 
 Legend: L layers, E experts, D embed, N heads, H head dim.
 """
@@ -14,15 +15,15 @@ import numpy as np
 from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.predictors import num_trunk_layers
 
-Shapes = dict[str, tuple[int, ...]]  # Of our parameters, by path: "embed/embedding".
+Shapes = dict[str, tuple[int, ...]]  # By path of a parameter: "embed/embedding".
 
 
 class Form(NamedTuple):
-  """How one parameter lies in a file: flat, or as a matrix.
+  """The form of one parameter in a file: flat, or a matrix.
 
-  inputs:     so many of its first axes are inputs of a matrix product; 0 for a vector.
-  transposed: the matrix in the file is [outputs, inputs].
-  axis, order: entry i of ours along `axis` is entry order[i] of theirs.
+  inputs:      number of leading axes that are inputs of a matrix product; 0: a vector.
+  transposed:  the matrix in the file is [outputs, inputs].
+  axis, order: entry i of our parameter along `axis` is entry order[i] in the file.
   """
 
   inputs: int
@@ -31,7 +32,7 @@ class Form(NamedTuple):
   order: np.ndarray | None = None
 
   def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape in the file of a parameter of `shape`."""
+    """Returns the shape in the file, given our shape."""
     if self.inputs == 0:
       return (int(np.prod(shape)),)
     split = shape[: self.inputs], shape[self.inputs :]
@@ -39,7 +40,7 @@ class Form(NamedTuple):
     return (columns, rows) if self.transposed else (rows, columns)
 
   def to_ours(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the parameter of `shape`: a view, unless its entries are reordered."""
+    """Returns our parameter: a view, unless its entries are reordered."""
     ours = (stored.T if self.transposed else stored).reshape(shape)
     return ours if self.order is None else ours.take(self.order, self.axis)
 
@@ -54,7 +55,7 @@ class Form(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """One parameter, or one entry of a stack of them: `shape` is without the stack."""
+  """One parameter, or one entry of a stack; `shape` is without the stack's axes."""
 
   path: str
   index: tuple[int, ...]
@@ -65,9 +66,10 @@ class Piece(NamedTuple):
 class Entry(NamedTuple):
   """One tensor of a file.
 
-  pieces:  what it holds, joined along its last axis; zeros where there is nothing.
-  copy_of: it only repeats that tensor. A folder need not have it; one that has it must
-           have the same values. `written` says whether we write it.
+  pieces:  our parameters, joined along the last axis; none: the tensor is zeros.
+  copy_of: name of the tensor that this one repeats. A folder may lack the copy; if it
+           has the copy, the values must be equal.
+  written: whether export writes the tensor.
   """
 
   name: str
@@ -78,9 +80,9 @@ class Entry(NamedTuple):
 
 
 class _Line(NamedTuple):
-  """A tensor of a block; `{expert}` in its name stands for every expert.
+  """A tensor of a block; with `{expert}` in its name, one tensor per expert.
 
-  `zeros`: its size where our block has no such parameter.
+  `zeros`: size of the tensor if our block has no such parameter.
   """
 
   name: str
@@ -163,7 +165,7 @@ _MIMO_MODULE = (
   _Line("final_layernorm.weight", ("out_norm/scale",), _VECTOR),
 )
 
-# The order of the two inputs of a module's projection, as they lie in the file.
+# The order of the two inputs of a module's projection in the file.
 CONCAT_ORDER = {
   "deepseek_v3": ("embedding", "hidden"),
   "mimo": ("hidden", "embedding"),
@@ -212,6 +214,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   if trunk.tie_embeddings:
     yield Entry("lm_head.weight", table, copy_of=f"{embed}.weight", written=False)
 
+  # Our blocks are stacked, dense ones apart; theirs are numbered through.
   dense = _block(trunk.dense(), layout)
   for i in range(num_dense):
     yield from stacked(dense, f"{layer}.{i}.", "trunk/dense_blocks/", (i,))
@@ -219,6 +222,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   for i in range(num_dense, layers):
     yield from stacked(block, f"{layer}.{i}.", "trunk/blocks/", (i - num_dense,))
 
+  # A shared module is written once per depth, because readers expect a layer for each.
   for k in range(depth if layout in CONCAT_ORDER else 0):
     index = () if config.mtp.share_modules else (k,)
     if layout == "mimo":
@@ -227,7 +231,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
       swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
       join = _Line("eh_proj.weight", ("projection",), swapped)
       module, prefix = (*_DEEPSEEK_MODULE, join), f"model.layers.{layers + k}."
-      # Some engines read these copies, others the trunk's: both find the same.
+      # Some engines read these copies, others the trunk's tensors: write both.
       head = embed if trunk.tie_embeddings else "lm_head"
       for copy, of in (("embed_tokens", embed), ("shared_head.head", head)):
         yield Entry(f"{prefix}{copy}.weight", table, copy_of=f"{of}.weight")
@@ -236,7 +240,7 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
 
 
 def _medusa_heads(config: Config, shapes: Shapes) -> Iterator[Entry]:
-  """Every head has a vocabulary matrix there: its own, or the trunk's once more."""
+  """Yields Medusa's tensors; every head has an output matrix, own or the trunk's."""
   head = (
     _Line("0.linear.weight", ("kernels",), _LINEAR),
     _Line("0.linear.bias", ("biases",), _VECTOR),
@@ -251,11 +255,14 @@ def _medusa_heads(config: Config, shapes: Shapes) -> Iterator[Entry]:
 
 
 def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
-  """One decoder layer; of the trunk, EAGLE-1 repeats the embedding, and EAGLE-3 the
-  output matrix, while readers take the embedding from the trunk where it is not there.
+  """Yields EAGLE's tensors: one decoder layer, and copies of trunk tensors.
+
+  EAGLE-1 files repeat the embedding; EAGLE-3 files repeat the output matrix. Readers
+  use the trunk's embedding if the file has none.
   """
   trunk = config.trunk
   swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
+  # The files have the embedding first in every concatenation, ours the hidden state.
   *inputs, out = _GROUPED_ATTENTION
   mlp_norm = _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR)
   if layout == "eagle":
@@ -289,7 +296,7 @@ def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
 
 
 def _unembed(config: Config, name: str) -> _Line:
-  """Returns the trunk's output matrix, as a file of predictors has it once more."""
+  """Returns the line of the trunk's output matrix, repeated in a drafter's file."""
   if config.trunk.tie_embeddings:
     return _Line(f"{name}.weight", ("embed/embedding",), _MATRIX)
   return _Line(f"{name}.weight", ("unembed/kernel",), _LINEAR)
@@ -322,13 +329,17 @@ def _qkv_biases(trunk: TrunkConfig) -> tuple[_Line, ...]:
 
 
 def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
-  """Multi-head latent attention; the rotated dims come in pairs there, in halves here.
+  """Returns the lines of multi-head latent attention.
 
-  Pair j there is (2j, 2j + 1), which are j and rope_dim / 2 + j here.
+  In the file, rotated dimensions come in pairs: pair j is (2j, 2j + 1). In our
+  parameters they come in halves: pair j is (j, rope_dim / 2 + j).
   """
   sizes = trunk.latent
   pairs = np.arange(sizes.rope_dim).reshape(-1, 2).T.reshape(-1)
-  after = lambda n: np.concatenate([np.arange(n), n + pairs])  # noqa: E731
+
+  def after(n: int) -> np.ndarray:
+    return np.concatenate([np.arange(n), n + pairs])
+
   query = _LINEAR._replace(axis=2, order=after(sizes.nope_dim))
   if sizes.query_rank:
     queries = (
@@ -356,7 +367,7 @@ def _expand(
   num_experts: int,
   shapes: Shapes,
 ) -> Iterator[Entry]:
-  """Yields the tensors of one block (at `index` of its stack), all experts included."""
+  """Yields the tensors of one block, entry `index` of its stack, with all experts."""
   for line in lines:
     if not line.paths:
       yield Entry(prefix + line.name, (line.zeros,))

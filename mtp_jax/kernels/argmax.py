@@ -9,11 +9,11 @@ _GROUP = 64
 
 
 def argmax(x: jax.Array) -> jax.Array:
-  """Returns the first place of the greatest entry on the last axis of floats, int32.
+  """Returns the first index of the largest entry on the last axis, int32.
 
-  Any place where there are NaNs. XLA on CPU searches entry by entry on one core: there
-  it is the greatest of every group first, for which XLA has a fast kernel, and then the
-  place in one group.
+  With NaNs the index is arbitrary. XLA on CPU searches entry by entry on one core.
+  There this function first takes the maximum of every group of entries, for which XLA
+  has a fast kernel, and then searches one group.
   """
   width = x.shape[-1]
   if platform() != "cpu" or width <= _GROUP:

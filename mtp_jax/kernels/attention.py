@@ -6,7 +6,7 @@ flash-attention algorithm (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv
 2307.08691) written in plain JAX: it skips the upper triangle and keeps only the output
 and the log-sum-exp for the backward pass.
 
-Legend: B batch, T sequence, S keys of a block, N query heads, K kv heads, G = N / K,
+Legend: B batch, T sequence, S keys of a block, N query heads, G kv heads, P = N / G
 H head dim of queries and keys, V head dim of values, J later steps of an unrolled
 layer.
 """
@@ -23,8 +23,8 @@ from mtp_jax.sharding import partition_spec, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tokamax")
 
-# What a rematerialisation policy should save of `attention`, besides its inputs: with
-# these the backward pass of `blocked` recomputes scores, never the forward pass.
+# Names that a rematerialisation policy should save besides the inputs of `attention`:
+# the backward pass of `blocked` then recomputes scores, but not the forward pass.
 REMAT_NAMES = ("attention_out", "attention_lse")
 
 _BLOCK = 64
@@ -39,15 +39,15 @@ def choose_implementation(
   seq_len: int,
   value_dim: int | None = None,
 ) -> str:
-  """Returns one of `IMPLEMENTATIONS`; the only place that looks at the platform.
+  """Returns the implementation to use, one of `IMPLEMENTATIONS` other than `auto`.
 
-  `auto` is `blocked` on CPU, cuDNN flash attention on GPU where its constraints hold
-  (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
-  length, sequence not split over devices), else `xla`. `tokamax` is never chosen unless
-  named. `value_dim` is `head_dim` unless given.
+  `auto` becomes `blocked` on CPU, cuDNN flash attention on GPU where its constraints
+  hold (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
+  length, sequence not split over devices), else `xla`. `tokamax` must be named.
+  `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: unknown implementation, cuDNN asked for with values of another size, or
+    ValueError: an unknown implementation; cuDNN with values of another size than keys;
       tokamax where it is not installed or on several devices.
   """
   if implementation not in IMPLEMENTATIONS:
@@ -67,7 +67,7 @@ def choose_implementation(
         "trunk.attention must not be 'tokamax' where the package tokamax is not "
         "installed."
       )
-    # Its kernels cannot be split by the compiler.
+    # The compiler cannot split tokamax' kernels over devices.
     if (size := jax.sharding.get_abstract_mesh().size) > 1:
       raise ValueError(
         "trunk.attention must not be 'tokamax' on several devices, got a mesh of "
@@ -87,8 +87,8 @@ def choose_implementation(
 
 def attention(
   q_BTNH: jax.Array,
-  k_BTKH: jax.Array,
-  v_BTKV: jax.Array,
+  k_BTGH: jax.Array,
+  v_BTGV: jax.Array,
   segment_ids_BT: jax.Array,
   *,
   implementation: str,
@@ -96,20 +96,21 @@ def attention(
 ) -> jax.Array:
   """Returns out_BTNV: softmax(scale q k^T) v over earlier tokens of the document.
 
-  Query head n uses key head n // (N / K). `scale` is 1 / sqrt(H) unless given. Softmax
+  Query head n uses key head n // P. `scale` is 1 / sqrt(H) unless given. Softmax
   is in float32 (float64 for float64 input); the result has the dtype of the query.
 
   Raises:
-    ValueError: N not a multiple of K, or as `choose_implementation`.
+    ValueError: N not a multiple of G, or as `choose_implementation`.
   """
   _, T, N, H = q_BTNH.shape
-  K = k_BTKH.shape[2]
-  if N % K:
+  G = k_BTGH.shape[2]
+  if N % G:
     raise ValueError(
-      f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {K}."
+      f"trunk.num_heads must be a multiple of trunk.num_kv_heads, got {N} and {G}."
     )
+  # The choice is made at trace time, so a program has one implementation.
   chosen = choose_implementation(
-    implementation, platform(), q_BTNH.dtype, H, T, v_BTKV.shape[-1]
+    implementation, platform(), q_BTNH.dtype, H, T, v_BTGV.shape[-1]
   )
   scale = H**-0.5 if scale is None else scale
   if chosen in ("cudnn", "tokamax"):
@@ -120,16 +121,16 @@ def attention(
     else:
       kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return kernel(
-      q_BTNH, k_BTKH, v_BTKV, mask=same_B1TT, is_causal=True, scale=scale
+      q_BTNH, k_BTGH, v_BTGV, mask=same_B1TT, is_causal=True, scale=scale
     )
-  out_BKGTV = (_blocked if chosen == "blocked" else _plain)(
-    _by_kv_head(q_BTNH, K),
-    k_BTKH.transpose(0, 2, 1, 3),
-    v_BTKV.transpose(0, 2, 1, 3),
+  out_BGPTV = (_blocked if chosen == "blocked" else _plain)(
+    _by_kv_head(q_BTNH, G),
+    k_BTGH.transpose(0, 2, 1, 3),
+    v_BTGV.transpose(0, 2, 1, 3),
     segment_ids_BT,
     scale,
   )
-  return _by_token(out_BKGTV)
+  return _by_token(out_BGPTV)
 
 
 def import_tokamax() -> Any:
@@ -138,7 +139,7 @@ def import_tokamax() -> Any:
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
-    # It would read its own flags from a command line that may be anyone's.
+    # tokamax would otherwise parse the command line, which belongs to the caller.
     flags.FLAGS.mark_as_parsed()
   return tokamax
 
@@ -149,103 +150,105 @@ def unrolled_attention(
   values: tuple[jax.Array, ...],
   segment_ids_BT: jax.Array,
 ) -> jax.Array:
-  """Returns out_BTNH of a later step of a layer that goes on from its own output.
+  """Returns out_BTNH of a later step of a layer that is applied to its own output.
 
-  `keys` and `values` are [B, T, K, H] of each step so far. One softmax is over the
-  first step's keys, of which a token sees what it does in `attention`, and over the
-  later steps' keys of its own place. Dtypes and scale are as there.
+  `keys` and `values` hold one [B, T, G, H] array per step so far. Token i attends, in
+  one softmax, to the keys of the first step that it sees in `attention`, and to the one
+  key at place i of every later step. Dtypes and scale are as in `attention`.
   """
-  (first_BTKH, *own_k), (value_BTKH, *own_v) = keys, values
-  T, K, H = first_BTKH.shape[1:]
-  own_JBTKH, own_value_JBTKH = jnp.stack(own_k), jnp.stack(own_v)
-  q_BKGTH = _by_kv_head(q_BTNH, K)
+  (first_BTGH, *own_k), (value_BTGH, *own_v) = keys, values
+  T, G, H = first_BTGH.shape[1:]
+  own_JBTGH, own_value_JBTGH = jnp.stack(own_k), jnp.stack(own_v)
+  q_BGPTH = _by_kv_head(q_BTNH, G)
   scale = H**-0.5
-  scores_BKGTS = _scores(
-    q_BKGTH, first_BTKH.transpose(0, 2, 1, 3), segment_ids_BT, 0, scale
+  scores_BGPTS = _scores(
+    q_BGPTH, first_BTGH.transpose(0, 2, 1, 3), segment_ids_BT, 0, scale
   )
-  own_BKGTJ = _einsum("BKGTH,JBTKH->BKGTJ", q_BKGTH, own_JBTKH) * scale
-  weights = jax.nn.softmax(jnp.concatenate([scores_BKGTS, own_BKGTJ], -1), axis=-1)
-  weights_BKGTS, weights_BKGTJ = jnp.split(weights.astype(q_BTNH.dtype), [T], axis=-1)
-  out_BKGTH = _einsum("BKGTS,BSKH->BKGTH", weights_BKGTS, value_BTKH)
-  out_BKGTH += _einsum("BKGTJ,JBTKH->BKGTH", weights_BKGTJ, own_value_JBTKH)
-  return _by_token(out_BKGTH.astype(q_BTNH.dtype))
+  own_BGPTJ = _einsum("BGPTH,JBTGH->BGPTJ", q_BGPTH, own_JBTGH) * scale
+  weights = jax.nn.softmax(jnp.concatenate([scores_BGPTS, own_BGPTJ], -1), axis=-1)
+  weights_BGPTS, weights_BGPTJ = jnp.split(weights.astype(q_BTNH.dtype), [T], axis=-1)
+  out_BGPTH = _einsum("BGPTS,BSGH->BGPTH", weights_BGPTS, value_BTGH)
+  out_BGPTH += _einsum("BGPTJ,JBTGH->BGPTH", weights_BGPTJ, own_value_JBTGH)
+  return _by_token(out_BGPTH.astype(q_BTNH.dtype))
 
 
 def _by_kv_head(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
-  """Returns q_BKGTH."""
+  """Returns q_BGPTH."""
   B, T, N, H = q_BTNH.shape
   split = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
   return split.transpose(0, 2, 3, 1, 4)
 
 
-def _by_token(out_BKGTV: jax.Array) -> jax.Array:
+def _by_token(out_BGPTV: jax.Array) -> jax.Array:
   """Returns out_BTNV."""
-  B, K, G, T, V = out_BKGTV.shape
-  return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, V)
+  B, G, P, T, V = out_BGPTV.shape
+  return out_BGPTV.transpose(0, 3, 1, 2, 4).reshape(B, T, G * P, V)
 
 
-def _plain(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
+def _plain(q_BGPTH, k_BGSH, v_BGSV, segments_BT, scale):
   # jax.nn.dot_product_attention rounds float64 scores to float32, hence not used.
-  weights = jax.nn.softmax(_scores(q_BKGTH, k_BKSH, segments_BT, 0, scale), axis=-1)
-  out = _einsum("BKGTS,BKSV->BKGTV", weights.astype(v_BKSV.dtype), v_BKSV)
-  return out.astype(q_BKGTH.dtype)
+  weights = jax.nn.softmax(_scores(q_BGPTH, k_BGSH, segments_BT, 0, scale), axis=-1)
+  out = _einsum("BGPTS,BGSV->BGPTV", weights.astype(v_BGSV.dtype), v_BGSV)
+  return out.astype(q_BGPTH.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
-  return _blocked_fwd(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale)[0]
+def _blocked(q_BGPTH, k_BGSH, v_BGSV, segments_BT, scale):
+  return _blocked_fwd(q_BGPTH, k_BGSH, v_BGSV, segments_BT, scale)[0]
 
 
-def _blocked_fwd(q_BKGTH, k_BKSH, v_BKSV, segments_BT, scale):
+def _blocked_fwd(q_BGPTH, k_BGSH, v_BGSV, segments_BT, scale):
   outs, lses = [], []
-  for start, end in _blocks(q_BKGTH.shape[3]):
-    q = q_BKGTH[:, :, :, start:end]
-    k, v = k_BKSH[:, :, :end], v_BKSV[:, :, :end]
+  for start, end in _blocks(q_BGPTH.shape[3]):
+    q = q_BGPTH[:, :, :, start:end]
+    k, v = k_BGSH[:, :, :end], v_BGSV[:, :, :end]
     scores = _scores(q, k, segments_BT, start, scale)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _einsum("BKGTS,BKSV->BKGTV", weights.astype(v.dtype), v) / total
+    out = _einsum("BGPTS,BGSV->BGPTV", weights.astype(v.dtype), v) / total
     outs.append(out.astype(q.dtype))
     lses.append(top + jnp.log(total))
-  out_BKGTV = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
-  lse_BKGT1 = checkpoint_name(jnp.concatenate(lses, axis=3), "attention_lse")
-  return out_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, segments_BT, out_BKGTV, lse_BKGT1)
+  out_BGPTV = checkpoint_name(jnp.concatenate(outs, axis=3), "attention_out")
+  lse_BGPT1 = checkpoint_name(jnp.concatenate(lses, axis=3), "attention_lse")
+  return out_BGPTV, (q_BGPTH, k_BGSH, v_BGSV, segments_BT, out_BGPTV, lse_BGPT1)
 
 
-def _blocked_bwd(scale, saved, d_out_BKGTV):
-  q_BKGTH, k_BKSH, v_BKSV, segments_BT, out_BKGTV, lse_BKGT1 = saved
-  wide = lse_BKGT1.dtype
+def _blocked_bwd(scale, saved, d_out_BGPTV):
+  q_BGPTH, k_BGSH, v_BGSV, segments_BT, out_BGPTV, lse_BGPT1 = saved
+  # Gradients of keys and values are sums over blocks, hence kept in the wide dtype.
+  wide = lse_BGPT1.dtype
   # Row sums of weights * d_weights, from the output alone (Dao 2023, section 2.3).
-  delta_BKGT1 = jnp.sum(
-    d_out_BKGTV.astype(wide) * out_BKGTV.astype(wide), axis=-1, keepdims=True
+  delta_BGPT1 = jnp.sum(
+    d_out_BGPTV.astype(wide) * out_BGPTV.astype(wide), axis=-1, keepdims=True
   )
-  length = q_BKGTH.shape[3]
+  length = q_BGPTH.shape[3]
   d_q = []
-  d_k = jnp.zeros(k_BKSH.shape, wide)
-  d_v = jnp.zeros(v_BKSV.shape, wide)
+  d_k = jnp.zeros(k_BGSH.shape, wide)
+  d_v = jnp.zeros(v_BGSV.shape, wide)
   for start, end in _blocks(length):
     rows = (slice(None), slice(None), slice(None), slice(start, end))
-    q, d_out = q_BKGTH[rows], d_out_BKGTV[rows]
-    k, v = k_BKSH[:, :, :end], v_BKSV[:, :, :end]
-    weights = jnp.exp(_scores(q, k, segments_BT, start, scale) - lse_BKGT1[rows])
-    d_weights = _einsum("BKGTV,BKSV->BKGTS", d_out, v)
-    d_scores = (weights * (d_weights - delta_BKGT1[rows]) * scale).astype(q.dtype)
+    q, d_out = q_BGPTH[rows], d_out_BGPTV[rows]
+    k, v = k_BGSH[:, :, :end], v_BGSV[:, :, :end]
+    # The forward pass saved only the log-sum-exp: weights are computed again from it.
+    weights = jnp.exp(_scores(q, k, segments_BT, start, scale) - lse_BGPT1[rows])
+    d_weights = _einsum("BGPTV,BGSV->BGPTS", d_out, v)
+    d_scores = (weights * (d_weights - delta_BGPT1[rows]) * scale).astype(q.dtype)
     weights = weights.astype(q.dtype)
-    d_q.append(_einsum("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype))
-    d_k = d_k.at[:, :, :end].add(_einsum("BKGTS,BKGTH->BKSH", d_scores, q))
-    d_v = d_v.at[:, :, :end].add(_einsum("BKGTS,BKGTV->BKSV", weights, d_out))
-  d_q_BKGTH = jnp.concatenate(d_q, axis=3)
-  return d_q_BKGTH, d_k.astype(k_BKSH.dtype), d_v.astype(v_BKSV.dtype), None
+    d_q.append(_einsum("BGPTS,BGSH->BGPTH", d_scores, k).astype(q.dtype))
+    d_k = d_k.at[:, :, :end].add(_einsum("BGPTS,BGPTH->BGSH", d_scores, q))
+    d_v = d_v.at[:, :, :end].add(_einsum("BGPTS,BGPTV->BGSV", weights, d_out))
+  d_q_BGPTH = jnp.concatenate(d_q, axis=3)
+  return d_q_BGPTH, d_k.astype(k_BGSH.dtype), d_v.astype(v_BGSV.dtype), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def _scores(q_BKGTH, k_BKSH, segments_BT, start, scale):
-  """Scaled scores of queries `start`.. against all keys given; masked ones are huge."""
-  T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
-  scores = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * scale
+def _scores(q_BGPTH, k_BGSH, segments_BT, start, scale):
+  """Returns scaled scores of the queries from `start` on; masked ones are very low."""
+  T, S = q_BGPTH.shape[3], k_BGSH.shape[2]
+  scores = _einsum("BGPTH,BGSH->BGPTS", q_BGPTH, k_BGSH) * scale
   rows_T1 = start + jnp.arange(T)[:, None]
   causal_TS = jnp.arange(S)[None, :] <= rows_T1
   same_BTS = segments_BT[:, start : start + T, None] == segments_BT[:, None, :S]
@@ -264,7 +267,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _sequence_is_split() -> bool:
-  """Whether the mesh in use puts the sequence on more than one device."""
+  """Returns whether the mesh in use splits the sequence over devices."""
   mesh = jax.sharding.get_abstract_mesh()
   axis = partition_spec(("seq",))[0]
   return not mesh.empty and axis is not None and mesh.shape[axis] > 1

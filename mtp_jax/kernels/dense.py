@@ -1,8 +1,8 @@
-"""Matrix products, whose derivative is written by hand on CPU, and activations.
+"""Matrix products with a hand-written derivative on CPU, and activations.
 
-XLA on CPU is slow at a product whose transposed operand is the wide one, and leaves its
-fast kernels where it fuses cheap operations into a product. The derivative here gives
-it neither; on other platforms plain autodiff is used.
+XLA on CPU is slow at products whose wide operand is transposed, and at products into
+which it fuses cheap operations, for which it has no fast kernel. The derivative here
+avoids both. Other platforms use plain autodiff.
 """
 
 import jax
@@ -37,7 +37,7 @@ def _dense_cpu_bwd(saved, d_out):
   d_out = jax.lax.optimization_barrier(d_out)
   outputs = tuple(range(x.ndim - 1, d_out.ndim))
   d_x = jax.lax.dot_general(d_out, w, ((outputs, tuple(range(1, w.ndim))), ((), ())))
-  # The operand that comes first is transposed: let that be the narrow one.
+  # XLA transposes the first operand, so put the narrow one first.
   tokens = tuple(range(x.ndim - 1))
   if w.shape[0] <= w[0].size:
     d_w = _barrier_dot(x, d_out, tokens)

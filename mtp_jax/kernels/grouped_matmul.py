@@ -1,16 +1,16 @@
-"""Products of tokens with the matrices of the experts they chose, none left out.
+"""Products of tokens with the matrices of their chosen experts; none is dropped.
 
 Choices are sorted by expert into rows of one buffer. Every expert's group is padded to
 whole blocks of rows, so that a block has one expert: the block-sparse view of
-MegaBlocks (Gale et al. 2022, arXiv 2211.15841), in plain JAX. `blocked` gathers the
-matrices of some blocks and multiplies these at once, until no block is left. `ragged`
-is `jax.lax.ragged_dot` on the same rows: a kernel on TPU. On CPU, and on GPU in many
-versions, XLA expands it to one dense product per expert, that is, num_experts times the
-work; so it does on TPU with the derivative by the matrices, which here is `blocked`
-everywhere.
+MegaBlocks (Gale et al. 2022, arXiv 2211.15841), in plain JAX. `blocked` loops over
+chunks of blocks: it gathers the matrices of a chunk and multiplies the chunk at once.
+`ragged` is `jax.lax.ragged_dot` on the same rows, which is a kernel on TPU. On CPU, and
+on GPU in many versions, XLA expands `ragged_dot` to one dense product per expert, that
+is, num_experts times the work. On TPU XLA expands its derivative by the matrices, so
+that this derivative is `blocked` everywhere.
 
-Legend: N tokens, k choices per token, E experts, R rows, G blocks, S rows of a block, C
-blocks multiplied at once, D and F inputs and outputs.
+Legend: N tokens, k choices per token, A = N k choices, E experts, Q rows of the buffer,
+G blocks, S rows of a block, C blocks of a chunk, D and F inputs and outputs.
 """
 
 import functools
@@ -28,9 +28,9 @@ _MAX_GATHERED = 2**25
 
 
 class Plan(NamedTuple):
-  """What is fixed before any choice is known; see `make_plan`.
+  """Static sizes, the same for every load; see `make_plan`.
 
-  block: rows of a block, S. num_blocks: enough for any load. chunk: C, a divisor of it.
+  block: S. num_blocks: G, enough for any load. chunk: C, which divides `num_blocks`.
   """
 
   implementation: str
@@ -40,14 +40,14 @@ class Plan(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """Where the choices lie in the buffer; rows in use come first.
+  """The place of every choice in the buffer; blocks in use come first.
 
-  choice_R: the choice n * k + j that a row holds; N * k where it holds none.
-  row_Nk:   the row of a choice; R where its expert is not among the E.
-  expert_G: whose rows a block holds; E where it is not used.
+  choice_Q: the choice n * k + j of each row; N * k where the row is empty.
+  row_Nk:   the row of each choice; Q where its expert is not among the E.
+  expert_G: the expert of each block; E where the block is unused.
   """
 
-  choice_R: jax.Array
+  choice_Q: jax.Array
   row_Nk: jax.Array
   expert_G: jax.Array
 
@@ -66,17 +66,19 @@ def make_plan(
   num_local: int,
   matrix_size: int,
 ) -> Plan:
-  """Returns the plan for choices [N, k] of which those of `num_local` experts are here.
+  """Returns the sizes for choices [N, k] among `num_experts`.
 
-  A token's choices are distinct, hence the number of blocks that serves any load. Where
-  not all experts are here, about that fraction of the blocks will be in use; the rest
-  is skipped by chunks of a quarter of it. `matrix_size`: entries of one matrix.
+  Of these experts `num_local` are on this device. `matrix_size`: entries of one matrix.
   """
   tokens, k = num_choices
   block = block_size(tokens * k / num_experts)
+  # A token's choices are distinct: at most min(k, num_local) of them fall on this
+  # device, and each local expert wastes less than a block.
   most = tokens * min(k, num_local)
   num_blocks = (most + min(most, num_local) * (block - 1)) // block
   chunk = max(1, min(num_blocks, _MAX_GATHERED // matrix_size))
+  # About num_local / num_experts of the blocks will be in use: chunks of a quarter of
+  # those let the loop skip most of the rest.
   if num_local < num_experts:
     chunk = min(chunk, -(-num_blocks * num_local // (4 * num_experts)))
   num_blocks = -(-num_blocks // chunk) * chunk
@@ -98,127 +100,133 @@ def block_size(per_expert: float) -> int:
 def sort_by_expert(expert_Nk: jax.Array, num_experts: int, plan: Plan) -> Rows:
   """Returns the rows of the choices that fall on experts 0 to `num_experts` - 1."""
   block, num_rows = plan.block, plan.num_blocks * plan.block
-  is_here_C = ((expert_Nk >= 0) & (expert_Nk < num_experts)).ravel()
-  expert_C = jnp.where(is_here_C, expert_Nk.ravel(), num_experts)
-  order_C = jnp.argsort(expert_C, stable=True)
-  start_E1 = jnp.searchsorted(expert_C[order_C], jnp.arange(num_experts + 1))
+  # Choices of other devices' experts sort behind all local ones.
+  is_here_A = ((expert_Nk >= 0) & (expert_Nk < num_experts)).ravel()
+  expert_A = jnp.where(is_here_A, expert_Nk.ravel(), num_experts)
+  order_A = jnp.argsort(expert_A, stable=True)
+  # Padding every group to whole blocks shifts the groups behind it.
+  start_E1 = jnp.searchsorted(expert_A[order_A], jnp.arange(num_experts + 1))
   last_block_E = jnp.cumsum(-(-jnp.diff(start_E1) // block))
   shift_E1 = jnp.pad(last_block_E, (1, 0)) * block - start_E1
-  choices_C = jnp.arange(expert_C.size)
-  place_C = jnp.zeros_like(order_C).at[order_C].set(choices_C, unique_indices=True)
-  row_C = jnp.where(is_here_C, place_C + shift_E1[expert_C], num_rows)
+  choices_A = jnp.arange(expert_A.size)
+  place_A = jnp.zeros_like(order_A).at[order_A].set(choices_A, unique_indices=True)
+  row_A = jnp.where(is_here_A, place_A + shift_E1[expert_A], num_rows)
   return Rows(
-    choice_R=jnp.full(num_rows, expert_C.size).at[row_C].set(choices_C, mode="drop"),
-    row_Nk=row_C.reshape(expert_Nk.shape),
+    choice_Q=jnp.full(num_rows, expert_A.size).at[row_A].set(choices_A, mode="drop"),
+    row_Nk=row_A.reshape(expert_Nk.shape),
     expert_G=jnp.searchsorted(last_block_E, jnp.arange(plan.num_blocks), side="right"),
   )
 
 
 def num_computed(rows: Rows) -> jax.Array:
-  """Returns how many choices have a row, hence a product."""
-  return jnp.sum(rows.choice_R < rows.row_Nk.size)
+  """Returns the number of choices that have a row, and so are computed."""
+  return jnp.sum(rows.choice_Q < rows.row_Nk.size)
 
 
 @jax.custom_vjp
 def to_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
-  """Returns x_RD: each choice's token; rows without one are 0.
+  """Returns x_QD: the token of each row's choice; empty rows are 0.
 
-  This and `from_rows` are each other's derivative, written so that both directions
-  read: plain autodiff would turn a gather into a scatter, which adds in sequence.
+  `to_rows` and `from_rows` are each other's derivative. Both gather: plain autodiff
+  would turn a gather into a scatter, which adds in sequence.
   """
-  token_R = rows.choice_R // rows.row_Nk.shape[1]
-  return x_ND.at[token_R].get(mode="fill", fill_value=0)
+  token_Q = rows.choice_Q // rows.row_Nk.shape[1]
+  return x_ND.at[token_Q].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def from_rows(y_RD: jax.Array, rows: Rows) -> jax.Array:
-  """Returns y_ND, each token's sum over its choices that have a row."""
-  y_NkD = y_RD.at[rows.row_Nk].get(mode="fill", fill_value=0)
-  wide = jnp.promote_types(y_RD.dtype, jnp.float32)
-  return jnp.sum(y_NkD, axis=1, dtype=wide).astype(y_RD.dtype)
+def from_rows(y_QD: jax.Array, rows: Rows) -> jax.Array:
+  """Returns y_ND: for each token, the sum of the rows of its choices."""
+  y_NkD = y_QD.at[rows.row_Nk].get(mode="fill", fill_value=0)
+  wide = jnp.promote_types(y_QD.dtype, jnp.float32)
+  return jnp.sum(y_NkD, axis=1, dtype=wide).astype(y_QD.dtype)
 
 
 to_rows.defvjp(
   lambda x_ND, rows: (to_rows(x_ND, rows), rows),
-  lambda rows, d_RD: (from_rows(d_RD, rows), None),
+  lambda rows, d_QD: (from_rows(d_QD, rows), None),
 )
 from_rows.defvjp(
-  lambda y_RD, rows: (from_rows(y_RD, rows), rows),
+  lambda y_QD, rows: (from_rows(y_QD, rows), rows),
   lambda rows, d_ND: (to_rows(d_ND, rows), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-  x_RD: jax.Array, w_EDF: jax.Array, expert_G: jax.Array, plan: Plan
+  x_QD: jax.Array, w_EDF: jax.Array, expert_G: jax.Array, plan: Plan
 ) -> jax.Array:
-  """Returns out_RF, each row times its block's matrix; unused blocks hold anything.
+  """Returns out_QF: each row times its block's matrix; unused blocks are arbitrary.
 
-  `x_RD` and `w_EDF` are of one dtype, which the result has too; sums are float32 or
-  wider.
+  `x_QD`, `w_EDF` and the result have one dtype; sums are float32 or wider.
   """
   if plan.implementation == "ragged":
     blocks_E = jnp.sum(expert_G[:, None] == jnp.arange(w_EDF.shape[0]), axis=0)
-    out_RF = jax.lax.ragged_dot(
-      x_RD,
+    out_QF = jax.lax.ragged_dot(
+      x_QD,
       w_EDF,
       (blocks_E * plan.block).astype(jnp.int32),
-      preferred_element_type=_wide(x_RD),
+      preferred_element_type=_wide(x_QD),
     )
-    return out_RF.astype(x_RD.dtype)
+    return out_QF.astype(x_QD.dtype)
 
   def multiply(out_GSF: jax.Array, index_C: jax.Array) -> jax.Array:
     w_CDF = w_EDF.at[expert_G[index_C]].get(mode="clip")
     x_CSD = jax.lax.dynamic_slice_in_dim(x_GSD, index_C[0], plan.chunk)
     product = jnp.einsum(
-      "CSD,CDF->CSF", x_CSD, w_CDF, preferred_element_type=_wide(x_RD)
-    ).astype(x_RD.dtype)
+      "CSD,CDF->CSF", x_CSD, w_CDF, preferred_element_type=_wide(x_QD)
+    ).astype(x_QD.dtype)
     if plan.chunk == plan.num_blocks:
       return product
     return jax.lax.dynamic_update_slice_in_dim(out_GSF, product, index_C[0], 0)
 
-  x_GSD = _blocks(x_RD, plan)
-  empty_GSF = jnp.zeros((*x_GSD.shape[:2], w_EDF.shape[2]), x_RD.dtype)
+  # Unused blocks lie at the end, so the loop over chunks stops early.
+  x_GSD = _blocks(x_QD, plan)
+  empty_GSF = jnp.zeros((*x_GSD.shape[:2], w_EDF.shape[2]), x_QD.dtype)
   out_GSF = _over_chunks(multiply, empty_GSF, expert_G, w_EDF.shape[0], plan)
-  return out_GSF.reshape(x_RD.shape[0], -1)
+  return out_GSF.reshape(x_QD.shape[0], -1)
 
 
-def _forward(x_RD, w_EDF, expert_G, plan):
-  return grouped_matmul(x_RD, w_EDF, expert_G, plan), (x_RD, w_EDF, expert_G)
+def _forward(x_QD, w_EDF, expert_G, plan):
+  return grouped_matmul(x_QD, w_EDF, expert_G, plan), (x_QD, w_EDF, expert_G)
 
 
-def _backward(plan, saved, d_out_RF):
-  x_RD, w_EDF, expert_G = saved
-  d_x_RD = grouped_matmul(d_out_RF, jnp.swapaxes(w_EDF, 1, 2), expert_G, plan)
-  x_GSD, d_out_GSF = _blocks(x_RD, plan), _blocks(d_out_RF, plan)
+def _backward(plan, saved, d_out_QF):
+  x_QD, w_EDF, expert_G = saved
+  d_x_QD = grouped_matmul(d_out_QF, jnp.swapaxes(w_EDF, 1, 2), expert_G, plan)
+  x_GSD, d_out_GSF = _blocks(x_QD, plan), _blocks(d_out_QF, plan)
 
   def add(d_w_EDF: jax.Array, index_C: jax.Array) -> jax.Array:
-    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, index_C[0], plan.chunk)  # noqa: E731
+    x_CSD, d_out_CSF = (
+      jax.lax.dynamic_slice_in_dim(a_GSX, index_C[0], plan.chunk)
+      for a_GSX in (x_GSD, d_out_GSF)
+    )
     d_w_CDF = jnp.einsum(
-      "CSD,CSF->CDF", cut(x_GSD), cut(d_out_GSF), preferred_element_type=_wide(x_RD)
+      "CSD,CSF->CDF", x_CSD, d_out_CSF, preferred_element_type=_wide(x_QD)
     )
     return d_w_EDF.at[expert_G[index_C]].add(d_w_CDF, mode="drop")
 
-  zeros = jnp.zeros(w_EDF.shape, _wide(x_RD))
+  zeros = jnp.zeros(w_EDF.shape, _wide(x_QD))
   d_w_EDF = _over_chunks(add, zeros, expert_G, w_EDF.shape[0], plan)
-  return d_x_RD, d_w_EDF.astype(w_EDF.dtype), None
+  return d_x_QD, d_w_EDF.astype(w_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
 def _over_chunks(step, carry, expert_G, num_experts, plan):
-  """Runs `step(carry, blocks of the chunk)` over the chunks with blocks in use."""
+  """Returns `carry` after `step(carry, index_C)` for each chunk with blocks in use."""
   index_C = jnp.arange(plan.chunk)
   if plan.chunk == plan.num_blocks:
     return step(carry, index_C)
   num_used = -(-jnp.sum(expert_G < num_experts) // plan.chunk)
-  body = lambda i, carry: step(carry, i * plan.chunk + index_C)  # noqa: E731
-  return jax.lax.fori_loop(0, num_used, body, carry)
+  return jax.lax.fori_loop(
+    0, num_used, lambda i, carry: step(carry, i * plan.chunk + index_C), carry
+  )
 
 
-def _blocks(x_RX: jax.Array, plan: Plan) -> jax.Array:
-  return x_RX.reshape(plan.num_blocks, plan.block, -1)
+def _blocks(x_QX: jax.Array, plan: Plan) -> jax.Array:
+  return x_QX.reshape(plan.num_blocks, plan.block, -1)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

@@ -1,6 +1,7 @@
 """Grouped-query attention, document-causal in training, cached in decoding.
 
-Legend: B batch, T sequence, S cache slots, D embed, N heads, K kv heads, H head dim.
+Legend: B batch, T sequence, S cache slots, D embed, N heads, G kv heads, H head dim,
+P = N / G, Q = P T rows of a product.
 """
 
 import math
@@ -26,51 +27,53 @@ from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitio
 from mtp_jax.model.rotary import rotate
 from mtp_jax.sharding import constrain, platform
 
-# XLA on CPU starts to share out what is ready among its cores at nine things.
+# XLA on CPU spreads independent operations over its cores only if there are nine or
+# more.
 _PARTS = 16
-_LEAST_BYTES = 1 << 22  # Of the keys of a cache, that parts are worth compiling.
+# Smaller caches are not split: compiling the parts would take longer than they save.
+_LEAST_BYTES = 1 << 22
 
 
 class KVCache(NamedTuple):
   """Keys and values of one sequence per row; slot s holds position s, see `Places`.
 
-  Each is one array, or of `_num_parts` with some pairs of row and kv head each, [b, 1,
-  ...] with B K / parts of them. The axes are in the order in which a query reads them:
-  XLA on CPU would otherwise transpose the whole cache at every step.
+  Each is a tuple of one array [B, G, ...], or of `_num_parts` arrays [B G / parts, 1,
+  ...], each with some of the pairs of row and kv head. Axes are in the order in which a
+  query reads them: XLA on CPU would otherwise transpose the whole cache at every step.
   """
 
-  keys_BKHS: tuple[jax.Array, ...]
-  values_BKSH: tuple[jax.Array, ...]
+  keys_BGHS: tuple[jax.Array, ...]
+  values_BGSH: tuple[jax.Array, ...]
 
   @classmethod
   def zeros(cls, trunk: TrunkConfig, rows: int, slots: int) -> "KVCache":
     """Returns the cache of one layer before any token, in the compute dtype."""
-    K, H, dtype = trunk.num_kv_heads, trunk.head_dim, jnp.dtype(compute_dtype(trunk))
-    parts = _num_parts(rows * K, slots * H * dtype.itemsize)
-    shape = (rows, K) if parts == 1 else (rows * K // parts, 1)
+    G, H, dtype = trunk.num_kv_heads, trunk.head_dim, jnp.dtype(compute_dtype(trunk))
+    parts = _num_parts(rows * G, slots * H * dtype.itemsize)
+    shape = (rows, G) if parts == 1 else (rows * G // parts, 1)
     return cls(
       tuple(jnp.zeros((*shape, H, slots), dtype) for _ in range(parts)),
       tuple(jnp.zeros((*shape, slots, H), dtype) for _ in range(parts)),
     )
 
   def num_heads(self, rows: int) -> int:
-    """Returns K of a cache of B rows."""
-    return sum(math.prod(key.shape[:2]) for key in self.keys_BKHS) // rows
+    """Returns G, given B."""
+    return sum(math.prod(key.shape[:2]) for key in self.keys_BGHS) // rows
 
   def write(
-    self, key_BTKH: jax.Array, value_BTKH: jax.Array, places: Positions
+    self, key_BTGH: jax.Array, value_BTGH: jax.Array, places: Positions
   ) -> "KVCache":
     """Returns the cache with new tokens in their slots, see `write_slots`."""
     slots = self._for_parts(slots_of(places))
 
-    def written(parts: tuple[jax.Array, ...], new_BTKH: jax.Array, slot_axis: int):
-      new = [x.swapaxes(1, 2) for x in _split(new_BTKH.swapaxes(1, 2), len(parts))]
+    def written(parts: tuple[jax.Array, ...], new_BTGH: jax.Array, slot_axis: int):
+      new = [x.swapaxes(1, 2) for x in _split(new_BTGH.swapaxes(1, 2), len(parts))]
       return tuple(
         write_slots(*part, slot_axis) for part in zip(parts, new, slots, strict=True)
       )
 
     return KVCache(
-      written(self.keys_BKHS, key_BTKH, 3), written(self.values_BKSH, value_BTKH, 2)
+      written(self.keys_BGHS, key_BTGH, 3), written(self.values_BGSH, value_BTGH, 2)
     )
 
   def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "KVCache":
@@ -82,11 +85,11 @@ class KVCache(NamedTuple):
         move_slots(*part, slot_axis) for part in zip(parts, sources, slots, strict=True)
       )
 
-    return KVCache(moved(self.keys_BKHS, 3), moved(self.values_BKSH, 2))
+    return KVCache(moved(self.keys_BGHS, 3), moved(self.values_BGSH, 2))
 
   def _for_parts(self, slot_BT: jax.Array) -> list[jax.Array]:
-    """Returns the slots of the rows of every part."""
-    parts = len(self.keys_BKHS)
+    """Returns, for every part, the slots of its rows."""
+    parts = len(self.keys_BGHS)
     if parts == 1:
       return [slot_BT]
     heads = self.num_heads(slot_BT.shape[0])
@@ -94,30 +97,31 @@ class KVCache(NamedTuple):
 
 
 def _num_parts(pairs: int, bytes_per_pair: int) -> int:
-  """Returns into how many arrays a cache goes, of its pairs of row and kv head.
+  """Returns the number of arrays over which a cache is split.
 
-  XLA on CPU multiplies a few queries by a cache on one core, which reads it at half the
-  rate of two. Products with arrays of their own run side by side; with slices of an
-  array they do not, as these are copied first.
+  `pairs`: of row and kv head. XLA on CPU multiplies a few queries by a cache on one
+  core, which reads memory at half the rate of two cores. Products with separate arrays
+  run in parallel. Products with slices of one array do not, because slices are copied
+  first.
   """
   small = pairs * bytes_per_pair < _LEAST_BYTES or pairs % _PARTS
   one_device = jax.sharding.get_abstract_mesh().size <= 1
   return _PARTS if platform() == "cpu" and one_device and not small else 1
 
 
-def _split(x_BK: jax.Array, parts: int) -> list[jax.Array]:
-  """Returns what [B, K, ...] has for every part of a cache."""
+def _split(x_BG: jax.Array, parts: int) -> list[jax.Array]:
+  """Returns the entries of [B, G, ...] that belong to each part of a cache."""
   if parts == 1:
-    return [x_BK]
-  return jnp.split(x_BK.reshape(-1, 1, *x_BK.shape[2:]), parts)
+    return [x_BG]
+  return jnp.split(x_BG.reshape(-1, 1, *x_BG.shape[2:]), parts)
 
 
 class Unrolled(NamedTuple):
-  """Keys and values of the steps so far of a layer that goes on from its own output.
+  """Keys and values, [B, T, G, H] per step, of a layer applied to its own output.
 
-  Each is [B, T, K, H], a key and a value of every row. A row of a later step sees the
-  first step's up to itself and of the steps since then its own alone, as a drafter
-  does that runs on the features up to that row and then on its own output.
+  Token i of a later step sees the first step's keys up to i, and only key i of each
+  later step: as a drafter at i does, which first reads the trunk's features and then
+  its own output.
   """
 
   keys: tuple[jax.Array, ...] = ()
@@ -127,11 +131,15 @@ class Unrolled(NamedTuple):
 class Attention(nn.Module):
   """Causal self-attention within documents.
 
-  In training (`cache` is None) a token sees the tokens up to itself that share its
-  segment id. With a cache, the T new tokens are written at their positions and see
-  every slot up to their own, or as `Places` in their stead say; segment ids are not
-  used then. With `Unrolled` this is the next step of a layer that is applied to its own
-  output, within documents too. The input may be wider than the output.
+  - `cache` None (training): a token sees earlier tokens, and itself, that share its
+    segment id.
+  - `cache` a `KVCache`: the T new tokens are written to the slots of their positions
+    and see every slot up to their own. `Places` instead of positions changes both.
+    Segment ids are not used.
+  - `cache` an `Unrolled`: the next step of a layer that is applied to its own output,
+    within documents.
+
+  The input may be wider than the output.
   """
 
   trunk: TrunkConfig
@@ -146,7 +154,7 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KVCache | Unrolled | None]:
     c, dtype = self.trunk, compute_dtype(self.trunk)
     width = x_BTD.shape[-1]
-    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    D, N, G, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
     def project(name: str, num_heads: int, axis: str) -> jax.Array:
       kernel = self.param(
@@ -161,36 +169,38 @@ class Attention(nn.Module):
       return out
 
     query_BTNH = project("query", N, "heads")
-    key_BTKH = project("key", K, "kv_heads")
-    value_BTKH = project("value", K, "kv_heads")
+    key_BTGH = project("key", G, "kv_heads")
+    value_BTGH = project("value", G, "kv_heads")
     if c.qk_norm:
       query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
-      key_BTKH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTKH)
+      key_BTGH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTGH)
     if c.kind == "llama":
       query_BTNH = rotate(query_BTNH, positions_of(positions_BT), c)
-      key_BTKH = rotate(key_BTKH, positions_of(positions_BT), c)
+      key_BTGH = rotate(key_BTGH, positions_of(positions_BT), c)
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
-      seq = "seq" if is_later else "kv_seq"  # Later keys are for their own rows.
+      # Keys of later steps are read by their own token alone: no gather over `seq`.
+      seq = "seq" if is_later else "kv_seq"
       query_BTNH = constrain(query_BTNH, "batch", "seq", "heads", "head_dim")
-      key_BTKH = constrain(key_BTKH, "batch", seq, "kv_heads", "head_dim")
-      value_BTKH = constrain(value_BTKH, "batch", seq, "kv_heads", "head_dim")
+      key_BTGH = constrain(key_BTGH, "batch", seq, "kv_heads", "head_dim")
+      value_BTGH = constrain(value_BTGH, "batch", seq, "kv_heads", "head_dim")
+      # Named, so that rematerialisation can keep them (`block.SAVED_NAMES`).
       query_BTNH = checkpoint_name(query_BTNH, "query")
-      key_BTKH = checkpoint_name(key_BTKH, "key")
-      value_BTKH = checkpoint_name(value_BTKH, "value")
+      key_BTGH = checkpoint_name(key_BTGH, "key")
+      value_BTGH = checkpoint_name(value_BTGH, "value")
       if cache is not None:
-        cache = Unrolled((*cache.keys, key_BTKH), (*cache.values, value_BTKH))
+        cache = Unrolled((*cache.keys, key_BTGH), (*cache.values, value_BTGH))
       if is_later:
         out_BTNH = unrolled_attention(
           query_BTNH, cache.keys, cache.values, segment_ids_BT
         )
       else:
         out_BTNH = attention(
-          query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, implementation=c.attention
+          query_BTNH, key_BTGH, value_BTGH, segment_ids_BT, implementation=c.attention
         )
     else:
-      cache = cache.write(key_BTKH, value_BTKH, positions_BT)
+      cache = cache.write(key_BTGH, value_BTGH, positions_BT)
       out_BTNH = _attend_to_cache(query_BTNH, cache, positions_BT)
 
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
@@ -212,23 +222,23 @@ def _attend_to_cache(
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
   B, T, N, H = query_BTNH.shape
-  parts = len(cache.keys_BKHS)
-  K = cache.num_heads(B)
+  parts = len(cache.keys_BGHS)
+  G = cache.num_heads(B)
   dtype = query_BTNH.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
 
-  def multiply(equation: str, rows_BKQ: jax.Array, cached: tuple[jax.Array, ...]):
+  def multiply(equation: str, rows_BGQ: jax.Array, cached: tuple[jax.Array, ...]):
     products = [
       jnp.einsum(equation, rows, part.astype(dtype), preferred_element_type=wide)
-      for rows, part in zip(_split(rows_BKQ, parts), cached, strict=True)
+      for rows, part in zip(_split(rows_BGQ, parts), cached, strict=True)
     ]
-    return jnp.concatenate(products).reshape(*rows_BKQ.shape[:3], -1)
+    return jnp.concatenate(products).reshape(*rows_BGQ.shape[:3], -1)
 
-  # Queries that share a key head are rows of one product; its rows are (G, T).
-  query_BKGTH = query_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  query_BKQH = query_BKGTH.reshape(B, K, N // K * T, H)
-  scores_BKQS = multiply("BKQH,BKHS->BKQS", query_BKQH, cache.keys_BKHS)
-  weights_BKQS = slot_weights(scores_BKQS * H**-0.5, positions_BT)
-  out_BKQH = multiply("BKQS,BKSH->BKQH", weights_BKQS.astype(dtype), cache.values_BKSH)
-  out_BKGTH = out_BKQH.astype(dtype).reshape(B, K, N // K, T, H)
-  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+  # Queries that share a key head are rows of one product; its rows are (P, T).
+  query_BGPTH = query_BTNH.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)
+  query_BGQH = query_BGPTH.reshape(B, G, N // G * T, H)
+  scores_BGQS = multiply("BGQH,BGHS->BGQS", query_BGQH, cache.keys_BGHS)
+  weights_BGQS = slot_weights(scores_BGQS * H**-0.5, positions_BT)
+  out_BGQH = multiply("BGQS,BGSH->BGQH", weights_BGQS.astype(dtype), cache.values_BGSH)
+  out_BGPTH = out_BGQH.astype(dtype).reshape(B, G, N // G, T, H)
+  return out_BGPTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

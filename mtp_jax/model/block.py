@@ -1,4 +1,4 @@
-"""One pre-norm transformer block: which attention and feed-forward layer it has.
+"""One pre-norm transformer block, its cache, and its rematerialisation.
 
 Legend: B batch, T sequence, D embed.
 """
@@ -17,7 +17,7 @@ from mtp_jax.model.mlp import Mlp
 from mtp_jax.model.moe import Moe, Routing
 from mtp_jax.sharding import constrain
 
-# What `remat="names"` keeps from the forward pass; the rest is cheap to recompute.
+# Activations that `remat="names"` keeps; all others are cheap to compute again.
 SAVED_NAMES = (
   "query", "key", "value", "mlp_gate", "mlp_up", "expert_rows", "residual",
   *REMAT_NAMES,
@@ -31,12 +31,6 @@ def empty_cache(trunk: TrunkConfig, rows: int, slots: int) -> Cache:
   """Returns the cache of one block before any token, in the compute dtype."""
   kind = LatentCache if trunk.attention_kind == "latent" else KVCache
   return kind.zeros(trunk, rows, slots)
-
-
-def cache_bytes_per_token(trunk: TrunkConfig) -> int:
-  """Returns the memory that one token takes in the cache of one block."""
-  cache = jax.eval_shape(lambda: empty_cache(trunk, rows=1, slots=1))
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 class Block(nn.Module):
@@ -70,9 +64,9 @@ def add_layers(
   segment_ids_BT: jax.Array,
   cache: Cache | Unrolled | None,
 ) -> tuple[jax.Array, Cache | Unrolled | None, Routing | None]:
-  """Returns what a block does: x + attention(read), then x + mlp(norm(x)).
+  """Returns x + attention(read), then x + mlp(norm(x)), with cache and routing.
 
-  The layers belong to the module in whose `__call__` this is used. `read_BTX` may be
+  Call it in a module's `__call__`: the layers become that module's. `read_BTX` may be
   wider than the residual stream x_BTD.
   """
   is_latent = trunk.attention_kind == "latent"
@@ -90,7 +84,7 @@ def add_layers(
 
 
 def rematted(module: type[nn.Module], trunk: TrunkConfig) -> type[nn.Module]:
-  """Returns `module` with rematerialisation as `trunk.remat` says."""
+  """Returns `module` with the rematerialisation of `trunk.remat`."""
   if trunk.remat == "none":
     return module
   policy = None

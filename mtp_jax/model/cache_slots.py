@@ -1,6 +1,6 @@
 """Slots of a decoding cache: where new tokens are written, and what each token sees.
 
-Legend: B batch, T new tokens, S slots of the cache, K kv heads, Q rows of a product
+Legend: B batch, T new tokens, S slots of the cache, G kv heads, Q rows of a product
 (the T tokens of one query head after the other).
 """
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-  """Where the new tokens of a cached pass are, if they are not one after the other.
+  """Positions and slots of new tokens that are not consecutive, such as a tree's nodes.
 
-  position_BT: of each, for what depends on positions. slot_BT: that it is written to; a
-  slot that the cache does not have is none. visible_BTS: the slots that it sees, once
-  all are written.
+  position_BT: the position of each token, for rotary or learned positions.
+  slot_BT:     the slot that each token is written to; S or more: not written.
+  visible_BTS: the slots that each token sees, after all tokens are written.
   """
 
   position_BT: jax.Array
@@ -23,7 +23,7 @@ class Places(NamedTuple):
   visible_BTS: jax.Array
 
 
-# Positions alone are the slots too, and a token sees all up to its own.
+# Without `Places`, positions are slots, and a token sees all slots up to its own.
 Positions = jax.Array | Places
 
 
@@ -40,15 +40,15 @@ def slots_of(places: Positions) -> jax.Array:
 def write_slots(
   cache: jax.Array, new_BT: jax.Array, places: Positions, slot_axis: int
 ) -> jax.Array:
-  """Returns `cache` with new tokens in their slots; no slot, no write.
+  """Returns `cache` with new tokens in their slots; slots it lacks are skipped.
 
-  The cache has its rows first and its slots on `slot_axis`; `new_BT` has rows and
-  tokens first, then the other axes of the cache in their order.
+  The cache has rows on axis 0 and slots on `slot_axis`; `new_BT` has rows and tokens
+  first, then the other axes of the cache in their order.
   """
   slot_BT = slots_of(places)
   if slot_BT.size == 1:
-    # XLA makes a slice update of a write to one slot, for which it copies the cache; a
-    # second write that is dropped keeps it a scatter in place.
+    # XLA turns a write to one slot into a slice update, which copies the cache. A
+    # second, dropped write keeps the operation a scatter in place.
     new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
     slot_BT = jnp.pad(
       slot_BT, ((0, 0), (0, 1)), constant_values=cache.shape[slot_axis]
@@ -60,9 +60,10 @@ def write_slots(
 def move_slots(
   cache: jax.Array, source_BT: jax.Array, slot_BT: jax.Array, slot_axis: int
 ) -> jax.Array:
-  """Returns `cache` with what was in `source_BT` in `slot_BT`; no slot, no write.
+  """Returns `cache` with the entries of `source_BT` copied to `slot_BT`.
 
-  All is read before any is written, so that the two may overlap.
+  Slots that the cache lacks are skipped. All entries are read before any is written, so
+  that sources and targets may overlap.
   """
   moved_BT = cache.at[_at_slots(source_BT, slot_axis)].get(mode="clip")
   return write_slots(cache, moved_BT, slot_BT, slot_axis)
@@ -73,17 +74,17 @@ def _at_slots(slot_BT: jax.Array, slot_axis: int) -> tuple:
   return (rows_B1, *[slice(None)] * (slot_axis - 1), slot_BT)
 
 
-def slot_weights(scores_BKQS: jax.Array, places: Positions) -> jax.Array:
+def slot_weights(scores_BGQS: jax.Array, places: Positions) -> jax.Array:
   """Returns the softmax of scaled scores over the slots that each token sees.
 
-  The rows Q are the tokens of one query head after the other; taken apart into two axes
-  they would cost XLA on CPU a copy of all scores.
+  Heads and tokens stay joined in the axis Q: splitting it would cost XLA on CPU a copy
+  of all scores.
   """
-  rows, slots = scores_BKQS.shape[2:]
+  rows, slots = scores_BGQS.shape[2:]
   if isinstance(places, Places):
     visible_BTS = places.visible_BTS
   else:
     visible_BTS = jnp.arange(slots) <= places[:, :, None]
   visible_BQS = jnp.tile(visible_BTS, (1, rows // visible_BTS.shape[1], 1))
-  floor = jnp.finfo(scores_BKQS.dtype).min / 2
-  return jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BKQS, floor), axis=-1)
+  floor = jnp.finfo(scores_BGQS.dtype).min / 2
+  return jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BGQS, floor), axis=-1)

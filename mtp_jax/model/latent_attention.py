@@ -1,15 +1,15 @@
-"""Multi-head latent attention: keys and values come from one small vector per token.
+"""Multi-head latent attention: keys and values are products of one small latent vector.
 
 DeepSeek-V2 (arXiv 2405.04434, section 2.1) and DeepSeek-V3 (arXiv 2412.19437, equations
-1 to 11). A token's `latent` c, of `kv_rank` numbers, gives every head its key and value
-by `kv_up`; one rotated key of `rope_dim` numbers is shared by all heads. Only these two
-are cached. In decoding `kv_up` moves to the query's side and to the output's,
+1 to 11). `kv_up` maps a token's latent c, of `kv_rank` numbers, to the key and value of
+every head; all heads share one rotated key of `rope_dim` numbers. Only the latent and
+this key are cached. In decoding, `kv_up` is applied to the query and to the output,
 
   q . (W_k c) = (W_k^T q) . c   and   sum_s w_s (W_v c_s) = W_v sum_s w_s c_s,
 
-so that the keys and values of past tokens are never made.
+so that keys and values of past tokens are never computed.
 
-Legend: B batch, T sequence, S cache slots, D embed, N heads, R kv rank, H head dim of
+Legend: B batch, T sequence, S cache slots, D embed, N heads, Z kv rank, H head dim of
 queries and keys, of which P are rotated and C = H - P are not, V head dim of values.
 """
 
@@ -34,13 +34,13 @@ from mtp_jax.model.layers import RMSNorm, compute_dtype, fan_in_normal, partitio
 from mtp_jax.model.rotary import rotate, softmax_gain
 from mtp_jax.sharding import constrain
 
-_NORM_EPS = 1e-6  # Of the released code, whatever the other norms have.
+_NORM_EPS = 1e-6  # The released code uses this value, not `trunk.norm_eps`.
 
 
 class LatentCache(NamedTuple):
   """Normed latent and rotated key of one sequence per row; slot s holds position s."""
 
-  latent_BSR: jax.Array
+  latent_BSZ: jax.Array
   rope_key_BSP: jax.Array
 
   @classmethod
@@ -55,16 +55,16 @@ class LatentCache(NamedTuple):
   def move(self, source_BT: jax.Array, slot_BT: jax.Array) -> "LatentCache":
     """Returns the cache with some slots moved, see `move_slots`."""
     return LatentCache(
-      move_slots(self.latent_BSR, source_BT, slot_BT, slot_axis=1),
+      move_slots(self.latent_BSZ, source_BT, slot_BT, slot_axis=1),
       move_slots(self.rope_key_BSP, source_BT, slot_BT, slot_axis=1),
     )
 
 
 class LatentAttention(nn.Module):
-  """Causal self-attention within documents; called like `Attention`, cache and all.
+  """Causal self-attention within documents, with the call of `Attention`.
 
-  With `query_rank` the queries come from a compressed vector too, which saves
-  activations and parameters and is not cached.
+  With `query_rank` queries are computed from a compressed vector, too. This saves
+  activations and parameters; the vector is not cached.
   """
 
   trunk: TrunkConfig
@@ -78,7 +78,7 @@ class LatentAttention(nn.Module):
     cache: LatentCache | None = None,
   ) -> tuple[jax.Array, LatentCache | None]:
     c, sizes, dtype = self.trunk, self.trunk.latent, compute_dtype(self.trunk)
-    D, N, R, C = c.embed_dim, c.num_heads, sizes.kv_rank, sizes.nope_dim
+    D, N, Z, C = c.embed_dim, c.num_heads, sizes.kv_rank, sizes.nope_dim
     P, V = sizes.rope_dim, sizes.value_dim
     B, T = x_BTD.shape[:2]
 
@@ -86,6 +86,8 @@ class LatentAttention(nn.Module):
       init = partitioned(fan_in_normal(shape[0]), *axes)
       return self.param(name, init, shape).astype(dtype)
 
+    # Only the last P dimensions of queries and keys are rotated: rotation does not
+    # commute with `kv_up`, which decoding applies to the query.
     source, rank, axis = x_BTD, D, "embed"
     if sizes.query_rank:
       rank, axis = sizes.query_rank, "rank_in"
@@ -95,15 +97,16 @@ class LatentAttention(nn.Module):
     query_BTNC, query_BTNP = jnp.split(dense(source, query), [C], axis=-1)
     query_BTNP = rotate(query_BTNP, positions_of(positions_BT), c)
 
-    down_BTF = dense(x_BTD, kernel("kv_down", (D, R + P), "embed", "rank"))
-    latent_BTR, rope_key_BTP = jnp.split(down_BTF, [R], axis=-1)
-    latent_BTR = RMSNorm(_NORM_EPS, name="kv_norm")(latent_BTR)
+    down_BTF = dense(x_BTD, kernel("kv_down", (D, Z + P), "embed", "rank"))
+    latent_BTZ, rope_key_BTP = jnp.split(down_BTF, [Z], axis=-1)
+    latent_BTZ = RMSNorm(_NORM_EPS, name="kv_norm")(latent_BTZ)
     rope_key_BT1P = rotate(rope_key_BTP[:, :, None], positions_of(positions_BT), c)
-    kv_up = kernel("kv_up", (R, N, C + V), "rank_in", "heads", "head_dim")
+    kv_up = kernel("kv_up", (Z, N, C + V), "rank_in", "heads", "head_dim")
     scale = softmax_gain(c) ** 2 * (C + P) ** -0.5
 
+    # In training the keys are computed: with T queries that is the smaller product.
     if cache is None:
-      key_BTNC, value_BTNV = jnp.split(dense(latent_BTR, kv_up), [C], axis=-1)
+      key_BTNC, value_BTNV = jnp.split(dense(latent_BTZ, kv_up), [C], axis=-1)
       shared_BTNP = jnp.broadcast_to(rope_key_BT1P, (B, T, N, P))
       query_BTNH = jnp.concatenate([query_BTNC, query_BTNP], axis=-1)
       key_BTNH = jnp.concatenate([key_BTNC, shared_BTNP], axis=-1)
@@ -120,13 +123,13 @@ class LatentAttention(nn.Module):
       )
     else:
       cache = LatentCache(
-        write_slots(cache.latent_BSR, latent_BTR, positions_BT, slot_axis=1),
+        write_slots(cache.latent_BSZ, latent_BTZ, positions_BT, slot_axis=1),
         write_slots(cache.rope_key_BSP, rope_key_BT1P[:, :, 0], positions_BT, 1),
       )
-      key_up_RNC, value_up_RNV = jnp.split(kv_up, [C], axis=-1)
-      query_BTNR = jnp.einsum("BTNC,RNC->BTNR", query_BTNC, key_up_RNC)
-      mixed_BTNR = _attend_to_cache(query_BTNR, query_BTNP, cache, positions_BT, scale)
-      out_BTNV = jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, value_up_RNV)
+      key_up_ZNC, value_up_ZNV = jnp.split(kv_up, [C], axis=-1)
+      query_BTNZ = jnp.einsum("BTNC,ZNC->BTNZ", query_BTNC, key_up_ZNC)
+      mixed_BTNZ = _attend_to_cache(query_BTNZ, query_BTNP, cache, positions_BT, scale)
+      out_BTNV = jnp.einsum("BTNZ,ZNV->BTNV", mixed_BTNZ, value_up_ZNV)
 
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
     out = self.param(
@@ -139,17 +142,17 @@ class LatentAttention(nn.Module):
 
 
 def _attend_to_cache(
-  query_BTNR: jax.Array,
+  query_BTNZ: jax.Array,
   query_BTNP: jax.Array,
   cache: LatentCache,
   positions_BT: Positions,
   scale: float,
 ) -> jax.Array:
-  """Returns the latents of the visible slots, mixed by every head; as `Attention`."""
-  B, T, N, R = query_BTNR.shape
-  dtype = query_BTNR.dtype
+  """Returns, for every head, the weighted sum of the latents of the visible slots."""
+  B, T, N, Z = query_BTNZ.shape
+  dtype = query_BTNZ.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
-  latent_BSR = cache.latent_BSR.astype(dtype)
+  latent_BSZ = cache.latent_BSZ.astype(dtype)
   rope_key_BSP = cache.rope_key_BSP.astype(dtype)
 
   def against(query_BTNX: jax.Array, key_BSX: jax.Array) -> jax.Array:
@@ -159,12 +162,12 @@ def _attend_to_cache(
       "BQX,BSX->BQS", query_BQX, key_BSX, preferred_element_type=wide
     )
 
-  scores_BQS = against(query_BTNR, latent_BSR) + against(query_BTNP, rope_key_BSP)
+  scores_BQS = against(query_BTNZ, latent_BSZ) + against(query_BTNP, rope_key_BSP)
   weights_B1QS = slot_weights(scale * scores_BQS[:, None], positions_BT)
-  mixed_BQR = jnp.einsum(
-    "BQS,BSR->BQR",
+  mixed_BQZ = jnp.einsum(
+    "BQS,BSZ->BQZ",
     weights_B1QS[:, 0].astype(dtype),
-    latent_BSR,
+    latent_BSZ,
     preferred_element_type=wide,
   )
-  return mixed_BQR.astype(dtype).reshape(B, N, T, R).swapaxes(1, 2)
+  return mixed_BQZ.astype(dtype).reshape(B, N, T, Z).swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""The small parts: norms, embeddings.
+"""Norms, embeddings and initialisers.
 
 Legend: B batch, T sequence, D embed, V entries of a table.
 """
@@ -93,8 +93,8 @@ class Embedding(nn.Module):
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, axis: str) -> jax.Array:
   """Returns table[ids], [B, T, D]; `axis` is the logical axis of the table's entries.
 
-  The table is gathered whole like any weight; a look-up in a table split along its
-  vectors is one that XLA's partitioner copies to every device.
+  The vectors of the table are gathered first, like any weight: with a table that is
+  split along its vectors, XLA's partitioner would repeat the look-up on every device.
   """
   table_VD = constrain(table_VD, axis, "act_embed")
   return constrain(jnp.take(table_VD, ids_BT, axis=0), "batch", "seq", "act_embed")

@@ -14,7 +14,7 @@ from mtp_jax.sharding import constrain
 
 
 class Mlp(nn.Module):
-  """x_BTD -> x_BTD."""
+  """Maps x_BTD to out_BTD: SwiGLU for kind `llama`, GELU with biases for `gpt2`."""
 
   trunk: TrunkConfig
 
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
       hidden_BTF = swiglu(widen("gate"), widen("up"))
     else:
       hidden_BTF = gelu(widen("up"))
-    gain = (2 * c.num_layers) ** -0.5
+    gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
     kernel = self.param(
       "down", partitioned(fan_in_normal(F, gain), "mlp", "embed"), (F, D)
     )

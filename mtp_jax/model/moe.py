@@ -1,4 +1,4 @@
-"""DeepSeekMoE: shared experts, and routed ones of which every token chooses a few.
+"""DeepSeekMoE: shared experts for every token, and routed experts that tokens choose.
 
 DeepSeek-V3 report (arXiv 2412.19437), equations 12 to 20. An expert's affinity is the
 sigmoid of a product with the router's vector; the choice is by affinity plus a bias,
@@ -6,7 +6,7 @@ which `balancing` moves after every step; the gates are the chosen affinities al
 No choice is ever dropped.
 
 Legend: B batch, T sequence, D embed, F expert width, E experts, k choices per token, N
-tokens, R rows (see grouped_matmul).
+tokens, Q rows (see grouped_matmul).
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ from mtp_jax.sharding import (
 
 
 class Routing(NamedTuple):
-  """What the router of one layer did with a batch.
+  """Statistics of one layer's router over a batch.
 
-  load_E: tokens per expert, float32; padding is not counted.
+  load_E:  tokens per expert, float32; padding is not counted.
   balance: the sequence-wise balance loss without alpha, summed over rows.
-  dropped: choices of tokens that no expert computed; 0.
+  dropped: choices that no expert computed; always 0.
   """
 
   load_E: jax.Array
@@ -58,10 +58,10 @@ class Routing(NamedTuple):
 
 
 class Moe(nn.Module):
-  """x_BTD -> (out_BTD, Routing): the shared experts' output plus the routed ones'.
+  """Maps x_BTD to (out_BTD, Routing): shared experts' output plus routed experts'.
 
-  Padding (segment 0) is computed like any token, since decoding knows no segments, but
-  counts neither as load nor in the balance loss.
+  Padding (segment 0) is computed like any token, because decoding has no segments, but
+  it counts neither as load nor in the balance loss.
   """
 
   trunk: TrunkConfig
@@ -77,7 +77,7 @@ class Moe(nn.Module):
     )
     bias_E = self.param("bias", partitioned(nn.initializers.zeros, "router"), (E,))
     affinity_BTE = constrain(affinities(x_BTD, router_DE), "batch", "seq", "router")
-    # Mapped, because XLA's partitioner gathers what it takes the best of.
+    # Mapped over devices, because XLA's partitioner would gather the input of top_k.
     tokens = ("batch", "seq", None)
     choices_BTk, unbiased_BTk = map_over_tokens(
       functools.partial(_choose_both, moe=moe),
@@ -90,6 +90,7 @@ class Moe(nn.Module):
     if moe.num_shared:
       shared = dataclasses.replace(c, mlp_dim=moe.num_shared * moe.expert_dim)
       out_BTD += Mlp(shared, name="shared")(x_BTD)
+    # Padding would be routed like a real token and distort the load.
     is_token_BT = segment_ids_BT != 0
     routing = Routing(
       load_E=jnp.sum(_counts(choices_BTk, is_token_BT, E), axis=0),
@@ -100,10 +101,10 @@ class Moe(nn.Module):
 
 
 class Experts(nn.Module):
-  """The routed experts, each a SwiGLU, behind (x_BTD, choices_BTk, gates_BTk).
+  """The routed experts, each a SwiGLU.
 
-  Returns the gated sum of the chosen ones' outputs, and how many choices were computed,
-  over all devices.
+  Returns `(out_BTD, computed)`: the gated sum of the chosen experts' outputs, and the
+  number of choices computed, over all devices.
   """
 
   trunk: TrunkConfig
@@ -139,7 +140,7 @@ class Experts(nn.Module):
 def affinities(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
   """Returns affinity_BTE, equation 15, in float32 (float64 for float64 input).
 
-  The choices follow from small differences, hence no bfloat16 and no TF32 here.
+  Small differences decide the choices, hence no bfloat16 and no TF32.
   """
   wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
   return jax.nn.sigmoid(
@@ -153,9 +154,10 @@ def affinities(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 
 def choose(affinity_XE: jax.Array, bias_E: jax.Array, moe: MoeConfig) -> jax.Array:
-  """Returns choices_Xk: the best by affinity + bias within the best groups, eq. 16.
+  """Returns choices_Xk: the k experts with the highest affinity + bias (equation 16).
 
-  A group's score is the sum of its two best; see section 2.1.2, node-limited routing.
+  Only experts of the best groups are eligible. A group's score is the sum of its two
+  best experts' scores (section 2.1.2, node-limited routing).
   """
   score_XE = affinity_XE + bias_E.astype(affinity_XE.dtype)
   if moe.num_groups > 1:
@@ -183,9 +185,9 @@ def balance_loss(
   """Returns the sum over rows of sum_i f_i P_i, equations 17 to 20 without alpha.
 
   Args:
-    affinity_BTE: what P is made of, and the gradient goes through.
+    affinity_BTE: determines P; the gradient passes through it.
     unbiased_BTk: choices by affinity alone, which f counts.
-    is_token_BT: False where padding is; a row without tokens adds 0.
+    is_token_BT: False for padding; a row without tokens adds 0.
   """
   E, k = affinity_BTE.shape[-1], unbiased_BTk.shape[-1]
   share_BTE = affinity_BTE / (jnp.sum(affinity_BTE, -1, keepdims=True) + 1e-20)
@@ -199,7 +201,7 @@ def balance_loss(
 def _choose_both(
   affinity_BTE: jax.Array, bias_E: jax.Array, *, moe: MoeConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the choices, and those that the balance loss counts (equation 18)."""
+  """Returns the choices with the bias, and without it for the balance loss (eq. 18)."""
   unbiased_BTk = jax.lax.top_k(affinity_BTE, moe.experts_per_token)[1]
   return choose(affinity_BTE, bias_E, moe), unbiased_BTk
 
@@ -207,7 +209,7 @@ def _choose_both(
 def _counts(
   choices_BTk: jax.Array, is_token_BT: jax.Array, num_experts: int
 ) -> jax.Array:
-  """Returns count_BE of the choices of tokens, float32."""
+  """Returns count_BE, float32: how many tokens of each row chose each expert."""
   is_chosen_BTkE = choices_BTk[..., None] == jnp.arange(num_experts)
   is_counted_BTkE = is_chosen_BTkE & is_token_BT[..., None, None]
   return jnp.sum(is_counted_BTkE, axis=(1, 2), dtype=jnp.float32)
@@ -216,22 +218,22 @@ def _counts(
 def _experts_share(
   x_BTD, choices_BTk, gates_BTk, gate_EDF, up_EDF, down_EFD, *, moe: MoeConfig
 ):
-  """What one device adds: its experts' outputs for all tokens of its expert group.
+  """Returns one device's tokens after its whole expert group has computed them.
 
-  The tokens of the group are gathered, with their choices and gates, and the outputs
-  are summed and scattered back. All shapes are static then, whatever the load: there is
-  no capacity, and nothing to drop. An all-to-all would have to reserve, between every
-  two devices, room for all tokens to prefer the same expert, or drop. It moves less
-  only where k is much smaller than the group of devices (a token goes to k of them at
-  most, here to all); within a group of 8 and with k = 8 there is nothing to save. The
-  price is the size of the buffer of rows, which must do for the case that all choices
-  of the group fall on this device; time is spent on those that do.
+  Each device of the group gathers the group's tokens, choices and gates, computes its
+  own experts, and sums and scatters the outputs. All shapes are static for any load:
+  there is no capacity, and nothing is dropped. An all-to-all would have to reserve,
+  between every two devices, room for the case that all tokens choose one expert, or
+  drop tokens. It moves less data only if k is much smaller than the group (a token then
+  goes to at most k devices, here to all); with a group of 8 and k = 8 it saves nothing.
+  The price of gathering is memory: the buffer of rows must hold all choices of the
+  group. Time is spent only on the choices that fall on this device.
   """
   B, T, D = x_BTD.shape
-  join = lambda a_BTX: gather_shards(  # noqa: E731
-    a_BTX.reshape(B * T, -1), "experts", 0
+  x_ND, choices_Nk, gates_Nk = (
+    gather_shards(a_BTX.reshape(B * T, -1), "experts", 0)
+    for a_BTX in (x_BTD, choices_BTk, gates_BTk)
   )
-  x_ND, choices_Nk, gates_Nk = join(x_BTD), join(choices_BTk), join(gates_BTk)
   gate_EDF, up_EDF = (gather_shards(w, "embed", 1) for w in (gate_EDF, up_EDF))
   down_EFD = gather_shards(down_EFD, "embed", 2)
 
@@ -249,17 +251,20 @@ def _experts_share(
     sort_by_expert(local_Nk, num_local, plan),
   )
 
-  x_RD = to_rows(x_ND, rows)
-  multiply = lambda x_RX, w: grouped_matmul(x_RX, w, rows.expert_G, plan)  # noqa: E731
-  hidden_RF = swiglu(
-    checkpoint_name(multiply(x_RD, gate_EDF), "mlp_gate"),
-    checkpoint_name(multiply(x_RD, up_EDF), "mlp_up"),
+  x_QD = to_rows(x_ND, rows)
+
+  def multiply(x_QX: jax.Array, w_EXY: jax.Array) -> jax.Array:
+    return grouped_matmul(x_QX, w_EXY, rows.expert_G, plan)
+
+  hidden_QF = swiglu(
+    checkpoint_name(multiply(x_QD, gate_EDF), "mlp_gate"),
+    checkpoint_name(multiply(x_QD, up_EDF), "mlp_up"),
   )
-  # The gate is applied before the last product, which is linear: so its derivative does
-  # not need the output, which would be computed again for the backward pass.
-  gate_R = gates_Nk.ravel().at[rows.choice_R].get(mode="fill", fill_value=0)
-  hidden_RF = (hidden_RF * gate_R[:, None]).astype(x_RD.dtype)
-  out_ND = from_rows(multiply(hidden_RF, down_EFD), rows)
-  # Every device along `mlp` has a part of each expert's width.
+  # The last product is linear, so the gate may be applied before it. The gate's
+  # derivative then does not need the output, which would have to be computed again.
+  gate_Q = gates_Nk.ravel().at[rows.choice_Q].get(mode="fill", fill_value=0)
+  hidden_QF = (hidden_QF * gate_Q[:, None]).astype(x_QD.dtype)
+  out_ND = from_rows(multiply(hidden_QF, down_EFD), rows)
+  # Devices along `mlp` hold parts of each expert's width: their outputs are summed.
   out_BTD = sum_shards(scatter_sum_shards(out_ND, "experts", 0), "mlp")
   return out_BTD.reshape(B, T, D), psum_tokens(num_computed(rows))

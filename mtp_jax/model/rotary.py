@@ -1,4 +1,4 @@
-"""Rotary positions, and how their frequencies stretch for longer texts.
+"""Rotary position embedding, and its frequencies for longer texts.
 
 Legend: B batch, T sequence, N heads, H head dim, F = H / 2 frequencies.
 """
@@ -13,10 +13,10 @@ from mtp_jax.config import TrunkConfig
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, trunk: TrunkConfig) -> jax.Array:
-  """Applies rotary position embedding, pairs being the halves of H as in Llama.
+  """Returns x with rotary position embedding; pairs are the halves of H, as in Llama.
 
-  Pair f turns by `position * frequencies[f]` (Su et al. 2021, arXiv 2104.09864) and is
-  multiplied by `rotation_scale`. Angles are in float32, in float64 for float64 input;
+  Pair f is rotated by `position * frequencies[f]` (Su et al. 2021, arXiv 2104.09864)
+  and multiplied by `rotation_scale`. Angles are float32 (float64 for float64 input);
   the result has the dtype of x.
   """
   wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
@@ -34,17 +34,17 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, trunk: TrunkConfig) -> ja
 def frequencies(trunk: TrunkConfig, width: int) -> np.ndarray:
   """Returns the angle per position of each pair, [width / 2] in float64.
 
-  Plain: `theta^(-2 f / width)`. With a factor s by which texts are longer than the
-  `original_length` L of `trunk.rope_scaling`:
+  Without scaling: `theta^(-2 f / width)`. `trunk.rope_scaling` is for texts that are s
+  times (`factor`) as long as its `original_length` L. A pair makes so many turns in L:
 
-  linear: all divided by s (Chen et al. 2023, arXiv 2306.15595).
-  llama3: divided by s where L holds fewer than `low_freq_factor` turns, as they are
-    above `high_freq_factor` turns, blended linearly in the turns between (the code
+  linear: all frequencies are divided by s (Chen et al. 2023, arXiv 2306.15595).
+  llama3: pairs of fewer than `low_freq_factor` turns are divided by s; pairs of more
+    than `high_freq_factor` turns stay; between, a blend linear in the turns (the code
     released with Llama 3.1).
-  yarn: divided by s where L holds fewer than `beta_slow` turns, as they are above
-    `beta_fast` turns (Peng et al. 2023, arXiv 2309.00071). Between them the blend is
-    linear in f, and the ends are rounded outwards to whole f, as in the code of the
-    paper and unlike its equation, which is linear in the turns.
+  yarn: pairs of fewer than `beta_slow` turns are divided by s; pairs of more than
+    `beta_fast` turns stay (Peng et al. 2023, arXiv 2309.00071). Between, the blend is
+    linear in f, and its ends are rounded outwards to whole f: as in the paper's code,
+    unlike its equation, which is linear in the turns.
   """
   scaling, L = trunk.rope_scaling, trunk.rope_scaling.original_length
   index_F = np.arange(width // 2)
@@ -60,17 +60,18 @@ def frequencies(trunk: TrunkConfig, width: int) -> np.ndarray:
   else:
     first = max(math.floor(_index_of_turns(trunk, width, scaling.beta_fast)), 0)
     last = min(math.ceil(_index_of_turns(trunk, width, scaling.beta_slow)), width - 1)
-    # A ramp of no length is a step after `first`.
+    # Avoids a division by 0: the ramp becomes a step after `first`.
     length = last - first if last != first else 0.001
     kept_F = 1.0 - np.clip((index_F - first) / length, 0.0, 1.0)
   return plain_F * (kept_F + (1.0 - kept_F) / scaling.factor)
 
 
 def rotation_scale(trunk: TrunkConfig) -> float:
-  """Returns the factor on what is rotated: 1 but for yarn.
+  """Returns the factor on rotated queries and keys: 1 except for yarn.
 
-  It is `m(s, mscale) / m(s, mscale_all_dim)` with `m(s, c) = 0.1 c ln s + 1`: with
-  c = 1 and 0 the square root of the temperature of arXiv 2309.00071, equation 22.
+  It is `m(s, mscale) / m(s, mscale_all_dim)` with `m(s, c) = 0.1 c ln s + 1`. With
+  mscale 1 and mscale_all_dim 0 this is the square root of the temperature of arXiv
+  2309.00071, equation 22.
   """
   scaling = trunk.rope_scaling
   if scaling.kind != "yarn":
@@ -79,10 +80,10 @@ def rotation_scale(trunk: TrunkConfig) -> float:
 
 
 def softmax_gain(trunk: TrunkConfig) -> float:
-  """Returns `m(s, mscale_all_dim)`, 1 but for yarn; see `rotation_scale`.
+  """Returns `m(s, mscale_all_dim)`, 1 except for yarn; see `rotation_scale`.
 
-  DeepSeek multiplies the scale of the softmax by its square, so that the dimensions
-  that are not rotated are tempered too; others leave their softmax alone.
+  DeepSeek multiplies the softmax scale by the square of this factor, so that dimensions
+  that are not rotated are tempered, too; other models do not.
   """
   scaling = trunk.rope_scaling
   if scaling.kind != "yarn":
@@ -95,6 +96,6 @@ def _yarn_gain(factor: float, mscale: float) -> float:
 
 
 def _index_of_turns(trunk: TrunkConfig, width: int, turns: float) -> float:
-  """Returns the f, not rounded, of which `original_length` holds so many turns."""
+  """Returns the f, unrounded, whose pair makes `turns` in `original_length`."""
   ratio = trunk.rope_scaling.original_length / (2 * math.pi * turns)
   return 0.5 * width * math.log(ratio) / math.log(trunk.rope_theta)

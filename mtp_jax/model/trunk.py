@@ -1,4 +1,4 @@
-"""The shared trunk: a stack of blocks on embedded tokens. It does not know MTP.
+"""The trunk (backbone): a stack of blocks on embedded tokens, independent of MTP.
 
 Legend: B batch, T sequence, D embed, L layers.
 """
@@ -11,18 +11,18 @@ from mtp_jax.config import TrunkConfig
 from mtp_jax.model.block import Block, rematted
 from mtp_jax.model.moe import Routing
 
-# The residual stream, and those that were tapped so far.
+# The residual stream, and the copies of it that were tapped so far.
 Streams = tuple[jax.Array, tuple[jax.Array, ...]]
 
 
 class Trunk(nn.Module):
-  """Embedded tokens -> the un-normed residual stream after `num_layers` blocks.
+  """Maps embedded tokens to the un-normed residual stream after `num_layers` blocks.
 
-  `taps`: numbers of blocks, after which the stream is wanted too.
+  `taps`: block numbers, counted from 1; the stream after each is returned as well.
 
-  The parameters of equal blocks are stacked along a leading `layers` axis, whether they
-  run as a loop (`scan_layers`) or unrolled: `blocks`, and before them `dense_blocks`
-  where the first layers of a trunk with experts have none.
+  Parameters of equal blocks are stacked along a leading `layers` axis, whether the
+  blocks run as a loop (`scan_layers`) or unrolled. `blocks` has them all, except that
+  the first layers of a trunk with experts may be dense: those are `dense_blocks`.
   """
 
   trunk: TrunkConfig
@@ -35,7 +35,7 @@ class Trunk(nn.Module):
   ) -> tuple[jax.Array, tuple[jax.Array, ...], Routing | None]:
     """Returns `(residual_BTD, tapped, routing)`.
 
-    `tapped` has a stream of that shape for each of `taps`; routing is stacked over the
+    `tapped` has one stream [B, T, D] per entry of `taps`; `routing` is stacked over the
     layers with experts.
     """
 
@@ -43,6 +43,7 @@ class Trunk(nn.Module):
       def layer(block: nn.Module, streams: Streams, number: jax.Array | None):
         x_BTD, tapped = streams
         x_BTD, _, routing = block(x_BTD, positions_BT, segment_ids_BT)
+        # A scan has one body for all blocks, so each one selects whether it is tapped.
         tapped = tuple(
           jnp.where(number == tap, x_BTD, before_BTD)
           for tap, before_BTD in zip(self.taps, tapped, strict=True)

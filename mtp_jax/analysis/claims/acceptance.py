@@ -5,64 +5,53 @@ import functools
 import pandas as pd
 
 from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import WIDTH
-from mtp_jax.analysis.claims.claim import (
-  DEEPSEEK,
-  GLOECKLE,
-  PAIRED,
-  POINTS,
-  TOP,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  found,
-  over_seeds,
-)
 from mtp_jax.analysis.claims.pictures import lines, with_method
 from mtp_jax.analysis.results import Results, Where
 
 _TEXT = "data.source"
 
 
-def experiment(preset: str) -> Experiment:
+def experiment(preset: str) -> claim.Experiment:
   over = "differences averaged over widths and texts within a seed"
   accepted = (
     "accepted tokens per pass on Wikipedia, 4 heads, 340M / 1.8B / 7B: parallel 2.15 / "
     "2.27 / 2.39, sequential 2.81 / 2.96 / 3.03"
   )
-  return Experiment(
+  return claim.Experiment(
     "acceptance_by_depth", preset, "Acceptance by depth",
     "Share of drafts accepted, of those that were reached; sampled at temperature 1; "
     "mean and 95 % t interval over seeds.",
     (
       *(
-        Claim(
+        claim.Claim(
           f"{kind}_falls", f"Acceptance falls from depth 1 to 2: {kind}",
           source, published,
           f"sampled conditional acceptance at depth 1 minus at depth 2, {over}, "
-          f"{PAIRED}",
-          POINTS, functools.partial(falls, kind=kind),
+          f"{claim.PAIRED}",
+          claim.POINTS, functools.partial(falls, kind=kind),
         )
         for kind, source, published in (
-          ("parallel", f"{GLOECKLE}, table S2",
+          ("parallel", f"{claim.GLOECKLE}, table S2",
            "tokens per forward on Wikipedia with 2 / 3 / 4 heads, 7B, greedy: 1.88 / "
            "2.57 / 3.12"),
-          ("sequential", f"{DEEPSEEK}, section 5.4.3",
+          ("sequential", f"{claim.DEEPSEEK}, section 5.4.3",
            "depth 1 only: 85 to 90 %, sampling not described"),
         )
       ),
-      Claim(
+      claim.Claim(
         "sequential_more", "Sequential modules accept more than parallel heads",
-        f"{TOP}, table 6", accepted,
-        f"sequential minus parallel at depth 2 and at depth 3, {over}, {PAIRED}",
-        POINTS, sequential_accepts_more,
+        f"{claim.TOP}, table 6", accepted,
+        f"sequential minus parallel at depth 2 and at depth 3, {over}, {claim.PAIRED}",
+        claim.POINTS, sequential_accepts_more,
       ),
-      Claim(
-        "rises_with_width", "Acceptance rises with size", f"{TOP}, table 6", accepted,
+      claim.Claim(
+        "rises_with_width", "Acceptance rises with size", f"{claim.TOP}, table 6",
+        accepted,
         "for both kinds: largest width minus smallest, differences averaged over texts "
-        f"and depths within a seed, {PAIRED}",
-        POINTS, rises_with_width,
+        f"and depths within a seed, {claim.PAIRED}",
+        claim.POINTS, rises_with_width,
       ),
     ),
     draw,
@@ -77,15 +66,15 @@ def accepted(
   return results.value("sampled_acceptance", where, depth, by)
 
 
-def falls(results: Results, kind: str) -> Finding:
+def falls(results: Results, kind: str) -> claim.Finding:
   first, second = (accepted(results, kind, depth) for depth in (1, 2))
-  return found(first - second, "depth 1 minus depth 2", _texts(results))
+  return claim.found(first - second, "depth 1 minus depth 2", _texts(results))
 
 
-def sequential_accepts_more(results: Results) -> Finding:
-  return Finding(
+def sequential_accepts_more(results: Results) -> claim.Finding:
+  return claim.Finding(
     tuple(
-      over_seeds(
+      claim.over_seeds(
         accepted(results, "sequential", depth) - accepted(results, "parallel", depth),
         f"depth {depth}",
       )
@@ -95,7 +84,7 @@ def sequential_accepts_more(results: Results) -> Finding:
   )
 
 
-def rises_with_width(results: Results) -> Finding:
+def rises_with_width(results: Results) -> claim.Finding:
   def at(kind: str, width) -> pd.Series:
     by_depth = {
       depth: accepted(results, kind, depth, (_TEXT,), at={WIDTH: width})
@@ -103,9 +92,9 @@ def rises_with_width(results: Results) -> Finding:
     }
     return pd.concat(by_depth, names=["depth"])
 
-  finding = Finding(
+  finding = claim.Finding(
     tuple(
-      over_seeds(at(kind, max) - at(kind, min), kind)
+      claim.over_seeds(at(kind, max) - at(kind, min), kind)
       for kind in ("parallel", "sequential")
     ),
     _texts(results),
@@ -120,7 +109,7 @@ def _texts(results: Results) -> str:
   return f"on {', '.join(sorted(rows[_TEXT].unique()))}" if len(rows) else ""
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws conditional acceptance by depth, one panel a text."""
   results.key(WIDTH)
   rows = with_method(

@@ -4,18 +4,8 @@ import functools
 
 import pandas as pd
 
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import parallel, penalty
-from mtp_jax.analysis.claims.claim import (
-  GLOECKLE,
-  NATS,
-  NO_FIGURE,
-  PAIRED,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  found,
-)
 from mtp_jax.analysis.claims.pictures import line_picture, with_method
 from mtp_jax.analysis.drawing import log_axis
 from mtp_jax.analysis.results import Results
@@ -23,22 +13,22 @@ from mtp_jax.analysis.results import Results
 HELD_OUT = "data.test_fraction"
 
 
-def experiment(preset: str) -> Experiment:
-  return Experiment(
+def experiment(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "data_repetition", preset, "Repeated text",
     "Gain in next-token loss against the share of documents not held out for test (5 % "
     "more are validation; the less, the more epochs); mean and 95 % t interval over "
     "seeds.",
     tuple(
-      Claim(
+      claim.Claim(
         f"shrinks_{n}", f"Repetition shrinks the gain of n = {n}",
-        f"{GLOECKLE}, table 1", published,
+        f"{claim.GLOECKLE}, table 1", published,
         "NTP's main loss minus that of the parallel heads, with the most documents "
-        f"minus with the fewest (most epochs), {PAIRED}",
-        NATS, functools.partial(repetition_shrinks_gain, n=n),
+        f"minus with the fewest (most epochs), {claim.PAIRED}",
+        claim.NATS, functools.partial(repetition_shrinks_gain, n=n),
       )
       for n, published in (
-        (2, NO_FIGURE),
+        (2, claim.NO_FIGURE),
         (4, "pass rates only, 7B, gain in MBPP pass@1: +3.8 points at 0.8 epochs "
             "(200B tokens), +2.4 at 4 epochs (1T tokens)"),
       )
@@ -47,15 +37,15 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def repetition_shrinks_gain(results: Results, n: int) -> Finding:
+def repetition_shrinks_gain(results: Results, n: int) -> claim.Finding:
   most, least = (penalty(results, parallel(n), {HELD_OUT: end}) for end in (max, min))
-  finding = found(most - least, "gain at least minus at most epochs")
+  finding = claim.found(most - least, "gain at least minus at most epochs")
   if results.trials[HELD_OUT].nunique() < 2:
     return finding.undecided("only one amount of text")
   return finding
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws the gain against the share of documents that is not held out for test."""
   fractions = results.select({})[results.key(HELD_OUT)].unique()
   rows = pd.concat([

@@ -11,20 +11,8 @@ from typing import Any
 import pandas as pd
 
 from mtp_jax.analysis import drawing, statistics
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import WIDTH
-from mtp_jax.analysis.claims.claim import (
-  NO_FIGURE,
-  OWN,
-  PAIRED,
-  TOKENS,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  Margin,
-  found,
-  over_seeds,
-)
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 from mtp_jax.analysis.statistics import interval
 
@@ -65,28 +53,27 @@ ARMS: dict[str, Where] = {
 WRITTEN = "module, KL, written text"
 
 
-def experiment(preset: str) -> Experiment:
+def experiment(preset: str) -> claim.Experiment:
   of = "sampled tokens per round of {}, averaged over widths within a seed"
-  minus = f"{of.format('the first minus the second')}, {PAIRED}"
+  minus = f"{of.format('the first minus the second')}, {claim.PAIRED}"
 
   def own(key, statement, rule, margin, test):
-    return Claim(key, statement, OWN, "nothing", rule, margin, test)
+    return claim.Claim(key, statement, claim.OWN, "nothing", rule, margin, test)
 
   def more(
-    key: str, statement: str, *arms: str, source: str = OWN, published: str = "nothing",
-    by: float = 0.0, side: str = "above",
-  ) -> Claim:
+    key: str, statement: str, *arms: str, source: str = claim.OWN,
+    published: str = "nothing", by: float = 0.0, side: str = "above",
+  ) -> claim.Claim:
     rule = minus if not by else (
       f"{of.format('the first minus the second')}, t interval over seeds, {side} {by:g}"
     )
-    return Claim(
-      key, statement, source, published, f"{' against '.join(arms)}: {rule}", TOKENS,
-      functools.partial(
-        brings_more, more=arms[0], less=arms[1], by=by, side=side
-      ),
+    return claim.Claim(
+      key, statement, source, published, f"{' against '.join(arms)}: {rule}",
+      claim.TOKENS,
+      functools.partial(brings_more, more=arms[0], less=arms[1], by=by, side=side),
     )
 
-  return Experiment(
+  return claim.Experiment(
     "drafters", preset, "Drafters trained after the fact and jointly",
     "Mean and 95 % t interval over seeds. All draft three tokens a round; those "
     "without 'joint' were trained on the frozen trunk of an NTP run.",
@@ -95,21 +82,21 @@ def experiment(preset: str) -> Experiment:
         "keeps_of_joint", "Modules trained after the fact draft about as well",
         f"{of.format('modules on a frozen trunk over that of joint ones')}, t interval "
         f"over seeds, above {NEAR:g}",
-        Margin(0.05, "of the joint ones'"), keeps_of_joint,
+        claim.Margin(0.05, "of the joint ones'"), keeps_of_joint,
       ),
       own(
         "medusa_few", f"Medusa brings at most {FEW_TOKENS:g} tokens a round",
         f"{of.format('Medusa on a frozen trunk')}, t interval over seeds, below "
         f"{FEW_TOKENS:g}",
         # The threshold is the margin: a bound is met or not.
-        Margin(0.0, "tokens per round"), medusa_brings_little,
+        claim.Margin(0.0, "tokens per round"), medusa_brings_little,
       ),
       more("modules_more", "Modules draft better than Medusa", "modules", "medusa"),
       own(
         "medusa_jointly", "Training Medusa jointly makes no difference to its drafts",
         f"medusa, joint against medusa: {of.format('the first minus the second')}, t "
         "interval over seeds, within the margin",
-        TOKENS,
+        claim.TOKENS,
         functools.partial(
           brings_more, more="medusa, joint", less="medusa", side="within"
         ),
@@ -122,11 +109,11 @@ def experiment(preset: str) -> Experiment:
           f"{'above' if 'parallel' in arm else 'below'} {bound:g} for {arm}"
           for arm, bound in PRICES.items()
         ),
-        Margin(0.0, "nats"), price_of_joint,
+        claim.Margin(0.0, "nats"), price_of_joint,
       ),
       more(
         "eagle3_more", "EAGLE-3 drafts better than EAGLE-1", "eagle3", "eagle",
-        source="Li et al. 2025, arXiv 2503.01840", published=NO_FIGURE,
+        source="Li et al. 2025, arXiv 2503.01840", published=claim.NO_FIGURE,
       ),
       more(
         "eagle3_is_module", "EAGLE-3 drafts no better than one module trained on KL",
@@ -168,13 +155,13 @@ def tokens(results: Results, arm: str, how: str = "sampled") -> pd.Series:
   return measured(results, f"{how}_tokens_per_round", arm)
 
 
-def keeps_of_joint(results: Results) -> Finding:
+def keeps_of_joint(results: Results) -> claim.Finding:
   ratio = tokens(results, "modules") / tokens(results, "modules, joint")
-  return found(ratio, "frozen / joint", threshold=NEAR, sign="")
+  return claim.found(ratio, "frozen / joint", threshold=NEAR, sign="")
 
 
-def medusa_brings_little(results: Results) -> Finding:
-  return found(
+def medusa_brings_little(results: Results) -> claim.Finding:
+  return claim.found(
     tokens(results, "medusa"), "tokens per round", threshold=FEW_TOKENS, side="below",
     sign="",
   )
@@ -182,14 +169,14 @@ def medusa_brings_little(results: Results) -> Finding:
 
 def brings_more(
   results: Results, more: str, less: str, by: float = 0.0, side: str = "above"
-) -> Finding:
+) -> claim.Finding:
   difference = tokens(results, more) - tokens(results, less)
-  return found(difference, f"{more} minus {less}", threshold=by, side=side)
+  return claim.found(difference, f"{more} minus {less}", threshold=by, side=side)
 
 
-def price_of_joint(results: Results) -> Finding:
-  return Finding(tuple(
-    over_seeds(
+def price_of_joint(results: Results) -> claim.Finding:
+  return claim.Finding(tuple(
+    claim.over_seeds(
       price(results, arm), arm, threshold=bound,
       side="above" if arm.startswith("parallel") else "below",
     )
@@ -237,7 +224,7 @@ def _bracketed(over: dict[str, Any], sign: str = "") -> str:
   return statistics.text(over, sign, 3) if over["n"] else ""
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws sampled tokens per round and the price in main loss, one line an arm."""
   shown = {"sampled tokens per round": tokens, "main loss minus NTP's, nats": price}
   measured_arms = [arm for arm in ARMS if len(tokens(results, arm).dropna())]

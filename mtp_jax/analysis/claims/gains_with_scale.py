@@ -5,20 +5,7 @@ import functools
 import pandas as pd
 
 from mtp_jax.analysis import results as results_lib
-from mtp_jax.analysis.claims.claim import (
-  DEEPSEEK,
-  GLOECKLE,
-  NATS,
-  NATS_PER_DECADE,
-  NO_FIGURE,
-  TOP,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  estimate,
-  over_seeds,
-)
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.pictures import line_picture, with_method
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.published import published_gains
@@ -26,44 +13,44 @@ from mtp_jax.analysis.results import REPLICATE, LadderResults
 from mtp_jax.analysis.runs import RunsError
 
 
-def experiment(preset: str) -> Experiment:
+def experiment(preset: str) -> claim.Experiment:
   late = " (a rule that was written after this run)" if preset == "cpu" else ""
   lambada = "LAMBADA perplexity, 340M / 1.8B / 7B: NTP 30.34 / 11.38 / 7.97"
-  return Experiment(
+  return claim.Experiment(
     "gains_with_scale", preset, "Gains with size",
     "Gain over NTP at equal tokens in nats per token, mean and 95 % t interval over "
     "seeds.",
     (
-      Claim(
+      claim.Claim(
         "heads_cost", "Parallel heads of weight 1 cost next-token loss",
-        f"{TOP}, table 2", f"{lambada}, parallel n = 4 35.31 / 13.69 / 8.99",
+        f"{claim.TOP}, table 2", f"{lambada}, parallel n = 4 35.31 / 13.69 / 8.99",
         "gain at equal tokens of D = 1 and D = 3, paired by seed, t interval over "
         f"seeds, below 0 at every size{late}",
-        NATS, heads_cost_loss,
+        claim.NATS, heads_cost_loss,
       ),
-      Claim(
+      claim.Claim(
         "more_heads_cost_more", "More parallel heads cost more next-token loss",
-        "NextLat, arXiv 2511.05963, table 2", NO_FIGURE,
+        "NextLat, arXiv 2511.05963, table 2", claim.NO_FIGURE,
         "gain of D = 3 minus gain of D = 1, paired by seed, t interval over seeds, "
         f"below 0 at every size{late}",
-        NATS, more_heads_cost_more,
+        claim.NATS, more_heads_cost_more,
       ),
       *(
-        Claim(
+        claim.Claim(
           f"{kind}{depth}_grows", f"Gains grow with size: {kind} D={depth}",
           source, published,
           "slope of the gain (NTP minus MTP main loss at equal tokens) per decade of "
           f"parameters, one line a seed, t interval over seeds, above 0{late}",
-          NATS_PER_DECADE,
+          claim.NATS_PER_DECADE,
           functools.partial(gain_grows_with_size, kind=kind, depth=depth),
         )
         for kind, depth, source, published in (
-          ("parallel", 1, f"{GLOECKLE}, table S7", _pass_rates(2)),
-          ("parallel", 3, f"{GLOECKLE}, table S7", _pass_rates(4)),
-          ("sequential", 1, f"{DEEPSEEK}, table 4",
+          ("parallel", 1, f"{claim.GLOECKLE}, table S7", _pass_rates(2)),
+          ("parallel", 3, f"{claim.GLOECKLE}, table S7", _pass_rates(4)),
+          ("sequential", 1, f"{claim.DEEPSEEK}, table 4",
            "bits per byte on the Pile, without and with D = 1: 0.729 and 0.729 (15.7B "
            "parameters), 0.658 and 0.657 (228.7B)"),
-          ("sequential", 3, f"{TOP}, table 2",
+          ("sequential", 3, f"{claim.TOP}, table 2",
            f"{lambada}, sequential D = 3 of weight 1 40.99 / 13.32 / 8.52"),
         )
       ),
@@ -84,25 +71,27 @@ def _pass_rates(n: int) -> str:
   return f"pass rates only, gain of n = {n} in points of MBPP pass@1: {ends}"
 
 
-def heads_cost_loss(results: LadderResults) -> Finding:
-  return Finding(tuple(
-    over_seeds(gains, f"D={depth}, {size_text(size)}", side="below")
+def heads_cost_loss(results: LadderResults) -> claim.Finding:
+  return claim.Finding(tuple(
+    claim.over_seeds(gains, f"D={depth}, {size_text(size)}", side="below")
     for depth in (1, 3)
     for size, gains in _gains(results, "parallel", depth).items()
   ))
 
 
-def more_heads_cost_more(results: LadderResults) -> Finding:
+def more_heads_cost_more(results: LadderResults) -> claim.Finding:
   three, one = (_gains(results, "parallel", depth) for depth in (3, 1))
-  return Finding(tuple(
-    over_seeds(
+  return claim.Finding(tuple(
+    claim.over_seeds(
       three[size] - one[size], f"D=3 minus D=1, {size_text(size)}", side="below"
     )
     for size in sorted(three.keys() & one.keys())
   ))
 
 
-def gain_grows_with_size(results: LadderResults, kind: str, depth: int) -> Finding:
+def gain_grows_with_size(
+  results: LadderResults, kind: str, depth: int
+) -> claim.Finding:
   """Tests the slope of the gain at equal tokens, per decade of parameters."""
   fits = _at_equal_tokens(results.slopes, kind, depth)
   if len(fits) > 1:
@@ -111,7 +100,8 @@ def gain_grows_with_size(results: LadderResults, kind: str, depth: int) -> Findi
       f"row for main_loss at equal tokens, got {len(fits)}."
     )
   fits = fits.rename(columns={"slope": "mean"})
-  return Finding(tuple(estimate(row, "per decade") for _, row in fits.iterrows()))
+  rows = (row for _, row in fits.iterrows())
+  return claim.Finding(tuple(claim.estimate(row, "per decade") for row in rows))
 
 
 def _at_equal_tokens(table: pd.DataFrame, kind: str, depth: int) -> pd.DataFrame:
@@ -137,7 +127,7 @@ def _gains(results: LadderResults, kind: str, depth: int) -> dict[float, pd.Seri
   }
 
 
-def draw(results: LadderResults) -> Drawing:
+def draw(results: LadderResults) -> claim.Drawing:
   """Draws the gain at equal tokens against size."""
   rows = pd.concat([
     pairs_of(results, kind, depth)

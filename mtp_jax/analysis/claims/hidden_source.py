@@ -3,82 +3,65 @@
 import pandas as pd
 
 from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import sequential
-from mtp_jax.analysis.claims.claim import (
-  NATS,
-  OWN,
-  PAIRED,
-  POINTS,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  found,
-)
 from mtp_jax.analysis.claims.pictures import dots
-from mtp_jax.analysis.results import Results, Where
+from mtp_jax.analysis.results import Results
 
 
-def experiment(preset: str) -> Experiment:
+def experiment(preset: str) -> claim.Experiment:
   rule = "sequential D = 2; sampled conditional acceptance"
-  return Experiment(
+  return claim.Experiment(
     "hidden_source", preset, "What a sequential module is fed",
     "Acceptance by depth and next-token loss; one dot a seed, mean and 95 % t "
     "interval.",
     (
-      Claim(
-        "chained_more", "A chained state drafts the second token better", OWN,
-        "nothing", f"{rule} at depth 2, chained minus trunk, {PAIRED}", POINTS,
-        chained_accepts_more,
+      claim.Claim(
+        "chained_more", "A chained state drafts the second token better", claim.OWN,
+        "nothing", f"{rule} at depth 2, chained minus trunk, {claim.PAIRED}",
+        claim.POINTS,
+        lambda results: claim.found(
+          accepted(results, 2, hidden="chained") - accepted(results, 2, hidden="trunk"),
+          "chained minus trunk",
+        ),
       ),
-      Claim(
-        "embedding_helps", "Without the embedding the first draft is worse", OWN,
-        "nothing", f"{rule} at depth 1, fed true minus fed none, {PAIRED}", POINTS,
-        embedding_helps,
+      claim.Claim(
+        "embedding_helps", "Without the embedding the first draft is worse", claim.OWN,
+        "nothing", f"{rule} at depth 1, fed true minus fed none, {claim.PAIRED}",
+        claim.POINTS,
+        lambda results: claim.found(
+          accepted(results, 1, fed="true") - accepted(results, 1, fed="none"),
+          "with minus without",
+        ),
       ),
-      Claim(
+      claim.Claim(
         "norm_is_neutral", "The norm before or after makes no difference to the loss",
-        OWN, "nothing",
+        claim.OWN, "nothing",
         "main loss, hidden_norm before minus after, averaged over chained and trunk "
-        "within a seed, t interval over seeds, within the margin",
-        NATS, norm_does_not_matter,
+        "within a seed, t interval over seeds, within the margin", claim.NATS,
+        lambda results: claim.found(
+          loss(results, "before") - loss(results, "after"), "before minus after",
+          side="within",
+        ),
       ),
     ),
     draw,
   )
 
 
-def arm(norm: str = "after", fed: str = "true", **hidden: str) -> Where:
-  return sequential(2) | {"mtp.hidden_norm": norm, "mtp.fed": fed} | {
-    f"mtp.{key}": value for key, value in hidden.items()
-  }
+def accepted(
+  results: Results, depth: int, hidden: str = "chained", fed: str = "true"
+) -> pd.Series:
+  where = {"mtp.hidden": hidden, "mtp.hidden_norm": "after", "mtp.fed": fed}
+  return results.value("sampled_acceptance", sequential(2) | where, depth)
 
 
-def chained_accepts_more(results: Results) -> Finding:
-  chained, trunk = (
-    results.value("sampled_acceptance", arm(hidden=hidden), 2)
-    for hidden in ("chained", "trunk")
-  )
-  return found(chained - trunk, "chained minus trunk")
+def loss(results: Results, norm: str) -> pd.Series:
+  where = {"mtp.hidden_norm": norm, "mtp.fed": "true"}
+  return results.value("main_loss", sequential(2) | where, by=["mtp.hidden"])
 
 
-def embedding_helps(results: Results) -> Finding:
-  true, none = (
-    results.value("sampled_acceptance", arm(fed=fed, hidden="chained"), 1)
-    for fed in ("true", "none")
-  )
-  return found(true - none, "with minus without")
-
-
-def norm_does_not_matter(results: Results) -> Finding:
-  before, after = (
-    results.value("main_loss", arm(norm), by=["mtp.hidden"])
-    for norm in ("before", "after")
-  )
-  return found(before - after, "before minus after", side="within")
-
-
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws acceptance and the main loss by what the module is fed."""
   shown = (
     ("acceptance at depth 1", "sampled_acceptance", 1),

@@ -11,21 +11,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from mtp_jax.analysis import drawing, statistics
-from mtp_jax.analysis.claims import arms, by_size, solving
+from mtp_jax.analysis.claims import arms, by_size, claim, solving
 from mtp_jax.analysis.claims.arms import WIDTH
-from mtp_jax.analysis.claims.claim import (
-  FACTOR,
-  FACTOR_PER_DECADE,
-  TOP,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  Side,
-  estimate,
-  found,
-  over_seeds,
-)
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.results import REPLICATE, Results, Where
 
@@ -42,8 +29,8 @@ ARMS = {
 }
 
 
-def experiment(preset: str) -> Experiment:
-  return Experiment(
+def experiment(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "look_ahead", preset, "Look-ahead: when a star graph is learnt, by size",
     "Left: tokens saved until 95 % of paths are right, in ln, mean and 95 % t interval "
     "over seeds. Then, size by size, the share of seeds that have solved it "
@@ -52,12 +39,12 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def _claims() -> Iterator[Claim]:
+def _claims() -> Iterator[claim.Claim]:
   published = "14M, G(3,3): NTP 33.8 %, n = 2 and n = 4 100 % exact paths (one run)"
 
   def own(key, statement, rule, margin, test, *how):
-    return Claim(
-      key, statement, f"{TOP}, table 5, has one size", published, rule, margin,
+    return claim.Claim(
+      key, statement, f"{claim.TOP}, table 5, has one size", published, rule, margin,
       lambda results: test(results, *how),
     )
 
@@ -67,28 +54,28 @@ def _claims() -> Iterator[Claim]:
       f"{arm}_sooner", f"{words} learns star graphs in fewer tokens than NTP",
       f"width ladder; {solving.RULE}, averaged over sizes with seeds resampled within "
       "size (BCa), above 0",
-      FACTOR, sooner, arm,
+      claim.FACTOR, sooner, arm,
     )
     yield own(
       f"{arm}_grows", f"The tokens that {words} saves grow with size",
       "width ladder; slope per decade of parameters of this gain, seeds resampled "
       "within size (BCa), above 0; sizes where no seed of either solves it left out",
-      FACTOR_PER_DECADE, grows, arm,
+      claim.FACTOR_PER_DECADE, grows, arm,
     )
     yield own(
       f"{arm}_crosses", f"{words} costs tokens at the smallest size, saves at the last",
       "width ladder; gain at the smallest size below 0 and at the largest above 0",
-      FACTOR, crosses, arm,
+      claim.FACTOR, crosses, arm,
     )
   yield own(
     "shallow_none", "With one or two layers n = 2 makes no difference",
     f"depth ladder, at most 2 layers; {solving.RULE}, within the margin",
-    FACTOR, at_depths, "n2", 2, "within",
+    claim.FACTOR, at_depths, "n2", 2, "within",
   )
   yield own(
     "shortened_costs", "n = 2 with a shortened trunk of up to 4 layers costs tokens",
     f"at most 4 layers, averaged within a seed; {solving.RULE}, below 0",
-    FACTOR, at_depths, "n2_shortened", 4, "below",
+    claim.FACTOR, at_depths, "n2_shortened", 4, "below",
   )
 
 
@@ -134,29 +121,29 @@ def gains(rows: pd.DataFrame, arm: str) -> pd.DataFrame:
   return pd.concat(cells[1:] or cells, ignore_index=True)
 
 
-def sooner(results: Results, arm: str) -> Finding:
+def sooner(results: Results, arm: str) -> claim.Finding:
   """Tests the gain, averaged over sizes."""
   rows = ladder(results)
   return by_size.average(gains(rows, arm), "ln(tokens) saved", _shares(rows, arm))
 
 
-def grows(results: Results, arm: str) -> Finding:
+def grows(results: Results, arm: str) -> claim.Finding:
   """Tests the slope of the gain with size."""
   rows = ladder(results)
   over = by_size.slope(gains(rows, arm))
   if over is None:
-    return Finding()
-  return Finding((estimate(over, "per decade"),), _shares(rows, arm))
+    return claim.Finding()
+  return claim.Finding((claim.estimate(over, "per decade"),), _shares(rows, arm))
 
 
-def crosses(results: Results, arm: str) -> Finding:
+def crosses(results: Results, arm: str) -> claim.Finding:
   """Tests whether the sign of the gain turns between the ends of the ladder."""
   pairs = gains(ladder(results), arm)
   if pairs["size"].nunique() < 2:
-    return Finding()
+    return claim.Finding()
   ends = ((pairs["size"].min(), "below"), (pairs["size"].max(), "above"))
-  return Finding(tuple(
-    over_seeds(
+  return claim.Finding(tuple(
+    claim.over_seeds(
       pairs[pairs["size"] == size].set_index(list(REPLICATE))["gain"], size_text(size),
       side=side,
     )
@@ -164,12 +151,12 @@ def crosses(results: Results, arm: str) -> Finding:
   ))
 
 
-def at_depths(results: Results, arm: str, most: int, side: Side) -> Finding:
+def at_depths(results: Results, arm: str, most: int, side: claim.Side) -> claim.Finding:
   """Tests the gain at few layers, averaged within a seed."""
   rows = ladder(results, "depth")
   pairs = gains(rows[rows[LAYERS] <= most], arm)
   values = pairs.set_index(["size", *REPLICATE])["gain"]
-  return found(values, f"at most {most} layers", side=side)
+  return claim.found(values, f"at most {most} layers", side=side)
 
 
 def _shares(rows: pd.DataFrame, arm: str) -> str:
@@ -188,7 +175,7 @@ def table(results: Results) -> pd.DataFrame:
   for by in ("width", "depth"):
     trials = ladder(results, by)
     for arm, (where, words) in ARMS.items():
-      for row in by_size.rows(gains(trials, arm), {"method": words}, FACTOR):
+      for row in by_size.rows(gains(trials, arm), {"method": words}, claim.FACTOR):
         cell = trials[trials["size"] == row["size"]]
         rows.append({
           "ladder": by, "width": cell[WIDTH].iloc[0], "layers": cell[LAYERS].iloc[0],
@@ -198,7 +185,7 @@ def table(results: Results) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws the gain against size, and size by size the share that solved the task."""
   rows = ladder(results)
   sizes = sorted(rows["size"].unique())

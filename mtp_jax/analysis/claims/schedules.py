@@ -5,19 +5,7 @@ import functools
 import pandas as pd
 
 from mtp_jax.analysis import drawing
-from mtp_jax.analysis.claims import arms
-from mtp_jax.analysis.claims.claim import (
-  AYNETDINOV,
-  NATS,
-  NO_FIGURE,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  Margin,
-  Side,
-  over_seeds,
-)
+from mtp_jax.analysis.claims import arms, claim
 from mtp_jax.analysis.results import Results, Where
 from mtp_jax.analysis.statistics import interval
 
@@ -32,30 +20,30 @@ SCHEDULES: dict[str, Where] = {
 }
 
 
-def experiment(preset: str) -> Experiment:
-  return Experiment(
+def experiment(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "schedules", preset, "Schedules of lambda",
     "What a schedule costs in next-token loss against the tokens per round that it "
     "keeps; mean and 95 % t interval over seeds.",
     (
       *(
-        Claim(
+        claim.Claim(
           f"{arm}_closes_half", f"Half of the next-token penalty is closed by {arm}",
-          AYNETDINOV, NO_FIGURE,
+          claim.AYNETDINOV, claim.NO_FIGURE,
           "parallel n = 4; penalty of the schedule minus half of the constant's, "
           "paired by seed, t interval over seeds, below 0; undecided if the constant's "
           "own penalty is not above 0",
-          NATS, functools.partial(closes_half_of_penalty, arm=arm),
+          claim.NATS, functools.partial(closes_half_of_penalty, arm=arm),
         )
         for arm in ("anneal", "reverse")
       ),
-      Claim(
+      claim.Claim(
         "forward_keeps_drafts", "Of the curricula only forward keeps the drafts",
-        AYNETDINOV, NO_FIGURE,
+        claim.AYNETDINOV, claim.NO_FIGURE,
         "parallel n = 4; sampled tokens per round over those of the constant lambda, "
         f"by seed, t interval over seeds: above {KEEPS_DRAFTS:g} for forward, below it "
         "for anneal and reverse",
-        Margin(0.05, "of the constant lambda's"), forward_keeps_drafts,
+        claim.Margin(0.05, "of the constant lambda's"), forward_keeps_drafts,
       ),
     ),
     draw,
@@ -66,24 +54,25 @@ def rounds(results: Results, method: Where, arm: str) -> pd.Series:
   return results.value("sampled_tokens_per_round", method | SCHEDULES[arm])
 
 
-def closes_half_of_penalty(results: Results, arm: str) -> Finding:
+def closes_half_of_penalty(results: Results, arm: str) -> claim.Finding:
   constant, own = (
     arms.penalty(results, arms.parallel(4) | SCHEDULES[x]) for x in ("constant", arm)
   )
-  left = over_seeds(
+  left = claim.over_seeds(
     own - constant / 2, f"penalty of {arm} minus half of constant's", side="below"
   )
-  whole = over_seeds(constant)
+  whole = claim.over_seeds(constant)
   if not whole.low > 0:
-    return Finding((left,)).undecided(f"no penalty to close: constant's is {whole}")
-  return Finding((left,), f"penalty of constant {whole}")
+    why = f"no penalty to close: constant's is {whole}"
+    return claim.Finding((left,)).undecided(why)
+  return claim.Finding((left,), f"penalty of constant {whole}")
 
 
-def forward_keeps_drafts(results: Results) -> Finding:
-  sides: dict[str, Side] = {"forward": "above", "anneal": "below", "reverse": "below"}
+def forward_keeps_drafts(results: Results) -> claim.Finding:
+  sides = {"forward": "above", "anneal": "below", "reverse": "below"}
   own = functools.partial(rounds, results, arms.parallel(4))
-  return Finding(tuple(
-    over_seeds(
+  return claim.Finding(tuple(
+    claim.over_seeds(
       own(arm) / own("constant"), f"{arm} / constant", threshold=KEEPS_DRAFTS,
       side=side, sign="",
     )
@@ -91,7 +80,7 @@ def forward_keeps_drafts(results: Results) -> Finding:
   ))
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws the penalty against tokens per round, one point a schedule."""
   figure, axes = drawing.panels(1, 1, width=6.5, height=4.2)
   ax = axes[0, 0]

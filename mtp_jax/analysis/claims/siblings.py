@@ -14,19 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mtp_jax.analysis import drawing, statistics
-from mtp_jax.analysis.claims import arms, by_size
-from mtp_jax.analysis.claims.claim import (
-  NATS,
-  OWN,
-  POINTS,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  Margin,
-  Side,
-  estimate,
-)
+from mtp_jax.analysis.claims import arms, by_size, claim
 from mtp_jax.analysis.results import Results
 
 CHILDREN, EXAMPLES = "task.siblings.num_children", "task.num_train"
@@ -41,24 +29,28 @@ class Score:
   column: str
   words: str
   best: str
-  margin: Margin
-  per_decade: Margin
+  margin: claim.Margin
+  per_decade: claim.Margin
 
 
 # The ladder spans about two decades: half a margin a decade is one from end to end.
-_NATS_PER_DECADE = Margin(NATS.value / 2, "nats per decade")
-_POINTS_PER_DECADE = Margin(POINTS.value / 2, "(2.5 points) per decade")
+_NATS_PER_DECADE = claim.Margin(claim.NATS.value / 2, "nats per decade")
+_POINTS_PER_DECADE = claim.Margin(claim.POINTS.value / 2, "(2.5 points) per decade")
 SCORES = {
-  "loss": Score("loss", "held-out next-token loss", "min", NATS, _NATS_PER_DECADE),
-  "coherent": Score(
-    "task_accuracy", "coherent answers", "max", POINTS, _POINTS_PER_DECADE
+  "loss": Score(
+    "loss", "held-out next-token loss", "min", claim.NATS, _NATS_PER_DECADE
   ),
-  "new": Score("task_new", "new coherent answers", "max", POINTS, _POINTS_PER_DECADE),
+  "coherent": Score(
+    "task_accuracy", "coherent answers", "max", claim.POINTS, _POINTS_PER_DECADE
+  ),
+  "new": Score(
+    "task_new", "new coherent answers", "max", claim.POINTS, _POINTS_PER_DECADE
+  ),
 }
 
 
-def experiment(preset: str) -> Experiment:
-  return Experiment(
+def experiment(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "siblings", preset, "Siblings: size, data and the gain of n = 2",
     "Gain of n = 2 over NTP at the best step, mean and 95 % t interval over seeds; one "
     "line a data set, filled for repeated data and hollow for endless data.",
@@ -66,7 +58,7 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def _claims() -> Iterator[Claim]:
+def _claims() -> Iterator[claim.Claim]:
   at = "at the step best on validation, read on test"
   grow = (
     "slope per decade of parameters of the paired gain in {}, {}, with a level of its "
@@ -74,8 +66,9 @@ def _claims() -> Iterator[Claim]:
   )
 
   def own(key, statement, rule, margin, test, *how):
-    return Claim(
-      key, statement, OWN, "nothing", rule, margin, lambda results: test(results, *how)
+    return claim.Claim(
+      key, statement, claim.OWN, "nothing", rule, margin,
+      lambda results: test(results, *how),
     )
 
   for name, score in SCORES.items():
@@ -136,7 +129,7 @@ def of(pairs: pd.DataFrame, is_endless: bool = False) -> pd.DataFrame:
   return pairs[(pairs[EXAMPLES] == 0) == is_endless]
 
 
-def gains_on_average(results: Results, score: str) -> Finding:
+def gains_on_average(results: Results, score: str) -> claim.Finding:
   """Tests the gain averaged over the cells of repeated data."""
   pairs = of(gains(results, score))
   note = by_size.precision(pairs, DATA) if len(pairs) else ""
@@ -145,46 +138,51 @@ def gains_on_average(results: Results, score: str) -> Finding:
 
 def changes_with_size(
   results: Results, score: str, moment: str = "best", is_endless: bool = False,
-  side: Side = "above",
-) -> Finding:
+  side: claim.Side = "above",
+) -> claim.Finding:
   """Tests the slope of the gain with size at fixed data."""
   pairs = of(gains(results, score, moment), is_endless)
   over = by_size.slope(pairs, DATA)
   if over is None:
-    return Finding()
+    return claim.Finding()
   note = by_size.precision(pairs, DATA)
-  return Finding((estimate(over, "per decade", side=side),), note)
+  return claim.Finding((claim.estimate(over, "per decade", side=side),), note)
 
 
-def regimes_part(results: Results) -> Finding:
+def regimes_part(results: Results) -> claim.Finding:
   """Tests whether the slope on repeated data is larger than on endless data."""
   pairs = gains(results, "loss")
   parts = [by_size.slope_cells(of(pairs, is_endless), DATA) for is_endless in (0, 1)]
   if None in parts:
-    return Finding()
+    return claim.Finding()
   (cells, weights), (others, minus) = parts
   over = statistics.contrast(cells + others, np.concatenate([weights, -minus]))
-  return Finding((estimate(over, "difference per decade"),))
+  return claim.Finding((claim.estimate(over, "difference per decade"),))
 
 
-def capacity_over_data(results: Results) -> Finding:
+def capacity_over_data(results: Results) -> claim.Finding:
   """Tests the linear model of the gain on log size and log data."""
   index, cells = by_size.cells(of(gains(results, "loss")), DATA)
   if index["size"].nunique() < 2 or index[EXAMPLES].nunique() < 2:
-    return Finding()
+    return claim.Finding()
   logs = np.log10(index[["size", EXAMPLES]].astype(float))
   size, data = (logs - logs.mean()).to_numpy().T
   levels = pd.get_dummies(index[CHILDREN], dtype=float)
   design = np.column_stack([size, -data, -size * data, levels])
   # Cells that are still missing may leave the coefficients without a solution.
   if np.linalg.matrix_rank(design) < design.shape[1]:
-    return Finding()
+    return claim.Finding()
   weights = statistics.least_squares(design, cells)
-  over = [statistics.contrast(cells, weights[i]) for i in range(3)]
-  apart = statistics.contrast(cells, weights[0] - weights[1])
-  return Finding(
-    (estimate(over[0], "log10 parameters"), estimate(over[1], "minus log10 examples")),
-    f"their product {estimate(over[2])}; the first minus the second {estimate(apart)}",
+  wanted = (*weights[:3], weights[0] - weights[1])
+  own, examples, both, apart = (
+    claim.estimate(statistics.contrast(cells, x)) for x in wanted
+  )
+  return claim.Finding(
+    (
+      dataclasses.replace(own, label="log10 parameters"),
+      dataclasses.replace(examples, label="minus log10 examples"),
+    ),
+    f"their product {both}; the first minus the second {apart}",
   )
 
 
@@ -208,7 +206,7 @@ def table(results: Results) -> pd.DataFrame:
   ])
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws the gain of each score against size at the best step, a line a data set."""
   figure, axes = drawing.panels(1, len(SCORES), width=10.0, height=4.2)
   tables = [

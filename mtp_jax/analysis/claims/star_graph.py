@@ -7,21 +7,7 @@ import numpy as np
 import pandas as pd
 
 from mtp_jax.analysis import drawing
-from mtp_jax.analysis.claims import arms, solving
-from mtp_jax.analysis.claims.claim import (
-  FACTOR,
-  NO_FIGURE,
-  OPPOSITE,
-  POINTS,
-  SUPPORTED,
-  TOP,
-  UNDECIDED,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  share,
-)
+from mtp_jax.analysis.claims import arms, claim, solving
 from mtp_jax.analysis.claims.pictures import DASHED, dots, style, with_method
 from mtp_jax.analysis.drawing import LINES
 from mtp_jax.analysis.published import STAR_GRAPHS
@@ -34,13 +20,13 @@ _BACHMANN = "Bachmann and Nagarajan 2024, arXiv 2403.06963"
 _SHARE = "Wilson interval of the share of such seeds, above 1/2"
 
 
-def experiment(preset: str) -> Experiment:
+def experiment(preset: str) -> claim.Experiment:
   graphs = ((2, 3),) if preset in ("cpu", EASIER) else tuple(STAR_GRAPHS)
-  claims = [claim for graph in graphs for claim in _claims(*graph)]
+  claims = [own for graph in graphs for own in _claims(*graph)]
   if preset == EASIER:
     kept = ("none0", "parallel1", "sooner_parallel1")
     claims = [x for x in claims if x.key in [f"{key}_2_3" for key in kept]]
-  return Experiment(
+  return claim.Experiment(
     "star_graph", preset, "The path of a star graph",
     "Exact paths, decoded freely: one dot a seed above, one line a seed during "
     "training below. Dashed: chance, one over the arms.",
@@ -48,7 +34,7 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def _claims(num_arms: int, length: int) -> Iterator[Claim]:
+def _claims(num_arms: int, length: int) -> Iterator[claim.Claim]:
   # The table has no G(2,3): of its graphs G(3,3) is the smallest.
   cells = STAR_GRAPHS.get((num_arms, length), STAR_GRAPHS[3, 3])
   of = "" if (num_arms, length) in STAR_GRAPHS else "G(3,3): "
@@ -58,7 +44,8 @@ def _claims(num_arms: int, length: int) -> Iterator[Claim]:
   for (kind, depth), percent in cells.items():
     method = arms.label(kind, depth)
     where = forward | {"mtp.kind": kind, "mtp.depth": depth}
-    source, published = f"{_BACHMANN}; {TOP}, table 5", f"{of}{percent:g} % exact paths"
+    source = f"{_BACHMANN}; {claim.TOP}, table 5"
+    published = f"{of}{percent:g} % exact paths"
     if depth == 0 and percent > 1:
       outcome, says = is_at_chance, "stays at chance"
       rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
@@ -68,25 +55,25 @@ def _claims(num_arms: int, length: int) -> Iterator[Claim]:
     else:
       outcome, says = is_unsolved, "fails"
       rule = f"a seed fails below {SOLVED:g} of exact paths"
-    yield Claim(
+    yield claim.Claim(
       f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {says}", source,
-      f"{published} (one run)", f"{rule}; {_SHARE}", POINTS,
+      f"{published} (one run)", f"{rule}; {_SHARE}", claim.POINTS,
       functools.partial(share_of_seeds, where=where, outcome=outcome),
     )
     if where == where | arms.parallel(1 + depth):
-      yield Claim(
+      yield claim.Claim(
         f"sooner_{kind}{depth}_{num_arms}_{length}",
         f"{graph}: {method} learns it in fewer tokens than NTP", source,
         f"{published}, NTP {cells['none', 0]:g} % (one run)",
-        f"{solving.RULE}, above 0", FACTOR,
+        f"{solving.RULE}, above 0", claim.FACTOR,
         functools.partial(solving.sooner, where=where, ntp=forward | arms.NTP),
       )
-  yield Claim(
+  yield claim.Claim(
     f"reversed_{num_arms}_{length}", f"{graph}: NTP solves the reversed path",
-    _BACHMANN, NO_FIGURE,
+    _BACHMANN, claim.NO_FIGURE,
     f"a control of few seeds: supported if all reach {SOLVED:g} of exact paths, "
     "opposite if none does",
-    POINTS,
+    claim.POINTS,
     functools.partial(
       every_seed_solves, where=on_graph | arms.NTP | {"task.star_graph.reversed": True}
     ),
@@ -118,22 +105,22 @@ def share_of_seeds(
   results: Results,
   where: Where,
   outcome: Callable[[pd.DataFrame], pd.Series],
-) -> Finding:
+) -> claim.Finding:
   """Tests whether most seeds end so, on one graph."""
   rows = accuracy(results, where)
   by_key(rows, REPLICATE)  # Every seed counts once.
-  return Finding((share(outcome(rows)),))
+  return claim.Finding((claim.share(outcome(rows)),))
 
 
-def every_seed_solves(results: Results, where: Where) -> Finding:
+def every_seed_solves(results: Results, where: Where) -> claim.Finding:
   """Tests a control of few seeds: all of them, none of them, or undecided."""
   finding = share_of_seeds(results, where, is_solved)
-  verdicts = {1.0: SUPPORTED, 0.0: OPPOSITE}
+  verdicts = {1.0: claim.SUPPORTED, 0.0: claim.OPPOSITE}
   mean = finding.estimates[0].mean
-  return Finding(finding.estimates, fixed=verdicts.get(mean, UNDECIDED))
+  return claim.Finding(finding.estimates, fixed=verdicts.get(mean, claim.UNDECIDED))
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Accuracy of each seed by method, and during training."""
   final = with_method(accuracy(results, {}))
   final["method"] += np.where(final["task.star_graph.reversed"], " reversed", "")

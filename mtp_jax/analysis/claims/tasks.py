@@ -7,18 +7,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from mtp_jax.analysis import drawing
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import NTP, WIDTH, parallel
-from mtp_jax.analysis.claims.claim import (
-  GLOECKLE,
-  NO_FIGURE,
-  PAIRED,
-  POINTS,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  found,
-)
 from mtp_jax.analysis.claims.pictures import dots, line_picture, with_method
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
@@ -40,21 +30,21 @@ _NOT_TESTED = {
 
 
 def _floor_rule(floor: float) -> str:
-  return f"{PAIRED}; undecided if no arm's mean accuracy reaches {floor:g}"
+  return f"{claim.PAIRED}; undecided if no arm's mean accuracy reaches {floor:g}"
 
 
 def _rises_with_n(
   name: str, title: str, source: str, floor: float, preset: str
-) -> Experiment:
+) -> claim.Experiment:
   """A task whose accuracy is said to rise with the number of predicted tokens."""
-  return Experiment(
+  return claim.Experiment(
     name, preset, title,
     "Accuracy of each seed, with mean and 95 % t interval over seeds.",
     (
-      Claim(
-        "rises_with_n", f"{title}: accuracy rises with n", source, NO_FIGURE,
+      claim.Claim(
+        "rises_with_n", f"{title}: accuracy rises with n", source, claim.NO_FIGURE,
         f"task accuracy of the most parallel heads minus NTP's, {_floor_rule(floor)}",
-        POINTS, functools.partial(gains_on_task, floor=floor),
+        claim.POINTS, functools.partial(gains_on_task, floor=floor),
         _NOT_TESTED.get(f"{name}_{preset}", ""),
       ),
     ),
@@ -71,18 +61,18 @@ countdown = functools.partial(
 )
 
 
-def polynomial(preset: str) -> Experiment:
-  return Experiment(
+def polynomial(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "polynomial", preset, "Polynomial arithmetic",
     "Accuracy by number of operations, mean and 95 % t interval over seeds; right of "
     "the dotted line are more operations than were trained on.",
     (
-      Claim(
+      claim.Claim(
         "beats_ntp", "Polynomials: n = 2 beats NTP in domain",
-        f"{GLOECKLE}, section 4.2", NO_FIGURE,
+        f"{claim.GLOECKLE}, section 4.2", claim.NO_FIGURE,
         "accuracy of n = 2 minus NTP's on as many operations as were trained on, "
         f"{_floor_rule(0.02)}",
-        POINTS,
+        claim.POINTS,
         functools.partial(gains_on_task, floor=0.02, n=2, rows=in_domain_rows),
         _NOT_TESTED.get(f"polynomial_{preset}", ""),
       ),
@@ -91,24 +81,25 @@ def polynomial(preset: str) -> Experiment:
   )
 
 
-def induction(preset: str) -> Experiment:
-  source = f"{GLOECKLE}, section 4.1"
+def induction(preset: str) -> claim.Experiment:
+  source = f"{claim.GLOECKLE}, section 4.1"
   why = _NOT_TESTED.get(f"induction_{preset}", "")
-  return Experiment(
+  return claim.Experiment(
     "induction", preset, "Induction: names of two tokens",
     "Accuracy against the width of the model, mean and 95 % t interval over seeds.",
     (
-      Claim(
+      claim.Claim(
         "small_models_gain", "Induction: n = 2 beats n = 1 in the smallest model",
-        source, NO_FIGURE,
+        source, claim.NO_FIGURE,
         f"task accuracy of n = 2 minus NTP's at the smallest width, {_floor_rule(0.1)}",
-        POINTS, functools.partial(induction_gain, floor=0.1), why,
+        claim.POINTS, functools.partial(induction_gain, floor=0.1), why,
       ),
-      Claim(
-        "gain_shrinks", "Induction: the gain shrinks with size", source, NO_FIGURE,
+      claim.Claim(
+        "gain_shrinks", "Induction: the gain shrinks with size", source,
+        claim.NO_FIGURE,
         "this difference at the smallest width minus at the largest, "
         f"{_floor_rule(0.1)}",
-        POINTS, functools.partial(induction_gain_shrinks, floor=0.1), why,
+        claim.POINTS, functools.partial(induction_gain_shrinks, floor=0.1), why,
       ),
     ),
     draw_induction,
@@ -155,35 +146,36 @@ def _gain(
 
 def gains_on_task(
   results: Results, floor: float, n: int | None = None, rows: Rows = task_rows
-) -> Finding:
+) -> claim.Finding:
   """Tests whether parallel heads answer more than NTP; n None: the most heads."""
   heads = results.select({"mtp.kind": "parallel"})["mtp.depth"]
   n = n or int(heads.max() + 1 if len(heads) else 2)
-  finding = found(_gain(results, n, rows=rows), f"n={n} minus NTP")
+  finding = claim.found(_gain(results, n, rows=rows), f"n={n} minus NTP")
   return _unless_nothing_was_learnt(finding, rows(results, {}), floor)
 
 
-def induction_gain(results: Results, floor: float) -> Finding:
+def induction_gain(results: Results, floor: float) -> claim.Finding:
   """Tests whether n = 2 is better than NTP at the smallest width."""
   small = {WIDTH: results.trials[results.key(WIDTH)].min()}
-  finding = found(_gain(results, 2, small), f"width {small[WIDTH]}, n=2 minus NTP")
+  gain = _gain(results, 2, small)
+  finding = claim.found(gain, f"width {small[WIDTH]}, n=2 minus NTP")
   return _unless_nothing_was_learnt(finding, task_rows(results, small), floor)
 
 
-def induction_gain_shrinks(results: Results, floor: float) -> Finding:
+def induction_gain_shrinks(results: Results, floor: float) -> claim.Finding:
   """Tests whether that gain is smaller at the largest width."""
   widths = results.trials[results.key(WIDTH)]
   small, large = widths.min(), widths.max()
   change = _gain(results, 2, {WIDTH: small}) - _gain(results, 2, {WIDTH: large})
-  finding = found(change, f"gain at {small} minus at {large}")
+  finding = claim.found(change, f"gain at {small} minus at {large}")
   if small == large:
     return finding.undecided("only one width")
   return _unless_nothing_was_learnt(finding, task_rows(results, {}), floor)
 
 
 def _unless_nothing_was_learnt(
-  finding: Finding, rows: pd.DataFrame, floor: float
-) -> Finding:
+  finding: claim.Finding, rows: pd.DataFrame, floor: float
+) -> claim.Finding:
   """Returns the finding, undecided if no arm's mean accuracy reaches the floor."""
   means = rows.dropna(subset="value").groupby(["mtp.kind", "mtp.depth"])["value"].mean()
   if len(means) and means.max() < floor:
@@ -192,7 +184,7 @@ def _unless_nothing_was_learnt(
   return finding
 
 
-def draw_accuracy(results: Results) -> Drawing:
+def draw_accuracy(results: Results) -> claim.Drawing:
   """Draws the accuracy of each seed by method."""
   rows = with_method(task_rows(results, {}).dropna(subset="value"))
   figure, axes = drawing.panels(1, 1, width=5.5)
@@ -202,7 +194,7 @@ def draw_accuracy(results: Results) -> Drawing:
   return figure, rows[["trial", "method", "seed", "value"]]
 
 
-def draw_polynomial(results: Results) -> Drawing:
+def draw_polynomial(results: Results) -> claim.Drawing:
   """Draws the accuracy by number of operations, and how many were trained on."""
   rows = with_method(operator_rows(results, {}))
   figure, table = line_picture(
@@ -214,7 +206,7 @@ def draw_polynomial(results: Results) -> Drawing:
   return figure, table
 
 
-def draw_induction(results: Results) -> Drawing:
+def draw_induction(results: Results) -> claim.Drawing:
   """Draws the accuracy against width."""
   rows = with_method(task_rows(results, {}))
   return line_picture(

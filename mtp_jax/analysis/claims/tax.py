@@ -12,20 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from mtp_jax.analysis import drawing, statistics
-from mtp_jax.analysis.claims import arms, by_size
-from mtp_jax.analysis.claims.claim import (
-  DEEPSEEK,
-  GLOECKLE,
-  NATS,
-  TOP,
-  Claim,
-  Drawing,
-  Experiment,
-  Finding,
-  Margin,
-  estimate,
-  found,
-)
+from mtp_jax.analysis.claims import arms, by_size, claim
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.results import REPLICATE, Results, Where
 
@@ -38,8 +25,8 @@ ARMS = {
 }
 
 
-def experiment(preset: str) -> Experiment:
-  return Experiment(
+def experiment(preset: str) -> claim.Experiment:
+  return claim.Experiment(
     "tax", preset, "The tax: what extra losses cost, by size",
     "Main loss minus NTP's in nats per token, mean and 95 % t interval over seeds; "
     "hollow: the text that is repeated most.",
@@ -47,9 +34,9 @@ def experiment(preset: str) -> Experiment:
   )
 
 
-def _claims() -> Iterator[Claim]:
-  def own(key, statement, source, published, rule, test, *how, margin=NATS):
-    return Claim(
+def _claims() -> Iterator[claim.Claim]:
+  def own(key, statement, source, published, rule, test, *how, margin=claim.NATS):
+    return claim.Claim(
       key, statement, source, published, rule, margin,
       lambda results: test(results, *how),
     )
@@ -58,18 +45,19 @@ def _claims() -> Iterator[Claim]:
     words = ARMS[arm][1]
     yield own(
       f"{arm}_costs", f"Fresh text: {words} costs next-token loss",
-      f"{TOP}, table 2", "log LAMBADA perplexity, parallel n = 4 minus NTP, 340M / "
-      "1.8B / 7B: +0.15 / +0.19 / +0.12",
+      f"{claim.TOP}, table 2",
+      "log LAMBADA perplexity, parallel n = 4 minus NTP, 340M / 1.8B / 7B: +0.15 / "
+      "+0.19 / +0.12",
       "tax paired by seed, t interval over seeds, above 0 at every size", costs, arm,
     )
     yield own(
       f"{arm}_falls", f"Fresh text: the tax of {words} falls with size",
-      f"{GLOECKLE}, table S7; {TOP}, table 2",
+      f"{claim.GLOECKLE}, table S7; {claim.TOP}, table 2",
       "no ladder of losses below 340M; log LAMBADA perplexity of sequential D = 3, "
       "340M / 1.8B / 7B: +0.30 / +0.16 / +0.07",
       "slope of log10 of the mean tax on log10 parameters, seeds resampled within size "
       "(BCa), below 0; undecided where the tax of a size is not above 0", falls, arm,
-      margin=Margin(np.log10(1.3), "in log10 per decade, a factor of 1.3"),
+      margin=claim.Margin(np.log10(1.3), "in log10 per decade, a factor of 1.3"),
     )
     for moment, at in (("last", "at the last step"), ("best", "at the best step")):
       yield own(
@@ -81,14 +69,15 @@ def _claims() -> Iterator[Claim]:
       )
     yield own(
       f"{arm}_regimes", f"Repetition lowers the tax of {words}",
-      f"{GLOECKLE}, table 1, found the opposite for pass rates", "nothing on losses",
+      f"{claim.GLOECKLE}, table 1, found the opposite for pass rates",
+      "nothing on losses",
       "tax on the least text minus on the most, paired by seed, averaged over sizes "
       "within a seed, t interval over seeds, below 0", regimes, arm,
     )
   yield own(
     "d1_nil", "Fresh text: the tax of one sequential module of weight 0.3 is nil",
-    f"{DEEPSEEK}, table 4", "bits per byte on the Pile, D = 1 minus NTP: 0.000 at "
-    "15.7B, -0.001 at 228.7B",
+    f"{claim.DEEPSEEK}, table 4",
+    "bits per byte on the Pile, D = 1 minus NTP: 0.000 at 15.7B, -0.001 at 228.7B",
     "tax at every size, paired by seed: two one-sided t tests at 5 %, so that the 90 % "
     "interval lies within the margin", d1_is_nil,
   )
@@ -126,22 +115,23 @@ def repeated(rows: pd.DataFrame) -> pd.DataFrame:
   return rows[is_most & (rows["text"] > rows["text"].min())]
 
 
-def costs(results: Results, arm: str) -> Finding:
+def costs(results: Results, arm: str) -> claim.Finding:
   """Tests whether the arm loses to NTP on fresh text, at every size."""
   return by_size.each_size(fresh(taxes(results, arm)))
 
 
-def falls(results: Results, arm: str) -> Finding:
+def falls(results: Results, arm: str) -> claim.Finding:
   """Tests the slope of the log tax with size on fresh text."""
   index, own = by_size.cells(fresh(taxes(results, arm)))
   if len(own) < 2:
-    return Finding()
+    return claim.Finding()
   over = [statistics.interval(tax) for tax in own]
   # A logarithm needs means above 0; the slope of the tax itself does not.
   is_positive = all(x["mean"] > 0 for x in over)
   fit = statistics.log_slope if is_positive else statistics.slope
   label = "log10 tax per decade" if is_positive else "of the tax itself, per decade"
-  finding = Finding((estimate(fit(index["size"], own), label, side="below"),))
+  slope = claim.estimate(fit(index["size"], own), label, side="below")
+  finding = claim.Finding((slope,))
   flat = [
     size_text(size) for size, x in zip(index["size"], over, strict=True)
     if not x["low"] > 0
@@ -151,31 +141,32 @@ def falls(results: Results, arm: str) -> Finding:
   return finding
 
 
-def repeated_gains(results: Results, arm: str, moment: str) -> Finding:
+def repeated_gains(results: Results, arm: str, moment: str) -> claim.Finding:
   """Tests whether the tax is a gain where the text is repeated most."""
   rows = repeated(taxes(results, arm, moment))
   return by_size.average(rows, "mean tax", side="below")
 
 
-def regimes(results: Results, arm: str) -> Finding:
+def regimes(results: Results, arm: str) -> claim.Finding:
   """Tests whether the tax is lower where the text is repeated most."""
   rows = taxes(results, arm)
   most, least = (
     part(rows).set_index(["size", *REPLICATE])["gain"] for part in (repeated, fresh)
   )
-  return found((most - least).dropna(), "repeated minus fresh", side="below")
+  return claim.found((most - least).dropna(), "repeated minus fresh", side="below")
 
 
-def d1_is_nil(results: Results) -> Finding:
+def d1_is_nil(results: Results) -> claim.Finding:
   """Tests whether D = 1 at weight 0.3 costs nothing on fresh text, at every size."""
   rows = fresh(taxes(results, "d1"))
   index, own = by_size.cells(rows)
   p = [
-    f"{size_text(size)} {statistics.equivalence(tax, NATS.value):.3f}"
+    f"{size_text(size)} {statistics.equivalence(tax, claim.NATS.value):.3f}"
     for size, tax in zip(index["size"], own, strict=True) if len(tax) > 1
   ]
   finding = by_size.each_size(rows, side="within", level=0.9)
-  return Finding(finding.estimates, f"p of the two tests: {', '.join(p)}" if p else "")
+  note = f"p of the two tests: {', '.join(p)}" if p else ""
+  return claim.Finding(finding.estimates, note)
 
 
 def table(results: Results) -> pd.DataFrame:
@@ -184,11 +175,11 @@ def table(results: Results) -> pd.DataFrame:
     row
     for arm, (_, words) in ARMS.items()
     for text, own in taxes(results, arm).groupby("text")
-    for row in by_size.rows(own, {"method": words, "held out": text}, NATS)
+    for row in by_size.rows(own, {"method": words, "held out": text}, claim.NATS)
   ])
 
 
-def draw(results: Results) -> Drawing:
+def draw(results: Results) -> claim.Drawing:
   """Draws the tax of every arm against size."""
   figure, axes = drawing.panels(1, 1, width=6.5, height=5.0)
   ylabel = "main loss minus NTP's,\nnats per token"

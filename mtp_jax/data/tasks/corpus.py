@@ -1,12 +1,14 @@
-"""Examples of a task as rows and batches: what `pipeline.Corpus` is for text.
+"""Examples of a task as rows and batches: the counterpart of `pipeline.Corpus`.
 
 An example is `[bos, prompt, answer, eos]`, a document of its own; answer and eos are
-scored. A row holds as many whole examples as always fit, `seq_len` over the longest,
-and padding: no example is cut, and none is likelier to be left out than another.
+scored. Every row holds the same number of whole examples, `seq_len` over the longest
+example, and padding: no example is cut, whatever its length.
 
-The n-th example of a split follows from (data.seed, split, n) alone, so it is the same
-on every host and after every restart. Which split a prompt belongs to is decided by its
-hash, as for documents.
+The n-th example of a split depends on (data.seed, split, n) alone, so it is the same on
+every host and after every restart. The hash of a prompt decides its split, as for
+documents.
+
+Legend: N examples, L tokens of the longest, S symbols of an example, W random words.
 """
 
 import dataclasses
@@ -29,11 +31,11 @@ from mtp_jax.data.tasks.siblings import Siblings
 from mtp_jax.data.tasks.star_graph import StarGraph
 from mtp_jax.data.tokenizers import SymbolTokenizer, check_vocab_size
 
-# All trials are examined with the same examples, whatever their data.seed.
+# Held-out examples are the same for every data.seed.
 _HELD_OUT_SEED = 2**31
-# Rows of an epoch that never ends; more than any run takes.
+# Rows of an endless epoch; more than any run reads.
 _ENDLESS = 1 << 30
-# Examples that are drawn at once.
+# Examples drawn at once, which bounds memory.
 _MOST_DRAWS = 4096
 # The step of SplitMix64's counter.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -58,9 +60,9 @@ def make_task(source: str, config: TaskConfig) -> Task:
 
 
 class Encoded(NamedTuple):
-  """N examples as ids, [bos, prompt, answer, eos], filled up to the longest, L.
+  """N examples as ids, [bos, prompt, answer, eos], padded to the longest, L.
 
-  tokens_NL: int32. lengths_N: without the filling. firsts_N: tokens before the answer.
+  tokens_NL: int32. lengths_N: without padding. firsts_N: tokens before the answer.
   """
 
   tokens_NL: np.ndarray
@@ -72,7 +74,7 @@ class Encoded(NamedTuple):
 
 
 class Examples:
-  """Random access to the examples of one split, computed when they are asked for."""
+  """Random access to the examples of one split, computed on access."""
 
   def __init__(self, task: Task, data: DataConfig, split: str, seed: int):
     self._task, self._data = task, data
@@ -115,9 +117,9 @@ class Examples:
   def _draw(self, numbers_N: np.ndarray) -> np.ndarray:
     """Returns symbols_NS of a `DrawnTask`.
 
-    Every example has a SplitMix64 generator of its own (Steele et al. 2014) and takes
-    the first of its draws that is valid and of this split. How many are tried at a time
-    changes nothing but the speed. Legend: A examples that are left, K tries.
+    Every example has a SplitMix64 generator of its own (Steele et al. 2014) and is the
+    first of its draws that is valid and of this split. The number of tries at a time
+    affects speed only. Legend: A examples without a draw so far, C tries.
     """
     if len(numbers_N) > _MOST_DRAWS:
       parts = np.array_split(numbers_N, -(-len(numbers_N) // _MOST_DRAWS))
@@ -127,15 +129,17 @@ class Examples:
     symbols_NS = np.zeros((len(numbers_N), task.max_tokens), np.int64)
     left_A, tried, tries = np.arange(len(numbers_N)), 0, 1
     while len(left_A):
+      # SplitMix64 is a mixed counter: any stretch of a stream can be computed at once.
       at = np.arange(1 + tried * W, 1 + (tried + tries) * W, dtype=np.uint64)
       words = sources.mix(state_N[left_A, None] + at * _GOLDEN)
       symbols, is_valid = task.draw(words.reshape(-1, W))
       if task.splits_by_prompt:
         is_valid &= self._are_of_split(symbols[:, : task.max_prompt])
-      is_valid_AK = is_valid.reshape(-1, tries)
-      first_A, found_A = np.argmax(is_valid_AK, axis=1), np.any(is_valid_AK, axis=1)
-      symbols_AKS = symbols.reshape(len(left_A), tries, -1)
-      symbols_NS[left_A[found_A]] = symbols_AKS[found_A, first_A[found_A]]
+      is_valid_AC = is_valid.reshape(-1, tries)
+      first_A, found_A = np.argmax(is_valid_AC, axis=1), np.any(is_valid_AC, axis=1)
+      symbols_ACS = symbols.reshape(len(left_A), tries, -1)
+      symbols_NS[left_A[found_A]] = symbols_ACS[found_A, first_A[found_A]]
+      # The fewer examples are left, the more tries each gets at once.
       left_A, tried = left_A[~found_A], tried + tries
       tries = max(1, min(4 * tries, _MOST_DRAWS // max(1, len(left_A))))
     return symbols_NS
@@ -160,8 +164,8 @@ class Examples:
 class TaskRows:
   """Rows of training examples, with the interface of `packing.PackedRows`.
 
-  An epoch is every example of the training set once; what does not fill a row opens the
-  next epoch. A set without end (`task.num_train` 0) has one endless epoch.
+  An epoch is every example of the training set once; examples that do not fill a row
+  begin the next epoch. An endless set (`task.num_train` 0) has one endless epoch.
   """
 
   def __init__(self, corpus: "TaskCorpus", num_extra: int):
@@ -179,9 +183,9 @@ class TaskRows:
     return packing.map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
   def order(self, seed: int, begin: int, end: int) -> np.ndarray | None:
-    """Returns rows [end - begin] of the endless order; None leaves it to the loader.
+    """Returns row numbers [end - begin] of the endless order, shuffled every epoch.
 
-    Every epoch is shuffled anew. The loader's shuffle walks through at least 2^16
+    None leaves the order to the loader. The loader's shuffle visits at least 2^16
     numbers for an epoch of any size, which takes longer than a step of a small model.
     """
     if self.num_tokens:
@@ -189,7 +193,7 @@ class TaskRows:
       first, last = begin // num_rows, (end - 1) // num_rows
       epochs = [_shuffled(num_rows, seed, epoch) for epoch in range(first, 1 + last)]
       return np.concatenate(epochs)[places - first * num_rows]
-    # Examples that are drawn apart and without end are in random order already.
+    # Endless drawn examples are independent: their order is random already.
     is_drawn = isinstance(self._corpus.task, DrawnTask)
     return np.arange(begin, end) if is_drawn else None
 
@@ -206,27 +210,31 @@ class TaskRows:
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the row numbers of an epoch, which go on from the epoch before."""
+  """Returns the shuffled row numbers of an epoch; they continue those before it."""
   (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
   keys = sources.mix(state ^ sources.mix(np.arange(num_rows, dtype=np.uint64)))
   return epoch * num_rows + np.argsort(keys)
 
 
 def pack(examples: Encoded, per_row: int, seq_len: int, num_extra: int) -> Batch:
-  """Returns rows of `per_row` examples each. Legend: R rows, P tokens of all rows."""
+  """Returns rows of `per_row` examples each.
+
+  Legend: B rows, P examples of a row, A tokens of all rows.
+  """
   total = seq_len + num_extra
-  begins_RP = np.cumsum(examples.lengths_N.reshape(-1, per_row), axis=1)
-  begins_RP -= examples.lengths_N.reshape(-1, per_row)
-  begins_RP += total * np.arange(len(begins_RP))[:, None]
+  # Where each example begins in an array of all rows, one after the other.
+  begins_BP = np.cumsum(examples.lengths_N.reshape(-1, per_row), axis=1)
+  begins_BP -= examples.lengths_N.reshape(-1, per_row)
+  begins_BP += total * np.arange(len(begins_BP))[:, None]
   offset_L = np.arange(examples.tokens_NL.shape[1])
   is_token_NL = offset_L < examples.lengths_N[:, None]
-  at_P = (begins_RP.reshape(-1, 1) + offset_L)[is_token_NL]
+  at_A = (begins_BP.reshape(-1, 1) + offset_L)[is_token_NL]
   segment_N = 1 + np.arange(len(is_token_NL)) % per_row
 
   def place(values: np.ndarray, dtype: type = np.int32) -> tuple[np.ndarray, ...]:
-    """Returns the part of each row, and the part after it."""
-    field = np.zeros(len(begins_RP) * total, dtype)
-    field[at_P] = np.broadcast_to(values, is_token_NL.shape)[is_token_NL]
+    """Returns a field of the rows, and of the tokens after the rows."""
+    field = np.zeros(len(begins_BP) * total, dtype)
+    field[at_A] = np.broadcast_to(values, is_token_NL.shape)[is_token_NL]
     parts = np.split(field.reshape(-1, total), [seq_len], axis=1)
     return tuple(map(np.ascontiguousarray, parts))
 
@@ -241,7 +249,7 @@ def pack(examples: Encoded, per_row: int, seq_len: int, num_extra: int) -> Batch
 
 @dataclasses.dataclass(frozen=True)
 class TaskCorpus:
-  """The examples of a config. `stats` goes into run.json (JSON values)."""
+  """The examples of a config's task; `stats` (JSON values) is for run.json."""
 
   config: Config
   task: Task
@@ -253,7 +261,7 @@ class TaskCorpus:
 
   @property
   def train_set(self) -> Encoded:
-    """The encoded training examples of a set with an end."""
+    """The encoded training examples of a finite set."""
     c = self.config
     data = dataclasses.replace(c.data, seq_len=0, batch_size=0, num_workers=0)
     return _train_set(data, c.task)
@@ -268,7 +276,7 @@ class TaskCorpus:
     settings = getattr(c.task, c.data.source)
     text = f"{c.data.source} {settings} {c.data.validation_fraction} "
     text += f"{c.data.test_fraction} {c.data.seed} {c.task.num_train}"
-    # Name the generators of examples and order that have replaced others.
+    # These keys tell the present generators from those of older versions.
     drawn = {"draws": "splitmix64"} if isinstance(self.task, DrawnTask) else {}
     order = {"order": "splitmix64"} if c.task.num_train else {}
     return {"manifest": hashlib.sha256(text.encode()).hexdigest()} | drawn | order
@@ -284,7 +292,7 @@ class TaskCorpus:
     }
 
   def describe(self) -> str:
-    """Returns one line on what is generated."""
+    """Returns one line about the task, its settings and its examples."""
     settings = ", ".join(f"{k} {v}" for k, v in self.stats["settings"].items())
     count = self.config.task.num_train
     return (
@@ -320,7 +328,7 @@ class TaskCorpus:
 
   @functools.cached_property
   def _to_score(self) -> Encoded:
-    """The held-out examples without the end that their texts do not have there."""
+    """The held-out examples; without eos if the text continues after the answer."""
     examples = self._held_out_examples.encoded(np.arange(self.config.eval.num_rows))
     end = 0 if self.task.answer_ends else 1
     return examples._replace(lengths_N=examples.lengths_N - end)

@@ -1,14 +1,14 @@
 """Countdown: reach a target with all of the given numbers and + - * /.
 
-Asked of language models by Gandhi et al. 2024 (arXiv 2404.03683). The format is ours:
-numbers are written in decimal digits, one symbol each, and a pause may come before the
+A task for language models since Gandhi et al. 2024 (arXiv 2404.03683). The format is
+ours: numbers are written in decimal digits, one symbol each, and pauses may precede the
 answer (as in Huang et al. 2026):
 
   2 5 , 7 , 3 , 4 | 1 0 0 =        2 5 * 4 = 1 0 0 , ...
 
-An answer is right if it has one equation less than there are numbers, every equation is
-true in whole positive numbers, each uses two of the numbers that are left (its result
-is one of them from then on), and the last one gives the target.
+An answer is right if it has one equation less than there are numbers, if every equation
+is true in whole positive numbers and uses two of the numbers that are left (its result
+joins them), and if the last result is the target.
 """
 
 import numpy as np
@@ -75,7 +75,7 @@ class Countdown(Task):
 
 
 def _apply(a: int, operator: str, b: int) -> int | None:
-  """Returns the result if it is a whole positive number."""
+  """Returns the result if it is a whole positive number, else None."""
   if operator == "+":
     return a + b
   if operator == "-":
@@ -95,7 +95,7 @@ def _parse(equation: str) -> tuple[int, str, int, int] | None:
 
 
 def _is_number(text: str) -> bool:
-  """Whether it is written as we write it: ASCII digits, no zero in front."""
+  """Returns whether `text` is ASCII digits without a leading zero, as we write them."""
   is_digits = bool(text) and all("0" <= x <= "9" for x in text)
-  # Python refuses to read very long numbers.
+  # Python raises an error for very long numbers.
   return is_digits and len(text) < 20 and (text == "0" or text[0] != "0")

@@ -1,17 +1,17 @@
-"""Induction: after the first half of a name that was met before, give its second half.
+"""Induction: complete a name that occurred before, given the first of its two words.
 
 After Gloeckle et al. 2024 (arXiv 2404.19737), section 4.1 and appendix J, whose stories
-are not published. Ours are made of sentence patterns and are trained on whole, as text.
-Names are two words. In training they come from a fixed list, frequent ones more often,
-so that they can be learnt by heart; held-out stories have new pairs of the same words,
-so that they cannot, and every word has been trained on. A share of the training stories
-(`fresh_share`) may have any pair but those that are held out, all alike: too many to be
-learnt by heart if there are many halves.
+are not published. Ours are generated from sentence patterns; training scores the whole
+story, as text. A name is two words, its halves. In training, names come from a fixed
+list, with frequencies by Zipf's law, so that they can be memorised. Held-out stories
+have new pairs of the same words, so that they cannot be memorised although every word
+has been trained on. A share of the training stories (`fresh_share`) draws uniformly
+from all pairs that are not held out: too many to memorise if there are many halves.
 
   prompt   <story> mira tol went to the river . ... one day mira
   answer   tol
 
-The prompt ends at a mention of a name after its first.
+The prompt ends after the first half of a name that the story has mentioned before.
 """
 
 import numpy as np
@@ -53,17 +53,17 @@ class Induction(Task):
       _START, *sorted(words | {*_NOUNS, *_THINGS, *_FEELINGS}),
       *self._firsts, *self._seconds,
     )
-    # A name is two words where a pattern has one letter; no pattern has more than 2.
+    # A name is two words in place of one letter of a pattern.
     sentence = max(len(p) + sum(x in "XY" for x in p) for p in _PATTERNS)
     self.max_prompt = config.num_sentences * sentence + 1
     self.max_answer = 1
     self.max_tokens = self.max_prompt
-    # Cyclic shifts, so that every half occurs: `num_names` of them are trained on.
+    # Pairs by cyclic shifts, so that the first `num_names` contain every half.
     rng = np.random.default_rng(0)
     pairs = [(i, (i + shift) % half) for shift in range(half) for i in range(half)]
     fixed, rest = pairs[: config.num_names], pairs[config.num_names :]
     if config.fresh_share:
-      # The last tenth, in whole shifts, stays held out: every half has as many.
+      # Holds out the last tenth, in whole shifts: every half occurs equally often.
       rest = pairs[-max(1, len(rest) // half // 10) * half :]
     self._free_names = pairs[: len(pairs) - len(rest)]
     self._names = [fixed[i] for i in rng.permutation(len(fixed))]
@@ -72,7 +72,7 @@ class Induction(Task):
     self._cumulative = np.cumsum(weights / weights.sum())
 
   def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
-    # Two names that begin alike could not be told apart.
+    # Names with the same first half would make the answer ambiguous.
     pool = self._new_names if is_held_out else None
     if self._config.fresh_share and not is_held_out:
       is_fresh = rng.random() < self._config.fresh_share
@@ -91,7 +91,7 @@ class Induction(Task):
   def _name(
     self, rng: np.random.Generator, pool: list[tuple[int, int]] | None
   ) -> tuple[int, int]:
-    """Draws from a pool, all alike, or from the fixed list, frequent ones first."""
+    """Draws a name: uniformly from a pool, or from the fixed list by frequency."""
     if pool is not None:
       return pool[rng.integers(len(pool))]
     i = int(np.searchsorted(self._cumulative, rng.random()))
@@ -100,11 +100,12 @@ class Induction(Task):
   def _story(
     self, rng: np.random.Generator, names: list[tuple[int, int]]
   ) -> tuple[tuple[str, ...], list[int]]:
-    """Returns the words, and where the second half of a name met before stands."""
+    """Returns the words, and the places of second halves of repeated names."""
     words: list[str] = []
     met: set[int] = set()
     mentions: list[int] = []
     fill = {"N": _NOUNS, "T": _THINGS, "F": _FEELINGS}
+    # Drawn again until a name is repeated: without that there is nothing to complete.
     while not mentions:
       words, met, mentions = [], set(), []
       for _ in range(self._config.num_sentences):
@@ -124,5 +125,5 @@ class Induction(Task):
     return tuple(words), mentions
 
   def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-    """The story has the answer: what followed the first half when it came first."""
+    """Compares with the word that followed the first half at its first mention."""
     return answer == (prompt[prompt.index(prompt[-1]) + 1],)

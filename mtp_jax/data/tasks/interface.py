@@ -1,6 +1,5 @@
-"""What a task is: a generator of examples and an exact score."""
+"""`Task`: the interface of synthetic tasks; generates examples and scores answers."""
 
-import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 
 
 class Example(NamedTuple):
-  """Symbols of one example. Only the answer, and the end after it, is a target."""
+  """Symbols of one example; only the answer and the end after it are targets."""
 
   prompt: tuple[str, ...]
   answer: tuple[str, ...]
@@ -17,14 +16,14 @@ class Example(NamedTuple):
 class Task:
   """A synthetic task.
 
-  symbols:    everything that prompts and answers are made of.
-  max_tokens: most symbols of a prompt and its answer together.
-  max_prompt, max_answer: most symbols of each, in held-out examples.
+  symbols:    all symbols of prompts and answers.
+  max_tokens: the longest prompt with its answer, in symbols.
+  max_prompt, max_answer: the longest of each in held-out examples, in symbols.
   splits_by_prompt: the hash of the prompt decides the split of an example, so that no
-    held-out prompt is trained on. False where held-out examples come from another
+    held-out prompt is trained on. False if held-out examples come from another
     distribution.
-  answer_ends: an answer ends with eos. False where text goes on after it: what comes
-    first is then the answer, as long as it must be.
+  answer_ends: an answer ends with eos. False if text continues after the answer; then
+    the first `max_answer` generated symbols are the answer.
   """
 
   symbols: tuple[str, ...]
@@ -35,15 +34,15 @@ class Task:
   answer_ends = True
 
   def sample(self, rng: np.random.Generator, is_held_out: bool) -> Example:
-    """Returns one example; all randomness is from `rng`."""
+    """Returns one example; all randomness comes from `rng`."""
     raise NotImplementedError
 
   def is_correct(self, prompt: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-    """Returns whether an answer, whoever gave it, is right. Any symbols may come."""
+    """Returns whether `answer`, which may be any symbols, is right."""
     raise NotImplementedError
 
   def group(self, prompt: tuple[str, ...]) -> str:
-    """Returns the kind of prompt that accuracy is also reported for; '' for none."""
+    """Returns the group of a prompt, for accuracy by group; '' for no group."""
     del prompt
     return ""
 
@@ -54,19 +53,19 @@ class Task:
 
 
 class DrawnTask(Task):
-  """A task whose examples all have one length and are drawn many at a time.
+  """A task whose examples have one length and are drawn many at a time.
 
-  A prompt has `max_prompt` symbols and an answer `max_answer`.
+  Every prompt has `max_prompt` symbols, every answer `max_answer`.
 
-  num_words: random words that one example is made from.
+  num_words: random words per example.
   """
 
   num_words: int
 
   def draw(self, words_NW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns N examples and which of them may be used.
+    """Returns `(symbols_NS, is_valid_N)`: N examples, and which of them may be used.
 
-    `(symbols_NS, is_valid_N)`: indices into `symbols`, prompt and answer, and bool.
+    An example is indices into `symbols`, first the prompt, then the answer.
 
     Args:
       words_NW: [N, num_words] uint64, uniform. An example depends on its row alone.
@@ -77,7 +76,3 @@ class DrawnTask(Task):
 def numbers(count: int, first: int = 0) -> tuple[str, ...]:
   """Returns `count` whole numbers as symbols."""
   return tuple(map(str, range(first, first + count)))
-
-
-def has_repeats(values: tuple[str, ...]) -> bool:
-  return any(count > 1 for count in collections.Counter(values).values())

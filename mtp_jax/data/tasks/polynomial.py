@@ -68,7 +68,7 @@ def _expression(
 
 
 def _evaluate(text: list[str]) -> tuple[np.ndarray, list[str]]:
-  """Returns the value of the expression at the front, and what follows it."""
+  """Returns the value of the first expression in `text`, and the rest of `text`."""
   if text[0] != "(":
     return np.array([int(x) for x in text[:LENGTH]]), text[LENGTH:]
   if text[1] == "n":

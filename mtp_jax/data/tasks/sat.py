@@ -6,8 +6,9 @@ random signs, of those that it satisfies. Positive and negative literals are sym
 
   +1 -3 +4 , -2 +3 -5 , ... =        -1 +2 +3 -4 +5
 
-Every assignment that satisfies all clauses is right, not the hidden one alone; `unique`
-draws until there is no other. Trivial rules solve many such formulas: see `baselines`.
+Every assignment that satisfies all clauses is right, not the hidden one alone; with
+`unique`, formulas are drawn until only the hidden one satisfies them. Trivial rules
+solve many such formulas: see `baselines`.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Sat(DrawnTask):
     c, N, V = self._config, len(words_NW), self._config.num_variables
     bits_NV = (words_NW[:, :V] % 2).astype(np.int64)
     variables_NC3, pattern_NC = _choices(words_NW[:, V:].reshape(N, -1, 4), V)
-    # All signs but three wrong ones: at least one of three bits is set.
+    # A pattern of 1 to 7: at least one of three literals agrees with the assignment.
     agrees_NC3 = (1 + pattern_NC[..., None]) >> np.arange(3) & 1
     truth_NC3 = bits_NV[np.arange(N)[:, None, None], variables_NC3]
     signs_NC3 = np.where(agrees_NC3, truth_NC3, 1 - truth_NC3)
@@ -58,8 +59,8 @@ class Sat(DrawnTask):
   def baselines(self, prompts: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """Returns the share of formulas that two trivial rules solve.
 
-    majority: every variable has the sign with which it occurs more often, ties are +.
-    coin: a random assignment; left out where there are too many assignments to try.
+    majority: every variable has its more frequent sign; + in a tie.
+    coin: a random assignment; absent if there are too many assignments to try.
     """
     V = self._config.num_variables
     numbers = [[int(x) for x in prompt if x not in ",="] for prompt in prompts]
@@ -83,7 +84,7 @@ def _choices(words_NC4: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
     (words_NC4 % limits).astype(np.int64), 2, 0
   )
   second = (first + 1 + second) % num
-  # The third counts only those that are neither: it passes over the smaller one first.
+  # `third` counts the remaining numbers: skip the two taken ones, the smaller first.
   third += third >= np.minimum(first, second)
   third += third >= np.maximum(first, second)
   return np.stack([first, second, third], axis=2), pattern_NC

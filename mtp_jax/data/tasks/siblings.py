@@ -1,13 +1,13 @@
 """Sibling discovery: two children of one parent, named before the parent is.
 
 Nagarajan et al. 2025 (arXiv 2504.15266). Every parent has children of its own; an
-example is a random prefix (which conditions the sample and says nothing), two different
-children and, last, their parent:
+example is a random prefix (noise, so that samples differ), two different children and,
+last, their parent:
 
   k s a ... :        c17 c803 p1
 
-An answer is coherent if both are children of that parent. What counts is how many of
-many answers are coherent, different from each other, and not in the training set (see
+An answer is coherent if both are children of that parent. The score is the share of
+answers that are coherent, distinct, and not in the training set (see
 `evaluate.task_metrics`).
 """
 

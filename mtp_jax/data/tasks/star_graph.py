@@ -6,9 +6,10 @@ the source outward and shuffled; then come source and goal, and the path is aske
 
   4 1 | 2 7 | 1 9 | 4 2 / 4 7 =        4 2 7
 
-All but the first step follow from the edges, and the first one needs the whole arm: a
-model that learns to copy the next edge from the one before never learns it, and stays
-at 1/d. Ours: a begin before and an end after each example, the end is a target too.
+All steps but the first follow from the edges; the first step needs the whole arm. A
+model that learns to copy the next edge from the step before never learns the first
+step, and stays at 1/d. Unlike the released code, each example has a begin token and an
+end token, which is a target, too.
 """
 
 from collections.abc import Sequence
