@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from launch import exits, paths
-from mtp_jax import checkpoint
+from mtp_jax import run_folder
 from mtp_jax.config import (
   TASKS,
   Config,
@@ -119,12 +119,12 @@ def load_run_config(workdir: Path) -> Config:
   Raises:
     ConfigError: it is no run folder.
   """
-  path = workdir / "config.json"
-  if not path.is_file():
+  if not run_folder.is_run(workdir):
+    path = workdir / run_folder.CONFIG
     raise ConfigError(
       f"--workdir must be a run folder, got {str(workdir)!r}: there is no {path}."
     )
-  return of_run(checkpoint.read_config(workdir), workdir)
+  return of_run(run_folder.read_config(workdir), workdir)
 
 
 def of_run(config: Config, workdir: Path) -> Config:

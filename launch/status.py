@@ -21,8 +21,9 @@ from launch import cli, distributed, exits
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.data.sources import DataError
-from mtp_jax.metrics import plain
-from mtp_jax.train import Diverged, Observer
+from mtp_jax.files import plain
+from mtp_jax.run import Diverged
+from mtp_jax.run_log import Observer
 
 FILE = "status.json"
 # After so long without a step a process notes that it waits: sooner than JAX gives up.
@@ -57,19 +58,20 @@ class Status(Observer):
   gone or frozen, but not one that is alive and stuck. So each process watches its own
   steps, and ends if none ends for `stall_seconds` and ten times the slowest so far.
 
+  Nothing is written before `begins`.
+
   Args:
-    workdir: the run folder, which this job holds.
-    num_steps: of the run.
+    workdir: the run folder.
     stall_seconds: 0 watches nothing.
   """
 
-  def __init__(self, workdir: Path, num_steps: int, stall_seconds: int):
+  def __init__(self, workdir: Path, stall_seconds: int = 0):
     self._path = workdir / FILE
     self._stall_seconds = stall_seconds
     self._record = {
       "state": "starting",
       "step": 0,
-      "num_steps": num_steps,
+      "num_steps": None,
       "loss": None,
       "tokens_per_second": None,
       "host": socket.gethostname(),
@@ -90,18 +92,25 @@ class Status(Observer):
     self._slowest = 0.0
 
   def __enter__(self) -> "Status":
-    _entered.append(self)
-    self._write()
-    if jax.process_count() > 1 and self._stall_seconds:
-      self._thread = threading.Thread(target=self._watch, daemon=True)
-      self._thread.start()
     return self
 
   def __exit__(self, *_: object) -> None:
-    _entered.remove(self)
+    if self.has_begun:
+      _begun.remove(self)
     self._leaves.set()
     if self._thread is not None:
       self._thread.join()
+
+  @property
+  def has_begun(self) -> bool:
+    return self in _begun
+
+  def begins(self, num_steps: int) -> None:
+    _begun.append(self)
+    self._write(num_steps=num_steps)
+    if jax.process_count() > 1 and self._stall_seconds:
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
 
   def pauses(self, activity: str) -> None:
     self._steps = 0
@@ -177,12 +186,12 @@ class Status(Observer):
     distributed.leave(exits.FAILED, together=False)
 
 
-_entered: list[Status] = []
+_begun: list[Status] = []
 
 
 def last_words(exit_class: str, reason: str) -> None:
   """Notes how the process ends in every run folder that it is at work in."""
-  for status in _entered:
+  for status in _begun:
     if not status.has_ended:
       status.ended(exit_class, reason)
 

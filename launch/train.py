@@ -40,13 +40,14 @@ from absl import flags
 
 from launch import cli, distributed, exits
 from launch.status import Status, exit_class_of, last_words, refused
-from mtp_jax import accounting
+from mtp_jax import run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
-from mtp_jax.saved_model import check_source
+from mtp_jax.interrupt import Interrupted
+from mtp_jax.run import Diverged
 from mtp_jax.stopwatch import Stopwatch, process_age
-from mtp_jax.train import Diverged, Interrupted, finished, fit
+from mtp_jax.train import fit
 
 cli.define_config(required=False)
 _WORKDIR = cli.define_workdir("folder of this run; continued if it holds it already")
@@ -109,19 +110,16 @@ def train(
     startup: see `fit`.
     stall_seconds: see `Status`.
   """
-  status = None
-  with contextlib.ExitStack() as stack:
+  with Status(workdir, stall_seconds) as status:
     try:
-      validate(config, jax.device_count(), jax.default_backend())
-      stack.enter_context(distributed.exclusive(workdir))
-      if finished(config, workdir) is None:
-        num_steps = accounting.resolve(config).train.num_steps
-        status = stack.enter_context(Status(workdir, num_steps, stall_seconds))
-      fit(config, workdir, observer=status, startup=startup)
+      fit(
+        config, workdir, observer=status, startup=startup,
+        holding=distributed.exclusive,
+      )
       end = End(exits.DONE, "done", together=True)
     except BaseException as error:
       end = _end(error)
-    if status is not None:
+    if status.has_begun:
       status.ended(end.exit_class, end.message)
     elif end.exit_class == "config" and jax.process_index() == 0:
       refused(workdir, end.message)
@@ -159,7 +157,7 @@ def _config(workdir: Path) -> Config:
   given = ()
   if flags.FLAGS.config is not None:
     config, given = cli.load_config(), cli.config_overrides()
-  elif (workdir / "config.json").is_file():
+  elif run_folder.is_run(workdir):
     config = cli.load_run_config(workdir)
   else:
     raise ConfigError(
@@ -167,20 +165,18 @@ def _config(workdir: Path) -> Config:
     )
   validate(config, given=given)
   config = cli.of_run(config, workdir)
-  if finished(config, workdir) is None:
+  if run_folder.finished(workdir, config) is None:
     cli.check_files(config.data, config.tokenizer)
-    check_source(config, workdir)
   return config
 
 
 def _end_at_once(group: distributed.Group | None, signum: int, _: Any) -> None:
   """Ends the process on a signal before training begins, or on a second one.
 
-  Raises nothing: an exception may be lost, see `mtp_jax.train._Interrupt`.
+  Raises nothing: an exception may be lost, see `mtp_jax.interrupt`.
   """
   reason = f"{signal.Signals(signum).name}, nothing new was saved"
-  is_yielded = signum == signal.SIGTERM
-  last_words("yielded" if is_yielded else "infrastructure", reason)
+  last_words("yielded", reason)
   os.write(2, f"{reason}; {_CONTINUES}\n".encode())
   rank = 1, 0
   if jax.distributed.is_initialized():  # JAX itself may be amid its start.

@@ -19,7 +19,7 @@ from typing import Any
 from launch import cli, exits
 from launch.states import Trial
 from mtp_jax import accounting
-from mtp_jax.checkpoint import check_resumable, read_config
+from mtp_jax.checkpoint import check_resumable
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -30,8 +30,8 @@ from mtp_jax.config import (
 )
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
-from mtp_jax.files import is_begun
 from mtp_jax.metrics import write_json
+from mtp_jax.run_folder import is_begun, read_config
 from mtp_jax.saved_model import check_source
 
 Overrides = dict[str, Any]

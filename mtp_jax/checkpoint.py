@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mtp_jax import run_folder
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -86,22 +87,6 @@ class Restored(NamedTuple):
   progress: dict[str, Any]
 
 
-def read_config(workdir: Path) -> Config:
-  """Returns the config with which a run folder was started.
-
-  Raises:
-    ConfigError: its config.json cannot be read, or is none of this version.
-  """
-  path = workdir / "config.json"
-  try:
-    return from_config_dict(json.loads(path.read_text()))
-  # ConfigError is a ValueError, and so are bad JSON and bytes that are no text.
-  except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(
-      f"{path} must be the config of a run, as training wrote it: {error}"
-    ) from error
-
-
 def check_resumable(saved: Config, config: Config) -> None:
   """Refuses to continue a run under a config that would make it another run.
 
@@ -153,7 +138,7 @@ class Checkpointer:
   """Saves and restores the checkpoints of one run folder."""
 
   def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
-    self.directory = (workdir / "checkpoints").resolve()
+    self.directory = (workdir / run_folder.CHECKPOINTS).resolve()
     self._read_only = read_only
     # Seen before the manager removes them. Other names are the user's.
     self._unfinished = sorted(
@@ -180,10 +165,12 @@ class Checkpointer:
     data: dict[str, Any],
     progress: dict[str, Any],
     model_folder: dict[str, Any] | None = None,
+    replaces: bool = False,
   ) -> None:
     """Starts saving; returns once the arrays may be donated.
 
-    Does nothing where the step is already saved.
+    Does nothing where the step is already saved, unless the new checkpoint `replaces`
+    the saved one.
 
     Args:
       state: the TrainState; its `step` names the checkpoint.
@@ -207,7 +194,9 @@ class Checkpointer:
     } | ({"model_folder": model_folder} if model_folder else {})
     with self._write_errors():
       if step in self._manager.all_steps():
-        return
+        if not replaces:
+          return
+        self._manager.delete(step)
       # No copy is needed: Orbax holds host copies of arrays on an accelerator, and
       # references to those on a CPU, which keep their memory from being donated.
       self._manager.save(
@@ -332,7 +321,7 @@ class Checkpointer:
     self._manager.reload()
 
   def _rename(self, step: int) -> None:
-    aside = self.directory.parent / "damaged_checkpoints"
+    aside = self.directory.parent / run_folder.DAMAGED
     aside.mkdir(exist_ok=True)
     # The time keeps a second one of the same step from colliding with the first.
     (self.directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
@@ -363,13 +352,6 @@ class Checkpointer:
         f"could not write a checkpoint to {self.directory} ({type(error).__name__}: "
         f"{_first_line(error, 300)}). Finished there: steps {self.steps()}."
       ) from error
-
-
-def finished_steps(directory: Path) -> list[int]:
-  """Returns the steps with a finished checkpoint in a folder of them, oldest first."""
-  return sorted(
-    int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()
-  )
 
 
 def restore_params(

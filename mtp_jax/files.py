@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all, whatever kills the writer; and going on."""
+"""Reading and writing files: a file is there whole or not at all, whatever happens."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 _MOST_BYTES = 64 * 2**20  # The index of a model of 700 billion parameters has 9 MB.
 
@@ -68,6 +71,24 @@ def write_whole(file: str | os.PathLike, content: bytes) -> None:
       os.unlink(temporary)
 
 
+def write_json(file: str | os.PathLike, value: Any) -> None:
+  """Writes JSON as `write_whole`; see `plain` for values that JSON lacks."""
+  write_whole(file, (json.dumps(plain(value), indent=1) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+  """Returns arrays as lists and numbers as Python's, for JSON; NaN becomes None."""
+  if isinstance(value, dict):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  if hasattr(value, "__array__"):  # Of NumPy or JAX.
+    return plain(np.asarray(value).tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
 def temporary_name(file: str | os.PathLike) -> str:
   """Returns the name beside `file` under which this process writes it."""
   return f"{os.fspath(file)}.tmp-{os.getpid()}"
@@ -89,17 +110,4 @@ def changed_settings(begun: dict[str, Any], now: dict[str, Any]) -> str:
     f"{key} is {now.get(key)!r} now and was {begun.get(key)!r} there"
     for key in begun | now
     if now.get(key) != begun.get(key)
-  )
-
-
-def is_begun(workdir: Path) -> bool:
-  """Returns whether a run folder holds work, so that its config must stay.
-
-  Engines write the config before a job starts. A run that is refused then, or fails
-  before its first checkpoint, may be corrected.
-  """
-  checkpoints = workdir / "checkpoints"
-  steps = checkpoints.iterdir() if checkpoints.is_dir() else ()
-  return (workdir / "DONE").exists() or any(
-    step.name.isdecimal() and step.is_dir() for step in steps
   )

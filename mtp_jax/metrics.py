@@ -1,7 +1,6 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, the terminal; and how fast we are."""
+"""Records in metrics.jsonl, TensorBoard and on the terminal; peaks of devices."""
 
 import json
-import math
 import os
 import sys
 import time
@@ -12,10 +11,15 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from mtp_jax import files
+from mtp_jax import files, run_folder
+from mtp_jax.files import plain, write_json
+
+__all__ = [
+  "PEAK_FLOPS", "MetricsWriter", "Progress", "model_flop_utilisation", "peak_flops",
+  "plain", "write_json",
+]
 
 # Dense bfloat16 peak in FLOP/s (products summed in float32) of one JAX device, by the
 # whole `device_kind`: a variant (PCIe, a MIG slice, a laptop's) has another peak. From
@@ -84,20 +88,23 @@ def model_flop_utilisation(
 class MetricsWriter:
   """Appends records to metrics.jsonl and TensorBoard; only process 0 writes.
 
-  A resumed run continues the file: records after `step` were written by work that is
+  A resumed run continues the file. Records after `step` were written by work that is
   done again, and are dropped first; so is half a line that a killed run left.
+
+  Args:
+    workdir: the run folder.
+    step: where training continues.
+    repeats: the records of this very step are written again.
   """
 
-  def __init__(self, workdir: Path, step: int):
+  def __init__(self, workdir: Path, step: int, repeats: bool = False):
     self._file = self._tensorboard = None
     if jax.process_index() != 0:
       return
-    path = workdir / "metrics.jsonl"
-    replacement = path.with_suffix(".tmp")
-    replacement.write_bytes(_lines_before(path, step))
-    replacement.replace(path)
+    path = workdir / run_folder.METRICS
+    files.write_whole(path, _lines_before(path, step, repeats))
     self._file = path.open("a")
-    self._tensorboard = _Tensorboard(workdir / "tensorboard", step)
+    self._tensorboard = _Tensorboard(workdir / run_folder.TENSORBOARD, step, repeats)
 
   def write(self, record: dict[str, Any]) -> None:
     """Writes one record; every entry of a list becomes a TensorBoard scalar."""
@@ -134,13 +141,14 @@ class _Tensorboard:
   that thread ends, and the next write to the queue blocks for ever.
   """
 
-  def __init__(self, folder: Path, step: int):
+  def __init__(self, folder: Path, step: int, repeats: bool):
     writer, self._event = _import_tensorboard()
     folder.mkdir(exist_ok=True)
     # The library tells files of one folder apart by the second they were opened.
     self._writer = writer(str(folder / "events"), f".{os.getpid()}.{step}")
     # Hides what an earlier start wrote about steps that are done again.
-    self._add(step + 1 if step else 0, session_log={"status": "START"})
+    first = step + (not repeats) if step else 0
+    self._add(first, session_log={"status": "START"})
 
   def write(self, record: dict[str, Any]) -> None:
     values = [
@@ -234,19 +242,6 @@ class Progress:
       self._bar.close()
 
 
-def plain(value: Any) -> Any:
-  """Returns arrays as lists and numbers as Python's, for JSON; NaN becomes None."""
-  if isinstance(value, dict):
-    return {k: plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(v) for v in value]
-  if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-    return plain(np.asarray(value).tolist())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
   """Yields (path, number) for all numbers in nested lists and dicts."""
   if isinstance(value, (dict, list)):
@@ -257,28 +252,21 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
     yield name, value
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes JSON in one piece: a reader sees the old file or the new one."""
-  files.write_whole(path, (json.dumps(plain(value), indent=1) + "\n").encode())
+def _lines_before(path: Path, step: int, repeats: bool) -> bytes:
+  """Returns the whole lines of work that is not done again; reports damaged ones.
 
-
-def _precedes(record: dict[str, Any], step: int) -> bool:
-  """Whether a record was written before the checkpoint of `step` was taken.
-
-  Diagnostics of a step are measured before it, all else after it.
+  Diagnostics of a step are measured before the step, and so after the checkpoint of
+  `step` was taken; all other records of `step` come before that checkpoint.
   """
-  return record["step"] < step + (record["kind"] != "diagnostics")
-
-
-def _lines_before(path: Path, step: int) -> bytes:
-  """Returns the whole lines that `_precedes` keeps; reports those that are damaged."""
   kept = []
   content = path.read_bytes() if path.exists() else b""
   for number, line in enumerate(content.splitlines(keepends=True), start=1):
     if not line.endswith(b"\n"):
       break
     try:
-      if _precedes(json.loads(line), step):
+      record = json.loads(line)
+      includes_step = record["kind"] != "diagnostics" and not repeats
+      if record["step"] < step + includes_step:
         kept.append(line)
     except (ValueError, KeyError, TypeError, RecursionError):
       warnings.warn(f"{path}, line {number} is damaged and dropped.", stacklevel=3)

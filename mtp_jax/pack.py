@@ -1,223 +1,250 @@
-"""Trials of one shape side by side: one program for all of them.
+"""Trains runs of one shape side by side, in one program; else as `train.fit`."""
 
-A small model leaves most of an accelerator idle, and most of its step is the time that
-it takes to start kernels. Trials that differ in traced values alone (learning rate,
-lambda, seed, number of steps) can take their steps together, every kernel serving all
-of them. They never meet in a sum, so each is trained as it would be alone,
-but for the order in which its products are summed.
-
-A CPU gains nothing from a pack: XLA for CPU is slower at many small products at once
-than at one after the other. There several processes train side by side instead
-(`launch.sweep --parallel`).
-"""
-
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from mtp_jax import run_folder
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config
-from mtp_jax.lm import zeros_batch
+from mtp_jax.config import Config, ConfigError, difference
+from mtp_jax.data.pipeline import TrainLoader
+from mtp_jax.interrupt import Interrupt
+from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
-from mtp_jax.sharding import (
-  make_mesh,
-  make_trial_mesh,
-  map_over_trial_devices,
-  platform,
-  replicated,
-  split_by_trial,
-)
-from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import compiled, programs, train_step
-
-_LARGEST_SHARE = 0.8
+from mtp_jax.run import Run, admit, check_folder
+from mtp_jax.run_log import Clock, Observer, RunLog
+from mtp_jax.stopwatch import Stopwatch
+from mtp_jax.train_state import TrainState, hyperparameters
 
 
-class Pack:
-  """The states of some trials, which take their steps in one program.
+@dataclasses.dataclass(eq=False)
+class _Member:
+  """One run of a pack, at place `index`. `error` ends the run alone."""
 
-  The trials are spread over the devices; their number is rounded up to a multiple of
-  the number of devices.
+  index: int
+  log: RunLog
+  loader: TrainLoader
+  state: TrainState  # At the start, on the host.
+  error: Exception | None = None
 
-  Args:
-    shape: of all trials, from `train_step.program_config`.
-    states: one for each trial, on the host.
-    hypers: one for each trial.
-    size: trials that the program is made for, at least as many as there are. Places
-      without a trial are never active.
-    devices: at most `size` of them are used.
+  @property
+  def is_active(self) -> bool:
+    return self.error is None and self.log.has_steps_left
+
+  def attempt(self, part: Callable[..., Any], *args: Any) -> Any:
+    """Calls a part of the run, unless the run failed; notes what the call raises."""
+    if self.error is None:
+      try:
+        return part(*args)
+      except Exception as error:
+        self.error = error
+
+  def state_in(self, pack: Pack) -> TrainState:
+    """Returns the state on the run's own mesh."""
+    return jax.device_put(pack.state(self.index), self.log.run.programs.shardings)
+
+  def diagnose(self, pack: Pack, feed: "_Feed") -> None:
+    if self.log.diagnostics_are_due:
+      self.log.diagnose(self.state_in(pack), feed.batch(self))
+
+  def measure(self, pack: Pack, interrupt: Interrupt) -> None:
+    """Writes the records that are due after a step."""
+    log = self.log
+    if log.validation_is_due:
+      report = pack.report(self.index)
+      if not log.validate(self.state_in(pack), report, interrupt):
+        return
+    if log.log_is_due:
+      log.log(pack.report(self.index))
+
+  def save(self, pack: Pack, feed: "_Feed", signum: int | None) -> None:
+    if self.log.save_is_due(signum):
+      self.log.save(self.state_in(pack), feed.state(self), signum)
+
+  def finish(self, pack: Pack, interrupt: Interrupt) -> dict[str, Any] | Exception:
+    """Returns what became of the run, evaluated if it was trained to its end."""
+    result = self.attempt(lambda: self.log.finish(self.state_in(pack), interrupt))
+    return self.error or result
+
+
+class _Feed:
+  """The batches of the members.
+
+  Members that read the same rows in the same order share one batch, which the first one
+  reads, also when it has left. If not all do, as where some continue from another step,
+  each member reads its own.
   """
 
   def __init__(
-    self,
-    shape: Config,
-    states: Sequence[TrainState],
-    hypers: Sequence[Hyperparameters],
-    size: int,
-    devices: Sequence[jax.Device],
+    self, pack: Pack, members: Sequence[_Member], active: Sequence[_Member]
   ):
-    if size < len(states):
-      raise ValueError(f"size must be at least {len(states)}, got {size}.")
-    self._shape, self._mesh = shape, make_trial_mesh(devices[:size])
-    self._size = _num_places(size, self._mesh)
-    self._states, self._hyper = self._stack(states), self._stack(hypers)
-    self._program = self._report = self._fetched = None
+    read = [member.loader.get_state() for member in active]
+    shares = all(x == read[0] for x in read)
+    self._pack, self._members = pack, members
+    self._reader = {m: active[0] if shares else m for m in active}
+    self._rows: dict[_Member, Batch] = {}
+    self._states: dict[_Member, dict[str, Any]] = {}
 
-  def _stack(self, trees: Sequence[Any]) -> Any:
-    """Puts the trees of all trials, and of the places without one, on the devices."""
-    padded = [*trees, *trees[:1] * (self._size - len(trees))]
-    return jax.device_put(
-      jax.tree.map(lambda *leaves: np.stack(leaves), *padded),
-      split_by_trial(self._mesh),
-    )
+  def mark(self) -> None:
+    """Notes where the readers are."""
+    readers = dict.fromkeys(self._reader.values())
+    self._states = {reader: reader.loader.get_state() for reader in readers}
 
-  def put(self, batches: Sequence[Batch]) -> Batch:
-    """Returns the batch of a step, of one [A, B / A, ...] for all or one for each."""
-    if len(batches) == 1:
-      return jax.device_put(batches[0], replicated(self._mesh))
-    return self._stack(batches)
+  def read(self) -> Any:
+    """Returns the next batch of the active members on the devices."""
+    readers = dict.fromkeys(r for m, r in self._reader.items() if m.is_active)
+    self._rows |= {m: m.log.run.split(next(m.loader)) for m in readers}
+    rows = list(self._rows.values())
+    if len(set(self._reader.values())) > 1:
+      # The rows of a member without steps left do not count.
+      rows = [self._rows.get(m, rows[0]) for m in self._members]
+    return self._pack.put(rows)
 
-  def compile(self, batch: Batch) -> Any:
-    """Compiles the step for such batches, and returns the executable."""
-    with jax.set_mesh(self._mesh):
-      program = stacked_step(self._shape, self._mesh, batch.tokens.ndim == 3)
-      self._program = compiled(program, *self._arguments(batch, {}))
-    return self._program
+  def batch(self, member: _Member) -> Batch:
+    """Returns what the next step of a member is taken on, on its own mesh."""
+    return member.log.run.put(self._rows[self._reader[member]])
 
-  def step(self, batch: Batch, active: dict[int, bool]) -> jax.Array:
-    """Starts a step of the active trials; returns what to wait for.
-
-    `active` says by index whether an interval of the log starts. The other trials stay
-    as they are.
-    """
-    self._states, self._report = self._program(*self._arguments(batch, active))
-    self._fetched = None
-    return self._report["loss_total"]
-
-  def _arguments(self, batch: Batch, active: dict[int, bool]) -> tuple[Any, ...]:
-    is_active, starts = np.zeros((2, self._size), bool)
-    is_active[list(active)] = True
-    starts[list(active)] = list(active.values())
-    flags = jax.device_put((starts, is_active), split_by_trial(self._mesh))
-    return (self._states, batch, self._hyper, *flags)
-
-  def report(self, index: int) -> dict[str, Any]:
-    """Returns the report of an active trial on the last step; waits for it."""
-    if self._fetched is None:  # The reports of all trials in one transfer.
-      self._fetched = jax.device_get(self._report)
-    return jax.tree.map(lambda x: x[index], self._fetched)
-
-  def state(self, index: int) -> TrainState:
-    """Returns the state of one trial, on the device that trains it."""
-    per_device = self._size // self._mesh.size
-    device = self._mesh.devices[index // per_device]
-
-    def local(leaf: jax.Array) -> jax.Array:
-      shards = leaf.addressable_shards
-      return next(shard.data for shard in shards if shard.device == device)
-
-    with jax.set_mesh(make_trial_mesh([device])):
-      return _take(jax.tree.map(local, self._states), index % per_device)
+  def state(self, member: _Member) -> dict[str, Any]:
+    """Returns the state of the data iterator where `mark` noted it."""
+    return self._states[self._reader[member]]
 
 
-@jax.jit
-def _take(tree: Any, index: jax.Array) -> Any:
-  return jax.tree.map(lambda x: x[index], tree)
+def fit_pack(
+  configs: Sequence[Config],
+  workdirs: Sequence[Path],
+  *,
+  size: int | None = None,
+  observers: Sequence[Observer] | None = None,
+) -> list[dict[str, Any] | Exception]:
+  """Trains runs of one shape side by side, by one program; else as `train.fit`.
 
-
-def _num_places(size: int, mesh: jax.sharding.Mesh) -> int:
-  return -(-size // mesh.size) * mesh.size
-
-
-@functools.lru_cache(maxsize=32)
-def stacked_step(shape: Config, mesh: jax.sharding.Mesh, shares_batch: bool) -> Any:
-  """Returns the jitted step of stacked trials, of any number.
-
-  It takes what `train_step` takes, stacked, but for a batch that they share; and which
-  trials are active. The others stay as they are, and their reports hold nothing.
-  """
-  if shape.trunk.attention in ("auto", "cudnn", "tokamax"):
-    # cuDNN's attention cannot be vmapped with a mask, and tokamax's only on one device.
-    trunk = dataclasses.replace(shape.trunk, attention="xla")
-    shape = dataclasses.replace(shape, trunk=trunk)
-
-  def step(
-    state: TrainState,
-    batch: Batch,
-    hyper: Hyperparameters,
-    starts_interval: jax.Array,
-    is_active: jax.Array,
-  ) -> tuple[TrainState, dict[str, jax.Array]]:
-    new, report = train_step(shape, state, batch, hyper, starts_interval)
-    keep = lambda new, old: jnp.where(is_active, new, old)  # noqa: E731
-    return jax.tree.map(keep, new, state), report
-
-  steps = jax.vmap(step, (0, None if shares_batch else 0, 0, 0, 0))
-  are_split = (True, not shares_batch, True, True, True)
-  return jax.jit(
-    map_over_trial_devices(steps, mesh, are_split),
-    donate_argnums=0,
-    out_shardings=split_by_trial(mesh),
-  )
-
-
-def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> int:
-  """Returns how many trials of a config's shape fit the devices' memory at once.
-
-  XLA's own analysis of the compiled step decides: of a pack of `most` trials, then of
-  smaller packs until one fits. A pack may take 80 % of a device, because evaluation and
-  saving need memory too. On a CPU the answer is 1: a pack gains nothing there.
+  Every run has its own folder and ends by itself: in its evaluation, which comes when
+  all are trained, or in an error that does not disturb the others. All devices are
+  used, each with a share of the runs; what is done for one run alone is done on the
+  first of them.
 
   Args:
-    config: resolved; the trials share their batches.
-    most: the answer is not larger.
-    devices: as in `Pack`.
+    configs: of equal `program_config`, each for a mesh of one device.
+    workdirs: their run folders.
+    size: runs that the program is made for, by default as many as there are: the same
+      one serves packs that are smaller.
+    observers: one for each.
+
+  Returns:
+    For each run what `fit` returns, or what it raises. After SIGTERM or SIGINT that is
+    `Interrupted` for those that were not done.
+
+  Raises:
+    ConfigError: the runs cannot be trained together, or one of them cannot be trained.
   """
-  if platform() == "cpu":
-    return 1
-  shape = program_config(config)
-  mesh = make_mesh(shape.mesh, devices[:1])
-  rows = zeros_batch(shape, shape.data.batch_size)
-  microbatches = shape.train.accumulation_steps
-  batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), rows)
-  state = jax.eval_shape(programs(shape, mesh).init, np.int32(0))
-  hyper, flag = hyperparameters(config), np.bool_(True)
-  room = _LARGEST_SHARE * device_memory(devices[0])
-  size = most
-  while size > 1:
-    mesh = make_trial_mesh(devices[:size])
-    states, *others = _abstract(
-      (state, hyper, flag, flag), split_by_trial(mesh), (_num_places(size, mesh),)
+  if jax.process_count() > 1:
+    raise ConfigError(
+      f"a pack is trained by one process, got {jax.process_count()}."
     )
-    shared = _abstract(batch, replicated(mesh))
-    with jax.set_mesh(mesh):
-      program = stacked_step(shape, mesh, True)
-      memory = compiled(program, states, shared, *others).memory_analysis()
-    needed = (
-      memory.argument_size_in_bytes + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )
-    if needed <= room:
-      return size
-    # Memory grows about linearly with the trials.
-    size = max(1, min(size - 1, int(size * room / needed)))
-  return 1
+  workdirs = [Path(workdir) for workdir in workdirs]
+  resolved = [admit(*run, 1) for run in zip(configs, workdirs, strict=True)]
+  first, *others = map(program_config, resolved)
+  for other in others:
+    if keys := difference(first, other):
+      raise ConfigError(
+        "runs of a pack must have one shape, but these keys differ: "
+        f"{', '.join(sorted(keys))}."
+      )
+  observers = observers or [Observer() for _ in configs]
+  startup, clock, devices = Stopwatch(), Clock(), jax.devices()
+  outcomes: list[Any] = [None] * len(configs)
+  members: list[_Member] = []
+  with contextlib.ExitStack() as stack:
+    interrupt = stack.enter_context(Interrupt())
+
+    def open_run(place: int) -> None:
+      config, workdir, observer = configs[place], workdirs[place], observers[place]
+      if result := run_folder.finished(workdir, config):
+        outcomes[place] = result
+        return
+      observer.begins(resolved[place].train.num_steps)
+      observer.pauses("starting")
+      check_folder(config, workdir)
+      run = stack.enter_context(Run(resolved[place], workdir, devices=devices[:1]))
+      loader = stack.enter_context(contextlib.closing(run.loader()))
+      startup.ends("data")
+      with jax.set_mesh(run.mesh):
+        start = run.start(loader)
+        run.claim(config, start.origin, len(configs))
+        log = stack.enter_context(RunLog(run, start, observer, clock))
+        log.make_up(start.state, loader.get_state(), interrupt)
+      # The device has one of the states at a time.
+      member = _Member(len(members), log, loader, jax.device_get(start.state))
+      members.append(member)
+      outcomes[place] = member
+      startup.ends("state")
+
+    for place in range(len(configs)):
+      try:
+        open_run(place)
+      except Exception as error:
+        outcomes[place] = error
+    if not members:
+      return outcomes
+    hypers = [hyperparameters(m.log.run.config) for m in members]
+    states = [m.state for m in members]
+    pack = Pack(first, states, hypers, size or len(configs), devices)
+    with jax.set_mesh(members[0].log.run.mesh):
+      _train(pack, members, startup, clock, interrupt)
+    return [
+      x.finish(pack, interrupt) if isinstance(x, _Member) else x for x in outcomes
+    ]
 
 
-def device_memory(device: jax.Device) -> int:
-  """Returns the bytes of memory of an accelerator."""
-  return device.memory_stats()["bytes_limit"]
-
-
-def _abstract(
-  tree: Any, sharding: jax.sharding.Sharding, leading: tuple[int, ...] = ()
-) -> Any:
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding),
-    tree,
-  )
+def _train(
+  pack: Pack,
+  members: Sequence[_Member],
+  startup: Stopwatch,
+  clock: Clock,
+  interrupt: Interrupt,
+) -> None:
+  """Takes the steps that are left; see `train.fit` for the order of things."""
+  active = [member for member in members if member.is_active]
+  if not active:
+    interrupt.catch()
+    return
+  for member in active:
+    member.log.observer.pauses("compiling")
+  feed = _Feed(pack, members, active)
+  batch = feed.read()
+  pack.compile(batch)
+  startup.ends("compile")
+  interrupt.catch()
+  clock.start()
+  previous = None
+  while active:
+    for member in active:
+      member.attempt(member.diagnose, pack, feed)
+    if previous is None:
+      startup.ends("diagnostics")
+    starts = {m.index: m.log.starts_interval for m in active if m.is_active}
+    current = pack.step(batch, starts)
+    feed.mark()
+    # The device works on this step while the host prepares the next batch.
+    if any(m.log.step + 1 < m.log.num_steps for m in active):
+      batch = feed.read()
+    if previous is None:
+      jax.block_until_ready(current)
+      startup.ends("first step")
+      for member in active:
+        member.attempt(member.log.began, startup)
+    jax.block_until_ready(previous)
+    previous = current
+    for member in active:
+      member.log.stepped()
+      member.attempt(member.measure, pack, interrupt)
+    # One answer for all: the runs are saved at the same step.
+    signum = interrupt.received()
+    for member in active:
+      member.attempt(member.save, pack, feed, signum)
+    active = [member for member in active if member.is_active]
+  clock.stop()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtp_jax import accounting, checkpoint
+from mtp_jax import accounting, checkpoint, run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError, difference, from_config_dict
 from mtp_jax.lm import deployed, deployed_config
@@ -95,17 +95,17 @@ def check_source(config: Config, workdir: Path) -> None:
       the copied parameters depend on.
   """
   name, source = _source(config)
-  if source is None or _finished_steps(workdir):
+  if source is None or run_folder.finished_steps(workdir):
     return
   rule = f"train.{name} must be a run folder with a finished checkpoint"
-  if not (source / "config.json").is_file():
+  if not run_folder.is_run(source):
     raise ConfigError(
-      f"{rule}, got {str(source)!r}: there is no {source / 'config.json'}."
+      f"{rule}, got {str(source)!r}: there is no {source / run_folder.CONFIG}."
     )
-  if not _finished_steps(source):
+  if not run_folder.finished_steps(source):
     raise ConfigError(f"{rule}, got {str(source)!r}: it has none yet.")
   try:
-    saved = checkpoint.read_config(source)
+    saved = run_folder.read_config(source)
   except ConfigError as error:
     raise ConfigError(
       f"{rule} of this version, got {str(source)!r}: {error}"
@@ -158,14 +158,16 @@ def load_source(
   name, source = _source(config)
   if source is None:
     return {}, origin, None
-  steps = map(str, reversed(_finished_steps(source)))
-  _, saved = restore_newest([source / "checkpoints" / step for step in steps], mesh)
+  steps = map(str, reversed(run_folder.finished_steps(source)))
+  _, saved = restore_newest(
+    [source / run_folder.CHECKPOINTS / step for step in steps], mesh
+  )
   # With another tokenizer, the same id would stand for other text.
   if json.loads(saved.tokenizer) != json.loads(tokenizer):
     raise ConfigError(
       f"train.{name} must be a run with the tokenizer of this one, got "
       f"{str(source)!r}, which has another; set tokenizer.kind 'file' and "
-      f"tokenizer.path {str(source / 'tokenizer.json')!r} to take it over."
+      f"tokenizer.path {str(source / run_folder.TOKENIZER)!r} to take it over."
     )
   if name == "trunk_from":
     shardings = {key: tree for key, tree in shardings.items() if key != "mtp"}
@@ -178,8 +180,8 @@ def load_source(
     return taken
 
   try:
-    commit = json.loads((source / "run.json").read_text())["commit"]
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    commit = run_folder.read(source, run_folder.RUN)["commit"]
+  except (ConfigError, KeyError, TypeError):
     commit = ""
   origin[name] = {
     "path": getattr(config.train, name), "step": saved.step, "commit": commit
@@ -201,11 +203,6 @@ def _trunk_keys(config: Config) -> set[str]:
   if config.trunk.kind == "gpt2":  # One learned position per token of a row.
     keys.add("data.seq_len")
   return keys
-
-
-def _finished_steps(workdir: Path) -> list[int]:
-  directory = workdir / "checkpoints"
-  return checkpoint.finished_steps(directory) if directory.is_dir() else []
 
 
 def portable(config: Config) -> Config:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import accounting, checkpoint, saved_model
+from mtp_jax import accounting, run_folder, saved_model
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
@@ -313,8 +313,10 @@ def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
     if step is not None and path.name != str(step):
       raise CheckpointError(f"{path} is one checkpoint; step {step} was asked for.")
     return [path]
-  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = checkpoint.finished_steps(directory)
+  directory = path / run_folder.CHECKPOINTS
+  if not directory.is_dir():
+    directory = path
+  steps = run_folder.steps_in(directory)
   if not steps:
     raise CheckpointError(f"{path} {_why_not(path)}")
   if step is None:
@@ -328,11 +330,12 @@ def _checkpoint_folders(path: Path, step: int | None) -> list[Path]:
 
 def _why_not(path: Path) -> str:
   """Returns the reason why a folder has no checkpoint, as the rest of a message."""
-  if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
+  if (path / run_folder.CHECKPOINTS).is_dir() or run_folder.is_run(path):
     return "is a run folder without a finished checkpoint."
-  runs = sorted(x.parent.name for x in path.glob("*/config.json"))
-  if runs:
-    return f"holds {len(runs)} run folder(s); load one of them, such as {runs[0]!r}."
+  if runs := run_folder.folders_below(path):
+    return (
+      f"holds {len(runs)} run folder(s); load one of them, such as {runs[0].name!r}."
+    )
   return (
     "must be a run folder (with checkpoints/STEP), a folder of checkpoints (with STEP, "
     "a number) or a checkpoint (with state/ and meta/), and has nothing of these."

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mtp_jax.analysis.claims.drafters import ARMS, WRITTEN
 from mtp_jax.analysis.results import Facts
 from mtp_jax.analysis.runs import METRIC_COLUMNS
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 
 Trial = dict[str, Any]
 FACTS = Facts(

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mtp_jax import evaluate
+from mtp_jax import evaluate, generative_metrics
 from mtp_jax.analysis.published import published_gains
 from mtp_jax.analysis.runs import RunsError, load
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from tests.synthetic_runs import World, trial_config, write_trial
 
 WORLD = World(gain={}, seed_noise=0.0, trial_noise=0.0)
@@ -53,8 +53,8 @@ def test_reads_what_evaluation_writes(tmp_path, run):
   rest = {
     "step": 1, "tokens": 2, "train_flops": 3.0, "train_seconds": 4.0,
     "task_accuracy": None, "next_line_exact_match": None, "function_parses": None,
-    **evaluate.acceptance_rates("decoded", []),
-    **evaluate.acceptance_rates("sampled", []),
+    **generative_metrics.acceptance_rates("decoded", []),
+    **generative_metrics.acceptance_rates("sampled", []),
   }
   write_json(run / "eval.json", rest | summary)
   metrics = load(tmp_path).metrics.set_index(["metric", "at_depth"])

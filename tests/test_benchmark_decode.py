@@ -13,7 +13,7 @@ from mtp_jax import accounting
 from mtp_jax.config import ConfigError
 from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Decoding, make_plan
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from tests import tiny_runs
 from tests.common import quick_jit, random_params, tiny_config
 from tests.untrained_runs import save_run

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import accounting, checkpoint, optimizer
+from mtp_jax import accounting, checkpoint, optimizer, run_folder
 from mtp_jax.checkpoint import (
   ARCHITECTURE,
   RESUMABLE,
@@ -517,7 +517,7 @@ def test_other_names_among_checkpoints_are_no_checkpoints(tmp_path):
     (run / "checkpoints" / name).write_text("")
   for name in ("old_12", "12.bak", "²"):
     (run / "checkpoints" / name).mkdir()
-  assert checkpoint.finished_steps(run / "checkpoints") == [0]
+  assert run_folder.finished_steps(run) == [0]
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     found = Checkpointer(run)

@@ -53,7 +53,7 @@ def run(config, tmp_path_factory):
   folder = tmp_path_factory.mktemp("one") / "run"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "jit", quick_jit)
-    patch.setattr("mtp_jax.train.make_mesh", one_device_mesh)
+    patch.setattr("mtp_jax.run.make_mesh", one_device_mesh)
     patch.setattr("jax.device_count", lambda: 1)
     fit(config, folder, progress=False)
   return folder

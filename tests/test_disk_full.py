@@ -15,9 +15,10 @@ from launch.engines import local, workers
 from launch.engines.workers import Slot
 from launch.states import Job
 from mtp_jax import files
-from mtp_jax import train as training
 from mtp_jax.checkpoint import CheckpointError
+from mtp_jax.interrupt import Interrupted
 from mtp_jax.metrics import MetricsWriter
+from mtp_jax.run import Diverged, Run
 from mtp_jax.stopwatch import Stopwatch
 from tests.common import quick_jit
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
@@ -145,7 +146,8 @@ def test_training_reports_its_own_error_and_goes_on_when_there_is_room(
 def test_a_status_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capfd):
   record = {"step": 3, "loss": [1.5], "tokens_per_second": 10.0}
   full_status(monkeypatch)
-  with status.Status(tmp_path, 12, stall_seconds=0) as observer:  # There is none yet.
+  with status.Status(tmp_path) as observer:
+    observer.begins(12)  # There is none yet.
     observer.logged(record)
     observer.ended("done")
   assert capfd.readouterr().err == (
@@ -155,12 +157,11 @@ def test_a_status_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, ca
 
 
 def test_a_log_without_room_does_not_hide_how_it_ended(tmp_path, monkeypatch):
-  def fail(*_, **__):
+  def fail(*_, observer, **__):
+    observer.begins(3)
     raise KeyError("x")
 
-  config = types.SimpleNamespace(train=types.SimpleNamespace(num_steps=3))
-  monkeypatch.setattr(train, "validate", lambda *_: None)
-  monkeypatch.setattr(train.accounting, "resolve", lambda config: config)
+  config = types.SimpleNamespace()
   monkeypatch.setattr(train, "fit", fail)
   with open("/dev/full", "w") as log:
     monkeypatch.setattr(sys, "stderr", log)
@@ -173,7 +174,7 @@ def test_a_log_without_room_does_not_hide_how_it_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, is_raised", [
-  (None, True), (training.Interrupted, True), (training.Diverged, False),
+  (None, True), (Interrupted, True), (Diverged, False),
   (OSError, False),
 ])
 def test_a_save_that_fails_last_hides_no_error_but_breaks_a_promise(kind, is_raised):
@@ -183,7 +184,7 @@ def test_a_save_that_fails_last_hides_no_error_but_breaks_a_promise(kind, is_rai
 
   run = types.SimpleNamespace(checkpointer=Full())
   with pytest.raises(CheckpointError) if is_raised else pytest.warns(match="no room"):
-    training._Run.close(run, kind)
+    Run.__exit__(run, kind)
 
 
 def test_a_job_that_cannot_write_that_it_yielded_says_so_by_its_code(monkeypatch):
@@ -262,8 +263,8 @@ def test_a_status_that_stayed_behind_counts_for_nothing(config, tmp_path):
   """Nobody holds the lock: whatever status.json says, the trial may be started."""
   (trial,) = trials.plan(config, {}, [{"name": "a"}], tmp_path)
   trial.workdir.mkdir()
-  with status.Status(trial.workdir, 12, stall_seconds=0):
-    pass
+  with status.Status(trial.workdir) as observer:
+    observer.begins(12)
   state = states.read_state(trial)
   assert (state.kind, state.reason) == ("lost", "its process is gone; it left no word")
   assert states.read_state(trial, Job("running")).kind == "running"

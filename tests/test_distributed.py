@@ -22,9 +22,9 @@ import pytest
 import mtp_jax
 from launch.distributed import Group, find_group, initialize, share_of_devices
 from launch.exits import classify
-from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError
+from mtp_jax.metrics import Progress
 from tests.common import assert_trees_close
 from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, without_wall_clock, write_texts
@@ -63,7 +63,7 @@ EXPERIMENT = """
 
 def signal_itself(signum, step, note=None):
   """Makes the process send itself a signal when that step is done."""
-  advance = train.Progress.advance
+  advance = Progress.advance
 
   def advance_and_signal(bar, now):
     advance(bar, now)
@@ -72,7 +72,7 @@ def signal_itself(signum, step, note=None):
         note.write_text(str(time.time()))
       os.kill(os.getpid(), signum)
 
-  train.Progress.advance = advance_and_signal
+  Progress.advance = advance_and_signal
 
 
 def child(arguments, log, fault, num_devices):
@@ -346,14 +346,14 @@ def test_one_of_four_dies_or_freezes(tiny, alone, tmp_path, rank, signum):
 
 def sleep_in_step(step):
   """Makes the process sleep when that step is done: alive, and of no use."""
-  advance = train.Progress.advance
+  advance = Progress.advance
 
   def advance_and_sleep(bar, now):
     advance(bar, now)
     if now == step:
       time.sleep(1000)
 
-  train.Progress.advance = advance_and_sleep
+  Progress.advance = advance_and_sleep
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from mtp_jax.decode import network
 from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.losses import loss_coefficients
 from mtp_jax.predictors import vocabulary
+from mtp_jax.run import Run
 from mtp_jax.targets import future_targets
 from tests.common import (
   VOCAB,
@@ -135,7 +136,7 @@ def test_a_run_begins_with_the_frequent_tokens_of_its_text(tmp_path):
   config = run_config(write_texts(tmp_path / "texts"), {
     "mtp.kind": "eagle3", "mtp.depth": 2, "mtp.unembed": "own", "mtp.draft_vocab": 20,
   })
-  run = train._Run(config, tmp_path / "run")
+  run = Run(config, tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     params = run.start(run.loader())[0].params
     trunk = {name: tree for name, tree in params.items() if name != "mtp"}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import evaluate
+from mtp_jax import evaluate, generative_metrics
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Completion
@@ -259,43 +259,45 @@ HEADER = "def first(a, b):\n  total = a + b\n"
 def test_line_prompts_end_before_a_line_in_the_middle():
   text = "a = 1\nb = 2\n\nc = 3\nd = 4"
   before = "a = 1\nb = 2\n\n"
-  assert evaluate.line_prompts([text], 9, 100, 60) == [(before, "c = 3")]
-  assert evaluate.line_prompts([text], 9, 8, 60) == [(before[-8:], "c = 3")]
+  assert generative_metrics.line_prompts([text], 9, 100, 60) == [(before, "c = 3")]
+  assert generative_metrics.line_prompts([text], 9, 8, 60) == [(before[-8:], "c = 3")]
 
 
 def test_line_prompts_pass_over_long_blank_and_last_lines():
   long = "x" * 20
-  assert evaluate.line_prompts([f"a\n{long}\n\nb\nc"], 9, 100, 10) == [
+  assert generative_metrics.line_prompts([f"a\n{long}\n\nb\nc"], 9, 100, 10) == [
     (f"a\n{long}\n\n", "b")
   ]
   unsuited = ["one line", "a\n\n\n", f"a\nb\n{long}\n{long}\nlast"]
-  assert evaluate.line_prompts(unsuited, 9, 100, 10) == []
-  assert len(evaluate.line_prompts([TEXT] * 5, 3, 100, 60)) == 3
+  assert generative_metrics.line_prompts(unsuited, 9, 100, 10) == []
+  assert len(generative_metrics.line_prompts([TEXT] * 5, 3, 100, 60)) == 3
 
 
 def test_line_prompts_never_cut_a_character():
-  assert evaluate.line_prompts(["\u00e9\u00e9\nx\ny"], 1, 4, 10) == [("\u00e9\n", "x")]
+  found = generative_metrics.line_prompts(["\u00e9\u00e9\nx\ny"], 1, 4, 10)
+  assert found == [("\u00e9\n", "x")]
 
 
 def test_function_prompts_give_the_first_line_of_the_body():
-  assert evaluate.function_prompts([TEXT], 5, 100) == [HEADER]
+  assert generative_metrics.function_prompts([TEXT], 5, 100) == [HEADER]
   method = "class C:\n    def f(self):\n        a = 1\n        return a\n"
   dedented = "def f(self):\n    a = 1\n"
-  assert evaluate.function_prompts([method], 5, 100) == [dedented]
+  assert generative_metrics.function_prompts([method], 5, 100) == [dedented]
 
 
 def test_middle_prompts_end_where_the_second_half_begins():
   texts = ["", "x", "abcdef", "ééabcd"]
-  assert evaluate.middle_prompts(texts, 5, 2) == ["bc", "a"]  # No half character.
-  assert evaluate.middle_prompts(texts, 1, 100) == ["abc"]
-  assert evaluate.middle_prompts(texts, 0, 100) == []
+  # No half character.
+  assert generative_metrics.middle_prompts(texts, 5, 2) == ["bc", "a"]
+  assert generative_metrics.middle_prompts(texts, 1, 100) == ["abc"]
+  assert generative_metrics.middle_prompts(texts, 0, 100) == []
 
 
 def test_function_prompts_pass_over_what_does_not_suit():
   too_long = f'def f():\n  "{100 * "x"}"\n  return 1\n'
   texts = ["not python (", "x = 1", "def f(): return 1", too_long, "\0"]
-  assert evaluate.function_prompts(texts, 5, 60) == []
-  assert len(evaluate.function_prompts([TEXT] * 5, 2, 100)) == 2
+  assert generative_metrics.function_prompts(texts, 5, 60) == []
+  assert len(generative_metrics.function_prompts([TEXT] * 5, 2, 100)) == 2
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_function_prompts_pass_over_what_does_not_suit():
 )
 def test_completed_function_ends_where_indentation_does(completion, added):
   expected = None if added is None else HEADER + added
-  assert evaluate.completed_function(HEADER, completion) == expected
+  assert generative_metrics.completed_function(HEADER, completion) == expected
 
 
 def completion(ids, is_stopped=False, rounds=0, accepted=(0,), reached=(0,)):
@@ -323,7 +325,7 @@ def completion(ids, is_stopped=False, rounds=0, accepted=(0,), reached=(0,)):
 
 
 def test_acceptance_rates_are_ratios_of_sums_over_prompts():
-  rates = evaluate.acceptance_rates(
+  rates = generative_metrics.acceptance_rates(
     "decoded",
     [
       completion(range(11), rounds=5, accepted=(4, 1), reached=(5, 4)),
@@ -336,8 +338,9 @@ def test_acceptance_rates_are_ratios_of_sums_over_prompts():
   }
   assert [x["mean"] for x in rates["decoded_survival"]] == [0.4, 0.1]
   assert [x["mean"] for x in rates["decoded_acceptance"]] == [0.4, 0.25]
-  assert set(evaluate.acceptance_rates("decoded", []).values()) == {None}
-  assert set(evaluate.acceptance_rates("decoded", [completion([1])]).values()) == {None}
+  for completions in ([], [completion([1])]):
+    rates = generative_metrics.acceptance_rates("decoded", completions)
+    assert set(rates.values()) == {None}
 
 
 GENERATING = {"data.seq_len": 96, "eval.max_new_tokens": 40, "eval.batch_size": 4}
@@ -355,9 +358,9 @@ def scripted_metrics(monkeypatch, line, body, texts=(TEXT,), overrides=None):
     ids = tokenizer.encode((line if stop else body) + stop)[:max_new_tokens]
     return [completion(ids, is_stopped=bool(stop))] * len(prompts)
 
-  monkeypatch.setattr(evaluate, "generate", generate)
+  monkeypatch.setattr(generative_metrics, "generate", generate)
   params = random_params(config)
-  return evaluate.generative_metrics(config, params, tokenizer, texts)
+  return generative_metrics.text_metrics(config, params, tokenizer, texts)
 
 
 def test_generative_metrics_of_scripted_models(monkeypatch):
@@ -384,7 +387,7 @@ def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
     ("task_accuracy", "next_line_exact_match", "function_parses")
   )
   for name in ("decoded", "sampled"):
-    nothing |= evaluate.acceptance_rates(name, [])
+    nothing |= generative_metrics.acceptance_rates(name, [])
   assert scripted_metrics(monkeypatch, "", "", overrides=off) == nothing
   assert scripted_metrics(monkeypatch, "", "", texts=["x"]) == nothing
 
@@ -403,7 +406,7 @@ def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
   off["eval.num_drafts"] = 4
   config = tiny_config("sequential", 1, GENERATING | off)
   texts = ["no code. and more", TEXT, "a third"]
-  result = evaluate.generative_metrics(
+  result = generative_metrics.text_metrics(
     config, random_params(config), ByteTokenizer(), texts
   )
   assert sampled == ["no code.", TEXT[: len(TEXT) // 2]]
@@ -420,7 +423,7 @@ def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
   ):
     overrides = overrides | GENERATING | {"tokenizer.vocab_size": 258}
     config = tiny_config("sequential", 1, overrides)
-    result = evaluate.generative_metrics(
+    result = generative_metrics.text_metrics(
       config, random_params(config), ByteTokenizer(), texts
     )
     assert result["next_line_exact_match"]["count"] == 3

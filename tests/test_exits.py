@@ -13,8 +13,9 @@ from launch import cli, exits, status, train
 from launch.engines import workers
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, from_config_dict
+from mtp_jax.interrupt import Interrupted
+from mtp_jax.run import Diverged
 from mtp_jax.stopwatch import Stopwatch
-from mtp_jax.train import Diverged, Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +92,13 @@ def test_process_0_writes_the_file_that_says_it_yielded(monkeypatch, tmp_path):
   (KeyError("x"), (1, "infrastructure", "KeyError: 'x'", False)),
 ])
 def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
-  def fail(*_, observer, startup):
-    observer.stepped(6)
-    raise error
+  def fail(config, workdir, *, observer, holding, **_):
+    with holding(workdir):
+      observer.begins(config.train.num_steps)
+      observer.stepped(6)
+      raise error
 
   monkeypatch.setattr(train, "fit", fail)
-  monkeypatch.setattr(train, "validate", lambda *_: None)
   config = from_config_dict(base.get_config())
   workdir = tmp_path / "run"
   code, exit_class, message, together = end
@@ -163,7 +165,8 @@ def test_an_error_keeps_its_reason(monkeypatch, capsys, tmp_path, name):
   if not text.endswith(" "):
     assert described == text
 
-  def fail(*_, observer, startup):
+  def fail(*_, observer, **__):
+    observer.begins(12)
     raise error
 
   monkeypatch.setattr(train, "fit", fail)
@@ -171,14 +174,15 @@ def test_an_error_keeps_its_reason(monkeypatch, capsys, tmp_path, name):
   assert end.message == described
   assert capsys.readouterr().err.splitlines()[-1] == f"error: {described}"
   assert status.read(tmp_path)["reason"] == described
-  outcome = workers._ended(status.Status(tmp_path, 1, 0), error)
+  outcome = workers._ended(status.Status(tmp_path), error)
   assert outcome.text.splitlines()[0] == described
   assert outcome.exit_class == "infrastructure"
 
 
 def test_status_follows_the_run(tmp_path):
   record = {"step": 3, "loss": [1.5, 2.5], "tokens_per_second": 10.0}
-  with status.Status(tmp_path, 12, stall_seconds=0) as observer:
+  with status.Status(tmp_path) as observer:
+    observer.begins(12)
     assert status.read(tmp_path)["state"] == "starting"
     observer.pauses("compiling")
     observer.stepped(3)
@@ -195,23 +199,23 @@ def test_status_follows_the_run(tmp_path):
   assert left["time"] > 0 and left["pid"] and left["host"]
 
 
-@pytest.mark.parametrize("signum, exit_class, code", [
-  (signal.SIGTERM, "yielded", 143), (signal.SIGINT, "infrastructure", 130)
-])
-def test_a_second_signal_leaves_a_word_and_raises_nothing(
-  tmp_path, monkeypatch, capfd, signum, exit_class, code
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_with_nothing_to_save_leaves_a_word_and_raises_nothing(
+  tmp_path, monkeypatch, capfd, signum, code
 ):
   ends = []
   for name in "ab":
     (tmp_path / name).mkdir()
   monkeypatch.setattr(os, "_exit", ends.append)
-  with status.Status(tmp_path / "a", 12, 0) as first, first._lock:  # Amid a write.
+  with status.Status(tmp_path / "a") as first, first._lock:  # Amid a write.
+    first.begins(12)
     train._end_at_once(None, signum, None)
     left = status.read(tmp_path / "a")
-    assert (left["state"], left["exit_class"]) == ("ended", exit_class)
+    assert (left["state"], left["exit_class"]) == ("ended", "yielded")
     assert left["reason"] == f"{signal.Signals(signum).name}, nothing new was saved"
   assert capfd.readouterr().err == f"{left['reason']}; the same command continues it.\n"
-  with status.Status(tmp_path / "b", 12, 0) as done:
+  with status.Status(tmp_path / "b") as done:
+    done.begins(12)
     done.ended("done")
     workers._end_at_once(signum, None)
   assert status.read(tmp_path / "b")["exit_class"] == "done"

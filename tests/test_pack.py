@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import pack, train
+from mtp_jax import pack, pack_program, records, train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError, with_overrides
-from mtp_jax.pack import Pack
+from mtp_jax.interrupt import Interrupted
+from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
+from mtp_jax.run import Diverged, Run
+from mtp_jax.run_log import Observer
 from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs
@@ -82,7 +85,7 @@ def fit_pack(configs, root, num_devices=1, observers=None):
   """Returns what became of each run, by name; one place or more is left empty."""
   folders = [root / name for name in configs]
   with machine(num_devices):
-    ended = train.fit_pack(
+    ended = pack.fit_pack(
       list(configs.values()), folders, size=6, observers=observers
     )
   return dict(zip(configs, ended, strict=True))
@@ -96,18 +99,16 @@ def alone(configs, tmp_path_factory):
     try:
       with machine():
         ended[name] = train.fit(config, root / name, progress=False)
-    except train.Diverged as error:
+    except Diverged as error:
       ended[name] = error
   return root, ended
 
 
 def restored(workdir, config, step=None):
   """Returns the state of a checkpoint as numpy arrays."""
-  run = train._Run(config, workdir, read_only=True, devices=jax.devices()[:1])
-  with jax.set_mesh(run.mesh):
-    state = jax.device_get(run.restore(step).state)
-  run.checkpointer.close()
-  return state
+  with Run(config, workdir, read_only=True, devices=jax.devices()[:1]) as run:
+    with jax.set_mesh(run.mesh):
+      return jax.device_get(run.restore(step).state)
 
 
 def close(value):
@@ -169,7 +170,7 @@ def test_packed_runs_are_those_that_were_trained_alone(configs, alone, tmp_path)
   assert ended["plain"]["stopped"] is None and ended["plain"]["step"] == 12
   assert json.loads((tmp_path / "plain" / "run.json").read_text())["packed"] == 5
   error = ended.pop("diverges")
-  assert type(error) is train.Diverged and str(error) == str(expected["diverges"])
+  assert type(error) is Diverged and str(error) == str(expected["diverges"])
   assert not (tmp_path / "diverges" / "DONE").exists()
   for name, result in ended.items():
     assert json.loads((tmp_path / name / "eval.json").read_text()) == result
@@ -190,7 +191,7 @@ def test_data_of_their_own_and_several_devices(configs, alone, tmp_path):
   assert first != close(other)
 
 
-class Stops(train.Observer):
+class Stops(Observer):
   """Sends a signal when its run is at a step."""
 
   def __init__(self, step, signum=signal.SIGTERM):
@@ -219,9 +220,9 @@ def never_stopped(configs, tmp_path_factory):
 def test_an_interrupted_pack_goes_on_bit_for_bit(never_stopped, tmp_path):
   pair, root, _ = never_stopped
   for step in (5, 10):  # At the second one, the short run has ended.
-    observers = [Stops(step), train.Observer()]
+    observers = [Stops(step), Observer()]
     ended = fit_pack(pair, tmp_path, observers=observers)
-    assert [type(x) for x in ended.values()] == [train.Interrupted] * 2
+    assert [type(x) for x in ended.values()] == [Interrupted] * 2
     assert finished_steps(tmp_path / "plain")[-1] == step
     assert finished_steps(tmp_path / "short")[-1] == min(step, 7)
     assert not list(tmp_path.glob("*/DONE"))
@@ -232,7 +233,7 @@ def test_an_interrupted_pack_goes_on_bit_for_bit(never_stopped, tmp_path):
 
 def test_runs_at_different_steps_go_on_together(never_stopped, tmp_path):
   pair, root, _ = never_stopped
-  fit_pack(pair, tmp_path, observers=[Stops(6), train.Observer()])
+  fit_pack(pair, tmp_path, observers=[Stops(6), Observer()])
   shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # Goes on from step 4.
   fit_pack(pair, tmp_path)
   for name, config in pair.items():
@@ -246,14 +247,14 @@ def test_a_signal_during_evaluation_keeps_what_is_evaluated(
   shutil.copytree(root, tmp_path, dirs_exist_ok=True)
   for name in pair:
     (tmp_path / name / "DONE").unlink()
-  likelihood = train._Run.likelihood
+  likelihood_of = records.likelihood_of
 
   def stop(run, *args):
     if run.config.name == "short":
       os.kill(os.getpid(), signal.SIGTERM)
-    return likelihood(run, *args)
+    return likelihood_of(run, *args)
 
-  monkeypatch.setattr(train._Run, "likelihood", stop)
+  monkeypatch.setattr(records, "likelihood_of", stop)
   ended = fit_pack(pair, tmp_path)
   assert without_wall_clock(ended["plain"]) == without_wall_clock(expected["plain"])
   assert str(ended["short"]) == "SIGTERM at step 7; checkpoint saved"
@@ -358,7 +359,7 @@ def test_a_stacked_step_is_one_that_gpus_have(monkeypatch):
     lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), trial
   )
   with jax.set_mesh(mesh):
-    traced = pack.stacked_step.__wrapped__(shape, mesh, True).trace(
+    traced = pack_program.stacked_step.__wrapped__(shape, mesh, True).trace(
       states, batch, *others
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -372,11 +373,11 @@ def test_a_pack_is_as_large_as_the_memory(monkeypatch):
   )
   per_trial = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   with machine():
-    fits = lambda: pack.fitting_size(config, 4, jax.devices())  # noqa: E731
+    fits = lambda: pack_program.fitting_size(config, 4, jax.devices())  # noqa: E731
     assert fits() == 1, "a CPU gains nothing from a pack"
-    monkeypatch.setattr(pack, "platform", lambda: "gpu")
+    monkeypatch.setattr(pack_program, "platform", lambda: "gpu")
     for memory, sizes in ((1e12, (4,)), (3 * per_trial, (1, 2)), (1, (1,))):
-      monkeypatch.setattr(pack, "device_memory", lambda _, memory=memory: memory)
+      monkeypatch.setattr(pack_program, "device_memory", lambda _, x=memory: x)
       assert fits() in sizes
 
 

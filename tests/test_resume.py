@@ -15,6 +15,8 @@ import pytest
 from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import with_overrides
+from mtp_jax.interrupt import Interrupted
+from mtp_jax.metrics import Progress
 from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
@@ -27,7 +29,7 @@ NUM_STEPS, SAVE_EVERY = 12, 4
 
 def stop_after_step(step, signum):
   """Makes the process send itself a signal while that step is computed."""
-  advance = train.Progress.advance
+  advance = Progress.advance
 
   def advance_and_stop(bar, now):
     advance(bar, now)
@@ -36,7 +38,7 @@ def stop_after_step(step, signum):
     if now >= step and jax.process_count() > 1:
       time.sleep(1)  # JAX tells the other processes within a second or so.
 
-  train.Progress.advance = advance_and_stop
+  Progress.advance = advance_and_stop
 
 
 def kill_while_saving(step):
@@ -61,7 +63,7 @@ def child(config, cache, workdir, fault, num_devices=1):
     fault()
   try:
     train.fit(config, workdir)
-  except train.Interrupted as stop:
+  except Interrupted as stop:
     sys.exit(128 + stop.signum)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import base
 from mtp_jax import config as config_lib
-from mtp_jax import config_rules, evaluate
+from mtp_jax import config_rules, generative_metrics
 from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.data import sources
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
@@ -649,7 +649,7 @@ def test_what_cannot_be_drawn_is_refused():
 
 
 def scripted(monkeypatch, answers: list[tuple[np.ndarray, bool]]) -> None:
-  """Makes `evaluate.generate` answer so: (tokens, whether the end was reached)."""
+  """Makes `generate` answer so: (tokens, whether the end was reached)."""
 
   def generate(config, weights, prompts, **keywords):
     del config, weights
@@ -660,8 +660,8 @@ def scripted(monkeypatch, answers: list[tuple[np.ndarray, bool]]) -> None:
       for (tokens, is_stopped), _ in zip(answers, prompts, strict=True)
     ]
 
-  monkeypatch.setattr(evaluate, "generate", generate)
-  monkeypatch.setattr(evaluate, "unstack", lambda params, shape: params)
+  monkeypatch.setattr(generative_metrics, "generate", generate)
+  monkeypatch.setattr(generative_metrics, "unstack", lambda params, shape: params)
 
 
 def test_accuracy_counts_whole_answers_by_group(monkeypatch):
@@ -681,7 +681,7 @@ def test_accuracy_counts_whole_answers_by_group(monkeypatch):
       other[2] = 2 + (ids[2] - 1) % 7
       answers.append((np.concatenate([other, eos]), True))
   scripted(monkeypatch, answers)
-  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  found = generative_metrics.task_metrics(corpus.config, {}, corpus)
   assert found["task_accuracy"] == {
     "mean": right / 12, "stderr": pytest.approx((1 / 3 * 2 / 3 / 12) ** 0.5),
     "count": 12,
@@ -698,7 +698,7 @@ def test_accuracy_stands_beside_trivial_rules_on_the_same_examples(source, monke
   corpus = corpus_of(source, eval__task_examples=9)
   eos = np.array([corpus.tokenizer.eos_id])
   scripted(monkeypatch, [(eos, True)] * 9)
-  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  found = generative_metrics.task_metrics(corpus.config, {}, corpus)
   prompts = [x.prompt for x in corpus.held_out(9)]
   expected = {
     "sat": {"majority", "coin"}, "star_graph": {"random arm"}
@@ -717,7 +717,7 @@ def test_an_answer_that_text_goes_on_after_is_what_comes_first(monkeypatch):
   scripted(
     monkeypatch, [(right[0], False), (right[1], False), (wrong, False), (eos, True)]
   )
-  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  found = generative_metrics.task_metrics(corpus.config, {}, corpus)
   assert found["task_accuracy"]["mean"] == pytest.approx(2 / 4)
   scored = [np.sum(batch.scored) for batch, _ in corpus.eval_batches(1)]
   assert sum(scored) == 4  # One token an example, and no end.
@@ -748,7 +748,7 @@ def test_new_siblings_are_counted_once_and_not_from_the_training_set(monkeypatch
       for text, ends, *_ in answers
     ],
   )
-  found = evaluate.task_metrics(corpus.config, {}, corpus)
+  found = generative_metrics.task_metrics(corpus.config, {}, corpus)
   assert found["task_accuracy"]["mean"] == sum(right for *_, right, _ in answers) / 8
   assert found["task_new"]["mean"] == sum(new for *_, new in answers) / 8
   assert found["task_baselines"] == {}

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from experiments import base
-from mtp_jax import accounting, evaluate, train
+from mtp_jax import accounting, evaluate, generative_metrics, records, train
+from mtp_jax import run as run_module
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, to_dict, with_overrides
 from mtp_jax.data.sources import DataError
+from mtp_jax.interrupt import Interrupt, Interrupted
+from mtp_jax.run import Diverged, Run
+from mtp_jax.run_log import Observer, is_log_spaced
 from tests.corpora import write_jsonl
 from tests.test_metrics import read_events
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
@@ -134,7 +138,7 @@ def logged_steps(workdir, kind="validation"):
 def test_validations_for_each_doubling_of_the_step_and_at_the_last(
   finished, config, tmp_path
 ):
-  due = lambda k: [n for n in range(1, 33) if train._is_log_spaced(n, k)]  # noqa: E731
+  due = lambda k: [n for n in range(1, 33) if is_log_spaced(n, k)]  # noqa: E731
   assert due(1) == [1, 2, 4, 8, 16, 32]
   assert due(2) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
   for k in (3, 5, 40):
@@ -224,12 +228,12 @@ def test_success_between_two_starts_ends_the_run_as_ever(
       (run / name).unlink()
   else:
 
-    class Stops(train.Observer):
+    class Stops(Observer):
       def stepped(self, step):
         if step == 7:
           os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(train.Interrupted, match="at step 7"):
+    with pytest.raises(Interrupted, match="at step 7"):
       train.fit(stopping, run, progress=False, observer=Stops())
   result = train.fit(stopping, run, progress=False)
   assert without_wall_clock(result) == without_wall_clock(stopped[1])
@@ -242,14 +246,14 @@ def test_success_between_two_starts_ends_the_run_as_ever(
 def test_success_counts_twice_in_a_row(
   finished, config, tmp_path, monkeypatch, hits, first, last
 ):
-  likelihood, steps = train._Run.likelihood, iter(range(2, 99, 2))
+  likelihood_of, steps = records.likelihood_of, iter(range(2, 99, 2))
 
   def scripted(run, *args):
-    summary = likelihood(run, *args)
+    summary = likelihood_of(run, *args)
     summary["bits_per_byte"]["mean"] = 1.0 if next(steps) in hits else 1.01
     return summary
 
-  monkeypatch.setattr(train._Run, "likelihood", scripted)
+  monkeypatch.setattr(records, "likelihood_of", scripted)
   stop = {"train.stop_metric": "bits_per_byte", "train.stop_value": 1.0}
   plain = {"train.diagnostics_every": 0, "eval.line_prompts": 0}
   stopping = with_overrides(
@@ -341,7 +345,7 @@ def test_validations_of_a_task_have_all_its_metrics_on_both_splits(
 
 def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
   """New answers count, on the validation split alone; in two microbatches a step."""
-  measure, splits = train.evaluate.task_metrics, []
+  measure, splits = generative_metrics.task_metrics, []
 
   def scripted(config, params, corpus, before_batch=None):
     split = corpus.config.eval.split
@@ -349,7 +353,7 @@ def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
     share = {"validation": 0.5, "test": 0.4}[split] if len(splits) > 2 else 0.4
     return measure(config, params, corpus, before_batch) | {"task_new": {"mean": share}}
 
-  monkeypatch.setattr(train.evaluate, "task_metrics", scripted)
+  monkeypatch.setattr(generative_metrics, "task_metrics", scripted)
   config = task_config(
     texts, "siblings", train__eval_every=1, train__eval_test=True,
     train__stop_metric="task_new", train__stop_value=0.5, train__num_steps=9,
@@ -597,7 +601,7 @@ def poison(monkeypatch):
 
   Whether every poisoned step left parameters and moments alone is noted in `kept`.
   """
-  compiled_step = train._Run.compiled_step
+  compiled_step = Run.compiled_step
   kept = []
 
   def install(steps):
@@ -616,7 +620,7 @@ def poison(monkeypatch):
 
       return step
 
-    monkeypatch.setattr(train._Run, "compiled_step", poisoned)
+    monkeypatch.setattr(Run, "compiled_step", poisoned)
     return kept
 
   return install
@@ -651,7 +655,7 @@ def finished_steps(workdir):
 def test_too_many_in_a_row_end_the_run(finished, config, tmp_path, poison):
   poison(range(5, 99))
   strict = with_overrides(config, {"train.max_nonfinite_steps": 4})
-  with pytest.raises(train.Diverged) as error:
+  with pytest.raises(Diverged) as error:
     train.fit(strict, tmp_path, progress=False)
   message = str(error.value)
   assert "not finite for 4 steps in a row (train.max_nonfinite_steps = 4)" in message
@@ -666,7 +670,7 @@ def test_divergence_from_the_start_names_no_checkpoint(
 ):
   poison(range(99))
   strict = with_overrides(config, {"train.max_nonfinite_steps": 3})
-  with pytest.raises(train.Diverged, match="none was saved yet"):
+  with pytest.raises(Diverged, match="none was saved yet"):
     train.fit(strict, tmp_path, progress=False)
 
 
@@ -674,7 +678,7 @@ def test_a_huge_learning_rate_diverges(finished, config, tmp_path):
   huge = with_overrides(
     config, {"optimizer.learning_rate": 1e30, "train.max_nonfinite_steps": 2}
   )
-  with pytest.raises(train.Diverged, match=r"Lower optimizer.learning_rate \(1e\+30\)"):
+  with pytest.raises(Diverged, match=r"Lower optimizer.learning_rate \(1e\+30\)"):
     train.fit(huge, tmp_path, progress=False)
 
 
@@ -728,7 +732,7 @@ def test_a_run_that_is_done_is_left_alone(
   times = lambda: {x: x.stat().st_mtime_ns for x in copied.rglob("*")}  # noqa: E731
   before = times()
   with monkeypatch.context() as patch:
-    patch.setattr(train, "_open", None)
+    patch.setattr(train, "Run", None)
     assert train.fit(config, copied) == expected
   assert times() == before
   loss = expected["main_loss"]["mean"]
@@ -766,19 +770,14 @@ def signal_itself(function):
 
 # Where a signal hits, in the order of a run, and what is done by then.
 PLACES = [
-  (train, "load_corpus", signal_itself, None),
-  (train, "load_corpus", collect_garbage, None),
-  (train._Run, "start", signal_itself, None),
-  (train._Alone, "prepare", signal_itself, None),
-  (train, "_diagnostics_record", signal_itself, 1),
-  (train.Observer, "stepped", collect_garbage, 2),
-  (train._Run, "start", signal_itself, 2),
-  (train, "_validation_record", collect_garbage, 6),
-  (train._Run, "save", signal_itself, 9),
-  (train, "_evaluate", signal_itself, 12),
+  (records, "diagnostics_record", signal_itself, 1),
+  (Observer, "stepped", collect_garbage, 2),
+  (records, "validation_record", collect_garbage, 6),
+  (Run, "save", signal_itself, 9),
+  (records, "final_evaluation", signal_itself, 12),
   (evaluate, "put_batch", collect_garbage, 12),
-  (evaluate, "line_prompts", signal_itself, 12),
-  (evaluate, "function_prompts", collect_garbage, 12),
+  (generative_metrics, "line_prompts", signal_itself, 12),
+  (generative_metrics, "function_prompts", collect_garbage, 12),
   (Checkpointer, "wait", signal_itself, 12),
 ]
 
@@ -790,8 +789,7 @@ def test_a_signal_is_answered_wherever_it_hits_and_the_run_goes_on(
   for owner, name, how, step in PLACES:
     with monkeypatch.context() as patch:
       patch.setattr(owner, name, how(getattr(owner, name)))
-      where = "before the first step" if step is None else f"at step {step};"
-      with pytest.raises(train.Interrupted, match=f"^SIGTERM {where}") as caught:
+      with pytest.raises(Interrupted, match=f"^SIGTERM at step {step};") as caught:
         train.fit(config, tmp_path, progress=False)
     assert caught.value.signum == signal.SIGTERM
     assert not (tmp_path / "eval.json").exists() and not (tmp_path / "DONE").exists()
@@ -809,16 +807,77 @@ def test_a_signal_is_answered_wherever_it_hits_and_the_run_goes_on(
   assert fingerprint_of(tmp_path) == fingerprint_of(workdir)
 
 
+class AtOnce(BaseException):
+  """Raised by the handler of a command."""
+
+
+def raise_at_once(signum, frame):
+  raise AtOnce
+
+
+@pytest.mark.parametrize("owner, name", [
+  (run_module, "load_corpus"), (Run, "start"), (Run, "compiled_step"),
+])
+def test_a_signal_before_there_is_work_to_save_is_for_the_caller(
+  config, tmp_path, monkeypatch, owner, name
+):
+  before = signal.signal(signal.SIGTERM, raise_at_once)
+  monkeypatch.setattr(owner, name, signal_itself(getattr(owner, name)))
+  try:
+    with pytest.raises(AtOnce):
+      train.fit(config, tmp_path, progress=False)
+    assert signal.getsignal(signal.SIGTERM) is raise_at_once
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("whole, of, call, step", [
+  ("finished", "config", 0, 6),
+  ("stopped", "stopping", 6, 8),  # The validation that would end training.
+])
+def test_a_signal_cuts_a_validation_short_and_the_next_start_makes_up_for_it(
+  request, tmp_path, monkeypatch, whole, of, call, step
+):
+  (workdir, expected), config = map(request.getfixturevalue, (whole, of))
+  put_batch, calls = evaluate.put_batch, iter(range(99))
+
+  def signal_at_call(*args, **kwargs):  # Every validation has two batches.
+    if next(calls) == call:
+      signal.raise_signal(signal.SIGTERM)
+    return put_batch(*args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "put_batch", signal_at_call)
+    with pytest.raises(Interrupted, match=f"^SIGTERM at step {step};"):
+      train.fit(config, tmp_path, progress=False)
+  assert next(calls) == call + 1, "the second batch was not measured"
+  assert step not in logged_steps(tmp_path) + logged_steps(tmp_path, "train")
+  assert finished_steps(tmp_path)[-1] == step
+  # Twice: what makes up for the validation may be cut short as well.
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "summarize", signal_itself(evaluate.summarize))
+    before = signal.signal(signal.SIGTERM, raise_at_once)
+    with pytest.raises(AtOnce):
+      train.fit(config, tmp_path, progress=False)
+    signal.signal(signal.SIGTERM, before)
+  result = train.fit(config, tmp_path, progress=False)
+  assert without_wall_clock(result) == without_wall_clock(expected)
+  assert records_until(tmp_path, 12) == records_until(workdir, 12)
+  assert fingerprint_of(tmp_path) == fingerprint_of(workdir)
+  assert train.evaluate_run(config, tmp_path)["stopped"] == expected["stopped"]
+
+
 def fingerprint_of(workdir):
   reader = Checkpointer(workdir, read_only=True)
-  meta = reader.meta(12)
+  meta = reader.meta(reader.steps()[-1])
   reader.close()
   return meta["fingerprint"]
 
 
 @pytest.mark.usefixtures("sigint_raises")
 def test_a_second_signal_acts_as_ever():
-  with pytest.raises(KeyboardInterrupt), train._Interrupt() as interrupt:
+  with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+    interrupt.catch()
     os.kill(os.getpid(), signal.SIGINT)
     assert interrupt.received() == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
@@ -830,7 +889,8 @@ def test_outside_the_main_thread_nothing_is_caught():
   seen = []
 
   def work():
-    with train._Interrupt() as interrupt:
+    with Interrupt() as interrupt:
+      interrupt.catch()
       seen.append((signal.getsignal(signal.SIGTERM), interrupt.received()))
 
   thread = threading.Thread(target=work)

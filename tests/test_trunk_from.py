@@ -15,6 +15,9 @@ from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.lm import deployed
+from mtp_jax.pack import fit_pack
+from mtp_jax.records import likelihood_of
+from mtp_jax.run import Run
 from mtp_jax.saved_model import check_source
 from tests.common import GPT2, MINIMAL, assert_trees_close
 from tests.tiny_runs import run_config, write_texts
@@ -79,9 +82,9 @@ def test_a_frozen_trunk_is_the_deployed_model_of_its_source(
   assert_trees_close(without_predictors(found.params), expected, rtol=0, atol=0)
   assert all(np.any(x) for x in jax.tree.leaves(found.params["mtp"]))
   # On another mesh, and the layer of a parallel head in another loop: it may round.
-  run = train._Run(source_config, source, read_only=True)
+  run = Run(source_config, source, read_only=True)
   params = mtp_jax.load(source, mesh=run.mesh).params
-  of_source = run.likelihood(params, run.corpus)
+  of_source = likelihood_of(run, params, run.corpus)
   assert result["main_loss"]["mean"] == pytest.approx(
     of_source["main_loss"]["mean"], rel=1e-6
   )
@@ -105,7 +108,7 @@ def test_own_output_matrices_begin_as_those_of_the_source(
 ):
   source, _ = sources[kind]
   own = medusa_on(config, source, **MESH | {"mtp.unembed": "own"})
-  run = train._Run(own, tmp_path / "run")
+  run = Run(own, tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     state, _, _ = run.start(run.loader())
   kernel = mtp_jax.load(source).params["unembed"]["kernel"]
@@ -123,12 +126,12 @@ def test_next_token_prediction_and_the_tokenizer_of_the_source_are_taken_up(
     "mtp.kind": "none", "mtp.depth": 0,
     "tokenizer.kind": "file", "tokenizer.path": str(source / "tokenizer.json"),
   }
-  run = train._Run(medusa_on(config, source, **plain), tmp_path / "run")
+  run = Run(medusa_on(config, source, **plain), tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     state, progress, origin = run.start(run.loader())
   expected = without_predictors(mtp_jax.load(source).params)
   assert_trees_close(state.params, expected, rtol=0, atol=0)
-  assert (int(state.step), progress["seconds"]) == (0, 0.0)
+  assert (int(state.step), progress) == (0, None)
   assert origin["trunk_from"]["path"] == str(source) and origin["start_from"] is None
 
 
@@ -159,7 +162,7 @@ def test_a_run_starts_from_all_parameters_of_another(case, config, tmp_path):
   expected = mtp_jax.load(source).params
   new = with_overrides(own, of_run | {"train.start_from": str(source)})
   check_source(new, tmp_path / "run")
-  run = train._Run(new, tmp_path / "run")
+  run = Run(new, tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     state, progress, origin = run.start(run.loader())
     fresh = run.programs.init(np.int32(0))
@@ -172,7 +175,7 @@ def test_a_run_starts_from_all_parameters_of_another(case, config, tmp_path):
     jax.tree.leaves(state), jax.tree.leaves(run.programs.shardings), strict=True
   ):
     assert leaf.sharding == sharding
-  assert (int(state.step), progress["seconds"]) == (0, 0.0)
+  assert (int(state.step), progress) == (0, None)
   assert_trees_close(state.opt_state, fresh.opt_state, rtol=0, atol=0)
   record = {"path": str(source), "step": 0, "commit": ""}
   assert origin == {"trunk_from": None, "start_from": record}
@@ -217,7 +220,7 @@ def test_runs_of_a_pack_start_from_other_runs(config, sources, tmp_path):
   }
   configs = [with_overrides(own, shared | start) for start in starts.values()]
   folders = [tmp_path / name for name in starts]
-  for result in train.fit_pack(configs, folders):
+  for result in fit_pack(configs, folders):
     assert not isinstance(result, Exception), result
   expected = mtp_jax.load(source).params
   whole, trunk = (mtp_jax.load(folder).params for folder in folders)
@@ -239,7 +242,7 @@ def test_the_newest_whole_checkpoint_is_taken(key, config, sources, tmp_path):
   damaged = shutil.copytree(copy / "checkpoints/0", copy / "checkpoints/5")
   (damaged / "state" / "manifest.ocdbt").write_bytes(b"")
   expected = without_predictors(mtp_jax.load(source).params)
-  run = train._Run(with_overrides(own, {key: str(copy)}), tmp_path / "run")
+  run = Run(with_overrides(own, {key: str(copy)}), tmp_path / "run")
   with contextlib.closing(run.checkpointer), jax.set_mesh(run.mesh):
     with pytest.warns(UserWarning, match="5 is damaged .* Trying the one before it"):
       state, _, origin = run.start(run.loader())

@@ -10,7 +10,7 @@ import pytest
 from mtp_jax.checkpoint import Checkpointer, fingerprint
 from mtp_jax.config import Config, to_dict
 from mtp_jax.data.tokenizers import ByteTokenizer
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from mtp_jax.train_state import TrainState, empty_interval
 from tests import common
 

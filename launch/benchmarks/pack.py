@@ -27,7 +27,7 @@ from launch.tables import markdown
 from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
-from mtp_jax.pack import Pack
+from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters

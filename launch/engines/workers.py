@@ -29,11 +29,12 @@ from launch import cli, exits
 from launch.huge_pages import start_with_huge_pages
 from launch.states import Trial
 from launch.status import Status, exit_class_of, last_words
-from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.environment import cpu_cores
-from mtp_jax.pack import fitting_size
-from mtp_jax.train import Interrupted, fit, fit_pack
+from mtp_jax.interrupt import Interrupted
+from mtp_jax.pack import fit_pack
+from mtp_jax.pack_program import fitting_size
+from mtp_jax.train import fit
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # A fork would share JAX's threads.
@@ -242,7 +243,7 @@ def _train(runs: list[tuple[Config, Path]], size: int | None = None) -> list[Out
     for _, workdir in others:
       with (workdir / "log.txt").open("a") as log:
         log.write(f"trained in a pack: see {first / 'log.txt'}\n")
-    observers = [_status(stack, *run) for run in ours]
+    observers = [stack.enter_context(Status(workdir)) for _, workdir in ours]
     try:
       if size is None:
         results = [fit(*ours[0], progress=False, observer=observers[0])]
@@ -275,11 +276,6 @@ def _taken(stack: contextlib.ExitStack, workdir: Path) -> Outcome | None:
     return Outcome("claimed", str(error))
   # By another sweep, since this one looked.
   return Outcome("done") if (workdir / "DONE").exists() else None
-
-
-def _status(stack: contextlib.ExitStack, config: Config, workdir: Path) -> Status:
-  num_steps = accounting.resolve(config).train.num_steps
-  return stack.enter_context(Status(workdir, num_steps, stall_seconds=0))
 
 
 def _end_at_once(signum: int, _: Any) -> None:

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mtp_jax import config as config_lib
-from mtp_jax import files
+from mtp_jax import files, run_folder
 from mtp_jax.data import sources
 from mtp_jax.data.special_tokens import (
   BOS,
@@ -31,8 +31,8 @@ from mtp_jax.data.special_tokens import (
 )
 from mtp_jax.data.subword_tokenizer import KEY, SubwordTokenizer, byte_vocab, train_bpe
 
-# The tokenizer of a run folder, and its special ids.
-IN_RUN, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
+# Its own special ids, beside the tokenizer of a run folder.
+SPECIAL_TOKENS = "special_tokens.json"
 
 
 class Tokenizer(Protocol):
@@ -254,13 +254,13 @@ def in_run(
   Raises:
     ConfigError: `path` names another tokenizer than the run has.
   """
-  own = workdir / IN_RUN
+  own = workdir / run_folder.TOKENIZER
   if config.kind != "file" or not own.is_file():
     return config
   given = Path(os.path.expanduser(config.path))
-  if config.path not in (IN_RUN, str(own)) and given.is_file():
+  if config.path not in (own.name, str(own)) and given.is_file():
     if load_tokenizer(given).to_json() != load_tokenizer(own).to_json():
-      if not files.is_begun(workdir):
+      if not run_folder.is_begun(workdir):
         return config  # An attempt that was refused left its tokenizer.
       raise config_lib.ConfigError(
         f"tokenizer.path must hold the tokenizer that the run was started with, {own}; "

@@ -309,7 +309,9 @@ class TaskCorpus:
 
   def held_out(self, count: int) -> list[Example]:
     """Returns the first `count` examples of the evaluation's split."""
-    return [self._held_out_examples[number] for number in range(count)]
+    drawn = self._drawn  # Kept: every validation asks for the same examples.
+    drawn += [self._held_out_examples[number] for number in range(len(drawn), count)]
+    return drawn[:count]
 
   def eval_batches(self, num_extra: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields `(Batch, document_B)`: held-out examples, each on a row of its own."""
@@ -321,6 +323,10 @@ class TaskCorpus:
       lengths = np.where(owners >= 0, examples.lengths_N, 0)
       batch = pack(examples._replace(lengths_N=lengths), 1, seq_len, num_extra)
       yield batch, owners.astype(np.int32)
+
+  @functools.cached_property
+  def _drawn(self) -> list[Example]:
+    return []
 
   @functools.cached_property
   def _held_out_examples(self) -> Examples:

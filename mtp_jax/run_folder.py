@@ -1,0 +1,164 @@
+"""The run folder: the names of its files, who owns it, and what can be read from it.
+
+  config.json          the config of the run, written when the run is claimed
+  run.json             sizes, versions, hardware, data: facts about the run
+  tokenizer.json       the run's own tokenizer
+  model_folder.json    what an imported model had besides weights
+  startup.json         seconds from the command to the first step
+  metrics.jsonl        one record a line; tensorboard/ has the same numbers
+  checkpoints/STEP/    see `checkpoint`; damaged ones lie in damaged_checkpoints/
+  eval.json, DONE      the final evaluation, and that it is complete
+
+launch/README.md describes every field. Every function takes the folder's path, and
+reads or writes without asking which process this is.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mtp_jax import files
+from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict
+
+CONFIG, RUN, STARTUP = "config.json", "run.json", "startup.json"
+METRICS, EVAL, DONE = "metrics.jsonl", "eval.json", "DONE"
+TOKENIZER, MODEL_FOLDER = "tokenizer.json", "model_folder.json"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+TENSORBOARD = "tensorboard"
+# What `launch` adds: who holds the folder, how far the run is, why it failed.
+LOCK, STATUS, ERROR, LOG = ".lock", "status.json", "error.txt", "log.txt"
+
+_FILES = (CONFIG, RUN, TOKENIZER, STARTUP, METRICS, EVAL, DONE)
+_FOLDERS = (CHECKPOINTS, TENSORBOARD)
+
+
+def is_run(workdir: Path) -> bool:
+  """Returns whether a folder has the config of a run."""
+  return (workdir / CONFIG).is_file()
+
+
+def is_done(workdir: Path) -> bool:
+  """Returns whether a run is trained and evaluated."""
+  return (workdir / DONE).is_file()
+
+
+def is_begun(workdir: Path) -> bool:
+  """Returns whether a run folder holds work, so that its config must stay.
+
+  Engines write the config before a job starts. A run that is refused then, or fails
+  before its first checkpoint, may be corrected.
+  """
+  return (workdir / DONE).exists() or bool(finished_steps(workdir))
+
+
+def finished_steps(workdir: Path) -> list[int]:
+  """Returns the steps of a run that have a finished checkpoint, oldest first."""
+  return steps_in(workdir / CHECKPOINTS)
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+  """Returns the same of a folder of checkpoints, which may lie anywhere."""
+  found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+  return sorted(int(x.name) for x in found if x.name.isdecimal() and x.is_dir())
+
+
+def folders_below(root: Path) -> list[Path]:
+  """Returns the run folders directly below a folder, by name."""
+  return sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
+
+
+def check_kinds(workdir: Path) -> None:
+  """Checks that no folder has the name of a file of a run, and the other way round.
+
+  Raises:
+    ConfigError: names the first one.
+  """
+  for name in _FILES:
+    if (workdir / name).is_dir():
+      raise ConfigError(
+        f"{workdir / name} must be a file that training writes, and is a folder."
+      )
+  for name in _FOLDERS:
+    if (workdir / name).is_file():
+      raise ConfigError(
+        f"{workdir / name} must be a folder that training fills, and is a file."
+      )
+
+
+def own_config(config: Config) -> Config:
+  """Returns the config as a run folder has it: with the run's own tokenizer."""
+  if config.tokenizer.kind != "file":
+    return config
+  tokenizer = dataclasses.replace(config.tokenizer, path=TOKENIZER)
+  return dataclasses.replace(config, tokenizer=tokenizer)
+
+
+def write_config(workdir: Path, config: Config) -> None:
+  """Makes the folder, and claims it for the run of a config."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  write(workdir, CONFIG, to_dict(own_config(config)))
+
+
+def read_config(workdir: Path) -> Config:
+  """Returns the config with which a run was started.
+
+  Raises:
+    ConfigError: config.json cannot be read, or this version has no such config.
+  """
+  path = workdir / CONFIG
+  try:
+    return from_config_dict(json.loads(path.read_text()))
+  # ConfigError is a ValueError, and so are bad JSON and bytes that are no text.
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be the config of a run, as training wrote it: {error}"
+    ) from error
+
+
+def write(workdir: Path, name: str, value: Any) -> None:
+  """Writes one of the JSON files in one piece; arrays become lists, NaN null."""
+  files.write_json(workdir / name, value)
+
+
+def read(workdir: Path, name: str) -> Any:
+  """Returns the content of one of the JSON files; None if there is no such file.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
+  path = workdir / name
+  if not path.is_file():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be what training wrote ({type(error).__name__}: {error})."
+    ) from error
+
+
+def finish(workdir: Path, result: dict[str, Any]) -> None:
+  """Writes the final evaluation, and that the run is done."""
+  write(workdir, EVAL, result)
+  (workdir / DONE).write_text("")
+
+
+def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
+  """Returns eval.json of a run that is done under this very config, else None.
+
+  Raises:
+    ConfigError: config.json or eval.json of a run that is done cannot be read.
+  """
+  if not is_done(workdir) or read_config(workdir) != own_config(config):
+    return None
+  path = workdir / EVAL
+  try:
+    result = json.loads(path.read_text())
+    result["main_loss"]["mean"], result["step"]  # What every reader needs.
+    return result
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} must be what training wrote ({type(error).__name__}: {error}); remove "
+      f"{workdir / DONE} to evaluate again."
+    ) from error
