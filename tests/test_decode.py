@@ -27,7 +27,6 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -110,7 +109,7 @@ def uncached(config, params, prompts):
   """The definition: each new token is the arg max after a pass over all before it."""
   length = config.data.seq_len
 
-  @quick_jit
+  @jax.jit
   def next_tokens(params, batch):
     hidden_BTD = MtpLm(config).apply({"params": params}, batch)[0]
     return (hidden_BTD @ unembed_matrix(params, config)).argmax(-1)
@@ -133,7 +132,7 @@ def quick_loop():
     for name, static in (("prefill", (0, 1)), ("finish", 0), ("step", 0)):
       program = getattr(loop, name).__wrapped__
       donated = () if name == "prefill" else 2
-      quick = quick_jit(program, static_argnums=static, donate_argnums=donated)
+      quick = jax.jit(program, static_argnums=static, donate_argnums=donated)
       patch.setattr(loop, name, quick)
     yield
 
@@ -344,7 +343,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   def trained(rows, length):
     batch = batch_of(rows, np.ones_like(rows), length)
-    hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
+    hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": model.params}, batch)
     return np.stack([
       hidden_BTD @ unembed_matrix(model.params, config, m)
       for m, hidden_BTD in enumerate(hidden_MBTD)
@@ -356,7 +355,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
   length_B = jnp.array([T, T - 5])
   seen = []
 
-  @quick_jit
+  @jax.jit
   def run(weights, tokens_BS):
     positions_BT = jnp.broadcast_to(jnp.arange(SEQ_LEN), tokens_BS.shape)
     hidden, feature, _ = target.forward(
