@@ -59,6 +59,13 @@ class Programs(NamedTuple):
   shardings: TrainState
 
 
+class Targets(NamedTuple):
+  """What every depth learns at every position, and where the target counts."""
+
+  columns_MBT: jax.Array
+  mask_MBT: jax.Array
+
+
 class BatchSums(NamedTuple):
   """What one (micro)batch contributes.
 
@@ -82,14 +89,15 @@ def batch_loss(
   config: Config,
   params: Any,
   batch: Batch,
+  targets: Targets,
   coefficients_M: jax.Array,
   balance_coefficient: jax.Array,
 ) -> BatchSums:
-  """Returns the weighted loss of a (micro)batch: model, then targets, then losses."""
+  """Returns the weighted loss of a (micro)batch: the model, then the losses."""
   hidden_MBTD, routing = MtpLm(config).apply(
     {"params": params}, batch, method="with_routing"
   )
-  sums = depth_losses(config, params, batch, hidden_MBTD, coefficients_M)
+  sums = depth_losses(config, params, hidden_MBTD, targets, coefficients_M)
   zero = jnp.zeros((), jnp.float32)
   parts = routing.values()
   balance = balance_coefficient * sum((jnp.sum(r.balance) for r in parts), start=zero)
@@ -107,8 +115,8 @@ def batch_loss(
 def depth_losses(
   config: Config,
   params: Any,
-  batch: Batch,
   hidden_MBTD: jax.Array,
+  targets: Targets,
   coefficients_M: jax.Array,
 ) -> LossSums:
   """Returns the losses of all depths, each with its output matrix and objective.
@@ -121,7 +129,7 @@ def depth_losses(
   if mtp.depth and len(matrices) == 1 and (learns_from_trunk(mtp) or is_frozen):
     ((_, shared_DV),) = matrices
     matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
-  taken = hidden_MBTD, *learnt_targets(config, params, batch), coefficients_M
+  taken = hidden_MBTD, *targets, coefficients_M
   teacher_MBTD = trunk_states(hidden_MBTD) if learns_from_trunk(mtp) else None
   trunk_DV, tokens_C = unembed_matrix(params, config), draft_tokens(params, config)
   teacher_DV = trunk_DV if tokens_C is None else trunk_DV[:, tokens_C]
@@ -150,10 +158,8 @@ def depth_losses(
   return LossSums(total, *joined)
 
 
-def learnt_targets(
-  config: Config, params: Any, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-  """Returns `(targets_MBT, mask_MBT)` of training, targets as `lm.columns`.
+def learnt_targets(config: Config, params: Any, batch: Batch) -> Targets:
+  """Returns the targets of training, as `lm.columns`.
 
   Where depths learn from the trunk's own prediction of a token, those at the end of a
   row are left out whose prediction would be made after it.
@@ -163,7 +169,7 @@ def learnt_targets(
   if learns_from_trunk(mtp):
     M, _, T = mask_MBT.shape
     mask_MBT &= (jnp.arange(M)[:, None] + jnp.arange(T) < T)[:, None]
-  return columns(params, config, targets_MBT, mask_MBT)
+  return Targets(*columns(params, config, targets_MBT, mask_MBT))
 
 
 def loss_and_grads(
@@ -176,36 +182,40 @@ def loss_and_grads(
   is the gradient of the whole batch, however its valid tokens are spread. `grads` is
   that of `optimizer.trainable(config, params)`.
   """
-  rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-  mask_MBT = learnt_targets(config, params, rows)[1]
+  # Once per step: [A, M, B, T], of which every microbatch takes its part.
+  targets = jax.vmap(lambda rows: learnt_targets(config, params, rows))(batch)
+  num_microbatches, M, _, T = targets.mask_MBT.shape
+  mask_MBT = targets.mask_MBT.swapaxes(0, 1).reshape(M, -1, T)
   counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
   coefficients_M = loss_coefficients(weights_M, mask_MBT)
-  num_rows = jnp.sum(jnp.any(rows.segment_ids != 0, axis=1), dtype=jnp.float32)
   # The balance loss is a mean over the rows that have tokens.
+  num_rows = jnp.sum(jnp.any(batch.segment_ids != 0, axis=-1), dtype=jnp.float32)
   balance_coefficient = config.trunk.moe.balance_weight / jnp.maximum(num_rows, 1.0)
 
-  def value_and_grad(microbatch: Batch):
+  def value_and_grad(part: tuple[Batch, Targets]):
     def loss(trained: Any):
-      p = params | trained
-      sums = batch_loss(config, p, microbatch, coefficients_M, balance_coefficient)
+      sums = batch_loss(
+        config, params | trained, *part, coefficients_M, balance_coefficient
+      )
       return sums.total, sums
 
     trained = optimizer.trainable(config, params)
     (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     return sums, grads
 
-  if batch.tokens.shape[0] == 1:
-    sums, grads = value_and_grad(jax.tree.map(lambda x: x[0], batch))
+  parts = batch, targets
+  first = jax.tree.map(lambda x: x[0], parts)
+  if num_microbatches == 1:  # A loop of one step would only keep XLA from fusing.
+    sums, grads = value_and_grad(first)
     return sums, counts_M, grads
 
-  def accumulate(carry: Any, microbatch: Batch):
-    return jax.tree.map(jnp.add, carry, value_and_grad(microbatch)), None
+  def accumulate(carry: Any, part: tuple[Batch, Targets]):
+    return jax.tree.map(jnp.add, carry, value_and_grad(part)), None
 
   zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], batch)),
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, first)
   )
-  (sums, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+  (sums, grads), _ = jax.lax.scan(accumulate, zeros, parts)
   return sums, counts_M, grads
 
 
@@ -225,6 +235,7 @@ def train_step(
   progress = state.step / hyper.num_steps
   weights_M, mtp_lambda = depth_weights(config.mtp, hyper.mtp_weight, progress)
   sums, counts_M, grads = loss_and_grads(config, state.params, batch, weights_M)
+  # One infinite loss or gradient would spoil parameters and moments for good.
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(sums.total) & jnp.isfinite(grad_norm)
 
@@ -236,17 +247,21 @@ def train_step(
   axes = optimizer.trainable(
     config, logical_axes(accounting.abstract_params(config))
   )
+  # The axes say which leaves are matrices, and how wide: Muon and the scales of the
+  # learning rate depend on both.
   chain = optimizer.make_optimizer(config.optimizer, axes)
   trained = optimizer.trainable(config, state.params)
   updates, opt_state = chain.update(grads, state.opt_state, trained)
   trained = optimizer.apply(
     trained, updates, learning_rate, optimizer.learning_rate_scales(config, axes)
   )
+  # No gradient reaches the biases of the router; they follow the load of this step.
   trained = update_biases(config.trunk.moe, trained, sums.load, progress)
   params = state.params | trained
   keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
   nonfinite_run = jnp.where(finite, 0, state.nonfinite_run + 1)
 
+  # The log averages over steps, so the interval adds up means, not sums over tokens.
   loss_M = sums.nll_M / jnp.maximum(counts_M, 1.0)
   this_step = Interval(
     steps=jnp.ones((), jnp.int32),
@@ -262,6 +277,7 @@ def train_step(
     dropped=sums.dropped,
     load=sums.load,
   )
+  # A traced flag begins the interval, so one program serves every step.
   before = jax.tree.map(
     lambda zero, value: jnp.where(starts_interval, zero, value),
     empty_interval(config),

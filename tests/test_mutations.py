@@ -293,10 +293,9 @@ MUTANTS = {
   ),
   "mean of means over microbatches": Mutant(
     "train_step.py",
-    "sums = batch_loss(config, p, microbatch, coefficients_M, balance_coefficient)",
-    "own = future_targets(microbatch, config.mtp.depth)[1]\n"
-    "      sums = batch_loss(config, p, microbatch, "
-    "loss_coefficients(weights_M / batch.tokens.shape[0], own), balance_coefficient)",
+    "config, params | trained, *part, coefficients_M, balance_coefficient",
+    "config, params | trained, *part, loss_coefficients(weights_M / "
+    "num_microbatches, part[1].mask_MBT), balance_coefficient",
     "test_model.py::test_accumulation_with_uneven_masks_changes_nothing",
   ),
   "gradient of masked tokens kept": Mutant(
