@@ -14,7 +14,7 @@ from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, TrunkConfig
-from mtp_jax.program import program_config
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import Programs, loss_and_grads, programs
 
@@ -165,11 +165,15 @@ def flops_counted_by_xla(config: Config) -> float:
   return compiled.cost_analysis()["flops"] / tokens
 
 
-def quick_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
-  """Returns `programs` of the config's shape, compiled by `quick_jit`."""
+def quick_programs(
+  config: Config | ProgramConfig, mesh: jax.sharding.Mesh
+) -> Programs:
+  """Returns `programs` of the config, compiled by `quick_jit`."""
+  if not isinstance(config, ProgramConfig):
+    config = program_config(config)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "jit", quick_jit)
-    return programs(program_config(config), mesh)
+    return programs(config, mesh)
 
 
 def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:
