@@ -125,18 +125,6 @@ def uncached(config, params, prompts):
   return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_loop():
-  """Compiles the loop's programs the quick way."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name, static in (("prefill", (0, 1)), ("finish", 0), ("step", 0)):
-      program = getattr(loop, name).__wrapped__
-      donated = () if name == "prefill" else 2
-      quick = jax.jit(program, static_argnums=static, donate_argnums=donated)
-      patch.setattr(loop, name, quick)
-    yield
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
   return Model(*MODELS[request.param])

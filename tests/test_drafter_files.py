@@ -20,7 +20,6 @@ from tests.hf_folders import LINEAR, TIED, assert_same_bits, one_device
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T = 7
 SMALL = {"data.seq_len": 12, "data.batch_size": 1}

@@ -18,7 +18,6 @@ from tests.corpora import some_texts, write_jsonl
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODULE = "launch.write_corpus"
 ROW, EXCERPT, TEXTS = 24, 6, 45
