@@ -87,11 +87,3 @@ class Commands:
 def command() -> Iterator[Commands]:
   with Commands() as commands:
     yield commands
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-  """The commands take far longer to compile than to run; used before they start."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-    yield

@@ -7,47 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from experiments import base
 from mtp_jax import accounting
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, TrunkConfig
-from mtp_jax.program import program_config
 from mtp_jax.sharding import unbox
-from mtp_jax.train_step import Programs, loss_and_grads, programs
-
-
-@functools.cache
-def quick_options() -> dict[str, Any]:
-  """Returns the compiler options with which tiny programs compile fastest.
-
-  They take far longer to compile than to run; with these XLA for CPU needs a third of
-  the time. Not every version knows every option.
-  """
-  options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-  return {key: value for key, value in options.items() if _is_known(key, value)}
-
-
-def quick_jit(function: Any, **keywords: Any) -> Any:
-  """Returns `jax.jit(function, ...)` compiled with `quick_options`."""
-  options = quick_options() | (keywords.pop("compiler_options", None) or {})
-  return _jit(function, compiler_options=options, **keywords)
-
-
-_jit = jax.jit  # `quick_programs` replaces the name in its module by `quick_jit`.
-
-
-def _is_known(option: str, value: Any) -> bool:
-  try:
-    _jit(lambda x: x + 1, compiler_options={option: value})(0)
-  except jax.errors.JaxRuntimeError as error:
-    if "No such compile option" not in str(error):
-      raise
-    return False
-  return True
-
+from mtp_jax.train_step import loss_and_grads
 
 VOCAB = 40
 TINY = {
@@ -151,25 +118,18 @@ def _drawn(shapes: Any, seed: int) -> Any:
 @functools.cache
 def gradient_program(config: Config) -> Any:
   """Returns the jitted `loss_and_grads`, one for all tests that use this config."""
-  return quick_jit(functools.partial(loss_and_grads, config))
+  return jax.jit(functools.partial(loss_and_grads, config))
 
 
 def flops_counted_by_xla(config: Config) -> float:
   """Returns XLA's count for loss and gradients, per token; of a loop, its body once."""
-  compiled = quick_jit(functools.partial(loss_and_grads, config)).lower(
+  compiled = jax.jit(functools.partial(loss_and_grads, config)).lower(
     unbox(accounting.abstract_params(config)),
     microbatches(packed_batch(config)),
     np.ones(1 + config.mtp.depth, np.float32),
   ).compile()
   tokens = config.data.batch_size * config.data.seq_len
   return compiled.cost_analysis()["flops"] / tokens
-
-
-def quick_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
-  """Returns `programs` of the config's shape, compiled by `quick_jit`."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", quick_jit)
-    return programs(program_config(config), mesh)
 
 
 def packed_batch(config: Config, seed: int = 0, padding: bool = False) -> Batch:

@@ -10,7 +10,7 @@ from mtp_jax.model.attention import Attention, KVCache
 from mtp_jax.model.block import empty_cache
 from mtp_jax.model.cache_slots import Places
 from mtp_jax.model.latent_attention import LatentAttention
-from tests.common import GPT2, LATENT, quick_jit, random_layer_params, tiny_config
+from tests.common import GPT2, LATENT, random_layer_params, tiny_config
 
 OPTIONS = {"trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 32}
 
@@ -32,7 +32,7 @@ def test_cached_decoding_equals_training(overrides, parts):
   x_BTD = np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32)
   positions_BT = np.tile(np.arange(7), (2, 1))
   ones_BT = np.ones_like(positions_BT)
-  apply = quick_jit(layer.apply)
+  apply = jax.jit(layer.apply)
   expected_BTD, _ = apply({"params": params}, x_BTD, positions_BT, ones_BT)
   assert np.abs(expected_BTD).max() > 0.1
   cache = KVCache.zeros(trunk, 2, 7)
@@ -68,7 +68,7 @@ def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides, parts)
   layer = kind(trunk)
   params = random_layer_params(layer, trunk)
   x_BTD = np.random.default_rng(0).normal(size=(2, 8, 16)).astype(np.float32)
-  apply = quick_jit(layer.apply)
+  apply = jax.jit(layer.apply)
 
   def run(rows, places, *cache):
     segments_BT = np.ones((2, len(rows)), int)

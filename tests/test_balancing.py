@@ -9,13 +9,13 @@ import pytest
 
 from mtp_jax.balancing import update_biases, violation
 from mtp_jax.model.moe import Moe
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train_state import Hyperparameters
+from mtp_jax.train_step import programs
 from tests.common import (
   microbatches,
   packed_batch,
-  quick_jit,
-  quick_programs,
   random_params,
   tiny_config,
 )
@@ -96,7 +96,7 @@ def test_the_bias_evens_out_the_load_of_a_skewed_router():
     "shared": {"gate": draw(16, 8), "up": draw(16, 8), "down": draw(8, 16)},
   }
 
-  @quick_jit
+  @jax.jit
   def train(bias):
     def step(bias, key):
       x_BTD = direction + jax.random.normal(key, (4, 64, 16))
@@ -126,7 +126,7 @@ def test_in_a_step_only_the_load_moves_the_bias(kind):
     MOE | {"mtp.share_modules": True, "optimizer.kind": kind, "mtp.weight": 1.0},
   )
   mesh = make_mesh(config.mesh, jax.devices()[:1])
-  compiled = quick_programs(config, mesh)
+  compiled = programs(program_config(config), mesh)
   hyper = Hyperparameters(*jnp.float32([0.1, 1.0, 10.0]))
   start = random_params(config)
   batch = microbatches(packed_batch(config, padding=True))

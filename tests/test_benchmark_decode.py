@@ -3,7 +3,6 @@
 import dataclasses
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,21 +14,13 @@ from mtp_jax.decode import loop, network
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.files import write_json
 from tests import tiny_runs
-from tests.common import quick_jit, random_params, tiny_config
+from tests.common import random_params, tiny_config
 from tests.untrained_runs import save_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
+def small_sizes():
   with pytest.MonkeyPatch.context() as patch:
-    for module, name, options in (
-      (loop, "prefill", {"static_argnums": (0, 1)}),
-      (loop, "finish", {"static_argnums": 0, "donate_argnums": 2}),
-      (network, "unstack", {"static_argnums": 1}),
-    ):
-      program = getattr(module, name).__wrapped__
-      patch.setattr(module, name, quick_jit(program, **options))
-    patch.setattr(jax, "jit", quick_jit)
     patch.setattr(limits, "_SIZES", {"other": (128, 1 << 20)})
     yield
 

@@ -14,7 +14,6 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -47,7 +46,7 @@ def influence(config, batch):
     nll_MBT = -jnp.take_along_axis(log_probs, targets_MBT[..., None], -1)[..., 0]
     return jnp.where(mask_MBT, nll_MBT, 0.0)[:, 0]
 
-  jacobian_MTVD = quick_jit(jax.jacrev(losses))(params["embed"]["embedding"])
+  jacobian_MTVD = jax.jit(jax.jacrev(losses))(params["embed"]["embedding"])
   norms_MTV = np.abs(jacobian_MTVD).max(-1)
   in_batch = np.isin(np.arange(norms_MTV.shape[-1]), TOKENS)
   assert not norms_MTV[..., ~in_batch].any()
@@ -92,7 +91,7 @@ def test_own_tokens_show_nothing_of_the_true_ones(hidden):
   rows = np.tile(TOKENS, (len(TOKENS) + 1, 1))
   rows[PLACES, PLACES] += 20
   batch = batch_of(rows, np.tile(SEGMENTS, (len(rows), 1)), LENGTH)
-  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": random_params(config)}, batch)
+  hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": random_params(config)}, batch)
   differs_MBT = np.any(hidden_MBTD != hidden_MBTD[:, -1:], axis=-1)
   for m in range(1 + DEPTH):
     for u, segment in enumerate(SEGMENTS):

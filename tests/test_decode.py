@@ -27,7 +27,6 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -110,7 +109,7 @@ def uncached(config, params, prompts):
   """The definition: each new token is the arg max after a pass over all before it."""
   length = config.data.seq_len
 
-  @quick_jit
+  @jax.jit
   def next_tokens(params, batch):
     hidden_BTD = MtpLm(config).apply({"params": params}, batch)[0]
     return (hidden_BTD @ unembed_matrix(params, config)).argmax(-1)
@@ -124,18 +123,6 @@ def uncached(config, params, prompts):
     for row, argmax_T in zip(rows, np.asarray(argmax_BT), strict=True):
       row.append(int(argmax_T[len(row) - 1]))
   return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_loop():
-  """Compiles the loop's programs the quick way."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name, static in (("prefill", (0, 1)), ("finish", 0), ("step", 0)):
-      program = getattr(loop, name).__wrapped__
-      donated = () if name == "prefill" else 2
-      quick = quick_jit(program, static_argnums=static, donate_argnums=donated)
-      patch.setattr(loop, name, quick)
-    yield
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -344,7 +331,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   def trained(rows, length):
     batch = batch_of(rows, np.ones_like(rows), length)
-    hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": model.params}, batch)
+    hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": model.params}, batch)
     return np.stack([
       hidden_BTD @ unembed_matrix(model.params, config, m)
       for m, hidden_BTD in enumerate(hidden_MBTD)
@@ -356,7 +343,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
   length_B = jnp.array([T, T - 5])
   seen = []
 
-  @quick_jit
+  @jax.jit
   def run(weights, tokens_BS):
     positions_BT = jnp.broadcast_to(jnp.arange(SEQ_LEN), tokens_BS.shape)
     hidden, feature, _ = target.forward(

@@ -20,7 +20,6 @@ from mtp_jax.decode.network import Target
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.model.cache_slots import Places, positions_of
 from mtp_jax.predictors.drafting import Drafter, Recursion
-from tests.common import quick_jit
 
 VOCAB, NEW, TABLE = 4, 4, 211
 SAMPLES = 200_000
@@ -131,7 +130,7 @@ def sample(rule, proposal, settings, drafter=2, seed=0):
     lengths_B[i :: len(PROMPTS)] = len(prompt)
   inputs = loop.Inputs(TARGET_LOGITS, DRAFT_LOGITS, settings, np.array([-1], np.int32))
 
-  @quick_jit
+  @jax.jit
   def run(inputs, tokens_BS, lengths_B):
     # The bodies as they are when called, so that a planted fault takes part.
     state = loop.prefill.__wrapped__(

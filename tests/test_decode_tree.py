@@ -28,7 +28,7 @@ from mtp_jax.predictors.drafting import (
   chain,
 )
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
-from tests.common import INPUTS, LATENT, MINIMAL, SHARED, quick_jit, tiny_config
+from tests.common import INPUTS, LATENT, MINIMAL, SHARED, tiny_config
 from tests.test_decode import (
   LENGTHS,
   MODELS,
@@ -201,7 +201,7 @@ def forced(model, offsets=FORCED_OFFSETS, stop_id=-1):
   )
   state = jax.device_get(loop.finish(plan, inputs, state)._replace(key_B=None))
   known_BP, length_B = state.tokens_BS[:, : PROMPT_SLOTS + NEW], state.length_B
-  target = quick_jit(plan.target.forward)(
+  target = jax.jit(plan.target.forward)(
     model.weights, known_BP, np.arange(known_BP.shape[1])[None] + 0 * known_BP,
     plan.target.init(*tokens_BS.shape),
   )
@@ -282,7 +282,7 @@ def test_rows_see_their_ancestors_and_a_path_is_accepted():
       row[parent == p] = 10 * p + np.arange(np.sum(parent == p))
   own_BX = np.where(own_BX < 2, 10 * np.arange(1 + N) + own_BX, own_BX)
 
-  @quick_jit
+  @jax.jit
   def run(nodes, length_B, own_BX):
     sees = trees.ancestors(nodes.parent_BN, N)
     places = trees.places(sees, length_B, slots)
@@ -399,7 +399,7 @@ def test_a_dynamic_tree_has_the_nodes_of_a_search_written_out(tree, scale):
   log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1))
   window = Window(jnp.zeros((6, 12), jnp.int32), jnp.full(6, 4), None, None, None, None)
   drafter = trees.dynamic(table_recursion(), tree)
-  propose = quick_jit(lambda w, s: drafter.propose(w, (), s, window, None)[1])
+  propose = jax.jit(lambda w, s: drafter.propose(w, (), s, window, None)[1])
   nodes = jax.device_get(propose(logits, jnp.arange(6)[:, None]))
   for first, token_N, parent_N in zip(range(6), *nodes, strict=True):
 
@@ -432,7 +432,7 @@ def test_a_beam_drafts_what_each_of_its_paths_would_alone(name):
     state = loop.step(plan, inputs, state)
   recursion, slots = drafters.own_recursion(config), state.tokens_BS.shape[1]
 
-  @quick_jit
+  @jax.jit
   def alone(weights, tokens_1S, length_1, path_K):
     """Returns log_p_V after every prefix of one path, as a chain drafts it."""
     position_1S = jnp.arange(slots)[None]

@@ -14,7 +14,7 @@ from mtp_jax.config import with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train import fit
-from tests.common import EXPERTS, LATENT, quick_jit
+from tests.common import EXPERTS, LATENT
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
 STEPS = 6
@@ -52,7 +52,6 @@ def run(config, tmp_path_factory):
   """Returns the folder of a finished run on one device."""
   folder = tmp_path_factory.mktemp("one") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", quick_jit)
     patch.setattr("mtp_jax.run.make_mesh", one_device_mesh)
     patch.setattr("jax.device_count", lambda: 1)
     fit(config, folder, progress=False)
@@ -79,8 +78,7 @@ def test_experts_are_logged_and_the_log_adds_up(run):
 
 
 @pytest.mark.slow
-def test_eight_devices_train_the_same_model(config, run, tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "jit", quick_jit)
+def test_eight_devices_train_the_same_model(config, run, tmp_path):
   folder = tmp_path / "run"
   fit(with_overrides(config, MESH), folder, progress=False)
   pairs = zip(read_metrics(folder), read_metrics(run), strict=True)

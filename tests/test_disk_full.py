@@ -7,7 +7,6 @@ import signal
 import sys
 import types
 
-import jax
 import pytest
 
 from launch import exits, jobs, report, results_csv, states, status, train, trials
@@ -20,17 +19,9 @@ from mtp_jax.interrupt import Interrupted
 from mtp_jax.metrics import MetricsWriter
 from mtp_jax.run import Diverged, Run
 from mtp_jax.stopwatch import Stopwatch
-from tests.common import quick_jit
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", quick_jit)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -29,7 +28,7 @@ EAGLE_LIKE = {"mtp.objective": "kl", "mtp.feature_weight": 10.0}
 
 def losses_by_position(config, params, batch):
   """Returns the objective's mean of every depth, and how many positions it has."""
-  hidden_MBTD = np.float64(quick_jit(MtpLm(config).apply)({"params": params}, batch))
+  hidden_MBTD = np.float64(jax.jit(MtpLm(config).apply)({"params": params}, batch))
   rows, length = batch.tokens.shape
   tokens = np.concatenate([batch.tokens, batch.next_tokens], axis=1)
   segments = np.concatenate([batch.segment_ids, batch.next_segment_ids], axis=1)
@@ -120,7 +119,7 @@ def test_own_matrices_begin_as_copies_of_the_trunks(tied, kind):
   config = tiny_config(kind, 2, OWN | {"trunk.tie_embeddings": tied})
   batch = packed_batch(config)
   init = lambda: MtpLm(config).init(jax.random.key(3), batch)["params"]  # noqa: E731
-  params = unbox(quick_jit(init)())
+  params = unbox(jax.jit(init)())
   own = params["mtp"]["unembed"]
   shared = unembed_matrix(params, config)
   expected = np.stack([shared, shared]) if kind == "medusa" else shared

@@ -23,7 +23,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -32,14 +31,6 @@ from tests.tiny_runs import run_config, write_texts
 TOKENS = np.array([0, 3, 4, 9, 17, 22, 23, 30, 31, 38])
 REDUCED = {"mtp.unembed": "own", "mtp.draft_vocab": len(TOKENS)}
 WEIGHTS_M = np.array([1, 0.5, 0.3], np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """All of it takes far longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def reduced(**more):
@@ -60,7 +51,7 @@ def test_losses_are_those_of_the_tokens_that_can_be_drafted(objective):
   config, params = reduced(**{"mtp.objective": objective})
   batch = packed_batch(config, padding=True)
   targets_MBT, mask_MBT = map(np.array, future_targets(batch, 2))
-  hidden_MBTD = np.float64(quick_jit(MtpLm(config).apply)({"params": params}, batch))
+  hidden_MBTD = np.float64(jax.jit(MtpLm(config).apply)({"params": params}, batch))
   trunk_DV = np.float64(unembed_matrix(params, config))
   own_DC = np.float64(params["mtp"]["unembed"])
   rows, length = batch.tokens.shape
@@ -93,12 +84,12 @@ def test_losses_are_those_of_the_tokens_that_can_be_drafted(objective):
 def test_drafts_are_counted_by_their_token_ids():
   config, params = reduced()
   batch = packed_batch(config)
-  sums = jax.device_get(quick_jit(
+  sums = jax.device_get(jax.jit(
     lambda p: evaluate.row_sums(config, p, batch, jnp.ones(VOCAB, int))
   )(params))
-  hits = quick_jit(lambda p: evaluate.hit_sums(config, p, batch, 3))(params)["hits"]
+  hits = jax.jit(lambda p: evaluate.hit_sums(config, p, batch, 3))(params)["hits"]
   np.testing.assert_array_equal(hits[:, :, 0], sums["agree"])
-  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": params}, batch)
+  hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)
   trunk_BT = np.argmax(hidden_MBTD[0] @ unembed_matrix(params, config), -1)
   length = batch.tokens.shape[1]
   mask_MBT = np.array(future_targets(batch, 2)[1])

@@ -20,7 +20,6 @@ from tests.hf_folders import LINEAR, TIED, assert_same_bits, one_device
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 T = 7
 SMALL = {"data.seq_len": 12, "data.batch_size": 1}
@@ -99,7 +98,7 @@ def test_the_published_forward_pass_on_the_files_gives_our_logits(tmp_path, case
   else:
     theirs = numpy_models.eagle_logits(*folders, tokens[0], T, depth)
   batch = common.batch_of(tokens, np.ones_like(tokens), T)
-  hidden_MTD = common.quick_jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
+  hidden_MTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
   for m in range(1 + depth):
     ours = np.asarray(hidden_MTD[m] @ unembed_matrix(params, config, m))
     # At the last rows a depth reads tokens after the row, here and there.

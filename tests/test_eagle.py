@@ -17,8 +17,10 @@ from mtp_jax.lm import MtpLm
 from mtp_jax.model.block import Block
 from mtp_jax.model.trunk import Trunk
 from mtp_jax.predictors import num_trunk_layers, tapped_layers
+from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train_state import Hyperparameters
+from mtp_jax.train_step import programs
 from tests.common import (
   EXPERTS,
   TRUNKS,
@@ -27,8 +29,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
-  quick_programs,
   random_params,
   tiny_config,
 )
@@ -45,7 +45,7 @@ def one_row():
   return batch_of(tokens, segments[None], T)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def streams(config, params, batch):
   """Returns the embedded tokens and what each block of the trunk makes of them."""
   x_BTD = params["embed"]["embedding"][batch.tokens]
@@ -164,7 +164,7 @@ class Peer:
 def test_training_computes_what_drafting_does_token_by_token(kind, trunk):
   config = tiny_config(kind, DEPTH, trunk | {"data.seq_len": T})
   params, batch = random_params(config), one_row()
-  states_MTD = quick_jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
+  states_MTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
   streams_TLD = np.stack(streams(config, params, batch), axis=2)[0].astype(np.float64)
   table_VD = np.float64(params["embed"]["embedding"])
   tokens = np.concatenate([batch.tokens, batch.next_tokens], axis=1)[0]
@@ -199,7 +199,7 @@ def test_a_trunk_gives_its_streams_after_any_layers(options):
   last = num_trunk_layers(config)
   taps = (1, 2, last, 1)
   trunk = Trunk(config.trunk, last, taps)
-  residual_BTD, tapped, routing = quick_jit(trunk.apply)(
+  residual_BTD, tapped, routing = jax.jit(trunk.apply)(
     {"params": params["trunk"]}, expected[0], batch.positions, batch.segment_ids
   )
   assert (routing is not None) == bool(config.trunk.moe.num_experts)
@@ -245,7 +245,7 @@ def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind):
   batch = microbatches(packed_batch(config))
   hyper = Hyperparameters(*jnp.float32([0.01, 1.0, 100.0]))
   with jax.set_mesh(mesh):
-    compiled = quick_programs(config, mesh)
+    compiled = programs(program_config(config), mesh)
     state = compiled.init(jnp.int32(0))
     before, losses = jax.device_get(state.params), []
     for _ in range(20):

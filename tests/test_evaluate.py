@@ -14,7 +14,7 @@ from mtp_jax.decode.generate import Completion
 from mtp_jax.lm import MtpLm, deployed, unembed_matrix
 from mtp_jax.losses import token_ranks
 from mtp_jax.sharding import make_mesh
-from tests.common import TRUNKS, packed_batch, quick_jit, random_params, tiny_config
+from tests.common import TRUNKS, packed_batch, random_params, tiny_config
 
 VOCAB = 4  # So few that predictors agree now and then.
 FEW = {"tokenizer.vocab_size": VOCAB}
@@ -22,7 +22,7 @@ TOKEN_BYTES = np.array([1, 0, 3, 2])
 
 
 def row_sums(config, params, batch):
-  sums = quick_jit(functools.partial(evaluate.row_sums, config))
+  sums = jax.jit(functools.partial(evaluate.row_sums, config))
   return jax.device_get(sums(params, batch, TOKEN_BYTES))
 
 
@@ -38,7 +38,7 @@ def case(kind="sequential", depth=3, trunk="llama"):
 @functools.cache
 def logits_of_case():
   config, params, batch, _ = case()
-  hidden = quick_jit(MtpLm(config).apply)({"params": params}, batch)
+  hidden = jax.jit(MtpLm(config).apply)({"params": params}, batch)
   return np.einsum("MBTD,DV->MBTV", hidden, unembed_matrix(params, config))
 
 
@@ -116,7 +116,7 @@ def test_hits_by_rank_match_a_loop_over_positions():
         choice = logits_MBTV[0, b, i + m].argmax()
         ranked = np.argsort(-logits_MBTV[m, b, i], kind="stable")[: VOCAB - 1]
         hits[b, m - 1] += ranked == choice
-  found = quick_jit(functools.partial(evaluate.hit_sums, config, ranks=VOCAB - 1))(
+  found = jax.jit(functools.partial(evaluate.hit_sums, config, ranks=VOCAB - 1))(
     params, batch
   )
   np.testing.assert_array_equal(found["hits"], hits)

@@ -120,7 +120,7 @@ def learnt(name):
       params["mtp"]["draft_tokens"] = 3.0 * np.arange(12)
     batch = common.microbatches(common.packed_batch(config, padding=True), 2)
     weights_M = jnp.array([1.0, 0.5, 0.3, 0.2][: 1 + depth], jnp.float64)
-    step = common.quick_jit(functools.partial(loss_and_grads, config))
+    step = jax.jit(functools.partial(loss_and_grads, config))
     sums, _, grads = step(params, batch, weights_M)
     summed = jax.tree.map(lambda x: [jnp.linalg.norm(x.ravel()), jnp.sum(x)], grads)
   flat = jax.tree_util.tree_leaves_with_path(summed)

@@ -14,7 +14,6 @@ from mtp_jax.model.latent_attention import LatentAttention
 from tests.common import (
   LATENT,
   packed_batch,
-  quick_jit,
   random_layer_params,
   tiny_config,
 )
@@ -56,7 +55,7 @@ def run(layer_type, overrides):
   rng = np.random.default_rng(1)
   x_BTD, d_out_BTD = rng.normal(size=(2, *batch.tokens.shape, trunk.embed_dim))
 
-  @quick_jit
+  @jax.jit
   def vjp(params, x_BTD, d_out_BTD):
     apply = lambda p, x: layer.apply(  # noqa: E731
       {"params": p}, x, batch.positions, batch.segment_ids

@@ -46,7 +46,7 @@ def our_logits(params, config, tokens):
   """Returns logits_MBTV; `tokens` [B, T + M]."""
   batch = common.batch_of(tokens, np.ones_like(tokens), T)
 
-  @common.quick_jit
+  @jax.jit
   def run(params, batch):
     hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
     return hidden_MBTD @ unembed_matrix(params, config)

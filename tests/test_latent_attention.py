@@ -17,7 +17,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
   random_layer_params,
   random_params,
   tiny_config,
@@ -43,7 +42,7 @@ def trunk_with(*overrides):
 def cached_step(trunk, slots):
   """Returns a jitted call with a cache, and an empty cache of three rows."""
 
-  @quick_jit
+  @jax.jit
   def step(params, x_BTD, positions_BT, cache):
     return LatentAttention(trunk).apply(
       {"params": params}, x_BTD, positions_BT, jnp.zeros_like(positions_BT), cache
@@ -61,7 +60,7 @@ def test_absorbed_decoding_equals_the_naive_form(options):
   with jax.enable_x64(True):
     params = random_layer_params(LatentAttention(trunk), trunk)
     everywhere_BS = np.tile(np.arange(slots), (3, 1))
-    expected_BSD, _ = quick_jit(LatentAttention(trunk).apply)(
+    expected_BSD, _ = jax.jit(LatentAttention(trunk).apply)(
       {"params": params}, x_BSD, everywhere_BS, np.ones_like(everywhere_BS)
     )
     step, cache = cached_step(trunk, slots)
@@ -142,7 +141,7 @@ def test_a_token_sees_its_document_up_to_its_place_and_nothing_else():
     )
     return out_BTD[0].sum(-1)
 
-  found_TU = np.abs(quick_jit(jax.jacrev(out_T))(x_TD)).max(-1) > 0
+  found_TU = np.abs(jax.jit(jax.jacrev(out_T))(x_TD)).max(-1) > 0
   same = segments[:, None] == segments
   np.testing.assert_array_equal(found_TU, same & np.tri(9, dtype=bool))
 

@@ -10,7 +10,6 @@ from tests import tiny_runs
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODULE = "launch.generate"
 LENGTH = 24

@@ -17,7 +17,6 @@ from tests.common import tiny_config
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 torch = pytest.importorskip("torch", reason="the weights come from transformers")
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from mtp_jax.losses import (
   token_stats,
 )
 from mtp_jax.sharding import tokens_per_block
-from tests.common import assert_trees_close, quick_jit
+from tests.common import assert_trees_close
 
 M, B, T, D, V = 4, 2, 9, 6, 11
 
@@ -50,7 +50,7 @@ def inputs(seed=0, dtype=np.float64, empty_depth=False, valid=0.7):
 
 def value_and_gradients(function, args):
   differentiated = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
-  return quick_jit(differentiated)(*args)
+  return jax.jit(differentiated)(*args)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_equals_all_logits_at_once_in_float64(block_tokens):
     expected = value_and_gradients(plain_loss, args)
     assert found[1][0].dtype == np.float64
     assert_trees_close(found, expected, rtol=1e-12, atol=1e-14)
-    value_only = quick_jit(functools.partial(blockwise_loss, block_tokens))(*args)
+    value_only = jax.jit(functools.partial(blockwise_loss, block_tokens))(*args)
     assert_trees_close(value_only, expected[0], rtol=1e-12, atol=1e-14)
 
 
@@ -92,7 +92,7 @@ def test_distances_to_a_teacher_equal_their_definitions(objective):
       )
       return sums.total, (sums.weighted_M, sums.nll_M, sums.correct_M)
 
-    expected = quick_jit(jax.value_and_grad(plain, argnums=(0, 1)))(hidden, unembed)
+    expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(hidden, unembed)
     found = value_and_gradients(blockwise, (hidden, unembed))
     (total, (weighted_M, *reports)), gradients = found
     assert_trees_close((total, gradients), expected, rtol=1e-10, atol=1e-13)
@@ -100,14 +100,14 @@ def test_distances_to_a_teacher_equal_their_definitions(objective):
     # What is reported is of the data, whatever is learnt.
     _, of_data = plain_loss(hidden, unembed, targets, mask, coefficients)
     assert_trees_close(tuple(reports), of_data, rtol=1e-12, atol=1e-14)
-    value_only = quick_jit(blockwise)(hidden, unembed)[0]
+    value_only = jax.jit(blockwise)(hidden, unembed)[0]
     np.testing.assert_allclose(value_only, total, rtol=1e-12)
 
 
 def test_distributions_without_overlap_still_have_a_gradient():
   far = 500.0 * np.eye(V, dtype=np.float32)
   for objective in OBJECTIVES:
-    value, gradient = quick_jit(jax.value_and_grad(
+    value, gradient = jax.jit(jax.value_and_grad(
       lambda x, objective=objective: OBJECTIVES[objective](x, far[1:2]).sum()
     ))(far[:1])
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -119,7 +119,7 @@ def test_a_student_of_its_own_distribution_has_nothing_to_learn():
     args = inputs()
     teacher = Teacher(*args[:2])
     for objective in OBJECTIVES:
-      total, gradient = quick_jit(jax.value_and_grad(
+      total, gradient = jax.jit(jax.value_and_grad(
         lambda h, objective=objective: loss_sums(
           h, *args[1:], 5, objective, teacher
         ).total
@@ -134,7 +134,7 @@ def test_gradient_of_a_multiple_is_the_multiple_of_the_gradient():
   def scaled(hidden, unembed):
     return -2.5 * loss_sums(hidden, unembed, *args[2:], 4).total + 3.0
 
-  found = quick_jit(jax.grad(scaled, argnums=(0, 1)))(*args[:2])
+  found = jax.jit(jax.grad(scaled, argnums=(0, 1)))(*args[:2])
   _, expected = value_and_gradients(plain_loss, args)
   expected = jax.tree.map(lambda g: -2.5 * g, expected)
   assert_trees_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -198,7 +198,7 @@ def test_token_stats_are_those_of_all_logits(block_tokens):
   rng = np.random.default_rng(1)
   own = rng.standard_normal((D, V)).astype(np.float32)
 
-  @quick_jit
+  @jax.jit
   def stats_of(hidden, unembed, own, targets):
     matrices = [(slice(0, 3), unembed), (slice(3, None), own)]
     return token_stats(hidden, matrices, targets, block_tokens)

@@ -142,7 +142,7 @@ def test_a_config_is_the_minimal_code(trunk, hidden_norm):
       lambda x: np.asarray(x, np.float64), common.random_params(config)
     )
     weights_M = depth_weights(config.mtp, config.mtp.weight, 0.0)[0].astype(jnp.float64)
-    step = common.quick_jit(lambda p, b: loss_and_grads(config, p, b, weights_M))
+    step = jax.jit(lambda p, b: loss_and_grads(config, p, b, weights_M))
     sums, counts_M, grads = step(params, common.microbatches(batch))
     losses_M, total = np.asarray(sums.nll_M / counts_M), float(sums.total)
     grads = jax.tree.map(np.asarray, grads)

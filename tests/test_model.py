@@ -25,7 +25,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -42,7 +41,7 @@ def one_row():
 
 
 def hidden_states(config, params, batch):
-  return quick_jit(MtpLm(config).apply)({"params": params}, batch)
+  return jax.jit(MtpLm(config).apply)({"params": params}, batch)
 
 
 def residual_states(config, params, batch):
@@ -50,7 +49,7 @@ def residual_states(config, params, batch):
   if config.trunk.kind == "gpt2":
     embedded_BTD += params["position_embed"]["embedding"][batch.positions]
   trunk = Trunk(config.trunk, num_trunk_layers(config))
-  return quick_jit(trunk.apply)(
+  return jax.jit(trunk.apply)(
     {"params": params["trunk"]}, embedded_BTD, batch.positions, batch.segment_ids
   )[0]
 
@@ -116,7 +115,7 @@ def test_masked_chain_equals_slicing_each_document(trunk, options):
   params, batch = random_params(config), one_row()
   hidden_MTD = hidden_states(config, params, batch)[:, 0]
   residual_TD = residual_states(config, params, batch)[0]
-  sliced = quick_jit(lambda p, x: sliced_chain(config, p, x, batch))
+  sliced = jax.jit(lambda p, x: sliced_chain(config, p, x, batch))
   for k, expected in enumerate(sliced(params, residual_TD)):
     assert len(expected) == (16, 12, 10, 8)[k]
     for i, state_D in expected.items():
@@ -152,7 +151,7 @@ def test_linear_heads_multiply_the_normed_state():
 def test_medusa_heads_begin_as_the_next_token_head_and_then_differ():
   config, batch = tiny_config("medusa", 3), one_row()
   init = lambda: MtpLm(config).init(jax.random.key(0), batch)["params"]  # noqa: E731
-  start = hidden_states(config, unbox(quick_jit(init)()), batch)
+  start = hidden_states(config, unbox(jax.jit(init)()), batch)
   params = random_params(config)
   states = hidden_states(config, params, batch)
   h_BTD, heads = states[0], params["mtp"]

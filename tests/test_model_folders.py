@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -48,13 +47,6 @@ CLASSES = {
     max_position_embeddings=POSITIONS, initializer_range=0.3, **SHAPE, **k
   )),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation_here():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
-  quick_programs,
   random_layer_params,
   random_params,
   tiny_config,
@@ -148,7 +146,7 @@ def test_layer_and_gradients_equal_loops_over_tokens_and_experts(overrides):
         name: 0.4 * rng.normal(size=shape)
         for name, shape in (("gate", (16, 24)), ("up", (16, 24)), ("down", (24, 16)))
       }
-    program = quick_jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    program = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
     (_, (out_BTD, routing)), grads = jax.device_get(program(params, x_BTD))
   expected = oracle(params, x_BTD, segments_BT, trunk.moe)
   assert out_BTD.dtype == np.float64 and routing.load_E.dtype == np.float32
@@ -205,7 +203,7 @@ def test_choices_and_gates_are_those_of_transformers_on_ten_thousand_tokens(
     }
   ).trunk.moe
 
-  @quick_jit
+  @jax.jit
   def route(x_ND):
     affinity_NE = moe_lib.affinities(x_ND[None], router_DE)[0]
     choices_Nk = choose(affinity_NE, bias_E, moe)
@@ -237,7 +235,7 @@ def grouped_program(plan):
     out_NF, pullback, count = jax.vjp(product, x_ND, w_EDF, has_aux=True)
     return out_NF, count, pullback(d_out_NF)
 
-  return quick_jit(run)
+  return jax.jit(run)
 
 
 # Three experts are here, two of the five elsewhere: on another device.
@@ -388,7 +386,7 @@ def test_every_kind_reports_the_routing_of_all_its_layers(kind, depth, overrides
   apply = lambda params, batch: MtpLm(config).apply(  # noqa: E731
     {"params": params}, batch, method="with_routing"
   )
-  hidden, routing = quick_jit(apply)(random_params(config), packed_batch(config))
+  hidden, routing = jax.jit(apply)(random_params(config), packed_batch(config))
   assert np.isfinite(hidden).all()
   found = {part: r.load_E.shape for part, r in routing.items()}
   expected = routed_layers(config)
@@ -407,7 +405,7 @@ def test_choices_that_no_expert_computes_are_counted(monkeypatch):
   trunk = tiny_config(overrides=MOE).trunk
   x_BTD, segments_BT = jnp.ones((2, 8, 16)), jnp.ones((2, 8), int)
   params = random_layer_params(_Layer(trunk), trunk)
-  apply = quick_jit(lambda p: Moe(trunk).apply({"params": p}, x_BTD, segments_BT)[1])
+  apply = jax.jit(lambda p: Moe(trunk).apply({"params": p}, x_BTD, segments_BT)[1])
   routing = apply(params)
   assert routing.dropped == 5
 
@@ -477,7 +475,6 @@ def test_decoding_routes_with_the_width_of_training():
 def test_a_run_logs_its_experts_and_saves_their_biases(tmp_path, monkeypatch):
   on_two = lambda sizes, _: make_mesh(sizes, jax.devices()[:2])  # noqa: E731
   monkeypatch.setattr(train, "make_mesh", on_two)
-  monkeypatch.setattr(train, "programs", quick_programs)
   texts = write_texts(tmp_path / "texts")
   values = {key: MOE[key] for key in MOE if key.startswith("trunk.moe")} | {
     "mesh.expert": 2,

@@ -19,7 +19,7 @@ from mtp_jax.optimizer import (
   schedule_at,
 )
 from mtp_jax.sharding import logical_axes
-from tests.common import TRUNKS, quick_jit, random_params, tiny_config
+from tests.common import TRUNKS, random_params, tiny_config
 
 BASE = tiny_config("sequential", 2).optimizer
 
@@ -74,7 +74,7 @@ def parts(config):
 def first_update(config, params, grads):
   _, _, chain = parts(config)
   return jax.device_get(
-    quick_jit(lambda g, p: chain.update(g, chain.init(p), p)[0])(grads, params)
+    jax.jit(lambda g, p: chain.update(g, chain.init(p), p)[0])(grads, params)
   )
 
 
@@ -137,7 +137,7 @@ def test_adamw_is_that_of_optax():
 
   grads = random_params(config, seed=1)
   found, expected = (
-    quick_jit(functools.partial(two_updates, optimizer))(grads, params)
+    jax.jit(functools.partial(two_updates, optimizer))(grads, params)
     for optimizer in (chain, reference)
   )
   for name, update in flat(found).items():

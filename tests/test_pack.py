@@ -26,7 +26,6 @@ from tests.common import (
   assert_trees_close,
   microbatches,
   packed_batch,
-  quick_jit,
   tiny_config,
 )
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
@@ -46,13 +45,6 @@ VARIANTS = {
   "short": {"seed": 2, "mtp.weight": 0.7, "train.num_steps": 7},
   "diverges": {"optimizer.learning_rate": 1e30, "train.max_nonfinite_steps": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", quick_jit)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from mtp_jax.config import ConfigError, MeshConfig
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, platform
 from mtp_jax.train_step import programs
-from tests.common import quick_options, quick_programs, tiny_config
+from tests.common import tiny_config
 
 pytest_plugins = ("tests.commands",)
 
@@ -78,7 +78,7 @@ def compiled(shape):
   inputs = steps.abstract_inputs(shape, mesh)
   with jax.set_mesh(mesh):
     lowered = programs(shape, mesh).step.trace(*inputs).lower()
-    return lowered.compile(compiler_options=quick_options())
+    return lowered.compile()
 
 
 def unsharded(state):
@@ -259,7 +259,6 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   monkeypatch, tmp_path
 ):
   monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()))
-  monkeypatch.setattr(steps, "programs", quick_programs)
   topology = topologies.parse("v5p:2x2x2")
   small = MODEL | {"trunk.num_layers": 1, "train.num_steps": 100}
   rows = {}
@@ -291,7 +290,6 @@ def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatc
     raise jax.errors.JaxRuntimeError(message)
 
   monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()))
-  monkeypatch.setattr(steps, "programs", quick_programs)
   monkeypatch.setattr(steps, "analyse", refuse)
   config = tiny_config("none", 0, {"mesh.data": 8})
   row = plan.plan(

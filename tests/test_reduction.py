@@ -17,7 +17,6 @@ from tests.common import (
   assert_trees_close,
   microbatches,
   packed_batch,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -25,7 +24,6 @@ from tests.common import (
 # Fusion and algebraic rewriting round differently around other code; without them every
 # operation of two programs is the same, and so is every bit.
 exact_jit = functools.partial(
-  quick_jit,
   compiler_options={"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion,algsimp"},
 )
 MAIN_ONLY = np.float32([1, 0, 0, 0])
@@ -33,7 +31,7 @@ MAIN_ONLY = np.float32([1, 0, 0, 0])
 
 @functools.cache
 def initial_program(config):
-  return quick_jit(
+  return jax.jit(
     lambda key: unbox(MtpLm(config).init(key, zeros_batch(config))["params"])
   )
 
@@ -93,8 +91,8 @@ def test_parallel_heads_at_depth_0_are_the_baseline(trunk):
   assert plain == tiny_config("none", 0, TRUNKS[trunk])
   assert accounting.count(config).total == accounting.count(plain).total
   np.testing.assert_allclose(
-    quick_jit(MtpLm(config).apply)({"params": params}, batch),
-    quick_jit(MtpLm(plain).apply)({"params": plain_params}, batch),
+    jax.jit(MtpLm(config).apply)({"params": params}, batch),
+    jax.jit(MtpLm(plain).apply)({"params": plain_params}, batch),
     rtol=1e-5,
     atol=1e-6,
   )
@@ -166,8 +164,8 @@ def test_deployed_model_has_the_next_token_states_of_the_full_one(kind, depth, o
   plain_params, plain = deployed(params, config)
   assert plain.mtp.kind == "none" and "mtp" not in plain_params
   np.testing.assert_allclose(
-    quick_jit(MtpLm(plain).apply)({"params": plain_params}, batch)[0],
-    quick_jit(MtpLm(config).apply)({"params": params}, batch)[0],
+    jax.jit(MtpLm(plain).apply)({"params": plain_params}, batch)[0],
+    jax.jit(MtpLm(config).apply)({"params": params}, batch)[0],
     rtol=1e-5,
     atol=1e-6,
   )

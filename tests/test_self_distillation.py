@@ -5,7 +5,6 @@ a command that is stopped and goes on.
 import hashlib
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,19 +18,10 @@ from tests.corpora import some_texts, write_jsonl
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MODULE = "launch.write_corpus"
 ROW, EXCERPT, TEXTS = 24, 6, 45
 BOS, EOS = 256, 257
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation_here():
-  """All of it takes far longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mtp_jax import accounting, optimizer, sharding
 from mtp_jax.config import ConfigError
+from mtp_jax.program import program_config
 from mtp_jax.sharding import (
   AXIS_RULES,
   constrain,
@@ -22,6 +23,7 @@ from mtp_jax.sharding import (
 )
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters, state_shardings
+from mtp_jax.train_step import programs
 from tests.common import (
   EXPERTS,
   GPT2,
@@ -33,7 +35,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_programs,
   random_params,
   tiny_config,
 )
@@ -112,7 +113,7 @@ def test_one_training_step_on_a_mesh_equals_one_on_a_single_device():
     batch = microbatches(packed_batch(config), 2)
     hyper = Hyperparameters(*jnp.float32([0.1, 1.0, 10.0]))
     with jax.set_mesh(mesh):
-      compiled = quick_programs(config, mesh)
+      compiled = programs(program_config(config), mesh)
       state = compiled.init(jnp.int32(0))
       before = jax.device_get(state.params)
       batch = put_batch(mesh, batch, ("microbatch",))

@@ -84,8 +84,6 @@ def cluster(tmp_path_factory):
       pytest.skip(f"Slurm cannot be started: {started.stderr.strip()[-500:]}")
     print(f"installed and started in {time.monotonic() - began:.1f} s")
     patch.setenv("SLURM_CONF", started.stdout.strip().partition("=")[2])
-    # As in tests.common.quick_jit: most of the time would go into compiling.
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     try:
       with Commands() as commands:
         yield commands

@@ -180,7 +180,7 @@ def test_cached_decoding_equals_torch(trunk, kind):
   rows, slots = tokens_BT.shape
   target = network.target(config)
 
-  @common.quick_jit
+  @jax.jit
   def forward(weights, tokens_BT, positions_BT, caches):
     hidden_BTD, _, caches = target.forward(weights, tokens_BT, positions_BT, caches)
     return target.unembed(weights, hidden_BTD), caches

@@ -22,8 +22,6 @@ from tests.common import (
   gradient_program,
   microbatches,
   packed_batch,
-  quick_jit,
-  quick_programs,
   random_params,
   tiny_config,
 )
@@ -91,7 +89,7 @@ def trial():
   with pytest.MonkeyPatch.context() as patch:
     for name in PROGRAMS:
       patch.setattr(train_step_lib, name, counted(name))
-    compiled = quick_programs(CONFIG, mesh)
+    compiled = programs(program_config(CONFIG), mesh)
   jax.monitoring.register_event_duration_secs_listener(count_compilation)
   yield compiled, counts, mesh, microbatches(packed_batch(CONFIG))
   jax.monitoring.unregister_event_duration_listener(count_compilation)
@@ -155,7 +153,7 @@ def test_what_changes_the_program_changes_the_shape():
 
 def losses_by_definition(config, params, batch):
   """Returns the mean loss, the hits and the valid targets of every depth."""
-  hidden_MBTD = quick_jit(MtpLm(config).apply)({"params": params}, batch)
+  hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)
   targets_MBT, mask_MBT = jax.device_get(future_targets(batch, config.mtp.depth))
   log_probs = jax.nn.log_softmax(hidden_MBTD @ unembed_matrix(params, config))
   nll = -np.take_along_axis(np.asarray(log_probs), targets_MBT[..., None], -1)[..., 0]
@@ -178,15 +176,15 @@ def test_training_and_evaluation_score_extra_depths_from_the_answer():
   counts_M = mask_MBT.sum((1, 2))
   assert np.all(counts_M[1:] < from_start_MBT.sum((1, 2))[1:])
   params = random_params(config)
-  trained, found_M, _ = quick_jit(functools.partial(loss_and_grads, config))(
+  trained, found_M, _ = jax.jit(functools.partial(loss_and_grads, config))(
     params, microbatches(batch, 2), jnp.ones(3)
   )
-  rows = quick_jit(functools.partial(evaluate.row_sums, config))(
+  rows = jax.jit(functools.partial(evaluate.row_sums, config))(
     params, batch, np.ones(config.tokenizer.vocab_size, int)
   )
   assert found_M.tolist() == rows["count"].sum(0).tolist() == counts_M.tolist()
   np.testing.assert_allclose(trained.nll_M, rows["nll"].sum(0), rtol=1e-5)
-  hits = quick_jit(functools.partial(evaluate.hit_sums, config, ranks=1))(params, batch)
+  hits = jax.jit(functools.partial(evaluate.hit_sums, config, ranks=1))(params, batch)
   for sums in (rows, hits):
     assert sums["reachable"].sum() == mask_MBT[2, :, :-2].sum()
 
@@ -338,7 +336,7 @@ def test_a_frozen_trunk_stays_as_it_is_while_the_predictors_learn(trial):
   config = tiny_config(
     "sequential", 2, flat_values(CONFIG) | {"train.freeze_trunk": True}
   )
-  frozen = quick_programs(config, mesh)
+  frozen = programs(program_config(config), mesh)
   start = random_params(CONFIG)
   state = jax.device_put(
     frozen.init(jnp.int32(0)).replace(params=start), frozen.shardings

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import accounting, optimizer, trained_model
+from mtp_jax import accounting, optimizer
 from mtp_jax.checkpoint import Checkpointer, CheckpointError
 from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode import generate as decoding
-from mtp_jax.decode import loop, network, stops
+from mtp_jax.decode import stops
 from mtp_jax.decode.generate import Completion, Decoding
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import check_warp
@@ -31,7 +31,6 @@ from mtp_jax.train_state import init_state
 from tests.common import (
   GPT2,
   batch_of,
-  quick_jit,
   random_params,
   tiny_config,
 )
@@ -49,26 +48,6 @@ MODELS = {
   "linear gpt2": tiny_config("linear", 2, BYTES | GPT2),
   "flops": tiny_config("sequential", 1, BYTES | {"mtp.arm": "flops"}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_programs():
-  """Compiles what a loaded model runs as fast as can be."""
-  static = {"_hidden": 0, "_logits": (0, 3), "_losses": 0}
-  with pytest.MonkeyPatch.context() as patch:
-    for name, argnums in static.items():
-      program = getattr(trained_model, name).__wrapped__
-      patch.setattr(trained_model, name, quick_jit(program, static_argnums=argnums))
-    patch.setattr(
-      loop, "prefill", quick_jit(loop.prefill.__wrapped__, static_argnums=(0, 1))
-    )
-    for name in ("finish", "step"):
-      program = getattr(loop, name).__wrapped__
-      patch.setattr(loop, name, quick_jit(program, static_argnums=0))
-    patch.setattr(
-      network, "unstack", quick_jit(network.unstack.__wrapped__, static_argnums=1)
-    )
-    yield
 
 
 def save(folder, config, steps=(4,)):
@@ -180,7 +159,7 @@ def test_losses_are_those_of_a_row_with_other_documents(models, name):
     stats = token_stats(hidden, unembeddings(params, config), targets, 40)
     return stats.nll_MBT, mask
 
-  nll, mask = jax.device_get(quick_jit(losses)(model.params, rows))
+  nll, mask = jax.device_get(jax.jit(losses)(model.params, rows))
   expected = np.where(mask, nll, np.nan)[:, 0, len(other) : len(other) + len(document)]
   found = model.losses(TEXT)
   assert found.shape == (1 + depth, len(document))

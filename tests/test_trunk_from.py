@@ -31,14 +31,6 @@ TINY = {
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """All of it takes far longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
   return run_config(write_texts(tmp_path_factory.mktemp("corpus") / "texts"), TINY)

@@ -21,7 +21,6 @@ import pytest
 
 from mtp_jax.decode import verify
 from mtp_jax.decode.warp import Warp, warp
-from tests.common import quick_jit
 
 V = 3
 SAMPLED = ("leviathan", "block")
@@ -122,7 +121,7 @@ def outcome(tree, drafts, weight, accepted, following):
 
 @functools.cache
 def compiled(function, *static):
-  return quick_jit(functools.partial(function, *static))
+  return jax.jit(functools.partial(function, *static))
 
 
 def sampled_outcome(

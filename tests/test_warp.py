@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mtp_jax.decode.warp import Warp, check_warp, warp
-from tests.common import quick_jit
 
 V = 6
 HALVES = st.integers(-8, 8).map(lambda n: n / 2)  # Coarse, so that ties are common.
@@ -18,7 +17,7 @@ HALVES = st.integers(-8, 8).map(lambda n: n / 2)  # Coarse, so that ties are com
 
 @functools.cache
 def program():
-  return quick_jit(warp)
+  return jax.jit(warp)
 
 
 def log_probs_of(probs, **cuts):
@@ -174,7 +173,7 @@ def test_a_temperature_for_every_sequence():
 def test_other_values_share_one_program():
   traces = []
 
-  @quick_jit
+  @jax.jit
   def counted(logits, cuts):
     traces.append(1)
     return warp(logits, cuts)

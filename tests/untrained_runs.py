@@ -24,7 +24,7 @@ def save_run(workdir: Path, config: Config, params: Any = None) -> Path:
   state = TrainState(zero, params, (), interval, zero, zero)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      "mtp_jax.checkpoint.fingerprint", common.quick_jit(fingerprint.__wrapped__)
+      "mtp_jax.checkpoint.fingerprint", jax.jit(fingerprint.__wrapped__)
     )
     checkpointer = Checkpointer(workdir)
     checkpointer.save(state, config, ByteTokenizer().to_json(), {}, {})
