@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from mtp_jax.decode import loop, trees
+from mtp_jax.decode import loop, noise, trees
 from mtp_jax.decode.network import Target
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.model.cache_slots import Places, positions_of
@@ -219,28 +219,27 @@ def test_plain_sampling_has_the_law_and_match_reproduces_it_token_for_token():
 
 def _reused_noise(patch):
   """Block: the noise of positions instead of rounds, biased by the rejection."""
-  keys = loop._keys
+  right = loop._noise
   patch.setattr(
-    loop, "_keys",
-    lambda plan, *args: keys(plan._replace(rule="leviathan"), *args),
+    loop, "_noise", lambda *args: right(*args)._replace(is_of_round=False)
   )
 
 
 def _one_role(patch):
   """Drafts are drawn with the noise of the correction that replaces them."""
-  patch.setattr(loop, "_DRAFT", loop._TARGET)
+  patch.setattr(noise, "DRAFT", noise.TARGET)
 
 
 def _constant_noise(patch):
   """The target's noise does not depend on the position."""
-  gumbel = loop._gumbel
+  gumbel = noise.Noise.gumbel
 
-  def wrong(plan, state, position_BX, role, like):
-    if role == loop._TARGET:
+  def wrong(self, position_BX, role, like):
+    if role == noise.TARGET:
       position_BX = 0 * position_BX
-    return gumbel(plan, state, position_BX, role, like)
+    return gumbel(self, position_BX, role, like)
 
-  patch.setattr(loop, "_gumbel", wrong)
+  patch.setattr(noise.Noise, "gumbel", wrong)
 
 
 def _unwarped_draft(patch):

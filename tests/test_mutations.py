@@ -444,8 +444,8 @@ MUTANTS = {
     f"{TREE}::test_a_beam_drafts_what_each_of_its_paths_would_alone[llama-grown]",
   ),
   "noise depends on where the round began": Mutant(
-    "decode/loop.py",
-    'if plan.rule == "block" and role != _TARGET:',
+    "decode/noise.py",
+    "if self.is_of_round and role != TARGET:",
     "if True:",
     "test_decode.py::test_match_says_what_plain_sampling_says",
   ),

@@ -7,11 +7,7 @@ Rejected tokens leave stale entries in the caches, always at the positions that 
 written next, so that no query ever sees them and nothing has to be rolled back. Where
 drafts are a tree (`trees`) the path that was accepted is moved to its positions first.
 
-Randomness is a function of (sequence, absolute position, role), so that a result does
-not depend on what else is in the batch; under rule `match` it does not depend on the
-drafter either. Rule `block` looks at later drafts when it rejects an earlier one, hence
-its draft and accept noise is drawn anew each round (keyed by the round's start too):
-reused noise would be biased by the rejection.
+Randomness is a function of (sequence, absolute position, role), see `noise`.
 
 Legend: B batch, S slots, P padded prompt length, R = K + 1 rows of a verification,
 K drafts, W window rows, D feature, V vocab; N nodes of a tree, whose depth is K, and
@@ -24,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.decode import stops, trees
+from mtp_jax.decode import noise, stops, trees
 from mtp_jax.decode.network import Target
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
@@ -40,8 +36,6 @@ from mtp_jax.predictors.drafting import (
 
 # What `DecodeState.source_BS` says of a committed token; k >= 1: accepted draft k.
 PROMPT, CORRECTION, OWN = -2, -1, 0
-
-_TARGET, _DRAFT, _ACCEPT = range(3)  # Roles of noise.
 
 
 class Plan(NamedTuple):
@@ -287,15 +281,15 @@ def _judge(
     own_BR = _own_tokens(plan, inputs, state, logits_BRV, position_BR)
     return match_tokens(own_BR, state.drafts_BK)
   position_BK = state.length_B[:, None] + jnp.arange(plan.drafter.num_drafts)
-  uniform_BK = _per_key(jax.random.uniform)(
-    _keys(plan, state, position_BK, _ACCEPT)
-  )
+  uniform_BK = _noise(plan, state).uniform(position_BK)
   accepted_B, log_weights_BV = verify_sampled(
     plan.rule, warp(logits_BRV, inputs.warp), state.log_q_BKV, state.drafts_BK,
     uniform_BK,
   )
   position_B1 = (state.length_B + accepted_B)[:, None]
-  gumbel_B1V = _gumbel(plan, state, position_B1, _TARGET, log_weights_BV)
+  gumbel_B1V = _noise(plan, state).gumbel(
+    position_B1, noise.TARGET, log_weights_BV
+  )
   return accepted_B, sample_tokens(log_weights_BV, gumbel_B1V[:, 0])
 
 
@@ -310,7 +304,7 @@ def _own_tokens(
   if plan.rule == "greedy":
     return argmax(logits_BRV)
   log_p_BRV = warp(logits_BRV, inputs.warp)
-  gumbel_BRV = _gumbel(plan, state, position_BR, _TARGET, log_p_BRV)
+  gumbel_BRV = _noise(plan, state).gumbel(position_BR, noise.TARGET, log_p_BRV)
   return sample_tokens(log_p_BRV, gumbel_BRV)
 
 
@@ -420,9 +414,9 @@ def _draft(
     if plan.proposal == "argmax":
       return Choice(argmax(logits_BV))
     log_q_BV = warp(logits_BV, inputs.warp)
-    role = _TARGET if plan.proposal == "coupled" else _DRAFT
+    role = noise.TARGET if plan.proposal == "coupled" else noise.DRAFT
     position_B1 = (n_B + k - 1)[:, None]
-    gumbel_B1V = _gumbel(plan, state, position_B1, role, log_q_BV)
+    gumbel_B1V = _noise(plan, state).gumbel(position_B1, role, log_q_BV)
     return Choice(sample_tokens(log_q_BV, gumbel_B1V[:, 0]), log_q_BV)
 
   cache, carry = drafter.catch_up(inputs.draft_weights, state.draft_cache, window)
@@ -437,29 +431,5 @@ def _draft(
   )
 
 
-def _keys(
-  plan: Plan, state: DecodeState, position_BX: jax.Array, role: int
-) -> jax.Array:
-  """Returns one random key per sequence and position."""
-
-  def fold(key: jax.Array, length: jax.Array, position_X: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(key, role)
-    if plan.rule == "block" and role != _TARGET:
-      key = jax.random.fold_in(key, length)
-    return jax.vmap(lambda position: jax.random.fold_in(key, position))(position_X)
-
-  return jax.vmap(fold)(state.key_B, state.length_B, position_BX)
-
-
-def _gumbel(
-  plan: Plan, state: DecodeState, position_BX: jax.Array, role: int, like: jax.Array
-) -> jax.Array:
-  """Returns gumbel_BXV with the vocabulary and dtype of `like`."""
-  draw = functools.partial(
-    jax.random.gumbel, shape=like.shape[-1:], dtype=like.dtype
-  )
-  return _per_key(draw)(_keys(plan, state, position_BX, role))
-
-
-def _per_key(draw: Any) -> Any:
-  return jax.vmap(jax.vmap(draw))
+def _noise(plan: Plan, state: DecodeState) -> noise.Noise:
+  return noise.Noise(state.key_B, state.length_B, is_of_round=plan.rule == "block")
