@@ -179,7 +179,7 @@ class Status(Observer):
     text = (
       f"no step has ended for {waited} s after step {self._record['step']}, more than "
       f"--stall_seconds={self._stall_seconds}: a process is stuck, or the network is. "
-      "The run goes on from its newest checkpoint when it is started again."
+      "The run continues from its newest checkpoint when it is started again."
     )
     self.ended("infrastructure", text)
     print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Trains runs of one shape side by side, in one program; else as `train.fit`."""
+"""Packs: runs of one shape, trained side by side in one program."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ class _Member:
       self.log.save(self.state_in(pack), feed.state(self), signum)
 
   def finish(self, pack: Pack, interrupt: Interrupt) -> dict[str, Any] | Exception:
-    """Returns what became of the run, evaluated if it was trained to its end."""
+    """Returns the evaluation of a trained run, or the error that ended the run."""
     result = self.attempt(lambda: self.log.finish(self.state_in(pack), interrupt))
     return self.error or result
 
@@ -74,9 +74,9 @@ class _Member:
 class _Feed:
   """The batches of the members.
 
-  Members that read the same rows in the same order share one batch, which the first one
-  reads, also when it has left. If not all do, as where some continue from another step,
-  each member reads its own.
+  If all members read the same rows in the same order, they share one batch. The first
+  member reads it, even after the run of that member has ended. Otherwise (some members
+  continue from another step, for example) each member reads its own batch.
   """
 
   def __init__(
@@ -120,23 +120,23 @@ def fit_pack(
   size: int | None = None,
   observers: Sequence[Observer] | None = None,
 ) -> list[dict[str, Any] | Exception]:
-  """Trains runs of one shape side by side, by one program; else as `train.fit`.
+  """Trains runs of one shape side by side in one program, each as `train.fit` would.
 
-  Every run has its own folder and ends by itself: in its evaluation, which comes when
-  all are trained, or in an error that does not disturb the others. All devices are
-  used, each with a share of the runs; what is done for one run alone is done on the
-  first of them.
+  Every run has its own folder. A run ends in its evaluation, after all are trained, or
+  in an error that does not disturb the others. The folder of a run that is done stays
+  as it is. Each device has a share of the runs; work for a single run is on the first
+  device.
 
   Args:
     configs: of equal `program_config`, each for a mesh of one device.
     workdirs: their run folders.
-    size: runs that the program is made for, by default as many as there are: the same
-      one serves packs that are smaller.
-    observers: one for each.
+    size: number of runs that the program is compiled for, by default `len(configs)`.
+      The same program serves smaller packs.
+    observers: one for each run.
 
   Returns:
-    For each run what `fit` returns, or what it raises. After SIGTERM or SIGINT that is
-    `Interrupted` for those that were not done.
+    For each run what `fit` returns or raises. After SIGTERM or SIGINT the result of an
+    unfinished run is `Interrupted`.
 
   Raises:
     ConfigError: the runs cannot be trained together, or one of them cannot be trained.

@@ -204,8 +204,8 @@ class Run:
     except (LookupError, TypeError, AttributeError) as error:
       raise ConfigError(
         f"{self.workdir / run_folder.RUN} must be what training wrote "
-        f"({type(error).__name__}: {error}); without it the run goes on, and where its "
-        "parameters are from is forgotten."
+        f"({type(error).__name__}: {error}); remove it to continue, and the record of "
+        "where the parameters are from is lost."
       ) from error
 
   def initial_state(self, given: dict[str, Any]) -> TrainState:

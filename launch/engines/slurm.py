@@ -50,7 +50,7 @@ _DEFAULTS = {
   "nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "0", "time": "4:00:00"
 }
 # Options of sbatch that --slurm may not set, and what sets them. sbatch takes the last
-# of two values without a word, and some options replace others.
+# of two values and reports nothing, and some options replace others.
 _OWNED = {
   **dict.fromkeys(
     ("gpus", "gpus-per-socket", "gpus-per-task", "tres-per-task"), "gpus-per-node"
