@@ -24,6 +24,7 @@ from tests.common import (
 # Fusion and algebraic rewriting round differently around other code; without them every
 # operation of two programs is the same, and so is every bit.
 exact_jit = functools.partial(
+  jax.jit,
   compiler_options={"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion,algsimp"},
 )
 MAIN_ONLY = np.float32([1, 0, 0, 0])
