@@ -38,7 +38,6 @@ from tests.test_decode import (
   Model,
   assert_caches_are_of_one_pass,
   assert_slots_close,
-  quick_loop,  # noqa: F401  A fixture of every test here.
   tokens,
 )
 
