@@ -401,7 +401,7 @@ def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
       sampled.extend(ByteTokenizer().decode(x) for x in prompts)
     return [completion([1, 2, 3], rounds=2, accepted=(1,), reached=(2,))] * len(prompts)
 
-  monkeypatch.setattr(evaluate, "generate", generate)
+  monkeypatch.setattr(generative_metrics, "generate", generate)
   off = {"eval.line_prompts": 0, "eval.function_prompts": 0, "eval.middle_prompts": 2}
   off["eval.num_drafts"] = 4
   config = tiny_config("sequential", 1, GENERATING | off)

@@ -41,6 +41,10 @@ SMALL = {
 }
 
 
+# No fraction of the prompts is held out: their examples are made apart for each split.
+UNSPLIT = ("siblings", "induction")
+
+
 def config_of(source: str, **overrides) -> config_lib.Config:
   own = ("task.num_train", f"task.{source}.")
   values = SMALL | {
@@ -58,6 +62,8 @@ def config_of(source: str, **overrides) -> config_lib.Config:
     k: x for k, x in values.items() if not k.startswith("task.") or k.startswith(own)
   }
   default = config_lib.from_config_dict(base.get_config())
+  if source in UNSPLIT:
+    values = {k: x for k, x in values.items() if not k.endswith("_fraction")}
   config = config_lib.with_overrides(default, values)
   config_rules.validate(config)
   return config

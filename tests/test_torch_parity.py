@@ -206,7 +206,7 @@ def test_cached_decoding_equals_torch(trunk, kind):
 
 
 def test_eagle_is_refused():
-  with pytest.raises(ValueError, match=r"^mtp.kind must not .* PyTorch, got 'eagle3'"):
+  with pytest.raises(ValueError, match=r"^mtp.kind must be .* PyTorch, got 'eagle3'"):
     torch_peer.Peer(common.tiny_config("eagle3", 2))
 
 
