@@ -2,6 +2,7 @@
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
+# make house       lines per room, largest files, circles of imports
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce test test-slow test-slurm test-all lint bench setup setup-dev
+.PHONY: reproduce test test-slow test-slurm test-all lint house bench setup setup-dev
 
 reproduce: setup
 	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
@@ -34,6 +35,9 @@ test-all: test test-slow test-slurm
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+
+house: setup-dev
+	$(BIN)/python -m tests.house
 
 bench: setup-dev
 	for name in train loss decode pack; do \
