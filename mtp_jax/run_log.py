@@ -187,6 +187,8 @@ class RunLog:
 
   def diagnose(self, state: TrainState, batch: Batch) -> None:
     """Writes how the gradients compare, before the step on `batch`."""
+    # Two programs with collectives at once can wait for each other on CPU devices.
+    jax.block_until_ready(state)
     with self._clock.stopped():
       self.observer.pauses("evaluating")
       record = records.diagnostics_record(self.run, state, batch, self.step)
