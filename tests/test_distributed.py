@@ -235,7 +235,8 @@ def test_two_processes_train_as_one(alone, pair):
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_success(tiny, tmp_path):
   settings = {
-    "data.source": "siblings", "task.siblings.num_parents": 2,
+    "data.source": "siblings", "data.validation_fraction": 0.05,
+    "data.test_fraction": 0.05, "task.siblings.num_parents": 2,
     "task.siblings.num_children": 6, "task.siblings.prefix_length": 2,
     "task.num_train": 8, "tokenizer.kind": "symbols", "eval.task_examples": 4,
     "train.evals_per_doubling": 1, "train.eval_every": 0, "train.eval_test": True,

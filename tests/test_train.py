@@ -300,8 +300,6 @@ def task_config(texts, source, **overrides):
     "train.accumulation_steps": 2, "data.batch_size": 16,
     **OF_TEXT,
   }
-  if source in ("siblings", "induction"):  # They hold out no fraction of prompts.
-    values |= {"data.validation_fraction": 0.05, "data.test_fraction": 0.05}
   changed = {key.replace("__", "."): x for key, x in overrides.items()}
   return run_config(texts, values | TASKS[source] | changed)
 

@@ -56,8 +56,11 @@ def run_config(texts: Path, overrides: dict[str, Any] | None = None) -> Config:
     "eval.function_prompts": 2,
     "eval.max_new_tokens": 24,
   }
+  values |= overrides or {}
+  if values["data.source"] in ("siblings", "induction"):  # They split without these.
+    values = {key: x for key, x in values.items() if not key.endswith("_fraction")}
   default = config_lib.from_config_dict(base.get_config())
-  return config_lib.with_overrides(default, values | (overrides or {}))
+  return config_lib.with_overrides(default, values)
 
 
 def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
