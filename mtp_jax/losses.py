@@ -58,10 +58,12 @@ class TokenStats(NamedTuple):
 def loss_coefficients(weights_M: jax.Array, mask_MBT: jax.Array) -> jax.Array:
   """Returns `weights_M / counts_M`: each depth is averaged over its own valid tokens.
 
-  `mask_MBT` covers the whole optimizer step (all microbatches may be stacked in B), so
-  that this is the only division. A depth without any valid token contributes 0.
+  `mask_MBT` covers the whole optimizer step (microbatches may have an axis of their own
+  after M), so that this is the only division. A depth without any valid token
+  contributes 0.
   """
-  counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=weights_M.dtype)
+  axes = tuple(range(1, mask_MBT.ndim))
+  counts_M = jnp.sum(mask_MBT, axis=axes, dtype=weights_M.dtype)
   return weights_M / jnp.maximum(counts_M, 1)
 
 

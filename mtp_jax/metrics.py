@@ -191,6 +191,7 @@ class Progress:
   def __init__(self, name: str, num_steps: int, enabled: bool):
     self._name, self._num_steps = name, num_steps
     self._enabled = enabled and jax.process_index() == 0
+    self._first = self._began = None
     self._bar = None
 
   def start(self, step: int) -> None:
@@ -211,17 +212,22 @@ class Progress:
       self._bar.update(step - self._bar.n)
 
   def report(self, step: int, loss: float, tokens_per_second: float) -> None:
-    """Shows the loss of the interval that ended at `step`."""
+    """Shows the loss of the interval that ended at `step`.
+
+    Before `start`, when a run makes up for a record, there is no time left to estimate.
+    """
     if not self._enabled:
       return
     if self._bar is not None:
       self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
       return
-    per_step = (time.monotonic() - self._began) / (step - self._first)
-    left = per_step * (self._num_steps - step)
+    left = ""
+    if self._began is not None:
+      per_step = (time.monotonic() - self._began) / (step - self._first)
+      left = f", {per_step * (self._num_steps - step):.0f} s left"
     print(
       f"{self._name}: step {step}/{self._num_steps}, loss {loss:.4f}, "
-      f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left",
+      f"{tokens_per_second:,.0f} tokens/s{left}",
       flush=True,
     )
 

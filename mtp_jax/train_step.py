@@ -184,10 +184,11 @@ def loss_and_grads(
   """
   # Once per step: [A, M, B, T], of which every microbatch takes its part.
   targets = jax.vmap(lambda rows: learnt_targets(config, params, rows))(batch)
-  num_microbatches, M, _, T = targets.mask_MBT.shape
-  mask_MBT = targets.mask_MBT.swapaxes(0, 1).reshape(M, -1, T)
-  counts_M = jnp.sum(mask_MBT, axis=(1, 2), dtype=jnp.float32)
-  coefficients_M = loss_coefficients(weights_M, mask_MBT)
+  # The axes of microbatches and rows stay apart: joining them would move rows between
+  # devices.
+  mask_MABT = targets.mask_MBT.swapaxes(0, 1)
+  counts_M = jnp.sum(mask_MABT, axis=(1, 2, 3), dtype=jnp.float32)
+  coefficients_M = loss_coefficients(weights_M, mask_MABT)
   # The balance loss is a mean over the rows that have tokens.
   num_rows = jnp.sum(jnp.any(batch.segment_ids != 0, axis=-1), dtype=jnp.float32)
   balance_coefficient = config.trunk.moe.balance_weight / jnp.maximum(num_rows, 1.0)
@@ -205,7 +206,7 @@ def loss_and_grads(
 
   parts = batch, targets
   first = jax.tree.map(lambda x: x[0], parts)
-  if num_microbatches == 1:  # A loop of one step would only keep XLA from fusing.
+  if batch.tokens.shape[0] == 1:  # A loop of one step would only keep XLA from fusing.
     sums, grads = value_and_grad(first)
     return sums, counts_M, grads
 

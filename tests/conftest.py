@@ -11,8 +11,11 @@ from tests.quick_xla import xla_flags
 
 os.environ["XLA_FLAGS"] = xla_flags(num_devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A program of eight CPU devices that comes from the persistent cache can hang.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Compiled programs are kept for the next run of the tests, and for their subprocesses.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "mtp_jax" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 _define_flag = flags.FlagValues.__setitem__

@@ -13,8 +13,12 @@ _CANDIDATES = (
   "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
   "--xla_backend_optimization_level=0",
 )
-# Eight devices share few cores: a busy machine may keep a collective waiting for long.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+# Eight devices share few cores. XLA's concurrent schedule may start their collectives
+# in different orders: then they wait for each other without end.
+_COLLECTIVES = (
+  "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 _CHOSEN = "MTP_JAX_TESTS_XLA_FLAGS"  # Inherited by test workers and subprocesses.
 
 
@@ -23,7 +27,7 @@ def xla_flags(num_devices: int = 1) -> str:
   if _CHOSEN not in os.environ:
     os.environ[_CHOSEN] = next(filter(_is_known, _CANDIDATES), "")
   devices = f"--xla_force_host_platform_device_count={num_devices}"
-  return f"{os.environ[_CHOSEN]} {_PATIENCE} {devices}"
+  return f"{os.environ[_CHOSEN]} {_COLLECTIVES} {devices}"
 
 
 def _is_known(flags: str) -> bool:

@@ -136,6 +136,12 @@ def test_progress_prints_lines_where_there_is_no_terminal(capsys, monkeypatch):
   )
 
 
+def test_progress_reports_a_record_that_a_resumed_run_makes_up_for(capsys):
+  bar = Progress("run", num_steps=50, enabled=True)
+  bar.report(20, 1.23456, 9876.5)
+  assert capsys.readouterr().out == "run: step 20/50, loss 1.2346, 9,876 tokens/s\n"
+
+
 def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
   reader, terminal = pty.openpty()
   termios.tcsetwinsize(terminal, (24, 120))
