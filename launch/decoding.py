@@ -25,7 +25,7 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
     lower_bound=0, upper_bound=MOST_DRAFTS,
   )
   recurse = flags.DEFINE_bool(
-    "recurse", False, "let the last sequential module go on from its own output where "
+    "recurse", False, "let the last sequential module read its own output where "
     "--drafts is more than there are modules"
   )
   rule = flags.DEFINE_enum(

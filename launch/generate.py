@@ -35,9 +35,9 @@ _WORKDIR = cli.define_workdir("run folder")
 _STEP = flags.DEFINE_integer(
   "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
+_PROMPT = flags.DEFINE_string("prompt", None, "text to continue")
 _PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "file that holds the text to go on from (UTF-8)"
+  "prompt_file", None, "file with the text to continue (UTF-8)"
 )
 _BOS = flags.DEFINE_bool(
   "bos", True, "the prompt begins a document; --nobos: it is from amid one"
@@ -50,7 +50,7 @@ _DECODING = decoding.define(temperature=None)
 _TREE = flags.DEFINE_string(
   "tree", None, "verify a tree of drafts instead of a chain, with rule greedy or "
   "match: a file of launch.tree, or dynamic:DEPTH,WIDTH,NODES, grown by a drafter that "
-  "goes on from its own output (EAGLE, or one sequential module)"
+  "reads its own output (EAGLE, or one sequential module)"
 )
 _STOP = flags.DEFINE_multi_string(
   "stop", None, "what ends the continuation beside the model's own end tokens: a text, "

@@ -1,4 +1,4 @@
-r"""Makes a run folder out of Hugging Face weights, for launch.train to go on from.
+r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
 
   python -m launch.import_hf --from=models/gpt2 --workdir=runs/gpt2_mtp
   python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
@@ -73,7 +73,7 @@ def main() -> int:
     return cli.fail(str(error), 1)
   print(
     f"{workdir}: {model.family} weights at step 0, mtp.kind {config.mtp.kind!r}, depth "
-    f"{config.mtp.depth}. Go on with: python -m launch.train --workdir={workdir}",
+    f"{config.mtp.depth}. Train it by: python -m launch.train --workdir={workdir}",
     file=sys.stderr,
   )
   return 0

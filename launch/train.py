@@ -7,10 +7,10 @@ r"""Trains one language model and evaluates it.
 
 The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at
 the end, eval.json and DONE: launch/README.md describes every file and field. Ctrl-C (or
-SIGTERM) saves a checkpoint; the same command again goes on from the newest one, and so
-does --workdir alone, with the config that the folder holds (that of launch.import_hf,
-perhaps). A run may be continued on another number of devices (--config.mesh.*) and of
-processes.
+SIGTERM) saves a checkpoint. The same command again continues from the newest one, and
+so does --workdir alone, with the config that the folder holds (the config of
+launch.import_hf, perhaps). A run may be continued on another number of devices
+(--config.mesh.*) and of processes.
 
 Several processes train one model if each runs this command, with the same flags and a
 folder that all see. In a Slurm step, under Open MPI and in a TPU pod they find each
@@ -148,7 +148,7 @@ def _end(error: BaseException) -> End:
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (
       f"{summary} Another process may have ended: see what it printed. "
-      "The run goes on from its newest checkpoint when all are started again."
+      "The run continues from its newest checkpoint when all are started again."
     )
   return End(exits.FAILED, "infrastructure", summary)
 
@@ -161,7 +161,7 @@ def _config(workdir: Path) -> Config:
     config = cli.load_run_config(workdir)
   else:
     raise ConfigError(
-      f"--config is required: {str(workdir)!r} holds no run to go on with."
+      f"--config is required: {str(workdir)!r} holds no run to continue."
     )
   validate(config, given=given)
   config = cli.of_run(config, workdir)

@@ -33,8 +33,8 @@ def settings(**changed):
 
 @pytest.mark.slow
 def test_true_drafts_are_all_accepted_and_the_ratios_add_up():
-  rows = decode._sizes(settings())
-  assert "| oracle, K=2" in "\n".join(decode.page(settings(), [], rows))
+  rows = decode.sizes(settings())
+  assert "| oracle, K=2" in "\n".join(decode.page([], rows))
   forced, oracle = rows
   assert (forced["drafter"], oracle["drafter"]) == ("forced, K=2", "oracle, K=2")
   for row in rows:
@@ -97,7 +97,7 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
   write_json(static, {"paths": [[0], [1], [2]]})
   write_json(same := tmp_path / "same.json", {"paths": [[0], [1], [3]]})
   asked = settings(runs=[str(workdir)], trees=["own", "dynamic:2,2,5"])
-  accepted, rows = decode._runs(asked)
+  accepted, rows = decode.runs(asked)
   assert [x["drafter"] for x in rows] == [
     "own, K=1", "own, static tree, N=3 K=1", "own, dynamic tree, W=2 N=5 K=2"
   ]
@@ -114,7 +114,7 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
   assert accepted[0]["teacher_forced"]["teacher_forced_agreement"] == agreement
   figures = accepted[0]["decoding"]
   assert sum(figures["histogram"]) == figures["rounds"]
-  assert "0.250 (validation)" in "\n".join(decode.page(asked, accepted, rows))
+  assert "0.250 (validation)" in "\n".join(decode.page(accepted, rows))
 
   for changed, message in (
     ({"drafts": [2]}, "num_drafts must be at most the model's 1 extra"),
@@ -125,7 +125,7 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
     ({"trees": [str(static), str(same)]}, "--trees must differ in nodes or depth"),
   ):
     with pytest.raises(ConfigError) as error:
-      decode._runs(settings(runs=[str(workdir)], **changed))
+      decode.runs(settings(runs=[str(workdir)], **changed))
     assert message in str(error.value)
 
 
