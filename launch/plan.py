@@ -160,11 +160,8 @@ def page(
 ) -> list[str]:
   """Returns the paragraphs and tables of the plan of one topology."""
   chip = topology.chip
-  depth = [
-    cells
-    for shape, row in rows.items()
-    if (cells := depth_cells(shape, row, rows)) is not None
-  ]
+  costs = (depth_cells(shape, row, rows) for shape, row in rows.items())
+  depth = [cost for cost in costs if cost is not None]
   parts = [
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
     f"({chip.source}). Figures are those of one chip and one step. XLA counts the "

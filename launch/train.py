@@ -78,7 +78,7 @@ def main() -> int:
   try:
     config = _config(workdir)
     group = distributed.find_group(
-      _GROUP.distributed.value, _GROUP.local_device_ids.value
+      _GROUP["distributed"].value, _GROUP["local_device_ids"].value
     )
   except (ConfigError, DataError) as error:
     refused(workdir, str(error))
@@ -89,11 +89,11 @@ def main() -> int:
     signal.signal(signum, functools.partial(_end_at_once, group))
   try:
     distributed.initialize(
-      group, _GROUP.start_seconds.value, _GROUP.heartbeat_seconds.value
+      group, _GROUP["start_seconds"].value, _GROUP["heartbeat_seconds"].value
     )
   except (RuntimeError, TimeoutError) as error:
     return cli.fail(str(error), exits.FAILED)
-  end = train(config, workdir, startup, _GROUP.stall_seconds.value)
+  end = train(config, workdir, startup, _GROUP["stall_seconds"].value)
   return distributed.leave(end.code, end.together)
 
 

@@ -280,7 +280,7 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   assert float(cost["collectives"][1:]) > 1
   assert plan.cells(deep | {"fits": False})["fits"] == "NO"
   parts = plan.page(topology, rows, [], [], 0.4)
-  assert len(parts) == 5 and "v5p:2x2x2" in parts[1] and "x1." in parts[-1]
+  assert len(parts) == 6 and "v5p:2x2x2" in parts[1] and "x1." in parts[-1]
 
 
 @pytest.mark.parametrize(("message", "peak"), [

@@ -333,6 +333,7 @@ def _row(
     "floor": seconds["floor"], "step": step, "verify": verify, "draft": draft,
     "plain": seconds["plain"], "drafted": seconds[name],
   } | {peer: seconds[peer] for peer in TORCH if peer in seconds}
+  # Predicted and measured are formed within one round, like all ratios.
   batch_tau = plain.rounds / drafted.rounds
   predicted = batch_tau * step / (verify + draft)
   measured = seconds["plain"] / seconds[name]
@@ -342,6 +343,7 @@ def _row(
     "predicted": predicted, "measured": measured,
     "measured_over_predicted": measured / predicted,
   }
+  # Drafts must not change the text; by the programs that were timed.
   same = (
     np.all(a == b, axis=1).sum()
     for a, b in zip(plain.tokens, drafted.tokens, strict=True)

@@ -110,6 +110,7 @@ def build_step(config: Config, num_trials: int) -> harness.Built:
   def put() -> Any:
     return put_batch(mesh, rows, ("microbatch",))
 
+  # The lone step is the program of a run that is trained alone, not a pack of one.
   if not num_trials:
     with jax.set_mesh(mesh):
       program = compiled(one.step, state, put(), hyper, np.bool_(True))
@@ -135,6 +136,7 @@ def build_step(config: Config, num_trials: int) -> harness.Built:
     waits_for = current
     return current
 
+  # The second step is the first that waits for a step.
   step()
   step()
   memory = program.memory_analysis()
