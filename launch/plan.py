@@ -28,7 +28,7 @@ from absl import flags
 from launch import cli, paths, tables, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
-from launch.progress import Progress
+from launch.progress import PhaseBar
 from launch.states import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, to_dict
@@ -74,7 +74,7 @@ def main() -> int:
   shapes = [check(chosen, topology) for topology in wanted]
   cache = Path(_COMPILATION_CACHE.value) if _COMPILATION_CACHE.value else None
   title = f"{file.stem}:{preset}" if preset else file.stem
-  progress, done, total = Progress("shapes"), 0, sum(map(len, shapes))
+  progress, done, total = PhaseBar("shapes"), 0, sum(map(len, shapes))
   fits = True
   for topology, of_shape in zip(wanted, shapes, strict=True):
     rows = {}

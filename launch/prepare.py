@@ -25,7 +25,7 @@ import os
 from absl import flags
 
 from launch import cli, exits, paths
-from launch.progress import Progress
+from launch.progress import PhaseBar
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, sources
 
@@ -52,7 +52,7 @@ def main() -> int:
   paths.check_folder("output", _OUTPUT.value)
   config = cli.load_config()
   validate(config)
-  progress = Progress("B")
+  progress = PhaseBar("B")
   try:
     folder = prepare.prepare_folder(
       config,

@@ -230,7 +230,10 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   choice = jobs.choose(planned, _AGAIN.value)
   if _ON.value == "local":
     engine.check(planned)
-    return engine.submit(choice)
+    code = engine.submit(choice)
+    jobs.share(planned, jobs.read_states(planned))
+    results_csv.collect(root)
+    return code
   engine.check(choice.todo)
   with _alone(root):
     # Once more: another sweep may have been here in the meantime.

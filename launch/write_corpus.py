@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from launch import cli, decoding, paths
-from launch.progress import Progress
+from launch.progress import PhaseBar
 from mtp_jax import files, self_distillation
 from mtp_jax.checkpoint import fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
@@ -169,7 +169,7 @@ def _write(
   length = settings["excerpt_tokens"]
   excerpts = self_distillation.Excerpts(corpus, length, _AT.value, seed)
   part = _unfinished(output)
-  progress = Progress("texts")
+  progress = PhaseBar("texts")
   try:
     for first in range(_resume(part, size), total, size):
       # Too many in the last batch: it has the shape of the others, compiled once.

@@ -123,12 +123,10 @@ def main() -> None:
   Raises:
     ConfigError: settings, a run folder or its text do not fit.
   """
-  settings = harness.read_settings(PRESETS)
-  settings.runs, settings.trees = _RUNS.value, _TREES.value
-  settings.drafts, settings.recurse = _drafts(), _RECURSE.value
-  settings.split, settings.torch, settings.seed = (
-    _SPLIT.value, _PEERS.value, _SEED.value
+  settings = harness.read_settings(
+    PRESETS, _RUNS, _TREES, _DRAFTS, _RECURSE, _SPLIT, _PEERS, _SEED
   )
+  settings.drafts = _drafts()
   for name in ("trees", "drafts", "recurse") if not settings.runs else ():
     if flags.FLAGS[name].present:
       raise ConfigError(f"--{name} is for trained models: it needs --runs.")
@@ -178,7 +176,6 @@ def runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
       variants[name] = Variant(plan, lambda weights, _: weights)
       accepted.append({
         "model": model.name, "drafter": name, "split": settings.split,
-        "teacher_forced": _teacher_forced(path),
         "decoding": _acceptance(model, decoding, settings),
       })
     return [
@@ -263,13 +260,6 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
   )
 
 
-def _teacher_forced(path: Path) -> dict[str, Any]:
-  """Returns what the run's final evaluation measured about its drafts, if it exists."""
-  found = run_folder.read(path, run_folder.EVAL) or {}
-  keys = ("split", "teacher_forced_agreement", "simulated_accepted_length")
-  return {key: found.get(key) for key in keys}
-
-
 def sizes(settings: SimpleNamespace) -> list[dict[str, Any]]:
   """Returns the costs of models with random weights, and plain decoding in PyTorch."""
   cases = itertools.product(
@@ -344,7 +334,7 @@ def page(accepted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str
     parts += [
       "## Acceptance",
       "Means [95 % bootstrap interval over prompts]; S_k and alpha_k of the drafts in "
-      "their order. Teacher-forced agreement is from the run's eval.json.",
+      "their order.",
       markdown(map(_acceptance_cells, accepted)),
     ]
   parts += [
@@ -367,9 +357,6 @@ def page(accepted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str
 
 def _acceptance_cells(entry: dict[str, Any]) -> dict[str, Any]:
   figures = entry["decoding"]
-  taught = entry["teacher_forced"]
-  agreement = taught["teacher_forced_agreement"] or []
-  shares = " ".join(_number(figure["mean"]) for figure in agreement)
   return {
     "model": entry["model"], "drafter": entry["drafter"],
     "prompts": f"{figures['num_prompts']} of {entry['split']}",
@@ -377,7 +364,6 @@ def _acceptance_cells(entry: dict[str, Any]) -> dict[str, Any]:
     "accepted / drafted": _interval(figures["accepted_per_drafted"]),
     "S_k": "; ".join(map(_interval, figures["survival"])),
     "alpha_k": "; ".join(map(_interval, figures["conditional"])),
-    "teacher-forced": f"{shares} ({taught['split']})" if shares else "-",
     "rounds by drafts emitted": " ".join(map(str, figures["histogram"])),
   }
 

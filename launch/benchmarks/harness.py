@@ -24,7 +24,7 @@ from absl import flags
 from experiments import base
 from launch import paths
 from launch.huge_pages import start_with_huge_pages
-from launch.progress import Progress
+from launch.progress import PhaseBar
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
 
@@ -139,8 +139,14 @@ def define_settings(
       flags.DEFINE_float(key, None, text, lower_bound=1e-6, allow_override=True)
 
 
-def read_settings(presets: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
+def read_settings(
+  presets: Mapping[str, Mapping[str, Any]], *others: flags.FlagHolder[Any]
+) -> SimpleNamespace:
   """Returns the flags that were given, and for the others the values of the preset.
+
+  Args:
+    presets: see `define_settings`.
+    others: further flags, which no preset sets.
 
   Raises:
     ConfigError: the figures cannot be written where the flags name.
@@ -153,6 +159,7 @@ def read_settings(presets: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
       f"--name must be 1 to 200 letters, digits or any of '=,._+-', got {NAME.value!r}."
     )
   found |= {key: value for key, value in given.items() if value is not None}
+  found |= {flag.name: flag.value for flag in others}
   return SimpleNamespace(**found, preset=_PRESET.value)
 
 
@@ -328,7 +335,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
   """Returns the rows of all cases; shows how many are measured."""
   cases, rows = list(cases), []
-  progress = Progress("cases")
+  progress = PhaseBar("cases")
   for number, case in enumerate(cases):
     progress("measured", number, len(cases))
     rows += measured(case)

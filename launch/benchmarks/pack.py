@@ -63,8 +63,7 @@ def main() -> None:
   Raises:
     ConfigError: sizes that no model has.
   """
-  settings = harness.read_settings(PRESETS)
-  settings.torch = _PEERS.value
+  settings = harness.read_settings(PRESETS, _PEERS)
   configs = {
     model: harness.make_config(
       model, "llama", 264, "sequential", 1, settings.seq_len, settings.batch_size

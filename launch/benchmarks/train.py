@@ -80,8 +80,7 @@ def main() -> None:
   Raises:
     ConfigError: a variant, or sizes, that no model has.
   """
-  settings = harness.read_settings(PRESETS)
-  settings.kind, settings.variants = _KIND.value, _VARIANTS.value
+  settings = harness.read_settings(PRESETS, _KIND, _VARIANTS)
   cases = itertools.product(settings.models, settings.trunks, settings.vocabs)
   # All configs are checked before the first is measured.
   groups = [_by_depth(settings, *case) for case in cases]

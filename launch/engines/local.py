@@ -220,7 +220,6 @@ class Sweep:
     if outcome.kind == "done":
       loss = math.nan if state.eval_loss is None else state.eval_loss
       self._say(f"{trial.name}: done, eval loss {loss:.4f}", True)
-      self._share(trial)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
     elif outcome.kind == "claimed":
@@ -229,15 +228,6 @@ class Sweep:
     else:
       self._note_failure(trial, outcome)
     results_csv.collect(self._root)
-
-  def _share(self, original: Trial) -> None:
-    """Gives the results of a trial to those that are the same run."""
-    for trial in self._planned:
-      if self._copies.get(trial.name) is original:
-        with self._warnings(trial):
-          states.adopt(trial, original)
-          self._say(f"{trial.name}: the same run as {original.name}")
-        self._states[trial.name] = states.read_state(trial)
 
   def _note_failure(self, trial: Trial, outcome: Outcome) -> None:
     text = outcome.text or "the worker was told to stop (SIGTERM)"
@@ -312,7 +302,9 @@ class Sweep:
     trained = [trial for trial in self._planned if trial.name not in self._copies]
     done = sum(self._share_done(trial) * trial.flops for trial in trained)
     share = done / sum(trial.flops for trial in trained)
-    finished = sum(self._states[t.name].kind == "done" for t in self._planned)
+    # A copy of a run gets its results when the sweep has ended.
+    run_of = (self._copies.get(trial.name, trial) for trial in self._planned)
+    finished = sum(self._states[trial.name].kind == "done" for trial in run_of)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
     # At the speed of this pass so far, evaluation and compilation included.
     work = sum(map(self._done_work, trained))
@@ -348,7 +340,7 @@ class Sweep:
       print(f"{name}: the sweep has stopped; the same command continues it.")
       return 128 + self._signum
     for name, original in self._copies.items():
-      if self._states[name].kind != "done":
+      if self._states[original.name].kind != "done":
         self._failed[name] = f"the same run as {original.name}"
     if self._failed:
       print(f"{len(self._failed)} of {len(self._planned)} trial(s) failed:")

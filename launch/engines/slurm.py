@@ -387,5 +387,5 @@ class Slurm:
       raise ConfigError(f"sbatch refused: {summary(result.stderr)}")
 
   def _max_array_size(self) -> int:
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]))
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"))
     return max((int(found[1]) if found else _MAX_ARRAY_SIZE) - 1, 1)
