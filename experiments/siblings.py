@@ -23,8 +23,8 @@ token; a perfect model has 2.701), share of new and coherent answers at the best
 (`task_new`), share of coherent answers (`task_accuracy`); then all of them at the last
 step. Gain is NTP minus n = 2 for the loss and n = 2 minus NTP for the shares.
 
-Presets: `cpu_rates` chooses the learning rate and the weight decay of every width and
-method on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10
+Presets: `cpu_rates` chooses the learning rate and the weight decay of every width,
+method and training set on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10
 seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of
 widths to 768 and 1,536, with width 128 (1M) in common.
 
@@ -77,8 +77,8 @@ class Tuned(NamedTuple):
   weight_decay: float = 0.1
 
 
-# By width and n, for the finite sets. Width 32 was not tuned: it has the values of 16;
-# width 128 was tuned over decays 1 and 3 at factor 8, on one seed.
+# By width and n, for 3,000 triples. Width 32 was not tuned there: it has the values of
+# width 16. Width 128 was tuned over decays 1 and 3 at factor 8, on one seed.
 _TUNED = {
   (8, 1): Tuned(4.0, 1.0),
   (8, 2): Tuned(4.0, 0.1),
@@ -127,7 +127,7 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
 
 def _rate_trials() -> Iterator[dict]:
   cells = itertools.product(
-    _TUNING_SEEDS, WIDTHS["cpu"], (3_000, ENDLESS), (0.0, 1.0)
+    _TUNING_SEEDS, WIDTHS["cpu"], TRAINING_SETS, (0.0, 1.0)
   )
   for seed, width, num_train, weight in cells:
     trial = _trial("cpu", width, num_train, weight, seed)
