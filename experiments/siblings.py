@@ -26,7 +26,9 @@ step. Gain is NTP minus n = 2 for the loss and n = 2 minus NTP for the shares.
 Presets: `cpu_rates` chooses the learning rate and the weight decay of every width,
 method and training set on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10
 seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of
-widths to 768 and 1,536, with width 128 (1M) in common.
+widths to 768 and 1,536, with width 128 (1M) in common. `reproduce` is the part of `cpu`
+that `make reproduce` trains, widths 8, 32 and 64 with 1,000 triples and seeds 0 to 4;
+`second_seeds` is the same with seeds 5 to 9.
 
 Rules, before the runs. For each training set: the slope of the gain on log10 of NTP's
 parameters, 95 % interval by bootstrap of the seeds within sizes. *Grows* if the
@@ -49,9 +51,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.task_setup import check_preset, task_config, width_of
+from experiments.task_setup import REPRODUCE, check_preset, task_config, width_of
 
-PRESETS = ("cpu", "cpu_rates", "gpu", "cluster")
+PRESETS = ("cpu", "cpu_rates", "gpu", "cluster", *REPRODUCE)
 WIDTHS = {
   "cpu": (8, 16, 32, 64, 128),
   "gpu": (128, 256, 384, 512, 768),
@@ -97,8 +99,7 @@ _TUNED_ENDLESS = Tuned(4.0, 0.1)
 
 def get_config(preset: str = "cpu") -> ConfigDict:
   check_preset(preset, PRESETS)
-  is_cpu = preset.startswith("cpu")
-  config = task_config("siblings", "cpu" if is_cpu else preset)
+  config = task_config("siblings", preset if preset in ("gpu", "cluster") else "cpu")
   config.name = f"siblings_{preset}"
   config.task.siblings.update(num_parents=5, num_children=100, prefix_length=8)
   # Symbols, and what every tokenizer has beside them.
@@ -116,6 +117,12 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials seed by seed, so that a sweep cut short still compares."""
   if preset == "cpu_rates":
     yield from _rate_trials()
+    return
+  if preset in REPRODUCE:
+    for seed, width, weight in itertools.product(
+      REPRODUCE[preset], (8, 32, 64), (0.0, 1.0)
+    ):
+      yield _trial("cpu", width, 1_000, weight, seed)
     return
   for seed in range(_SEEDS[preset]):
     for width in WIDTHS[preset]:
