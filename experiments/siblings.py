@@ -65,8 +65,8 @@ WEIGHTS = (1.0, 0.3)
 _SEEDS = {"cpu": 10, "gpu": 5, "cluster": 5}
 _TUNING_SEEDS = (100, 101)
 _RATE = 3e-3
-_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)
-_DECAYS = (0.1, 1.0, 3.0)
+_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+_DECAYS = (0.1, 1.0, 3.0, 10.0)
 
 
 class Tuned(NamedTuple):
