@@ -79,9 +79,10 @@ class Tuned(NamedTuple):
   weight_decay: float = 0.1
 
 
-# By width and n, for 3,000 triples. Width 32 was not tuned there: it has the values of
-# width 16. Width 128 was tuned over decays 1 and 3 at factor 8, on one seed.
-_TUNED = {
+# By number of triples, then width and n. Width 32 with 3,000 triples and width 16 with
+# 1,000 were not tuned: each has the settings of a neighbour. So has width 128 with 1,000;
+# with 3,000 it was tuned over decays 1 and 3 at factor 8, on one seed.
+_TUNED_3000 = {
   (8, 1): Tuned(4.0, 1.0),
   (8, 2): Tuned(4.0, 0.1),
   (16, 1): Tuned(8.0, 1.0),
@@ -93,6 +94,20 @@ _TUNED = {
   (128, 1): Tuned(8.0, 3.0),
   (128, 2): Tuned(8.0, 3.0),
 }
+_TUNED_1000 = {
+  (8, 1): Tuned(2.0, 3.0),
+  (8, 2): Tuned(8.0, 1.0),
+  (16, 1): Tuned(2.0, 3.0),
+  (16, 2): Tuned(8.0, 1.0),
+  (32, 1): Tuned(8.0, 3.0),
+  (32, 2): Tuned(4.0, 3.0),
+  (64, 1): Tuned(8.0, 3.0),
+  (64, 2): Tuned(4.0, 3.0),
+  (128, 1): Tuned(8.0, 3.0),
+  (128, 2): Tuned(4.0, 3.0),
+}
+# 10,000 triples were not tuned yet.
+_TUNED = {1_000: _TUNED_1000, 3_000: _TUNED_3000, 10_000: _TUNED_3000}
 # With endless triples x4 is best or within 0.003 nats of the best at widths 8, 16, 64.
 _TUNED_ENDLESS = Tuned(4.0, 0.1)
 
@@ -149,7 +164,10 @@ def _rate_trials() -> Iterator[dict]:
 
 def _trial(preset: str, width: int, num_train: int, weight: float, seed: int) -> dict:
   depth = int(weight > 0)
-  tuned = _TUNED.get((width, 1 + depth), Tuned()) if num_train else _TUNED_ENDLESS
+  if num_train:
+    tuned = _TUNED[num_train].get((width, 1 + depth), Tuned())
+  else:
+    tuned = _TUNED_ENDLESS
   method = f"n={1 + depth}" + (f",weight={weight:g}" if depth else "")
   return width_of(width, head=16 if preset == "cpu" else 64) | {
     "name": f"width={width},train={num_train or 'endless'},{method},seed={seed}",
