@@ -24,10 +24,10 @@ token; a perfect model has 2.701), share of new and coherent answers at the best
 step. Gain is NTP minus n = 2 for the loss and n = 2 minus NTP for the shares.
 
 Presets: `cpu_rates` chooses the learning rate and the weight decay of every width,
-method and training set on seeds 100 and 101, which are then thrown away; `cpu` is the experiment, 10
-seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue the ladder of
-widths to 768 and 1,536, with width 128 (1M) in common. `reproduce` is the part of `cpu`
-that `make reproduce` trains, widths 8, 32 and 64 with 1,000 triples and seeds 0 to 4;
+method and training set on seeds 100 and 101, which are then thrown away; `cpu` is the
+experiment, 10 seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue
+the ladder of widths to 768 and 1,536, with width 128 (1M) in common. `reproduce` is the
+part of `cpu` that `make reproduce` trains, widths 8, 32 and 64 with 1,000 triples and seeds 0 to 4;
 `second_seeds` is the same with seeds 5 to 9.
 
 Rules, before the runs. For each training set: the slope of the gain on log10 of NTP's
@@ -79,9 +79,9 @@ class Tuned(NamedTuple):
   weight_decay: float = 0.1
 
 
-# By number of triples, then width and n. Width 32 with 3,000 triples and width 16 with
-# 1,000 were not tuned: each has the settings of a neighbour. So has width 128 with 1,000;
-# with 3,000 it was tuned over decays 1 and 3 at factor 8, on one seed.
+# By number of triples, then width and n. Width 32 with 3,000 triples and widths 16 and
+# 128 with 1,000 were not tuned: they have the settings of a neighbour. Width 128 with
+# 3,000 was tuned over decays 1 and 3 at factor 8, on one seed.
 _TUNED_3000 = {
   (8, 1): Tuned(4.0, 1.0),
   (8, 2): Tuned(4.0, 0.1),

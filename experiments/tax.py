@@ -17,8 +17,8 @@ Score: `main_loss` of eval.json, nats per byte, paired by seed. Tax is method mi
 Presets: `cpu_rates` chooses the learning rate of every width and method on seed 100,
 which is then thrown away; `cpu` is the experiment, 5 seeds (3 at width 128); `gpu`
 (1M to 30M, the same text) and `cluster` (to 300M, the installed packages) continue the
-ladder, with width 128 in common. `reproduce` is what `make reproduce` trains: widths 16,
-32 and 64, NTP and n = 4, 1,000 steps, three seeds; `second_seeds` is the same with
+ladder, with width 128 in common. `reproduce` is what `make reproduce` trains: widths
+16, 32 and 64, NTP and n = 4, 1,000 steps, three seeds; `second_seeds` is the same with
 others.
 
 Rules, before the runs. The tax *falls* with size if the slope of log10 tax on log10
