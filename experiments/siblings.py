@@ -27,8 +27,8 @@ Presets: `cpu_rates` chooses the learning rate and the weight decay of every wid
 method and training set on seeds 100 and 101, which are then thrown away; `cpu` is the
 experiment, 10 seeds (5 at width 128 and at weight 0.3); `gpu` and `cluster` continue
 the ladder of widths to 768 and 1,536, with width 128 (1M) in common. `reproduce` is the
-part of `cpu` that `make reproduce` trains, widths 8, 32 and 64 with 1,000 triples and seeds 0 to 4;
-`second_seeds` is the same with seeds 5 to 9.
+part of `cpu` that `make reproduce` trains: widths 8, 32 and 64, 1,000 triples, seeds 0
+to 4; `second_seeds` is the same with seeds 5 to 9.
 
 Rules, before the runs. For each training set: the slope of the gain on log10 of NTP's
 parameters, 95 % interval by bootstrap of the seeds within sizes. *Grows* if the
