@@ -44,12 +44,7 @@ flags.mark_flag_as_required("topology")
 _MFU = flags.DEFINE_float(
   "mfu", 0.4, "model FLOPs per second over the chips' peak that is assumed"
 )
-_SWEEP = flags.DEFINE_list(
-  "sweep", None, "which sweep_<name> of the experiment to cross; by default all"
-)
-_ONLY = flags.DEFINE_string(
-  "only", None, "plan only the trials whose name has these parts; see launch.sweep"
-)
+trials.define_flags()
 _OUTPUT = flags.DEFINE_string(
   "output", None, "folder for the plan as .md and .json; by default nothing is written"
 )
@@ -64,15 +59,11 @@ def main() -> int:
   if _OUTPUT.value is not None:
     paths.check_folder("output", _OUTPUT.value)
   wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
-  file, preset = cli.config_file()
-  points = trials.points(trials.load_experiment(file), preset, _SWEEP.value)
-  everything = trials.plan(
-    cli.load_config(), cli.config_overrides(), points, Path(".")
-  )
-  chosen = trials.select(everything, _ONLY.value)
+  everything, chosen = trials.from_flags(Path("."))
   # All meshes are checked before the first compilation.
   shapes = [check(chosen, topology) for topology in wanted]
   cache = Path(_COMPILATION_CACHE.value) if _COMPILATION_CACHE.value else None
+  file, preset = cli.config_file()
   title = f"{file.stem}:{preset}" if preset else file.stem
   progress, done, total = PhaseBar("shapes"), 0, sum(map(len, shapes))
   fits = True

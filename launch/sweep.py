@@ -47,15 +47,7 @@ _WORKDIR = cli.define_workdir(
   "folder of the sweep, in which each trial has its run folder", required=False
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
-_SWEEP = flags.DEFINE_list(
-  "sweep", None, "which sweep_<name> of the experiment to cross; by default all"
-)
-_ONLY = flags.DEFINE_string(
-  "only",
-  None,
-  "train only the trials whose name has these parts, each a shell pattern, separated "
-  "by commas: kind=sequential,seed=*",
-)
+trials.define_flags()
 _ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "which engine trains")
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
@@ -154,17 +146,7 @@ def main() -> int:
   if _WORKDIR.value is None and not _DRY_RUN.value:
     raise ConfigError("--workdir is required, but for --dry_run.")
   root = Path(_WORKDIR.value or ".")
-  file, preset = cli.config_file()
-  experiment = trials.load_experiment(file)
-  planned = trials.select(
-    trials.plan(
-      cli.load_config(),
-      cli.config_overrides(),
-      trials.points(experiment, preset, _SWEEP.value),
-      root,
-    ),
-    _ONLY.value,
-  )
+  _, planned = trials.from_flags(root)
   engine = _engine(root)
   if _DRY_RUN.value:
     print(preview(planned, engine))

@@ -28,10 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import base
 from launch.benchmarks import harness, limits, pages, torch_steps
 from launch.benchmarks.harness import FLOOR, OURS, TORCH
-from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
+from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.kernels.attention import import_tokamax
 from mtp_jax.losses import loss_sums
@@ -101,19 +100,14 @@ def main() -> None:
 
 def _config(settings: SimpleNamespace, dim: int, vocab: int, depth: int) -> Config:
   """Returns a small model with such states; only its loss is computed."""
-  return with_overrides(from_config_dict(base.get_config()), {
+  config = harness.make_config(
+    "tiny", "llama", vocab, "sequential", depth, settings.seq_len, settings.batch_size
+  )
+  return with_overrides(config, {
     "trunk.embed_dim": dim,
-    "trunk.num_layers": 1,
     "trunk.num_heads": 1,
     "trunk.num_kv_heads": 1,
-    "mtp.kind": "sequential" if depth else "none",
-    "mtp.depth": depth,
-    "tokenizer.vocab_size": vocab,
-    "data.seq_len": settings.seq_len,
-    "data.batch_size": settings.batch_size,
     "loss.block_tokens": settings.block_tokens,
-    "mesh.data": 1,
-    "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
   })
 
 
