@@ -220,6 +220,7 @@ def flatten(value, name=""):
     yield name, value
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, pair):
   assert_close_run(pair, alone)
   assert len(read_metrics(pair, "train")) == NUM_STEPS // 3
@@ -431,6 +432,7 @@ def test_a_mesh_that_gives_a_row_to_parts_of_two_processes_is_refused(tiny, tmp_
   assert "mesh must split a batch evenly over processes" in job.output()
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_share_the_folder_refuse(tiny, tmp_path):
   folders = [tmp_path / "a", tmp_path / "b"]
   job = Job(tiny, folders, 2)

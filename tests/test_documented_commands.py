@@ -84,6 +84,7 @@ def stopped(tmp_path_factory):
       yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_documented_command_begins_its_work(stopped, line):
   _, _, module, *arguments = COMMANDS[line]
@@ -99,6 +100,7 @@ def test_a_documented_command_begins_its_work(stopped, line):
     assert result.output.endswith(f"{STOP}\n"), result.output
 
 
+@pytest.mark.slow
 def test_the_kubernetes_example_fits_its_slice(stopped):
   (line,) = (x for x in COMMANDS if "--on=kubernetes" in x)
   _, _, module, *arguments = COMMANDS[line]

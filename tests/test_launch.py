@@ -116,6 +116,7 @@ def check_fields_are_documented(workdir):
     assert path.name.startswith((".lock", *listed))
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   command, tmp_path
 ):
