@@ -93,7 +93,7 @@ class Commands:
     return Result(*json.loads(self._server.stdout.readline()))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command() -> Iterator[Commands]:
   with Commands() as commands:
     yield commands
