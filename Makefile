@@ -2,6 +2,7 @@
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
+# make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
@@ -9,6 +10,9 @@ VENV ?= .venv
 RUNS ?= runs/gains_with_scale
 BIN := $(VENV)/bin
 PRESET ?= cpu
+# An extra of pyproject.toml: cuda12, cuda13, tpu.
+ACCEL ?= cpu
+EXTRA := $(addprefix [,$(addsuffix ],$(filter-out cpu,$(ACCEL))))
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Most of a test is compilation, on one core. A file stays on one worker, with its
 # fixtures and compiled programs.
@@ -44,15 +48,15 @@ bench: setup-dev
 	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
 	done
 
-setup: $(VENV)/.requirements
-setup-dev: $(VENV)/.requirements-dev
+setup: $(VENV)/.setup-$(ACCEL)
+setup-dev: $(VENV)/.setup-dev
 
-$(VENV)/.requirements: requirements.txt
+$(VENV)/.setup-$(ACCEL): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(EXTRA)"
 	touch $@
 
-$(VENV)/.requirements-dev: requirements.txt requirements-dev.txt
+$(VENV)/.setup-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@ $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.setup-cpu

@@ -48,7 +48,7 @@ _SHARD_SIZE = flags.DEFINE_integer(
   "bytes of text in a shard; about two shards for each worker are held in memory",
   lower_bound=1,
 )
-flags.mark_flag_as_required("output")
+cli.require("output")
 
 
 def main() -> int:
