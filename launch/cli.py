@@ -306,7 +306,7 @@ def run(
       sys.exit(0)
     argv[1:] = words.expand(argv[1:], first)
     if config and _config_value(argv) is None:
-      argv.append(f"--config={words.experiment_file(config)}")
+      argv.insert(1, f"--config={words.experiment_file(config)}")
     return _parse(argv)
 
   app.run(guarded, flags_parser=parse)

@@ -10,7 +10,6 @@ from absl import flags
 from launch.words import COMMANDS
 from mtp_jax.config import keys, type_name
 
-_WRAP = textwrap.TextWrapper(84, initial_indent="      ", subsequent_indent="      ")
 _COMMON = (
   "mtp.kind", "mtp.depth", "mtp.weight", "trunk.num_layers", "trunk.embed_dim",
   "data.source", "data.path", "data.seq_len", "data.batch_size",
@@ -84,4 +83,5 @@ def _flag(flag: flags.Flag, is_required: bool) -> str:
   elif flag.default not in (None, False, [], ""):
     meaning += f" (default {flag.default_as_str.strip(chr(39))})"
   meaning = re.sub(r"\s+", " ", meaning)
-  return f"  {name}\n{_WRAP.fill(meaning)}"
+  return textwrap.fill(f"{name}: {meaning}", 88, initial_indent="  ",
+                       subsequent_indent="      ")

@@ -19,7 +19,10 @@ from mtp_jax.config import from_config_dict, to_dict
 from tests import commands
 from tests.commands import ROOT, Commands
 
-DOCUMENTS = ("README.md", "launch/README.md", "experiments/README.md")
+DOCUMENTS = (
+  "README.md", "CONTRIBUTING.md", "docs/inside.md", "launch/README.md",
+  "experiments/README.md",
+)
 _FORMS = r"\.\.\.|COMMAND"  # These are no commands.
 STOP = "here the work would begin"
 _STOPS = textwrap.dedent(f"""
@@ -81,11 +84,13 @@ def stopped(tmp_path_factory):
   for name in ("experiments", "launch", "mtp_jax"):
     (folder / name).symlink_to(ROOT / name)
   config = json.dumps(to_dict(from_config_dict(base.get_config())))
-  for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa"):
+  for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa",
+              "runs/mine", "runs/self_speculation", "runs/smoke"):
     (folder / run).mkdir(parents=True)
     (folder / run / "config.json").write_text(config)
   (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
   (folder / "start.py").write_text("def f():")
+  (folder / "input.txt").write_text("text\n" * 50)
   (folder / "text").mkdir()
   (folder / "text" / "a.txt").write_text("text\n" * 50)
   with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +130,8 @@ def test_the_kubernetes_example_fits_its_slice(stopped):
 def test_there_are_commands_of_every_kind():
   modules = {command[0] for command in COMMANDS.values()}
   every = {f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py")}
-  commands_ = {x for x in every if "__main__" in _source(x)} - {"launch.__main__"}
+  is_main = 'if __name__ == "__main__"'
+  commands_ = {x for x in every if is_main in _source(x)} - {"launch.__main__"}
   assert commands_ - modules == set() and len(COMMANDS) > 40
 
 

@@ -115,8 +115,8 @@ def test_help_of_a_sweep_has_the_flags_of_one_engine(command):
     (["--on=kubernetes"], "--kubernetes", "--parallel"),
   ):
     text = command("launch", "sweep", *on, "--help").output
-    assert f"\n  {own}\n" in text and f"\n  {others}\n" not in text
-    assert "\n  --only\n" in text
+    assert f"\n  {own}: " in text and f"\n  {others}: " not in text
+    assert "\n  --only: " in text
 
 
 def test_the_list_of_keys_has_all_of_each_line(capsys, monkeypatch):
