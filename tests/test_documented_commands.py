@@ -5,6 +5,7 @@ flags are parsed, configs and files are checked, sweeps are planned, scripts and
 manifests are made.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -98,7 +99,7 @@ def stopped(tmp_path_factory):
     patch.setattr(commands, "ROOT", folder)
     patch.setenv("PYTHONPATH", str(ROOT))
     with Commands() as server:
-      yield server
+      yield functools.partial(server, folder=folder)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
