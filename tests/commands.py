@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from tests.quick_xla import xla_flags
 
@@ -91,6 +93,15 @@ class Commands:
     line = json.dumps([str(folder), module, arguments])
     print(line, file=self._server.stdin, flush=True)
     return Result(*json.loads(self._server.stdout.readline()))
+
+
+def run_report(**values: object) -> int:
+  """Runs launch.report in this process with these values of its flags."""
+  from launch import report  # Here, because it imports what takes long.
+
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**values):
+    return report.main()
 
 
 @pytest.fixture(scope="session")

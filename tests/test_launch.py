@@ -58,7 +58,9 @@ def test_help_shows_examples_and_flags(command, module):
   result = command(module, "--help")
   assert result.code == 0
   assert not result.touched_backend
-  assert result.output.count(f"python -m {module} ") >= 2
+  name = module.removeprefix("launch.")
+  examples = rf"\n  (?:mtp-jax {name}|python -m {re.escape(module)}) "
+  assert len(re.findall(examples, result.output)) >= 2
   assert "--workdir: " in result.output
   assert "run folder" in result.output
 

@@ -372,7 +372,7 @@ def test_command_teaches():
     [sys.executable, "-m", "launch.prepare", "--help"], capture_output=True, text=True
   )
   assert shown.returncode == 0
-  assert "\n  python -m launch.prepare --config=experiments/base.py" in shown.stdout
+  assert "\n  mtp-jax prepare base --output=data/mine" in shown.stdout
   for flag in ("--config:", "--output:", "--workers:", "--shard_size:"):
     assert flag in shown.stdout
 

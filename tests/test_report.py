@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from launch import cli, report
+from launch import cli
 from mtp_jax.analysis import figures
 from mtp_jax.analysis.gains import analyse
 from mtp_jax.analysis.report import write_report
 from mtp_jax.analysis.runs import load
+from tests.commands import run_report
 from tests.synthetic_runs import World, trial_config, write_ladder, write_trial
 
 WORLD = World(gain={("sequential", 1): (-0.02, 0.04), ("parallel", 3): (-0.05, 0.02)})
@@ -159,13 +160,13 @@ def test_command_prints_the_verdict_and_what_it_wrote(tmp_path, capsys, one_figu
   """One seed, one size, nothing but what a first try leaves."""
   for kind, depth in (("none", 0), ("sequential", 1)):
     write_trial(tmp_path, WORLD, trial_config(16, kind, depth))
-  assert report.main([str(tmp_path)]) == 0
+  assert run_report(workdir=str(tmp_path)) == 0
   out = capsys.readouterr().out
   assert "sequential D=1 n/a (needs two pairs of seeds) at 13k" in out
   assert "nan" not in out
   assert "2 of 2 trials below the folder are finished" in out
   assert f"{tmp_path}/report/report.html" in out
-  assert report.main([str(tmp_path)]) == 0  # Its own output is not taken for runs.
+  assert run_report(workdir=str(tmp_path)) == 0  # Its own output is not taken for runs.
 
 
 @pytest.mark.slow
@@ -189,10 +190,10 @@ def test_nothing_finished_is_said_and_still_a_report(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path, capsys):
-  assert report.main([str(tmp_path / "nowhere")]) == cli.BAD_INPUT
+  assert run_report(workdir=str(tmp_path / "nowhere")) == cli.BAD_INPUT
   assert "nowhere: no such folder" in capsys.readouterr().err
   run = write_trial(tmp_path, WORLD, trial_config(16), name="damaged")
   (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nnonsense\n')
-  assert report.main([str(tmp_path)]) == cli.BAD_INPUT
+  assert run_report(workdir=str(tmp_path)) == cli.BAD_INPUT
   assert f"error: {run}/metrics.jsonl, line 2: not a record" in capsys.readouterr().err
   assert not (tmp_path / "report").exists()
