@@ -43,6 +43,7 @@ test-all: test test-slow test-slurm
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 house: setup-dev
 	$(BIN)/python -m tests.house
