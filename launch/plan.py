@@ -31,14 +31,14 @@ from absl import flags
 from launch import cli, paths, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
-from launch.progress import Progress
 from launch.states import Trial
 from launch.tables import markdown
 from mtp_jax import accounting, environment
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from mtp_jax.predictors import kind_of
+from mtp_jax.progress import Progress
 from mtp_jax.sharding import MESH_AXES, make_mesh
 
 cli.define_config()

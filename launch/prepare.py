@@ -27,10 +27,10 @@ import os
 from absl import flags
 
 from launch import cli, exits, paths
-from launch.progress import Progress
 from mtp_jax.config import DataConfig
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, prepared, sources
+from mtp_jax.progress import Progress
 
 cli.define_config()
 _OUTPUT = flags.DEFINE_string(
