@@ -27,6 +27,7 @@ import os
 from absl import flags
 
 from launch import cli, exits, paths
+from mtp_jax import files
 from mtp_jax.config import DataConfig
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, prepared, sources
@@ -65,7 +66,7 @@ def main() -> int:
       progress=progress,
     )
   except OSError as error:
-    if exits.is_bad_path(error):
+    if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:

@@ -40,6 +40,7 @@ from launch.engines.engine import Engine
 from launch.engines.local import Local
 from launch.engines.order import MOST_PACKED
 from launch.states import Choice, Trial
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
 cli.define_config()
@@ -250,7 +251,7 @@ def _alone(root: Path) -> Iterator[None]:
   """Keeps others from submitting the same trials meanwhile."""
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(cli.exclusive(root))
+      stack.enter_context(run_folder.exclusive(root))
     except ConfigError as error:
       raise ConfigError(f"another sweep is being started in {root}.") from error
     yield

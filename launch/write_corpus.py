@@ -93,7 +93,7 @@ def main() -> int:
   except ValueError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except OSError as error:
-    if exits.is_bad_path(error):
+    if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:

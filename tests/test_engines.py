@@ -427,7 +427,7 @@ def test_the_reason_comes_from_the_log(tmp_path):
 def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
   (trial,) = plan(tmp_path, "a")
   fill(trial, state="training")
-  with cli.exclusive(trial.workdir):
+  with run_folder.exclusive(trial.workdir):
     conclude(trial, 2)
     assert states.read_state(trial).kind == "running"
   assert json.loads((trial.workdir / "status.json").read_text())["state"] == "training"
@@ -503,10 +503,10 @@ def test_the_lock_decides_whether_a_trial_is_running(tmp_path):
   killed, at_work, unlocked = plan(tmp_path, "killed", "at_work", "unlocked")
   for trial in (killed, at_work, unlocked):
     fill(trial, state="training", host="another")
-  with cli.exclusive(killed.workdir):
+  with run_folder.exclusive(killed.workdir):
     assert kind(killed) == "running"
   assert kind(killed) == kind(killed, Job("unknown")) == kind(unlocked) == "lost"
-  with cli.exclusive(at_work.workdir):
+  with run_folder.exclusive(at_work.workdir):
     assert jobs.choose([killed, at_work], again=False).todo == [killed]
 
 
@@ -534,8 +534,8 @@ def test_asking_for_a_state_keeps_nobody_from_starting(tmp_path):
   lock = (tmp_path / run_folder.LOCK).open("w")
   fcntl.flock(lock, fcntl.LOCK_SH)
   threading.Timer(0.1, lock.close).start()
-  with cli.exclusive(tmp_path):
-    assert cli.is_in_use(tmp_path)
+  with run_folder.exclusive(tmp_path):
+    assert run_folder.is_in_use(tmp_path)
 
 
 def test_the_table_shows_states_and_reasons(tmp_path):
@@ -624,7 +624,7 @@ def test_a_worker_has_its_share_of_the_machine(monkeypatch):
 
 def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
   (trial,) = plan(tmp_path, "a")
-  with cli.exclusive(trial.workdir):
+  with run_folder.exclusive(trial.workdir):
     outcome = workers.train(trial.config, trial.workdir)
   assert outcome.kind == "claimed" and "in use by another process" in outcome.text
   assert os.listdir(trial.workdir) == [".lock"]
@@ -636,8 +636,8 @@ def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
 
 def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(fcntl, "flock", no_locks)
-  with cli.exclusive(tmp_path):
-    assert not cli.is_in_use(tmp_path)
+  with run_folder.exclusive(tmp_path):
+    assert not run_folder.is_in_use(tmp_path)
   assert "nothing keeps a second process out" in capsys.readouterr().err
 
 
@@ -649,7 +649,7 @@ def test_cancelling_stops_the_sweep_of_a_trial(tmp_path, monkeypatch):
     fill(trial)
     host = host or socket.gethostname()
     states.write_record(trial.workdir, "local", pid=77, host=host)
-  with cli.exclusive(here.workdir), cli.exclusive(there.workdir):
+  with run_folder.exclusive(here.workdir), run_folder.exclusive(there.workdir):
     (said,) = jobs.cancel([here, idle, there])
   assert killed == [(77, signal.SIGTERM)]
   assert said == (
@@ -788,7 +788,7 @@ def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
 
 def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
   root = tmp_path / "runs"
-  with cli.exclusive(root):
+  with run_folder.exclusive(root):
     result = command("launch.sweep", NTP, f"--workdir={root}", "--on=print")
   assert result.code == 2
   assert result.output == f"error: another sweep is being started in {root}.\n"

@@ -18,7 +18,7 @@ import types
 import pytest
 
 from experiments import base
-from launch import cli, jobs, state_table, states, trials
+from launch import jobs, state_table, states, trials
 from launch.engines import local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.pace import Pace, Work, makespan
@@ -305,7 +305,7 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   assert not list(tmp_path.iterdir())
 
   done(first)
-  with cli.exclusive(others[0].workdir):
+  with run_folder.exclusive(others[0].workdir):
     share(planned)
   found = kinds(planned)
   assert [found[trial.name] for trial in (first, *others)] == [
@@ -365,7 +365,7 @@ def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
   )
   choice = jobs.choose([one, two, three, other], again=False)
   assert choice.todo == [two, other]
-  with cli.exclusive(three.workdir):
+  with run_folder.exclusive(three.workdir):
     choice = jobs.choose([one, two, three, other], again=False)
   assert (choice.active, choice.todo) == ([three], [other])
   done(one)

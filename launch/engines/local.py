@@ -437,7 +437,7 @@ class Local:
   @staticmethod
   def cancel(records: dict[str, Record]) -> str:
     """Stops the sweeps that train these trials, with all that they train."""
-    busy = [r for r in records.values() if cli.is_in_use(Path(r["workdir"]))]
+    busy = [r for r in records.values() if run_folder.is_in_use(Path(r["workdir"]))]
     pids = {r["pid"] for r in busy if r["host"] == socket.gethostname()}
     for pid in pids:
       os.kill(pid, signal.SIGTERM)

@@ -272,7 +272,7 @@ def measure(config: Config, most: int) -> int:
 def _taken(stack: contextlib.ExitStack, workdir: Path) -> Outcome | None:
   """Holds a run folder, or returns why there is nothing to be trained in it."""
   try:
-    stack.enter_context(cli.exclusive(workdir))
+    stack.enter_context(run_folder.exclusive(workdir))
   except ConfigError as error:
     return Outcome("claimed", str(error))
   # By another sweep, since this one looked.
