@@ -56,13 +56,13 @@ class Trial:
     return self.config.name
 
   @functools.cached_property
-  def shape(self) -> ProgramConfig:
-    """Trials of equal shape share their compiled programs."""
+  def program(self) -> ProgramConfig:
+    """What compiled programs depend on; trials of equal ones share their programs."""
     return program_config(self.resolved)
 
   @property
   def counts(self) -> accounting.Counts:
-    return _counts(self.shape)
+    return _counts(self.program)
 
   @property
   def num_steps(self) -> int:
@@ -85,8 +85,8 @@ class Trial:
 
 
 @functools.cache
-def _counts(shape: ProgramConfig) -> accounting.Counts:
-  return accounting.count(shape)
+def _counts(program: ProgramConfig) -> accounting.Counts:
+  return accounting.count(program)
 
 
 @dataclasses.dataclass(frozen=True)

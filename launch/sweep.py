@@ -66,7 +66,7 @@ _PARALLEL = flags.DEFINE_integer(
 _PACK = flags.DEFINE_string(
   "pack",
   "1",
-  "local: most trials of one shape that are trained side by side in one program, "
+  "local: most trials of one program that are trained side by side in one program, "
   f"spread over the devices that there are; auto: as many as fit, up to "
   f"{MOST_PACKED}",
 )
@@ -304,9 +304,9 @@ def dry_run_table(planned: list[Trial]) -> str:
   copies = states.copies(planned)
   total = sum(trial.flops for trial in planned if trial.name not in copies)
   same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
-  shapes = len({trial.shape for trial in planned})
+  programs = len({trial.program for trial in planned})
   return (
-    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
+    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {programs} program(s), "
     f"{total:.3g} FLOPs{same}"
   )
 

@@ -118,15 +118,6 @@ def map_over_trial_devices(
   )
 
 
-def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-  """Returns a mesh without devices, for tracing; `data = -1` counts as 1."""
-  return jax.sharding.AbstractMesh(
-    tuple(abs(getattr(config, axis)) for axis in MESH_AXES),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-  )
-
-
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Returns the number of parts into which the rows of a batch are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]

@@ -1,9 +1,9 @@
 """Training: the loop of one run, from its config to its evaluation.
 
-    fit -> _train -> programs(shape).step -> train_step -> batch_loss -> loss_sums
+    fit -> _train -> programs(config).step -> train_step -> batch_loss -> loss_sums
 
 `run` has the parts of a run, `run_log` what happens between two steps. Several runs of
-one shape side by side, in one program, are trained by `pack`.
+one program side by side are trained by `pack`.
 """
 
 import contextlib

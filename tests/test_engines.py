@@ -43,7 +43,7 @@ NTP = "--config=experiments/ntp_baseline.py"
 
 
 def plan(root, *names, **overrides):
-  """Returns trials of one shape, and of another for names with `wide`."""
+  """Returns trials of one program, and of another for names with `wide`."""
   wide = {"trunk.mlp_dim": 512}
   config = with_overrides(from_config_dict(base.get_config()), overrides)
   swept = [
@@ -664,7 +664,7 @@ def sweep_of(planned, root, **options):
 def test_what_is_retried_follows_the_exit_class(tmp_path):
   crashed, broken = plan(tmp_path, "crashed", "broken")
   passed = sweep_of([crashed, broken], tmp_path, max_attempts=2)
-  worker = types.SimpleNamespace(give=lambda *_: None, trials=[], shape=None)
+  worker = types.SimpleNamespace(give=lambda *_: None, trials=[], program=None)
   for trial, kinds in ((crashed, ("infrastructure",) * 2), (broken, ("config",))):
     for exit_class in kinds:
       passed._waiting = [trial]
@@ -708,10 +708,10 @@ def test_packs_are_even_and_hold_what_is_alike(tmp_path):
   found = {trial.name: State("waiting") for trial in planned}
   found["b"] = State("stopped", step=3)
   assert order.preview_packs(planned, found, 2, 1).splitlines() == [
-    "shape 1, 2 trial(s): c d",
-    "shape 1, 2 trial(s): e a",
-    "shape 1, 1 trial(s): b",
-    "shape 2, 1 trial(s): wide",
+    "program 1, 2 trial(s): c d",
+    "program 1, 2 trial(s): e a",
+    "program 1, 1 trial(s): b",
+    "program 2, 1 trial(s): wide",
   ]
 
 
@@ -719,7 +719,7 @@ def test_a_pack_that_failed_is_not_packed_again(tmp_path):
   planned = plan(tmp_path, "a", "b", "c")
   given = []
   worker = types.SimpleNamespace(
-    give=lambda *args: given.append(args), trials=[], shape=None
+    give=lambda *args: given.append(args), trials=[], program=None
   )
   passed = sweep_of(planned, tmp_path, max_attempts=1, pack=2)
   passed._give(worker)
@@ -797,7 +797,7 @@ def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
 
 def test_a_dry_run_shows_packs(command):
   result = command("launch.sweep", NTP, "--dry_run", "--pack=auto")
-  assert result.code == 0 and "\nshape 1, 5 trial(s): seed=0 seed=1" in result.output
+  assert result.code == 0 and "\nprogram 1, 5 trial(s): seed=0 seed=1" in result.output
   assert "\npacks of at most 32, if as many fit the memory:\n" in result.output
   wide = command("launch.sweep", NTP, "--workdir=x", "--pack=2", "--config.mesh.fsdp=2")
   assert wide.code == 2 and "The devices come from --pack: each trial" in wide.output
