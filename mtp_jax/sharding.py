@@ -118,6 +118,17 @@ def map_over_trial_devices(
   )
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+  """Returns the options with which programs on a mesh are compiled.
+
+  XLA for CPU may start the collectives of a program in another order on each device of
+  a process. With few cores these devices then wait for each other without end.
+  """
+  if mesh.local_mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+    return None
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Returns the number of parts into which the rows of a batch are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
