@@ -117,6 +117,7 @@ def test_left_at_any_point_it_is_completed(config, reference, tmp_path):
     assert before is None or kept.stat().st_ino == before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
   """SIGKILL in the middle: no process stays, and the rest is done by the next run."""
   corpus = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
@@ -149,6 +150,7 @@ def test_killed_and_run_again(tmp_path):
   assert content(output) == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sigint_raises")
 def test_interrupted_from_the_terminal(tmp_path):
   """Ctrl-C goes to all processes of the group: one message, and nobody stays."""
@@ -332,6 +334,7 @@ def test_a_full_disk_leaves_no_half_shard(config, tmp_path):
   assert len(np.load(tmp_path / "shard-00000.npy")) == len(documents)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run(tmp_path):
   """As when the system takes a worker's memory: a message, and no waiting for ever."""
   corpus = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
@@ -369,7 +372,7 @@ def test_command_teaches():
     [sys.executable, "-m", "launch.prepare", "--help"], capture_output=True, text=True
   )
   assert shown.returncode == 0
-  assert "\n  python -m launch.prepare --config=experiments/base.py" in shown.stdout
+  assert "\n  mtp-jax prepare base --output=data/mine" in shown.stdout
   for flag in ("--config:", "--output:", "--workers:", "--shard_size:"):
     assert flag in shown.stdout
 
