@@ -488,6 +488,7 @@ for workdir in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_reported_in_few_lines(tmp_path):
   run = save_run(tmp_path / "whole", tiny_config("sequential", 2))
   copies = []

@@ -274,6 +274,7 @@ def test_folders_of_others_are_refused(config, tmp_path):
   assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.slow
 def test_one_file_is_enough_and_the_command_prints_how_it_is_split(tmp_path):
   (tmp_path / "input.txt").write_text("one long text, " * 500)
   output = tmp_path / "prepared"
@@ -367,6 +368,7 @@ def command_line(pid: int) -> bytes:
   return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_command_teaches():
   shown = subprocess.run(
     [sys.executable, "-m", "launch.prepare", "--help"], capture_output=True, text=True
@@ -401,6 +403,7 @@ def test_progress_estimates_from_what_this_run_did():
   ]
 
 
+@pytest.mark.slow
 def test_workers_start_no_backend():
   """A worker imports the command's module, and for its work nothing else."""
   check = "import sys, launch.prepare; bridge = sys.modules.get('jax._src.xla_bridge')"
@@ -410,6 +413,7 @@ def test_workers_start_no_backend():
   subprocess.run([sys.executable, "-c", alone], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flag, message",
   [
