@@ -1,7 +1,8 @@
 # make reproduce   set up, train two CPU ladders, write the report (resumable;
 #                  LADDER=second_seeds: the same with other seeds)
-# make test        set up, lint, run the tests
-# make test-all    the slow ones too (make test-slow: those alone)
+# make test        set up, lint, run the quick tests: units, oracles, one tiny run
+# make test-all    set up, lint, run all tests: processes, runs, mutants, Slurm too
+# make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
@@ -38,7 +39,10 @@ test-slow: setup-dev
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
-test-all: test test-slow test-slurm
+# In one session: a file compiles its programs and makes its runs once.
+test-all: lint
+	$(BIN)/python -m pytest $(SPREAD) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

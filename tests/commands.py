@@ -104,7 +104,7 @@ def run_report(**values: object) -> int:
     return report.main()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command() -> Iterator[Commands]:
   with Commands() as commands:
     yield commands

@@ -105,6 +105,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_training_reports_its_own_error_and_goes_on_when_there_is_room(
   config, undisturbed, tmp_path, monkeypatch, capfd

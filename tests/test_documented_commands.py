@@ -102,6 +102,7 @@ def stopped(tmp_path_factory):
       yield functools.partial(server, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_documented_command_begins_its_work(stopped, line):
   module, *arguments = COMMANDS[line]
@@ -118,6 +119,7 @@ def test_a_documented_command_begins_its_work(stopped, line):
     assert result.output.endswith(f"{STOP}\n"), result.output
 
 
+@pytest.mark.slow
 def test_the_kubernetes_example_fits_its_slice(stopped):
   (line,) = (x for x in COMMANDS if "--on=kubernetes" in x)
   module, *arguments = COMMANDS[line]

@@ -109,6 +109,7 @@ def test_planted_results_get_their_verdict(root, name, key, verdict, words):
   assert words in finding.ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_experiment_has_its_picture(root, name):
   experiment = EXPERIMENTS[name]

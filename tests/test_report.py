@@ -43,6 +43,7 @@ def written(folder, tmp_path_factory):
   return write_report(folder, output, "python -m launch.report x"), output
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_numbers(written):
   result, output = written
   names = {path.name for path in result.paths}
@@ -53,6 +54,7 @@ def test_every_figure_has_its_numbers(written):
   assert names == {path.name for path in output.iterdir()}
 
 
+@pytest.mark.slow
 def test_tables_hold_the_analysis(folder, written):
   _, output = written
   gains = analyse(load(folder)).gains
@@ -64,6 +66,7 @@ def test_tables_hold_the_analysis(folder, written):
   np.testing.assert_allclose(figure["low"], main["low"])
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(written):
   result, _ = written
   text = result.paths[0].read_text()
@@ -74,6 +77,7 @@ def test_the_page_stands_alone(written):
   assert not re.search(r"<script|<link|@import|url\(", text)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_a_reader_needs(written):
   result, _ = written
   text = result.paths[0].read_text()
@@ -94,6 +98,7 @@ def test_the_page_says_what_a_reader_needs(written):
     assert words in text, words
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_a_sentence_a_figure_and_a_table(written):
   """Everything else is folded away; the Markdown has the same parts as the HTML."""
   _, output = written
@@ -110,6 +115,7 @@ def test_the_page_begins_with_a_sentence_a_figure_and_a_table(written):
   assert first.count("no effect found at") <= 1
 
 
+@pytest.mark.slow
 def test_sweeps_show_what_varies(written):
   _, output = written
   weights = pd.read_csv(output / "weight_sweep.csv")
@@ -122,6 +128,7 @@ def test_sweeps_show_what_varies(written):
   assert (depths["ntp_loss"] > 2).all()
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_named_and_print_no_nan(tmp_path, one_figure):
   for kind, depth in (("none", 0), ("sequential", 1)):
     run = write_trial(tmp_path, WORLD, trial_config(16, kind, depth), name=kind)
@@ -162,6 +169,7 @@ def test_command_prints_the_verdict_and_what_it_wrote(tmp_path, capsys, one_figu
   assert run_report(workdir=str(tmp_path)) == 0  # Its own output is not taken for runs.
 
 
+@pytest.mark.slow
 def test_ladders_that_cannot_be_compared_stand_apart(tmp_path, one_figure):
   for source in ("stdlib", "site_packages"):
     for kind, depth in (("none", 0), ("sequential", 1)):

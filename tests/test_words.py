@@ -156,6 +156,7 @@ def test_the_folder_of_a_run_is_that_of_its_experiment(command, tmp_path):
     assert f"--workdir={ROOT}/{folder}/" in result.output
 
 
+@pytest.mark.slow
 def test_commands_work_in_any_folder(tmp_path):
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   found = subprocess.run(
