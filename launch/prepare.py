@@ -25,10 +25,11 @@ import os
 from absl import flags
 
 from launch import cli, exits, paths
-from launch.progress import PhaseBar
+from mtp_jax import files
 from mtp_jax.config import DataConfig
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, prepared, sources
+from mtp_jax.progress import Progress
 
 cli.define_config()
 _OUTPUT = flags.DEFINE_string(
@@ -53,7 +54,7 @@ def main() -> int:
   paths.check_folder("output", _OUTPUT.value)
   config = cli.load_config()
   validate(config)
-  progress = PhaseBar("B")
+  progress = Progress("B")
   try:
     folder = prepare.prepare_folder(
       config,
@@ -63,7 +64,7 @@ def main() -> int:
       progress=progress,
     )
   except OSError as error:
-    if exits.is_bad_path(error):
+    if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
   finally:

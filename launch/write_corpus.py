@@ -31,13 +31,13 @@ import numpy as np
 from absl import flags
 
 from launch import cli, decoding, paths
-from launch.progress import PhaseBar
 from mtp_jax import files, self_distillation
 from mtp_jax.checkpoint import fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
 from mtp_jax.data.pipeline import Corpus, load_corpus
 from mtp_jax.environment import code_commit
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
+from mtp_jax.progress import Progress
 from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder of the model that writes")
@@ -169,7 +169,7 @@ def _write(
   length = settings["excerpt_tokens"]
   excerpts = self_distillation.Excerpts(corpus, length, _AT.value, seed)
   part = _unfinished(output)
-  progress = PhaseBar("texts")
+  progress = Progress("texts")
   try:
     for first in range(_resume(part, size), total, size):
       # Too many in the last batch: it has the shape of the others, compiled once.

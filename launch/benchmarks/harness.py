@@ -24,9 +24,9 @@ from absl import flags
 from experiments import base
 from launch import paths
 from launch.huge_pages import start_with_huge_pages
-from launch.progress import PhaseBar
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
+from mtp_jax.progress import Progress
 
 flags.disclaim_key_flags()
 
@@ -335,7 +335,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
   """Returns the rows of all cases; shows how many are measured."""
   cases, rows = list(cases), []
-  progress = PhaseBar("cases")
+  progress = Progress("cases")
   for number, case in enumerate(cases):
     progress("measured", number, len(cases))
     rows += measured(case)
