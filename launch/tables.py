@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mtp_jax import environment
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 
 
 def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
