@@ -70,15 +70,16 @@ _DECAYS = (0.1, 1.0, 3.0)
 class Tuned(NamedTuple):
   """What `cpu_rates` chose: factor on the learning rate, and weight decay.
 
-  The defaults are for the widths of `gpu` and `cluster`, which need a tuning of theirs.
+  The defaults are for the widths of `gpu` and `cluster`, which have not been tuned.
   """
 
   factor: float = 1.0
   weight_decay: float = 0.1
 
 
-# By width and n, for the finite sets. Width 32 was not tuned: it has the values of 16;
-# width 128 was tuned over decays 1 and 3 at factor 8, on one seed.
+# Keys are (width, n); the settings are for the finite training sets. Width 32 was not
+# tuned and uses the settings of width 16. Width 128 was tuned on one seed, over weight
+# decays 1 and 3 at factor 8.
 _TUNED = {
   (8, 1): Tuned(4.0, 1.0),
   (8, 2): Tuned(4.0, 0.1),
@@ -91,7 +92,8 @@ _TUNED = {
   (128, 1): Tuned(8.0, 3.0),
   (128, 2): Tuned(8.0, 3.0),
 }
-# With endless triples x4 is best or within 0.003 nats of the best at widths 8, 16, 64.
+# With endless triples the factor 4 is best, or within 0.003 nats of the best, at widths
+# 8, 16 and 64.
 _TUNED_ENDLESS = Tuned(4.0, 0.1)
 
 

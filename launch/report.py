@@ -10,15 +10,20 @@ Reads config.json, eval.json and metrics.jsonl of every run folder below RUNS (r
 for commit and hardware only), finished or not, and writes to the output folder
 report.html (everything in one file), the same page as report.md, one PNG and one CSV
 per figure, and the tables behind them. The page begins with a sentence, a figure and a
-table: what each way of predicting more tokens gains over next-token prediction (NTP) at
-equal tokens, FLOPs and wall clock, by size, each with its interval and verdict; and
-whether the ladder counts as evidence about size. It counts if every size has NTP at two
-seeds or more and at three learning rates, the best in the middle, and each method was
-trained at the rates on both sides of its own, on one seed at least. Arm `flops`
-(mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall clock are measured
-with.
+table: what each way of predicting more tokens gains over next-token prediction (NTP),
+by size, each with its interval and verdict. On text that is the tax, at equal tokens,
+FLOPs and wall clock; trials on `siblings` have the gain at the best step, trials on
+`star_graph` the tokens saved until the graph is solved. The command prints the sentence
+and the path of the page last.
+
+The page also has whether a ladder on text counts as evidence about size. It counts if
+every size has NTP at two seeds or more and at three learning rates, the best in the
+middle, and each method was trained at the rates on both sides of its own, on one seed
+at least. Arm `flops` (mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall
+clock are measured with.
 
 With --results it writes what is worth keeping of the runs instead, as small tables.
+--interim says how much of the experiment they have, where verdicts may still change.
 
 With --findings it reads such tables, one folder an experiment, finished or not, and
 sets every published claim beside what was measured: findings.md, findings.csv,
@@ -62,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.fail(str(e), cli.BAD_INPUT)
   except OSError as e:
     return cli.fail(f"the report could not be written: {e}", exits.FAILED)
-  print(report.text)
-  print("\nWritten:")
-  for path in report.paths:
-    print(f"  {path}")
+  print(f"{report.text}\n\n{report.sentence}\nOpen: {report.paths[0]}")
   return 0
 
 
@@ -93,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     help="with --results: how the runs were started; may be given several times",
   )
   parser.add_argument(
+    "--interim", default="", metavar="WORDS",
+    help="with --results: the results are not all, these are what there is, such as "
+    "'3 of 10 seeds, widths 8 to 64'",
+  )
+  parser.add_argument(
     "--findings", action="store_true", help="write the verdicts on published claims"
   )
   return parser
@@ -100,18 +107,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _broken_rule(flags: argparse.Namespace) -> str:
   """Returns what is wrong with the flags together, or nothing."""
+  if flags.findings and flags.runs:
+    return f"--findings reads results: RUNS must not be given, got {flags.runs}."
+  for flag in ("command", "interim"):
+    if getattr(flags, flag) and flags.findings:
+      return f"--{flag} goes with RUNS and --results, not with --findings."
+    if getattr(flags, flag) and not flags.results:
+      return f"--{flag} goes with --results, which is missing."
   if flags.findings:
-    if flags.runs:
-      return f"--findings reads results: RUNS must not be given, got {flags.runs}."
-    if flags.command:
-      return "--command goes with RUNS and --results, not with --findings."
     return ""
   if not flags.runs:
     return "RUNS is required: a run folder, or any folder above some (or --findings)."
   if flags.results and not flags.command:
     return "--command is required with --results: the command that started the runs."
-  if flags.command and not flags.results:
-    return "--command goes with --results, which is missing."
   if flags.results and flags.output:
     return "--output goes with a report or --findings; --results says where to write."
   return ""
@@ -126,11 +134,11 @@ def _report(flags: argparse.Namespace) -> Report:
 
 def _results(flags: argparse.Namespace) -> Report:
   runs = load(flags.runs)
-  paths = results_lib.write(runs, flags.results, flags.command)
+  paths = results_lib.write(runs, flags.results, flags.command, flags.interim)
   missing = [f"Not finished: {x}." for x in results_lib.unfinished(runs)]
   finished = len(runs.trials) - len(missing)
   text = f"{finished} of {len(runs.trials)} trials below {flags.runs} are finished."
-  return Report("\n".join([text, *missing]), tuple(paths))
+  return Report("\n".join(missing), text, tuple(paths))
 
 
 def _findings(flags: argparse.Namespace) -> Report:

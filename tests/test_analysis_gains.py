@@ -215,7 +215,7 @@ def test_slope_without_a_complete_seed_has_no_interval():
 
 
 def test_learning_rates_are_compared_on_shared_seeds():
-  base = {"status": "finished", "copy": ""}
+  base = {"status": "finished", "copy": "", "weight_decay": 0.1}
   losses = {  # (method, rate, seed); rate 1 is the chosen one.
     (NTP, 1.0, 0): 2.0, (NTP, 1.0, 1): 2.1, (NTP, 1.0, 2): 2.5, (NTP, 2.0, 2): 2.4,
     ("m", 1.0, 0): 2.01, ("m", 1.0, 1): 2.12, ("m", 1.0, 2): 2.53,

@@ -20,6 +20,7 @@ from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.report import (
   BETTER,
   BOUND,
+  EQUAL,
   NO_EFFECT,
   NO_SPREAD,
   NO_TREND,
@@ -59,7 +60,7 @@ def words_of(ladder):
 def gain_row(low, high, bound="", is_rough=False):
   return pd.Series({
     "mean": (low + high) / 2, "low": low, "high": high, "bound": bound,
-    "is_rough": is_rough,
+    "is_rough": is_rough, "metric": "main_loss",
   })
 
 
@@ -75,6 +76,9 @@ def gain_row(low, high, bound="", is_rough=False):
     (0.01, 0.03, LOWER, BETTER),
     (-0.03, -0.01, LOWER, BOUND),
     (-0.01, 0.02, LOWER, BOUND),
+    (-0.009, 0.009, "", EQUAL),
+    (0.001, 0.009, "", EQUAL),  # A difference, and smaller than 0.01 nats.
+    (-0.009, 0.009, UPPER, BOUND),
     (0.015625, 0.015625, "", NO_SPREAD),
     (0.0, 0.0, "", NO_EFFECT),
   ],
@@ -124,7 +128,11 @@ def test_a_tuned_ladder_counts_and_its_planted_gain_is_found(growing):
   assert check.counts(METHOD)
   words = words_of(growing)
   assert "This ladder counts as evidence about size." in words
-  assert f"{METHOD} worse at 13k, better at 49k, 190k (gain grows)" in words
+  shown = method_table(growing).set_index(["method", "size"])["gain, equal tokens"]
+  verdicts = [shown[METHOD, size].split(": ")[1] for size in ("13k", "49k", "190k")]
+  assert verdicts == [WORSE, BETTER, BETTER]
+  assert f"{METHOD} gained 0.02 nats of next-token loss" in words
+  assert "(more in larger models, " in words
   fits = trend_table(growing).set_index("equal")
   assert fits.loc[TOKENS, "the line crosses 0 at"].endswith("k")
   slopes = growing.slopes[growing.slopes["metric"] == "main_loss"]
@@ -145,13 +153,18 @@ def test_equal_flops_costs_the_planted_worth_of_longer_training(growing):
 
 
 def test_no_effect_is_said(tmp_path):
-  words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (0.0, 0.0)})))
-  assert f"{METHOD} no effect found at each of 3 sizes (no trend found)" in words
+  world = World(gain={("sequential", 1): (0.0, 0.0)})
+  words = words_of(ladder_of(tmp_path / "equal", world))
+  assert f"{METHOD} made less than 0.01 nats of next-token loss of difference" in words
+  words = words_of(
+    ladder_of(tmp_path / "noisy", dataclasses.replace(world, trial_noise=0.05))
+  )
+  assert f"{METHOD} showed no effect (" in words and "no trend with size found" in words
 
 
 def test_worse_is_said(tmp_path):
   words = words_of(ladder_of(tmp_path, World(gain={("sequential", 1): (-0.1, 0.0)})))
-  assert f"{METHOD} worse at each of 3 sizes" in words
+  assert f"{METHOD} cost 0.1 nats of next-token loss" in words
 
 
 def test_learning_rate_at_the_edge_does_not_count(tmp_path):
@@ -162,7 +175,7 @@ def test_learning_rate_at_the_edge_does_not_count(tmp_path):
   assert reason.startswith("NTP: no higher learning rate was tried at 13k, 49k, 190k")
   assert "used 0.001, tried 0.00025, 0.0005, 0.001" in reason
   words = words_of(ladder)
-  assert "gain grows" in words  # Shown, and called no evidence.
+  assert "gain grows" in words  # In the table, and called no evidence.
   assert "This ladder does not count as evidence about size" in words
 
 

@@ -22,7 +22,7 @@ from mtp_jax.analysis.claims.claim import (
 )
 from mtp_jax.analysis.claims.drafters import ARMS
 from mtp_jax.analysis.claims.table import experiments
-from mtp_jax.analysis.drawing import STYLE
+from mtp_jax.analysis.drawing import STYLE, WIDEST
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.analysis.runs import RunsError, load
 from tests import result_tables as worlds
@@ -114,6 +114,7 @@ def test_every_experiment_has_its_picture(root, name):
   with matplotlib.rc_context(STYLE):
     figure, numbers = experiment.draw(experiment.read(root / name))
     assert worlds.clipped_texts(figure) == []
+  assert figure.get_figwidth() <= WIDEST
   assert all(ax.has_data() for ax in figure.axes)
   assert len(numbers)
 
@@ -332,6 +333,7 @@ def test_page_says_what_a_reader_needs(page):
     "margin 0.01 nats", "](star_graph_cpu.png)",
   ):
     assert words in text, words
+  assert "(interim)" not in text and "*Interim*" not in text
   # Decided before undecided; what waits is one folded list.
   places = [text.index(x) for x in (
     "**Supported**", "**Opposite", "**Equivalent", "## Undecided", "## Each experiment",
@@ -339,7 +341,7 @@ def test_page_says_what_a_reader_needs(page):
   )]
   assert places == sorted(places)
   decided = text[: text.index("## Undecided")].splitlines()
-  assert len(decided) < 45 and max(map(len, decided)) < 260  # One screen.
+  assert len(decided) < 45 and max(map(len, decided)) < 160  # One screen.
   assert text.count("<details>") == text.count("</details>") == 3
   names = {path.name for path in output.iterdir()}
   assert names == {path.name for path in result.paths}
@@ -347,11 +349,36 @@ def test_page_says_what_a_reader_needs(page):
   assert not {"findings.html", "summary.png"} & names
 
 
-def test_terminal_shows_the_verdicts(page):
-  text = page[0].text
-  assert re.search(r"opposite +G\(2,3\): sequential D=1 solves it", text)
-  assert "sat_cpu: python -m launch.sweep --config=experiments/sat.py:cpu" in text
-  assert re.search(r"claims: \d+ supported, 2 opposite, 1 equivalent, ", text)
+def test_terminal_shows_what_is_decided_and_ends_with_the_page(page):
+  result, output = page
+  opposite = result.text[result.text.index("**Opposite") :]
+  assert "- G(2,3): sequential D=1 solves it: 0 of 10 seeds" in opposite
+  counts = r"\d+ claims: \d+ supported, 2 opposite, 1 equivalent, "
+  assert re.match(counts, result.sentence)
+  assert result.paths[0] == output / "findings.md"
+  assert "- sat_cpu: `python -m launch.sweep" in (output / "findings.md").read_text()
+
+
+def test_interim_results_are_marked(tmp_path, runs, capsys):
+  """The words of --interim stand beside the verdicts and in the figure's caption."""
+  kept = tmp_path / "kept" / "sat_gpu"
+  worlds.task(kept, 0.1)
+  run = json.loads((kept / "run.json").read_text())
+  words = "3 of 10 seeds"
+  (kept / "run.json").write_text(json.dumps(run | {"interim": words}))
+  assert report.main(["--findings", f"--results={kept.parent}"]) == 0
+  page = (kept.parent / "findings" / "findings.md").read_text()
+  bullet, *_, row = (x for x in page.splitlines() if "accuracy rises with n" in x)
+  assert bullet.endswith("(`sat_gpu`, *interim*)")
+  assert row.endswith("| supported (interim) |")
+  assert f"over seeds. Interim: {words}. Numbers: `sat_gpu.csv`" in page
+  assert f"`sat_gpu`: {words}. Their verdicts may change." in page
+  rows = pd.read_csv(kept.parent / "findings" / "findings.csv").set_index("experiment")
+  assert rows.loc["sat_gpu", "interim"] == words
+  again = tmp_path / "again"
+  arguments = [str(runs), f"--results={again}", "--command=x", f"--interim={words}"]
+  assert report.main(arguments) == 0
+  assert results.read(again).facts.interim == words
 
 
 @pytest.mark.parametrize("name", ["sat", "countdown", "polynomial", "induction"])
@@ -392,7 +419,9 @@ def test_committed_results_make_a_page(tmp_path, capsys):
   (tmp_path / "only" / ladder).symlink_to(COMMITTED / ladder)
   arguments = ["--findings", f"--results={tmp_path / 'only'}", f"--output={tmp_path}"]
   assert report.main(arguments) == 0
-  assert "Gains grow with size: parallel D=3" in capsys.readouterr().out
+  out = capsys.readouterr().out.splitlines()
+  assert any("Gains grow with size: parallel D=3" in line for line in out)
+  assert out[-1] == f"Open: {tmp_path / 'findings.md'}"
   rows = pd.read_csv(tmp_path / "findings.csv").set_index(["experiment", "claim"])
   slopes = pd.read_csv(COMMITTED / ladder / "all_slopes.csv")
   slope = slopes[
@@ -573,6 +602,8 @@ def test_nothing_finished_leaves_no_results(tmp_path, capsys):
     (["--findings", "--command=x"], "--command goes with RUNS and --results"),
     (["runs", "--results=x"], "--command is required with --results"),
     (["runs", "--command=x"], "--command goes with --results, which is missing"),
+    (["runs", "--interim=x"], "--interim goes with --results, which is missing"),
+    (["--findings", "--interim=x"], "--interim goes with RUNS and --results"),
     (["runs", "--results=x", "--command=y", "--output=z"], "--output goes with"),
     (["--findings", "--results=nowhere"], "nowhere: no such folder"),
   ],

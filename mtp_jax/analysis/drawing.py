@@ -29,6 +29,8 @@ _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
 # No marker of a depth is among those of further variants.
 _VARIANTS = "hpd<>8HX"
 _SERIES = "os^DvPX*"
+# Inches. A page shows figures about 800 pixels wide: text of 9 points has 12 of them.
+WIDEST = 8.0
 STYLE = {
   "font.size": 9,
   "axes.titlesize": 9,
@@ -48,8 +50,9 @@ def panels(
   **shared: Any,
 ) -> tuple[Figure, np.ndarray]:
   """Returns a figure and its axes [rows, columns]; sizes in inches."""
+  width = min(width or max(3.3 * columns, 5.0), WIDEST)
   figure = Figure(
-    figsize=(width or max(3.3 * columns, 5.0), height or 3.2 * rows),
+    figsize=(width, height or 3.2 * rows),
     layout="constrained", dpi=150,
   )
   return figure, figure.subplots(rows, columns, squeeze=False, **shared)

@@ -23,7 +23,6 @@ from mtp_jax.analysis.drawing import (
   error_bars,
   legend_below,
   log_axis,
-  marker,
   method_styles,
   panels,
   series_marker,
@@ -35,12 +34,8 @@ from mtp_jax.analysis.drawing import (
 )
 from mtp_jax.analysis.gains import COMPARISONS, EXACT, TOKENS, Analysis
 from mtp_jax.analysis.ladders import NTP, size_text
-from mtp_jax.analysis.published import SOURCE, published_gains
 
 Drawing = tuple[Figure, pd.DataFrame] | None
-
-_BENCHMARK_LINES = {"MBPP": "-", "HumanEval": "--"}
-_PUBLISHED_COLOURS = {1: "#56B4E9", 3: COLOURS["parallel"]}  # Both are parallel heads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,38 +91,6 @@ def _fitted_lines(ax: Axes, ladder: Analysis, rows: pd.DataFrame, styles: dict) 
       fit, x = fits.loc[method], own["size"].agg(["min", "max"])
       style = {key: styles[method][key] for key in ("color", "linestyle")}
       ax.plot(x, fit["slope"] * np.log10(x) + fit["intercept"], linewidth=0.8, **style)
-
-
-def gain_beside_published(ladder: Analysis) -> Drawing:
-  gains = _main(ladder.gains)
-  gains = gains[gains["comparison"] == TOKENS]
-  published = published_gains()
-  figure, axes = panels(3, 1, height=7.6, width=7.2, sharex=True)
-  measured, *below = axes.flat
-  size_lines(measured, gains, method_styles(gains), is_joined=False)
-  measured.set_title("measured here: next-token loss, equal tokens")
-  measured.set_ylabel("gain, nats per token")
-  for ax, k in zip(below, (1, 100), strict=True):
-    for depth in (1, 3):
-      for name, line in _BENCHMARK_LINES.items():
-        is_own = published["benchmark"] == f"{name}@{k}"
-        rows = published[is_own & (published["depth"] == depth)]
-        ax.plot(
-          rows["size"], rows["gain"], line, color=_PUBLISHED_COLOURS[depth],
-          marker=marker(depth), label=f"{name}, n={depth + 1} (D={depth})",
-        )
-    ax.set_title(f"published: pass@{k}, parallel heads (Gloeckle et al. 2024)")
-    ax.set_ylabel("gain, percentage points")
-  for ax in axes.flat:
-    zero_line(ax)
-    if ax.get_legend_handles_labels()[0]:
-      ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-  size_axis(axes.flat[-1], pd.concat([gains["size"], published["size"]]), "parameters")
-  published = published.rename(columns={"gain": "mean"})
-  parts = [
-    gains.assign(source="measured here"), published.assign(source=SOURCE, unit="points")
-  ]
-  return figure, pd.concat(parts, ignore_index=True)
 
 
 def _levels(ladder: Analysis, metrics: Sequence[str]) -> pd.DataFrame:
@@ -226,7 +189,7 @@ def _panel_a_size(
 ) -> Drawing:
   """Draws the next-token loss of each size in a panel of its own, smallest first."""
   sizes = sorted(rows["size"].unique())
-  columns = min(len(sizes), 4)
+  columns = min(len(sizes), 3)
   figure, axes = panels(math.ceil(len(sizes) / columns), columns)
   for ax in axes.flat[len(sizes) :]:
     ax.remove()
@@ -363,15 +326,6 @@ PLOTS = (
     "Held-out cross-entropy of the next-token head, extra predictors deleted; mean and "
     "95 % t interval over seeds.",
     loss_vs_size,
-  ),
-  Plot(
-    "gain_beside_published",
-    "The same axis with published gains",
-    "Top: this ladder. Below: models of 0.3B to 13B parameters that predict n = 2 and "
-    "n = 4 tokens minus n = 1, on MBPP and HumanEval. The panels share the size axis "
-    f"but not the measure, the data or the training length. Source: {SOURCE}; 0.3B to "
-    "3B saw 91.0 billion tokens, 6.7B and 13B 209.7 billion.",
-    gain_beside_published,
   ),
   Plot(
     "depth_losses",

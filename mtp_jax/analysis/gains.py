@@ -266,6 +266,9 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     spread, freedom = _paired_spread(same_size[same_size["chosen"]])
     critical = stats.t.ppf(0.5 + LEVEL / 2, freedom) * spread
     for key, cell in same_size.groupby(_CELL):
+      # Other weight decays are no check of the rate.
+      decays = cell.loc[cell["chosen"], "weight_decay"]
+      cell = cell[cell["weight_decay"].isin(decays)]
       chosen = cell[cell["chosen"]].set_index(REPLICATE)["loss"]
       for rate, tried in cell.groupby("learning_rate"):
         loss = tried.set_index(REPLICATE)["loss"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from mtp_jax import accounting, run_folder
+from mtp_jax import accounting, files, run_folder
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -65,6 +65,16 @@ class Runs:
   trials: pd.DataFrame
   metrics: pd.DataFrame
   curves: pd.DataFrame
+
+  def of_source(self, source: str) -> "Runs":
+    """Returns the trials on one text or task."""
+    is_own = self.trials["config"].map(lambda config: config.data.source == source)
+    names = self.trials.loc[is_own, "trial"]
+    tables = {
+      name: table[table["trial"].isin(names)].reset_index(drop=True)
+      for name, table in vars(self).items() if name != "root"
+    }
+    return Runs(self.root, **tables)
 
 
 def load(root: Path) -> Runs:
@@ -133,9 +143,9 @@ def _shape(mtp: MtpConfig) -> MtpConfig:
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
-  for folder, below, files in os.walk(root):
+  for folder, below, names in os.walk(root):
     below.sort()
-    if run_folder.CONFIG in files:
+    if run_folder.CONFIG in names:
       below.clear()
       yield Path(folder)
 
@@ -246,17 +256,14 @@ def _read_config(path: Path) -> Config:
 
 def read_json(path: Path) -> Any:
   """Returns the object in it, or None where there is no such file."""
-  if not path.exists():
-    return None
-  text = _text(path)
   try:
-    content = json.loads(text)
-  except (ValueError, RecursionError) as e:
-    line = f", line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-    raise RunsError(f"{path}{line}: not JSON ({e}).") from e
-  if not isinstance(content, dict):
-    raise RunsError(f"{path}: it must hold an object, got {content!r:.80}.")
-  return content
+    return files.read_json(path)
+  except FileNotFoundError:
+    return None
+  except json.JSONDecodeError as e:
+    raise RunsError(f"{path}, line {e.lineno}: not JSON ({e}).") from e
+  except (OSError, ValueError) as e:
+    raise RunsError(f"{path}: {e}") from e
 
 
 def _text(path: Path) -> str:

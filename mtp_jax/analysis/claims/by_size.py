@@ -23,9 +23,11 @@ Cells = tuple[pd.DataFrame, list[np.ndarray]]
 Series = tuple[pd.DataFrame, dict[str, dict[str, Any]]]
 
 
-def cells(pairs: pd.DataFrame, apart: Sequence[str] = ()) -> Cells:
+def cells(
+  pairs: pd.DataFrame, apart: Sequence[str] = (), sort: bool = True
+) -> Cells:
   """Returns one row a cell (`apart`, size), and the gains of its seeds."""
-  groups = list(pairs.groupby([*apart, "size"]))
+  groups = list(pairs.groupby([*apart, "size"], sort=sort))
   index = pd.DataFrame([key for key, _ in groups], columns=[*apart, "size"])
   return index, [own["gain"].to_numpy() for _, own in groups]
 
