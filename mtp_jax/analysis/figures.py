@@ -32,7 +32,7 @@ from mtp_jax.analysis.drawing import (
   value_axis,
   zero_line,
 )
-from mtp_jax.analysis.gains import COMPARISONS, EXACT, TOKENS, Analysis
+from mtp_jax.analysis.gains import COMPARISONS, TOKENS, Analysis
 from mtp_jax.analysis.ladders import NTP, size_text
 
 Drawing = tuple[Figure, pd.DataFrame] | None
@@ -72,7 +72,6 @@ def gain_vs_size(ladder: Analysis) -> Drawing:
   for ax, comparison in zip(axes.flat, COMPARISONS, strict=True):
     rows = gains[gains["comparison"] == comparison]
     size_lines(ax, rows, styles, is_joined=False)
-    _fitted_lines(ax, ladder, rows, styles)
     ax.margins(y=0.12)
     zero_line(ax)
     ax.set_title(f"equal {comparison}")
@@ -80,17 +79,6 @@ def gain_vs_size(ladder: Analysis) -> Drawing:
   axes.flat[0].set_ylabel("gain over NTP, nats per token\n(above 0: MTP is better)")
   legend_below(figure, axes.flat)
   return figure, gains
-
-
-def _fitted_lines(ax: Axes, ladder: Analysis, rows: pd.DataFrame, styles: dict) -> None:
-  """Draws the fitted trends, over the sizes that they were fitted to."""
-  fits = _main(ladder.slopes)
-  fits = fits[fits["comparison"].isin(rows["comparison"])].set_index("method")
-  for method, own in rows[rows["bound"] == EXACT].groupby("method"):
-    if method in fits.index:
-      fit, x = fits.loc[method], own["size"].agg(["min", "max"])
-      style = {key: styles[method][key] for key in ("color", "linestyle")}
-      ax.plot(x, fit["slope"] * np.log10(x) + fit["intercept"], linewidth=0.8, **style)
 
 
 def _levels(ladder: Analysis, metrics: Sequence[str]) -> pd.DataFrame:
@@ -314,10 +302,10 @@ PLOTS = (
     "gain_vs_size",
     "Gain over next-token prediction against size",
     "Paired differences of the next-token loss with the extra predictors deleted, NTP "
-    "minus MTP: mean and 95 % t interval over pairs of seeds (no bar: one pair). Thin "
-    "lines are the fitted trends. A wall clock that differs more between equal runs "
-    "than between methods has no verdict. Hollow markers with an arrow are bounds: no "
-    "finished NTP run has that budget.",
+    "minus MTP: mean and 95 % t interval over pairs of seeds (no bar: one pair). A "
+    "wall clock that differs more between equal runs than between methods has no "
+    "verdict. Hollow markers with an arrow are bounds: no finished NTP run has that "
+    "budget.",
     gain_vs_size,
   ),
   Plot(

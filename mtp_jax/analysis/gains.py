@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from mtp_jax.analysis import statistics
 from mtp_jax.analysis.ladders import NTP, arrange
 from mtp_jax.analysis.runs import Runs
 from mtp_jax.analysis.statistics import LEVEL, interval
@@ -198,52 +199,19 @@ def gains(pairs: pd.DataFrame, clocks: pd.DataFrame | None = None) -> pd.DataFra
 
 
 def slopes(pairs: pd.DataFrame) -> pd.DataFrame:
-  """Returns the fitted gain per decade of size, per method, metric and comparison.
+  """Returns the gain per decade of size, per method, metric and comparison.
 
-  Each seed's gains are regressed on log10 of the size; the interval is a t interval
-  over the per-seed slopes, of seeds that have a gain at every size. It accounts for
-  seeds, not for a trend that is no straight line: `misfit` is the largest distance of a
-  size's mean from the line. `crossing` is where the mean line is 0, inside the ladder
-  only; `crossing_low` and `crossing_high` are the range of the per-seed lines.
+  See `statistics.slope`; n is the fewest seeds of a size. Bounds are left out.
   """
   keys = [c for c in _CELL if c != "size"] + ["metric", "comparison"]
   rows = []
   for key, cell in pairs[pairs["bound"] == EXACT].groupby(keys):
-    by_seed = cell.pivot_table(
-      index=REPLICATE, columns="size", values="gain", aggfunc="mean"
-    )
-    if by_seed.shape[1] < 2:
-      continue
-    rows.append(dict(zip(keys, key, strict=True)) | fit_slope(by_seed))
-  columns = [
-    *keys, "n", "sizes", "slope", "low", "high", "intercept", "misfit", "crossing",
-    "crossing_low", "crossing_high",
-  ]
-  return pd.DataFrame(rows, columns=columns)
-
-
-def fit_slope(by_seed: pd.DataFrame) -> dict[str, float]:
-  """Fits gains [seeds, sizes] against log10 size; see `slopes`.
-
-  Without any seed that has every size, the line goes through the means and has no
-  interval (n = 0).
-  """
-  x = np.log10(by_seed.columns.to_numpy(float))
-  complete = by_seed.dropna()
-  gains_SL = complete.to_numpy() if len(complete) else by_seed.mean().to_numpy()[None]
-  slope_S, intercept_S = np.polyfit(x, gains_SL.T, 1)
-  over_seeds = interval(slope_S)
-  slope, intercept = slope_S.mean(), intercept_S.mean()
-  misfit = np.abs(gains_SL.mean(axis=0) - (slope * x + intercept)).max()
-  with np.errstate(divide="ignore", invalid="ignore"):
-    crossing = _inside(-intercept / slope, x)
-    crossing_S = [c for c in _inside(-intercept_S / slope_S, x) if np.isfinite(c)]
-  return {
-    **over_seeds, "n": len(complete), "sizes": len(x), "slope": slope,
-    "intercept": intercept, "misfit": misfit, "crossing": float(crossing),
-    "crossing_low": min(crossing_S, default=np.nan),
-    "crossing_high": max(crossing_S, default=np.nan),
-  }
+    by_size = {size: own.to_numpy() for size, own in cell.groupby("size")["gain"]}
+    if len(by_size) > 1:
+      over = statistics.slope(list(by_size), list(by_size.values()))
+      rows.append(dict(zip(keys, key, strict=True)) | over)
+  table = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+  return table.rename(columns={"mean": "slope"})
 
 
 def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -318,12 +286,6 @@ def _at_budget(
   if budget < tokens[0]:
     return float(values[0]), LOWER
   return float(np.interp(np.log(budget), np.log(tokens), values)), EXACT
-
-
-def _inside(crossing: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """10 ** crossing where it lies inside the ladder, NaN elsewhere."""
-  is_inside = (crossing >= x.min()) & (crossing <= x.max())
-  return np.where(is_inside, 10.0 ** np.where(is_inside, crossing, 0.0), np.nan)
 
 
 def _paired_spread(chosen: pd.DataFrame) -> tuple[float, int]:

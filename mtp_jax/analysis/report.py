@@ -44,7 +44,7 @@ BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
 EQUAL = "equal within the margin"
 ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
 NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
-NO_TREND = "n/a (needs two seeds with every size)"
+NO_TREND = "n/a (needs two seeds at every size)"
 # What the trials of a task are reported as.
 _TASKS = {"siblings": siblings.experiment, "look_ahead": look_ahead.experiment}
 # Columns of gains: (name, comparison, metric).
@@ -71,9 +71,9 @@ _DEFINITIONS = {
     would flatter MTP. Beyond the finished runs there is only a bound ("at most", "at
     least"). Budgets within 1 % count as equal. The clock runs while training steps run.
     It has no verdict where equal runs differ by more than the method and NTP do.""",
-  "Per decade": """Gain per factor of ten in size: every seed's gains are regressed on
-    log10 of the size; mean and t interval over the seeds that have every size. The
-    interval accounts for seeds, not for a trend that is not a straight line.""",
+  "Per decade": """Gain per factor of ten in size: least squares on log10 of the size,
+    seeds resampled within a size (BCa), Welch's interval below 8 seeds. The interval
+    accounts for seeds, not for a trend that is not a straight line.""",
   "Learning rate": """Of several that a method was trained with at one size, the rate
     with the most seeds is used, the lowest mean loss among equals.""",
   "Ladder counts": """Every larger NTP model is better than the next smaller one beyond
@@ -247,10 +247,7 @@ def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
     return "no trend found"
   is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
   words = f"{'disadvantage' if is_loss else 'gain'} "
-  words += "grows" if is_up != is_loss else "shrinks"
-  # A straight line that misses a size's mean by half of its own rise is none.
-  rise = abs(slope["slope"]) * math.log10(gains["size"].max() / gains["size"].min())
-  return words + (", not on a straight line" if slope["misfit"] > rise / 2 else "")
+  return words + ("grows" if is_up != is_loss else "shrinks")
 
 
 def in_short(ladder: Analysis) -> list[str]:
@@ -325,13 +322,11 @@ def trend_table(ladder: Analysis) -> pd.DataFrame:
   fits = ladder.slopes[ladder.slopes["metric"] == "main_loss"]
   for _, fit in fits.sort_values("order").iterrows():
     gains = rows_of(ladder.gains, fit["method"], fit["comparison"])
-    crossing = "" if math.isnan(fit["crossing"]) else size_text(fit["crossing"])
     rows.append({
       "method": fit["method"], "equal": fit["comparison"],
-      "sizes": fit["sizes"], "seeds with every size": fit["n"],
+      "seeds": fit["n"],
       "gain per decade": _interval(fit.rename({"slope": "mean"})),
       "verdict": trend(fit, gains[gains["bound"] == EXACT]),
-      "largest misfit": f"{fit['misfit']:.4f}", "the line crosses 0 at": crossing,
     })
   return pd.DataFrame(rows)
 

@@ -30,39 +30,37 @@ _FARTHEST = 1.3e9  # Of the extrapolation.
 class Part:
   """One panel: gains against size, and the words for them.
 
-  above, below: what a method did whose gain lies above or below 0; the gain of the tax
-  panel is the tax. series: returns the gains of kept results.
+  measured: what the gains are differences of. is_cost: the `gain` is the tax, MTP minus
+  NTP. series: returns the gains of kept results.
   """
 
   title: str
   data: str
   ylabel: str
-  above: str
-  below: str
+  measured: str
   unit: str
   margin: claim.Margin
   per_decade: claim.Margin
-  series: Callable[[Results], by_size.Series] | None = None
+  series: Callable[[Results], by_size.Series]
+  is_cost: bool = False
 
 
-_LOSS = ("nats of next-token loss", claim.NATS, claim.NATS_PER_DECADE)
-TAX = Part(
-  "Tax on text", "text", "main loss minus NTP's, nats\n(above 0: MTP costs)", "cost",
-  "gained", *_LOSS, tax.series,
-)
+_LOSS = ("the next-token loss", "nats")
+_SIBLINGS = siblings.SCORES["loss"]
 PARTS = {
-  "tax": TAX,
+  "tax": Part(
+    "Tax on text", "text", "main loss minus NTP's, nats\n(above 0: MTP costs)", *_LOSS,
+    claim.NATS, claim.NATS_PER_DECADE, tax.series, is_cost=True,
+  ),
   "siblings": Part(
     "Gain on siblings", "siblings",
-    "held-out loss, NTP's minus n = 2's, nats\n(above 0: MTP pays)", "gained", "cost",
-    _LOSS[0], siblings.SCORES["loss"].margin, siblings.SCORES["loss"].per_decade,
-    siblings.series,
+    "held-out loss, NTP's minus n = 2's, nats\n(above 0: MTP pays)", *_LOSS,
+    _SIBLINGS.margin, _SIBLINGS.per_decade, siblings.series,
   ),
   "look_ahead": Part(
     "Gain on star graphs", "star graphs",
-    "ln(tokens) saved until solved\n(above 0: MTP pays)", "saved", "wasted",
-    "in ln(tokens) until solved", claim.FACTOR, claim.FACTOR_PER_DECADE,
-    look_ahead.series,
+    "ln(tokens) saved until solved\n(above 0: MTP pays)", "the tokens until solved",
+    "in ln", claim.FACTOR, claim.FACTOR_PER_DECADE, look_ahead.series,
   ),
 }
 # The task whose trials a part reads in a folder of runs.
@@ -102,8 +100,7 @@ def of_ladders(analysis: Analysis, labels: Sequence[str]) -> list[Panel]:
   for name, own in pairs.groupby(task):
     several = own["ladder"].nunique() > 1
     series = own["method"] + (", " + own["ladder"] if several else "")
-    sign = 1 if name else -1
-    part = PARTS["siblings"] if name else TAX
+    part = PARTS["siblings" if name else "tax"]
     if name:
       part = dataclasses.replace(
         part, title=f"Gain on {name}", data=name,
@@ -113,7 +110,7 @@ def of_ladders(analysis: Analysis, labels: Sequence[str]) -> list[Panel]:
     styles = looks if not several else {
       x: drawing.series_style(index) for index, x in enumerate(series.unique())
     }
-    own = own.assign(gain=sign * own["gain"], series=series)
+    own = own.assign(gain=(-1 if part.is_cost else 1) * own["gain"], series=series)
     own = own.rename(columns={"data_seed": "data.seed"})
     panels.append(Panel(name or "tax", part, own, styles))
   return panels
@@ -184,31 +181,27 @@ def _clause(panel: Panel) -> str:
 
 def _effect(part: Part, pairs: pd.DataFrame, with_numbers: bool) -> str:
   (mean,) = by_size.average(pairs, "", apart=["series"]).at(part.margin).estimates
-  sign = -1 if mean.verdict == claim.OPPOSITE else 1
-  ends = sorted((sign * mean.low, sign * mean.high))
-  amount = f"{sign * mean.mean:.2g} {part.unit} [{ends[0]:.2g}, {ends[1]:.2g}]"
-  verbs = {claim.SUPPORTED: part.above, claim.OPPOSITE: part.below}
   if np.isnan(mean.low):
     return "had too few seeds for an interval"
-  if mean.verdict in verbs:
-    words = f"{verbs[mean.verdict]} {amount if with_numbers else part.unit}"
-  elif mean.verdict == claim.EQUIVALENT:
-    words = f"made less than {part.margin.value:.2g} {part.unit} of difference"
+  if mean.verdict == claim.EQUIVALENT:
+    words = f"changed {part.measured} by less than {part.margin.value:.2g} {part.unit}"
+  elif mean.verdict == claim.UNDECIDED:
+    words = f"showed no effect on {part.measured}"
   else:
-    words = "showed no effect" + (f" ({amount})" if with_numbers else "")
+    verb = "raised" if (mean.mean > 0) == part.is_cost else "lowered"
+    ends = sorted((abs(mean.low), abs(mean.high)))
+    by = f" by {abs(mean.mean):.2g} {part.unit} [{ends[0]:.2g}, {ends[1]:.2g}]"
+    words = f"{verb} {part.measured}{by if with_numbers else ''}"
   over = by_size.slope(pairs, ["series"])
   if over is None:
     return words
-  slope = claim.Finding((claim.estimate(over),)).at(part.per_decade)
-  if slope.verdict not in verbs:
-    trend = {claim.EQUIVALENT: "the same at every size"}.get(
-      slope.verdict, "no trend with size found"
-    )
-    return f"{words} ({trend})"
-  grows = (over["mean"] > 0) == (mean.mean > 0)
-  trend = f"{'more' if grows else 'less'} in larger models"
-  number = "{mean:+.2g} [{low:+.2g}, {high:+.2g}] per tenfold".format(**over)
-  return f"{words} ({trend}{f', {number}' if with_numbers else ''})"
+  trend = claim.Finding((claim.estimate(over),)).at(part.per_decade).verdict
+  if trend in (claim.EQUIVALENT, claim.UNDECIDED):
+    is_flat = trend == claim.EQUIVALENT
+    return f"{words} ({'the same at every size' if is_flat else 'no trend with size'})"
+  trend = "more" if (over["mean"] > 0) == (mean.mean > 0) else "less"
+  number = ": {mean:+.2g} [{low:+.2g}, {high:+.2g}] per tenfold".format(**over)
+  return f"{words} ({trend} in larger models{number if with_numbers else ''})"
 
 
 def _beside_taxes(ax: Axes, ours: pd.DataFrame, styles: dict) -> list[pd.DataFrame]:

@@ -239,9 +239,10 @@ def series(results: Results, score: str = "loss") -> by_size.Series:
     for index, (own, name) in enumerate(names.items())
   }
   own = list(pairs[DATA].itertuples(index=False, name=None))
-  groups = ["where examples repeat" if x[1] else "on endless examples" for x in own]
   pairs = pairs.assign(
-    series=pd.Categorical([names[x] for x in own], styles), group=groups
+    series=pd.Categorical([names[x] for x in own], styles),
+    group=[
+      f"n = 2 {'where examples repeat' if x[1] else 'on endless examples'}" for x in own
+    ],
   )
-  pairs = pairs.assign(group="n = 2 " + pairs["group"]).sort_values(["series", "size"])
-  return pairs.astype({"series": str}), styles
+  return pairs.sort_values(["series", "size"]).astype({"series": str}), styles
