@@ -8,31 +8,27 @@ import pytest
 
 from mtp_jax.analysis.checks import check_ladder
 from mtp_jax.analysis.gains import (
-  CLOCK,
-  FLOPS,
-  LOWER,
-  TOKENS,
-  UPPER,
-  analyse,
-  rough_clocks,
-)
-from mtp_jax.analysis.ladders import size_text
-from mtp_jax.analysis.report import (
   BETTER,
   BOUND,
+  CLOCK,
   EQUAL,
+  FLOPS,
+  LOWER,
   NO_EFFECT,
   NO_SPREAD,
   NO_TREND,
   ONE_PAIR,
   ROUGH_CLOCK,
+  TOKENS,
+  UPPER,
   WORSE,
+  analyse,
   effect,
-  in_short,
-  method_table,
+  rough_clocks,
   trend,
-  trend_table,
 )
+from mtp_jax.analysis.ladders import size_text
+from mtp_jax.analysis.report import in_short, method_table, trend_table
 from mtp_jax.analysis.runs import load
 from tests.synthetic_runs import (
   BEST_RATE,

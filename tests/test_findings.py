@@ -14,6 +14,7 @@ from scipy import stats
 from launch import cli, report
 from mtp_jax.analysis import results
 from mtp_jax.analysis.claims import claim as claims
+from mtp_jax.analysis.claims import picture
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   OPPOSITE,
@@ -112,23 +113,30 @@ def test_planted_results_get_their_verdict(root, name, key, verdict, words):
 def test_every_experiment_has_its_picture(root, name):
   experiment = EXPERIMENTS[name]
   with matplotlib.rc_context(STYLE):
-    figure, numbers = experiment.draw(experiment.read(root / name))
+    figure, numbers = picture.of(experiment, experiment.read(root / name))
     assert worlds.clipped_texts(figure) == []
   assert figure.get_figwidth() <= WIDEST
   assert all(ax.has_data() for ax in figure.axes)
   assert len(numbers)
 
 
-@pytest.mark.parametrize(
-  "name", ["star_graph_cpu", "sat_gpu", "acceptance_by_depth_cpu"]
-)
-def test_shares_are_drawn_from_0_to_1(root, name):
-  experiment = EXPERIMENTS[name]
-  figure, _ = experiment.draw(experiment.read(root / name))
-  for ax in figure.axes:
-    low, high = ax.get_ylim()
-    assert -0.05 <= low <= 0 and 1 <= high <= 1.05
-    assert ax.get_yticks().min() == 0 and ax.get_yticks().max() == 1
+def test_shares_reach_to_1_and_each_verdict_has_a_mark(root):
+  experiment = EXPERIMENTS["star_graph_cpu"]
+  kept = experiment.read(root / "star_graph_cpu")
+  figure, rows = picture.of(experiment, kept)
+  shares = [ax for ax in figure.axes if "points" in ax.get_xlabel()]
+  assert shares and all(
+    -1 <= low < high <= 1 for low, high in (ax.get_xlim() for ax in shares)
+  )
+  looks = {
+    box.get_label(): box[0].get_marker() for ax in figure.axes for box in ax.containers
+    if box.get_label() in {SUPPORTED, OPPOSITE, EQUIVALENT, UNDECIDED}
+  }
+  assert {SUPPORTED, OPPOSITE, UNDECIDED} <= set(looks)
+  assert len(set(looks.values())) == len(looks)
+  of_claim = rows.set_index("claim")
+  assert of_claim.loc["sequential1_2_3", "verdict"] == OPPOSITE
+  assert of_claim.loc["reversed_2_3", "verdict"] == SUPPORTED  # By a rule of its own.
 
 
 def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):
@@ -452,7 +460,7 @@ def test_committed_results_have_a_verdict(folder):
   kept = experiment.read(COMMITTED / folder)
   verdicts = [claim.verdict(claim.judge(kept)) for claim in experiment.claims]
   assert set(verdicts) != {claims.NOT_RUN}
-  assert len(experiment.draw(kept)[1])
+  assert len(picture.of(experiment, kept)[1])
 
 
 @pytest.fixture

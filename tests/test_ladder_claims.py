@@ -367,8 +367,8 @@ def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
   [
     ({}, "fresh raised the next-token loss (less in larger models)"),
     (dict(scale=-0.05, power=0.3), "fresh lowered the next-token loss (more in larger"),
-    (dict(scale=0.0), "fresh changed the next-token loss by less than 0.01 nats (the "
-                      "same at every size)"),
+    (dict(scale=0.0), "changed the next-token loss by less than 0.01 nats (the same at "
+                      "every size)"),
     (dict(noise=2.0), "showed no effect on the next-token loss (no trend with size)"),
     (dict(seeds=1), "had too few seeds for an interval"),
   ],

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from mtp_jax.analysis.gains import EXACT, UPPER
 from mtp_jax.analysis.ladders import size_text
@@ -101,20 +102,29 @@ def size_lines(
   lines = list(rows.sort_values(["order", "size"]).groupby("method", sort=False))
   for index, (method, line) in enumerate(lines):
     style = styles[method] | ({} if is_joined else {"linestyle": "none"})
-    line = line.assign(x=line["size"] * 1.03 ** (index - (len(lines) - 1) / 2))
-    is_exact = line["bound"] == EXACT if "bound" in line else line["x"] > 0
+    # A few points apart, whatever the axis: intervals at one place stay legible.
+    aside = ax.transData + ScaledTranslation(
+      4 * (index - (len(lines) - 1) / 2) / 72, 0, ax.figure.dpi_scale_trans
+    )
+    is_exact = line["bound"] == EXACT if "bound" in line else line["size"] > 0
     exact = line[is_exact]
     ax.errorbar(
-      exact["x"], exact["mean"], yerr=error_bars(exact), capsize=3, label=method,
-      **style,
+      exact["size"], exact["mean"], yerr=error_bars(exact), capsize=3, label=method,
+      transform=aside, **style,
     )
     for _, row in line[~is_exact].iterrows():
-      ax.plot(row["x"], row["mean"], **style | {"fillstyle": "none"})
+      ax.plot(
+        row["size"], row["mean"], transform=aside, **style | {"fillstyle": "none"}
+      )
       ax.annotate(
-        "", (row["x"], row["mean"]), (0, -16 if row["bound"] == UPPER else 16),
-        textcoords="offset points",
+        "", (row["size"], row["mean"]), (0, -16 if row["bound"] == UPPER else 16),
+        xycoords=aside, textcoords="offset points",
         arrowprops=dict(arrowstyle="<-", color=style["color"]),
       )
+    # Points drawn aside do not count for the limits of the axes.
+    ends = line.melt("size", ["mean", "low", "high"]).dropna()
+    ax.update_datalim(ends[["size", "value"]].to_numpy(float))
+  ax.autoscale_view()
 
 
 def error_bars(rows: pd.DataFrame) -> np.ndarray:

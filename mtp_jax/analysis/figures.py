@@ -8,6 +8,7 @@ left out where there is one seed.
 import dataclasses
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -96,7 +97,7 @@ def _grid(rows: pd.DataFrame, grid: list[list[Panel]], **how) -> Drawing:
     for ax, panel in zip(row_axes, row, strict=True):
       is_own = rows["metric"] == panel.metric
       size_lines(ax, rows[is_own & (rows["at_depth"] == panel.at_depth)], styles)
-      ax.set(title=panel.title, ylabel=panel.ylabel)
+      ax.set(title=textwrap.fill(panel.title, 24), ylabel=panel.ylabel)
       if panel.is_share:
         share_axis(ax)
   for ax in axes[-1]:
@@ -158,13 +159,6 @@ def generation(ladder: Analysis) -> Drawing:
     "function_parses": "completed function parses",
   }
   rows = _levels(ladder, list(names))
-  # One seed has no interval over seeds; its binomial error over prompts is shown.
-  single = rows["low"].isna()
-  rows = rows.assign(
-    interval=np.where(single, "1.96 standard errors over prompts", "95 % over seeds"),
-    low=rows["low"].fillna(rows["mean"] - 1.96 * rows["stderr"]),
-    high=rows["high"].fillna(rows["mean"] + 1.96 * rows["stderr"]),
-  )
   grid = [
     Panel(metric, title, "share of prompts", 0, True)
     for metric, title in names.items() if (rows["metric"] == metric).any()
@@ -336,8 +330,8 @@ PLOTS = (
   Plot(
     "generation",
     "Generated code against size",
-    "Greedy completions of held-out files by the deployed next-token model. Bars: 95 % "
-    "t interval over seeds; with one seed, 1.96 binomial standard errors over prompts.",
+    "Greedy completions of held-out files by the deployed next-token model; mean and "
+    "95 % t interval over seeds.",
     generation,
   ),
   Plot(

@@ -14,6 +14,7 @@ import matplotlib
 import pandas as pd
 
 from mtp_jax.analysis import page, tax_and_gain
+from mtp_jax.analysis.claims import picture
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   NOT_RUN,
@@ -107,7 +108,7 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   rows = [row for own, _ in judged for row in own]
   kept = [(own[0].experiment, read) for own, read in judged if _has_run(own)]
   with matplotlib.rc_context(STYLE):
-    drawings = {experiment.folder: experiment.draw(read) for experiment, read in kept}
+    drawings = {x.folder: picture.of(x, read) for x, read in kept}
     # The largest preset of each experiment that has results.
     panels = tax_and_gain.of_results({x.name: read for x, read in kept})
     both = tax_and_gain.draw(panels)

@@ -18,12 +18,14 @@ see `rough_clocks`.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from mtp_jax.analysis import statistics
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.ladders import NTP, arrange
 from mtp_jax.analysis.runs import Runs
 from mtp_jax.analysis.statistics import LEVEL, interval
@@ -34,6 +36,12 @@ SHARES = ("next_line_exact_match", "function_parses")
 # Budgets this close are one budget (arm `flops` rounds to whole steps).
 BUDGET_TOLERANCE = 0.01
 UPPER, LOWER, EXACT = "at most", "at least", ""
+# Verdicts.
+BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
+EQUAL = "equal within the margin"
+ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
+NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
+NO_TREND = "n/a (needs two seeds at every size)"
 _CELL = ["ladder", "order", "method", "kind", "depth", "arm", "size"]
 REPLICATE = ["seed", "data_seed"]
 
@@ -251,6 +259,38 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
           "noise": critical / np.sqrt(len(shared)) if len(shared) else np.nan,
         })
   return pd.DataFrame(rows, columns=columns)
+
+
+def effect(gain: pd.Series, margin: float | None = None) -> str:
+  """Returns the verdict on one row of `gains`; the margin is that of its metric."""
+  if margin is None:
+    margin = (claim.POINTS if gain["metric"] in SHARES else claim.NATS).value
+  if math.isnan(gain["low"]):
+    return ONE_PAIR
+  if gain["is_rough"]:
+    return ROUGH_CLOCK
+  if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
+    return NO_SPREAD
+  if not gain["bound"] and -margin < gain["low"] < gain["high"] < margin:
+    return EQUAL
+  if gain["low"] > 0 and gain["bound"] != UPPER:
+    return BETTER
+  if gain["high"] < 0 and gain["bound"] != LOWER:
+    return WORSE
+  return BOUND if gain["bound"] else NO_EFFECT
+
+
+def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
+  """Returns the verdict on one row of `slopes`, fitted to the rows `gains`."""
+  if math.isnan(slope["low"]):
+    return NO_TREND
+  if gains["is_rough"].any():
+    return ROUGH_CLOCK
+  if slope["low"] <= 0 <= slope["high"]:
+    return "no trend found"
+  is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
+  words = f"{'disadvantage' if is_loss else 'gain'} "
+  return words + ("grows" if is_up != is_loss else "shrinks")
 
 
 def _budgets_in_ntp_tokens(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 
 from mtp_jax.analysis import figures, ladders, page, tax_and_gain
@@ -25,26 +24,21 @@ from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.gains import (
   COMPARISONS,
   EXACT,
-  LOWER,
   SHARES,
   TOKENS,
-  UPPER,
   Analysis,
   analyse,
+  effect,
   rough_clocks,
+  trend,
 )
 from mtp_jax.analysis.ladders import NTP, settings_that_scale, size_text
 from mtp_jax.analysis.results import Results, unfinished
-from mtp_jax.analysis.runs import Runs, load
+from mtp_jax.analysis.runs import load
 from mtp_jax.analysis.statistics import interval
 from mtp_jax.config import Config
 
 TITLE = "Multi-token prediction: what the runs show"
-BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
-EQUAL = "equal within the margin"
-ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
-NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
-NO_TREND = "n/a (needs two seeds at every size)"
 # What the trials of a task are reported as.
 _TASKS = {"siblings": siblings.experiment, "look_ahead": look_ahead.experiment}
 # Columns of gains: (name, comparison, metric).
@@ -100,17 +94,23 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
     RunsError: see `runs.load`. Nothing is written then.
   """
   runs = load(root)
-  analysis, tasks = analyse(runs), _tasks(runs)
-  covered = {tax_and_gain.SOURCES[name] for name in tasks}
+  analysis = analyse(runs)
+  tasks = {
+    name: results_lib.of(own) for name, source in tax_and_gain.SOURCES.items()
+    if len((own := runs.of_source(source)).trials)
+  }
+  # A task without a pair of trials is compared like text.
+  of_tasks = tax_and_gain.of_results(tasks)
+  covered = {tax_and_gain.SOURCES[panel.name] for panel in of_tasks}
   sources = ladders.sources(analysis.trials)
   labels = [label for label, source in sources.items() if source not in covered]
   of_ladders = {label: analysis.ladder(label) for label in labels}
   output.mkdir(parents=True, exist_ok=True)
-  panels = tax_and_gain.of_ladders(analysis, labels) + tax_and_gain.of_results(tasks)
+  panels = [*tax_and_gain.of_ladders(analysis, labels), *of_tasks]
   words = {label: in_short(ladder) for label, ladder in of_ladders.items()}
   nothing = next((own[0] for own in words.values()), "")
   sentence = tax_and_gain.sentence(panels) if panels else nothing
-  first = _first_table(of_ladders, panels)
+  first = _first_table(of_ladders, of_tasks)
   table = page.table(first) if len(first) else ""
   lines, paths = [f"# {TITLE}", "", f"**{sentence}**", ""], []
   head = _write_drawing(output / "tax_and_gain.png", tax_and_gain.draw, panels)
@@ -118,8 +118,9 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
     caption = tax_and_gain.caption(pd.read_csv(head[1]))
     lines += [f"![{caption}]({head[0].name})", "", caption, "", table, ""]
     paths += head
-  for name, results in tasks.items():
-    part, written = _task_part(_TASKS[name]("cpu"), results, output)
+  for panel in of_tasks:
+    own = _TASKS[panel.name]("cpu")
+    part, written = _task_part(own, tasks[panel.name], output)
     lines += part
     paths += written
   for number, (label, ladder) in enumerate(of_ladders.items(), start=1):
@@ -152,17 +153,8 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
   return Report(text, sentence, (*(output / name for name in pages), *paths, *tables))
 
 
-def _tasks(runs: Runs) -> dict[str, Results]:
-  """Returns the results of the tasks that have a panel and a pair of trials."""
-  own = {
-    name: results_lib.of(part) for name, source in tax_and_gain.SOURCES.items()
-    if len((part := runs.of_source(source)).trials)
-  }
-  return {panel.name: own[panel.name] for panel in tax_and_gain.of_results(own)}
-
-
 def _first_table(
-  of_ladders: dict[str, Analysis], panels: list[tax_and_gain.Panel]
+  of_ladders: dict[str, Analysis], of_tasks: list[tax_and_gain.Panel]
 ) -> pd.DataFrame:
   """Returns method x size, as text: gain with interval and verdict."""
   shown = [name for name, *_ in _GAINS[: len(COMPARISONS)]]
@@ -174,25 +166,18 @@ def _first_table(
       rows = rows.dropna(subset=columns, how="all")
       data = label.removeprefix("data.source=")
       parts.append(rows[["method", "size", "seeds", *columns]].assign(data=data))
-  for panel in panels:
-    if panel.name in _TASKS:
-      index, gains = by_size.cells(panel.pairs, ["series"], sort=False)
-      own = [_as_row(x, panel.part.margin) for x in gains]
-      parts.append(pd.DataFrame({
-        "method": index["series"], "size": index["size"].map(size_text),
-        "seeds": [x["n"] for x in own],
-        shown[0]: [f"{_interval(x)}: {effect(x, x['margin'])}" for x in own],
-        "data": panel.part.data,
-      }))
+  for panel in of_tasks:
+    index, gains = by_size.cells(panel.pairs, ["series"], sort=False)
+    own = [interval(x) | {"bound": "", "is_rough": False} for x in gains]
+    parts.append(pd.DataFrame({
+      "method": index["series"], "size": index["size"].map(size_text),
+      "seeds": [x["n"] for x in own],
+      shown[0]: [f"{_interval(x)}: {effect(x, panel.part.margin.value)}" for x in own],
+      "data": panel.part.data,
+    }))
   rows = pd.concat(parts) if parts else pd.DataFrame(columns=["data"])
-  several = rows["data"].nunique() > 1
-  first = ["data"] if several else []
+  first = ["data"] if rows["data"].nunique() > 1 else []
   return rows[[*first, *(x for x in rows if x != "data")]]
-
-
-def _as_row(gains: np.ndarray, margin: claim.Margin) -> dict[str, Any]:
-  """Returns the mean of gains like a row of `gains`."""
-  return interval(gains) | {"bound": "", "is_rough": False, "margin": margin.value}
 
 
 def _task_part(
@@ -216,38 +201,6 @@ def _write_drawing(png: Path, draw: Callable, shown: Any) -> list[Path]:
   drawn[0].savefig(png)
   _write(drawn[1], png.with_suffix(".csv"))
   return [png, png.with_suffix(".csv")]
-
-
-def effect(gain: pd.Series, margin: float | None = None) -> str:
-  """Returns the verdict on one row of `gains`; the margin is that of its metric."""
-  if margin is None:
-    margin = (claim.POINTS if gain["metric"] in SHARES else claim.NATS).value
-  if math.isnan(gain["low"]):
-    return ONE_PAIR
-  if gain["is_rough"]:
-    return ROUGH_CLOCK
-  if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
-    return NO_SPREAD
-  if not gain["bound"] and -margin < gain["low"] < gain["high"] < margin:
-    return EQUAL
-  if gain["low"] > 0 and gain["bound"] != UPPER:
-    return BETTER
-  if gain["high"] < 0 and gain["bound"] != LOWER:
-    return WORSE
-  return BOUND if gain["bound"] else NO_EFFECT
-
-
-def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
-  """Returns the verdict on one row of `slopes`, fitted to the rows `gains`."""
-  if math.isnan(slope["low"]):
-    return NO_TREND
-  if gains["is_rough"].any():
-    return ROUGH_CLOCK
-  if slope["low"] <= 0 <= slope["high"]:
-    return "no trend found"
-  is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
-  words = f"{'disadvantage' if is_loss else 'gain'} "
-  return words + ("grows" if is_up != is_loss else "shrinks")
 
 
 def in_short(ladder: Analysis) -> list[str]:

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 
 from mtp_jax.analysis import statistics
 from mtp_jax.analysis.claims.claim import Finding, Margin, estimate, over_seeds
-from mtp_jax.analysis.claims.pictures import lines
-from mtp_jax.analysis.drawing import size_axis, zero_line
+from mtp_jax.analysis.drawing import size_axis, size_lines, zero_line
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.results import REPLICATE
 
@@ -106,12 +105,15 @@ def draw(
   ax: Axes, pairs: pd.DataFrame, styles: dict[str, dict[str, Any]], ylabel: str
 ) -> pd.DataFrame:
   """Draws mean and interval against size, a line for each `series`; returns them."""
-  table = lines(
-    ax, pairs.rename(columns={"gain": "value"}), "size", ["series"],
-    {(name,): style for name, style in styles.items()},
-  )
+  rows = [
+    {"size": size} | statistics.interval(own["gain"]) | {"series": name}
+    for (name, size), own in pairs.groupby(["series", "size"], sort=False)
+  ]
+  table = pd.DataFrame(rows, columns=["size", "n", "mean", "low", "high", "series"])
+  order = pd.factorize(table["series"])[0]
+  size_lines(ax, table.assign(method=table["series"], order=order), styles)
   if len(pairs):
     size_axis(ax, pairs["size"])
   zero_line(ax)
   ax.set_ylabel(ylabel)
-  return table
+  return table.sort_values(["series", "size"], ignore_index=True)

@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import WIDTH
-from mtp_jax.analysis.claims.pictures import dots, line_picture, with_method
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
 # Why the runs of a preset that are kept here cannot test their claims.
@@ -30,7 +28,7 @@ Test = Callable[[Results], tuple[claim.Finding, pd.DataFrame]]
 
 
 def _task(
-  name: str, title: str, caption: str, draw: Callable, source: str, floor: float,
+  name: str, title: str, caption: str, source: str, floor: float,
   *claims: tuple[str, str, str, Test],
 ) -> Callable[[str], claim.Experiment]:
   """Returns what makes the experiment of a task in a preset.
@@ -52,7 +50,7 @@ def _task(
       )
       for key, statement, rule, test in claims
     )
-    return claim.Experiment(name, preset, title, caption, tuple(own), draw)
+    return claim.Experiment(name, preset, title, caption, tuple(own))
 
   return experiment
 
@@ -135,52 +133,21 @@ def _unless_nothing_was_learnt(
   return finding.undecided(f"no arm has learnt the task: {best}")
 
 
-def draw_accuracy(results: Results) -> claim.Drawing:
-  """Draws the accuracy of each seed by method."""
-  rows = with_method(task_rows(results).dropna(subset="value"))
-  figure, axes = drawing.panels(1, 1, width=5.5)
-  dots(axes[0, 0], rows)
-  axes[0, 0].set_ylabel("task accuracy")
-  drawing.share_axis(axes[0, 0])
-  return figure, rows[["trial", "method", "seed", "value"]]
 
-
-def draw_polynomial(results: Results) -> claim.Drawing:
-  """Draws the accuracy by number of operations, and how many were trained on."""
-  rows = with_method(operator_rows(results))
-  figure, table = line_picture(
-    rows, "operators", is_share=True, xlabel="operations in the expression",
-    ylabel="accuracy",
-  )
-  most = rows["task.polynomial.max_operators"].max()
-  figure.axes[0].axvline(most + 0.5, color="#777777", linestyle=":")
-  return figure, table
-
-
-def draw_induction(results: Results) -> claim.Drawing:
-  """Draws the accuracy against width."""
-  rows = with_method(task_rows(results))
-  return line_picture(
-    rows, WIDTH, is_share=True, xlabel="width", ylabel="task accuracy"
-  )
-
-
-_SEEDS = "Accuracy of each seed, with mean and 95 % t interval over seeds."
+_ACCURACY = "Difference in accuracy, mean and 95 % t interval over seeds."
 _RISES = "task accuracy of the most parallel heads minus NTP's"
 sat = _task(
-  "sat", "3-SAT", _SEEDS, draw_accuracy, "Huang et al. 2026, arXiv 2604.11912", 0.1,
+  "sat", "3-SAT", _ACCURACY, "Huang et al. 2026, arXiv 2604.11912", 0.1,
   ("rises_with_n", "3-SAT: accuracy rises with n", _RISES, most_heads_gain),
 )
 countdown = _task(
-  "countdown", "Countdown", _SEEDS, draw_accuracy,
+  "countdown", "Countdown", _ACCURACY,
   "task of Gandhi et al. 2024; NextLat, arXiv 2511.05963", 0.02,
   ("rises_with_n", "Countdown: accuracy rises with n", _RISES, most_heads_gain),
 )
 polynomial = _task(
-  "polynomial", "Polynomial arithmetic",
-  "Accuracy by number of operations, mean and 95 % t interval over seeds; right of "
-  "the dotted line are more operations than were trained on.",
-  draw_polynomial, f"{claim.GLOECKLE}, section 4.2", 0.02,
+  "polynomial", "Polynomial arithmetic", _ACCURACY,
+  f"{claim.GLOECKLE}, section 4.2", 0.02,
   (
     "beats_ntp", "Polynomials: n = 2 beats NTP in domain",
     "accuracy of n = 2 minus NTP's on as many operations as were trained on",
@@ -188,9 +155,8 @@ polynomial = _task(
   ),
 )
 induction = _task(
-  "induction", "Induction: names of two tokens",
-  "Accuracy against the width of the model, mean and 95 % t interval over seeds.",
-  draw_induction, f"{claim.GLOECKLE}, section 4.1", 0.1,
+  "induction", "Induction: names of two tokens", _ACCURACY,
+  f"{claim.GLOECKLE}, section 4.1", 0.1,
   (
     "small_models_gain", "Induction: n = 2 beats n = 1 in the smallest model",
     "task accuracy of n = 2 minus NTP's at the smallest width", two_gain_when_small,
