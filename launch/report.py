@@ -23,13 +23,13 @@ at least. Arm `flops` (mtp.arm) adds the longer NTP runs that equal FLOPs and eq
 clock are measured with.
 
 With --results it writes what is worth keeping of the runs instead, as small tables.
---interim says how much of the experiment they have, where verdicts may still change.
+--interim is the note of how much of an experiment they have while it is not finished.
 
 With --findings it reads such tables, one folder an experiment, finished or not, and
 sets every published claim beside what was measured: findings.md, findings.csv,
 estimates.csv (every interval), one PNG and one CSV per experiment, and tax_and_gain.png
-of those of the ladders `tax`, `siblings` and `look_ahead` that have pairs of trials.
-Each claim's rule, margin and verdict stand beside it on the page.
+with a panel for each of the ladders `tax`, `siblings` and `look_ahead` that has pairs
+of trials. Each claim's rule, margin and verdict stand beside the claim on the page.
 
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """
@@ -121,7 +121,7 @@ def _broken_rule(flags: argparse.Namespace) -> str:
   if flags.results and not flags.command:
     return "--command is required with --results: the command that started the runs."
   if flags.results and flags.output:
-    return "--output goes with a report or --findings; --results says where to write."
+    return "--output goes with a report or --findings; --results is where to write."
   return ""
 
 

@@ -20,14 +20,14 @@ from mtp_jax.analysis.gains import EXACT, UPPER
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.predictors import KINDS
 
-# Okabe and Ito (2008): told apart with every common kind of colour blindness.
+# Okabe and Ito (2008): distinct colours with every common kind of colour blindness.
 _PALETTE = (
   "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 )
 COLOURS = dict(zip(KINDS, itertools.cycle(_PALETTE), strict=False))
 LINES = ("-", "--", ":", "-.")
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
-# No marker of a depth is among those of further variants.
+# Further variants have no marker of a depth.
 _VARIANTS = "hpd<>8HX"
 _SERIES = "os^DvPX*"
 # Inches. A page shows figures about 800 pixels wide: text of 9 points has 12 of them.
@@ -78,12 +78,12 @@ def marker(depth: int) -> str:
 
 
 def series_marker(index: int) -> str:
-  """Returns the marker of a series that is not told by its depth."""
+  """Returns the marker of a series whose marker is not its depth's."""
   return _SERIES[index % len(_SERIES)]
 
 
 def series_style(index: int, is_hollow: bool = False) -> dict[str, Any]:
-  """Returns colour, marker and line of a series that is told by none of its own."""
+  """Returns colour, marker and line of a series by its place in the legend."""
   colour = _PALETTE[index % len(_PALETTE)]
   return {
     "color": colour, "marker": series_marker(index),

@@ -258,7 +258,7 @@ def _section(rows: list[Row]) -> Iterator[str]:
   more = f", `{experiment.folder}_table.csv`" if experiment.table else ""
   interim = f" Interim: {facts.interim}." if facts.interim else ""
   yield f"\n{experiment.caption}{interim} Numbers: `{experiment.folder}.csv`{more}.\n"
-  told = {
+  origin = {
     "Command": "; ".join(f"`{x}`" for x in facts.command or (experiment.command,)),
     "Commit": "; ".join(facts.commit),
     "Hardware": "; ".join(facts.hardware),
@@ -267,5 +267,5 @@ def _section(rows: list[Row]) -> Iterator[str]:
     "Trials": f"{facts.finished} of {facts.trials} finished",
     "Date": facts.date,
   } | ({"Interim": facts.interim} if facts.interim else {})
-  for key, value in told.items():
+  for key, value in origin.items():
     yield f"- {key}: {value or 'not recorded'}"

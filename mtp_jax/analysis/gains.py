@@ -225,7 +225,7 @@ def slopes(pairs: pd.DataFrame) -> pd.DataFrame:
 def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
   """Returns every learning rate tried, per method and size, against the chosen one.
 
-  excess: mean main loss minus that of the chosen rate over the `shared` pairs of seeds;
+  excess: mean main loss minus the chosen rate's over the `shared` pairs of seeds;
     infinite where a loss was not finite, NaN where they share none.
   noise:  how large a difference chance explains at 95 %: t * sd / sqrt(shared), where
     sd is the spread over seeds of paired differences to NTP, pooled over the methods of
@@ -262,7 +262,7 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def effect(gain: pd.Series, margin: float | None = None) -> str:
-  """Returns the verdict on one row of `gains`; the margin is that of its metric."""
+  """Returns the verdict on one row of `gains`; by default with its metric's margin."""
   if margin is None:
     margin = (claim.POINTS if gain["metric"] in SHARES else claim.NATS).value
   if math.isnan(gain["low"]):

@@ -95,7 +95,7 @@ def canonical(config: Config) -> MtpConfig:
 def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
   """Returns a name for each canonical method: kind, D, and what else tells it apart.
 
-  What else is said is what varies among the methods of the same kind.
+  "What else" are the values that vary among the methods of the same kind.
   """
   labels = {}
   for kind in KINDS:
@@ -196,8 +196,8 @@ def _ladder_labels(configs: list[Config], sizes: list[int]) -> list[str]:
   every = {k for key in keys for k in key}
   full = [{k: key.get(k, "follows size") for k in every} for key in keys]
   source = "data.source"
-  # Texts and tasks differ in much else: beside the source only what tells apart the
-  # ladders of one source is said.
+  # Texts and tasks differ in many keys. A label has the source and the keys that vary
+  # among the ladders of this source.
   varying = {
     x: _varying([key for key in full if key[source] == x])
     for x in {key[source] for key in full}

@@ -128,7 +128,7 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
     drawn, written = _figures(ladder, output, suffix)
     if len(labels) > 1:
       lines += [f"## {label}", ""]
-    # The sentence of the page has said the first of these.
+    # The first of these words is the sentence at the top of the page.
     lines += [*words[label][2:], "", *_folded(ladder, drawn)]
     paths += written
   states = [f"- {line}" for line in _states(analysis)]
@@ -148,8 +148,8 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
   for name in ("trials", "levels", "pairs", "gains", "slopes", "rates"):
     tables.append(output / f"all_{name}.csv")
     _write(getattr(analysis, name), tables[-1])
-  told = [line for label, own in words.items() for line in (label, *own[1:]) if line]
-  text = "\n".join([table, "", *told, "", "Trials", *states])
+  standing = [x for label, own in words.items() for x in (label, *own[1:]) if x]
+  text = "\n".join([table, "", *standing, "", "Trials", *states])
   return Report(text, sentence, (*(output / name for name in pages), *paths, *tables))
 
 

@@ -1,8 +1,7 @@
 """What an experiment measured, as small tables to keep: `experiments/results/NAME`.
 
-trials.csv   one row a trial: state, size, cost (`added_parameters` are those that the
-             deployed model has not), and the config keys (dotted) that tell the trials
-             apart.
+trials.csv   one row a trial: state, size, cost (`added_parameters`: parameters that the
+             deployed model lacks), and the config keys (dotted) that vary.
 metrics.csv  long: the final evaluation; see `runs.Runs`.
 curves.csv   long: the validation and test records of training.
 run.json     the commands, commits, hardware, versions, seeds and day of the runs, what
@@ -242,8 +241,8 @@ def read_ladder(folder: Path) -> LadderResults:
   Raises:
     RunsError: see `read`.
   """
-  told = ("commit", "hardware", "versions")
-  trials = _read_table(folder / "all_trials.csv", ("status", "seed", *told))
+  texts = ("commit", "hardware", "versions")
+  trials = _read_table(folder / "all_trials.csv", ("status", "seed", *texts))
   method = ("method", "kind", "depth", "arm", "metric", "comparison")
   pairs = ("seed", "data_seed", "size", "gain")
   slopes = ("n", "slope", "low", "high")
@@ -251,7 +250,7 @@ def read_ladder(folder: Path) -> LadderResults:
     folder,
     _read_table(folder / "all_pairs.csv", (*method, *pairs)),
     _read_table(folder / "all_slopes.csv", (*method, *slopes)),
-    _facts(trials.fillna(dict.fromkeys(told, "")), ()),
+    _facts(trials.fillna(dict.fromkeys(texts, "")), ()),
   )
 
 

@@ -1,8 +1,8 @@
 """Run folders as tables: one row a trial.
 
 config.json, eval.json and metrics.jsonl are all that decides a number; parameters and
-FLOPs follow from the config. run.json is read, where it is there, for the commit, the
-hardware and the versions only. A trial is finished when it has an eval.json.
+FLOPs follow from the config. A run.json adds only the commit, the hardware and the
+versions. A trial is finished when it has an eval.json.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ GENERATIVE = (
   "decoded_tokens_per_round", "sampled_tokens_per_round",
 )
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
-# From depth 1; those of decoding are null where nothing was decoded.
+# From depth 1; measures of decoding are null where nothing was decoded.
 PER_DRAFT = (
   "teacher_forced_agreement", "joint_prefix_agreement", "decoded_survival",
   "decoded_acceptance", "sampled_survival", "sampled_acceptance",
@@ -46,7 +46,7 @@ CURVE_COLUMNS = (
 
 
 class RunsError(ValueError):
-  """A folder or file that cannot be read; the message says which, and which line."""
+  """A folder or file that cannot be read; the message names it, and the line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Panel:
 
 
 def of_results(results: dict[str, Results]) -> list[Panel]:
-  """Returns the panels of those of `PARTS` that have a pair of finished trials."""
+  """Returns a panel for each of `PARTS` that has a pair of finished trials."""
   shown = [
     (name, part, *part.series(results[name]))
     for name, part in PARTS.items() if name in results
@@ -174,9 +174,10 @@ def _clause(panel: Panel) -> str:
   for group, rows in own.items():
     # Numbers of more than three methods are left to the table.
     words.setdefault(_effect(part, rows, len(own) <= 3), []).append(group)
-  told = [f"{', '.join(names)} {effect}" for effect, names in words.items()]
+  effects = [f"{', '.join(names)} {effect}" for effect, names in words.items()]
   ends = pairs["size"].agg(["min", "max"]).map(size_text)
-  return f"on {part.data} at {' to '.join(ends.unique())} parameters {', '.join(told)}"
+  sizes = " to ".join(ends.unique())
+  return f"on {part.data} at {sizes} parameters {', '.join(effects)}"
 
 
 def _effect(part: Part, pairs: pd.DataFrame, with_numbers: bool) -> str:

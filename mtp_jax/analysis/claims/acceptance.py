@@ -19,8 +19,8 @@ def experiment(preset: str) -> claim.Experiment:
   )
   return claim.Experiment(
     "acceptance_by_depth", preset, "Acceptance by depth",
-    "Differences in the share of drafts accepted, of those that were reached, sampled "
-    "at temperature 1; mean and 95 % t interval over seeds.",
+    "Differences in the share of drafts accepted, of the drafts that were reached, "
+    "sampled at temperature 1; mean and 95 % t interval over seeds.",
     (
       *(
         claim.Claim(

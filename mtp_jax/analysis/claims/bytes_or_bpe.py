@@ -31,7 +31,7 @@ def experiment(preset: str) -> claim.Experiment:
 
 
 def bits_penalty(results: Results, tokenizer: str, n: int) -> pd.Series:
-  """Returns bits per byte of n heads minus those of NTP, a seed."""
+  """Returns bits per byte of n heads minus NTP's, a seed."""
   at = {"tokenizer.kind": tokenizer}
   return penalty(results, parallel(n), at, "bits_per_byte")
 

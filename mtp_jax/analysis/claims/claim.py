@@ -1,4 +1,4 @@
-"""Claims: what a claim is, and which verdict an interval over seeds gives it.
+"""Claims, and the verdict on a claim that follows from an interval over seeds.
 
 Every claim has a margin: the smallest effect of interest. An estimate has one of four
 verdicts by its whole interval (95 %):

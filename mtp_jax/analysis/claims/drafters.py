@@ -1,6 +1,6 @@
 """Drafters trained after the fact and jointly: their claims' tests, table and figure.
 
-Results of `experiments/drafters.py`. An arm is told by its config values; differences
+Results of `experiments/drafters.py`. An arm is known by its config values; differences
 and ratios are formed between trials of one width and seed, then averaged over the
 widths, so that an interval is over seeds.
 """

@@ -3,7 +3,7 @@
 The gain of an arm is NTP's minus the arm's restricted mean of ln(tokens) until the path
 is solved (`solving`), paired by seed: 0.26 is a factor of 1.3 fewer tokens. `added`
 puts the extra heads on the whole trunk, `shortened` takes their layers from it. Only
-trials on fresh graphs count here: those that read a fixed set again learn another task.
+trials on fresh graphs count here: trials that repeat a fixed set learn another task.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,8 @@ _LOOKS = {
 
 
 def of(experiment: claim.Experiment, results: Any) -> claim.Drawing:
-  """Returns the experiment's own figure or, without one, that of its estimates."""
+  """Returns the experiment's own figure or, without one, the figure of its estimates.
+  """
   if experiment.draw:
     return experiment.draw(results)
   rows = pd.DataFrame([

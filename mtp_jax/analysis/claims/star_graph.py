@@ -43,16 +43,16 @@ def _claims(num_arms: int, length: int) -> Iterator[claim.Claim]:
     source = f"{_BACHMANN}; {claim.TOP}, table 5"
     published = f"{of}{percent:g} % exact paths"
     if depth == 0 and percent > 1:
-      outcome, says = is_at_chance, "stays at chance"
+      outcome, verb = is_at_chance, "stays at chance"
       rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
     elif percent > 100 * SOLVED:
-      outcome, says = is_solved, "solves it"
+      outcome, verb = is_solved, "solves it"
       rule = f"a seed solves it from {SOLVED:g} of exact paths"
     else:
-      outcome, says = is_unsolved, "fails"
+      outcome, verb = is_unsolved, "fails"
       rule = f"a seed fails below {SOLVED:g} of exact paths"
     yield claim.Claim(
-      f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {says}", source,
+      f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {verb}", source,
       f"{published} (one run)", f"{rule}; {_SHARE}", claim.POINTS,
       functools.partial(share_of_seeds, where=where, outcome=outcome),
     )
