@@ -53,9 +53,14 @@ def arrange(runs: Runs) -> pd.DataFrame:
   """
   trials = runs.trials.copy()
   methods = [canonical(config) for config in trials["config"]]
-  names = method_labels(methods)
+  texts = [config.data.source for config in trials["config"]]
+  # A name has what tells it from the other methods on the same text or task.
+  of_text = collections.defaultdict(list)
+  for text, method in zip(texts, methods, strict=True):
+    of_text[text].append(method)
+  names = {text: method_labels(own) for text, own in of_text.items()}
   trials["mtp"] = methods
-  trials["method"] = [names[m] for m in methods]
+  trials["method"] = [names[x][m] for x, m in zip(texts, methods, strict=True)]
   trials["kind"] = ["none" if m.arm == "flops" else m.kind for m in methods]
   trials["depth"] = [0 if m.arm == "flops" else m.depth for m in methods]
   trials["arm"] = [m.arm for m in methods]
