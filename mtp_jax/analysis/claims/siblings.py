@@ -117,7 +117,9 @@ def gains(
   data = [results.key(key) for key in DATA]
   rows = results.select({})
   rows = rows.assign(
-    value=rows["trial"].map(arms.at_moment(results, own.column, moment, own.best))
+    value=rows["trial"].map(
+      arms.at_moment(results, own.column, moment, own.best)
+    ).astype(float)
   )
   ntp, two = rows[rows["mtp.depth"] == 0], rows[rows["mtp.depth"] == 1]
   two = two[two[results.key("mtp.weight")] == weight]
