@@ -1,4 +1,5 @@
-# make reproduce   set up, train the CPU ladder, write the report (resumable)
+# make reproduce   set up, train two CPU ladders, write the report (resumable;
+#                  LADDER=second_seeds: the same with other seeds)
 # make test        set up, lint, run the tests
 # make test-all    the slow ones too (make test-slow: those alone)
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
@@ -6,7 +7,8 @@
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
-RUNS ?= runs/gains_with_scale
+LADDER ?= reproduce
+RUNS ?= runs/$(LADDER)
 BIN := $(VENV)/bin
 PRESET ?= cpu
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
@@ -17,8 +19,10 @@ SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 .PHONY: reproduce test test-slow test-slurm test-all lint house bench setup setup-dev
 
 reproduce: setup
-	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
-	  --workdir=$(RUNS) --parallel=$(WORKERS)
+	for name in siblings tax; do \
+	  $(BIN)/python -m launch.sweep --config=experiments/$$name.py:$(LADDER) \
+	    --workdir=$(RUNS)/$$name --parallel=$(WORKERS) || exit; \
+	done
 	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
 
 test: lint

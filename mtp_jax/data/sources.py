@@ -26,15 +26,22 @@ from mtp_jax.data.text_files import (
 )
 
 SPLITS = ("train", "validation", "test")
+# With fewer documents a split may be empty by chance; then documents are cut.
+FEW = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text. `name`: relative path, or `file:line`. `content_hash`: 32 bytes."""
+  """One text, or a part of one (`cut_document`).
+
+  name: relative path, or `file:line`. content_hash: 32 bytes. edges: whether the text
+  begins a document (gets bos), and whether it ends one (gets eos).
+  """
 
   name: str
   text: str
   content_hash: bytes
+  edges: tuple[bool, bool] = (True, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +73,7 @@ class Documents:
   """All documents of a source in the order of their content hashes.
 
   names, texts: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
-  edges_N2: [N, 2] bool: whether the text begins a document (gets bos), and whether it
-    ends one (gets eos).
+  edges_N2: [N, 2] bool: see `Document`.
   """
 
   names: list[str]
@@ -204,12 +210,16 @@ def load_documents(source: str, path: str, text_field: str) -> Documents:
   """Reads a whole source into memory; see `DocumentReader` for what it raises."""
   reader = DocumentReader(source, path, text_field)
   documents = sorted(reader, key=lambda document: document.content_hash)
+  return _gather(documents, reader.stats())
+
+
+def _gather(documents: list[Document], stats: SourceStats) -> Documents:
   return Documents(
     names=[document.name for document in documents],
     texts=[document.text for document in documents],
     hashes_NX=hash_array(document.content_hash for document in documents),
-    stats=reader.stats(),
-    edges_N2=np.ones((len(documents), 2), bool),
+    stats=stats,
+    edges_N2=np.array([document.edges for document in documents], bool),
   )
 
 
@@ -229,31 +239,57 @@ def split_of(
   )
 
 
+def must_cut(
+  hashes_NX: np.ndarray, validation_fraction: float, test_fraction: float
+) -> bool:
+  """Returns whether few documents, split whole, would leave a split empty.
+
+  Splits by hash are kept if none is empty: they do not move when documents are added.
+  """
+  fractions = (
+    1 - validation_fraction - test_fraction, validation_fraction, test_fraction
+  )
+  split_N = split_of(hashes_NX, validation_fraction, test_fraction)
+  return len(split_N) < FEW and fractions[0] > 0 and any(
+    fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
+  )
+
+
+def cut_document(
+  document: Document, validation_fraction: float, test_fraction: float
+) -> Iterator[tuple[int, Document]]:
+  """Yields `(split, part)`: the document cut into train, validation and test.
+
+  For sources with too few documents to be split by whole documents. The first part of
+  the text is for training, the next for validation, the last for test; parts of white
+  space only are skipped.
+  """
+  name, text = document.name, document.text
+  first = round((1 - validation_fraction - test_fraction) * len(text))
+  second = round((1 - test_fraction) * len(text))
+  bounds = itertools.pairwise((0, first, second, len(text)))
+  for split, (begin, end) in enumerate(bounds):
+    part = text[begin:end]
+    if part.strip():
+      content_hash = hashlib.sha256(part.encode()).digest()
+      edges = (begin == 0, end == len(text))
+      yield split, Document(f"{name}[{begin}:{end}]", part, content_hash, edges)
+
+
 def cut(
   documents: Documents, validation_fraction: float, test_fraction: float
 ) -> tuple[Documents, np.ndarray]:
-  """Returns `(parts, split_N)`: every document cut into train, validation and test.
-
-  For sources with too few documents to be split by whole documents. The first part of
-  every text is for training, the next for validation, the last for test; parts of white
-  space only are skipped.
-  """
-  names, texts, edges, splits = [], [], [], []
-  for name, text in zip(documents.names, documents.texts, strict=True):
-    first = round((1 - validation_fraction - test_fraction) * len(text))
-    second = round((1 - test_fraction) * len(text))
-    bounds = itertools.pairwise((0, first, second, len(text)))
-    for split, (begin, end) in enumerate(bounds):
-      if text[begin:end].strip():
-        names.append(f"{name}[{begin}:{end}]")
-        texts.append(text[begin:end])
-        edges.append((begin == 0, end == len(text)))
-        splits.append(split)
-  hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
-  parts = Documents(
-    names, texts, hash_array(hashes), documents.stats, np.array(edges, bool)
+  """Returns `(parts, split_N)` of all documents; see `cut_document`."""
+  wholes = zip(
+    documents.names, documents.texts, map(bytes, documents.hashes_NX), strict=True
   )
-  return parts, np.array(splits)
+  parts = [
+    part
+    for whole in wholes
+    for part in cut_document(Document(*whole), validation_fraction, test_fraction)
+  ]
+  split_N = np.array([split for split, _ in parts])
+  return _gather([part for _, part in parts], documents.stats), split_N
 
 
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
