@@ -34,7 +34,7 @@ from mtp_jax.analysis.drawing import (
   zero_line,
 )
 from mtp_jax.analysis.gains import COMPARISONS, TOKENS, Analysis
-from mtp_jax.analysis.ladders import NTP, size_text
+from mtp_jax.analysis.ladders import size_text
 
 Drawing = tuple[Figure, pd.DataFrame] | None
 
@@ -229,57 +229,42 @@ def curves(ladder: Analysis) -> Drawing:
 
 
 def setting_sweep(ladder: Analysis, setting: str, label: str) -> Drawing:
-  """Draws loss and paired gain against one number of the mtp section, a column a size.
-  """
+  """Draws the paired gain against one number of the mtp section, a panel a size."""
   rows = _families(ladder, setting)
   if rows is None:
     return None
   sizes = sorted(rows["size"].unique())
-  figure, axes = panels(2, len(sizes), sharex=True, sharey="row", height=5.2)
-  for column, size in zip(axes.T, sizes, strict=True):
-    here = rows[rows["size"] == size]
-    for index, (family, line) in enumerate(here.groupby("family")):
-      style = dict(
+  figure, axes = panels(1, len(sizes), sharey=True)
+  for ax, size in zip(axes.flat, sizes, strict=True):
+    families = rows[rows["size"] == size].sort_values(setting).groupby("family")
+    for index, (family, line) in enumerate(families):
+      ax.errorbar(
+        line[setting], line["mean"], yerr=error_bars(line), capsize=3, label=family,
         color=COLOURS[line["kind"].iloc[0]], linestyle=LINES[index % len(LINES)],
-        marker=series_marker(index), capsize=3, label=family,
+        marker=series_marker(index),
       )
-      for ax, quantity in zip(column, ("loss", "gain"), strict=True):
-        part = line[line["quantity"] == quantity].sort_values(setting)
-        ax.errorbar(part[setting], part["mean"], yerr=error_bars(part), **style)
-    ntp = here["ntp_loss"].iloc[0]
-    if np.isfinite(ntp):
-      column[0].axhline(ntp, color=COLOURS["none"], linestyle="--", label=NTP)
-    zero_line(column[1])
-    column[0].set_title(f"{size_text(size)} parameters")
-    column[1].set_xlabel(label)
-    value_axis(column[1], rows[setting])
-  axes[0, 0].set_ylabel("next-token loss, nats per token")
-  axes[1, 0].set_ylabel("gain over NTP, nats per token")
+    zero_line(ax)
+    ax.set(title=f"{size_text(size)} parameters", xlabel=label)
+    value_axis(ax, rows[setting])
+  axes[0, 0].set_ylabel("gain over NTP, nats per token")
   legend_below(figure, axes.flat)
   return figure, rows
 
 
 def _families(ladder: Analysis, setting: str) -> pd.DataFrame | None:
-  """Returns losses and gains of methods that agree in all but `setting`, if any.
+  """Returns gains of methods that agree in all but `setting`, if there are any.
 
   A family has two values of the setting or more, and the name of its first member
   without the number that varies.
   """
-  trials = ladder.trials[ladder.trials["chosen"] & (ladder.trials["depth"] > 0)]
-  of_method = dict(zip(trials["method"], trials["mtp"], strict=True))
-  gains = _main(ladder.gains)
-  rows = pd.concat([
-    _main(ladder.levels).assign(quantity="loss"),
-    gains[gains["comparison"] == TOKENS].assign(quantity="gain"),
-  ], ignore_index=True)
-  ntp = rows[(rows["method"] == NTP) & (rows["quantity"] == "loss")]
-  rows = rows[rows["method"].isin(of_method)]
+  trials = ladder.trials.drop_duplicates("method").set_index("method")
+  rows = _main(ladder.gains)
+  rows = rows[rows["comparison"] == TOKENS]
+  own = rows["method"].map(trials["mtp"])
   blank = {"depth": 0, "weight": 0.0}[setting]
-  own = rows["method"].map(of_method)
   rows = rows.assign(
     **{setting: [getattr(mtp, setting) for mtp in own]},
     key=[str(dataclasses.replace(mtp, **{setting: blank})) for mtp in own],
-    ntp_loss=rows["size"].map(ntp.set_index("size")["mean"]),
   )
   rows = rows[rows.groupby(["key", "size"])[setting].transform("nunique") > 1]
   if not len(rows):
@@ -287,7 +272,7 @@ def _families(ladder: Analysis, setting: str) -> pd.DataFrame | None:
   sign = {"depth": "D=", "weight": "λ="}[setting]
   first = rows.groupby("key")["method"].transform("first").str.split()
   rows["family"] = [" ".join(w for w in x if not w.startswith(sign)) for x in first]
-  columns = ["size", setting, "quantity", "n", "mean", "low", "high", "ntp_loss"]
+  columns = ["size", setting, "n", "mean", "low", "high"]
   return rows[["ladder", "family", "method", "kind", *columns]]
 
 
@@ -336,16 +321,16 @@ PLOTS = (
   ),
   Plot(
     "depth_sweep",
-    "Loss and gain against the number of extra tokens",
-    "Methods that differ in D only; the dashed line is NTP. Equal tokens.",
+    "Gain against the number of extra tokens",
+    "Methods that differ in D only. Equal tokens.",
     functools.partial(
       setting_sweep, setting="depth", label="D, extra tokens predicted"
     ),
   ),
   Plot(
     "weight_sweep",
-    "Loss and gain against the weight of the extra losses",
-    "Methods that differ in λ only; the dashed line is NTP. Equal tokens.",
+    "Gain against the weight of the extra losses",
+    "Methods that differ in λ only. Equal tokens.",
     functools.partial(
       setting_sweep, setting="weight", label="λ, weight of the extra losses"
     ),
