@@ -114,6 +114,9 @@ def draw(
   size_lines(ax, table.assign(method=table["series"], order=order), styles)
   if len(pairs):
     size_axis(ax, pairs["size"])
+  # No gain is part of every picture of gains.
+  low, high = ax.get_ylim()
+  ax.set_ylim(min(low, 0.0), max(high, 0.0))
   zero_line(ax)
   ax.set_ylabel(ylabel)
   return table.sort_values(["series", "size"], ignore_index=True)
