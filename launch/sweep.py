@@ -1,12 +1,10 @@
 r"""Trains all trials of an experiment, here or on a cluster, and continues them.
 
-  python -m launch.sweep --config=experiments/depth_sweep.py --dry_run
-  python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
-      --workdir=runs/ladder --parallel=2 --only='kind=sequential,seed=0'
-  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --on=slurm --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
-  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --status --watch
+  mtp-jax sweep depth_sweep --dry_run
+  mtp-jax sweep gains_with_scale:cpu --parallel=2 --only='kind=sequential,seed=0'
+  mtp-jax sweep depth_sweep --workdir=runs/depth --on=slurm \
+      --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
+  mtp-jax status depth_sweep --workdir=runs/depth --watch
 
 Every trial has a run folder of its own in --workdir, named by what varies
 (launch/README.md). All configs are checked before the first trial starts. Trials that
@@ -40,11 +38,14 @@ from launch.engines.engine import Engine
 from launch.engines.local import Local
 from launch.engines.order import MOST_PACKED
 from launch.states import Choice, Trial
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
 cli.define_config()
-_WORKDIR = cli.define_workdir(
-  "folder of the sweep, in which each trial has its run folder", required=False
+cli.define_workdir(
+  "folder of the sweep, in which each trial has its run folder; by default runs/NAME "
+  "or runs/NAME_PRESET of the experiment",
+  required=False,
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
 _SWEEP = flags.DEFINE_list(
@@ -65,7 +66,7 @@ _PARALLEL = flags.DEFINE_integer(
 _PACK = flags.DEFINE_string(
   "pack",
   "1",
-  "local: most trials of one shape that are trained side by side in one program, "
+  "local: most trials of one program that are trained side by side in one program, "
   f"spread over the devices that there are; auto: as many as fit, up to "
   f"{MOST_PACKED}",
 )
@@ -151,9 +152,7 @@ _OWNERS = {
 def main() -> int:
   # This process counts parameters; others have the accelerators.
   jax.config.update("jax_platforms", "cpu")
-  if _WORKDIR.value is None and not _DRY_RUN.value:
-    raise ConfigError("--workdir is required, but for --dry_run.")
-  root = Path(_WORKDIR.value or ".")
+  root = cli.workdir()
   file, preset = cli.config_file()
   experiment = trials.load_experiment(file)
   planned = trials.select(
@@ -250,7 +249,7 @@ def _alone(root: Path) -> Iterator[None]:
   """Keeps others from submitting the same trials meanwhile."""
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(cli.exclusive(root))
+      stack.enter_context(run_folder.exclusive(root))
     except ConfigError as error:
       raise ConfigError(f"another sweep is being started in {root}.") from error
     yield
@@ -303,12 +302,12 @@ def dry_run_table(planned: list[Trial]) -> str:
   copies = states.copies(planned)
   total = sum(trial.flops for trial in planned if trial.name not in copies)
   same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
-  shapes = len({trial.shape for trial in planned})
+  programs = len({trial.program for trial in planned})
   return (
-    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
+    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {programs} program(s), "
     f"{total:.3g} FLOPs{same}"
   )
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, owners=_OWNERS)

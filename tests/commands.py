@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from tests.quick_xla import xla_flags
 
@@ -93,7 +95,16 @@ class Commands:
     return Result(*json.loads(self._server.stdout.readline()))
 
 
-@pytest.fixture(scope="module")
+def run_report(**values: object) -> int:
+  """Runs launch.report in this process with these values of its flags."""
+  from launch import report  # Here, because it imports what takes long.
+
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**values):
+    return report.main()
+
+
+@pytest.fixture(scope="session")
 def command() -> Iterator[Commands]:
   with Commands() as commands:
     yield commands

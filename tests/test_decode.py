@@ -12,8 +12,9 @@ import pytest
 
 from mtp_jax import accounting
 from mtp_jax.config import with_overrides
-from mtp_jax.decode import drafters, generate, loop, network
+from mtp_jax.decode import drafters, generate, loop
 from mtp_jax.decode.generate import Decoding
+from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
 from mtp_jax.lm import MtpLm, unembed_matrix
@@ -27,6 +28,7 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
+  mostly_slow,
   random_params,
   tiny_config,
 )
@@ -35,14 +37,16 @@ PROMPT_SLOTS, NEW, DEPTH = 9, 13, 3
 SEQ_LEN = PROMPT_SLOTS + NEW  # Prompt and completion fill it to the last position.
 LENGTHS = (1, 4, PROMPT_SLOTS, 2, PROMPT_SLOTS - 1)
 MODELS = {
-  f"{trunk}-{kind}": (trunk, kind, depth, more)
-  for trunk in TRUNKS
-  for kind, depth, more in (
-    ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
-    ("linear", DEPTH, {}), ("medusa", DEPTH, {}), ("eagle", DEPTH, {}),
-    ("eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
-  )
-} | {
+  "llama-none": ("llama", "none", 0, {}),
+  "llama-parallel": ("llama", "parallel", DEPTH, {}),
+  "gpt2-parallel": ("gpt2", "parallel", DEPTH, {}),
+  "llama-sequential": ("llama", "sequential", DEPTH, {}),
+  "gpt2-sequential": ("gpt2", "sequential", DEPTH, {}),
+  "llama-linear": ("llama", "linear", DEPTH, {}),
+  "gpt2-medusa": ("gpt2", "medusa", DEPTH, {}),
+  "llama-eagle": ("llama", "eagle", DEPTH, {}),
+  "gpt2-eagle": ("gpt2", "eagle", DEPTH, {}),
+  "llama-eagle3": ("llama", "eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "llama-eagle3-own": (
     "llama", "eagle3", 2,
@@ -71,7 +75,7 @@ class Model:
     if self.config.mtp.unembed == "own":
       own = 0.2 * self.params["mtp"]["unembed"] + self.params["unembed"]["kernel"]
       self.params["mtp"]["unembed"] = own
-    self.weights = network.unstack(self.params, self.config)
+    self.weights = unstack(self.params, self.config)
     rng = np.random.default_rng(0)
     vocab = self.config.tokenizer.vocab_size
     self.prompts = [rng.integers(0, vocab, n) for n in LENGTHS]
@@ -125,7 +129,9 @@ def uncached(config, params, prompts):
   return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+  scope="module", params=mostly_slow(MODELS, "llama-sequential", "gpt2-parallel")
+)
 def model(request):
   return Model(*MODELS[request.param])
 
@@ -194,7 +200,7 @@ def test_recursion_past_the_last_module(sequential):
   assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", mostly_slow(["eagle", "eagle3"], "eagle"))
 def test_eagle_drafts_as_far_as_wanted(kind):
   model = Model(*MODELS[f"llama-{kind}"])
   completions = model.generate(decoding=Decoding(num_drafts=DEPTH + 2))
@@ -203,7 +209,9 @@ def test_eagle_drafts_as_far_as_wanted(kind):
   assert len(reached) == DEPTH + 2 and reached[1] > 0
 
 
-@pytest.mark.parametrize("name", ["own", "trunk", "shifted", "bare"])
+@pytest.mark.parametrize(
+  "name", mostly_slow(["own", "trunk", "shifted", "bare"], "own")
+)
 def test_recursion_from_other_inputs(name):
   model = Model("llama", "sequential", 2, INPUTS[name])
   completions = model.generate(decoding=Decoding(num_drafts=5, recurse=True))
@@ -267,6 +275,7 @@ def ends(model, decoding):
   return plan, inputs, loop.finish(plan, inputs, state)
 
 
+@pytest.mark.slow
 def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
   monkeypatch.setattr(attention, "_PARTS", len(LENGTHS))
   monkeypatch.setattr(attention, "_LEAST_BYTES", 0)
@@ -339,7 +348,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   expected_MBTV = trained(rows, SEQ_LEN)
   drafter = drafters.own_predictors(model.config, depth)
-  target = network.target(config)
+  target = make_target(config)
   length_B = jnp.array([T, T - 5])
   seen = []
 
@@ -410,6 +419,7 @@ def test_match_says_what_plain_sampling_says(sequential):
   assert tokens(other) != tokens(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["leviathan", "block"])
 def test_sampling_does_not_depend_on_the_batch(sequential, rule):
   decoding = Decoding(rule, SAMPLING)
@@ -428,13 +438,14 @@ def test_other_prompts_and_settings_of_a_bucket_compile_nothing(sequential):
   assert (loop.prefill._cache_size(), loop.finish._cache_size()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_batch_sharded", [False, True])
 def test_on_a_mesh(sequential, is_batch_sharded):
   sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   mesh = make_mesh(tiny_config(overrides=sizes).mesh)
   axes = logical_axes(accounting.abstract_params(sequential.config))
   sharded = jax.device_put(sequential.params, tree_shardings(mesh, axes))
-  weights = network.unstack(sharded, sequential.config)
+  weights = unstack(sharded, sequential.config)
   rows = tree_shardings(mesh, ("batch",)) if is_batch_sharded else None
   completions = generate.generate(
     sequential.config, weights, sequential.prompts[:4], max_new_tokens=NEW,

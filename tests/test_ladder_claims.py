@@ -464,6 +464,7 @@ def swept(folder, name, is_kept):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "is_kept",
   [

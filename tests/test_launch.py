@@ -58,7 +58,9 @@ def test_help_shows_examples_and_flags(command, module):
   result = command(module, "--help")
   assert result.code == 0
   assert not result.touched_backend
-  assert result.output.count(f"python -m {module} ") >= 2
+  name = module.removeprefix("launch.")
+  examples = rf"\n  (?:mtp-jax {name}|python -m {re.escape(module)}) "
+  assert len(re.findall(examples, result.output)) >= 2
   assert "--workdir: " in result.output
   assert "run folder" in result.output
 
@@ -87,7 +89,7 @@ def test_dry_run_lists_every_trial_and_trains_nothing(command):
   assert header.split() == [
     "trial", "parameters", "deployed", "FLOPs/token", "steps", "tokens", "FLOPs"
   ]
-  assert len(rows) == 27 and total.startswith("27 trial(s) of 7 shape(s), ")
+  assert len(rows) == 27 and total.startswith("27 trial(s) of 7 program(s), ")
   cells = [row.replace(",", "").split() for row in rows]
   by_name = {name: [float(x) for x in numbers] for name, *numbers in cells}
   ntp = by_name["kind=nonedepth=0seed=0"]
@@ -116,6 +118,7 @@ def check_fields_are_documented(workdir):
     assert path.name.startswith((".lock", *listed))
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   command, tmp_path
 ):

@@ -80,7 +80,7 @@ MUTANTS = {
     "test_losses_are_those_of_the_tokens_that_can_be_drafted[kl]",
   ),
   "ids of tokens that can be drafted lose bits": Mutant(
-    "decode/network.py",
+    "decode/target.py",
     '"router", "draft_tokens"',
     '"router"',
     "test_draft_vocabulary.py::test_in_decoding_other_tokens_have_no_probability",
@@ -113,19 +113,19 @@ MUTANTS = {
     "predictors/sequential.py",
     "if embedding_BTD is None else embedding_BTD\n",
     "if embedding_BTD is None else 0 * embedding_BTD\n",
-    f"{SEES}[sequential-options2-llama]",
+    f"{SEES}[sequential-llama]",
   ),
   "chain is given the token that it predicts": Mutant(
     "predictors/sequential.py",
     "embed_ahead(k) for k in range(1, 1 + depth)",
     "embed_ahead(1 + k) for k in range(1, 1 + depth)",
-    f"{SEES}[sequential-options2-llama]",
+    f"{SEES}[sequential-llama]",
   ),
   "every module is given the same token": Mutant(
     "predictors/sequential.py",
     "embed_ahead(k) for k in range(1, 1 + depth)",
     "embed_ahead(1) for k in range(1, 1 + depth)",
-    f"{SEES}[sequential-options2-llama]",
+    f"{SEES}[sequential-llama]",
   ),
   "concat order swapped": Mutant(
     "predictors/sequential.py",
@@ -328,13 +328,13 @@ MUTANTS = {
     "kernels/attention.py",
     "mask = (same_BTS & causal_TS)[:, None, None]",
     "mask = (same_BTS | causal_TS)[:, None, None] & causal_TS",
-    f"{SEES}[none-options0-llama]",
+    f"{SEES}[none-llama]",
   ),
   "attention to the next token": Mutant(
     "kernels/attention.py",
     "causal_TS = jnp.arange(S)[None, :] <= rows_T1",
     "causal_TS = jnp.arange(S)[None, :] <= rows_T1 + 1",
-    f"{SEES}[none-options0-llama]",
+    f"{SEES}[none-llama]",
   ),
   "deployed model takes the second head": Mutant(
     "lm.py",
@@ -397,7 +397,7 @@ MUTANTS = {
     f"{DEPTHS}[llama-sequential]",
   ),
   "heads are fed the state after the first head": Mutant(
-    "decode/network.py",
+    "decode/target.py",
     "streams[number - 1] for number in taps",
     "streams[-1] for number in taps",
     f"{DEPTHS}[llama-parallel]",

@@ -29,7 +29,7 @@ from mtp_jax.analysis.runs import (
   require,
 )
 from mtp_jax.config import flatten, to_dict
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 
 # Trials that agree in these start alike and see the same data in the same order.
 REPLICATE = ("seed", "data.seed")
