@@ -177,7 +177,11 @@ def write_siblings(root, gain=0.05):
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
-@pytest.mark.parametrize("parts", [("text", "siblings"), ("text",), ("siblings",)])
+@pytest.mark.parametrize("parts", [
+  ("text", "siblings"),
+  pytest.param(("text",), marks=pytest.mark.slow),
+  pytest.param(("siblings",), marks=pytest.mark.slow),
+])
 def test_a_folder_of_a_task_and_of_text_makes_one_page(
   tmp_path, parts, capsys, one_figure
 ):
