@@ -156,14 +156,14 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   """
   if data.source in TASKS:
     return
+  is_file = tokenizer.kind == "file"
+  given = tokenizers.load_tokenizer(tokenizer.path) if is_file else None
   if data.source == "array_record":
     prepared.open_folder(data.path)
   else:
-    sources.DocumentReader(data.source, data.path, data.text_field)
+    sources.DocumentReader(data.source, data.path, data.text_field, given)
   if data.train_on:
     distilled_text.check_file(data.train_on)
-  if tokenizer.kind == "file":
-    tokenizers.load_tokenizer(tokenizer.path)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,10 @@ class Progress:
     self._began = self._begun_at = self._last_line = 0.0
 
   def __call__(self, phase: str, done: int, total: int) -> None:
-    """Shows that `done` of `total` are done; the first call of a phase starts it."""
+    """Shows that `done` of `total` are done; the first call of a phase starts it.
+
+    `total` is 0 where it is not known.
+    """
     now = time.monotonic()
     if phase != self._phase:
       self.close()
@@ -29,7 +32,8 @@ class Progress:
       self._last_line = now
       if sys.stderr.isatty():
         self._bar = tqdm(
-          desc=phase, total=total, initial=done, unit=self._unit, unit_scale=True
+          desc=phase, total=total or None, initial=done, unit=self._unit,
+          unit_scale=True,
         )
     if self._bar is not None:
       self._bar.update(done - self._bar.n)
@@ -37,11 +41,9 @@ class Progress:
       self._last_line = now
       left = (now - self._began) / (done - self._begun_at) * (total - done)
       scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
-      print(
-        f"{phase}: {done / scale:,.0f} of {total / scale:,.0f} {unit}, "
-        f"{left:,.0f} s left",
-        flush=True,
-      )
+      of = f" of {total / scale:,.0f}" if total else ""
+      rest = f", {left:,.0f} s left" if total else ""
+      print(f"{phase}: {done / scale:,.0f}{of} {unit}{rest}", flush=True)
 
   def close(self) -> None:
     if self._bar is not None:

@@ -285,6 +285,10 @@ def _check_data(rule: Rules) -> None:
   for split, reader in readers.items():
     key = f"data.{split}_fraction"
     rule(values[key] > 0, key, f"positive: {reader}")
+  rule(
+    data.source != "token_bin" or tokenizer.kind in ("bytes", "file"), "tokenizer.kind",
+    "that of the tokens, 'file' or 'bytes', for data.source 'token_bin'",
+  )
   is_task = data.source in TASKS
   rule(
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",

@@ -25,7 +25,9 @@ class MemoryStore:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     parts = []
     for begin in range(0, len(documents.texts), _BATCH_TEXTS):
-      batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
+      batch = tokenizers_lib.encode_batch(
+        tokenizer, documents.texts[begin : begin + _BATCH_TEXTS]
+      )
       edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
       parts += [
         tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)

@@ -176,7 +176,11 @@ def _tokenized(
   MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any], np.ndarray, bool
 ]:
   """Returns `(store, tokenizer, stats, split_N, is_cut)` of a source of texts."""
-  documents = sources.load_documents(data.source, data.path, data.text_field)
+  if tokenizer is None and tokenizer_config.kind != "bpe":
+    tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, ())
+  documents = sources.load_documents(
+    data.source, data.path, data.text_field, tokenizer
+  )
   split_N = _split(documents.hashes_NX, data)
   manifest = documents.stats.manifest
   held_out = (data.validation_fraction, data.test_fraction)

@@ -1,39 +1,46 @@
 """Documents of a source: read, deduplicated, split and ordered by content hash.
 
-A document is one text file or one JSONL line. The sha256 of its UTF-8 bytes decides
-duplicates, split and order; names and order of files, and the machine, do not matter.
+A document is one text file, line, row, or stretch of tokens (`formats`). The sha256 of
+its UTF-8 bytes decides duplicates, split and order; names and order of files, and the
+machine, do not matter.
 Unusable texts (not UTF-8, white space only, exact duplicates) are skipped, counted and
 reported.
 """
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtp_jax.data import formats
 from mtp_jax.data.errors import DataError
+from mtp_jax.data.formats import Piece
 from mtp_jax.data.generated import GENERATED
-from mtp_jax.data.text_files import (
-  BYTE_ORDER_MARK,
-  find_files,
-  read_lines,
-  text_of_line,
-)
+from mtp_jax.data.text_files import BYTE_ORDER_MARK, find_files
+from mtp_jax.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text. `name`: relative path, or `file:line`. `content_hash`: 32 bytes."""
+  """One text.
+
+  name:         relative path, or `file:line`.
+  text:         the text, or its tokens [n] int32 where the source has tokens.
+  num_bytes:    UTF-8 bytes of the text.
+  content_hash: 32 bytes.
+  """
 
   name: str
-  text: str
+  text: str | np.ndarray
+  num_bytes: int
   content_hash: bytes
 
 
@@ -65,44 +72,80 @@ class SourceStats:
 class Documents:
   """All documents of a source in the order of their content hashes.
 
-  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
+  names: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
+  texts: N texts, or their tokens.
   edges_N2: [N, 2] bool: whether the text begins a document (gets bos), and whether it
     ends one (gets eos).
   """
 
   names: list[str]
-  texts: list[str]
+  texts: list[str | np.ndarray]
   hashes_NX: np.ndarray
   stats: SourceStats
   edges_N2: np.ndarray
 
 
+class _Input(NamedTuple):
+  """A file, generated text or dataset; size in bytes, 0 where it is not known."""
+
+  name: str
+  size: int
+  read: Callable[[], Iterable[Piece]]
+
+
 class DocumentReader:
   """Iterates over the distinct documents of a source, one in memory at a time.
 
-  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` holds
-  tokens, not text: see `prepared.py`.) Every iteration starts anew; `stats()` describes
-  the last complete one. The current iteration has read `done_bytes` of `total_bytes` of
-  the input files.
+  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` has a
+  store instead: see `prepared.py`.) `tokenizer` is that of the tokens in a source of
+  tokens. Every iteration starts anew; `stats()` describes the last complete one. The
+  current iteration has read `done_bytes` of `total_bytes` of the input, which are 0
+  for a dataset of `hf`.
 
   Raises:
     DataError: at construction if there is no input file; during iteration for a damaged
-      or unreadable file, or a line that is not a JSON object with the text field; at
-      the end if there was no document.
+      or unreadable file, or a record without text in the text field; at the end if
+      there was no document.
   """
 
-  def __init__(self, source: str, path: str, text_field: str):
-    self._is_jsonl = source == "jsonl"
-    self._text_field = text_field
-    self._generated: list[tuple[str, bytes]] = []
-    self._files: list[tuple[str, str]] = []
+  def __init__(
+    self, source: str, path: str, text_field: str, tokenizer: Tokenizer | None = None
+  ):
+    self._num_files = 0
+    readers = {
+      "stdlib": (formats.read_text, ()),
+      "site_packages": (formats.read_text, ()),
+      "files": (formats.read_text, ()),
+      "jsonl": (formats.read_jsonl, (text_field,)),
+      "parquet": (formats.read_parquet, (text_field,)),
+      "token_bin": (formats.read_tokens, (tokenizer,)),
+    }
     if source in GENERATED:
       self._where = source
-      self._generated = [(name, text.encode()) for name, text in GENERATED[source]()]
+      self._inputs = [
+        _Input(name, len(data), functools.partial(iter, [Piece("", data, len(data))]))
+        for name, data in ((name, text.encode()) for name, text in GENERATED[source]())
+      ]
+    elif source == "hf":
+      self._where, dataset = path, formats.open_dataset(path)
+      read = functools.partial(formats.read_dataset, dataset, path, text_field)
+      self._inputs = [_Input(path, 0, read)]
+    elif source in readers:
+      read, arguments = readers[source]
+      self._where, files = find_files(source, path)
+      self._inputs = [
+        _Input(name, os.path.getsize(file), functools.partial(read, file, *arguments))
+        for name, file in files
+      ]
+      self._num_files = len(files)
     else:
-      self._where, self._files = find_files(source, path)
-    self.total_bytes = sum(os.path.getsize(file) for _, file in self._files)
-    self.total_bytes += sum(len(data) for _, data in self._generated)
+      raise DataError(
+        f"data.source must be one of {', '.join([*GENERATED, 'hf', *readers])} to read "
+        f"texts from, got {source!r}."
+      )
+    if source == "parquet":  # Refuses now, not when the reading starts.
+      formats.require("pyarrow.parquet", source)
+    self.total_bytes = sum(x.size for x in self._inputs)
     self._reset()
 
   def _reset(self) -> None:
@@ -115,13 +158,13 @@ class DocumentReader:
 
   def __iter__(self) -> Iterator[Document]:
     self._reset()
-    for name, data in self._texts():
-      document = self._accept(name, data)
+    for name, piece in self._pieces():
+      document = self._accept(name, piece)
       if document is not None:
         yield document
     if not self._seen:
       raise DataError(
-        f"no document found: looked at {len(self._files)} file(s) in {self._where}; "
+        f"no document found: looked at {self._num_files} file(s) in {self._where}; "
         f"{self._num_empty} empty, {len(self._encoding_errors)} not UTF-8."
       )
 
@@ -129,7 +172,7 @@ class DocumentReader:
     """Returns the counts of the last iteration; complete if it ran to its end."""
     return SourceStats(
       where=self._where,
-      num_files=len(self._files),
+      num_files=self._num_files,
       num_documents=len(self._seen),
       num_bytes=self._num_bytes,
       num_empty=self._num_empty,
@@ -138,43 +181,35 @@ class DocumentReader:
       manifest=manifest_of(self._seen),
     )
 
-  def _texts(self) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None), and updates `done_bytes`."""
-    for name, data in self._generated:
-      self.done_bytes += len(data)
-      yield name, data
-    for name, file in self._files:
-      size, base = os.path.getsize(file), self.done_bytes
-      yield from self._read(name, file, base)
-      self.done_bytes = base + size
+  def _pieces(self) -> Iterator[tuple[str, Piece]]:
+    """Yields (name, piece), and updates `done_bytes`."""
+    for x in self._inputs:
+      base = self.done_bytes
+      try:
+        for piece in x.read():
+          self.done_bytes = base + piece.done
+          yield x.name + piece.place, piece
+      except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+          f"{error.filename or x.name}: cannot be read ({reason})."
+        ) from error
+      self.done_bytes = max(self.done_bytes, base + x.size)
 
-  def _read(
-    self, name: str, file: str, base: int
-  ) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes); None in place of a text without a UTF-8 form."""
+  def _accept(self, name: str, piece: Piece) -> Document | None:
+    data, text = piece.data, piece.ids
     try:
-      with open(file, "rb") as handle:
-        if not self._is_jsonl:
-          yield name, handle.read()
-          return
-        for number, line in enumerate(read_lines(handle, file), start=1):
-          self.done_bytes = base + handle.tell()
-          text = text_of_line(line, f"{file}:{number}", self._text_field)
-          yield f"{name}:{number}", text
-    except OSError as error:
-      raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
-
-  def _accept(self, name: str, data: bytes | None) -> Document | None:
-    try:
-      text = None if data is None else data.decode("utf-8")
+      # Tokens are kept as they are: a shard may cut a character.
+      errors = "strict" if text is None else "replace"
+      decoded = None if data is None else data.decode("utf-8", errors)
     except UnicodeDecodeError:
-      text = None
-    if text is None:
+      decoded = None
+    if decoded is None:
       self._encoding_errors.append(name)
       return None
-    text = text.removeprefix(BYTE_ORDER_MARK)
+    decoded = decoded.removeprefix(BYTE_ORDER_MARK)
     data = data.removeprefix(codecs.BOM_UTF8)
-    if not text.strip():
+    if not decoded.strip():
       self._num_empty += 1
       return None
     content_hash = hashlib.sha256(data).digest()
@@ -183,7 +218,8 @@ class DocumentReader:
       return None
     self._seen.add(content_hash)
     self._num_bytes += len(data)
-    return Document(name, text, content_hash)
+    text = decoded if text is None else text
+    return Document(name, text, len(data), content_hash)
 
 
 def describe(stats: Mapping[str, Any]) -> str:
@@ -200,9 +236,11 @@ def describe(stats: Mapping[str, Any]) -> str:
   )
 
 
-def load_documents(source: str, path: str, text_field: str) -> Documents:
+def load_documents(
+  source: str, path: str, text_field: str, tokenizer: Tokenizer | None = None
+) -> Documents:
   """Reads a whole source into memory; see `DocumentReader` for what it raises."""
-  reader = DocumentReader(source, path, text_field)
+  reader = DocumentReader(source, path, text_field, tokenizer)
   documents = sorted(reader, key=lambda document: document.content_hash)
   return Documents(
     names=[document.name for document in documents],
@@ -244,12 +282,16 @@ def cut(
     second = round((1 - test_fraction) * len(text))
     bounds = itertools.pairwise((0, first, second, len(text)))
     for split, (begin, end) in enumerate(bounds):
-      if text[begin:end].strip():
+      part = text[begin:end]
+      if part.strip() if isinstance(part, str) else len(part):
         names.append(f"{name}[{begin}:{end}]")
-        texts.append(text[begin:end])
+        texts.append(part)
         edges.append((begin == 0, end == len(text)))
         splits.append(split)
-  hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+  hashes = [
+    hashlib.sha256(x.encode() if isinstance(x, str) else x.tobytes()).digest()
+    for x in texts
+  ]
   parts = Documents(
     names, texts, hash_array(hashes), documents.stats, np.array(edges, bool)
   )
