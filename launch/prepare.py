@@ -11,9 +11,11 @@ Training then reads the folder; rows and their order are those of the text itsel
   python -m launch.train --config=experiments/base.py --workdir=runs/prepared \
       --config.data.source=array_record --config.data.path=data/stdlib
 
-Of the config, `data.source`, `data.path`, `data.text_field` and `tokenizer` count, and
-for a BPE tokenizer, which learns from the train split alone, `data.validation_fraction`
-and `data.test_fraction`. Seeds, splits and row lengths are chosen by each run.
+Of the config, `data.source`, `data.path`, `data.text_field` and `tokenizer` count.
+Seeds, splits and row lengths are chosen by each run. A BPE tokenizer learns from the
+train split alone, and where there are too few documents to be split whole (one file is
+enough) the folder holds the parts of each: then `data.validation_fraction` and
+`data.test_fraction` count too.
 
 The same command again continues after Ctrl-C, a kill or a full disk; finished shards
 are kept. The result depends neither on that nor on the number of workers. A folder that
@@ -26,8 +28,9 @@ from absl import flags
 
 from launch import cli, exits, paths
 from launch.progress import Progress
+from mtp_jax.config import DataConfig
 from mtp_jax.config_rules import validate
-from mtp_jax.data import prepare, sources
+from mtp_jax.data import prepare, prepared, sources
 
 cli.define_config()
 _OUTPUT = flags.DEFINE_string(
@@ -74,18 +77,25 @@ def main() -> int:
     f"{folder.path}: {int(folder.index_N['num_tokens'].sum()):,} tokens in "
     f"{len(folder.shards)} shard(s)"
   )
-  data = config.data
+  print(_describe_splits(folder, config.data))
+  return 0
+
+
+def _describe_splits(folder: prepared.PreparedFolder, data: DataConfig) -> str:
+  """Returns how the texts are split, and what is missing with these fractions."""
+  if folder.split_N is not None:
+    return (
+      f"There are too few documents to be split whole: the end of each is held out "
+      f"({data.validation_fraction:.3g} of the text for validation, "
+      f"{data.test_fraction:.3g} for test), and training leaves a gap of a row "
+      "(data.seq_len) before it."
+    )
   split_N = sources.split_of(
     folder.index_N["hash"], data.validation_fraction, data.test_fraction
   )
-  for i, name in enumerate(sources.SPLITS):
-    if i not in split_N:
-      print(
-        f"Note: none of the {len(split_N)} document(s) is in the {name} split. "
-        "A prepared folder is split by whole documents; data.source = 'files' or "
-        "'jsonl' cuts a few documents by position."
-      )
-  return 0
+  missing = [name for i, name in enumerate(sources.SPLITS) if i not in split_N]
+  none = f"; none of them is in: {', '.join(missing)}" if missing else ""
+  return f"{len(split_N):,} document(s) are split whole{none}."
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from experiments import base
 from launch.cli import BAD_INPUT
 from mtp_jax.config import from_config_dict, to_dict
+from mtp_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tests import commands
 from tests.commands import ROOT, Commands
 
@@ -75,7 +76,10 @@ def stopped(tmp_path_factory):
   (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
   (folder / "start.py").write_text("def f():")
   (folder / "text").mkdir()
-  (folder / "text" / "a.txt").write_text("text\n" * 50)
+  (folder / "input.txt").write_text("text\n" * 50)
+  for kind in ("txt", "jsonl", "parquet", "bin"):
+    (folder / "text" / f"a.{kind}").write_text("text\n" * 50)
+  save_tokenizer(ByteTokenizer(), folder / "text" / "tokenizer.json")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(commands, "_SERVER", _STOPS + commands._SERVER)
     patch.setattr(commands, "ROOT", folder)

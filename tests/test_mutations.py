@@ -212,8 +212,8 @@ MUTANTS = {
   ),
   "every text that a model wrote ends a document": Mutant(
     "data/memory_store.py",
-    "tokenizers_lib.document(tokenizer, ids, begins, ends)",
-    "tokenizers_lib.document(tokenizer, ids, begins, True)",
+    "tokenizers_lib.document(tokenizer, ids, *x.edges)",
+    "tokenizers_lib.document(tokenizer, ids, x.edges[0], True)",
     "test_distilled_text.py::test_documents_begin_and_end_where_their_lines_say",
   ),
   "a model continues held-out documents": Mutant(

@@ -272,20 +272,36 @@ def test_folders_of_others_are_refused(config, tmp_path):
   assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 
-def test_few_documents_are_split_whole_and_the_error_names_who_cuts(tmp_path):
+def test_one_file_is_enough_and_the_command_prints_how_it_is_split(tmp_path):
   (tmp_path / "input.txt").write_text("one long text, " * 500)
-  config = data_config("files", tmp_path / "input.txt")
   output = tmp_path / "prepared"
   shown = subprocess.run(
     command(output, f"--config.data.path={tmp_path}/input.txt",
             "--config.data.source=files", "--workers=1"),
     capture_output=True, text=True,
   )
-  assert "Note: none of the 1 document(s) is in the validation split." in shown.stdout
-  assert load_corpus(config).stats["is_cut"]
-  message = r"for the (train|validation) split.*files' or 'jsonl' cuts fewer than 100"
+  assert "too few documents to be split whole: the end of each is held" in shown.stdout
+  assert load_corpus(data_config("array_record", output)).stats["is_cut"]
+  other = data_config("array_record", output, data__test_fraction=0.1)
+  with pytest.raises(DataError, match=r"data\.test_fraction must be 0\.05, with which"):
+    load_corpus(other)
+
+
+def test_documents_that_were_split_whole_leave_a_split_empty(tmp_path):
+  folder = tmp_path / "texts"
+  folder.mkdir()
+  for i, text in enumerate(some_texts(60)):
+    (folder / f"{i}.txt").write_text(text)
+  half = {"data__validation_fraction": 0.4, "data__test_fraction": 0.4}
+  run(data_config("files", folder, **half), tmp_path / "prepared")
+  message = r"for the validation split.* prepared with these fractions, fewer than 100"
   with pytest.raises(DataError, match=message):
-    load_corpus(data_config("array_record", output))
+    load_corpus(
+      data_config(
+        "array_record", tmp_path / "prepared", data__validation_fraction=1e-9,
+        data__test_fraction=0.1,
+      )
+    )
 
 
 def test_two_at_once_are_refused(config, tmp_path):

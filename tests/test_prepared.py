@@ -63,11 +63,34 @@ def from_folder(direct: Config, folder: Path, **overrides: object) -> Config:
   return data_config("array_record", folder, **(same | overrides))
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+  """A folder of two texts: they are cut by position."""
+  folder = tmp_path_factory.mktemp("few")
+  rng = np.random.default_rng(0)
+  for i in range(2):
+    text = f"{i} é " + "".join(rng.choice(list("abc \n"), 9_000))
+    (folder / f"{i}.txt").write_text(text)
+  return folder
+
+
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_same_rows_as_the_text(direct, folders, kind):
-  text = pipeline.load_corpus(direct[kind])
-  records = pipeline.load_corpus(from_folder(direct[kind], folders[kind]))
   assert len(prepared.open_folder(folders[kind]).shards) > 2
+  assert_same_rows(direct[kind], folders[kind])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_same_rows_as_few_texts(few, tmp_path, kind):
+  config = data_config("files", few, **(BPE if kind == "bpe" else {}))
+  prepare.prepare_folder(config, tmp_path, num_workers=1, shard_size=5_000)
+  assert pipeline.load_corpus(config).stats["is_cut"]
+  assert_same_rows(config, tmp_path)
+
+
+def assert_same_rows(direct: Config, folder: Path) -> None:
+  text = pipeline.load_corpus(direct)
+  records = pipeline.load_corpus(from_folder(direct, folder))
   assert isinstance(records.store, prepared.ArrayRecordStore)
   for num_extra in (1, 3):
     ours, theirs = records.train_rows(num_extra), text.train_rows(num_extra)

@@ -68,7 +68,7 @@ def test_stdlib_hashes_belong_to_the_texts(stdlib):
   assert [row.tobytes() for row in stdlib.hashes_NX] == [
     digest(text) for text in stdlib.texts
   ]
-  assert "json/decoder.py" in stdlib.names
+  assert "json/decoder.py" in [document.name for document in stdlib.documents]
 
 
 def test_site_packages_are_both_folders(tmp_path, monkeypatch):

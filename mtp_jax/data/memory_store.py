@@ -24,14 +24,12 @@ class MemoryStore:
     self.hashes_NX = documents.hashes_NX
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     parts = []
-    for begin in range(0, len(documents.texts), _BATCH_TEXTS):
-      batch = tokenizers_lib.encode_batch(
-        tokenizer, documents.texts[begin : begin + _BATCH_TEXTS]
-      )
-      edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
+    for begin in range(0, len(documents.documents), _BATCH_TEXTS):
+      batch = documents.documents[begin : begin + _BATCH_TEXTS]
+      encoded = tokenizers_lib.encode_batch(tokenizer, [x.text for x in batch])
       parts += [
-        tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)
-        for ids, (begins, ends) in zip(batch, edges, strict=True)
+        tokenizers_lib.document(tokenizer, ids, *x.edges).astype(dtype)
+        for x, ids in zip(batch, encoded, strict=True)
       ]
     self.lengths_N = np.array([len(part) for part in parts], np.int64)
     self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N

@@ -30,11 +30,9 @@ from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.memory_store import DecodedTexts, MemoryStore
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
 
-# With fewer documents a split may be empty by chance; then documents are cut.
-_FEW = 100
 _WHOLE_DOCUMENTS = (
-  " A prepared folder is split by whole documents; data.source = 'files' or 'jsonl' "
-  f"cuts fewer than {_FEW} documents by position."
+  " The folder was prepared to be split by whole documents; prepared with these "
+  f"fractions, fewer than {sources.FEW} documents are cut by position."
 )
 # Rows that `token_counts` reads at once.
 _GROUP_ROWS = 1024
@@ -122,7 +120,8 @@ def load_corpus(
     store, folder = _open_prepared(data.path)
     _check_prepared(folder, config, tokenizer)
     tokenizer, stats = folder.tokenizer, folder.source
-    split_N, is_cut = _split(store.hashes_NX, data), False
+    is_cut = folder.split_N is not None
+    split_N = folder.split_N if is_cut else _split(store.hashes_NX, data)
   else:
     # Only BPE is trained to a size; other tokenizers have a fixed one, checked below.
     size = tokenizer_config.vocab_size if tokenizer_config.kind == "bpe" else 0
@@ -184,11 +183,7 @@ def _tokenized(
   split_N = _split(documents.hashes_NX, data)
   manifest = documents.stats.manifest
   held_out = (data.validation_fraction, data.test_fraction)
-  fractions = (1 - sum(held_out), *held_out)
-  # Splits by hash are kept if none is empty: they do not move when documents are added.
-  is_cut = len(split_N) < _FEW and fractions[0] > 0 and any(
-    fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
-  )
+  is_cut = sources.must_cut(documents.hashes_NX, *held_out)
   if is_cut:
     documents, split_N = sources.cut(documents, *held_out)
     manifest = sources.manifest_of(map(bytes, documents.hashes_NX))
@@ -242,8 +237,11 @@ def _open_prepared(
   path: str,
 ) -> tuple[prepared.ArrayRecordStore, prepared.PreparedFolder]:
   folder = prepared.open_folder(path)
+  manifest = folder.source["manifest"]
+  if folder.split_N is not None:
+    manifest = sources.manifest_of(map(bytes, folder.index_N["hash"]))
   identity = {
-    "manifest": folder.source["manifest"],
+    "manifest": manifest,
     "tokenizer": hashlib.sha256(folder.tokenizer.to_json().encode()).hexdigest(),
   }
   return prepared.ArrayRecordStore(folder.shards, folder.index_N, identity), folder
@@ -256,6 +254,7 @@ def _check_prepared(
 ) -> None:
   """Raises DataError if the config differs from the settings of a prepared folder."""
   # BPE was trained on the train split: another split would hold out text it has seen.
+  # A folder of few documents holds their parts.
   values = config_lib.flatten(config_lib.to_dict(config))
   for key in ("tokenizer.kind", "data.validation_fraction", "data.test_fraction"):
     if key in folder.settings and folder.settings[key] != values[key]:

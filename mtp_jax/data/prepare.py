@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +32,8 @@ from mtp_jax.data import tokenizers as tokenizers_lib
 
 # Called with the phase, the bytes of input done, and the bytes of input in all.
 OnProgress = Callable[[str, int, int], None]
+# Of the settings: the folder holds parts of documents, see `sources.must_cut`.
+_CUT = "cut"
 
 
 def prepare_folder(
@@ -69,16 +72,53 @@ def prepare_folder(
   folder.mkdir(parents=True, exist_ok=True)
   # Settings are compared under the lock: two commands may start at the same time.
   with _locked(folder):
-    settings = _claim(folder, _settings(config, shard_size))
+    settings = _claim(folder, config, shard_size, reader)
+    held_out = config.data.validation_fraction, config.data.test_fraction
+    texts = _Texts(reader, held_out, settings.get(_CUT, False))
     if not (folder / prepared.MANIFEST).is_file():
       for leftover in folder.glob("*.tmp-*"):
         leftover.unlink()
-      tokenizer = _tokenizer(config, given, folder, reader, progress)
+      tokenizer = _tokenizer(config, given, folder, texts, progress)
       num_shards = _write_shards(
-        folder, reader, tokenizer, num_workers, shard_size, progress
+        folder, texts, tokenizer, num_workers, shard_size, progress
       )
-      _finish(folder, settings, reader.stats(), num_shards)
+      _finish(folder, settings, texts, num_shards)
   return prepared.open_folder(folder)
+
+
+class _Texts:
+  """What a folder holds: the documents of a reader, or all parts of few documents.
+
+  held_out: the fractions of the validation and the test split.
+  splits: the split of each part of the last iteration; None for whole documents.
+  """
+
+  def __init__(
+    self, reader: sources.DocumentReader, held_out: tuple[float, float], is_cut: bool
+  ):
+    self.reader, self._held_out = reader, held_out
+    self.splits: list[int] | None = [] if is_cut else None
+
+  def __iter__(self) -> Iterator[sources.Document]:
+    if self.splits is None:
+      yield from self.reader
+      return
+    self.splits.clear()
+    for document in self.reader:
+      for split, part in sources.cut_document(document, *self._held_out):
+        self.splits.append(split)
+        yield part
+
+  def train(self) -> Iterator[str]:
+    """Yields the texts of the train split."""
+    for document in self:
+      if self.splits is None:
+        hashes_NX = sources.hash_array([document.content_hash])
+        (split,) = sources.split_of(hashes_NX, *self._held_out)
+      else:
+        split = self.splits[-1]
+      if split == 0:
+        yield document.text
 
 
 def write_shard(
@@ -103,7 +143,7 @@ def write_shard(
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for entry, document in zip(index_N, documents, strict=True):
       (ids,) = tokenizers_lib.encode_batch(tokenizer, [document.text])
-      tokens = tokenizers_lib.document(tokenizer, ids).astype("<i4")
+      tokens = tokenizers_lib.document(tokenizer, ids, *document.edges).astype("<i4")
       for begin in range(0, len(tokens), prepared.RECORD_TOKENS):
         writer.write(tokens[begin : begin + prepared.RECORD_TOKENS].tobytes())
       entry["hash"] = np.frombuffer(document.content_hash, np.uint8)
@@ -144,7 +184,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     pass
 
 
-def _settings(config: Config, shard_size: int) -> dict[str, Any]:
+def _settings(config: Config, shard_size: int, is_cut: bool) -> dict[str, Any]:
   """Returns all settings that the content of the folder depends on."""
   data, tokenizer = config.data, config.tokenizer
   settings = {"format": prepared.FORMAT, "data.source": data.source}
@@ -152,14 +192,26 @@ def _settings(config: Config, shard_size: int) -> dict[str, Any]:
     if data.source in config_lib.keys()[f"data.{key}"].when["data.source"]:
       settings[f"data.{key}"] = getattr(data, key)
   settings["tokenizer.kind"] = tokenizer.kind
-  if tokenizer.kind == "bpe":  # Trained on the train split alone.
+  if tokenizer.kind == "bpe":
     settings["tokenizer.vocab_size"] = tokenizer.vocab_size
+  if tokenizer.kind == "bpe" or is_cut:  # BPE is trained on the train split alone.
     settings["data.validation_fraction"] = data.validation_fraction
     settings["data.test_fraction"] = data.test_fraction
-  return settings | {"shard_size": shard_size}
+  return settings | ({_CUT: True} if is_cut else {}) | {"shard_size": shard_size}
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _must_cut(config: Config, reader: sources.DocumentReader) -> bool:
+  """Returns whether the documents are too few; reads no more than are enough."""
+  hashes = [x.content_hash for x in itertools.islice(reader, sources.FEW)]
+  data = config.data
+  return sources.must_cut(
+    sources.hash_array(hashes), data.validation_fraction, data.test_fraction
+  )
+
+
+def _claim(
+  folder: Path, config: Config, shard_size: int, reader: sources.DocumentReader
+) -> dict[str, Any]:
   """Writes the settings, or checks that the folder has the same."""
   file = folder / prepared.SETTINGS
   if not file.is_file():
@@ -169,12 +221,14 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         f"output must be a new or empty folder or one begun by launch.prepare, "
         f"{str(folder)!r} holds {others[0]!r}."
       )
+    settings = _settings(config, shard_size, _must_cut(config, reader))
     files.write_whole(file, _json(settings))
     return settings
   try:
     begun = json.loads(file.read_text())
   except ValueError as error:
     raise ConfigError(f"output {str(folder)!r}: {file.name} is damaged.") from error
+  settings = _settings(config, shard_size, begun.get(_CUT, False))
   if differing := files.changed_settings(begun, settings):
     raise ConfigError(
       f"output {str(folder)!r} was begun with other settings: {differing}. Use them, "
@@ -187,7 +241,7 @@ def _tokenizer(
   config: Config,
   given: tokenizers_lib.Tokenizer | None,
   folder: Path,
-  reader: sources.DocumentReader,
+  texts: _Texts,
   progress: OnProgress,
 ) -> tokenizers_lib.Tokenizer:
   """Returns the folder's tokenizer; BPE is trained only if the folder has none yet."""
@@ -195,7 +249,7 @@ def _tokenizer(
   if given is None and file.is_file():
     return tokenizers_lib.load_tokenizer(file)
   tokenizer = given or tokenizers_lib.make_tokenizer(
-    config.tokenizer, _train_texts(config, reader, progress)
+    config.tokenizer, _train_texts(texts, progress)
   )
   tokenizers_lib.check_vocab_size(tokenizer, config.tokenizer.vocab_size)
   if file.is_file() and tokenizers_lib.load_tokenizer(file).to_json() != (
@@ -209,26 +263,23 @@ def _tokenizer(
   return tokenizer
 
 
-def _train_texts(
-  config: Config, reader: sources.DocumentReader, progress: OnProgress
-) -> Iterator[str]:
-  data = config.data
-  for document in reader:
+def _train_texts(texts: _Texts, progress: OnProgress) -> Iterator[str]:
+  reader = texts.reader
+  for text in texts.train():
     progress("training the tokenizer", reader.done_bytes, reader.total_bytes)
-    hashes_NX = sources.hash_array([document.content_hash])
-    if sources.split_of(hashes_NX, data.validation_fraction, data.test_fraction) == 0:
-      yield document.text
+    yield text
 
 
 def _write_shards(
   folder: Path,
-  reader: sources.DocumentReader,
+  texts: _Texts,
   tokenizer: tokenizers_lib.Tokenizer,
   num_workers: int,
   shard_size: int,
   progress: OnProgress,
 ) -> int:
   """Writes the missing shards; returns the number of all shards."""
+  reader = texts.reader
   pool = concurrent.futures.ProcessPoolExecutor(
     num_workers,
     # Forking a process with threads, as the tokenizer library has, can deadlock.
@@ -246,7 +297,7 @@ def _write_shards(
     progress("tokenizing", done, reader.total_bytes)
 
   try:
-    for number, documents in enumerate(_shards(reader, shard_size)):
+    for number, documents in enumerate(_shards(texts, shard_size)):
       if _is_finished(folder, number, documents):
         progress("checking finished shards", reader.done_bytes, reader.total_bytes)
         continue
@@ -268,10 +319,10 @@ def _write_shards(
 
 
 def _shards(
-  reader: sources.DocumentReader, shard_size: int
+  texts: _Texts, shard_size: int
 ) -> Iterator[list[sources.Document]]:
   documents, size = [], 0
-  for document in reader:
+  for document in texts:
     documents.append(document)
     size += document.num_bytes
     if size >= shard_size:
@@ -306,7 +357,7 @@ def _is_finished(
 
 
 def _finish(
-  folder: Path, settings: dict[str, Any], stats: sources.SourceStats, num_shards: int
+  folder: Path, settings: dict[str, Any], texts: _Texts, num_shards: int
 ) -> None:
   shards = [_shard_file(folder, number) for number in range(num_shards)]
   index_N = np.concatenate([np.load(file.with_suffix(".npy")) for file in shards])
@@ -314,10 +365,12 @@ def _finish(
   manifest = {
     "format": prepared.FORMAT,
     "settings": settings,
-    "source": dataclasses.asdict(stats),
+    "source": dataclasses.asdict(texts.reader.stats()),
     "num_tokens": int(index_N["num_tokens"].sum()),
     "shards": [{"name": file.name, "size": file.stat().st_size} for file in shards],
   }
+  if texts.splits is not None:
+    manifest["splits"] = texts.splits
   files.write_whole(folder / prepared.MANIFEST, _json(manifest))
 
 

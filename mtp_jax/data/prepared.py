@@ -7,6 +7,9 @@
   shard-00000.array_record, ...   tokens as int32 bytes, [bos, tokens..., eos]
   shard-00000.npy, ...            index of the shard; written when it is finished
 
+The documents of the index are the parts of documents where there are too few documents
+to be split whole (`sources.must_cut`); manifest.json then has the split of each.
+
 A document of more than `RECORD_TOKENS` tokens takes several consecutive records, so
 that reading one row of a very long document stays cheap. Legend: N documents.
 """
@@ -77,6 +80,7 @@ class PreparedFolder:
   source:    the fields of `sources.SourceStats`.
   tokenizer: the tokenizer of the tokens.
   index_N:   [N] of `INDEX_DTYPE`.
+  split_N:   [N] split of each part of a document; None for whole documents.
   shards:    the files of tokens, in the order of the index.
   """
 
@@ -85,6 +89,7 @@ class PreparedFolder:
   source: dict[str, Any]
   tokenizer: tokenizers_lib.Tokenizer
   index_N: np.ndarray
+  split_N: np.ndarray | None
   shards: tuple[str, ...]
 
 
@@ -108,6 +113,7 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
       index_N = np.load(folder / INDEX, mmap_mode="r")
       sizes = {shard["name"]: shard["size"] for shard in manifest["shards"]}
       settings, source = manifest["settings"], manifest["source"]
+      splits = manifest.get("splits")
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise sources.DataError(
       f"{folder} is damaged ({type(error).__name__}: {error}); prepare it again."
@@ -127,7 +133,8 @@ def open_folder(path: str | os.PathLike) -> PreparedFolder:
       )
   tokenizer = tokenizers_lib.load_tokenizer(folder / TOKENIZER)
   shards = tuple(str(folder / name) for name in sizes)
-  return PreparedFolder(folder, settings, source, tokenizer, index_N, shards)
+  split_N = None if splits is None else np.array(splits)
+  return PreparedFolder(folder, settings, source, tokenizer, index_N, split_N, shards)
 
 
 def num_records(lengths_N: np.ndarray) -> np.ndarray:

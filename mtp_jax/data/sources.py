@@ -26,22 +26,27 @@ from mtp_jax.data.text_files import BYTE_ORDER_MARK, find_files
 from mtp_jax.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
+# With fewer documents a split may be empty by chance; then documents are cut.
+FEW = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text.
+  """One text, or a part of one (`cut_document`).
 
   name:         relative path, or `file:line`.
   text:         the text, or its tokens [n] int32 where the source has tokens.
   num_bytes:    UTF-8 bytes of the text.
   content_hash: 32 bytes.
+  edges:        whether the text begins a document (gets bos), and whether it ends one
+                (gets eos).
   """
 
   name: str
   text: str | np.ndarray
   num_bytes: int
   content_hash: bytes
+  edges: tuple[bool, bool] = (True, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +77,19 @@ class SourceStats:
 class Documents:
   """All documents of a source in the order of their content hashes.
 
-  names: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
-  texts: N texts, or their tokens.
-  edges_N2: [N, 2] bool: whether the text begins a document (gets bos), and whether it
-    ends one (gets eos).
+  stats: counts of the pass.
   """
 
-  names: list[str]
-  texts: list[str | np.ndarray]
-  hashes_NX: np.ndarray
+  documents: list[Document]
   stats: SourceStats
-  edges_N2: np.ndarray
+
+  @property
+  def texts(self) -> list[str | np.ndarray]:
+    return [document.text for document in self.documents]
+
+  @property
+  def hashes_NX(self) -> np.ndarray:
+    return hash_array(document.content_hash for document in self.documents)
 
 
 class _Input(NamedTuple):
@@ -242,13 +249,7 @@ def load_documents(
   """Reads a whole source into memory; see `DocumentReader` for what it raises."""
   reader = DocumentReader(source, path, text_field, tokenizer)
   documents = sorted(reader, key=lambda document: document.content_hash)
-  return Documents(
-    names=[document.name for document in documents],
-    texts=[document.text for document in documents],
-    hashes_NX=hash_array(document.content_hash for document in documents),
-    stats=reader.stats(),
-    edges_N2=np.ones((len(documents), 2), bool),
-  )
+  return Documents(documents, reader.stats())
 
 
 def split_of(
@@ -267,35 +268,61 @@ def split_of(
   )
 
 
+def must_cut(
+  hashes_NX: np.ndarray, validation_fraction: float, test_fraction: float
+) -> bool:
+  """Returns whether few documents, split whole, would leave a split empty.
+
+  Splits by hash are kept if none is empty: they do not move when documents are added.
+  """
+  fractions = (
+    1 - validation_fraction - test_fraction, validation_fraction, test_fraction
+  )
+  split_N = split_of(hashes_NX, validation_fraction, test_fraction)
+  return len(split_N) < FEW and fractions[0] > 0 and any(
+    fraction > 0 and i not in split_N for i, fraction in enumerate(fractions)
+  )
+
+
+def cut_document(
+  document: Document, validation_fraction: float, test_fraction: float
+) -> Iterator[tuple[int, Document]]:
+  """Yields `(split, part)`: the document cut into train, validation and test.
+
+  For sources with too few documents to be split by whole documents. The first part of
+  the text is for training, the next for validation, the last for test; parts of white
+  space only are skipped.
+  """
+  text = document.text
+  first = round((1 - validation_fraction - test_fraction) * len(text))
+  second = round((1 - test_fraction) * len(text))
+  bounds = itertools.pairwise((0, first, second, len(text)))
+  for split, (begin, end) in enumerate(bounds):
+    part = text[begin:end]
+    if isinstance(part, str):
+      data, is_used = part.encode(), bool(part.strip())
+    else:
+      data, is_used = part.tobytes(), len(part) > 0
+    if is_used:
+      yield split, Document(
+        f"{document.name}[{begin}:{end}]", part, len(data),
+        hashlib.sha256(data).digest(), (begin == 0, end == len(text)),
+      )
+
+
 def cut(
   documents: Documents, validation_fraction: float, test_fraction: float
 ) -> tuple[Documents, np.ndarray]:
-  """Returns `(parts, split_N)`: every document cut into train, validation and test.
-
-  For sources with too few documents to be split by whole documents. The first part of
-  every text is for training, the next for validation, the last for test; parts of white
-  space only are skipped.
-  """
-  names, texts, edges, splits = [], [], [], []
-  for name, text in zip(documents.names, documents.texts, strict=True):
-    first = round((1 - validation_fraction - test_fraction) * len(text))
-    second = round((1 - test_fraction) * len(text))
-    bounds = itertools.pairwise((0, first, second, len(text)))
-    for split, (begin, end) in enumerate(bounds):
-      part = text[begin:end]
-      if part.strip() if isinstance(part, str) else len(part):
-        names.append(f"{name}[{begin}:{end}]")
-        texts.append(part)
-        edges.append((begin == 0, end == len(text)))
-        splits.append(split)
-  hashes = [
-    hashlib.sha256(x.encode() if isinstance(x, str) else x.tobytes()).digest()
-    for x in texts
-  ]
-  parts = Documents(
-    names, texts, hash_array(hashes), documents.stats, np.array(edges, bool)
+  """Returns `(parts, split_N)` of all documents; see `cut_document`."""
+  splits, parts = zip(
+    *(
+      part
+      for whole in documents.documents
+      for part in cut_document(whole, validation_fraction, test_fraction)
+    ),
+    strict=True,
   )
-  return parts, np.array(splits)
+  return Documents(list(parts), documents.stats), np.array(splits)
 
 
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:
