@@ -37,7 +37,7 @@ from mtp_jax.config import (
   from_config_dict,
   type_name,
 )
-from mtp_jax.data import distilled_text, prepared, sources, tokenizers
+from mtp_jax.data import distilled_text, mixture, prepared, sources, tokenizers
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
 # Several commands may be imported into one process: they share what has one name.
@@ -158,10 +158,11 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     return
   is_file = tokenizer.kind == "file"
   given = tokenizers.load_tokenizer(tokenizer.path) if is_file else None
-  if data.source == "array_record":
-    prepared.open_folder(data.path)
-  else:
-    sources.DocumentReader(data.source, data.path, data.text_field, given)
+  for _, part in mixture.parts(data):
+    if part.source == "array_record":
+      prepared.open_folder(part.path)
+    else:
+      sources.DocumentReader(part.source, part.path, part.text_field, given)
   if data.train_on:
     distilled_text.check_file(data.train_on)
 

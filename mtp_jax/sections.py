@@ -33,8 +33,8 @@ from mtp_jax.model_sections import MtpConfig, TrunkConfig
 
 _Source = Literal[
   "stdlib", "site_packages", "files", "jsonl", "parquet", "hf", "token_bin",
-  "array_record", "language_reference", "stories", "star_graph", "sat", "countdown",
-  "polynomial", "induction", "siblings",
+  "array_record", "mixture", "language_reference", "stories", "star_graph", "sat",
+  "countdown", "polynomial", "induction", "siblings",
 ]
 # Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
 TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
@@ -97,6 +97,7 @@ class DataConfig:
               Hugging Face Hub or a local folder, NAME[:CONFIGURATION[:SPLIT]]) |
               token_bin (`path`: file or glob of token shards as llm.c and nanoGPT write
               them) | array_record (`path`: folder written by launch.prepare) |
+              mixture (`path`: WEIGHT SOURCE PATH; ..., see data/mixture.py) |
               language_reference, stories (see data/generated.py) | one of `TASKS`,
               generated (section `task`).
   train_on:   "" trains on the source's train split; else on the texts of this JSONL
@@ -110,12 +111,14 @@ class DataConfig:
   path: str = key(
     "", "file, folder or glob", MEASURE,
     when={
-      "data.source": ("files", "jsonl", "parquet", "hf", "token_bin", "array_record")
+      "data.source": (
+        "files", "jsonl", "parquet", "hf", "token_bin", "array_record", "mixture"
+      )
     },
   )
   text_field: str = key(
     "text", "key or column of the text", HOST,
-    when={"data.source": ("jsonl", "parquet", "hf")},
+    when={"data.source": ("jsonl", "parquet", "hf", "mixture")},
   )
   train_on: str = key("", "JSONL file to train on instead", MEASURE, when=_TEXT)
   seq_len: int = key(128, "tokens of a row", at_least(1), by="mesh.context")

@@ -354,13 +354,13 @@ MUTANTS = {
     "test_packing.py::test_rows_equal_the_stream_cut_by_hand",
   ),
   "every epoch cuts its rows at the same places": Mutant(
-    "data/pipeline.py",
+    "data/packing.py",
     "numbers.append(epoch * num_rows + shuffled)",
     "numbers.append(shuffled)",
     "test_pipeline.py::test_every_epoch_has_each_row_once_in_another_order",
   ),
   "every epoch has the same order": Mutant(
-    "data/pipeline.py",
+    "data/packing.py",
     "epoch_seed = (first_seed + epoch) % 2**32",
     "epoch_seed = first_seed % 2**32",
     "test_pipeline.py::test_the_order_is_that_of_grain",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+from grain.experimental import index_shuffle
 
 from mtp_jax.batch import Batch
 
@@ -76,6 +77,10 @@ class PackedRows:
     """Returns row `row >= 0` as a Batch without its leading axis."""
     return map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
+  def order(self, seed: int, begin: int, end: int) -> np.ndarray:
+    """Returns row numbers [end - begin] of the endless order; see `shuffled_rows`."""
+    return shuffled_rows(len(self), seed, begin, end)
+
   def read(self, rows_B: np.ndarray) -> Batch:
     """Returns the rows of these numbers, each at least 0, as a Batch [B, ...]."""
     if np.min(rows_B) < 0:
@@ -125,6 +130,26 @@ class PackedRows:
     epoch_B, offset_B = np.divmod(at_B, self.num_tokens)
     document_B = np.searchsorted(self._starts, offset_B, side="right") - 1
     return epoch_B * len(self._order) + document_B
+
+
+def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
+  """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
+
+  Row numbers increase from epoch to epoch, which moves the cuts between rows: see
+  `PackedRows`. The order within an epoch equals that of grain's
+  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`. That takes several times
+  as long, because four Python objects handle every row.
+  """
+  (first_seed,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
+  numbers = []
+  for place in range(begin, end):
+    epoch, index = divmod(place, num_rows)
+    epoch_seed = (first_seed + epoch) % 2**32
+    shuffled = index_shuffle(
+      index, max_index=num_rows - 1, seed=epoch_seed, rounds=4
+    )
+    numbers.append(epoch * num_rows + shuffled)
+  return np.array(numbers)
 
 
 def eval_batches(
