@@ -211,7 +211,7 @@ def test_a_missing_package_is_named(folder, monkeypatch):
   ):
     monkeypatch.setitem(sys.modules, package, None)
     name = package.partition(".")[0]
-    with pytest.raises(DataError, match=rf"got '{source}', which needs {name} "):
+    with pytest.raises(DataError, match=rf"data.source '{source}' needs .* {name}, "):
       sources.DocumentReader(source, str(folder / path), "text")
 
 

@@ -4,7 +4,6 @@ Every reader yields `Piece`s. Packages that only one source needs are imported b
 reader.
 """
 
-import importlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtp_jax.data.errors import DataError
+from mtp_jax.data import chat
+from mtp_jax.data.errors import DataError, require
 from mtp_jax.data.text_files import parse_line, read_lines
 from mtp_jax.data.tokenizers import Tokenizer
 
@@ -28,13 +28,16 @@ class Piece(NamedTuple):
   place:   where in the file, ":3" for the third line; "" for the whole file.
   data:    UTF-8 bytes; None for a text that has no UTF-8 form.
   done:    bytes of the file that are read.
-  ids:     the tokens of the text, [n] int32, where the file holds tokens.
+  ids:     the tokens of the text, [n] int32, where the file holds tokens or chats; ~id
+           where a token is no target.
+  edges:   see `sources.Document`.
   """
 
   place: str
   data: bytes | None
   done: int
   ids: np.ndarray | None = None
+  edges: tuple[bool, bool] = (True, True)
 
 
 def read_text(file: str) -> Iterator[Piece]:
@@ -44,25 +47,30 @@ def read_text(file: str) -> Iterator[Piece]:
   yield Piece("", data, len(data))
 
 
-def read_jsonl(file: str, field: str) -> Iterator[Piece]:
+def read_jsonl(file: str, field: str, tokenizer: Tokenizer | None) -> Iterator[Piece]:
   """Yields the text of every line; the file may be .gz or .zst."""
   with open(file, "rb") as handle:
     for number, line in enumerate(read_lines(handle, file), start=1):
       where = f"{file}:{number}"
+      content = (b"",)
       try:
-        record = parse_line(line, where)
+        if (record := parse_line(line, where)) is not None:
+          content = _content(record, where, field, tokenizer)
       except UnicodeDecodeError:
-        data = None
-      else:
-        data = b"" if record is None else _text_of(record, where, field)
-      yield Piece(f":{number}", data, handle.tell())
+        content = (None,)
+      yield _piece(number, handle.tell(), *content)
 
 
-def read_parquet(file: str, field: str) -> Iterator[Piece]:
+def require_parquet() -> ModuleType:
+  require("pyarrow.parquet", "data.source 'parquet'")
+  return require("pyarrow", "data.source 'parquet'")
+
+
+def read_parquet(file: str, field: str, tokenizer: Tokenizer | None) -> Iterator[Piece]:
   """Yields the text of every row; reads the one column."""
-  pyarrow, size = require("pyarrow", "parquet"), os.path.getsize(file)
+  pyarrow, size = require_parquet(), os.path.getsize(file)
   try:
-    with require("pyarrow.parquet", "parquet").ParquetFile(file) as table:
+    with pyarrow.parquet.ParquetFile(file) as table:
       if field not in table.schema_arrow.names:
         raise DataError(
           f"{file}: data.text_field {field!r} is not a column of this file; its "
@@ -71,8 +79,10 @@ def read_parquet(file: str, field: str) -> Iterator[Piece]:
       batches = table.iter_batches(columns=[field])
       records = itertools.chain.from_iterable(rows.to_pylist() for rows in batches)
       for number, record in enumerate(records, start=1):
-        data = _text_of(record, f"{file}:{number}", field)
-        yield Piece(f":{number}", data, size * number // table.metadata.num_rows)
+        done = size * number // table.metadata.num_rows
+        yield _piece(
+          number, done, *_content(record, f"{file}:{number}", field, tokenizer)
+        )
   except pyarrow.ArrowException as error:
     raise DataError(f"{file}: not a whole parquet file ({error}).") from error
 
@@ -88,7 +98,7 @@ def open_dataset(path: str) -> Any:
   """
   name, configuration, split = (*path.split(":"), "", "")[:3]
   try:
-    return require("datasets", "hf").load_dataset(
+    return require("datasets", "data.source 'hf'").load_dataset(
       os.path.expanduser(name), configuration or None, split=split or "train",
       streaming=True,
     )
@@ -98,7 +108,9 @@ def open_dataset(path: str) -> Any:
     raise _unreadable(path, error) from error
 
 
-def read_dataset(dataset: Any, path: str, field: str) -> Iterator[Piece]:
+def read_dataset(
+  dataset: Any, path: str, field: str, tokenizer: Tokenizer | None
+) -> Iterator[Piece]:
   """Yields the text of every row of a dataset from `open_dataset`."""
   done, rows = 0, iter(dataset)
   for number in itertools.count(1):
@@ -108,9 +120,9 @@ def read_dataset(dataset: Any, path: str, field: str) -> Iterator[Piece]:
       raise _unreadable(path, error) from error
     if record is None:
       return
-    data = _text_of(record, f"{path}:{number}", field)
-    done += len(data or b"")
-    yield Piece(f":{number}", data, done)
+    content = _content(record, f"{path}:{number}", field, tokenizer)
+    done += len(content[0] or b"")
+    yield _piece(number, done, *content)
 
 
 def read_tokens(file: str, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -166,38 +178,38 @@ def _tokens(file: str, vocab_size: int) -> tuple[np.ndarray, int]:
   return tokens, start
 
 
-def require(name: str, source: str) -> ModuleType:
-  """Imports a package that only one `data.source` needs.
+def _piece(
+  number: int, done: int, data: bytes | None, ids: np.ndarray | None = None
+) -> Piece:
+  # The template of a chat puts what begins and ends a document where it wants it.
+  return Piece(f":{number}", data, done, ids, (ids is None, ids is None))
 
-  Raises:
-    DataError: it is not installed.
+
+def _content(
+  record: dict[str, Any], where: str, field: str, tokenizer: Tokenizer | None
+) -> tuple[bytes | None] | tuple[bytes, np.ndarray]:
+  """Returns the text of one record as UTF-8, and the tokens of a chat.
+
+  The text is None if it has no UTF-8 form.
   """
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    package = name.partition(".")[0]
-    raise DataError(
-      f"data.source must be one whose package is installed, got {source!r}, which "
-      f"needs {package} ({error}): pip install {package}."
-    ) from error
-
-
-def _text_of(record: dict[str, Any], where: str, field: str) -> bytes | None:
-  """Returns the text of one record as UTF-8; None if it has no UTF-8 form."""
   if field not in record:
     raise DataError(
       f"{where}: data.text_field {field!r} is not a key of this line; "
       f"its keys are {sorted(record)}."
     )
-  if not isinstance(record[field], str):
+  value = record[field]
+  if isinstance(value, list):
+    text, ids = chat.encode(tokenizer, value, f"{where}: data.text_field {field!r}")
+    return text.encode(), ids
+  if not isinstance(value, str):
     raise DataError(
-      f"{where}: data.text_field {field!r} must hold a string, got "
-      f"{type(record[field]).__name__}."
+      f"{where}: data.text_field {field!r} must hold a string or a list of messages, "
+      f"got {type(value).__name__}."
     )
   try:
-    return record[field].encode("utf-8")
+    return (value.encode("utf-8"),)
   except UnicodeEncodeError:  # JSON can escape half of a surrogate pair.
-    return None
+    return (None,)
 
 
 def _unreadable(path: str, error: Exception) -> DataError:

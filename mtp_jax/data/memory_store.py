@@ -6,6 +6,7 @@ import numpy as np
 
 from mtp_jax.data import packing, sources
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.packing import token_ids
 
 # Texts encoded at once: the library's encodings take far more memory than their ids.
 _BATCH_TEXTS = 256
@@ -22,7 +23,9 @@ class MemoryStore:
   ):
     self.identity = identity
     self.hashes_NX = documents.hashes_NX
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    self.has_unscored = documents.stats.num_chats > 0
+    is_short = tokenizer.vocab_size <= 1 << 16 and not self.has_unscored
+    dtype = np.uint16 if is_short else np.int32
     parts = []
     for begin in range(0, len(documents.documents), _BATCH_TEXTS):
       batch = documents.documents[begin : begin + _BATCH_TEXTS]
@@ -57,4 +60,4 @@ class DecodedTexts(Sequence[str]):
   def __getitem__(self, index: int) -> str:
     document = int(self._documents[index])
     length = int(self._store.lengths_N[document])
-    return self._tokenizer.decode(self._store.read(document, 0, length))
+    return self._tokenizer.decode(token_ids(self._store.read(document, 0, length)))

@@ -67,6 +67,7 @@ class MixedStore:
     identity: dict[str, str | int | float],
   ):
     self.stores, self.identity = stores, identity
+    self.has_unscored = any(store.has_unscored for store in stores)
     self.lengths_N = np.concatenate([store.lengths_N for store in stores])
     self.hashes_NX = np.concatenate([store.hashes_NX for store in stores])
     sizes_C = np.array([len(store.lengths_N) for store in stores])
@@ -91,6 +92,8 @@ class MixedRows:
   ):
     self.store, self._rows, self._weights = store, rows, tuple(weights)
     self.seq_len = rows[0].seq_len
+    for part in rows:  # Batches of one run have the same fields.
+      part.has_unscored = store.has_unscored
     self.num_tokens = sum(x.num_tokens for x in rows)
 
   def __len__(self) -> int:

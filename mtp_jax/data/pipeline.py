@@ -202,8 +202,12 @@ def _load_mixture(
     identities[0] | {"manifest": hashlib.sha256(repr(contents).encode()).hexdigest()},
   )
   split_N = np.concatenate([part.split_N for part in parts])
-  counts = "num_files", "num_documents", "num_bytes", "num_empty", "num_duplicates"
-  stats = {key: sum(part.stats[key] for part in parts) for key in counts} | {
+  # Prepared folders of older versions have no count of chats.
+  counts = (
+    "num_files", "num_documents", "num_bytes", "num_empty", "num_duplicates",
+    "num_chats",
+  )
+  stats = {key: sum(x.stats.get(key, 0) for x in parts) for key in counts} | {
     "where": config.data.path,
     "encoding_errors": [x for part in parts for x in part.stats["encoding_errors"]],
     "is_cut": any(part.stats["is_cut"] for part in parts),
@@ -306,7 +310,12 @@ def _open_prepared(
     "manifest": manifest,
     "tokenizer": hashlib.sha256(folder.tokenizer.to_json().encode()).hexdigest(),
   }
-  return prepared.ArrayRecordStore(folder.shards, folder.index_N, identity), folder
+  # Folders of older versions hold no chats.
+  has_unscored = folder.source.get("num_chats", 0) > 0
+  store = prepared.ArrayRecordStore(
+    folder.shards, folder.index_N, identity, has_unscored
+  )
+  return store, folder
 
 
 def _check_prepared(

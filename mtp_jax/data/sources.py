@@ -35,7 +35,7 @@ class Document:
   """One text, or a part of one (`cut_document`).
 
   name:         relative path, or `file:line`.
-  text:         the text, or its tokens [n] int32 where the source has tokens.
+  text:         the text, or its tokens [n] int32 where the source has tokens or chats.
   num_bytes:    UTF-8 bytes of the text.
   content_hash: 32 bytes.
   edges:        whether the text begins a document (gets bos), and whether it ends one
@@ -61,6 +61,7 @@ class SourceStats:
   num_duplicates:  texts skipped because a kept document has the same bytes.
   encoding_errors: names of texts skipped because they have no UTF-8 form.
   manifest:        sha256 over the sorted content hashes; equal for equal corpora.
+  num_chats:       documents kept with tokens that are no targets.
   """
 
   where: str
@@ -71,6 +72,7 @@ class SourceStats:
   num_duplicates: int
   encoding_errors: tuple[str, ...]
   manifest: str
+  num_chats: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,9 @@ class DocumentReader:
 
   `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` has a
   store instead: see `prepared.py`.) `tokenizer` is that of the tokens in a source of
-  tokens. Every iteration starts anew; `stats()` describes the last complete one. The
-  current iteration has read `done_bytes` of `total_bytes` of the input, which are 0
-  for a dataset of `hf`.
+  tokens, and renders chats. Every iteration starts anew; `stats()` describes the last
+  complete one. The current iteration has read `done_bytes` of `total_bytes` of the
+  input, which are 0 for a dataset of `hf`.
 
   Raises:
     DataError: at construction if there is no input file; during iteration for a damaged
@@ -123,8 +125,8 @@ class DocumentReader:
       "stdlib": (formats.read_text, ()),
       "site_packages": (formats.read_text, ()),
       "files": (formats.read_text, ()),
-      "jsonl": (formats.read_jsonl, (text_field,)),
-      "parquet": (formats.read_parquet, (text_field,)),
+      "jsonl": (formats.read_jsonl, (text_field, tokenizer)),
+      "parquet": (formats.read_parquet, (text_field, tokenizer)),
       "token_bin": (formats.read_tokens, (tokenizer,)),
     }
     if source in GENERATED:
@@ -135,7 +137,9 @@ class DocumentReader:
       ]
     elif source == "hf":
       self._where, dataset = path, formats.open_dataset(path)
-      read = functools.partial(formats.read_dataset, dataset, path, text_field)
+      read = functools.partial(
+        formats.read_dataset, dataset, path, text_field, tokenizer
+      )
       self._inputs = [_Input(path, 0, read)]
     elif source in readers:
       read, arguments = readers[source]
@@ -151,7 +155,7 @@ class DocumentReader:
         f"texts from, got {source!r}."
       )
     if source == "parquet":  # Refuses now, not when the reading starts.
-      formats.require("pyarrow.parquet", source)
+      formats.require_parquet()
     self.total_bytes = sum(x.size for x in self._inputs)
     self._reset()
 
@@ -160,6 +164,7 @@ class DocumentReader:
     self._num_empty = 0
     self._num_duplicates = 0
     self._num_bytes = 0
+    self._num_chats = 0
     self._encoding_errors: list[str] = []
     self._seen: set[bytes] = set()
 
@@ -186,6 +191,7 @@ class DocumentReader:
       num_duplicates=self._num_duplicates,
       encoding_errors=tuple(self._encoding_errors),
       manifest=manifest_of(self._seen),
+      num_chats=self._num_chats,
     )
 
   def _pieces(self) -> Iterator[tuple[str, Piece]]:
@@ -225,8 +231,9 @@ class DocumentReader:
       return None
     self._seen.add(content_hash)
     self._num_bytes += len(data)
+    self._num_chats += bool(np.any(piece.ids < 0)) if piece.ids is not None else 0
     text = decoded if text is None else text
-    return Document(name, text, len(data), content_hash)
+    return Document(name, text, len(data), content_hash, piece.edges)
 
 
 def describe(stats: Mapping[str, Any]) -> str:
@@ -306,7 +313,8 @@ def cut_document(
     if is_used:
       yield split, Document(
         f"{document.name}[{begin}:{end}]", part, len(data),
-        hashlib.sha256(data).digest(), (begin == 0, end == len(text)),
+        hashlib.sha256(data).digest(),
+        (begin == 0 and document.edges[0], end == len(text) and document.edges[1]),
       )
 
 

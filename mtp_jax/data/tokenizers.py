@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mtp_jax import config as config_lib
 from mtp_jax import files, run_folder
+from mtp_jax.data.chat import CHAT, read_format
 from mtp_jax.data.errors import DataError
 from mtp_jax.data.special_tokens import (
   BOS,
@@ -215,12 +216,14 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes `tokenizer.json`; for a model folder also `special_tokens.json`."""
+  """Writes `tokenizer.json`; for a model folder also special ids and chat format."""
   content, special = _split(tokenizer.to_json())
   if special is not None:
     beside = Path(path).with_name(SPECIAL_TOKENS)
     files.write_whole(beside, json.dumps(special).encode())
   files.write_whole(path, content.encode())
+  if (chat := getattr(tokenizer, "chat", None)) is not None:
+    files.write_json(Path(path).with_name(CHAT), chat._asdict())
 
 
 def load_tokenizer(
@@ -248,8 +251,12 @@ def load_tokenizer(
   folder = path.parent if folder is None else Path(folder)
   if special is None and (model_files := read_files(folder)):
     find = functools.partial(special_tokens, model_files, where=folder)
-    return _parse(text, str(path), find)
-  return _parse(text, str(path), _stated(special))
+  else:
+    find = _stated(special)
+  tokenizer = _parse(text, str(path), find)
+  if isinstance(tokenizer, SubwordTokenizer):
+    tokenizer.chat = read_format(folder)
+  return tokenizer
 
 
 def in_run(
