@@ -1,14 +1,21 @@
-# make reproduce   set up, train the CPU ladder, write the report (resumable)
-# make test        set up, lint, run the tests
-# make test-all    the slow ones too (make test-slow: those alone)
+# make reproduce   set up, train two CPU ladders, write the report (resumable;
+#                  LADDER=second_seeds: the same with other seeds)
+# make test        set up, lint, run the quick tests: units, oracles, one tiny run
+# make test-all    set up, lint, run all tests: processes, runs, mutants, Slurm too
+# make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
+# make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
-RUNS ?= runs/gains_with_scale
+LADDER ?= reproduce
+RUNS ?= runs/$(LADDER)
 BIN := $(VENV)/bin
 PRESET ?= cpu
+# An extra of pyproject.toml: cuda12, cuda13, tpu.
+ACCEL ?= cpu
+EXTRA := $(addprefix [,$(addsuffix ],$(filter-out cpu,$(ACCEL))))
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Most of a test is compilation, on one core. A file stays on one worker, with its
 # fixtures and compiled programs.
@@ -17,8 +24,10 @@ SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 .PHONY: reproduce test test-slow test-slurm test-all lint house bench setup setup-dev
 
 reproduce: setup
-	$(BIN)/python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
-	  --workdir=$(RUNS) --parallel=$(WORKERS)
+	for name in siblings tax; do \
+	  $(BIN)/python -m launch.sweep --config=experiments/$$name.py:$(LADDER) \
+	    --workdir=$(RUNS)/$$name --parallel=$(WORKERS) || exit; \
+	done
 	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
 
 test: lint
@@ -30,7 +39,10 @@ test-slow: setup-dev
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
-test-all: test test-slow test-slurm
+# In one session: a file compiles its programs and makes its runs once.
+test-all: lint
+	$(BIN)/python -m pytest $(SPREAD) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -44,15 +56,15 @@ bench: setup-dev
 	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
 	done
 
-setup: $(VENV)/.requirements
-setup-dev: $(VENV)/.requirements-dev
+setup: $(VENV)/.setup-$(ACCEL)
+setup-dev: $(VENV)/.setup-dev
 
-$(VENV)/.requirements: requirements.txt
+$(VENV)/.setup-$(ACCEL): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(EXTRA)"
 	touch $@
 
-$(VENV)/.requirements-dev: requirements.txt requirements-dev.txt
+$(VENV)/.setup-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@ $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.setup-cpu

@@ -52,7 +52,7 @@ FIXED = 4_000
 _SEEDS = {"cpu": 10, "gpu": 5, "cluster": 10}
 _TUNING_SEED = 100
 _RATE = 3e-3
-_FACTORS = (0.5, 1.0, 2.0)
+_FACTORS = (0.5, 1.0, 2.0, 4.0)
 # What `cpu_rates` chose: the factor on the learning rate by width and n.
 _TUNED: dict[tuple[int, int], float] = {}
 

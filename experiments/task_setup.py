@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 from experiments import base
 
 PRESETS = ("cpu", "gpu", "cluster")
+# Presets of what `make reproduce` trains, on two sets of seeds.
+REPRODUCE = {"reproduce": range(5), "second_seeds": range(5, 10)}
 
 
 def check_preset(preset: str, presets: Sequence[str] = PRESETS) -> None:

@@ -17,7 +17,9 @@ Score: `main_loss` of eval.json, nats per byte, paired by seed. Tax is method mi
 Presets: `cpu_rates` chooses the learning rate of every width and method on seed 100,
 which is then thrown away; `cpu` is the experiment, 5 seeds (3 at width 128); `gpu`
 (1M to 30M, the same text) and `cluster` (to 300M, the installed packages) continue the
-ladder, with width 128 in common.
+ladder, with width 128 in common. `reproduce` is what `make reproduce` trains: widths
+16, 32 and 64, NTP and n = 4, 1,000 steps, three seeds; `second_seeds` is the same with
+others.
 
 Rules, before the runs. The tax *falls* with size if the slope of log10 tax on log10
 parameters is below 0 (95 %, bootstrap of seeds within sizes); where a tax is not above
@@ -36,10 +38,10 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.gains_with_scale import PARALLEL, SEQUENTIAL, Size, rung
-from experiments.task_setup import check_preset
+from experiments.task_setup import REPRODUCE, check_preset
 from experiments.text_setup import text_config
 
-PRESETS = ("cpu", "cpu_rates", "gpu", "cluster")
+PRESETS = ("cpu", "cpu_rates", "gpu", "cluster", *REPRODUCE)
 _NTP = {"mtp.kind": "none", "mtp.depth": 0}
 ARMS = {
   "n=1": _NTP,
@@ -79,8 +81,7 @@ _TUNED: dict[tuple[int, str], float] = {}
 
 def get_config(preset: str = "cpu") -> ConfigDict:
   check_preset(preset, PRESETS)
-  is_cpu = preset.startswith("cpu")
-  config = text_config("tax", "cpu" if is_cpu else preset)
+  config = text_config("tax", preset if preset in ("gpu", "cluster") else "cpu")
   config.name = f"tax_{preset}"
   config.data.update(validation_fraction=_VALIDATION)
   if preset == "cluster":
@@ -96,6 +97,12 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials seed by seed, so that a sweep cut short still compares."""
   if preset == "cpu_rates":
     yield from _rate_trials()
+    return
+  if preset in REPRODUCE:
+    for seed in REPRODUCE[preset][:3]:
+      for size in SIZES["cpu"][:3]:
+        for arm in ("n=1", "n=4"):
+          yield _trial("cpu", size._replace(num_steps=1_000), arm, seed)
     return
   sizes = SIZES[preset]
   for seed in range(5):

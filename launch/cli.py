@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +26,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import exits, paths
+from launch import exits, paths, usage, words
 from mtp_jax import run_folder
 from mtp_jax.config import (
   TASKS,
@@ -49,33 +49,44 @@ _LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELP = {"--help", "-help", "-h", "--helpshort"}
+# Required flags of this process's command; they come first in its --help.
+_REQUIRED: set[str] = set()
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=|$)")
 
 
-def define_config(default: str | None = None, required: bool = True) -> None:
-  """Defines `--config=FILE.py[:preset]` and `--config.KEY=VALUE`."""
-  if default is not None:  # Then the library looks for the keys here and now.
-    try:
-      _check_keys(sys.argv)
-    except ConfigError as error:
-      sys.exit(fail(f"{error}\nSee --help.", BAD_INPUT))
+def define_config(required: bool = True) -> None:
+  """Defines `--config=EXPERIMENT[:PRESET]` and `--config.KEY=VALUE`."""
   config_flags.DEFINE_config_file(
     "config",
-    default,
-    "experiment file, with a preset perhaps (experiments/smoke.py, or "
-    "experiments/gains_with_scale.py:cpu). --config.KEY=VALUE overrides one value "
-    "(--config.mtp.depth=2); every key is in mtp_jax/sections.py.",
+    None,
+    "experiment: its name, with a preset perhaps (smoke, gains_with_scale:cpu), or a "
+    "Python file with get_config. KEY=VALUE or --config.KEY=VALUE overrides one value "
+    "(mtp.depth=2); mtp-jax config lists every key.",
   )
-  if required and default is None:
-    flags.mark_flag_as_required("config")
+  if required:
+    require("config")
+
+
+def require(name: str) -> None:
+  """Makes a flag required."""
+  flags.mark_flag_as_required(name)
+  _REQUIRED.add(name)
 
 
 def define_workdir(text: str, required: bool = True) -> flags.FlagHolder[str | None]:
   """Defines `--workdir`; `text` is its help."""
   holder = flags.DEFINE_string("workdir", None, text, allow_override=True)
   if required:
-    flags.mark_flag_as_required("workdir")
+    require("workdir")
   return holder
+
+
+def workdir() -> Path:
+  """Returns --workdir, by default runs/NAME or runs/NAME_PRESET of the experiment."""
+  if flags.FLAGS.workdir is not None:
+    return Path(flags.FLAGS.workdir)
+  file, preset = config_file()
+  return Path("runs", f"{file.stem}_{preset}" if preset else file.stem)
 
 
 def define_compilation_cache() -> flags.FlagHolder[str]:
@@ -251,8 +262,20 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return "\n".join(lines)
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(
+  main: Callable[[], int | None],
+  first: str | None = None,
+  config: str | None = None,
+  owners: Mapping[str, str] | None = None,
+) -> None:
   """Parses the flags, runs a command and exits with what it returns.
+
+  Args:
+    main: the command.
+    first: the flag that the first word of the command line sets; by default --config,
+      or --workdir, whichever the command has.
+    config: the experiment where the command line has none.
+    owners: the engine of each flag that belongs to one; `--help` shows those of --on.
 
   ConfigError and DataError end in their message and exit code 2, a full disk in its
   message and 1, without a traceback; what nobody expected ends in a traceback, its
@@ -276,7 +299,18 @@ def run(main: Callable[[], int | None]) -> None:
       traceback.print_exception(error)
       return fail(exits.describe(error), exits.FAILED)
 
-  app.run(guarded, flags_parser=_parse)
+  first = first or next((x for x in ("config", "workdir") if x in flags.FLAGS), None)
+
+  def parse(argv: list[str]) -> list[str]:
+    if _HELP.intersection(argv[1:]):
+      print(usage.text(argv, first, _REQUIRED, owners or {}))
+      sys.exit(0)
+    argv[1:] = words.expand(argv[1:], first)
+    if config and _config_value(argv) is None:
+      argv.insert(1, f"--config={words.experiment_file(config)}")
+    return _parse(argv)
+
+  app.run(guarded, flags_parser=parse)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -291,8 +325,6 @@ def fail(message: str, code: int) -> int:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  if _HELP.intersection(argv[1:]):
-    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
   try:
     _check_arguments(argv)
     rest = flags.FLAGS(argv)
@@ -398,6 +430,7 @@ def _explain(error: Exception) -> str:
 
 
 def _nearest_file(file: str) -> str:
-  folder = os.path.dirname(file) or "experiments"
-  matches = difflib.get_close_matches(file, glob.glob(f"{folder}/*.py"), n=1)
+  folder = os.path.dirname(file)
+  known = glob.glob(f"{folder}/*.py") if folder else words.experiments()
+  matches = difflib.get_close_matches(file, known, n=1)
   return f"; did you mean {matches[0]!r}?" if matches else ": there is no such file."

@@ -41,9 +41,9 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.tokenizers import Tokenizer, check_vocab_size, load_tokenizer
 from mtp_jax.train import start_run
 
-cli.define_config(default="experiments/imported.py")
+cli.define_config(required=False)
 _FROM = flags.DEFINE_string("from", None, "folder with config.json and safetensors")
-flags.mark_flag_as_required("from")
+cli.require("from")
 _DRAFTER = flags.DEFINE_string(
   "drafter", None, "folder with the extra predictors alone"
 )
@@ -167,4 +167,4 @@ def combine(
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, first="from", config="imported")

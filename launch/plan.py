@@ -45,7 +45,7 @@ cli.define_config()
 _TOPOLOGY = flags.DEFINE_list(
   "topology", None, "TPU slices, separated by commas: v5p:4x4x4, v6e:16x16, v5p"
 )
-flags.mark_flag_as_required("topology")
+cli.require("topology")
 _MFU = flags.DEFINE_float(
   "mfu", 0.4, "model FLOPs per second over the chips' peak that is assumed"
 )

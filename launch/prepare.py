@@ -1,15 +1,13 @@
 r"""Tokenizes text into a folder of ArrayRecord shards, once, for many runs.
 
-  python -m launch.prepare --config=experiments/base.py --output=data/stdlib
-  python -m launch.prepare --config=experiments/base.py --output=data/code_bpe \
-      --config.data.source=jsonl --config.data.path='corpus/*.jsonl.zst' \
-      --config.data.text_field=content --workers=32 \
-      --config.tokenizer.kind=bpe --config.tokenizer.vocab_size=32768
+  mtp-jax prepare base --output=data/mine data.source=files data.path=input.txt
+  mtp-jax prepare base --output=data/code_bpe --workers=32 \
+      data.source=jsonl data.path='corpus/*.jsonl.zst' data.text_field=content \
+      tokenizer.kind=bpe tokenizer.vocab_size=32768
 
 Training then reads the folder; rows and their order are those of the text itself:
 
-  python -m launch.train --config=experiments/base.py --workdir=runs/prepared \
-      --config.data.source=array_record --config.data.path=data/stdlib
+  mtp-jax train base data.source=array_record data.path=data/mine
 
 Of the config, `data.source`, `data.path`, `data.text_field` and `tokenizer` count.
 Seeds, splits and row lengths are chosen by each run. A BPE tokenizer learns from the
@@ -48,7 +46,7 @@ _SHARD_SIZE = flags.DEFINE_integer(
   "bytes of text in a shard; about two shards for each worker are held in memory",
   lower_bound=1,
 )
-flags.mark_flag_as_required("output")
+cli.require("output")
 
 
 def main() -> int:

@@ -1,22 +1,22 @@
-"""Writes the report of a folder of runs: a page, figures, tables and verdicts.
+r"""Writes the report of a folder of runs: a page, figures, tables and verdicts.
 
-    python -m launch.report runs/gains_with_scale
-    python -m launch.report runs --output=report
-    python -m launch.report runs/sat --results=experiments/results/sat_cpu \\
-        --command="python -m launch.sweep --config=experiments/sat.py:cpu ..."
-    python -m launch.report --findings
+  mtp-jax report runs/gains_with_scale
+  mtp-jax report runs --output=report
+  mtp-jax report runs/sat --results=experiments/results/sat_cpu \
+      --command="python -m launch.sweep --config=experiments/sat.py:cpu ..."
+  mtp-jax report --findings
 
-Reads config.json, eval.json and metrics.jsonl of every run folder below RUNS (run.json
-for commit and hardware only), finished or not, and writes to the output folder
-report.html (everything in one file), the same page as report.md, one PNG and one CSV
-per figure, and the tables behind them. The page begins with a sentence, a figure and a
-table: what each way of predicting more tokens gains over next-token prediction (NTP) at
-equal tokens, FLOPs and wall clock, by size, each with its interval and verdict; and
-whether the ladder counts as evidence about size. It counts if every size has NTP at two
-seeds or more and at three learning rates, the best in the middle, and each method was
-trained at the rates on both sides of its own, on one seed at least. Arm `flops`
-(mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall clock are measured
-with.
+Reads config.json, eval.json and metrics.jsonl of every run folder below the folder that
+is named (run.json for commit and hardware only), finished or not, and writes to the
+output folder report.html (everything in one file), the same page as report.md, one PNG
+and one CSV per figure, and the tables behind them. The page begins with a sentence, a
+figure and a table: what each way of predicting more tokens gains over next-token
+prediction (NTP) at equal tokens, FLOPs and wall clock, by size, each with its interval
+and verdict; and whether the ladder counts as evidence about size. It counts if every
+size has NTP at two seeds or more and at three learning rates, the best in the middle,
+and each method was trained at the rates on both sides of its own, on one seed at least.
+Arm `flops` (mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall clock are
+measured with.
 
 With --results it writes what is worth keeping of the runs instead, as small tables.
 
@@ -29,13 +29,12 @@ Each claim's rule, margin and verdict stand beside it on the page.
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """
 
-import argparse
 import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+from absl import flags
 
 from launch import cli, exits
 from mtp_jax.analysis import results as results_lib
@@ -46,18 +45,36 @@ from mtp_jax.analysis.runs import RunsError, load
 RESULTS = Path("experiments/results")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  flags = _parser().parse_args(arguments)
-  if broken := _broken_rule(flags):
+_WORKDIR = cli.define_workdir("a run folder, or any folder above some", required=False)
+_OUTPUT = flags.DEFINE_string(
+  "output", None,
+  "where to write; by default WORKDIR/report, with --findings RESULTS/findings",
+  allow_override=True,
+)
+_RESULTS = flags.DEFINE_string(
+  "results", None,
+  "write the results of the runs into this folder, and nothing else; with --findings, "
+  f"the folder that holds all results, by default {RESULTS}",
+)
+_COMMAND = flags.DEFINE_multi_string(
+  "command", [], "with --results: how the runs were started; may be given again"
+)
+_FINDINGS = flags.DEFINE_bool(
+  "findings", False, "write the verdicts on published claims"
+)
+
+
+def main() -> int:
+  if broken := _broken_rule():
     return cli.fail(broken, cli.BAD_INPUT)
   jax.config.update("jax_platforms", "cpu")  # Parameters are counted, nothing is run.
   try:
-    if flags.findings:
-      report = _findings(flags)
-    elif flags.results:
-      report = _results(flags)
+    if _FINDINGS.value:
+      report = _findings()
+    elif _RESULTS.value:
+      report = _results(Path(_WORKDIR.value), Path(_RESULTS.value))
     else:
-      report = _report(flags)
+      report = _report(Path(_WORKDIR.value))
   except RunsError as e:
     return cli.fail(str(e), cli.BAD_INPUT)
   except OSError as e:
@@ -69,73 +86,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m launch.report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "runs", type=Path, nargs="?", metavar="RUNS",
-    help="a run folder, or any folder above some",
-  )
-  parser.add_argument(
-    "--output", type=Path, metavar="DIR",
-    help="where to write; default RUNS/report, with --findings RESULTS/findings",
-  )
-  parser.add_argument(
-    "--results", type=Path, metavar="DIR",
-    help="write the results of RUNS into this folder, and nothing else; with "
-    f"--findings, the folder that holds all results, default {RESULTS}",
-  )
-  parser.add_argument(
-    "--command", action="append", metavar="COMMAND",
-    help="with --results: how the runs were started; may be given several times",
-  )
-  parser.add_argument(
-    "--findings", action="store_true", help="write the verdicts on published claims"
-  )
-  return parser
-
-
-def _broken_rule(flags: argparse.Namespace) -> str:
+def _broken_rule() -> str:
   """Returns what is wrong with the flags together, or nothing."""
-  if flags.findings:
-    if flags.runs:
-      return f"--findings reads results: RUNS must not be given, got {flags.runs}."
-    if flags.command:
-      return "--command goes with RUNS and --results, not with --findings."
+  runs, results, command = _WORKDIR.value, _RESULTS.value, _COMMAND.value
+  if _FINDINGS.value:
+    if runs:
+      return f"--findings reads results: --workdir must not be given, got {runs}."
+    if command:
+      return "--command goes with --workdir and --results, not with --findings."
     return ""
-  if not flags.runs:
-    return "RUNS is required: a run folder, or any folder above some (or --findings)."
-  if flags.results and not flags.command:
+  if not runs:
+    return "--workdir is required: a run folder, or any folder above some."
+  if results and not command:
     return "--command is required with --results: the command that started the runs."
-  if flags.command and not flags.results:
+  if command and not results:
     return "--command goes with --results, which is missing."
-  if flags.results and flags.output:
+  if results and _OUTPUT.value:
     return "--output goes with a report or --findings; --results says where to write."
   return ""
 
 
-def _report(flags: argparse.Namespace) -> Report:
-  output = flags.output or flags.runs / "report"
-  return write_report(
-    flags.runs, output, _own_command([str(flags.runs), f"--output={output}"])
-  )
+def _report(runs: Path) -> Report:
+  output = Path(_OUTPUT.value or runs / "report")
+  return write_report(runs, output, _own_command([str(runs), f"--output={output}"]))
 
 
-def _results(flags: argparse.Namespace) -> Report:
-  runs = load(flags.runs)
-  paths = results_lib.write(runs, flags.results, flags.command)
+def _results(folder: Path, results: Path) -> Report:
+  runs = load(folder)
+  paths = results_lib.write(runs, results, _COMMAND.value)
   missing = [f"Not finished: {x}." for x in results_lib.unfinished(runs)]
   finished = len(runs.trials) - len(missing)
-  text = f"{finished} of {len(runs.trials)} trials below {flags.runs} are finished."
+  text = f"{finished} of {len(runs.trials)} trials below {folder} are finished."
   return Report("\n".join([text, *missing]), tuple(paths))
 
 
-def _findings(flags: argparse.Namespace) -> Report:
-  results = flags.results or RESULTS
-  output = flags.output or results / "findings"
+def _findings() -> Report:
+  results = Path(_RESULTS.value or RESULTS)
+  output = Path(_OUTPUT.value or results / "findings")
   rest = ["--findings", f"--results={results}", f"--output={output}"]
   return write_findings(results, output, _own_command(rest))
 
@@ -145,4 +132,4 @@ def _own_command(rest: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.run(main)

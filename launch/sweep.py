@@ -1,12 +1,10 @@
 r"""Trains all trials of an experiment, here or on a cluster, and continues them.
 
-  python -m launch.sweep --config=experiments/depth_sweep.py --dry_run
-  python -m launch.sweep --config=experiments/gains_with_scale.py:cpu \
-      --workdir=runs/ladder --parallel=2 --only='kind=sequential,seed=0'
-  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --on=slurm --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
-  python -m launch.sweep --config=experiments/depth_sweep.py --workdir=runs/depth \
-      --status --watch
+  mtp-jax sweep depth_sweep --dry_run
+  mtp-jax sweep gains_with_scale:cpu --parallel=2 --only='kind=sequential,seed=0'
+  mtp-jax sweep depth_sweep --workdir=runs/depth --on=slurm \
+      --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
+  mtp-jax status depth_sweep --workdir=runs/depth --watch
 
 Every trial has a run folder of its own in --workdir, named by what varies
 (launch/README.md). All configs are checked before the first trial starts. Trials that
@@ -43,8 +41,10 @@ from launch.states import Choice, Trial
 from mtp_jax.config import ConfigError
 
 cli.define_config()
-_WORKDIR = cli.define_workdir(
-  "folder of the sweep, in which each trial has its run folder", required=False
+cli.define_workdir(
+  "folder of the sweep, in which each trial has its run folder; by default runs/NAME "
+  "or runs/NAME_PRESET of the experiment",
+  required=False,
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
 _SWEEP = flags.DEFINE_list(
@@ -151,9 +151,7 @@ _OWNERS = {
 def main() -> int:
   # This process counts parameters; others have the accelerators.
   jax.config.update("jax_platforms", "cpu")
-  if _WORKDIR.value is None and not _DRY_RUN.value:
-    raise ConfigError("--workdir is required, but for --dry_run.")
-  root = Path(_WORKDIR.value or ".")
+  root = cli.workdir()
   file, preset = cli.config_file()
   experiment = trials.load_experiment(file)
   planned = trials.select(
@@ -311,4 +309,4 @@ def dry_run_table(planned: list[Trial]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, owners=_OWNERS)

@@ -1,9 +1,8 @@
 r"""Trains one language model and evaluates it.
 
-  python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke
-  python -m launch.train --config=experiments/base.py --workdir=runs/sequential \
-      --config.mtp.kind=sequential --config.mtp.depth=2 --config.train.num_steps=2000
-  python -m launch.train --workdir=runs/smoke
+  mtp-jax train smoke
+  mtp-jax train base --workdir=runs/seq2 mtp.kind=sequential mtp.depth=2
+  mtp-jax train --workdir=runs/smoke
 
 The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at
 the end, eval.json and DONE: launch/README.md describes every file and field. Ctrl-C (or
@@ -16,13 +15,10 @@ Several processes train one model if each runs this command, with the same flags
 folder that all see. In a Slurm step, under Open MPI and in a TPU pod they find each
 other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID says who they are:
 
-  python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke \
-      --distributed=localhost:9876,2,0 &
-  python -m launch.train --config=experiments/smoke.py --workdir=runs/smoke \
-      --distributed=localhost:9876,2,1
+  mtp-jax train smoke --distributed=localhost:9876,2,0 &
+  mtp-jax train smoke --distributed=localhost:9876,2,1
 
-Every key of a config, with its default and meaning, has a line in mtp_jax/sections.py
-or mtp_jax/model_sections.py. Bad values are refused before any work, with exit code 2;
+Bad values are refused before any work, with exit code 2;
 the other exit codes are in launch/README.md.
 """
 
@@ -50,7 +46,11 @@ from mtp_jax.stopwatch import Stopwatch, process_age
 from mtp_jax.train import fit
 
 cli.define_config(required=False)
-_WORKDIR = cli.define_workdir("folder of this run; continued if it holds it already")
+cli.define_workdir(
+  "folder of this run, continued if it holds it already; by default runs/NAME or "
+  "runs/NAME_PRESET of the experiment",
+  required=False,
+)
 _COMPILATION_CACHE = cli.define_compilation_cache()
 _GROUP = distributed.define_flags()
 
@@ -74,7 +74,12 @@ class End(NamedTuple):
 def main() -> int:
   startup = Stopwatch(process_age())
   startup.ends("imports")
-  workdir = Path(_WORKDIR.value)
+  if flags.FLAGS.config is None and flags.FLAGS.workdir is None:
+    raise ConfigError(
+      "--config is required: an experiment (smoke, or a file); or --workdir alone, of "
+      "a run to go on with."
+    )
+  workdir = cli.workdir()
   try:
     config = _config(workdir)
     group = distributed.find_group(

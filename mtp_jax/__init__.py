@@ -1,5 +1,7 @@
 """Multi-token prediction in JAX. Importing the package does no work."""
 
+__version__ = "0.1.0"
+
 
 def load(path, step=None, mesh=None):
   """Returns a `trained_model.TrainedModel`.

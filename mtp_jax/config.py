@@ -107,7 +107,7 @@ def type_name(key: str) -> str:
   return "str" if typing.get_origin(kind) is Literal else kind.__name__
 
 
-def dotted_keys(section: type = Config, prefix: str = "") -> list[str]:
+def dotted_keys(section: Any = Config, prefix: str = "") -> list[str]:
   """Returns every dotted key, those of sections included."""
   keys = []
   for name, kind in typing.get_type_hints(section).items():
@@ -141,7 +141,7 @@ def keys() -> dict[str, Key]:
   A key whose line does not say where it has an effect has one where its section has.
   """
 
-  def collect(cls: type, prefix: str, when: Conditions) -> dict[str, Key]:
+  def collect(cls: Any, prefix: str, when: Conditions) -> dict[str, Key]:
     found = {}
     for name, kind in typing.get_type_hints(cls).items():
       facts = cls.__dataclass_fields__[name].metadata
@@ -192,7 +192,7 @@ def learns_from_trunk(mtp: MtpConfig) -> bool:
   return mtp.objective != "cross_entropy" or mtp.feature_weight > 0
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _build(cls: Any, values: Any, prefix: str) -> Any:
   if not isinstance(values, dict):
     section = prefix.rstrip(".") or "config"
     raise ConfigError(f"{section} must be a section, got {values!r}.")

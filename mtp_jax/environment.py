@@ -68,6 +68,8 @@ def code_commit() -> str:
     run = functools.partial(
       subprocess.run, cwd=here, capture_output=True, text=True, check=True
     )
+    # An installed package may lie within the repository of another project.
+    run(["git", "ls-files", "--error-unmatch", Path(__file__).name])
     commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
     dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
   except (OSError, subprocess.CalledProcessError):

@@ -10,7 +10,7 @@ resumes, what compiled programs depend on, and which trials an analysis compares
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -63,7 +63,7 @@ ON = Range("positive", bool)
 
 # Where a key has an effect: every condition holds, which is a dotted key (or several,
 # of which one suffices) and the values that it must have.
-Conditions = dict[Any, tuple | Range]
+Conditions = Mapping[Any, tuple[Any, ...] | Range]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,9 @@ def key(
   role = Role(0)
   for fact in facts:
     role |= fact if isinstance(fact, Role) else Role(0)
-  effect = when, then or {}, when_given or {}
-  found = Key(default, meaning, ranges, role, most, by, *effect)
+  found = Key(
+    default, meaning, ranges, role, most, by, when, then or {}, when_given or {}
+  )
   return dataclasses.field(metadata={"key": found})
 
 

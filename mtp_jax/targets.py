@@ -10,6 +10,7 @@ Legend: B batch, T sequence, M = 1 + depth.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.batch import Batch
 
@@ -25,7 +26,9 @@ def shifted_tokens(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
   )
 
 
-def _shifted(row_BT: jax.Array, after_BM: jax.Array, offset: int) -> jax.Array:
+def _shifted(
+  row_BT: jax.Array | np.ndarray, after_BM: jax.Array | np.ndarray, offset: int
+) -> jax.Array:
   """Returns, for each place of the row, the entry `offset` places later."""
   whole = jnp.concatenate([row_BT, after_BM], axis=1)
   return jax.lax.slice_in_dim(whole, offset, offset + row_BT.shape[1], axis=1)

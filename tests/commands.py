@@ -9,19 +9,22 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from tests.quick_xla import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
 _SERVER = textwrap.dedent("""
-  import json, os, runpy, sys, traceback
-  import launch.engines.local
+  import importlib, json, os, runpy, sys, traceback
+  for name in sys.argv[1:]:
+    importlib.import_module(name)
   from jax._src import xla_bridge
 
   def command(module, arguments):
@@ -39,7 +42,10 @@ _SERVER = textwrap.dedent("""
     touched, to_touched = os.pipe()
     if not (child := os.fork()):
       os.dup2(to_output, 1), os.dup2(to_output, 2)
-      code = command(*json.loads(line))
+      folder, module, arguments = json.loads(line)
+      os.chdir(folder)
+      sys.path[0] = folder
+      code = command(module, arguments)
       sys.stdout.flush(), sys.stderr.flush()
       os.write(to_touched, b"01"[xla_bridge.backends_are_initialized():][:1])
       os._exit(code)
@@ -60,13 +66,18 @@ class Result(NamedTuple):
 
 
 class Commands:
-  """A server of commands on one CPU device; a context manager."""
+  """A server of commands that imports `modules` first; a context manager."""
+
+  def __init__(
+    self, modules: Iterable[str] = ("launch.engines.local",), num_devices: int = 1
+  ):
+    self._modules, self._flags = modules, xla_flags(num_devices)
 
   def __enter__(self) -> "Commands":
     self._server = subprocess.Popen(
-      [sys.executable, "-c", _SERVER],
+      [sys.executable, "-c", _SERVER, *self._modules],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"},
+      env=os.environ | {"XLA_FLAGS": self._flags, "JAX_PLATFORMS": "cpu"},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
@@ -77,13 +88,23 @@ class Commands:
     self._server.stdin.close()
     self._server.wait()
 
-  def __call__(self, module: str, *arguments: str) -> Result:
-    """Runs `python -m module arguments...` and waits for it."""
-    print(json.dumps([module, arguments]), file=self._server.stdin, flush=True)
+  def __call__(self, module: str, *arguments: str, folder: Path = ROOT) -> Result:
+    """Runs `python -m module arguments...` in the folder and waits for it."""
+    line = json.dumps([str(folder), module, arguments])
+    print(line, file=self._server.stdin, flush=True)
     return Result(*json.loads(self._server.stdout.readline()))
 
 
-@pytest.fixture(scope="module")
+def run_report(**values: object) -> int:
+  """Runs launch.report in this process with these values of its flags."""
+  from launch import report  # Here, because it imports what takes long.
+
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**values):
+    return report.main()
+
+
+@pytest.fixture(scope="session")
 def command() -> Iterator[Commands]:
   with Commands() as commands:
     yield commands

@@ -1,12 +1,14 @@
 """Tiny configs, parameters and packed batches that the tests share."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import base
 from mtp_jax import accounting
@@ -82,6 +84,16 @@ INPUTS = {
 }
 # The modules of the minimal code: no norm at their end, RMSNorm on any trunk.
 MINIMAL = INPUTS["bare"] | {"mtp.norm": "rms"}
+
+
+def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+  """Returns the cases of a test, of which `make test` runs the quick ones alone."""
+  return [
+    case if case in quick else pytest.param(
+      *(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow
+    )
+    for case in cases
+  ]
 
 
 def tiny_config(

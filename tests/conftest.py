@@ -18,6 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks as slow what runs commands: `make test` starts hardly any processes."""
+  for item in items:
+    if "command" in getattr(item, "fixturenames", ()):
+      item.add_marker(pytest.mark.slow)
+
+
 _define_flag = flags.FlagValues.__setitem__
 
 

@@ -15,6 +15,7 @@ from tests.common import (
   SHARED,
   TRUNKS,
   flops_counted_by_xla,
+  mostly_slow,
   tiny_config,
 )
 
@@ -80,14 +81,17 @@ def test_shortened_models_have_the_parameters_of_the_baseline(trunk):
 
 @pytest.mark.parametrize(
   "kind, depth, options",
-  [
-    *((*k, {}) for k in KINDS),
-    ("sequential", 3, GPT2),
-    ("sequential", 3, FROZEN),
-    ("sequential", 1, {"mtp.objective": "kl", "mtp.mlp_dim": 640}),
-    ("medusa", 3, FROZEN | {"mtp.unembed": "own"}),
-    ("medusa", 3, FROZEN | {"mtp.objective": "tv"}),
-  ],
+  mostly_slow(
+    [
+      *((*k, {}) for k in KINDS),
+      ("sequential", 3, GPT2),
+      ("sequential", 3, FROZEN),
+      ("sequential", 1, {"mtp.objective": "kl", "mtp.mlp_dim": 640}),
+      ("medusa", 3, FROZEN | {"mtp.unembed": "own"}),
+      ("medusa", 3, FROZEN | {"mtp.objective": "tv"}),
+    ],
+    ("none", 0, {}), ("sequential", 3, {}),
+  ),
 )
 def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   kind, depth, options, monkeypatch

@@ -10,7 +10,7 @@ from mtp_jax.model.attention import Attention, KVCache
 from mtp_jax.model.block import empty_cache
 from mtp_jax.model.cache_slots import Places
 from mtp_jax.model.latent_attention import LatentAttention
-from tests.common import GPT2, LATENT, random_layer_params, tiny_config
+from tests.common import GPT2, LATENT, mostly_slow, random_layer_params, tiny_config
 
 OPTIONS = {"trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 32}
 
@@ -53,14 +53,15 @@ SLOTS = (2, 5, 3, 7, 4, 6)
 # A latent cache is never in parts.
 @pytest.mark.parametrize(
   "kind, overrides, parts",
-  [
+  mostly_slow(
+    [
+      (Attention, OPTIONS, 1),
+      (Attention, GPT2, 4),
+      (LatentAttention, LATENT, 1),
+    ],
     (Attention, OPTIONS, 1),
-    (Attention, OPTIONS, 4),
-    (Attention, GPT2, 1),
-    (Attention, GPT2, 4),
-    (LatentAttention, LATENT, 1),
-  ],
-  ids=["llama", "llama-parts", "gpt2", "gpt2-parts", "latent"],
+  ),
+  ids=["llama", "gpt2-parts", "latent"],
   indirect=["parts"],
 )
 def test_a_node_says_what_its_line_says_and_can_be_moved(kind, overrides, parts):

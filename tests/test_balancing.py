@@ -116,9 +116,8 @@ def test_the_bias_evens_out_the_load_of_a_skewed_router():
   assert np.mean(found[-50:]) < 0.2
 
 
-@pytest.mark.parametrize(
-  "kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_in_a_step_only_the_load_moves_the_bias(kind):
   config = tiny_config(
     "sequential",

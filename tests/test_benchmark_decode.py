@@ -56,6 +56,7 @@ def test_true_drafts_are_all_accepted_and_the_ratios_add_up():
   assert min(forced["sum_c"]) > 0 and oracle["sum_c"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_step_reads_the_plain_model_and_the_filled_slots():
   config = tiny_config("sequential", 2, {"trunk.kind": "llama"})
   params = random_params(config)
@@ -129,6 +130,7 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_drafts_are_made_from_features_of_any_width():
   config = tiny_config("eagle3", 2, {"trunk.num_layers": 1})
   weights = network.unstack(random_params(config), config)

@@ -58,9 +58,7 @@ def expected_step(inputs):
   return total, d_hidden, d_unembed
 
 
-@pytest.mark.parametrize("name", [
-  pytest.param(x, marks=[pytest.mark.slow] * (x == "torch.compile")) for x in loss.NAMES
-])
+@pytest.mark.parametrize("name", common.mostly_slow(loss.NAMES, loss.OURS))
 def test_all_contestants_compute_the_same(name, request):
   request.getfixturevalue("torch_settings" if name in harness.TORCH else "tokamax")
   config = common.tiny_config("sequential", 3)

@@ -14,6 +14,7 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
+  mostly_slow,
   random_params,
   tiny_config,
 )
@@ -23,13 +24,23 @@ LENGTH, DEPTH = 12, 3
 SEGMENTS = np.repeat([1, 2, 3], [5, 4, 7])
 PLACES = np.arange(len(SEGMENTS))
 TOKENS = np.random.default_rng(0).permutation(len(SEGMENTS))
-CASES = [
-  *((kind, {}) for kind, _ in KINDS),
-  ("sequential", SHARED),
-  # What is chosen has no gradient to see it by: `own` has a test of its own.
-  *(("sequential", INPUTS[name]) for name in INPUTS if name != "own"),
-  ("sequential", INPUTS["shifted"] | INPUTS["none"]),
-]
+# Every kind on both trunks; what modules read, which no trunk knows, on one of them.
+CASES = {
+  f"{kind}-{trunk}": (kind, {}, trunk) for kind, _ in KINDS for trunk in TRUNKS
+} | {
+  f"sequential-{name}": ("sequential", options, trunk)
+  for name, options, trunk in (
+    ("shared", SHARED, "gpt2"),
+    # What is chosen has no gradient to see it by: `own` has a test of its own.
+    ("trunk", INPUTS["trunk"], "llama"),
+    ("shifted", INPUTS["shifted"], "gpt2"),
+    ("before", INPUTS["before"], "llama"),
+    ("trunk-before", INPUTS["trunk-before"], "gpt2"),
+    ("none", INPUTS["none"], "llama"),
+    ("bare", INPUTS["bare"], "gpt2"),
+    ("shifted-none", INPUTS["shifted"] | INPUTS["none"], "llama"),
+  )
+}
 
 
 def influence(config, batch):
@@ -60,11 +71,11 @@ def newest_in_trunk(config, m, i):
   return max(i, min(i + m - 1, LENGTH - 1))  # The trunk ends with the row.
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
-@pytest.mark.parametrize("kind, options", CASES)
-def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(
-  kind, options, trunk
-):
+@pytest.mark.parametrize("case", mostly_slow(
+  CASES, "none-llama", "parallel-gpt2", "sequential-llama", "sequential-shifted",
+))
+def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(case):
+  kind, options, trunk = CASES[case]
   depth = 0 if kind == "none" else DEPTH
   overrides = TRUNKS[trunk] | options | {"data.seq_len": LENGTH}
   config = tiny_config(kind, depth, overrides)

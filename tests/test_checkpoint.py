@@ -28,7 +28,7 @@ from mtp_jax.config import ConfigError, flatten, to_dict, with_overrides
 from mtp_jax.predictors import contract
 from mtp_jax.sharding import logical_axes, make_mesh
 from mtp_jax.train_state import init_state, state_shardings
-from tests.common import GPT2, MINIMAL, tiny_config
+from tests.common import GPT2, MINIMAL, mostly_slow, tiny_config
 from tests.untrained_runs import save_run
 
 # Reads that were under way when Orbax gave up on a file complain when collected.
@@ -225,7 +225,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, next(iter(DAMAGES))))
 def test_damage_is_reported_and_the_one_before_is_used(copy, damage):
   DAMAGES[damage](copy / "checkpoints" / "8")
   made = Checkpointer(copy)
@@ -240,6 +240,7 @@ def test_damage_is_reported_and_the_one_before_is_used(copy, damage):
   made.close()
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_goes_unnoticed(copy):
   rng = np.random.default_rng(0)
   folder = copy / "checkpoints" / "8"
@@ -487,6 +488,7 @@ for workdir in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_reported_in_few_lines(tmp_path):
   run = save_run(tmp_path / "whole", tiny_config("sequential", 2))
   copies = []

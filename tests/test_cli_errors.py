@@ -89,6 +89,15 @@ CONFIGS = {
     "--config must name an experiment file, got 'experiments/smok.py'; did you mean "
     "'experiments/smoke.py'?",
   ),
+  "no such name": (
+    ["smok"], "--config must name an experiment file, got 'smok'; did you mean 'smoke'?"
+  ),
+  "unknown key of a short override": (
+    ["base", "mtp.dept=2"], "mtp.dept: unknown key; did you mean 'mtp.depth'?"
+  ),
+  "wrong type of a short override": (
+    ["base", "mtp.depth=two"], "mtp.depth must be of type int, got 'two'."
+  ),
   "no Python": (
     ["--config=README.md"],
     "--config must name an experiment file (Python), got 'README.md': ",
@@ -324,11 +333,10 @@ def test_bad_sweeps(command, name, tmp_path):
   assert not (tmp_path / "runs").exists()
 
 
-def test_sweep_needs_a_folder(command):
-  result = command("launch.sweep", "--config=experiments/ntp_baseline.py")
-  assert (result.code, result.output) == (
-    2, "error: --workdir is required, but for --dry_run.\n"
-  )
+def test_train_needs_an_experiment_or_a_run(command):
+  result = command("launch.train")
+  assert result.output.startswith("error: --config is required: an experiment (smoke, ")
+  assert result.code == 2 and not result.touched_backend
 
 
 @pytest.mark.parametrize("arguments, message", [

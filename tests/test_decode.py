@@ -27,6 +27,7 @@ from tests.common import (
   SHARED,
   TRUNKS,
   batch_of,
+  mostly_slow,
   random_params,
   tiny_config,
 )
@@ -35,14 +36,16 @@ PROMPT_SLOTS, NEW, DEPTH = 9, 13, 3
 SEQ_LEN = PROMPT_SLOTS + NEW  # Prompt and completion fill it to the last position.
 LENGTHS = (1, 4, PROMPT_SLOTS, 2, PROMPT_SLOTS - 1)
 MODELS = {
-  f"{trunk}-{kind}": (trunk, kind, depth, more)
-  for trunk in TRUNKS
-  for kind, depth, more in (
-    ("none", 0, {}), ("parallel", DEPTH, {}), ("sequential", DEPTH, {}),
-    ("linear", DEPTH, {}), ("medusa", DEPTH, {}), ("eagle", DEPTH, {}),
-    ("eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
-  )
-} | {
+  "llama-none": ("llama", "none", 0, {}),
+  "llama-parallel": ("llama", "parallel", DEPTH, {}),
+  "gpt2-parallel": ("gpt2", "parallel", DEPTH, {}),
+  "llama-sequential": ("llama", "sequential", DEPTH, {}),
+  "gpt2-sequential": ("gpt2", "sequential", DEPTH, {}),
+  "llama-linear": ("llama", "linear", DEPTH, {}),
+  "gpt2-medusa": ("gpt2", "medusa", DEPTH, {}),
+  "llama-eagle": ("llama", "eagle", DEPTH, {}),
+  "gpt2-eagle": ("gpt2", "eagle", DEPTH, {}),
+  "llama-eagle3": ("llama", "eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "llama-eagle3-own": (
     "llama", "eagle3", 2,
@@ -125,7 +128,9 @@ def uncached(config, params, prompts):
   return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+  scope="module", params=mostly_slow(MODELS, "llama-sequential", "gpt2-parallel")
+)
 def model(request):
   return Model(*MODELS[request.param])
 
@@ -194,7 +199,7 @@ def test_recursion_past_the_last_module(sequential):
   assert tokens(sequential.generate(decoding=decoding)) == sequential.expected
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", mostly_slow(["eagle", "eagle3"], "eagle"))
 def test_eagle_drafts_as_far_as_wanted(kind):
   model = Model(*MODELS[f"llama-{kind}"])
   completions = model.generate(decoding=Decoding(num_drafts=DEPTH + 2))
@@ -203,7 +208,9 @@ def test_eagle_drafts_as_far_as_wanted(kind):
   assert len(reached) == DEPTH + 2 and reached[1] > 0
 
 
-@pytest.mark.parametrize("name", ["own", "trunk", "shifted", "bare"])
+@pytest.mark.parametrize(
+  "name", mostly_slow(["own", "trunk", "shifted", "bare"], "own")
+)
 def test_recursion_from_other_inputs(name):
   model = Model("llama", "sequential", 2, INPUTS[name])
   completions = model.generate(decoding=Decoding(num_drafts=5, recurse=True))
@@ -410,6 +417,7 @@ def test_match_says_what_plain_sampling_says(sequential):
   assert tokens(other) != tokens(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["leviathan", "block"])
 def test_sampling_does_not_depend_on_the_batch(sequential, rule):
   decoding = Decoding(rule, SAMPLING)
@@ -428,7 +436,7 @@ def test_other_prompts_and_settings_of_a_bucket_compile_nothing(sequential):
   assert (loop.prefill._cache_size(), loop.finish._cache_size()) == before
 
 
-@pytest.mark.parametrize("is_batch_sharded", [False, True])
+@pytest.mark.parametrize("is_batch_sharded", mostly_slow([False, True], False))
 def test_on_a_mesh(sequential, is_batch_sharded):
   sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   mesh = make_mesh(tiny_config(overrides=sizes).mesh)

@@ -20,6 +20,7 @@ from mtp_jax.decode.network import Target
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.model.cache_slots import Places, positions_of
 from mtp_jax.predictors.drafting import Drafter, Recursion
+from tests.common import mostly_slow
 
 VOCAB, NEW, TABLE = 4, 4, 211
 SAMPLES = 200_000
@@ -199,7 +200,7 @@ CASES = (
 
 
 @pytest.mark.parametrize(
-  "rule,proposal,settings,drafter", CASES,
+  "rule,proposal,settings,drafter", mostly_slow(CASES, CASES[2], CASES[5]),
   ids=[f"{c[0]}-{c[1]}-{'cut' if any(c[2][1:]) else 'full'}-{c[3]}" for c in CASES],
 )
 def test_the_law_is_that_of_the_target(rule, proposal, settings, drafter):
@@ -208,6 +209,7 @@ def test_the_law_is_that_of_the_target(rule, proposal, settings, drafter):
   assert p_value(tokens_BN, settings) > 1e-4
 
 
+@pytest.mark.slow
 def test_plain_sampling_has_the_law_and_match_reproduces_it_token_for_token():
   settings = Warp(0.7, None, 0.9)
   plain_BN, _ = sample("match", "argmax", settings, 1)
@@ -299,13 +301,14 @@ def _noise_by_row(patch):
   patch.setattr(loop, "_own_tokens", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fault",
   [
     _sibling_sees_sibling,
     _path_not_moved,
-    pytest.param(_own_token_of_another_row, marks=pytest.mark.slow),
-    pytest.param(_noise_by_row, marks=pytest.mark.slow),
+    _own_token_of_another_row,
+    _noise_by_row,
   ],
   ids=lambda fault: fault.__name__,
 )
@@ -315,20 +318,16 @@ def test_a_fault_of_trees_changes_the_law(fault, monkeypatch):
   assert p_value(tokens_BN, Warp(0.8)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fault,rule",
   [
     (_reused_noise, "block"),
     (_one_role, "leviathan"),
-    *(
-      pytest.param(fault, rule, marks=pytest.mark.slow)
-      for fault, rule in (
-        (_constant_noise, "leviathan"),
-        (_unwarped_draft, "leviathan"),
-        (_unwarped_draft, "block"),
-        (_draft_for_granted, "leviathan"),
-      )
-    ),
+    (_constant_noise, "leviathan"),
+    (_unwarped_draft, "leviathan"),
+    (_unwarped_draft, "block"),
+    (_draft_for_granted, "leviathan"),
   ],
   ids=lambda value: getattr(value, "__name__", value),
 )

@@ -28,7 +28,7 @@ from mtp_jax.predictors.drafting import (
   chain,
 )
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
-from tests.common import INPUTS, LATENT, MINIMAL, SHARED, tiny_config
+from tests.common import INPUTS, LATENT, MINIMAL, SHARED, mostly_slow, tiny_config
 from tests.test_decode import (
   LENGTHS,
   MODELS,
@@ -73,7 +73,9 @@ def case(name):
   return Model(*model), Decoding(tree=tree)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name", mostly_slow(CASES, "llama-parallel", "llama-sequential", "llama-grown")
+)
 def test_greedy_says_what_whole_forward_passes_say(name):
   model, decoding = case(name)
   completions = model.generate(decoding=decoding)
@@ -87,21 +89,20 @@ def test_greedy_says_what_whole_forward_passes_say(name):
     assert x.histogram @ np.arange(len(x.histogram)) == x.accepted.sum()
 
 
-@pytest.mark.parametrize(
-  "name",
+@pytest.mark.parametrize("name", mostly_slow(
   [
-    "llama-parallel", "llama-sequential", "llama-eagle3-grown",
-    *(
-      pytest.param(name, marks=pytest.mark.slow)
-      for name in ("gpt2-grown", "latent-shared-grown")
-    ),
+    "llama-parallel", "llama-sequential", "llama-eagle3-grown", "gpt2-grown",
+    "latent-shared-grown",
   ],
-)
+  "llama-parallel", "llama-sequential",
+))
 def test_caches_after_many_rounds_are_those_of_one_pass(name):
   assert_caches_are_of_one_pass(*case(name))
 
 
-@pytest.mark.parametrize("name", ["llama-parallel", "latent-shared-grown"])
+@pytest.mark.parametrize(
+  "name", mostly_slow(["llama-parallel", "latent-shared-grown"], "llama-parallel")
+)
 def test_match_says_what_plain_sampling_says(name):
   model, decoding = case(name)
   plain = model.generate(decoding=Decoding("match", SAMPLING, num_drafts=0))
@@ -128,6 +129,7 @@ def test_plans_of_equal_trees_share_their_programs(name):
   assert plans[0] == plans[1] and hash(plans[0]) == hash(plans[1])
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
   model, decoding = case("llama-sequential")
   sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
@@ -212,9 +214,9 @@ def forced(model, offsets=FORCED_OFFSETS, stop_id=-1):
   return state
 
 
-@pytest.mark.parametrize(
-  "name", ["llama-sequential", "gpt2-sequential", "latent-sequential"]
-)
+@pytest.mark.parametrize("name", mostly_slow(
+  ["llama-sequential", "gpt2-sequential", "latent-sequential"], "llama-sequential"
+))
 def test_a_tree_that_holds_the_right_path_is_always_right(name):
   state = forced(case(name)[0])
   assert set(state.stats.rounds_B) == {math.ceil((NEW - 1) / (3 + 1))}
@@ -244,6 +246,7 @@ def test_a_stop_token_ends_an_accepted_path():
   assert stats.histogram_BR[0].tolist() == [0, 0, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, decoding", [
   ("llama-grown", Decoding()),
   ("llama-grown", Decoding("leviathan", SAMPLING, "sample")),
@@ -417,9 +420,9 @@ def test_a_dynamic_tree_has_the_nodes_of_a_search_written_out(tree, scale):
       np.testing.assert_allclose(sorted(worth), sorted(expected.values()), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "name", ["llama-grown", "latent-shared-grown", "llama-eagle-grown"]
-)
+@pytest.mark.parametrize("name", mostly_slow(
+  ["llama-grown", "latent-shared-grown", "llama-eagle-grown"], "llama-grown"
+))
 def test_a_beam_drafts_what_each_of_its_paths_would_alone(name):
   model, decoding = case(name)
   config, tree = model.config, decoding.tree

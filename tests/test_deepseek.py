@@ -63,6 +63,7 @@ def model(run):
   return mtp_jax.load(run)
 
 
+@pytest.mark.slow
 def test_experts_are_logged_and_the_log_adds_up(run):
   records = read_metrics(run, "train")
   assert len(records) == STEPS
@@ -90,6 +91,7 @@ def test_eight_devices_train_the_same_model(config, run, tmp_path):
       assert a == b or a == pytest.approx(b, rel=2e-3, abs=2e-4), (found, expected)
 
 
+@pytest.mark.slow
 def test_the_bias_is_in_the_checkpoint_and_moved_by_gamma(model):
   trunk, mtp = model.params["trunk"], model.params["mtp"]
   for part in (trunk["blocks"], mtp["modules"]["block"]):
@@ -111,6 +113,7 @@ def test_its_own_module_drafts_the_text_of_plain_decoding(model):
   np.testing.assert_array_equal(plain.tokens, expected)
 
 
+@pytest.mark.slow
 def test_out_to_the_deepseek_layout_and_back(model, tmp_path):
   folder = tmp_path / "out"
   interop.export_params(model.params, model.config, folder, "deepseek_v3")

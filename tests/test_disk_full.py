@@ -19,6 +19,7 @@ from mtp_jax.interrupt import Interrupted
 from mtp_jax.metrics import MetricsWriter
 from mtp_jax.run import Diverged, Run
 from mtp_jax.stopwatch import Stopwatch
+from tests.commands import run_report
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,6 +105,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_training_reports_its_own_error_and_goes_on_when_there_is_room(
   config, undisturbed, tmp_path, monkeypatch, capfd
@@ -244,7 +246,7 @@ def test_a_report_that_finds_no_room_is_one_message(tmp_path, monkeypatch, capsy
     raise FULL
 
   monkeypatch.setattr(report, "write_report", full)
-  assert report.main([str(tmp_path)]) == exits.FAILED
+  assert run_report(workdir=str(tmp_path)) == exits.FAILED
   assert capsys.readouterr().err == (
     f"error: the report could not be written: {FULL}\n"
   )

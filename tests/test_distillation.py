@@ -14,6 +14,7 @@ from tests.common import (
   assert_trees_close,
   gradient_program,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_params,
   tiny_config,
@@ -63,16 +64,19 @@ def losses_by_position(config, params, batch):
 
 @pytest.mark.parametrize(
   "kind, options",
-  [
-    ("medusa", OWN),
-    ("medusa", OWN | FROZEN),
-    ("sequential", {"mtp.objective": "kl"}),
-    ("medusa", OWN | {"mtp.objective": "kl"}),
-    ("sequential", EAGLE_LIKE | FROZEN),
-    ("sequential", {"mtp.feature_weight": 2.0}),
-    ("eagle", EAGLE_LIKE | FROZEN),
-    ("eagle3", OWN | FROZEN | {"mtp.objective": "kl"}),
-  ],
+  mostly_slow(
+    [
+      ("medusa", OWN),
+      ("medusa", OWN | FROZEN),
+      ("sequential", {"mtp.objective": "kl"}),
+      ("medusa", OWN | {"mtp.objective": "kl"}),
+      ("sequential", EAGLE_LIKE | FROZEN),
+      ("sequential", {"mtp.feature_weight": 2.0}),
+      ("eagle", EAGLE_LIKE | FROZEN),
+      ("eagle3", OWN | FROZEN | {"mtp.objective": "kl"}),
+    ],
+    ("medusa", OWN), ("sequential", {"mtp.objective": "kl"}),
+  ),
 )
 def test_losses_equal_sums_over_positions(kind, options):
   config = tiny_config(kind, DEPTH, options)
@@ -103,6 +107,7 @@ def test_the_trunk_learns_nothing_as_a_teacher():
   assert np.any(grads["trunk"]["blocks"]["mlp"]["down"])
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_changes_no_gradient_of_the_predictors():
   for kind, options in (("medusa", OWN), ("sequential", {"mtp.objective": "tv"})):
     whole, frozen = (tiny_config(kind, DEPTH, options | x) for x in ({}, FROZEN))
@@ -113,8 +118,9 @@ def test_a_frozen_trunk_changes_no_gradient_of_the_predictors():
     assert_trees_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle3"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied, kind", mostly_slow(
+  [(True, "medusa"), (False, "eagle3")], (True, "medusa")
+))
 def test_own_matrices_begin_as_copies_of_the_trunks(tied, kind):
   config = tiny_config(kind, 2, OWN | {"trunk.tie_embeddings": tied})
   batch = packed_batch(config)

@@ -220,6 +220,7 @@ def flatten(value, name=""):
     yield name, value
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, pair):
   assert_close_run(pair, alone)
   assert len(read_metrics(pair, "train")) == NUM_STEPS // 3
@@ -328,8 +329,9 @@ def test_it_goes_on_after_a_signal_and_a_kill_as_if_never_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("rank, signum", [
+  (0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP), (3, signal.SIGKILL),
+])
 def test_one_of_four_dies_or_freezes(tiny, alone, tmp_path, rank, signum):
   workdir, note = tmp_path / "run", tmp_path / "note"
   fault = functools.partial(signal_itself, signum, 10, note)
@@ -431,6 +433,7 @@ def test_a_mesh_that_gives_a_row_to_parts_of_two_processes_is_refused(tiny, tmp_
   assert "mesh must split a batch evenly over processes" in job.output()
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_share_the_folder_refuse(tiny, tmp_path):
   folders = [tmp_path / "a", tmp_path / "b"]
   job = Job(tiny, folders, 2)

@@ -5,6 +5,7 @@ flags are parsed, configs and files are checked, sweeps are planned, scripts and
 manifests are made.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -13,18 +14,24 @@ import textwrap
 import pytest
 
 from experiments import base
+from launch import words
 from launch.cli import BAD_INPUT
 from mtp_jax.config import from_config_dict, to_dict
 from mtp_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tests import commands
 from tests.commands import ROOT, Commands
 
-DOCUMENTS = ("README.md", "launch/README.md", "experiments/README.md")
+DOCUMENTS = (
+  "README.md", "CONTRIBUTING.md", "docs/inside.md", "launch/README.md",
+  "experiments/README.md",
+)
+_FORMS = r"\.\.\.|COMMAND"  # These are no commands.
 STOP = "here the work would begin"
 _STOPS = textwrap.dedent(f"""
-  import argparse, os, sys
+  import os, sys
   import mtp_jax, launch.cli, launch.engines.local, mtp_jax.train, mtp_jax.saved_model
   import mtp_jax.interop, mtp_jax.data.prepare
+  import mtp_jax.analysis.findings, mtp_jax.analysis.report, mtp_jax.analysis.runs
   import launch.planning.steps, launch.benchmarks.harness
 
   def stop(*_, **__):
@@ -37,8 +44,8 @@ _STOPS = textwrap.dedent(f"""
   launch.engines.local.Sweep.run = launch.planning.steps.abstract_state = stop
   launch.benchmarks.harness.count_turns = stop
   mtp_jax.saved_model.check_source = lambda *_: None  # Of runs that are not there.
-  parse = argparse.ArgumentParser.parse_args
-  argparse.ArgumentParser.parse_args = lambda *args: parse(*args) and stop()
+  mtp_jax.analysis.report.write_report = mtp_jax.analysis.runs.load = stop
+  mtp_jax.analysis.findings.write_findings = stop
 """)
 
 
@@ -49,11 +56,20 @@ def documented():
     text = (ROOT / document).read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [x for block in blocks for x in re.sub(r"\\\n", " ", block).splitlines()]
-    lines += re.findall(r"`(python -m [^`]+)`", text)
+    lines += re.findall(r"`((?:python -m|mtp-jax) [^`]+)`", text)
     for line in (" ".join(line.split()) for line in lines):
-      if line.startswith("python -m launch.") and "..." not in line:
-        found[line] = shlex.split(line, comments=True)
+      is_command = line.startswith(("python -m launch.", "mtp-jax "))
+      if is_command and not re.search(_FORMS, line):
+        found[line] = _module_and_words(shlex.split(line, comments=True))
   return found
+
+
+def _module_and_words(command):
+  """Returns what `python -m` runs, and its words."""
+  if command[0] == "mtp-jax":
+    module, *first = words.COMMANDS[command[1]]
+    return f"launch.{module}", *first, *command[2:]
+  return command[2:]
 
 
 COMMANDS = documented()
@@ -70,11 +86,13 @@ def stopped(tmp_path_factory):
   for name in ("experiments", "launch", "mtp_jax"):
     (folder / name).symlink_to(ROOT / name)
   config = json.dumps(to_dict(from_config_dict(base.get_config())))
-  for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa"):
+  for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa",
+              "runs/mine", "runs/self_speculation", "runs/smoke"):
     (folder / run).mkdir(parents=True)
     (folder / run / "config.json").write_text(config)
   (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
   (folder / "start.py").write_text("def f():")
+  (folder / "input.txt").write_text("text\n" * 50)
   (folder / "text").mkdir()
   (folder / "input.txt").write_text("text\n" * 50)
   for kind in ("txt", "jsonl", "parquet", "bin"):
@@ -85,12 +103,13 @@ def stopped(tmp_path_factory):
     patch.setattr(commands, "ROOT", folder)
     patch.setenv("PYTHONPATH", str(ROOT))
     with Commands() as server:
-      yield server
+      yield functools.partial(server, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_documented_command_begins_its_work(stopped, line):
-  _, _, module, *arguments = COMMANDS[line]
+  module, *arguments = COMMANDS[line]
   places = "|".join(rf"(?<![\w.]){re.escape(place)}(?![\w.])" for place in PLACES)
   arguments = [re.sub(places, lambda x: PLACES[x[0]], word) for word in arguments]
   if module == "launch.sweep" and any(x.startswith("--on=") for x in arguments):
@@ -99,13 +118,15 @@ def test_a_documented_command_begins_its_work(stopped, line):
   if "needs the package libtpu" in result.output:
     pytest.skip("libtpu is not installed; it is looked for before the mesh")
   assert result.code == 0, result.output
-  if "--help" not in arguments and "--dry_run" not in arguments:
+  ends = {"--help", "--dry_run"} & set(arguments) or module == "launch.config"
+  if not ends:
     assert result.output.endswith(f"{STOP}\n"), result.output
 
 
+@pytest.mark.slow
 def test_the_kubernetes_example_fits_its_slice(stopped):
   (line,) = (x for x in COMMANDS if "--on=kubernetes" in x)
-  _, _, module, *arguments = COMMANDS[line]
+  module, *arguments = COMMANDS[line]
   result = stopped(module, *arguments)
   assert result.code == 0 and "15 trial(s) written as manifests" in result.output
   assert "given to" not in result.output
@@ -114,9 +135,10 @@ def test_the_kubernetes_example_fits_its_slice(stopped):
 
 
 def test_there_are_commands_of_every_kind():
-  modules = {words[2] for words in COMMANDS.values()}
+  modules = {command[0] for command in COMMANDS.values()}
   every = {f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py")}
-  commands_ = {x for x in every if "__main__" in _source(x)}
+  is_main = 'if __name__ == "__main__"'
+  commands_ = {x for x in every if is_main in _source(x)} - {"launch.__main__"}
   assert commands_ - modules == set() and len(COMMANDS) > 40
 
 

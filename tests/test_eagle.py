@@ -28,6 +28,7 @@ from tests.common import (
   batch_of,
   gradient_program,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_params,
   tiny_config,
@@ -160,7 +161,11 @@ class Peer:
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-@pytest.mark.parametrize("trunk", [*TRUNKS.values(), HEADS], ids=[*TRUNKS, "heads"])
+@pytest.mark.parametrize(
+  "trunk",
+  mostly_slow([*TRUNKS.values(), HEADS], TRUNKS["llama"]),
+  ids=[*TRUNKS, "heads"],
+)
 def test_training_computes_what_drafting_does_token_by_token(kind, trunk):
   config = tiny_config(kind, DEPTH, trunk | {"data.seq_len": T})
   params, batch = random_params(config), one_row()
@@ -220,6 +225,7 @@ def test_three_layers_are_tapped_whatever_the_size_of_the_trunk():
   assert taps(9, "eagle") == taps(9, "sequential") == ()
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_change_nothing():
   options = {"trunk.num_layers": 2, "data.seq_len": 8, "data.batch_size": 4}
   config = tiny_config("eagle3", 2, options | {"trunk.remat": "names"})
@@ -234,7 +240,7 @@ def test_remat_and_unrolling_change_nothing():
   )
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", mostly_slow(["eagle", "eagle3"], "eagle"))
 def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind):
   options = {
     "trunk.num_layers": 1, "trunk.remat": "none", "train.freeze_trunk": True,

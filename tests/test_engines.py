@@ -433,6 +433,7 @@ def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
   assert json.loads((trial.workdir / "status.json").read_text())["state"] == "training"
 
 
+@pytest.mark.slow
 def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
   code = (
     "from launch.engines import slurm_task as j; "
@@ -449,6 +450,7 @@ def test_a_task_that_sees_no_run_folder_says_where(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_task_becomes_training_and_prints_to_the_log(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   code = (

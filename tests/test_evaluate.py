@@ -415,6 +415,7 @@ def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
   assert drafts == {(4, True)}
 
 
+@pytest.mark.slow
 def test_real_generation_is_compiled_once_for_all_trials_of_a_shape():
   texts = [TEXT, TEXT.replace("first", "third"), TEXT.replace("b", "c")]
   programs = []

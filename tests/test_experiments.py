@@ -146,6 +146,7 @@ def test_models_with_experts_trace(name, preset):
   check_traces({trial.shape for trial in planned(name, preset)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_models_of_hidden_source_trace_and_differ_in_their_inputs_alone(preset):
   found = planned("hidden_source", preset)
@@ -156,6 +157,7 @@ def test_models_of_hidden_source_trace_and_differ_in_their_inputs_alone(preset):
     check_traces({trial.shape for trial in found})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
 def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
   folder = Path(f"runs/drafters_{machine}_trunks")
@@ -180,6 +182,7 @@ def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
     check_traces({trial.shape for trial in narrow})
 
 
+@pytest.mark.slow
 def test_drafters_at_equal_parameters_have_nearly_as_many():
   for machine, reference in (("cpu", "medusa"), ("gpu", "module")):
     sizes = {}
@@ -207,6 +210,7 @@ def test_medusa_heads_weigh_0_8_to_the_power_of_their_depth():
       np.testing.assert_allclose(weights_M, [1, *expected], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_star_graphs_with_other_tokens_are_named_and_trace():
   fed = {
     preset: [t for t in planned("star_graph", preset) if t.config.mtp.fed != "true"]
@@ -230,6 +234,7 @@ def test_deepseek_v3_has_the_published_size():
   assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 512 + 64
 
 
+@pytest.mark.slow
 def test_deepseek_v3_has_every_parameter_of_transformers():
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
@@ -239,12 +244,6 @@ def test_deepseek_v3_has_every_parameter_of_transformers():
   (trial,) = planned("deepseek_v3", "v3")
   biases = routed_layers(trial.config)["trunk"] * trial.config.trunk.moe.num_experts
   assert trial.counts.deployed - biases == number  # Theirs are no parameters.
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_largest_models_of_the_ladders_trace(preset):
-  largest = gains_with_scale.LADDERS[preset][-1].embed_dim
-  check_traces({t.shape for t in ladder(preset) if t.shape.trunk.embed_dim == largest})
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from launch import cli, report
+from launch import cli
 from mtp_jax.analysis import results
 from mtp_jax.analysis.claims import claim as claims
 from mtp_jax.analysis.claims.claim import (
@@ -26,6 +26,7 @@ from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.analysis.runs import RunsError, load
 from tests import result_tables as worlds
+from tests.commands import run_report
 from tests.synthetic_runs import World, trial_config, write_trial
 
 EXPERIMENTS = {x.folder: x for x in experiments()}
@@ -108,6 +109,7 @@ def test_planted_results_get_their_verdict(root, name, key, verdict, words):
   assert words in finding.ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_experiment_has_its_picture(root, name):
   experiment = EXPERIMENTS[name]
@@ -390,8 +392,8 @@ def test_committed_results_make_a_page(tmp_path, capsys):
   (tmp_path / "only").mkdir()
   ladder = "gains_with_scale_cpu"
   (tmp_path / "only" / ladder).symlink_to(COMMITTED / ladder)
-  arguments = ["--findings", f"--results={tmp_path / 'only'}", f"--output={tmp_path}"]
-  assert report.main(arguments) == 0
+  results_, output = str(tmp_path / "only"), str(tmp_path)
+  assert run_report(findings=True, results=results_, output=output) == 0
   assert "Gains grow with size: parallel D=3" in capsys.readouterr().out
   rows = pd.read_csv(tmp_path / "findings.csv").set_index(["experiment", "claim"])
   slopes = pd.read_csv(COMMITTED / ladder / "all_slopes.csv")
@@ -484,8 +486,7 @@ def test_missing_config_key_is_named(tmp_path, root, capsys):
   """A claim needs a key that the results do not have: no page, one message."""
   kept = tmp_path / "results" / "induction_gpu"
   worlds.task(kept, 0.1)
-  arguments = ["--findings", f"--results={kept.parent}"]
-  assert report.main(arguments) == cli.BAD_INPUT
+  assert run_report(findings=True, results=str(kept.parent)) == cli.BAD_INPUT
   message = capsys.readouterr().err
   assert "claim 'small_models_gain'" in message
   assert "trials.csv: key 'trunk.embed_dim' is missing" in message
@@ -516,8 +517,8 @@ def runs(tmp_path):
 
 def test_results_of_runs_come_back(tmp_path, runs, capsys):
   kept = tmp_path / "results" / "sat_gpu"
-  commands = [f"--command={COMMAND}", "--command=again"]
-  assert report.main([str(runs), f"--results={kept}", *commands]) == 0
+  values = {"workdir": str(runs), "results": str(kept)}
+  assert run_report(command=[COMMAND, "again"], **values) == 0
   out = capsys.readouterr().out
   assert "2 of 3 trials" in out
   assert "Not finished: late (step 50 of 100)." in out
@@ -558,25 +559,25 @@ def test_results_of_runs_come_back(tmp_path, runs, capsys):
 def test_nothing_finished_leaves_no_results(tmp_path, capsys):
   write_trial(tmp_path / "runs", RUNS, trial_config(16), name="late", finished=False)
   kept = tmp_path / "kept"
-  arguments = [str(tmp_path / "runs"), f"--results={kept}", f"--command={COMMAND}"]
-  assert report.main(arguments) == cli.BAD_INPUT
+  values = {"workdir": str(tmp_path / "runs"), "results": str(kept)}
+  assert run_report(command=[COMMAND], **values) == cli.BAD_INPUT
   assert "no trial is finished" in (message := capsys.readouterr().err)
   assert "late (step 50 of 100)" in message
   assert not kept.exists()
 
 
-@pytest.mark.parametrize(
-  "arguments, words",
-  [
-    ([], "RUNS is required"),
-    (["runs", "--findings"], "RUNS must not be given, got runs"),
-    (["--findings", "--command=x"], "--command goes with RUNS and --results"),
-    (["runs", "--results=x"], "--command is required with --results"),
-    (["runs", "--command=x"], "--command goes with --results, which is missing"),
-    (["runs", "--results=x", "--command=y", "--output=z"], "--output goes with"),
-    (["--findings", "--results=nowhere"], "nowhere: no such folder"),
-  ],
-)
-def test_flags_that_do_not_go_together(arguments, words, capsys):
-  assert report.main(arguments) == cli.BAD_INPUT
+@pytest.mark.parametrize("values, words", [
+  ({}, "--workdir is required"),
+  ({"workdir": "runs", "findings": True}, "--workdir must not be given, got runs"),
+  ({"findings": True, "command": ["x"]}, "--command goes with --workdir and --results"),
+  ({"workdir": "runs", "results": "x"}, "--command is required with --results"),
+  ({"workdir": "runs", "command": ["x"]}, "--command goes with --results, which is mi"),
+  (
+    {"workdir": "runs", "results": "x", "command": ["y"], "output": "z"},
+    "--output goes with",
+  ),
+  ({"findings": True, "results": "nowhere"}, "nowhere: no such folder"),
+])
+def test_flags_that_do_not_go_together(values, words, capsys):
+  assert run_report(**values) == cli.BAD_INPUT
   assert words in capsys.readouterr().err

@@ -138,6 +138,7 @@ def losses(folder):
   ]
 
 
+@pytest.mark.slow
 def test_parameters_have_the_names_and_shapes_that_they_had():
   assert parameters() == json.loads((GOLDEN / "parameters.json").read_text())
 
@@ -146,16 +147,18 @@ def test_contracts_and_counts_are_what_they_were():
   assert facts() == json.loads((GOLDEN / "facts.json").read_text())
 
 
+@pytest.mark.slow
 def test_layouts_have_the_tensors_that_they_had():
   assert tensors() == json.loads((GOLDEN / "tensors.json").read_text())
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", common.mostly_slow(LEARNT, "parallel gpt2"))
 def test_losses_and_gradients_are_what_they_were(name):
   expected = json.loads((GOLDEN / "learnt.json").read_text())[name]
   assert learnt(name) == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_older_code_is_loaded_and_continued(tmp_path):
   expected = json.loads((GOLDEN / "losses.json").read_text())
   folder = shutil.copytree(GOLDEN / "run", tmp_path / "run")
@@ -170,6 +173,7 @@ def test_a_run_folder_of_older_code_is_loaded_and_continued(tmp_path):
     np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_findings_are_the_committed_ones(tmp_path):
   write_findings(RESULTS.parent, tmp_path)
   for name in ("findings.csv", "estimates.csv"):

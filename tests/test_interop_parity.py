@@ -149,10 +149,10 @@ ANY = {
 
 
 @draws
-@pytest.mark.parametrize(
-  "family, name, rope",
+@pytest.mark.parametrize("family, name, rope", common.mostly_slow(
   [("llama", "Llama", LLAMA3), ("qwen2", "Qwen2", YARN), ("qwen3", "Qwen3", YARN)],
-)
+  ("llama", "Llama", LLAMA3),
+))
 def test_dense_family_equals_transformers(
   hf, tmp_path_factory, family, name, rope, examples
 ):
@@ -175,7 +175,9 @@ def test_dense_family_equals_transformers(
   sweep(examples, st.fixed_dictionaries(drawn), fixed, check)
 
 
-@pytest.mark.parametrize("tied, inner", [(True, None), (False, 24)])
+@pytest.mark.parametrize(
+  "tied, inner", common.mostly_slow([(True, None), (False, 24)], (True, None))
+)
 def test_gpt2_equals_transformers(hf, tmp_path, tied, inner):
   config = hf.GPT2Config(
     vocab_size=common.VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=T,
@@ -184,6 +186,7 @@ def test_gpt2_equals_transformers(hf, tmp_path, tied, inner):
   check_family(hf.GPT2LMHeadModel, config, tmp_path, "gpt2", seed=1)
 
 
+@pytest.mark.slow
 @draws
 def test_deepseek_v3_equals_transformers(hf, tmp_path_factory, examples):
   drawn = ANY | {
@@ -237,7 +240,7 @@ def test_the_trunk_of_a_mimo_folder_is_a_qwen2_model(hf, tmp_path):
 MODULES = [case for case, (_, _, depth, _) in CASES.items() if depth]
 
 
-@pytest.mark.parametrize("case", MODULES)
+@pytest.mark.parametrize("case", common.mostly_slow(MODULES, MODULES[-1]))
 def test_mtp_layers_on_disk_follow_the_published_equations(tmp_path, case):
   layout, kind, depth, overrides = CASES[case]
   config = common.tiny_config(kind, depth, RUNS | overrides)

@@ -413,6 +413,7 @@ def swept(folder, name, is_kept):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "is_kept",
   [

@@ -146,6 +146,7 @@ def test_a_token_sees_its_document_up_to_its_place_and_nothing_else():
   np.testing.assert_array_equal(found_TU, same & np.tri(9, dtype=bool))
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_loss_and_gradients_of_one():
   weights_M = np.float32([1, 0.5])
 

@@ -58,7 +58,9 @@ def test_help_shows_examples_and_flags(command, module):
   result = command(module, "--help")
   assert result.code == 0
   assert not result.touched_backend
-  assert result.output.count(f"python -m {module} ") >= 2
+  name = module.removeprefix("launch.")
+  examples = rf"\n  (?:mtp-jax {name}|python -m {re.escape(module)}) "
+  assert len(re.findall(examples, result.output)) >= 2
   assert "--workdir: " in result.output
   assert "run folder" in result.output
 
@@ -116,6 +118,7 @@ def check_fields_are_documented(workdir):
     assert path.name.startswith((".lock", *listed))
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   command, tmp_path
 ):

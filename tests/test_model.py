@@ -24,6 +24,7 @@ from tests.common import (
   batch_of,
   gradient_program,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_params,
   tiny_config,
@@ -103,12 +104,16 @@ def sliced_chain(config, params, residual_TD, batch):
 
 @pytest.mark.parametrize(
   "trunk, options",
-  [
-    *((trunk, options) for trunk in TRUNKS for options in ({}, SHARED)),
-    *(("llama", options) for options in INPUTS.values()),
-    ("gpt2", INPUTS["none"]),  # Its norms have biases.
-    ("gpt2", MINIMAL),
-  ],
+  mostly_slow(
+    [
+      ("llama", {}),
+      ("gpt2", SHARED),
+      *(("llama", options) for options in INPUTS.values()),
+      ("gpt2", INPUTS["none"]),  # Its norms have biases.
+      ("gpt2", MINIMAL),
+    ],
+    ("llama", {}), ("gpt2", SHARED),
+  ),
 )
 def test_masked_chain_equals_slicing_each_document(trunk, options):
   config = tiny_config("sequential", 3, TRUNKS[trunk] | options)
@@ -255,12 +260,15 @@ def test_tokens_of_the_padding_change_nothing(chain):
 
 @pytest.mark.parametrize(
   "options",
-  [
+  mostly_slow(
+    [
+      {"trunk.remat": "none"},
+      {"trunk.remat": "full"},
+      {"trunk.scan_layers": False},
+      {"trunk.scan_layers": False, "trunk.remat": "none"},
+    ],
     {"trunk.remat": "none"},
-    {"trunk.remat": "full"},
-    {"trunk.scan_layers": False},
-    {"trunk.scan_layers": False, "trunk.remat": "none"},
-  ],
+  ),
   ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_remat_and_unrolling_change_nothing(chain, options):

@@ -88,7 +88,7 @@ def read(folder, name):
   return json.loads((folder / name).read_text())
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", common.mostly_slow(CLASSES, "llama"))
 def test_a_published_model_goes_in_and_out_as_it_came(tmp_path, texts, name):
   source, out = tmp_path / "source", tmp_path / "out"
   theirs, row = write_model(name, source)
@@ -144,6 +144,7 @@ def test_fewer_positions_go_out_in_every_file(tmp_path, texts):
   assert again.model_max_length == 16
 
 
+@pytest.mark.slow
 def test_documents_of_gpt2_are_text_and_its_separator(tmp_path, texts):
   write_model("gpt2", tmp_path / "source")
   run_from(tmp_path / "source", tmp_path / "run", texts)
@@ -165,6 +166,7 @@ def test_documents_of_gpt2_are_text_and_its_separator(tmp_path, texts):
   np.testing.assert_array_equal(model.logits(""), model.logits([258]))
 
 
+@pytest.mark.slow
 def test_any_end_token_ends_a_text_and_names_are_stops(tmp_path, texts):
   write_model("llama", tmp_path / "source")
   model = mtp_jax.load(run_from(tmp_path / "source", tmp_path / "run", texts))
@@ -182,6 +184,7 @@ def test_any_end_token_ends_a_text_and_names_are_stops(tmp_path, texts):
   assert stops == ((259, 260, 261, 261), ("ab",))
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_trained_without_its_source(tmp_path, texts):
   write_model("qwen2", tmp_path / "source")
   run_from(tmp_path / "source", tmp_path / "first", texts)
@@ -201,6 +204,7 @@ def test_a_run_is_evaluated_and_trained_without_its_source(tmp_path, texts):
   assert model.model_folder["generation_config.json"]["repetition_penalty"] == 1.05
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_and_a_drafter_go_with_an_imported_trunk(tmp_path, texts):
   """Both are made with the tokenizer of the model; what it had goes along."""
   write_model("llama", tmp_path / "source")
@@ -228,6 +232,7 @@ def test_a_prepared_folder_and_a_drafter_go_with_an_imported_trunk(tmp_path, tex
   assert model.tokenizer.end_ids == (259, 260, 261)
 
 
+@pytest.mark.slow
 def test_a_run_has_its_own_tokenizer_whoever_started_it(tmp_path, texts):
   file = tmp_path / "tokenizer.json"
   section = TokenizerConfig(kind="bpe", vocab_size=280, path="")

@@ -43,6 +43,7 @@ from tests.common import (
   flops_counted_by_xla,
   gradient_program,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_layer_params,
   random_params,
@@ -305,11 +306,12 @@ one_device = functools.cache(lambda: mesh_run({}))
 MIXED = {"expert": 2, "tensor": 2, "fsdp": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "axes",
   [
-    pytest.param({"expert": 8}, marks=pytest.mark.slow),
-    pytest.param({"expert": 4, "data": 2}, marks=pytest.mark.slow),
+    {"expert": 8},
+    {"expert": 4, "data": 2},
     MIXED,
     {"expert": 2, "context": 2, "data": 2},
   ],
@@ -334,6 +336,7 @@ def test_ragged_products_and_dense_modules_on_a_mesh():
   assert_trees_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mesh_comparison_sees_every_expert_and_padding():
   sums, _, grads = one_device()
   tokens = np.count_nonzero(
@@ -349,12 +352,10 @@ def test_the_mesh_comparison_sees_every_expert_and_padding():
     assert np.all(np.abs(experts).max(axis=(0, 2, 3)) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "overrides",
-  [
-    {"trunk.remat": "names", "trunk.scan_layers": False},
-    pytest.param({"trunk.remat": "full"}, marks=pytest.mark.slow),
-  ],
+  [{"trunk.remat": "names", "trunk.scan_layers": False}, {"trunk.remat": "full"}],
   ids=["names, unrolled", "full"],
 )
 def test_how_a_program_runs_changes_nothing(overrides):
@@ -362,6 +363,7 @@ def test_how_a_program_runs_changes_nothing(overrides):
   assert_trees_close(found, one_device(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_neither_load_nor_balance_nor_gradients():
   one_layer = {"trunk.num_layers": 1, "trunk.moe.dense_layers": 0}
   config = tiny_config(overrides=MOE | one_layer)
@@ -378,9 +380,10 @@ def test_accumulation_changes_neither_load_nor_balance_nor_gradients():
   assert_trees_close(halves, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "kind, depth, overrides", [*((*k, {}) for k in KINDS), ("sequential", 3, SHARED)]
-)
+@pytest.mark.parametrize("kind, depth, overrides", mostly_slow(
+  [*((*k, {}) for k in KINDS), ("sequential", 3, SHARED)],
+  ("parallel", 3, {}), ("sequential", 3, {}),
+))
 def test_every_kind_reports_the_routing_of_all_its_layers(kind, depth, overrides):
   config = tiny_config(kind, depth, MOE | {"trunk.num_layers": 3} | overrides)
   apply = lambda params, batch: MtpLm(config).apply(  # noqa: E731
@@ -434,13 +437,14 @@ def test_active_parameters_are_those_of_a_model_with_so_many_experts():
 
 @pytest.mark.parametrize(
   "kind, depth, overrides",
-  [
-    ("parallel", 1, {}),
+  mostly_slow(
+    [
+      ("parallel", 1, {}),
+      ("sequential", 1, {}),
+      ("sequential", 2, {"mtp.dense_blocks": True}),
+    ],
     ("sequential", 1, {}),
-    pytest.param(
-      "sequential", 2, {"mtp.dense_blocks": True}, marks=pytest.mark.slow
-    ),
-  ],
+  ),
 )
 def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   kind, depth, overrides, monkeypatch

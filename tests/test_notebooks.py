@@ -86,6 +86,7 @@ def test_a_checkpoint_is_explored(tmp_path):
   assert sum("draft of depth 2" in text for text in coloured) == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_is_reported(tmp_path):
   runs = write_ladder(
     tmp_path / "runs", World(gain={("sequential", 1): (-0.02, 0.04)}), seeds=(0, 1)

@@ -153,6 +153,7 @@ def fingerprint(workdir, step):
   return found
 
 
+@pytest.mark.slow
 def test_packed_runs_are_those_that_were_trained_alone(configs, alone, tmp_path):
   root, expected = alone
   ended = fit_pack(configs, tmp_path)
@@ -209,6 +210,7 @@ def never_stopped(configs, tmp_path_factory):
   return pair, root, fit_pack(pair, root)
 
 
+@pytest.mark.slow
 def test_an_interrupted_pack_goes_on_bit_for_bit(never_stopped, tmp_path):
   pair, root, _ = never_stopped
   for step in (5, 10):  # At the second one, the short run has ended.
@@ -223,6 +225,7 @@ def test_an_interrupted_pack_goes_on_bit_for_bit(never_stopped, tmp_path):
     assert_equal_run(tmp_path / name, root / name)
 
 
+@pytest.mark.slow
 def test_runs_at_different_steps_go_on_together(never_stopped, tmp_path):
   pair, root, _ = never_stopped
   fit_pack(pair, tmp_path, observers=[Stops(6), Observer()])
@@ -232,6 +235,7 @@ def test_runs_at_different_steps_go_on_together(never_stopped, tmp_path):
     assert_close_run(tmp_path / name, root / name, config)
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_keeps_what_is_evaluated(
   never_stopped, tmp_path, monkeypatch
 ):
@@ -262,6 +266,7 @@ def contents(folder):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [("short",), ("plain", "short")])
 def test_a_pack_leaves_a_finished_run_alone(never_stopped, tmp_path, done):
   pair, root, expected = never_stopped
@@ -276,6 +281,7 @@ def test_a_pack_leaves_a_finished_run_alone(never_stopped, tmp_path, done):
     assert_close_run(tmp_path / name, root / name, config)
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_run_is_its_own(never_stopped, tmp_path, monkeypatch):
   pair, root, _ = never_stopped
   save = Checkpointer.save

@@ -212,6 +212,7 @@ class BackendReporter(ListStore):
     return np.full(end - begin, started, np.int32)
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_batches_and_start_no_backend():
   rows = make_rows()
   alone = TrainLoader(rows, batch_size=2, seed=0)
@@ -258,6 +259,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_outlive_sigterm_and_not_their_parent(tmp_path):
   """A signal to all processes leaves time to save; a kill leaves nothing behind."""
   script = tmp_path / "loading.py"

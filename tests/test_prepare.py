@@ -117,6 +117,7 @@ def test_left_at_any_point_it_is_completed(config, reference, tmp_path):
     assert before is None or kept.stat().st_ino == before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
   """SIGKILL in the middle: no process stays, and the rest is done by the next run."""
   corpus = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
@@ -149,6 +150,7 @@ def test_killed_and_run_again(tmp_path):
   assert content(output) == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sigint_raises")
 def test_interrupted_from_the_terminal(tmp_path):
   """Ctrl-C goes to all processes of the group: one message, and nobody stays."""
@@ -272,6 +274,7 @@ def test_folders_of_others_are_refused(config, tmp_path):
   assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.slow
 def test_one_file_is_enough_and_the_command_prints_how_it_is_split(tmp_path):
   (tmp_path / "input.txt").write_text("one long text, " * 500)
   output = tmp_path / "prepared"
@@ -332,6 +335,7 @@ def test_a_full_disk_leaves_no_half_shard(config, tmp_path):
   assert len(np.load(tmp_path / "shard-00000.npy")) == len(documents)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run(tmp_path):
   """As when the system takes a worker's memory: a message, and no waiting for ever."""
   corpus = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
@@ -364,12 +368,13 @@ def command_line(pid: int) -> bytes:
   return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_command_teaches():
   shown = subprocess.run(
     [sys.executable, "-m", "launch.prepare", "--help"], capture_output=True, text=True
   )
   assert shown.returncode == 0
-  assert "\n  python -m launch.prepare --config=experiments/base.py" in shown.stdout
+  assert "\n  mtp-jax prepare base --output=data/mine" in shown.stdout
   for flag in ("--config:", "--output:", "--workers:", "--shard_size:"):
     assert flag in shown.stdout
 
@@ -401,6 +406,7 @@ def test_progress_estimates_from_what_this_run_did():
   ]
 
 
+@pytest.mark.slow
 def test_workers_start_no_backend():
   """A worker imports the command's module, and for its work nothing else."""
   check = "import sys, launch.prepare; bridge = sys.modules.get('jax._src.xla_bridge')"
@@ -410,6 +416,7 @@ def test_workers_start_no_backend():
   subprocess.run([sys.executable, "-c", alone], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flag, message",
   [

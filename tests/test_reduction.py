@@ -16,6 +16,7 @@ from tests.common import (
   TRUNKS,
   assert_trees_close,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_params,
   tiny_config,
@@ -99,7 +100,9 @@ def test_parallel_heads_at_depth_0_are_the_baseline(trunk):
   )
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS if kind != "none"])
+@pytest.mark.parametrize("kind", mostly_slow(
+  [kind for kind, _ in KINDS if kind != "none"], "parallel", "sequential"
+))
 def test_initial_trunk_does_not_depend_on_the_predictors(kind, baseline_init):
   params = initial_params(tiny_config(kind, 3))
   del params["mtp"]
@@ -125,14 +128,17 @@ def baseline_gradient(trunk):
 
 @pytest.mark.parametrize(
   "kind, trunk",
-  [
+  mostly_slow(
+    [
+      ("sequential", "llama"),
+      ("sequential", "gpt2"),
+      ("parallel", "llama"),
+      ("linear", "llama"),
+      ("medusa", "llama"),
+      ("eagle3", "llama"),
+    ],
     ("sequential", "llama"),
-    ("sequential", "gpt2"),
-    ("parallel", "llama"),
-    ("linear", "llama"),
-    ("medusa", "llama"),
-    ("eagle3", "llama"),
-  ],
+  ),
 )
 def test_lambda_0_gives_the_gradients_of_the_baseline_bit_for_bit(kind, trunk):
   plain_params, plain_sums, expected = baseline_gradient(trunk)
@@ -158,7 +164,9 @@ def arms():
   yield "sequential", 3, SHARED | {"mtp.arm": "shortened"}
 
 
-@pytest.mark.parametrize("kind, depth, options", list(arms()))
+@pytest.mark.parametrize("kind, depth, options", mostly_slow(
+  arms(), ("parallel", 3, {}), ("sequential", 3, {}), ("medusa", 3, {})
+))
 def test_deployed_model_has_the_next_token_states_of_the_full_one(kind, depth, options):
   config = accounting.resolve(tiny_config(kind, depth, options))
   params, batch = random_params(config), packed_batch(config)

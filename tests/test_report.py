@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from launch import cli, report
+from launch import cli
 from mtp_jax.analysis import figures
 from mtp_jax.analysis.gains import analyse
 from mtp_jax.analysis.report import write_report
 from mtp_jax.analysis.runs import load
+from tests.commands import run_report
 from tests.synthetic_runs import World, trial_config, write_ladder, write_trial
 
 WORLD = World(gain={("sequential", 1): (-0.02, 0.04), ("parallel", 3): (-0.05, 0.02)})
@@ -42,6 +43,7 @@ def written(folder, tmp_path_factory):
   return write_report(folder, output, "python -m launch.report x"), output
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_numbers(written):
   result, output = written
   names = {path.name for path in result.paths}
@@ -52,6 +54,7 @@ def test_every_figure_has_its_numbers(written):
   assert names == {path.name for path in output.iterdir()}
 
 
+@pytest.mark.slow
 def test_tables_hold_the_analysis(folder, written):
   _, output = written
   gains = analyse(load(folder)).gains
@@ -63,6 +66,7 @@ def test_tables_hold_the_analysis(folder, written):
   np.testing.assert_allclose(figure["low"], main["low"])
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(written):
   result, _ = written
   text = result.paths[0].read_text()
@@ -73,6 +77,7 @@ def test_the_page_stands_alone(written):
   assert not re.search(r"<script|<link|@import|url\(", text)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_a_reader_needs(written):
   result, _ = written
   text = result.paths[0].read_text()
@@ -93,6 +98,7 @@ def test_the_page_says_what_a_reader_needs(written):
     assert words in text, words
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_a_sentence_a_figure_and_a_table(written):
   """Everything else is folded away; the Markdown has the same parts as the HTML."""
   _, output = written
@@ -109,6 +115,7 @@ def test_the_page_begins_with_a_sentence_a_figure_and_a_table(written):
   assert first.count("no effect found at") <= 1
 
 
+@pytest.mark.slow
 def test_sweeps_show_what_varies(written):
   _, output = written
   weights = pd.read_csv(output / "weight_sweep.csv")
@@ -121,6 +128,7 @@ def test_sweeps_show_what_varies(written):
   assert (depths["ntp_loss"] > 2).all()
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_named_and_print_no_nan(tmp_path, one_figure):
   for kind, depth in (("none", 0), ("sequential", 1)):
     run = write_trial(tmp_path, WORLD, trial_config(16, kind, depth), name=kind)
@@ -152,15 +160,16 @@ def test_command_prints_the_verdict_and_what_it_wrote(tmp_path, capsys, one_figu
   """One seed, one size, nothing but what a first try leaves."""
   for kind, depth in (("none", 0), ("sequential", 1)):
     write_trial(tmp_path, WORLD, trial_config(16, kind, depth))
-  assert report.main([str(tmp_path)]) == 0
+  assert run_report(workdir=str(tmp_path)) == 0
   out = capsys.readouterr().out
   assert "sequential D=1 n/a (needs two pairs of seeds) at 13k" in out
   assert "nan" not in out
   assert "2 of 2 trials below the folder are finished" in out
   assert f"{tmp_path}/report/report.html" in out
-  assert report.main([str(tmp_path)]) == 0  # Its own output is not taken for runs.
+  assert run_report(workdir=str(tmp_path)) == 0  # Its own output is not taken for runs.
 
 
+@pytest.mark.slow
 def test_ladders_that_cannot_be_compared_stand_apart(tmp_path, one_figure):
   for source in ("stdlib", "site_packages"):
     for kind, depth in (("none", 0), ("sequential", 1)):
@@ -181,10 +190,10 @@ def test_nothing_finished_is_said_and_still_a_report(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path, capsys):
-  assert report.main([str(tmp_path / "nowhere")]) == cli.BAD_INPUT
+  assert run_report(workdir=str(tmp_path / "nowhere")) == cli.BAD_INPUT
   assert "nowhere: no such folder" in capsys.readouterr().err
   run = write_trial(tmp_path, WORLD, trial_config(16), name="damaged")
   (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nnonsense\n')
-  assert report.main([str(tmp_path)]) == cli.BAD_INPUT
+  assert run_report(workdir=str(tmp_path)) == cli.BAD_INPUT
   assert f"error: {run}/metrics.jsonl, line 2: not a record" in capsys.readouterr().err
   assert not (tmp_path / "report").exists()

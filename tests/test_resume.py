@@ -156,6 +156,7 @@ def test_killed_at_random_steps_and_during_a_save(tiny, never_stopped, tmp_path)
   assert_same_run(tmp_path, never_stopped)
 
 
+@pytest.mark.slow
 def test_signals_save_at_once_and_the_run_goes_on(tiny, never_stopped, tmp_path):
   for step, signum in ((5, signal.SIGTERM), (10, signal.SIGINT)):
     fault = functools.partial(stop_after_step, step, signum)

@@ -30,10 +30,10 @@ from tests.common import (
   INPUTS,
   KINDS,
   LATENT,
-  TRUNKS,
   assert_trees_close,
   gradient_program,
   microbatches,
+  mostly_slow,
   packed_batch,
   random_params,
   tiny_config,
@@ -80,12 +80,15 @@ def run_on(kind, axes, overrides=None, scale=1.0):
 on_one_device = functools.cache(lambda kind: run_on(kind, {}))
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(axes))
+@pytest.mark.parametrize(
+  "axes", mostly_slow(MESHES, MIXED), ids=lambda axes: "-".join(axes)
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
   assert_trees_close(run_on(kind, axes), on_one_device(kind), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_predictors_equal_those_of_one_device(name):
   kind, options = OTHERS[name]
@@ -104,6 +107,7 @@ def test_the_batch_has_targets_beyond_the_next_shard():
   assert mask_MBT[3][:, beyond].sum() > 10
 
 
+@pytest.mark.slow
 def test_one_training_step_on_a_mesh_equals_one_on_a_single_device():
   options = {"optimizer.kind": "muon", "optimizer.eps": 1e-2, "mtp.weight": 1.0}
 
@@ -180,26 +184,24 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
   assert make_mesh(rest.mesh).shape["data"] == 4
 
 
+@pytest.mark.slow
 def test_the_table_has_every_name_in_use_and_no_other(monkeypatch):
   used = set()
   look_up = sharding.partition_spec
   monkeypatch.setattr(
     sharding, "partition_spec", lambda axes: used.update(axes) or look_up(axes)
   )
-  latent = LATENT | EXPERTS
-  for trunk in (*TRUNKS.values(), latent):
-    for kind, depth in KINDS:
-      if trunk is latent and kind in ("eagle", "eagle3"):
-        continue  # These have grouped attention alone.
-      config = tiny_config(kind, depth, trunk)
-      axes = logical_axes(accounting.abstract_params(config))
-      tree_shardings(make_mesh(config.mesh, jax.devices()[:1]), axes)
-      jax.eval_shape(
-        gradient_program(config),
-        random_params(config),
-        microbatches(packed_batch(config)),
-        WEIGHTS_M[: 1 + depth],
-      )
+  others = [("parallel", 3, GPT2), ("sequential", 3, LATENT | EXPERTS)]
+  for kind, depth, trunk in [*((*k, {}) for k in KINDS), *others]:
+    config = tiny_config(kind, depth, trunk)
+    axes = logical_axes(accounting.abstract_params(config))
+    tree_shardings(make_mesh(config.mesh, jax.devices()[:1]), axes)
+    jax.eval_shape(
+      gradient_program(config),
+      random_params(config),
+      microbatches(packed_batch(config)),
+      WEIGHTS_M[: 1 + depth],
+    )
   mesh = make_mesh(config.mesh, jax.devices()[:1])
   put_batch(mesh, microbatches(packed_batch(config)), ("microbatch",))
   assert used - {None} == set(AXIS_RULES)

@@ -509,6 +509,7 @@ def test_workers_start_with_huge_pages(monkeypatch, platform, before, at_start):
 # Real workers
 
 
+@pytest.mark.slow
 def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):
@@ -610,6 +611,7 @@ def test_killed_worker_and_stopped_sweep_are_continued(
     assert steps == list(range(100, trial.num_steps + 1, 100))
 
 
+@pytest.mark.slow
 def test_a_pack_goes_past_a_failure(
   corpus, tmp_path, one_device, monkeypatch, capfd
 ):

@@ -176,6 +176,7 @@ sys.stdout.write(tokenizers.make_tokenizer(config, some_texts(40)[::-1]).to_json
 """
 
 
+@pytest.mark.slow
 def test_bpe_does_not_depend_on_order_or_process():
   other = subprocess.run(
     [sys.executable, "-c", TRAIN],

@@ -137,7 +137,9 @@ def _random_params(config, batch):
   return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape)), shapes)
 
 
-@pytest.mark.parametrize("trunk, kind, shared", CASES)
+@pytest.mark.parametrize("trunk, kind, shared", common.mostly_slow(
+  CASES, ("llama", "sequential", False), ("llama", "parallel", False)
+))
 def test_losses_and_gradients_equal_torch(trunk, kind, shared):
   config = _config(trunk, kind, shared)
   batch = common.packed_batch(config, padding=True)
@@ -170,9 +172,10 @@ def test_losses_and_gradients_equal_torch(trunk, kind, shared):
     )
 
 
-@pytest.mark.parametrize("trunk, kind", [
-  ("llama", "none"), ("llama", "parallel"), ("gpt2", "sequential"),
-])
+@pytest.mark.parametrize("trunk, kind", common.mostly_slow(
+  [("llama", "none"), ("llama", "parallel"), ("gpt2", "sequential")],
+  ("llama", "parallel"),
+))
 def test_cached_decoding_equals_torch(trunk, kind):
   config = _config(trunk, kind, shared=False)
   batch = common.packed_batch(config)

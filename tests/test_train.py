@@ -135,6 +135,7 @@ def logged_steps(workdir, kind="validation"):
   return [x["step"] for x in read_metrics(workdir, kind)]
 
 
+@pytest.mark.slow
 def test_validations_for_each_doubling_of_the_step_and_at_the_last(
   finished, config, tmp_path
 ):
@@ -188,6 +189,7 @@ def records_until(workdir, step):
   return [x for x in records if x["step"] <= step]
 
 
+@pytest.mark.slow
 def test_success_ends_training_with_all_that_the_last_step_has(
   stopping, stopped, curve
 ):
@@ -215,6 +217,7 @@ def test_success_ends_training_with_all_that_the_last_step_has(
   assert train.evaluate_run(stopping, workdir, step=6)["stopped"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "signal"])
 def test_success_between_two_starts_ends_the_run_as_ever(
   stopping, stopped, tmp_path, how
@@ -240,6 +243,7 @@ def test_success_between_two_starts_ends_the_run_as_ever(
   assert records_until(run, 12) == records_until(stopped[0], 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hits, first, last", [
   ((4, 8, 10), 8, 10), ((2, 6, 10), None, 12), ((12,), None, 12), ((10, 12), 10, 12),
 ])
@@ -265,6 +269,7 @@ def test_success_counts_twice_in_a_row(
   assert found is None if first is None else found["step"] == first
 
 
+@pytest.mark.slow
 def test_a_line_says_that_success_ended_it(stopping, stopped, tmp_path, capsys):
   train.fit(stopping, tmp_path)
   lines = capsys.readouterr().out.splitlines()
@@ -304,6 +309,7 @@ def task_config(texts, source, **overrides):
   return run_config(texts, values | TASKS[source] | changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", TASKS)
 def test_validations_of_a_task_have_all_its_metrics_on_both_splits(
   texts, tmp_path, source
@@ -343,6 +349,7 @@ def test_validations_of_a_task_have_all_its_metrics_on_both_splits(
   )
 
 
+@pytest.mark.slow
 def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
   """New answers count, on the validation split alone; in two microbatches a step."""
   measure, splits = generative_metrics.task_metrics, []
@@ -366,6 +373,7 @@ def test_a_task_is_solved_from_below(texts, tmp_path, monkeypatch):
   assert logged_steps(tmp_path, "test") == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_text_is_tested_beside_validation(finished, config, tmp_path):
   tested = with_overrides(config, {"train.eval_test": True})
   train.fit(tested, tmp_path, progress=False)
@@ -457,6 +465,7 @@ def test_resuming_on_another_mesh_of_eight_goes_on(finished, config, copy):
   )
 
 
+@pytest.mark.slow
 def test_evaluate_run_repeats_the_evaluation(finished, config):
   workdir, result = finished
   before = sorted(path for path in workdir.rglob("*"))
@@ -561,6 +570,7 @@ def test_text_may_move(finished, copy, config, texts, tmp_path):
   assert without_wall_clock(result) == without_wall_clock(finished[1])
 
 
+@pytest.mark.slow
 def test_other_text_to_train_on_leaves_what_is_evaluated(
   finished, config, tmp_path, capsys
 ):
@@ -652,6 +662,7 @@ def finished_steps(workdir):
   return steps
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(finished, config, tmp_path, poison):
   poison(range(5, 99))
   strict = with_overrides(config, {"train.max_nonfinite_steps": 4})
@@ -674,6 +685,7 @@ def test_divergence_from_the_start_names_no_checkpoint(
     train.fit(strict, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_huge_learning_rate_diverges(finished, config, tmp_path):
   huge = with_overrides(
     config, {"optimizer.learning_rate": 1e30, "train.max_nonfinite_steps": 2}
@@ -682,6 +694,7 @@ def test_a_huge_learning_rate_diverges(finished, config, tmp_path):
     train.fit(huge, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(
   finished, config, copy, monkeypatch
 ):
@@ -696,6 +709,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
   assert without_wall_clock(result) == without_wall_clock(finished[1])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_training_goes_on(finished, config, copy):
   shutil.copytree(copy / "checkpoints" / "8", copy / "checkpoints" / "10")
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
@@ -704,6 +718,7 @@ def test_a_damaged_checkpoint_is_reported_and_training_goes_on(finished, config,
   assert without_wall_clock(result) == without_wall_clock(finished[1])
 
 
+@pytest.mark.slow
 def test_lines_and_time_left_where_there_is_no_terminal(
   finished, config, tmp_path, capsys
 ):
@@ -782,6 +797,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_signal_is_answered_wherever_it_hits_and_the_run_goes_on(
   finished, config, tmp_path, monkeypatch, capfd
 ):
@@ -831,6 +847,7 @@ def test_a_signal_before_there_is_work_to_save_is_for_the_caller(
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole, of, call, step", [
   ("finished", "config", 0, 6),
   ("stopped", "stopping", 6, 8),  # The validation that would end training.

@@ -189,6 +189,7 @@ def test_training_and_evaluation_score_extra_depths_from_the_answer():
     assert sums["reachable"].sum() == mask_MBT[2, :, :-2].sum()
 
 
+@pytest.mark.slow
 def test_report_holds_the_losses_weights_and_rates_of_the_step(trial):
   compiled, _, _, batch = trial
   # Step 4 of 10: lambda = 0.6 - 0.4 * 0.4; of three phases the second, so one depth is
@@ -331,6 +332,7 @@ def test_diagnostics_are_0_while_the_curriculum_has_no_depth_on(trial):
   assert found["mtp_grad_share"] == found["mtp_grad_cosine"] == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_stays_as_it_is_while_the_predictors_learn(trial):
   compiled, _, mesh, batch = trial
   config = tiny_config(

@@ -31,6 +31,7 @@ from mtp_jax.train_state import init_state
 from tests.common import (
   GPT2,
   batch_of,
+  mostly_slow,
   random_params,
   tiny_config,
 )
@@ -142,7 +143,9 @@ def test_text_begins_a_document(model):
   assert model.logits("").shape == (1, 260)
 
 
-@pytest.mark.parametrize("name", ["sequential", "parallel", "linear gpt2"])
+@pytest.mark.parametrize(
+  "name", mostly_slow(["sequential", "parallel", "linear gpt2"], "sequential")
+)
 def test_losses_are_those_of_a_row_with_other_documents(models, name):
   model = models(name)
   config = model.config
@@ -170,7 +173,10 @@ def test_losses_are_those_of_a_row_with_other_documents(models, name):
     )
 
 
-@pytest.mark.parametrize("name", ["sequential", "parallel", "linear gpt2", "eagle3"])
+@pytest.mark.parametrize(
+  "name",
+  mostly_slow(["sequential", "parallel", "linear gpt2", "eagle3"], "sequential"),
+)
 def test_logits_at_a_row_say_what_the_losses_say(models, name):
   model = models(name)
   ids, losses = model.encode(TEXT), model.losses(TEXT)
@@ -302,11 +308,11 @@ def test_an_empty_list_lets_nothing_end_the_text(model, calls):
   assert calls[0][1]["stop_ids"] == ()
 
 
-@pytest.mark.parametrize("how", [
+@pytest.mark.parametrize("how", mostly_slow([
   {"num_drafts": 0}, {}, {"num_drafts": 4, "recurse": True},
   {"rule": "match", "seed": 1, "temperature": 0.7},
   {"rule": "match", "seed": 1, "temperature": 0.7, "num_drafts": 0},
-], ids=str)
+], {}), ids=str)
 def test_text_is_cut_before_a_string_whatever_drafts(model, how):
   prompts = ["a", "bc\n", "(1", "x = "]
   whole = model.generate(prompts, 24, **how)
@@ -333,6 +339,7 @@ def test_text_is_cut_before_a_string_whatever_drafts(model, how):
       assert not any(string in before for string in strings)
 
 
+@pytest.mark.slow
 def test_a_stream_holds_back_what_may_become_a_stop(model):
   whole = model.generate("a", 24, stop=[]).text
   stop = [whole[6:9], whole[6:8] + "\U0001f642"]
@@ -432,7 +439,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, next(iter(DAMAGES))))
 def test_damage_is_reported_and_the_one_before_is_used(copy, damage):
   DAMAGES[damage](copy / "checkpoints" / "8")
   with pytest.warns(UserWarning, match="checkpoints/8 is damaged .* the one before it"):
@@ -441,6 +448,7 @@ def test_damage_is_reported_and_the_one_before_is_used(copy, damage):
     mtp_jax.load(copy, step=8)
 
 
+@pytest.mark.slow
 def test_one_changed_byte_is_reported_or_was_not_read(copy, runs):
   path = largest_file(copy / "checkpoints" / "8")
   whole = path.read_bytes()

@@ -59,6 +59,7 @@ def without_predictors(params):
   return {name: tree for name, tree in params.items() if name != "mtp"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 def test_a_frozen_trunk_is_the_deployed_model_of_its_source(
   kind, config, sources, tmp_path
@@ -144,6 +145,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STARTS)
 def test_a_run_starts_from_all_parameters_of_another(case, config, tmp_path):
   kind, of_source, of_run = STARTS[case]
@@ -173,6 +175,7 @@ def test_a_run_starts_from_all_parameters_of_another(case, config, tmp_path):
   assert origin == {"trunk_from": None, "start_from": record}
 
 
+@pytest.mark.slow
 def test_a_started_run_trains_and_goes_on_without_its_source(config, tmp_path):
   """All of it, of modules without an output norm: training, evaluation with drafts."""
   own = with_overrides(config, GPT2 | MINIMAL | {
@@ -203,6 +206,7 @@ def test_a_started_run_trains_and_goes_on_without_its_source(config, tmp_path):
   assert (written["trunk_from"], written["start_from"]) == (None, record)
 
 
+@pytest.mark.slow
 def test_runs_of_a_pack_start_from_other_runs(config, sources, tmp_path):
   source, own = sources["sequential"]
   shared = {"mesh.data": 1, "optimizer.learning_rate": 1e-30, "eval.num_rows": 8}
@@ -227,6 +231,7 @@ def test_runs_of_a_pack_start_from_other_runs(config, sources, tmp_path):
   assert [x["trunk_from"] is None for x in kept] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["train.start_from", "train.trunk_from"])
 def test_the_newest_whole_checkpoint_is_taken(key, config, sources, tmp_path):
   source, own = sources["sequential"]
@@ -338,6 +343,7 @@ def test_weights_from_elsewhere_and_from_a_run_exclude_each_other(config, tmp_pa
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_needs_its_source_no_more(config, sources, tmp_path):
   source = shutil.copytree(sources["sequential"][0], tmp_path / "source")
   begun = medusa_on(config, source, **{"train.freeze_trunk": True})
