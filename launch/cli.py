@@ -6,28 +6,24 @@ exit code 2, before any work.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import errno
-import fcntl
 import glob
 import math
 import os
 import re
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from launch import exits, paths, usage, words
-from mtp_jax import run_folder
+from mtp_jax import files, run_folder
 from mtp_jax.config import (
   TASKS,
   Config,
@@ -44,9 +40,6 @@ from mtp_jax.data import distilled_text, mixture, prepared, sources, tokenizers
 flags.disclaim_key_flags()
 
 BAD_INPUT = 2
-# Mount options of NFS and Lustre.
-_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELP = {"--help", "-help", "-h", "--helpshort"}
 # Required flags of this process's command; they come first in its --help.
@@ -178,79 +171,6 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     distilled_text.check_file(data.train_on)
 
 
-@contextlib.contextmanager
-def exclusive(workdir: Path) -> Iterator[None]:
-  """Holds the run folder: two processes in one would overwrite each other's files.
-
-  The lock also holds against processes of other hosts, where the file system shares
-  its locks: NFS does, Lustre if it is mounted so. Without locks a warning is printed.
-
-  Raises:
-    ConfigError: another process holds it.
-  """
-  with contextlib.ExitStack() as stack:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context((workdir / run_folder.LOCK).open("w"))
-    except OSError as error:
-      if not exits.is_bad_path(error):
-        raise
-      raise ConfigError(
-        f"{workdir} must be a folder that can be written: {error.strerror} "
-        f"({error.filename})."
-      ) from error
-    try:
-      _lock(lock)
-    except BlockingIOError as error:
-      raise ConfigError(f"{workdir} is in use by another process.") from error
-    except OSError as error:
-      if error.errno not in _NO_LOCKS:
-        raise
-      text = f"warning: nothing keeps a second process out of {workdir}: {error}."
-      print(text, file=sys.stderr, flush=True)
-    yield
-
-
-def _lock(lock: IO[str]) -> None:
-  """Takes the lock; whoever only asks for it (`is_in_use`) has it for an instant."""
-  for seconds in (0.05, 0.1, 0.2):
-    with contextlib.suppress(BlockingIOError):
-      return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    time.sleep(seconds)
-  return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def is_in_use(workdir: Path) -> bool | None:
-  """Returns whether a process holds the run folder; see `exclusive`.
-
-  None: no process of this host does, and locks of other hosts do not show here.
-  """
-  try:
-    with (workdir / run_folder.LOCK).open() as lock:
-      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-    return False
-  except BlockingIOError:
-    return True
-  except OSError as error:
-    if error.errno not in _NO_LOCKS:
-      raise
-    return None
-  return None if _has_own_locks(workdir) else False
-
-
-def _has_own_locks(folder: Path) -> bool:
-  """Whether the file system is mounted so that each host sees its own locks alone."""
-  try:
-    lines = Path("/proc/self/mounts").read_text().splitlines()
-  except OSError:
-    return False
-  path, mounts = f"{folder.resolve()}/", [line.split() for line in lines]
-  above = [mount for mount in mounts if path.startswith(mount[1].rstrip("/") + "/")]
-  options = max(above, key=lambda mount: len(mount[1]))[3].split(",") if above else []
-  return not _LOCAL_LOCKS.isdisjoint(options)
-
-
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   """Returns aligned columns: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -294,7 +214,7 @@ def run(
     except Exception as error:
       if is_disk_full(error):
         return fail(str(error), exits.FAILED)
-      if exits.is_bad_path(error):
+      if files.is_bad_path(error):
         return fail(exits.describe(error), BAD_INPUT)
       traceback.print_exception(error)
       return fail(exits.describe(error), exits.FAILED)

@@ -29,7 +29,6 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from launch import cli
 from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
@@ -362,20 +361,20 @@ def _wait_for_first(group: Group, seconds: float) -> None:
 
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
-  """Holds the run folder as `cli.exclusive` does, once for all processes.
+  """Holds the run folder as `run_folder.exclusive` does, once for all processes.
 
   Raises:
     ConfigError: in all of them: another job holds it, or some do not see it.
   """
   if jax.process_count() == 1:
-    with cli.exclusive(workdir):
+    with run_folder.exclusive(workdir):
       yield
     return
   with contextlib.ExitStack() as stack:
     problem = None
     if jax.process_index() == 0:
       try:
-        stack.enter_context(cli.exclusive(workdir))
+        stack.enter_context(run_folder.exclusive(workdir))
       except ConfigError as error:
         problem = str(error)
     token = secrets.randbits(31)

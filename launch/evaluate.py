@@ -21,7 +21,7 @@ from launch import cli
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.evaluate import NO_ERROR
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from mtp_jax.saved_model import portable
 from mtp_jax.train import evaluate_run
 

@@ -9,7 +9,6 @@
 | 1, 130, 143, 134, 137, ... | infrastructure | yes, a few times |
 """
 
-import errno
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -25,11 +24,6 @@ YIELDED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 YIELD = "MTP_JAX_YIELD"
 
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "out_of_memory")
-# A path that is wrong, or not ours to write: the same command ends the same way.
-_BAD_PATHS = (
-  errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-  errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
-)
 # JAX adds the frames that it removed from an error as a cause without information.
 _JAX_FRAMES = ("jax._src.traceback_util", "jax._src.source_info_util")
 _LOWER = (
@@ -93,13 +87,6 @@ def after_signal(signum: int, num_processes: int, process_id: int) -> int:
     except OSError:  # A full disk: the code has to say it.
       return YIELDED
   return DONE
-
-
-def is_bad_path(error: BaseException) -> bool:
-  """Whether a file or folder that was named cannot be used, however often it is tried.
-  """
-  is_named = isinstance(error, OSError) and error.filename is not None
-  return is_named and error.errno in _BAD_PATHS
 
 
 def describe(error: BaseException) -> str:

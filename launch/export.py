@@ -24,7 +24,7 @@ from absl import flags
 
 import mtp_jax
 from launch import cli, exits, paths
-from mtp_jax import interop
+from mtp_jax import files, interop
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
 
@@ -77,7 +77,7 @@ def main() -> int:
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except OSError as error:
-    code = cli.BAD_INPUT if exits.is_bad_path(error) else exits.FAILED
+    code = cli.BAD_INPUT if files.is_bad_path(error) else exits.FAILED
     return cli.fail(f"{output} could not be written: {error}", code)
   print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
   return 0

@@ -31,14 +31,14 @@ from absl import flags
 from launch import cli, paths, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
-from launch.progress import Progress
 from launch.states import Trial
 from launch.tables import markdown
 from mtp_jax import accounting, environment
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from mtp_jax.predictors import kind_of
+from mtp_jax.progress import Progress
 from mtp_jax.sharding import MESH_AXES, make_mesh
 
 cli.define_config()
@@ -131,16 +131,16 @@ def check(
       topologies.devices(fitted)
     except ConfigError as error:
       raise ConfigError(f"{trial.name} on {topology}: {error}") from error
-    shapes.setdefault(trial.shape, (fitted, []))[1].append(trial)
+    shapes.setdefault(trial.program, (fitted, []))[1].append(trial)
   return shapes
 
 
 def plan(
   topology: Topology, same: Sequence[Trial], cache: Path | None, mfu: float
 ) -> dict[str, Any]:
-  """Returns the row of trials of one shape; bytes and collectives are of one chip."""
+  """Returns the row of trials of one program; bytes and collectives are of one chip."""
   trial, chip, chips = same[0], topology.chip, topology.num_chips
-  shape, data = trial.shape, trial.shape.data
+  shape, data = trial.program, trial.program.data
   mesh = make_mesh(shape.mesh, list(topologies.devices(topology)))
   state = steps.abstract_state(shape, mesh)
   report = steps.compile_step(shape, mesh, cache)

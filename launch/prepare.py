@@ -25,10 +25,11 @@ import os
 from absl import flags
 
 from launch import cli, exits, paths
-from launch.progress import Progress
+from mtp_jax import files
 from mtp_jax.config import DataConfig
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, prepared, sources
+from mtp_jax.progress import Progress
 
 cli.define_config()
 _OUTPUT = flags.DEFINE_string(
@@ -63,7 +64,7 @@ def main() -> int:
       progress=progress,
     )
   except OSError as error:
-    if exits.is_bad_path(error):
+    if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:

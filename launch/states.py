@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import cli, status
+from launch import status
 from mtp_jax import accounting, files, run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.effects import essential
@@ -56,13 +56,13 @@ class Trial:
     return self.config.name
 
   @functools.cached_property
-  def shape(self) -> ProgramConfig:
-    """Trials of equal shape share their compiled programs."""
+  def program(self) -> ProgramConfig:
+    """What compiled programs depend on; trials of equal ones share their programs."""
     return program_config(self.resolved)
 
   @property
   def counts(self) -> accounting.Counts:
-    return _counts(self.shape)
+    return _counts(self.program)
 
   @property
   def num_steps(self) -> int:
@@ -85,8 +85,8 @@ class Trial:
 
 
 @functools.cache
-def _counts(shape: ProgramConfig) -> accounting.Counts:
-  return accounting.count(shape)
+def _counts(program: ProgramConfig) -> accounting.Counts:
+  return accounting.count(program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def read_state(trial: Trial, job: Job | None = None) -> State:
       return State("failed", **facts, exit_class="config", reason=reason)
     return State("done", **facts, eval_loss=loss)
   has_job = job is not None and job.state in ("queued", "running")
-  in_use = cli.is_in_use(folder)
+  in_use = run_folder.is_in_use(folder)
   if in_use or (has_job and job.state == "running"):
     # The status of an earlier attempt has ended; its reason is not of this one.
     is_current = last_status.get("state") != "ended"
@@ -300,7 +300,7 @@ def adopt(trial: Trial, original: Trial) -> None:
     print(text, file=sys.stderr, flush=True)
     return
   logs = run_folder.logs(original.workdir)
-  with contextlib.suppress(ConfigError), cli.exclusive(trial.workdir):
+  with contextlib.suppress(ConfigError), run_folder.exclusive(trial.workdir):
     for path in sorted(original.workdir.iterdir()):
       copy = trial.workdir / path.name
       if path.is_dir():

@@ -205,7 +205,7 @@ def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
   """Notes how a job ended that could not say so, where no other holds the folder."""
   if not workdir.is_dir():
     return
-  with contextlib.suppress(Exception), cli.exclusive(workdir):
+  with contextlib.suppress(Exception), run_folder.exclusive(workdir):
     record = read(workdir) or {}
     record |= {
       "state": "ended",

@@ -38,6 +38,7 @@ from launch.engines.engine import Engine
 from launch.engines.local import Local
 from launch.engines.order import MOST_PACKED
 from launch.states import Choice, Trial
+from mtp_jax import run_folder
 from mtp_jax.config import ConfigError
 
 cli.define_config()
@@ -65,7 +66,7 @@ _PARALLEL = flags.DEFINE_integer(
 _PACK = flags.DEFINE_string(
   "pack",
   "1",
-  "local: most trials of one shape that are trained side by side in one program, "
+  "local: most trials of one program that are trained side by side in one program, "
   f"spread over the devices that there are; auto: as many as fit, up to "
   f"{MOST_PACKED}",
 )
@@ -248,7 +249,7 @@ def _alone(root: Path) -> Iterator[None]:
   """Keeps others from submitting the same trials meanwhile."""
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(cli.exclusive(root))
+      stack.enter_context(run_folder.exclusive(root))
     except ConfigError as error:
       raise ConfigError(f"another sweep is being started in {root}.") from error
     yield
@@ -301,9 +302,9 @@ def dry_run_table(planned: list[Trial]) -> str:
   copies = states.copies(planned)
   total = sum(trial.flops for trial in planned if trial.name not in copies)
   same = "".join(f"\n{name}: the same run as {x.name}" for name, x in copies.items())
-  shapes = len({trial.shape for trial in planned})
+  programs = len({trial.program for trial in planned})
   return (
-    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {shapes} shape(s), "
+    f"{cli.table(header, rows)}\n{len(planned)} trial(s) of {programs} program(s), "
     f"{total:.3g} FLOPs{same}"
   )
 

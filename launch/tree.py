@@ -31,7 +31,7 @@ from mtp_jax.config import ConfigError
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import drafters, trees
 from mtp_jax.environment import code_commit
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 from mtp_jax.program import program_config
 from mtp_jax.trained_model import TrainedModel
 

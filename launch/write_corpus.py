@@ -32,13 +32,13 @@ from absl import flags
 
 import mtp_jax
 from launch import cli, decoding, exits, paths
-from launch.progress import Progress
 from mtp_jax import files, self_distillation
 from mtp_jax.checkpoint import CheckpointError, fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
 from mtp_jax.data.pipeline import Corpus, load_corpus
 from mtp_jax.environment import code_commit
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
+from mtp_jax.progress import Progress
 from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder of the model that writes")
@@ -93,7 +93,7 @@ def main() -> int:
   except ValueError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except OSError as error:
-    if exits.is_bad_path(error):
+    if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
   except KeyboardInterrupt:

@@ -29,7 +29,7 @@ from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembedding
 from mtp_jax.losses import token_ranks, token_stats
 from mtp_jax.predictors.vocabulary import localize
 from mtp_jax.program import ProgramConfig
-from mtp_jax.sharding import put_batch
+from mtp_jax.sharding import compiler_options, put_batch
 from mtp_jax.targets import future_targets
 
 
@@ -150,7 +150,10 @@ def top_k_hits(
   most = config.mtp.draft_vocab or config.tokenizer.vocab_size
   if not 1 <= ranks <= most:
     raise ValueError(f"ranks must be 1 to {most}, the vocabulary, got {ranks}.")
-  program = jax.jit(functools.partial(hit_sums, config, ranks=ranks))
+  program = jax.jit(
+    functools.partial(hit_sums, config, ranks=ranks),
+    compiler_options=compiler_options(mesh),
+  )
   hits_KR, count = np.zeros((config.mtp.depth, ranks)), 0.0
   for batch, document_B in batches:
     sums = program(params, put_batch(mesh, batch, is_whole=True))
@@ -165,9 +168,11 @@ def top_k_hits(
 
 
 @functools.lru_cache(maxsize=32)
-def row_sums_program(config: ProgramConfig) -> Any:
+def row_sums_program(config: ProgramConfig, mesh: jax.sharding.Mesh) -> Any:
   """Returns `row_sums` as a jitted function of parameters, batch and byte counts."""
-  return jax.jit(functools.partial(row_sums, config))
+  return jax.jit(
+    functools.partial(row_sums, config), compiler_options=compiler_options(mesh)
+  )
 
 
 def document_sums(
@@ -181,7 +186,7 @@ def document_sums(
 
   `batches` yields (Batch, document index per row); a negative index is padding.
   """
-  program = row_sums_program(config)
+  program = row_sums_program(config, mesh)
   table = np.zeros(config.tokenizer.vocab_size, np.int32)
   table[: len(token_bytes_V)] = token_bytes_V
   rows, documents = [], []

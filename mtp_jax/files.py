@@ -1,5 +1,6 @@
 """Atomic file writes: a reader sees the old file or the new one, never half of one."""
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,11 @@ from typing import Any
 import numpy as np
 
 _MOST_BYTES = 64 * 2**20  # The index of a model of 700 billion parameters has 9 MB.
+# A path that is wrong, or not ours to write: the same command ends the same way.
+_BAD_PATHS = (
+  errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+  errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -111,3 +117,9 @@ def changed_settings(begun: dict[str, Any], now: dict[str, Any]) -> str:
     for key in begun | now
     if now.get(key) != begun.get(key)
   )
+
+
+def is_bad_path(error: BaseException) -> bool:
+  """Returns whether the error names a path that no further try can use."""
+  is_named = isinstance(error, OSError) and error.filename is not None
+  return is_named and error.errno in _BAD_PATHS

@@ -17,7 +17,7 @@ from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tasks.interface import Example
 from mtp_jax.decode.acceptance import counts
 from mtp_jax.decode.generate import Completion, Decoding, generate
-from mtp_jax.decode.network import unstack
+from mtp_jax.decode.target import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
 from mtp_jax.program import program_config

@@ -1,4 +1,4 @@
-"""Records in metrics.jsonl, TensorBoard and on the terminal; peaks of devices."""
+"""Records in metrics.jsonl and TensorBoard; peaks of devices."""
 
 import json
 import os
@@ -11,15 +11,9 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from mtp_jax import files, run_folder
-from mtp_jax.files import plain, write_json
-
-__all__ = [
-  "PEAK_FLOPS", "MetricsWriter", "Progress", "model_flop_utilisation", "peak_flops",
-  "plain", "write_json",
-]
+from mtp_jax.files import plain
 
 # Dense bfloat16 peak in FLOP/s (products summed in float32) of one JAX device, by the
 # whole `device_kind`: a variant (PCIe, a MIG slice, a laptop's) has another peak. From
@@ -183,69 +177,6 @@ def _import_tensorboard() -> tuple[Any, Any]:
     if hides_torch:
       del sys.modules["torch"]
   return EventsWriter, Event
-
-
-class Progress:
-  """A progress bar on a terminal; one line per report elsewhere."""
-
-  def __init__(self, name: str, num_steps: int, enabled: bool):
-    self._name, self._num_steps = name, num_steps
-    self._enabled = enabled and jax.process_index() == 0
-    self._first = self._began = None
-    self._bar = None
-
-  def start(self, step: int) -> None:
-    """Starts the clock at `step`; compilation does not count as its time."""
-    self._first, self._began = step, time.monotonic()
-    if self._enabled and sys.stderr.isatty():
-      self._bar = tqdm(
-        total=self._num_steps,
-        initial=step,
-        desc=self._name,
-        unit="step",
-        dynamic_ncols=True,
-      )
-
-  def advance(self, step: int) -> None:
-    """Moves the bar; cheap, so that it can be called every step."""
-    if self._bar is not None:
-      self._bar.update(step - self._bar.n)
-
-  def report(self, step: int, loss: float, tokens_per_second: float) -> None:
-    """Shows the loss of the interval that ended at `step`.
-
-    Before `start`, when a run makes up for a record, there is no time left to estimate.
-    """
-    if not self._enabled:
-      return
-    if self._bar is not None:
-      self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
-      return
-    left = ""
-    if self._began is not None:
-      per_step = (time.monotonic() - self._began) / (step - self._first)
-      left = f", {per_step * (self._num_steps - step):.0f} s left"
-    print(
-      f"{self._name}: step {step}/{self._num_steps}, loss {loss:.4f}, "
-      f"{tokens_per_second:,.0f} tokens/s{left}",
-      flush=True,
-    )
-
-  def ends(self, step: int) -> None:
-    """Makes `step` the last one."""
-    self._num_steps = step
-    if self._bar is not None:
-      self._bar.total = step
-
-  def say(self, text: str) -> None:
-    """Prints a line without tearing the bar."""
-    if self._enabled:
-      tqdm.write(f"{self._name}: {text}")
-      sys.stdout.flush()
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Packs: runs of one shape, trained side by side in one program."""
+"""Packs: runs of equal `program_config`, trained side by side in one program."""
 
 import contextlib
 import dataclasses
@@ -120,7 +120,7 @@ def fit_pack(
   size: int | None = None,
   observers: Sequence[Observer] | None = None,
 ) -> list[dict[str, Any] | Exception]:
-  """Trains runs of one shape side by side in one program, each as `train.fit` would.
+  """Trains runs of one program side by side in one program, each as `train.fit` would.
 
   Every run has its own folder. A run ends in its evaluation, after all are trained, or
   in an error that does not disturb the others. The folder of a run that is done stays
@@ -151,7 +151,7 @@ def fit_pack(
   for other in others:
     if keys := difference(first, other):
       raise ConfigError(
-        "runs of a pack must have one shape, but these keys differ: "
+        "runs of a pack must have one program, but these keys differ: "
         f"{', '.join(sorted(keys))}."
       )
   observers = observers or [Observer() for _ in configs]

@@ -1,4 +1,4 @@
-"""The program of a pack: one step of several trials of one shape, side by side.
+"""The program of a pack: one step of several trials, side by side.
 
 A small model leaves most of an accelerator idle, and most of its step is the time that
 it takes to start kernels. Trials that differ in traced values alone (learning rate,
@@ -23,7 +23,7 @@ import numpy as np
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.lm import zeros_batch
-from mtp_jax.program import program_config
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import (
   make_mesh,
   make_trial_mesh,
@@ -45,7 +45,7 @@ class Pack:
   the number of devices.
 
   Args:
-    shape: of all trials, from `program.program_config`.
+    config: of all trials, from `program.program_config`.
     states: one for each trial, on the host.
     hypers: one for each trial.
     size: trials that the program is made for, at least as many as there are. Places
@@ -55,7 +55,7 @@ class Pack:
 
   def __init__(
     self,
-    shape: Config,
+    config: ProgramConfig,
     states: Sequence[TrainState],
     hypers: Sequence[Hyperparameters],
     size: int,
@@ -63,7 +63,7 @@ class Pack:
   ):
     if size < len(states):
       raise ValueError(f"size must be at least {len(states)}, got {size}.")
-    self._shape, self._mesh = shape, make_trial_mesh(devices[:size])
+    self._config, self._mesh = config, make_trial_mesh(devices[:size])
     self._size = _num_places(size, self._mesh)
     self._states, self._hyper = self._stack(states), self._stack(hypers)
     self._program = self._report = self._fetched = None
@@ -85,7 +85,7 @@ class Pack:
   def compile(self, batch: Batch) -> Any:
     """Compiles the step for such batches, and returns the executable."""
     with jax.set_mesh(self._mesh):
-      program = stacked_step(self._shape, self._mesh, batch.tokens.ndim == 3)
+      program = stacked_step(self._config, self._mesh, batch.tokens.ndim == 3)
       self._program = compiled(program, *self._arguments(batch, {}))
     return self._program
 
@@ -135,16 +135,18 @@ def _num_places(size: int, mesh: jax.sharding.Mesh) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def stacked_step(shape: Config, mesh: jax.sharding.Mesh, shares_batch: bool) -> Any:
+def stacked_step(
+  config: ProgramConfig, mesh: jax.sharding.Mesh, shares_batch: bool
+) -> Any:
   """Returns the jitted step of stacked trials, of any number.
 
   It takes what `train_step` takes, stacked, but for a batch that they share; and which
   trials are active. The others stay as they are, and their reports hold nothing.
   """
-  if shape.trunk.attention in ("auto", "cudnn", "tokamax"):
+  if config.trunk.attention in ("auto", "cudnn", "tokamax"):
     # cuDNN's attention cannot be vmapped with a mask, and tokamax's only on one device.
-    trunk = dataclasses.replace(shape.trunk, attention="xla")
-    shape = dataclasses.replace(shape, trunk=trunk)
+    trunk = dataclasses.replace(config.trunk, attention="xla")
+    config = dataclasses.replace(config, trunk=trunk)
 
   def step(
     state: TrainState,
@@ -153,7 +155,7 @@ def stacked_step(shape: Config, mesh: jax.sharding.Mesh, shares_batch: bool) -> 
     starts_interval: jax.Array,
     is_active: jax.Array,
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    new, report = train_step(shape, state, batch, hyper, starts_interval)
+    new, report = train_step(config, state, batch, hyper, starts_interval)
     keep = lambda new, old: jnp.where(is_active, new, old)  # noqa: E731
     return jax.tree.map(keep, new, state), report
 
@@ -167,7 +169,7 @@ def stacked_step(shape: Config, mesh: jax.sharding.Mesh, shares_batch: bool) -> 
 
 
 def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> int:
-  """Returns how many trials of a config's shape fit the devices' memory at once.
+  """Returns how many trials of a config's program fit the devices' memory at once.
 
   XLA's own analysis of the compiled step decides: of a pack of `most` trials, then of
   smaller packs until one fits. A pack may take 80 % of a device, because evaluation and
@@ -180,12 +182,12 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
   """
   if platform() == "cpu":
     return 1
-  shape = program_config(config)
-  mesh = make_mesh(shape.mesh, devices[:1])
-  rows = zeros_batch(shape, shape.data.batch_size)
-  microbatches = shape.train.accumulation_steps
+  program = program_config(config)
+  mesh = make_mesh(program.mesh, devices[:1])
+  rows = zeros_batch(program, program.data.batch_size)
+  microbatches = program.train.accumulation_steps
   batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), rows)
-  state = jax.eval_shape(programs(shape, mesh).init, np.int32(0))
+  state = jax.eval_shape(programs(program, mesh).init, np.int32(0))
   hyper, flag = hyperparameters(config), np.bool_(True)
   room = _LARGEST_SHARE * device_memory(devices[0])
   size = most
@@ -196,8 +198,8 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
     )
     shared = _abstract(batch, replicated(mesh))
     with jax.set_mesh(mesh):
-      program = stacked_step(shape, mesh, True)
-      memory = compiled(program, states, shared, *others).memory_analysis()
+      step = stacked_step(program, mesh, True)
+      memory = compiled(step, states, shared, *others).memory_analysis()
     needed = (
       memory.argument_size_in_bytes + memory.temp_size_in_bytes
       + memory.output_size_in_bytes - memory.alias_size_in_bytes

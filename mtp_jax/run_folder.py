@@ -13,10 +13,16 @@ launch/README.md describes every field. Every function takes the folder's path, 
 reads or writes without asking which process this is.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mtp_jax import files
 from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict
@@ -30,6 +36,10 @@ TENSORBOARD = "tensorboard"
 # prints; the job that the run was given to and how its attempts ended; measured drafts.
 LOCK, STATUS, ERROR, LOG = ".lock", "status.json", "error.txt", "log.txt"
 JOB, ATTEMPTS, TREE = "job.json", "attempts.jsonl", "tree.json"
+
+# Mount options of NFS and Lustre.
+_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _FILES = (CONFIG, RUN, TOKENIZER, STARTUP, METRICS, EVAL, DONE)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD)
@@ -171,3 +181,76 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
       f"{path} must be what training wrote ({type(error).__name__}: {error}); remove "
       f"{workdir / DONE} to evaluate again."
     ) from error
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+  """Holds the run folder: two processes in one would overwrite each other's files.
+
+  The lock also holds against processes of other hosts, where the file system shares
+  its locks: NFS does, Lustre if it is mounted so. Without locks a warning is printed.
+
+  Raises:
+    ConfigError: another process holds it.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((workdir / LOCK).open("w"))
+    except OSError as error:
+      if not files.is_bad_path(error):
+        raise
+      raise ConfigError(
+        f"{workdir} must be a folder that can be written: {error.strerror} "
+        f"({error.filename})."
+      ) from error
+    try:
+      _lock(lock)
+    except BlockingIOError as error:
+      raise ConfigError(f"{workdir} is in use by another process.") from error
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      text = f"warning: nothing keeps a second process out of {workdir}: {error}."
+      print(text, file=sys.stderr, flush=True)
+    yield
+
+
+def _lock(lock: IO[str]) -> None:
+  """Takes the lock. `is_in_use` holds it for an instant, so a few tries are made."""
+  for seconds in (0.05, 0.1, 0.2):
+    with contextlib.suppress(BlockingIOError):
+      return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    time.sleep(seconds)
+  return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_in_use(workdir: Path) -> bool | None:
+  """Returns whether a process holds the run folder; see `exclusive`.
+
+  None: no process of this host does, and locks of other hosts do not show here.
+  """
+  try:
+    with (workdir / LOCK).open() as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    return False
+  except BlockingIOError:
+    return True
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+    return None
+  return None if _has_own_locks(workdir) else False
+
+
+def _has_own_locks(folder: Path) -> bool:
+  """Returns whether each host sees its own locks alone on this file system."""
+  try:
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+  except OSError:
+    return False
+  path, mounts = f"{folder.resolve()}/", [line.split() for line in lines]
+  above = [mount for mount in mounts if path.startswith(mount[1].rstrip("/") + "/")]
+  options = max(above, key=lambda mount: len(mount[1]))[3].split(",") if above else []
+  return not _LOCAL_LOCKS.isdisjoint(options)

@@ -17,7 +17,8 @@ from mtp_jax import evaluate, records, run_folder
 from mtp_jax.batch import Batch
 from mtp_jax.files import plain
 from mtp_jax.interrupt import Interrupt, Interrupted
-from mtp_jax.metrics import MetricsWriter, Progress
+from mtp_jax.metrics import MetricsWriter
+from mtp_jax.progress import Progress
 from mtp_jax.records import Measures
 from mtp_jax.run import Diverged, Run, Start
 from mtp_jax.stopwatch import Stopwatch
@@ -106,17 +107,19 @@ class RunLog:
     self._measured: tuple[int, dict[str, Measures]] = (0, {})
     repeats = self._unmeasured is not None
     self._writer = MetricsWriter(run.workdir, self.step, repeats)
-    self.bar = Progress(run.config.name, self.num_steps, enabled=shows_progress)
-    self.bar.say(run.describe_data())
+    # Every record has its line in the log: no lines between them.
+    is_shown = shows_progress and jax.process_index() == 0
+    self._progress = Progress("steps", is_shown, seconds=math.inf)
+    self._say(run.describe_data())
     if self.step:
-      self.bar.say(f"resumed at step {self.step}")
+      self._say(f"resumed at step {self.step}")
 
   def __enter__(self) -> "RunLog":
     self._writer.__enter__()
     return self
 
   def __exit__(self, *error: Any) -> None:
-    self.bar.close()
+    self._progress.close()
     self._writer.__exit__(*error)
 
   @property
@@ -163,8 +166,9 @@ class RunLog:
     return bool(signum or is_regular or not self.has_steps_left)
 
   def start(self) -> None:
-    """Starts the clock of training."""
-    self.bar.start(self.step)
+    """Starts the clock of training; compilation before it is not counted."""
+    self._progress.close()
+    self._show()
     self._clock.start()
 
   def pause(self) -> None:
@@ -177,12 +181,12 @@ class RunLog:
       if jax.process_index() == 0:
         record = startup.record(self.step)
         run_folder.write(self.run.workdir, run_folder.STARTUP, record)
-      self.bar.say(startup.describe())
+      self._say(startup.describe())
 
   def stepped(self) -> None:
     """Counts a step that has been started."""
     self.step += 1
-    self.bar.advance(self.step)
+    self._show()
     self.observer.stepped(self.step)
 
   def diagnose(self, state: TrainState, batch: Batch) -> None:
@@ -245,9 +249,8 @@ class RunLog:
       self._reached = {key: record[key] for key in ("step", "tokens")} | named
     else:
       self._reached = self._reached | {"last_step": self.step}
-      self.bar.ends(self.step)
       first = self._reached["step"]
-      self.bar.say(f"{metric} reached {wanted} at steps {first} and {self.step}")
+      self._say(f"{metric} reached {wanted} at steps {first} and {self.step}")
 
   def log(self, report: dict[str, Any]) -> None:
     """Writes the record of the interval that ended.
@@ -261,7 +264,7 @@ class RunLog:
     record = records.train_record(self.run, self.step, self._seconds, rate, report)
     self._writer.write(record)
     self.observer.logged(record)
-    self.bar.report(self.step, record["loss_total"], rate)
+    self._show(f"loss {record['loss_total']:.4f}, {rate:,.0f} tokens/s")
     _stop_if_diverged(self.run, report, self.step)
 
   def save(
@@ -334,10 +337,17 @@ class RunLog:
     spread = f"+- {error:.4f} nats per token"
     if np.isnan(error):
       spread = f"nats per token ({evaluate.NO_ERROR})"
-    self.bar.say(f"done: main loss {main:.4f} {spread}")
+    self._say(f"done: main loss {main:.4f} {spread}")
     if jax.process_index() == 0:
       run_folder.finish(run.workdir, result)
     return plain(result)
+
+  def _show(self, note: str = "") -> None:
+    last = self.step if records.stopped(self.progress) else self.num_steps
+    self._progress(self.run.config.name, self.step, last, note)
+
+  def _say(self, text: str) -> None:
+    self._progress.say(f"{self.run.config.name}: {text}")
 
   def _look_at_clock(self) -> None:
     self._seconds = self._earlier_seconds + self._clock.read()

@@ -118,13 +118,15 @@ def map_over_trial_devices(
   )
 
 
-def abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-  """Returns a mesh without devices, for tracing; `data = -1` counts as 1."""
-  return jax.sharding.AbstractMesh(
-    tuple(abs(getattr(config, axis)) for axis in MESH_AXES),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-  )
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+  """Returns the options with which programs on a mesh are compiled.
+
+  XLA for CPU may start the collectives of a program in another order on each device of
+  a process. With few cores these devices then wait for each other without end.
+  """
+  if mesh.local_mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+    return None
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:

@@ -1,9 +1,9 @@
 """Training: the loop of one run, from its config to its evaluation.
 
-    fit -> _train -> programs(shape).step -> train_step -> batch_loss -> loss_sums
+    fit -> _train -> programs(config).step -> train_step -> batch_loss -> loss_sums
 
 `run` has the parts of a run, `run_log` what happens between two steps. Several runs of
-one shape side by side, in one program, are trained by `pack`.
+one program side by side are trained by `pack`.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from mtp_jax.data.pipeline import TrainLoader
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.files import plain
 from mtp_jax.interrupt import Interrupt
-from mtp_jax.metrics import Progress
+from mtp_jax.progress import Progress
 from mtp_jax.run import Run, admit, check_folder
 from mtp_jax.run_log import NO_PROGRESS, Clock, Observer, RunLog
 from mtp_jax.saved_model import SOURCES
@@ -77,8 +77,9 @@ def fit(
       stack.enter_context(holding(workdir))
     if result := run_folder.finished(workdir, config):
       loss, where = result["main_loss"]["mean"], workdir / run_folder.EVAL
-      bar = Progress(config.name, result["step"], enabled=progress)
-      bar.say(f"done before: main loss {loss:.4f} nats per token, see {where}")
+      Progress("steps", progress and jax.process_index() == 0).say(
+        f"{config.name}: done before: main loss {loss:.4f} nats per token, see {where}"
+      )
       return result
     interrupt = stack.enter_context(Interrupt())
     observer.begins(resolved.train.num_steps)

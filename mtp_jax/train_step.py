@@ -33,7 +33,7 @@ from mtp_jax.losses import (
   trunk_states,
 )
 from mtp_jax.program import ProgramConfig
-from mtp_jax.sharding import logical_axes
+from mtp_jax.sharding import compiler_options, logical_axes
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import (
   Hyperparameters,
@@ -350,18 +350,23 @@ def programs(config: ProgramConfig, mesh: jax.sharding.Mesh) -> Programs:
   # Initialisation runs once, so what counts is the time to compile it: without LLVM's
   # optimisations that is a third.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
+  options = compiler_options(mesh)
+  quick = (options or {}) | {"xla_backend_optimization_level": 0}
   return Programs(
     init=jax.jit(
       functools.partial(init_state, config, chain),
       out_shardings=shardings,
-      compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+      compiler_options=quick if on_cpu else None,
     ),
     step=jax.jit(
       functools.partial(train_step, config),
       donate_argnums=0,
       out_shardings=(shardings, None),
+      compiler_options=options,
     ),
-    diagnostics=jax.jit(functools.partial(gradient_diagnostics, config)),
+    diagnostics=jax.jit(
+      functools.partial(gradient_diagnostics, config), compiler_options=options
+    ),
     shardings=shardings,
   )
 

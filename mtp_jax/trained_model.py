@@ -22,8 +22,9 @@ from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.tokenizers import Tokenizer, document, tokenizer_from_json
 from mtp_jax.decode import generate as decoding
-from mtp_jax.decode import network, stops
+from mtp_jax.decode import stops
 from mtp_jax.decode.provenance import Generation
+from mtp_jax.decode.target import unstack
 from mtp_jax.decode.trees import Tree
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.lm import (
@@ -36,7 +37,8 @@ from mtp_jax.lm import (
 from mtp_jax.losses import token_stats
 from mtp_jax.predictors import kind_of
 from mtp_jax.predictors.vocabulary import scatter
-from mtp_jax.program import program_config
+from mtp_jax.predictors.weights import Weights
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import make_mesh, num_row_shards, put_batch
 from mtp_jax.targets import future_targets
 
@@ -100,7 +102,7 @@ class TrainedModel:
       raise ValueError(f"depth must be in [0, {deepest}] for this model, got {depth}.")
     tokens_T, _, hidden_MBPD = self._run(text)
     with jax.set_mesh(self.mesh):
-      logits_PV = _logits(self._shape, self.params, hidden_MBPD, depth)
+      logits_PV = _logits(self._program, self.params, hidden_MBPD, depth)
     logits_TV = np.array(logits_PV)[: len(tokens_T)]
     if depth and kind_of(self.config.mtp).is_autoregressive:
       logits_TV[-depth:] = np.nan
@@ -114,7 +116,7 @@ class TrainedModel:
     """
     tokens_T, batch, hidden_MBPD = self._run(text)
     with jax.set_mesh(self.mesh):
-      nll_MBP, mask_MBP = _losses(self._shape, self.params, batch, hidden_MBPD)
+      nll_MBP, mask_MBP = _losses(self._program, self.params, batch, hidden_MBPD)
     nll_MBP = np.where(mask_MBP, nll_MBP, np.nan)
     return nll_MBP[:, 0, : len(tokens_T)]
 
@@ -183,10 +185,10 @@ class TrainedModel:
     if stream:
       if len(prompts) != 1:
         raise ValueError(f"stream=True takes one prompt, got {len(prompts)}.")
-      so_far = decoding.stream(self._shape, self._weights, prompts[0], **limits)
+      so_far = decoding.stream(self._program, self._weights, prompts[0], **limits)
       return (Generation(prompts[0], x, self.tokenizer, strings) for x in so_far)
     completions = decoding.generate(
-      self._shape, self._weights, prompts, first=first, **limits
+      self._program, self._weights, prompts, first=first, **limits
     )
     results = [
       Generation(ids, completion, self.tokenizer, strings)
@@ -203,13 +205,13 @@ class TrainedModel:
     )
 
   @functools.cached_property
-  def _shape(self) -> Config:
-    """What compiled programs depend on, so that models of one shape share them."""
+  def _program(self) -> ProgramConfig:
+    """What compiled programs depend on: models with equal ones share programs."""
     return program_config(self.config)
 
   @functools.cached_property
-  def _weights(self) -> network.Weights:
-    return network.unstack(self.params, self._shape)
+  def _weights(self) -> Weights:
+    return unstack(self.params, self._program)
 
   def _run(self, text: Text) -> tuple[np.ndarray, Batch, jax.Array]:
     """Returns `(tokens_T, batch, hidden_MBPD)`; row 0 of the batch is the text."""
@@ -222,7 +224,7 @@ class TrainedModel:
       )
     batch = put_batch(self.mesh, self._batch(tokens_T), is_whole=True)
     with jax.set_mesh(self.mesh):
-      return tokens_T, batch, _hidden(self._shape, self.params, batch)
+      return tokens_T, batch, _hidden(self._program, self.params, batch)
 
   def _batch(self, tokens_T: np.ndarray) -> Batch:
     """Returns the text as one padded row, and as many empty rows as the mesh needs."""

@@ -10,8 +10,9 @@ import pytest
 from launch.benchmarks import decode, decode_parts, limits
 from mtp_jax import accounting
 from mtp_jax.config import ConfigError
-from mtp_jax.decode import loop, network
+from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Decoding, make_plan
+from mtp_jax.decode.target import unstack
 from mtp_jax.files import write_json
 from tests import tiny_runs
 from tests.common import random_params, tiny_config
@@ -62,7 +63,7 @@ def test_a_step_reads_the_plain_model_and_the_filled_slots():
   params = random_params(config)
   prompts_NP = np.zeros((2, 4), np.int32)
   model = decode_parts.Model(
-    "m", config, network.unstack(params, config), prompts_NP, 8, ()
+    "m", config, unstack(params, config), prompts_NP, 8, ()
   )
   plain = decode_parts.Generation(
     model, make_plan(config, Decoding(num_drafts=0)), [prompts_NP], [None]
@@ -133,7 +134,7 @@ def test_trained_runs_give_acceptance_beside_agreement(tmp_path):
 @pytest.mark.slow
 def test_drafts_are_made_from_features_of_any_width():
   config = tiny_config("eagle3", 2, {"trunk.num_layers": 1})
-  weights = network.unstack(random_params(config), config)
+  weights = unstack(random_params(config), config)
   plan = make_plan(config, Decoding())
   inputs = loop.Inputs(weights, weights, None, np.zeros(0, np.int32))
   tokens_BS, lengths_B = np.zeros((2, 12), np.int32), np.full(2, 3)

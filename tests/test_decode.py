@@ -12,8 +12,9 @@ import pytest
 
 from mtp_jax import accounting
 from mtp_jax.config import with_overrides
-from mtp_jax.decode import drafters, generate, loop, network
+from mtp_jax.decode import drafters, generate, loop
 from mtp_jax.decode.generate import Decoding
+from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
 from mtp_jax.lm import MtpLm, unembed_matrix
@@ -74,7 +75,7 @@ class Model:
     if self.config.mtp.unembed == "own":
       own = 0.2 * self.params["mtp"]["unembed"] + self.params["unembed"]["kernel"]
       self.params["mtp"]["unembed"] = own
-    self.weights = network.unstack(self.params, self.config)
+    self.weights = unstack(self.params, self.config)
     rng = np.random.default_rng(0)
     vocab = self.config.tokenizer.vocab_size
     self.prompts = [rng.integers(0, vocab, n) for n in LENGTHS]
@@ -274,6 +275,7 @@ def ends(model, decoding):
   return plan, inputs, loop.finish(plan, inputs, state)
 
 
+@pytest.mark.slow
 def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
   monkeypatch.setattr(attention, "_PARTS", len(LENGTHS))
   monkeypatch.setattr(attention, "_LEAST_BYTES", 0)
@@ -346,7 +348,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
 
   expected_MBTV = trained(rows, SEQ_LEN)
   drafter = drafters.own_predictors(model.config, depth)
-  target = network.target(config)
+  target = make_target(config)
   length_B = jnp.array([T, T - 5])
   seen = []
 
@@ -436,13 +438,14 @@ def test_other_prompts_and_settings_of_a_bucket_compile_nothing(sequential):
   assert (loop.prefill._cache_size(), loop.finish._cache_size()) == before
 
 
-@pytest.mark.parametrize("is_batch_sharded", mostly_slow([False, True], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("is_batch_sharded", [False, True])
 def test_on_a_mesh(sequential, is_batch_sharded):
   sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   mesh = make_mesh(tiny_config(overrides=sizes).mesh)
   axes = logical_axes(accounting.abstract_params(sequential.config))
   sharded = jax.device_put(sequential.params, tree_shardings(mesh, axes))
-  weights = network.unstack(sharded, sequential.config)
+  weights = unstack(sharded, sequential.config)
   rows = tree_shardings(mesh, ("batch",)) if is_batch_sharded else None
   completions = generate.generate(
     sequential.config, weights, sequential.prompts[:4], max_new_tokens=NEW,

@@ -16,7 +16,7 @@ import pytest
 from scipy.stats import chi2
 
 from mtp_jax.decode import loop, noise, trees
-from mtp_jax.decode.network import Target
+from mtp_jax.decode.target import Target
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.model.cache_slots import Places, positions_of
 from mtp_jax.predictors.drafting import Drafter, Recursion

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from mtp_jax import accounting
-from mtp_jax.decode import drafters, generate, loop, network, trees
+from mtp_jax.decode import drafters, generate, loop, trees
 from mtp_jax.decode.generate import Decoding
+from mtp_jax.decode.target import unstack
 from mtp_jax.decode.trees import DynamicTree, StaticTree, best_static_tree
 from mtp_jax.predictors.drafting import (
   Drafter,
@@ -137,7 +138,7 @@ def test_on_a_mesh():
   axes = logical_axes(accounting.abstract_params(model.config))
   sharded = jax.device_put(model.params, tree_shardings(mesh, axes))
   completions = generate.generate(
-    model.config, network.unstack(sharded, model.config), model.prompts[:4],
+    model.config, unstack(sharded, model.config), model.prompts[:4],
     max_new_tokens=NEW, prompt_length=PROMPT_SLOTS, decoding=decoding,
     batch_sharding=tree_shardings(mesh, ("batch",)),
   )

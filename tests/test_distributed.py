@@ -24,7 +24,7 @@ from launch.distributed import Group, find_group, initialize, share_of_devices
 from launch.exits import classify
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import ConfigError
-from mtp_jax.metrics import Progress
+from mtp_jax.run_log import RunLog
 from tests.common import assert_trees_close
 from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, without_wall_clock, write_texts
@@ -63,16 +63,16 @@ EXPERIMENT = """
 
 def signal_itself(signum, step, note=None):
   """Makes the process send itself a signal when that step is done."""
-  advance = Progress.advance
+  stepped = RunLog.stepped
 
-  def advance_and_signal(bar, now):
-    advance(bar, now)
-    if now == step:
+  def stepped_and_signal(log):
+    stepped(log)
+    if log.step == step:
       if note is not None:
         note.write_text(str(time.time()))
       os.kill(os.getpid(), signum)
 
-  Progress.advance = advance_and_signal
+  RunLog.stepped = stepped_and_signal
 
 
 def child(arguments, log, fault, num_devices):
@@ -349,14 +349,14 @@ def test_one_of_four_dies_or_freezes(tiny, alone, tmp_path, rank, signum):
 
 def sleep_in_step(step):
   """Makes the process sleep when that step is done: alive, and of no use."""
-  advance = Progress.advance
+  stepped = RunLog.stepped
 
-  def advance_and_sleep(bar, now):
-    advance(bar, now)
-    if now == step:
+  def stepped_and_sleep(log):
+    stepped(log)
+    if log.step == step:
       time.sleep(1000)
 
-  Progress.advance = advance_and_sleep
+  RunLog.stepped = stepped_and_sleep
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ NTP = "--config=experiments/ntp_baseline.py"
 
 
 def plan(root, *names, **overrides):
-  """Returns trials of one shape, and of another for names with `wide`."""
+  """Returns trials of one program, and of another for names with `wide`."""
   wide = {"trunk.mlp_dim": 512}
   config = with_overrides(from_config_dict(base.get_config()), overrides)
   swept = [
@@ -427,7 +427,7 @@ def test_the_reason_comes_from_the_log(tmp_path):
 def test_a_folder_that_another_job_holds_is_left_alone(tmp_path):
   (trial,) = plan(tmp_path, "a")
   fill(trial, state="training")
-  with cli.exclusive(trial.workdir):
+  with run_folder.exclusive(trial.workdir):
     conclude(trial, 2)
     assert states.read_state(trial).kind == "running"
   assert json.loads((trial.workdir / "status.json").read_text())["state"] == "training"
@@ -505,10 +505,10 @@ def test_the_lock_decides_whether_a_trial_is_running(tmp_path):
   killed, at_work, unlocked = plan(tmp_path, "killed", "at_work", "unlocked")
   for trial in (killed, at_work, unlocked):
     fill(trial, state="training", host="another")
-  with cli.exclusive(killed.workdir):
+  with run_folder.exclusive(killed.workdir):
     assert kind(killed) == "running"
   assert kind(killed) == kind(killed, Job("unknown")) == kind(unlocked) == "lost"
-  with cli.exclusive(at_work.workdir):
+  with run_folder.exclusive(at_work.workdir):
     assert jobs.choose([killed, at_work], again=False).todo == [killed]
 
 
@@ -536,8 +536,8 @@ def test_asking_for_a_state_keeps_nobody_from_starting(tmp_path):
   lock = (tmp_path / run_folder.LOCK).open("w")
   fcntl.flock(lock, fcntl.LOCK_SH)
   threading.Timer(0.1, lock.close).start()
-  with cli.exclusive(tmp_path):
-    assert cli.is_in_use(tmp_path)
+  with run_folder.exclusive(tmp_path):
+    assert run_folder.is_in_use(tmp_path)
 
 
 def test_the_table_shows_states_and_reasons(tmp_path):
@@ -626,7 +626,7 @@ def test_a_worker_has_its_share_of_the_machine(monkeypatch):
 
 def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
   (trial,) = plan(tmp_path, "a")
-  with cli.exclusive(trial.workdir):
+  with run_folder.exclusive(trial.workdir):
     outcome = workers.train(trial.config, trial.workdir)
   assert outcome.kind == "claimed" and "in use by another process" in outcome.text
   assert os.listdir(trial.workdir) == [".lock"]
@@ -638,8 +638,8 @@ def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
 
 def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(fcntl, "flock", no_locks)
-  with cli.exclusive(tmp_path):
-    assert not cli.is_in_use(tmp_path)
+  with run_folder.exclusive(tmp_path):
+    assert not run_folder.is_in_use(tmp_path)
   assert "nothing keeps a second process out" in capsys.readouterr().err
 
 
@@ -651,7 +651,7 @@ def test_cancelling_stops_the_sweep_of_a_trial(tmp_path, monkeypatch):
     fill(trial)
     host = host or socket.gethostname()
     states.write_record(trial.workdir, "local", pid=77, host=host)
-  with cli.exclusive(here.workdir), cli.exclusive(there.workdir):
+  with run_folder.exclusive(here.workdir), run_folder.exclusive(there.workdir):
     (said,) = jobs.cancel([here, idle, there])
   assert killed == [(77, signal.SIGTERM)]
   assert said == (
@@ -666,7 +666,7 @@ def sweep_of(planned, root, **options):
 def test_what_is_retried_follows_the_exit_class(tmp_path):
   crashed, broken = plan(tmp_path, "crashed", "broken")
   passed = sweep_of([crashed, broken], tmp_path, max_attempts=2)
-  worker = types.SimpleNamespace(give=lambda *_: None, trials=[], shape=None)
+  worker = types.SimpleNamespace(give=lambda *_: None, trials=[], program=None)
   for trial, kinds in ((crashed, ("infrastructure",) * 2), (broken, ("config",))):
     for exit_class in kinds:
       passed._waiting = [trial]
@@ -710,10 +710,10 @@ def test_packs_are_even_and_hold_what_is_alike(tmp_path):
   found = {trial.name: State("waiting") for trial in planned}
   found["b"] = State("stopped", step=3)
   assert order.preview_packs(planned, found, 2, 1).splitlines() == [
-    "shape 1, 2 trial(s): c d",
-    "shape 1, 2 trial(s): e a",
-    "shape 1, 1 trial(s): b",
-    "shape 2, 1 trial(s): wide",
+    "program 1, 2 trial(s): c d",
+    "program 1, 2 trial(s): e a",
+    "program 1, 1 trial(s): b",
+    "program 2, 1 trial(s): wide",
   ]
 
 
@@ -721,7 +721,7 @@ def test_a_pack_that_failed_is_not_packed_again(tmp_path):
   planned = plan(tmp_path, "a", "b", "c")
   given = []
   worker = types.SimpleNamespace(
-    give=lambda *args: given.append(args), trials=[], shape=None
+    give=lambda *args: given.append(args), trials=[], program=None
   )
   passed = sweep_of(planned, tmp_path, max_attempts=1, pack=2)
   passed._give(worker)
@@ -790,7 +790,7 @@ def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
 
 def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
   root = tmp_path / "runs"
-  with cli.exclusive(root):
+  with run_folder.exclusive(root):
     result = command("launch.sweep", NTP, f"--workdir={root}", "--on=print")
   assert result.code == 2
   assert result.output == f"error: another sweep is being started in {root}.\n"
@@ -799,7 +799,7 @@ def test_a_sweep_waits_for_no_other_that_is_being_started(command, tmp_path):
 
 def test_a_dry_run_shows_packs(command):
   result = command("launch.sweep", NTP, "--dry_run", "--pack=auto")
-  assert result.code == 0 and "\nshape 1, 5 trial(s): seed=0 seed=1" in result.output
+  assert result.code == 0 and "\nprogram 1, 5 trial(s): seed=0 seed=1" in result.output
   assert "\npacks of at most 32, if as many fit the memory:\n" in result.output
   wide = command("launch.sweep", NTP, "--workdir=x", "--pack=2", "--config.mesh.fsdp=2")
   assert wide.code == 2 and "The devices come from --pack: each trial" in wide.output

@@ -170,7 +170,7 @@ def test_sums_are_per_document_and_without_padding_rows():
 
   found = evaluate.document_sums(config, params, batches(), TOKEN_BYTES, mesh)
   # Of the same program: one for another number of rows may round otherwise.
-  program = evaluate.row_sums_program(config)
+  program = evaluate.row_sums_program(config, mesh)
   parts = [program(params, rows, TOKEN_BYTES) for rows, _ in batches()][:2]
   for name, rows in jax.tree.map(lambda *x: np.concatenate(x), *parts).items():
     np.testing.assert_allclose(rows, sums[name], rtol=1e-5, err_msg=name)
@@ -187,7 +187,6 @@ def test_eight_devices_measure_what_one_does(axes):
   found = {}
   for num_devices, sizes in ((1, tiny_config().mesh), (8, config.mesh)):
     mesh = make_mesh(sizes, jax.devices()[:num_devices])
-    evaluate.row_sums_program.cache_clear()
     with jax.set_mesh(mesh):
       found[num_devices] = evaluate.document_sums(
         config, params, [(batch, np.arange(8) // 2)], TOKEN_BYTES, mesh

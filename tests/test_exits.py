@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import base
-from launch import cli, exits, status, train
+from launch import exits, status, train
 from launch.engines import workers
+from mtp_jax import run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError, from_config_dict
 from mtp_jax.interrupt import Interrupted
@@ -113,7 +114,7 @@ def test_how_training_ends(monkeypatch, capsys, tmp_path, error, end):
   )
   assert (left["step"], left["num_steps"]) == (6, config.train.num_steps)
   assert left["job_id"] is None and left["loss"] is None
-  assert not cli.is_in_use(workdir)
+  assert not run_folder.is_in_use(workdir)
 
 
 def raised(work):
@@ -229,6 +230,6 @@ def test_a_refused_command_says_so_where_there_is_a_folder(tmp_path):
   left = status.read(tmp_path)
   assert (left["exit_class"], left["reason"]) == ("config", "a.b must be 1, got 2.")
   before = (tmp_path / "status.json").read_text()
-  with cli.exclusive(tmp_path):  # Another job's.
+  with run_folder.exclusive(tmp_path):  # Another job's.
     status.refused(tmp_path, "other")
   assert (tmp_path / "status.json").read_text() == before

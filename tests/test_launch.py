@@ -89,7 +89,7 @@ def test_dry_run_lists_every_trial_and_trains_nothing(command):
   assert header.split() == [
     "trial", "parameters", "deployed", "FLOPs/token", "steps", "tokens", "FLOPs"
   ]
-  assert len(rows) == 27 and total.startswith("27 trial(s) of 7 shape(s), ")
+  assert len(rows) == 27 and total.startswith("27 trial(s) of 7 program(s), ")
   cells = [row.replace(",", "").split() for row in rows]
   by_name = {name: [float(x) for x in numbers] for name, *numbers in cells}
   ntp = by_name["kind=nonedepth=0seed=0"]

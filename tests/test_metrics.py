@@ -17,8 +17,9 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from launch.planning import topologies
-from mtp_jax import metrics
-from mtp_jax.metrics import MetricsWriter, Progress
+from mtp_jax import files, metrics, progress
+from mtp_jax.metrics import MetricsWriter
+from mtp_jax.progress import Progress
 
 
 def read_records(folder):
@@ -121,25 +122,25 @@ def test_a_damaged_line_is_reported(tmp_path):
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(capsys, monkeypatch):
-  clock = iter([100.0, 104.0])
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-  bar = Progress("run", num_steps=50, enabled=True)
-  bar.say("resumed at step 10")
-  bar.start(10)
-  for step in range(11, 21):
-    bar.advance(step)
-  bar.report(20, 1.23456, 9876.5)
-  bar.close()
+  clock = iter([100.0, 101.0, 104.0, 120.0, 121.0])
+  monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+  bar = Progress("steps")
+  bar.say("run: resumed at step 10")
+  bar("run", 10, 50)
+  bar("run", 15, 50)
+  bar("run", 20, 50, "loss 1.2346")
+  bar("run", 30, 50)  # No line for 16 seconds.
+  bar("run", 31, 50)
   assert capsys.readouterr().out == (
     "run: resumed at step 10\n"
-    "run: step 20/50, loss 1.2346, 9,876 tokens/s, 12 s left\n"
+    "run: 20 of 50 steps, loss 1.2346, 12 s left\n"
+    "run: 30 of 50 steps, 20 s left\n"
   )
 
 
 def test_progress_reports_a_record_that_a_resumed_run_makes_up_for(capsys):
-  bar = Progress("run", num_steps=50, enabled=True)
-  bar.report(20, 1.23456, 9876.5)
-  assert capsys.readouterr().out == "run: step 20/50, loss 1.2346, 9,876 tokens/s\n"
+  Progress("steps")("run", 20, 50, "loss 1.2346")
+  assert capsys.readouterr().out == "run: 20 of 50 steps, loss 1.2346\n"
 
 
 def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
@@ -147,11 +148,10 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
   termios.tcsetwinsize(terminal, (24, 120))
   with os.fdopen(terminal, "w") as stderr:
     monkeypatch.setattr(sys, "stderr", stderr)
-    bar = Progress("run", num_steps=50, enabled=True)
-    bar.start(10)
-    for step in range(11, 21):
-      bar.advance(step)
-    bar.report(20, 1.23456, 9876.5)
+    bar = Progress("steps")
+    for step in range(10, 21):
+      bar("run", step, 50)
+    bar("run", 20, 50, "loss 1.2346")
     bar.close()
   written = b""
   with contextlib.suppress(OSError):  # How a terminal says that nothing is left.
@@ -161,16 +161,15 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
   shown = written.decode()
   assert "run:" in shown
   assert "20/50" in shown
-  assert "loss 1.235, 9,876 tokens/s" in shown
+  assert "loss 1.2346" in shown
   assert "<" in shown, "tqdm writes elapsed<left"
 
 
 def test_progress_can_be_silent(capsys):
-  bar = Progress("run", num_steps=2, enabled=False)
+  bar = Progress("steps", enabled=False)
   bar.say("x")
-  bar.start(0)
-  bar.advance(1)
-  bar.report(1, 1.0, 1.0)
+  bar("run", 0, 2)
+  bar("run", 1, 2, "loss 1.0")
   bar.close()
   assert capsys.readouterr() == ("", "")
 
@@ -219,8 +218,8 @@ def test_model_flop_utilisation(monkeypatch):
 
 def test_json_files_are_replaced_in_one_piece(tmp_path):
   path = tmp_path / "x.json"
-  metrics.write_json(path, {"a": np.float32(1), "b": [np.nan]})
+  files.write_json(path, {"a": np.float32(1), "b": [np.nan]})
   assert json.loads(path.read_text()) == {"a": 1.0, "b": [None]}
   with pytest.raises(TypeError):
-    metrics.write_json(path, {"a": object()})
+    files.write_json(path, {"a": object()})
   assert json.loads(path.read_text())["a"] == 1.0

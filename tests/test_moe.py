@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import mtp_jax
 from mtp_jax import accounting, train
-from mtp_jax.decode import network
+from mtp_jax.decode.target import unstack
 from mtp_jax.kernels.grouped_matmul import (
   Plan,
   block_size,
@@ -468,7 +468,7 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
 
 def test_decoding_routes_with_the_width_of_training():
   config = tiny_config("sequential", 2, MOE | {"trunk.compute_dtype": "bfloat16"})
-  weights = network.unstack(random_params(config), config)
+  weights = unstack(random_params(config), config)
   for block in (weights.blocks[-1], weights.predictors[0]["block"]):
     dtypes = jax.tree.map(lambda x: x.dtype, block["moe"])
     assert dtypes["router"] == dtypes["bias"] == jnp.float32

@@ -80,7 +80,7 @@ MUTANTS = {
     "test_losses_are_those_of_the_tokens_that_can_be_drafted[kl]",
   ),
   "ids of tokens that can be drafted lose bits": Mutant(
-    "decode/network.py",
+    "decode/target.py",
     '"router", "draft_tokens"',
     '"router"',
     "test_draft_vocabulary.py::test_in_decoding_other_tokens_have_no_probability",
@@ -397,7 +397,7 @@ MUTANTS = {
     f"{DEPTHS}[llama-sequential]",
   ),
   "heads are fed the state after the first head": Mutant(
-    "decode/network.py",
+    "decode/target.py",
     "streams[number - 1] for number in taps",
     "streams[-1] for number in taps",
     f"{DEPTHS}[llama-parallel]",

@@ -307,7 +307,8 @@ def test_what_cannot_be_packed_is_refused(configs, tmp_path, monkeypatch):
   plain = configs["plain"]
   deeper = with_overrides(plain, {"mtp.depth": 1, "trunk.embed_dim": 32})
   with pytest.raises(
-    ConfigError, match=r"one shape, but these keys differ: mtp.depth, trunk.embed_dim\."
+    ConfigError,
+    match=r"one program, but these keys differ: mtp.depth, trunk.embed_dim\.",
   ):
     fit_pack({"a": plain, "b": deeper}, tmp_path)
   with pytest.raises(ConfigError, match=r"mesh must be .* number of devices \(1\)"):

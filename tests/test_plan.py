@@ -265,9 +265,9 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   for kind, depth in (("none", 0), ("sequential", 1)):
     config = tiny_config(kind, depth, small)
     trial = Trial(config, config, Path("x"))
-    rows[trial.shape] = plan.plan(topology, [trial], tmp_path, 0.4)
+    rows[trial.program] = plan.plan(topology, [trial], tmp_path, 0.4)
     # The report is kept: the second time it is read, its seconds of compilation too.
-    assert plan.plan(topology, [trial], tmp_path, 0.4) == rows[trial.shape]
+    assert plan.plan(topology, [trial], tmp_path, 0.4) == rows[trial.program]
   (plain_shape, deep_shape), (plain, deep) = rows, rows.values()
   flops = plain["model_flops"]
   assert flops == accounting.train_flops_per_token(plain_shape) * 32 * 256

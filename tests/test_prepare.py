@@ -381,10 +381,10 @@ def test_command_teaches():
 
 PROGRESS = """
 import time
-import launch.progress
+import mtp_jax.progress
 seconds = iter([0.0, 3.0, 6.0, 9.0, 20.0, 26.0, 30.0, 36.0])
 time.monotonic = lambda: next(seconds)
-progress = launch.progress.Progress("B")
+progress = mtp_jax.progress.Progress("B")
 for done in (1e6, 2e6, 4e6, 5e6):
   progress("tokenizing", done, 10e6)
 for done in (0, 5e6):

@@ -16,7 +16,7 @@ from mtp_jax import train
 from mtp_jax.checkpoint import Checkpointer
 from mtp_jax.config import with_overrides
 from mtp_jax.interrupt import Interrupted
-from mtp_jax.metrics import Progress
+from mtp_jax.run_log import RunLog
 from tests.quick_xla import xla_flags
 from tests.tiny_runs import read_metrics, run_config, without_wall_clock, write_texts
 
@@ -29,16 +29,17 @@ NUM_STEPS, SAVE_EVERY = 12, 4
 
 def stop_after_step(step, signum):
   """Makes the process send itself a signal while that step is computed."""
-  advance = Progress.advance
+  stepped = RunLog.stepped
 
-  def advance_and_stop(bar, now):
-    advance(bar, now)
+  def stepped_and_stop(log):
+    stepped(log)
+    now = log.step
     if now == step:
       os.kill(os.getpid(), signum)
     if now >= step and jax.process_count() > 1:
       time.sleep(1)  # JAX tells the other processes within a second or so.
 
-  Progress.advance = advance_and_stop
+  RunLog.stepped = stepped_and_stop
 
 
 def kill_while_saving(step):

@@ -83,7 +83,7 @@ on_one_device = functools.cache(lambda kind: run_on(kind, {}))
 @pytest.mark.parametrize(
   "axes", mostly_slow(MESHES, MIXED), ids=lambda axes: "-".join(axes)
 )
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", mostly_slow(MODELS, "sequential"))
 def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
   assert_trees_close(run_on(kind, axes), on_one_device(kind), rtol=1e-4, atol=1e-5)
 
@@ -182,6 +182,27 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     make_mesh(config.mesh)
   rest = tiny_config(overrides={"mesh.data": -1, "mesh.tensor": 2})
   assert make_mesh(rest.mesh).shape["data"] == 4
+
+
+@pytest.mark.parametrize("num_devices, expected", [
+  (1, None), (8, {"xla_cpu_enable_concurrency_optimized_scheduler": False}),
+])
+def test_programs_on_several_cpu_devices_have_no_concurrent_schedule(
+  num_devices, expected, monkeypatch
+):
+  """With the schedule, collectives of devices that share few cores can deadlock."""
+  axes, jit = {"data": num_devices}, jax.jit
+  config = config_on("parallel", axes)
+  mesh = mesh_of(config, axes)
+  assert sharding.compiler_options(mesh) == expected
+  # A version of XLA that lacks the option would refuse it here.
+  assert jit(lambda x: x + 1, compiler_options=expected)(1) == 2
+  options = []
+  monkeypatch.setattr(jax, "jit", lambda _, **how: options.append(how))
+  programs.__wrapped__(program_config(config), mesh)
+  init, step, diagnostics = (how["compiler_options"] for how in options)
+  assert step == diagnostics == expected
+  assert init == (expected or {}) | {"xla_backend_optimization_level": 0}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import types
 import pytest
 
 from experiments import base
-from launch import cli, jobs, state_table, states, trials
+from launch import jobs, state_table, states, trials
 from launch.engines import local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.pace import Pace, Work, makespan
@@ -305,7 +305,7 @@ def test_equal_runs_are_trained_once_and_reported_for_each(corpus, tmp_path):
   assert not list(tmp_path.iterdir())
 
   done(first)
-  with cli.exclusive(others[0].workdir):
+  with run_folder.exclusive(others[0].workdir):
     share(planned)
   found = kinds(planned)
   assert [found[trial.name] for trial in (first, *others)] == [
@@ -365,7 +365,7 @@ def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
   )
   choice = jobs.choose([one, two, three, other], again=False)
   assert choice.todo == [two, other]
-  with cli.exclusive(three.workdir):
+  with run_folder.exclusive(three.workdir):
     choice = jobs.choose([one, two, three, other], again=False)
   assert (choice.active, choice.todo) == ([three], [other])
   done(one)
@@ -376,25 +376,25 @@ def test_of_equal_runs_the_one_that_is_furthest_goes_on(corpus, tmp_path):
 # Schedules
 
 
-def trial_of(name, shape, flops):
-  return types.SimpleNamespace(name=name, shape=shape, flops=flops)
+def trial_of(name, program, flops):
+  return types.SimpleNamespace(name=name, program=program, flops=flops)
 
 
-def test_next_trial_keeps_shapes_together_and_begins_with_the_most_work():
+def test_next_trial_keeps_programs_together_and_begins_with_the_most_work():
   waiting = [
     trial_of("a1", "a", 1), trial_of("a2", "a", 2), trial_of("b", "b", 2.5),
     trial_of("c", "c", 9),
   ]
-  fresh = types.SimpleNamespace(shape=None)
+  fresh = types.SimpleNamespace(program=None)
 
-  def pick(shape, *busy):
-    worker = types.SimpleNamespace(shape=shape)
-    others = [types.SimpleNamespace(shape=other) for other in busy]
+  def pick(program, *busy):
+    worker = types.SimpleNamespace(program=program)
+    others = [types.SimpleNamespace(program=other) for other in busy]
     return order.next_trial(waiting, worker, others).name
 
   assert pick("b") == "b"
   assert pick("a") == "a2"
-  assert pick(fresh.shape) == "c"
+  assert pick(fresh.program) == "c"
   assert pick(None, "c") == "a2"
   assert pick("gone", "a", "c") == "b"
   assert pick(None, "a", "b", "c") == "c"
@@ -530,7 +530,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
     log.read_text().count("Finished XLA compilation of jit(train_step)")
     for log in tmp_path.glob("*/log.txt")
   ]
-  assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one shape, one worker.
+  assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one program, one worker.
 
   # Success ends a trial: what it did not do counts as done, not as fast.
   flops = sum(work.done for work in sweep._ended)

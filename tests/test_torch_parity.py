@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import Config
-from mtp_jax.decode import network
+from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.depth_weights import depth_weights
 from mtp_jax.lm import MtpLm
 from mtp_jax.predictors import num_trunk_layers
@@ -181,7 +181,7 @@ def test_cached_decoding_equals_torch(trunk, kind):
   batch = common.packed_batch(config)
   tokens_BT = batch.tokens
   rows, slots = tokens_BT.shape
-  target = network.target(config)
+  target = make_target(config)
 
   @jax.jit
   def forward(weights, tokens_BT, positions_BT, caches):
@@ -192,7 +192,7 @@ def test_cached_decoding_equals_torch(trunk, kind):
     params = _random_params(config, batch)
     peer = torch_peer.Peer(config).double()
     load_params(peer, export_params(params, config))
-    weights = network.unstack(params, config)
+    weights = unstack(params, config)
     cache, peer_cache = target.init(rows, slots), peer.empty_cache(rows, slots)
     # A prompt, one token, several tokens: the three shapes of a decoding loop.
     for start, end in ((0, 6), (6, 7), (7, 11)):

@@ -275,7 +275,7 @@ def test_a_line_says_that_success_ended_it(stopping, stopped, tmp_path, capsys):
   lines = capsys.readouterr().out.splitlines()
   value = stopping.train.stop_value
   assert f"tiny: loss reached {value} at steps 6 and 8" in lines
-  assert lines[-2].startswith("tiny: step 8/8") and lines[-2].endswith(", 0 s left")
+  assert lines[-2].startswith("tiny: 8 of 8 steps") and lines[-2].endswith(", 0 s left")
 
 
 TASKS = {
@@ -733,7 +733,7 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   assert record["total"] == pytest.approx(sum(record["seconds"].values()))
   assert all(x > 0 for x in record["seconds"].values())
   assert start.startswith(f"tiny: first step after {record['total']:.1f} s: devices ")
-  assert first.startswith("tiny: step 3/6, loss ")
+  assert first.startswith("tiny: 3 of 6 steps, loss ")
   assert first.endswith(" s left")
   assert second.endswith(" tokens/s, 0 s left")
   assert done.startswith("tiny: done: main loss ")

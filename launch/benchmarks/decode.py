@@ -36,8 +36,9 @@ from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.packing import token_ids
 from mtp_jax.data.pipeline import load_corpus
-from mtp_jax.decode import acceptance, drafters, network, trees
+from mtp_jax.decode import acceptance, drafters, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
+from mtp_jax.decode.target import unstack
 from mtp_jax.lm import MtpLm, zeros_batch
 from mtp_jax.predictors import KINDS
 from mtp_jax.sharding import unbox
@@ -241,7 +242,7 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
       f"{settings.prompts}."
     )
   return Model(
-    str(path), config, network.unstack(loaded.params, config), np.stack(prompts),
+    str(path), config, unstack(loaded.params, config), np.stack(prompts),
     max_new_tokens, loaded.tokenizer.end_ids,
   )
 
@@ -308,7 +309,7 @@ def _random(
   rng = np.random.default_rng(settings.seed)
   prompts_NP = rng.integers(0, vocab, (rows, settings.prompt_tokens), np.int32)
   name = f"{size} {trunk} V={vocab} {kind} D={settings.depth}"
-  weights = network.unstack(params, config)
+  weights = unstack(params, config)
   return Model(name, config, weights, prompts_NP, settings.max_new_tokens, ())
 
 

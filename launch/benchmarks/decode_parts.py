@@ -25,7 +25,7 @@ from launch.benchmarks import harness, limits
 from launch.benchmarks.harness import TORCH, Contestant
 from launch.benchmarks.pages import ratios
 from mtp_jax.config import Config
-from mtp_jax.decode import loop, network, trees
+from mtp_jax.decode import loop, trees
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.kernels.argmax import argmax
 from mtp_jax.model.layers import compute_dtype
@@ -37,6 +37,7 @@ from mtp_jax.predictors.drafting import (
   take_tokens,
   tokens_of,
 )
+from mtp_jax.predictors.weights import Weights
 
 _MOST_TURNS = 1 << 14
 
@@ -47,7 +48,7 @@ class Model:
 
   name: str
   config: Config
-  weights: network.Weights
+  weights: Weights
   prompts_NP: np.ndarray
   max_new_tokens: int
   stop_ids: tuple[int, ...]

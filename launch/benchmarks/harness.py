@@ -22,9 +22,9 @@ from absl import flags
 from experiments import base
 from launch import paths
 from launch.huge_pages import start_with_huge_pages
-from launch.progress import Progress
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
+from mtp_jax.progress import Progress
 
 flags.disclaim_key_flags()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.benchmarks.harness import FLOOR, NAME, OURS, OUTPUT, slug
 from mtp_jax import environment
-from mtp_jax.metrics import write_json
+from mtp_jax.files import write_json
 
 
 def rounds_of(row: Mapping[str, Any], name: str) -> list[float]:

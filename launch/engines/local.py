@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Given(NamedTuple):
-  """The start of a trial in a worker; `is_first` of its shape."""
+  """The start of a trial in a worker; `is_first` of its program."""
 
   began: float
   state: State
@@ -53,7 +53,7 @@ class Sweep:
     root: the sweep folder.
     compilation_cache: folder of compiled programs; empty for none.
     max_attempts: how often a trial is started that ends for no fault of its own.
-    pack: most trials of one shape that are trained in one program; None is as many as
+    pack: most trials of one program that are trained in one program; None is as many as
       fit, up to `MOST_PACKED`.
   """
 
@@ -71,12 +71,12 @@ class Sweep:
     self._compilation_cache = compilation_cache
     self._max_attempts = max_attempts
     self._pack = pack
-    # By shape: trials that fit, as measured; and the size of its packs.
+    # By program: trials that fit, as measured; and the size of its packs.
     self._fitting: dict[Config, int] = {}
     self._sizes: dict[Config, int] = {}
     self._not_packed: set[str] = set()  # Their pack failed.
     self._num_devices = 1
-    self._num_shapes = len({trial.shape for trial in self._waiting})
+    self._num_programs = len({trial.program for trial in self._waiting})
     self._failed = {t.name: "another process trains it" for t in choice.active}
     for trial in choice.given_up:
       reason = self._states[trial.name].reason
@@ -139,13 +139,13 @@ class Sweep:
       case (str() as platform, int() as num_devices):
         self._check_devices(platform, num_devices)
       case int():
-        self._fitting[worker.shape] = result
+        self._fitting[worker.program] = result
       case Outcome(kind="died"):
         has_died = True
         if given:
           self._note_all(given, [result])
-        elif worker.shape is not None:  # It died of measuring: two do not fit.
-          self._fitting[worker.shape] = 1
+        elif worker.program is not None:  # It died of measuring: two do not fit.
+          self._fitting[worker.program] = 1
         elif self._signum is None:
           raise WorkerError(f"a worker could not start: {result.text}.")
       case Outcome():
@@ -162,18 +162,18 @@ class Sweep:
       self._workers.append(Worker(worker.slot, self._compilation_cache))
 
   def _give(self, worker: Worker) -> None:
-    busy = [other for other in self._workers if other is not worker and other.shape]
+    busy = [other for other in self._workers if other is not worker and other.program]
     trial = next_trial(self._waiting, worker, busy)
     mates = self._mates(trial)
-    if len(mates) > 1 and self._pack is None and trial.shape not in self._fitting:
+    if len(mates) > 1 and self._pack is None and trial.program not in self._fitting:
       worker.measure(trial, min(len(mates), MOST_PACKED))
-      self._say(f"{trial.name}: measures how many of its shape fit")
+      self._say(f"{trial.name}: measures how many trials of its program fit")
       return
     size = self._size(trial, len(mates))
     given = in_packs(mates, self._states, size)[0] if size > 1 else [trial]
     pack = f" in a pack of {len(given)}" if len(given) > 1 else ""
-    is_first = given[0].shape not in self._begun
-    self._begun.add(given[0].shape)
+    is_first = given[0].program not in self._begun
+    self._begun.add(given[0].program)
     for trial in given:
       self._waiting.remove(trial)
       state = self._states[trial.name]
@@ -197,18 +197,18 @@ class Sweep:
     return [
       other
       for other in self._waiting
-      if other.shape == trial.shape and other.name not in self._not_packed
+      if other.program == trial.program and other.name not in self._not_packed
     ]
 
   def _size(self, trial: Trial, num_mates: int) -> int:
-    """Returns the size of a pack with this trial; that of a shape stays the same."""
+    """Returns the size of a pack with this trial; a program keeps its size."""
     if trial.name in self._not_packed:
       return 1
-    if trial.shape not in self._sizes:
-      most = self._fitting.get(trial.shape, 1) if self._pack is None else self._pack
-      num_workers = len(self._workers) / self._num_shapes
-      self._sizes[trial.shape] = pack_size(num_mates, most, num_workers)
-    return self._sizes[trial.shape]
+    if trial.program not in self._sizes:
+      most = self._fitting.get(trial.program, 1) if self._pack is None else self._pack
+      num_workers = len(self._workers) / self._num_programs
+      self._sizes[trial.program] = pack_size(num_mates, most, num_workers)
+    return self._sizes[trial.program]
 
   def _note_all(self, given: list[Trial], outcomes: list[Outcome]) -> None:
     """Notes the end of a trial, or of a pack; of one that failed, a single outcome."""
@@ -319,7 +319,7 @@ class Sweep:
     """Returns what a trial has to do from here, or from where it was given out."""
     given = self._given.get(trial.name)
     if given is None:
-      is_first = trial.shape not in self._begun
+      is_first = trial.program not in self._begun
       left = trial.flops - self._done_flops(trial)
       return Work(trial.cost, left, is_first=is_first)
     per_step, state = trial.flops / trial.num_steps, self._states[trial.name]
@@ -437,7 +437,7 @@ class Local:
   @staticmethod
   def cancel(records: dict[str, Record]) -> str:
     """Stops the sweeps that train these trials, with all that they train."""
-    busy = [r for r in records.values() if cli.is_in_use(Path(r["workdir"]))]
+    busy = [r for r in records.values() if run_folder.is_in_use(Path(r["workdir"]))]
     pids = {r["pid"] for r in busy if r["host"] == socket.gethostname()}
     for pid in pids:
       os.kill(pid, signal.SIGTERM)

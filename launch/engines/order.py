@@ -14,22 +14,22 @@ MOST_PACKED = 32
 def next_trial(waiting: list[Trial], worker: Worker, busy: Iterable[Worker]) -> Trial:
   """Returns what a free worker trains next.
 
-  First a trial of the shape that it has compiled; then one of a shape that no other
-  worker is at; among those the shape with the most work left. Long trials come before
+  First a trial of the program that it has compiled; then one of a program that no other
+  worker has; among these the program with the most work left. Long trials come before
   short ones, so that the sweep does not end with one worker busy and the others idle.
   """
-  taken = {other.shape for other in busy}
-  choice = [trial for trial in waiting if trial.shape == worker.shape]
+  taken = {other.program for other in busy}
+  choice = [trial for trial in waiting if trial.program == worker.program]
   if not choice:
-    choice = [trial for trial in waiting if trial.shape not in taken] or waiting
+    choice = [trial for trial in waiting if trial.program not in taken] or waiting
   work: dict[Config, float] = {}
   for trial in choice:
-    work[trial.shape] = work.get(trial.shape, 0.0) + trial.flops
-  return max(choice, key=lambda trial: (work[trial.shape], trial.flops))
+    work[trial.program] = work.get(trial.program, 0.0) + trial.flops
+  return max(choice, key=lambda trial: (work[trial.program], trial.flops))
 
 
 def pack_size(num_trials: int, most: int, num_workers: float) -> int:
-  """Returns the size of packs of trials of one shape, at most `most`, that are even.
+  """Returns the size of packs of trials of one program, at most `most`, that are even.
 
   13 trials, of which 8 fit, are two packs of up to 7: one program serves both, and one
   of its places stays empty. `num_workers` are to have a pack each.
@@ -41,7 +41,7 @@ def pack_size(num_trials: int, most: int, num_workers: float) -> int:
 def in_packs(
   mates: list[Trial], found: dict[str, State], size: int
 ) -> list[list[Trial]]:
-  """Returns trials of one shape as packs of at most `size`, those alike together.
+  """Returns trials of one program as packs of at most `size`, those alike together.
 
   Trials at one step can share their batches, and those of one length end together. The
   longest come first, else the order is that of the sweep.
@@ -56,13 +56,13 @@ def preview_packs(
   """Returns a line for each pack of at most `most` trials (None: as many as fit)."""
   mates: dict[Config, list[Trial]] = {}
   for trial in waiting:
-    mates.setdefault(trial.shape, []).append(trial)
+    mates.setdefault(trial.program, []).append(trial)
   lines = []
   if most is None:
     lines.append(f"packs of at most {MOST_PACKED}, if as many fit the memory:")
-  for shape, of_shape in enumerate(mates.values(), start=1):
-    size = pack_size(len(of_shape), most or MOST_PACKED, num_workers / len(mates))
-    for pack in in_packs(of_shape, found, size):
+  for number, alike in enumerate(mates.values(), start=1):
+    size = pack_size(len(alike), most or MOST_PACKED, num_workers / len(mates))
+    for pack in in_packs(alike, found, size):
       names = " ".join(trial.name for trial in pack)
-      lines.append(f"shape {shape}, {len(pack)} trial(s): {names}")
+      lines.append(f"program {number}, {len(pack)} trial(s): {names}")
   return "\n".join(lines)

@@ -13,7 +13,7 @@ class Work(NamedTuple):
   flops:     from the step at which it was given out to the last one.
   done:      FLOPs of these that are done, in `training` seconds.
   seconds:   since it was given out, with start-up and evaluation.
-  is_first:  no trial of its shape came before, so its programs are compiled.
+  is_first:  no trial of its program came before: the program is compiled.
   has_ended: it is evaluated.
   """
 

@@ -2,8 +2,8 @@
 
 A worker is a pool of one process, with its own share of the CPU cores (XLA starts as
 many threads) and of the GPUs. It keeps corpora and compiled programs from trial to
-trial, so trials of one shape compile once. What a trial prints goes to `log.txt` in its
-run folder, its end to `status.json` there and to its `Outcome`.
+trial, so trials of one program compile once. What a trial prints goes to `log.txt` in
+its run folder, its end to `status.json` there and to its `Outcome`.
 """
 
 import contextlib
@@ -78,14 +78,14 @@ class Worker:
   """The sweep's side of one worker process.
 
   trials: those in training, none while it is idle, starting or measuring.
-  shape: of the last trial that it got; its programs are compiled.
+  program: of the last trial that it got, which is compiled.
   future: of what it does; at first of `devices`.
   """
 
   def __init__(self, slot: Slot, compilation_cache: str):
     self.slot = slot
     self.trials: list[Trial] = []
-    self.shape: Config | None = None
+    self.program: Config | None = None
     self._pool = ProcessPoolExecutor(
       1, _SPAWN, initializer=begin, initargs=(slot, compilation_cache)
     )
@@ -99,14 +99,14 @@ class Worker:
 
   def give(self, trials: list[Trial], size: int | None = None) -> None:
     """Starts training a trial, or several as a pack of `size`."""
-    self.trials, self.shape = trials, trials[0].shape
+    self.trials, self.program = trials, trials[0].program
     runs = [(trial.config, trial.workdir) for trial in trials]
     work = (train, *runs[0]) if size is None else (train_pack, runs, size)
     self._submit(*work)
 
   def measure(self, trial: Trial, most: int) -> None:
-    """Starts to measure how many trials of this shape fit, at most `most`."""
-    self.shape = trial.shape
+    """Starts to measure how many trials of this program fit, at most `most`."""
+    self.program = trial.program
     self._submit(measure, trial.resolved, most)
 
   def _submit(self, *work: Any) -> None:
@@ -214,7 +214,7 @@ def train(config: Config, workdir: Path) -> Outcome:
 
 
 def train_pack(runs: list[tuple[Config, Path]], size: int) -> list[Outcome]:
-  """Trains trials of one shape as a pack of `size`; see `train` and `fit_pack`.
+  """Trains trials of one program as a pack of `size`; see `train` and `fit_pack`.
 
   A single outcome is a failure of them all. What libraries print goes to the log of the
   first trial, and the other logs name it.
@@ -272,7 +272,7 @@ def measure(config: Config, most: int) -> int:
 def _taken(stack: contextlib.ExitStack, workdir: Path) -> Outcome | None:
   """Holds a run folder, or returns why there is nothing to be trained in it."""
   try:
-    stack.enter_context(cli.exclusive(workdir))
+    stack.enter_context(run_folder.exclusive(workdir))
   except ConfigError as error:
     return Outcome("claimed", str(error))
   # By another sweep, since this one looked.

@@ -16,13 +16,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtp_jax.config import MOST_DRAFTS, Config
-from mtp_jax.decode import drafters, loop, network, stops, trees
+from mtp_jax.decode import drafters, loop, stops, trees
+from mtp_jax.decode.target import make_target
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
 from mtp_jax.environment import device_memory
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers
 from mtp_jax.predictors.drafting import Drafter
+from mtp_jax.predictors.weights import Weights
 
 PROPOSALS = ("auto", "argmax", "sample", "coupled")
 
@@ -143,7 +145,7 @@ def make_plan(
         "a tree must have proposal 'argmax', its nodes are the most likely tokens; got "
         f"{proposal!r}."
       )
-  return loop.Plan(network.target(config), drafter, rule, proposal)
+  return loop.Plan(make_target(config), drafter, rule, proposal)
 
 
 def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
@@ -176,7 +178,7 @@ def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
 
 def generate(
   config: Config,
-  weights: network.Weights,
+  weights: Weights,
   prompts: Sequence[np.ndarray],
   *,
   max_new_tokens: int,
@@ -194,7 +196,7 @@ def generate(
 
   Args:
     config: of the model.
-    weights: `network.unstack` of its parameters, on any mesh.
+    weights: `target.unstack` of its parameters, on any mesh.
     prompts: token ids, each with at least one.
     max_new_tokens: longest completion; completions of fewer share compiled programs
       with it up to the next power of two.
@@ -239,7 +241,7 @@ def generate(
 
 def stream(
   config: Config,
-  weights: network.Weights,
+  weights: Weights,
   prompt: np.ndarray,
   *,
   max_new_tokens: int,
@@ -342,7 +344,7 @@ def bucket_size(size: int) -> int:
 
 
 def _inputs(
-  weights: network.Weights,
+  weights: Weights,
   decoding: Decoding,
   stop_ids: Sequence[int],
   stop_SV: np.ndarray | None = None,

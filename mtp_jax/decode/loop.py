@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.decode import noise, stops, trees
-from mtp_jax.decode.network import Target
+from mtp_jax.decode.target import Target
 from mtp_jax.decode.verify import match_tokens, sample_tokens, verify_sampled
 from mtp_jax.decode.warp import Warp, warp
 from mtp_jax.kernels.argmax import argmax

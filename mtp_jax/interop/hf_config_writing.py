@@ -1,11 +1,10 @@
 """config.json of exported model folders."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.config import Config, TrunkConfig, get_dotted
 from mtp_jax.interop.hf_config import (
   EXPERT_KEYS,
   GPT2_KEYS,
@@ -129,10 +128,6 @@ def _written(
 def write_keys(config: Config, keys: dict[str, str]) -> dict[str, Any]:
   """Returns the values of our dotted keys, under their names in config.json."""
   return {theirs: get_dotted(config, ours) for ours, theirs in keys.items()}
-
-
-def get_dotted(config: Config, key: str) -> Any:
-  return functools.reduce(getattr, key.split("."), config)
 
 
 def _write_deepseek(config: Config) -> dict[str, Any]:

@@ -14,7 +14,13 @@ import jax
 import numpy as np
 
 from mtp_jax import accounting
-from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, next_token_only, to_dict
+from mtp_jax.config import (
+  PUBLISHED_INPUTS,
+  Config,
+  MtpConfig,
+  get_dotted,
+  next_token_only,
+)
 from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
@@ -279,9 +285,7 @@ def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
 def _check_config(model: HfModel, config: Config) -> None:
   for key, value in model.overrides.items():
     free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in _FREE)
-    node: Any = to_dict(config)
-    for part in key.split("."):
-      node = node[part]
+    node = get_dotted(config, key)
     if key.startswith("trunk.") and not free and node != value:
       raise InteropError(
         f"{key} must be {value!r}, as {model.folder / 'config.json'} has it, got "

@@ -2,7 +2,7 @@
 
 Training stacks the parameters of equal layers and loops over them. A decoding step is
 bound by reading weights, and taking a layer out of a stack would copy it every time;
-`decode.network.unstack` does that once.
+`decode.target.unstack` does that once.
 
 Legend: D embed, V vocab, C draft vocabulary, P learned positions.
 """

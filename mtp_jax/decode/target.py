@@ -1,4 +1,4 @@
-"""The next-token model inside an MTP model: its weights, and as a decoding target.
+"""The decoding target: the next-token model inside an MTP model, and its weights.
 
 Legend: B batch, T new tokens, S slots, D embed, V vocab.
 """
@@ -33,11 +33,11 @@ class Target(NamedTuple):
   init(rows, slots) -> cache.
   forward(weights, tokens_BT, positions_BT, cache) -> (hidden_BTD, feature_BTD, cache):
     runs T new tokens and caches them at their positions. A position of `slots` or more
-    marks a row that is not there: what is returned for it is not read. Nodes of a tree
-    come with `cache_slots.Places` in the place of positions.
+    marks an absent row, whose result is not read. Nodes of a tree have
+    `cache_slots.Places` instead of positions.
   unembed(weights, hidden_...D) -> logits_...V of the next token, at least float32.
-  move(cache, source_BT, slot_BT) -> cache: what was in some slots, in others; a slot of
-    S or more is none. Asked for by trees alone.
+  move(cache, source_BT, slot_BT) -> cache: copies entries from slot to slot, and skips
+    a slot of S or more. Only trees need it.
   """
 
   init: Callable[..., Any]
@@ -76,7 +76,7 @@ def unstack(params: Any, config: Config) -> Weights:
   )
 
 
-def target(config: Config) -> Target:
+def make_target(config: Config) -> Target:
   """Returns the next-token model inside an MTP model as a decoding target.
 
   Its feature is the trunk's un-normed residual stream, which is what every kind of
