@@ -47,6 +47,7 @@ test-all: lint
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 house: setup-dev
 	$(BIN)/python -m tests.house

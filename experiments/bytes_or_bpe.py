@@ -18,8 +18,8 @@ Presets: `cpu`: width 64, 4 layers, 400 steps of 4 rows; three seeds. `gpu`: wid
 6 layers, 5,000 steps of 64 rows of 2,048 bytes against BPE of 4,096; `cluster`: width
 768, 14 layers, 12,000 steps; three seeds. Neither was run.
 
-Expected, before the run of `cpu`: the penalty of bytes is smaller than that of BPE at
-n = 4 and at n = 8.
+Expected, before the run of `cpu`: at n = 4 and at n = 8 bytes have a smaller penalty
+than BPE.
 
 `cpu` took 5 minutes on two cores, beside tests; found: experiments/README.md.
 """

@@ -30,16 +30,16 @@ Together with their trunk, from the first step (`from=start`): `parallel` heads,
 `modules`, one `module`, and `medusa` (Medusa-2, but from the first step).
 
 Equal steps: every drafter gets as many, on the same data in the same order, so that
-those on an NTP trunk cost more in all. Equal parameters: EAGLE and `module` have the
+drafters on an NTP trunk cost more in all. Equal parameters: EAGLE and `module` have the
 width of feed-forward layer (`mtp.mlp_dim`) with which they are as large as Medusa with
 its own matrices or, with `gpu`, whose layers are larger, as one module;
-`medusa_shared`, `modules` and `parallel` are what they are. Learning rates are those of
-the size and were not tuned for any arm. Weights: head k of Medusa 0.8^k, beside a trunk
+`medusa_shared`, `modules` and `parallel` are not matched. Learning rates follow the
+size and were not tuned for any arm. Weights: head k of Medusa 0.8^k, beside a trunk
 that learns too 0.2 times that, a choice of ours; parallel 1 each; modules 0.3 together.
 
-Scores, of eval.json: `sampled_tokens_per_round`, `sampled_acceptance` (temperature 1),
-`decoded_tokens_per_round` (greedy) and, the price of training jointly, `main_loss`:
-with a frozen trunk it is that of the NTP run. Costs and trees are measured by
+Scores in eval.json: `sampled_tokens_per_round`, `sampled_acceptance` (temperature 1),
+`decoded_tokens_per_round` (greedy) and, as the price of training jointly, `main_loss`,
+which with a frozen trunk equals the NTP run's. Costs and trees are measured by
 `launch.benchmark decode --runs`.
 
 Presets: `cpu`: widths 32 and 64 of gains_with_scale:cpu; `gpu`, with `gpu_trunks` in

@@ -22,15 +22,16 @@ were accepted `sampled_tokens_per_round` and `sampled_acceptance`; the simulated
 see the states that drafting with `trunk_shifted` does not have.
 
 Presets: `cpu`: 4 layers of width 32, 600 steps of 512 bytes; 6 minutes on one core.
-`gpu` and `cluster`: width 256 and 1024 of those ladders of gains_with_scale.py. Neither
-was run.
+`gpu` and `cluster`: widths 256 and 1024 of the same presets of gains_with_scale.py.
+Neither was run.
 
-Expected, written before any run, for `cpu`: main losses of all arms with D = 2 within
-0.02 nats of each other; `before` not to be told from `after`; depth 1 alike in
-`chained` and `trunk`, whose first modules are the same, and depth 2 at most 0.05 nats
-worse with `trunk`; depth 2 of `trunk_shifted` best of all and close to its depth 1,
-which knows as much, yet fewer of its second drafts accepted than of `chained`; with
-`fed=none` both depths at least 0.3 nats worse and the fewest drafts accepted.
+Expected, written before any run, for `cpu`: the main losses of all arms with D = 2 lie
+within 0.02 nats of each other, and `before` does not differ from `after`. Depth 1 is
+alike in `chained` and `trunk`, whose first modules are the same; depth 2 is at most
+0.05 nats worse with `trunk`. Depth 2 of `trunk_shifted` is the best of all and close to
+its depth 1, which has the same input, yet fewer of its second drafts are accepted than
+of `chained`'s. With `fed=none` both depths are at least 0.3 nats worse, and the fewest
+drafts are accepted.
 """
 
 from collections.abc import Iterator

@@ -6,20 +6,21 @@
 Three ways to balance a mixture of experts: the bias that DeepSeek-V3 adds to the choice
 and moves after every step (no loss; gamma and alpha as below); the sequence-wise loss
 that DeepSeek-V3 keeps as a complement, here alone and with a large alpha; and nothing.
-Each with plain next-token prediction and with one sequential module, whose block has
-experts of its own; three seeds. Scores: `violation` in metrics.jsonl, the largest load
-over the mean load minus 1 in the last steps, and `main_loss` in eval.json.
+Each is trained with plain next-token prediction and with one sequential module, whose
+block has experts of its own; three seeds. Two numbers are compared: `violation` in
+metrics.jsonl (the load of the busiest expert over the mean load, minus 1, in the last
+steps) and `main_loss` in eval.json.
 
 Presets: `cpu` (18 trials, about 8 minutes on two cores) and `gpu` (bytes of the
 installed packages, 32 experts, one accelerator; some hours in all on an H100, not
 measured).
 
-Expected, before any run: with nothing the violation stays high (above 1, the busiest
-expert has more than twice its share) in the trunk and in the module; bias and loss both
-bring it below 0.5; the bias costs no main loss (within seed noise of the best), the
-loss a little. MTP changes the main loss, not the order of the three. Found (`cpu`): the
-violations as expected; no cost of either distinguishable from seed noise; see
-`experiments/README.md`.
+Expected, before any run: with nothing the violation stays high (above 1: the busiest
+expert has more than twice its share) in the trunk and in the module. The bias and the
+loss both bring the violation below 0.5. The bias does not raise the main loss beyond
+seed noise, the loss raises it a little. MTP changes the main loss, not the order of the
+three. Found (`cpu`): the violations are as expected; neither the bias nor the loss
+costs main loss beyond seed noise; see `experiments/README.md`.
 """
 
 from collections.abc import Iterator

@@ -5,8 +5,9 @@
 Claim: writing a satisfying assignment variable by variable needs all clauses at the
 first variable, and parallel heads train for that; the share of formulas that is solved
 rises with n (Huang et al. 2026, who train 5.3M parameters on 50,000 formulas; their
-clauses and format are not published, so ours are those of mtp_jax/data/tasks/sat.py).
-Score: `task_accuracy` of eval.json, all clauses satisfied, greedy.
+clauses and format are not published; ours are in mtp_jax/data/tasks/sat.py).
+Score: `task_accuracy` in eval.json, the share of formulas with all clauses satisfied,
+decoded greedily.
 
 Presets: `cpu`: 5 variables, 15 clauses, 4 layers of width 64, endless formulas, 400
 steps of 32; NTP and parallel n = 3, 5; three seeds. `gpu` and `cluster`: 7

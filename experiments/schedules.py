@@ -6,9 +6,9 @@
 Claims: switching depths off one by one (reverse curriculum) or letting their weight
 fall to 0 takes away much of what they cost the next-token loss; only a constant weight
 or switching depths on one by one (forward) keeps drafts that are accepted (Aynetdinov
-and Akbik 2025, arXiv 2505.22757, on curricula; the fall from 0.3 to 0.1 is that of
-DeepSeek-V3, arXiv 2412.19437). Scores: `main_loss` minus that of next-token prediction
-(NTP) with the same seed, and `sampled_tokens_per_round`, of eval.json.
+and Akbik 2025, arXiv 2505.22757, on curricula; DeepSeek-V3, arXiv 2412.19437, has the
+fall from 0.3 to 0.1). Scores in eval.json: `main_loss` minus the `main_loss` of
+next-token prediction (NTP) with the same seed, and `sampled_tokens_per_round`.
 
 Parallel heads, D = 3, at weight 1 each, where the cost is largest: constant, 1 -> 0.1,
 fall to 0 (each at two thirds of training), forward, reverse. One sequential module at
@@ -19,8 +19,8 @@ of width 384 of gains_with_scale:gpu, three seeds; `cluster`: of width 768, five
 Neither was run.
 
 Expected, before the run of `cpu`: reverse and the fall to 0 close at least half of the
-cost of the constant weight; forward keeps at least 0.9 of the accepted length, they do
-not.
+cost of the constant weight; forward keeps at least 0.9 of the accepted length, reverse
+and the fall to 0 keep less.
 
 `cpu` took 17 minutes on one core, beside other programs; found: experiments/README.md.
 """

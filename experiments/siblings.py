@@ -72,16 +72,16 @@ _DECAYS = (0.1, 1.0, 3.0, 10.0)
 class Tuned(NamedTuple):
   """What `cpu_rates` chose: factor on the learning rate, and weight decay.
 
-  The defaults are for the widths of `gpu` and `cluster`, which need a tuning of theirs.
+  The defaults are for the widths of `gpu` and `cluster`, which have not been tuned.
   """
 
   factor: float = 1.0
   weight_decay: float = 0.1
 
 
-# By number of triples, then width and n. Width 32 with 3,000 triples and widths 16 and
-# 128 with 1,000 were not tuned: they have the settings of a neighbour. Width 128 with
-# 3,000 was tuned over decays 1 and 3 at factor 8, on one seed.
+# A table for each number of triples, with keys (width, n). Width 32 with 3,000 triples
+# and widths 16 and 128 with 1,000 were not tuned and use the settings of a neighbour.
+# Width 128 with 3,000 was tuned on one seed, over weight decays 1 and 3 at factor 8.
 _TUNED_3000 = {
   (8, 1): Tuned(4.0, 1.0),
   (8, 2): Tuned(4.0, 0.1),
@@ -108,7 +108,8 @@ _TUNED_1000 = {
 }
 # 10,000 triples were not tuned yet.
 _TUNED = {1_000: _TUNED_1000, 3_000: _TUNED_3000, 10_000: _TUNED_3000}
-# With endless triples x4 is best or within 0.003 nats of the best at widths 8, 16, 64.
+# With endless triples the factor 4 is best, or within 0.003 nats of the best, at widths
+# 8, 16 and 64.
 _TUNED_ENDLESS = Tuned(4.0, 0.1)
 
 

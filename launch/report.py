@@ -11,20 +11,25 @@ is named (run.json for commit and hardware only), finished or not, and writes to
 output folder report.html (everything in one file), the same page as report.md, one PNG
 and one CSV per figure, and the tables behind them. The page begins with a sentence, a
 figure and a table: what each way of predicting more tokens gains over next-token
-prediction (NTP) at equal tokens, FLOPs and wall clock, by size, each with its interval
-and verdict; and whether the ladder counts as evidence about size. It counts if every
-size has NTP at two seeds or more and at three learning rates, the best in the middle,
-and each method was trained at the rates on both sides of its own, on one seed at least.
-Arm `flops` (mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall clock are
-measured with.
+prediction (NTP), by size, each with its interval and verdict. On text that is the tax,
+at equal tokens, FLOPs and wall clock; trials on `siblings` have the gain at the best
+step, trials on `star_graph` the tokens saved until the graph is solved. The command
+prints the sentence and the path of the page last.
+
+The page also has whether a ladder on text counts as evidence about size. It counts if
+every size has NTP at two seeds or more and at three learning rates, the best in the
+middle, and each method was trained at the rates on both sides of its own, on one seed
+at least. Arm `flops` (mtp.arm) adds the longer NTP runs that equal FLOPs and equal wall
+clock are measured with.
 
 With --results it writes what is worth keeping of the runs instead, as small tables.
+--interim is the note of how much of an experiment they have while it is not finished.
 
 With --findings it reads such tables, one folder an experiment, finished or not, and
 sets every published claim beside what was measured: findings.md, findings.csv,
 estimates.csv (every interval), one PNG and one CSV per experiment, and tax_and_gain.png
-of those of the ladders `tax`, `siblings` and `look_ahead` that have pairs of trials.
-Each claim's rule, margin and verdict stand beside it on the page.
+with a panel for each of the ladders `tax`, `siblings` and `look_ahead` that has pairs
+of trials. Each claim's rule, margin and verdict stand beside the claim on the page.
 
 Bad input ends in one message and exit code 2; trials that are not finished are listed.
 """
@@ -59,6 +64,11 @@ _RESULTS = flags.DEFINE_string(
 _COMMAND = flags.DEFINE_multi_string(
   "command", [], "with --results: how the runs were started; may be given again"
 )
+_INTERIM = flags.DEFINE_string(
+  "interim", "",
+  "with --results: the results are not all, these are what there is, such as "
+  "'3 of 10 seeds, widths 8 to 64'",
+)
 _FINDINGS = flags.DEFINE_bool(
   "findings", False, "write the verdicts on published claims"
 )
@@ -79,30 +89,28 @@ def main() -> int:
     return cli.fail(str(e), cli.BAD_INPUT)
   except OSError as e:
     return cli.fail(f"the report could not be written: {e}", exits.FAILED)
-  print(report.text)
-  print("\nWritten:")
-  for path in report.paths:
-    print(f"  {path}")
+  print(f"{report.text}\n\n{report.sentence}\nOpen: {report.paths[0]}")
   return 0
 
 
 def _broken_rule() -> str:
   """Returns what is wrong with the flags together, or nothing."""
   runs, results, command = _WORKDIR.value, _RESULTS.value, _COMMAND.value
+  if _FINDINGS.value and runs:
+    return f"--findings reads results: --workdir must not be given, got {runs}."
+  for flag in (_COMMAND, _INTERIM):
+    if flag.value and _FINDINGS.value:
+      return f"--{flag.name} goes with --workdir and --results, not with --findings."
+    if flag.value and not results:
+      return f"--{flag.name} goes with --results, which is missing."
   if _FINDINGS.value:
-    if runs:
-      return f"--findings reads results: --workdir must not be given, got {runs}."
-    if command:
-      return "--command goes with --workdir and --results, not with --findings."
     return ""
   if not runs:
     return "--workdir is required: a run folder, or any folder above some."
   if results and not command:
     return "--command is required with --results: the command that started the runs."
-  if command and not results:
-    return "--command goes with --results, which is missing."
   if results and _OUTPUT.value:
-    return "--output goes with a report or --findings; --results says where to write."
+    return "--output goes with a report or --findings; --results is where to write."
   return ""
 
 
@@ -113,11 +121,11 @@ def _report(runs: Path) -> Report:
 
 def _results(folder: Path, results: Path) -> Report:
   runs = load(folder)
-  paths = results_lib.write(runs, results, _COMMAND.value)
+  paths = results_lib.write(runs, results, _COMMAND.value, _INTERIM.value)
   missing = [f"Not finished: {x}." for x in results_lib.unfinished(runs)]
   finished = len(runs.trials) - len(missing)
   text = f"{finished} of {len(runs.trials)} trials below {folder} are finished."
-  return Report("\n".join([text, *missing]), tuple(paths))
+  return Report("\n".join(missing), text, tuple(paths))
 
 
 def _findings() -> Report:

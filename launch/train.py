@@ -80,6 +80,8 @@ def main() -> int:
       "a run to go on with."
     )
   workdir = cli.workdir()
+  if flags.FLAGS.workdir is None:
+    print(f"run folder: {workdir}", file=sys.stderr, flush=True)
   try:
     config = _config(workdir)
     group = distributed.find_group(

@@ -68,6 +68,7 @@ def future_targets(
     [(ids == batch.segment_ids) & (batch.segment_ids != 0) for _, ids in shifted]
   )
   if batch.scored is not None:
+    assert batch.next_scored is not None  # A batch has both or none.
     mask_MBT &= jnp.stack(
       [_shifted(batch.scored, batch.next_scored, 1 + m) for m in range(1 + depth)]
     )

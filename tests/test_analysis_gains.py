@@ -14,7 +14,6 @@ from mtp_jax.analysis.gains import (
   LOWER,
   TOKENS,
   UPPER,
-  fit_slope,
   interval,
   levels,
   paired_gains,
@@ -167,55 +166,32 @@ def test_bounds_do_not_enter_slopes_or_mean_gains():
   assert fit.loc[TOKENS, "n"] == 2
 
 
-def planted(rng, slope, intercept, seeds=3, noise=0.002, shared=0.0):
-  """Gains [seeds, sizes] on a line in log10 of the size, with noise."""
-  x = np.log10(SIZES)
-  offset = rng.normal(0.0, shared, (seeds, 1))
-  values = intercept + slope * x + offset + rng.normal(0.0, noise, (seeds, len(x)))
-  return pd.DataFrame(values, columns=SIZES)
+def planted(slope, noise=0.002, seeds=3):
+  """Pairs whose gain is on a line in log10 of the size, with noise."""
+  rng = np.random.default_rng(2)
+  rows = []
+  for size, seed in itertools.product(SIZES, range(seeds)):
+    gain = slope * np.log10(size / SIZES[0]) - 0.01 + rng.normal(0.0, noise)
+    ntp = 2.0 + seed
+    rows += [trial(NTP, size, seed, ntp), trial("m", size, seed, ntp - gain)]
+  return paired_gains(pd.DataFrame(rows))
 
 
 def test_planted_slope_is_recovered():
-  fit = fit_slope(planted(np.random.default_rng(2), slope=0.02, intercept=-0.13))
+  fit = slopes(planted(slope=0.02)).set_index("comparison").loc[TOKENS]
   assert fit["n"] == 3
   assert 0 < fit["low"] < 0.02 < fit["high"] < 0.04
-  assert fit["misfit"] < 0.01
-  zero = 10 ** (0.13 / 0.02)  # 3.2M: inside the ladder.
-  assert fit["crossing"] == pytest.approx(zero, rel=0.3)
-  assert fit["crossing_low"] <= fit["crossing"] <= fit["crossing_high"]
 
 
-def test_slope_intervals_cover_at_their_level():
-  rng = np.random.default_rng(3)
-  fits = [fit_slope(planted(rng, 0.01, 0.0, shared=0.01)) for _ in range(1000)]
-  covered = np.mean([f["low"] < 0.01 < f["high"] for f in fits])
-  assert 0.93 < covered < 0.97
-
-
-def test_crossing_outside_the_ladder_is_not_reported():
-  fit = fit_slope(planted(np.random.default_rng(4), slope=0.02, intercept=0.0))
-  assert np.isnan(fit["crossing"])
-
-
-def test_slope_uses_seeds_that_have_every_size():
-  by_seed = planted(np.random.default_rng(5), slope=0.02, intercept=0.0, noise=0.0)
-  by_seed.iloc[0] += 5.0 * np.arange(3)  # A wild seed ...
-  by_seed.iloc[0, 2] = np.nan  # ... that lacks the largest size.
-  fit = fit_slope(by_seed)
-  assert fit["n"] == 2
-  assert fit["slope"] == pytest.approx(0.02)
-
-
-def test_slope_without_a_complete_seed_has_no_interval():
-  by_seed = pd.DataFrame([[0.0, np.nan], [np.nan, 0.1]], columns=[1e6, 1e7])
-  fit = fit_slope(by_seed)
-  assert fit["n"] == 0
-  assert fit["slope"] == pytest.approx(0.1)
-  assert np.isnan(fit["low"])
+def test_slope_of_one_seed_or_one_size_has_no_interval():
+  one = slopes(planted(slope=0.02, noise=0.0, seeds=1))
+  assert one["slope"].iloc[0] == pytest.approx(0.02) and one["low"].isna().all()
+  pairs = planted(slope=0.02)
+  assert slopes(pairs[pairs["size"] == SIZES[0]]).empty
 
 
 def test_learning_rates_are_compared_on_shared_seeds():
-  base = {"status": "finished", "copy": ""}
+  base = {"status": "finished", "copy": "", "weight_decay": 0.1}
   losses = {  # (method, rate, seed); rate 1 is the chosen one.
     (NTP, 1.0, 0): 2.0, (NTP, 1.0, 1): 2.1, (NTP, 1.0, 2): 2.5, (NTP, 2.0, 2): 2.4,
     ("m", 1.0, 0): 2.01, ("m", 1.0, 1): 2.12, ("m", 1.0, 2): 2.53,

@@ -98,6 +98,34 @@ def test_other_text_makes_another_ladder_and_speed_settings_do_not(tmp_path):
   ]
 
 
+def test_a_source_is_named_once_and_others_settings_are_not(tmp_path):
+  """A text and a task differ in more than their names; only what varies is said."""
+  task = {
+    "data.source": "siblings", "tokenizer.kind": "symbols", "tokenizer.vocab_size": 544,
+    "data.seq_len": 14,
+  }
+  configs = [trial_config(16)] + [
+    trial_config(16, overrides=task | {"task.num_train": n}) for n in (1000, 3000)
+  ]
+  trials = arranged(tmp_path, configs)
+  assert list(trials["ladder"]) == [
+    "data.source=stdlib",
+    "data.source=siblings, task.num_train=1000",
+    "data.source=siblings, task.num_train=3000",
+  ]
+
+
+def test_each_method_may_have_a_weight_decay_of_its_own(tmp_path):
+  decays = (("none", 0, 1.0), ("parallel", 1, 0.1), ("parallel", 1, 3.0))
+  configs = [
+    trial_config(16, kind, depth, overrides={"optimizer.weight_decay": decay})
+    for kind, depth, decay in decays
+  ]
+  trials = arranged(tmp_path, configs)
+  assert set(trials["ladder"]) == {""} and set(trials["copy"]) == {""}
+  assert sorted(trials["chosen"]) == [False, True, True]  # One of the two is a check.
+
+
 def test_trunks_of_other_runs_follow_the_seed(tmp_path):
   sources = ("", "runs/seed=0", "runs/seed=1")
   configs = [

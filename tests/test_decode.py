@@ -275,6 +275,7 @@ def ends(model, decoding):
   return plan, inputs, loop.finish(plan, inputs, state)
 
 
+@pytest.mark.slow
 def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
   monkeypatch.setattr(attention, "_PARTS", len(LENGTHS))
   monkeypatch.setattr(attention, "_LEAST_BYTES", 0)
@@ -437,7 +438,8 @@ def test_other_prompts_and_settings_of_a_bucket_compile_nothing(sequential):
   assert (loop.prefill._cache_size(), loop.finish._cache_size()) == before
 
 
-@pytest.mark.parametrize("is_batch_sharded", mostly_slow([False, True], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("is_batch_sharded", [False, True])
 def test_on_a_mesh(sequential, is_batch_sharded):
   sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   mesh = make_mesh(tiny_config(overrides=sizes).mesh)

@@ -240,7 +240,8 @@ def test_remat_and_unrolling_change_nothing():
   )
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["eagle", "eagle3"], "eagle"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind):
   options = {
     "trunk.num_layers": 1, "trunk.remat": "none", "train.freeze_trunk": True,

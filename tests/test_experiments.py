@@ -126,6 +126,7 @@ def test_trials_are_valid_on_their_devices(name, preset):
       config_rules.validate(config, int(np.prod(mesh_sizes(config))))
 
 
+@pytest.mark.slow
 def test_small_experiments_trace():
   check_traces({trial.program for name in SMALL for trial in planned(name)})
 

@@ -14,6 +14,7 @@ from scipy import stats
 from launch import cli
 from mtp_jax.analysis import results
 from mtp_jax.analysis.claims import claim as claims
+from mtp_jax.analysis.claims import picture
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   OPPOSITE,
@@ -22,7 +23,7 @@ from mtp_jax.analysis.claims.claim import (
 )
 from mtp_jax.analysis.claims.drafters import ARMS
 from mtp_jax.analysis.claims.table import experiments
-from mtp_jax.analysis.drawing import STYLE
+from mtp_jax.analysis.drawing import STYLE, WIDEST
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.analysis.runs import RunsError, load
 from tests import result_tables as worlds
@@ -114,22 +115,30 @@ def test_planted_results_get_their_verdict(root, name, key, verdict, words):
 def test_every_experiment_has_its_picture(root, name):
   experiment = EXPERIMENTS[name]
   with matplotlib.rc_context(STYLE):
-    figure, numbers = experiment.draw(experiment.read(root / name))
+    figure, numbers = picture.of(experiment, experiment.read(root / name))
     assert worlds.clipped_texts(figure) == []
+  assert figure.get_figwidth() <= WIDEST
   assert all(ax.has_data() for ax in figure.axes)
   assert len(numbers)
 
 
-@pytest.mark.parametrize(
-  "name", ["star_graph_cpu", "sat_gpu", "acceptance_by_depth_cpu"]
-)
-def test_shares_are_drawn_from_0_to_1(root, name):
-  experiment = EXPERIMENTS[name]
-  figure, _ = experiment.draw(experiment.read(root / name))
-  for ax in figure.axes:
-    low, high = ax.get_ylim()
-    assert -0.05 <= low <= 0 and 1 <= high <= 1.05
-    assert ax.get_yticks().min() == 0 and ax.get_yticks().max() == 1
+def test_shares_reach_to_1_and_each_verdict_has_a_mark(root):
+  experiment = EXPERIMENTS["star_graph_cpu"]
+  kept = experiment.read(root / "star_graph_cpu")
+  figure, rows = picture.of(experiment, kept)
+  shares = [ax for ax in figure.axes if "points" in ax.get_xlabel()]
+  assert shares and all(
+    -1 <= low < high <= 1 for low, high in (ax.get_xlim() for ax in shares)
+  )
+  looks = {
+    box.get_label(): box[0].get_marker() for ax in figure.axes for box in ax.containers
+    if box.get_label() in {SUPPORTED, OPPOSITE, EQUIVALENT, UNDECIDED}
+  }
+  assert {SUPPORTED, OPPOSITE, UNDECIDED} <= set(looks)
+  assert len(set(looks.values())) == len(looks)
+  of_claim = rows.set_index("claim")
+  assert of_claim.loc["sequential1_2_3", "verdict"] == OPPOSITE
+  assert of_claim.loc["reversed_2_3", "verdict"] == SUPPORTED  # By a rule of its own.
 
 
 def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):
@@ -334,6 +343,7 @@ def test_page_says_what_a_reader_needs(page):
     "margin 0.01 nats", "](star_graph_cpu.png)",
   ):
     assert words in text, words
+  assert "(interim)" not in text and "*Interim*" not in text
   # Decided before undecided; what waits is one folded list.
   places = [text.index(x) for x in (
     "**Supported**", "**Opposite", "**Equivalent", "## Undecided", "## Each experiment",
@@ -341,7 +351,7 @@ def test_page_says_what_a_reader_needs(page):
   )]
   assert places == sorted(places)
   decided = text[: text.index("## Undecided")].splitlines()
-  assert len(decided) < 45 and max(map(len, decided)) < 260  # One screen.
+  assert len(decided) < 45 and max(map(len, decided)) < 160  # One screen.
   assert text.count("<details>") == text.count("</details>") == 3
   names = {path.name for path in output.iterdir()}
   assert names == {path.name for path in result.paths}
@@ -349,11 +359,36 @@ def test_page_says_what_a_reader_needs(page):
   assert not {"findings.html", "summary.png"} & names
 
 
-def test_terminal_shows_the_verdicts(page):
-  text = page[0].text
-  assert re.search(r"opposite +G\(2,3\): sequential D=1 solves it", text)
-  assert "sat_cpu: python -m launch.sweep --config=experiments/sat.py:cpu" in text
-  assert re.search(r"claims: \d+ supported, 2 opposite, 1 equivalent, ", text)
+def test_terminal_shows_what_is_decided_and_ends_with_the_page(page):
+  result, output = page
+  opposite = result.text[result.text.index("**Opposite") :]
+  assert "- G(2,3): sequential D=1 solves it: 0 of 10 seeds" in opposite
+  counts = r"\d+ claims: \d+ supported, 2 opposite, 1 equivalent, "
+  assert re.match(counts, result.sentence)
+  assert result.paths[0] == output / "findings.md"
+  assert "- sat_cpu: `python -m launch.sweep" in (output / "findings.md").read_text()
+
+
+def test_interim_results_are_marked(tmp_path, runs, capsys):
+  """The words of --interim stand beside the verdicts and in the figure's caption."""
+  kept = tmp_path / "kept" / "sat_gpu"
+  worlds.task(kept, 0.1)
+  run = json.loads((kept / "run.json").read_text())
+  words = "3 of 10 seeds"
+  (kept / "run.json").write_text(json.dumps(run | {"interim": words}))
+  assert run_report(findings=True, results=str(kept.parent)) == 0
+  page = (kept.parent / "findings" / "findings.md").read_text()
+  bullet, *_, row = (x for x in page.splitlines() if "accuracy rises with n" in x)
+  assert bullet.endswith("(`sat_gpu`, *interim*)")
+  assert row.endswith("| supported (interim) |")
+  assert f"over seeds. Interim: {words}. Numbers: `sat_gpu.csv`" in page
+  assert f"`sat_gpu`: {words}. Their verdicts may change." in page
+  rows = pd.read_csv(kept.parent / "findings" / "findings.csv").set_index("experiment")
+  assert rows.loc["sat_gpu", "interim"] == words
+  again = tmp_path / "again"
+  values = {"workdir": str(runs), "results": str(again), "command": ["x"]}
+  assert run_report(**values, interim=words) == 0
+  assert results.read(again).facts.interim == words
 
 
 @pytest.mark.parametrize("name", ["sat", "countdown", "polynomial", "induction"])
@@ -394,7 +429,9 @@ def test_committed_results_make_a_page(tmp_path, capsys):
   (tmp_path / "only" / ladder).symlink_to(COMMITTED / ladder)
   results_, output = str(tmp_path / "only"), str(tmp_path)
   assert run_report(findings=True, results=results_, output=output) == 0
-  assert "Gains grow with size: parallel D=3" in capsys.readouterr().out
+  out = capsys.readouterr().out.splitlines()
+  assert any("Gains grow with size: parallel D=3" in line for line in out)
+  assert out[-1] == f"Open: {tmp_path / 'findings.md'}"
   rows = pd.read_csv(tmp_path / "findings.csv").set_index(["experiment", "claim"])
   slopes = pd.read_csv(COMMITTED / ladder / "all_slopes.csv")
   slope = slopes[
@@ -425,7 +462,7 @@ def test_committed_results_have_a_verdict(folder):
   kept = experiment.read(COMMITTED / folder)
   verdicts = [claim.verdict(claim.judge(kept)) for claim in experiment.claims]
   assert set(verdicts) != {claims.NOT_RUN}
-  assert len(experiment.draw(kept)[1])
+  assert len(picture.of(experiment, kept)[1])
 
 
 @pytest.fixture
@@ -572,6 +609,8 @@ def test_nothing_finished_leaves_no_results(tmp_path, capsys):
   ({"findings": True, "command": ["x"]}, "--command goes with --workdir and --results"),
   ({"workdir": "runs", "results": "x"}, "--command is required with --results"),
   ({"workdir": "runs", "command": ["x"]}, "--command goes with --results, which is mi"),
+  ({"workdir": "runs", "interim": "x"}, "--interim goes with --results, which is mi"),
+  ({"findings": True, "interim": "x"}, "--interim goes with --workdir and --results"),
   (
     {"workdir": "runs", "results": "x", "command": ["y"], "output": "z"},
     "--output goes with",

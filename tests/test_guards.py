@@ -143,6 +143,7 @@ def test_parameters_have_the_names_and_shapes_that_they_had():
   assert parameters() == json.loads((GOLDEN / "parameters.json").read_text())
 
 
+@pytest.mark.slow
 def test_contracts_and_counts_are_what_they_were():
   assert facts() == json.loads((GOLDEN / "facts.json").read_text())
 

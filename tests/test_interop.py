@@ -135,6 +135,7 @@ def test_shards_hold_what_one_file_does(tmp_path, case):
   assert_same_bits(load(tmp_path / "many")[0], load(tmp_path / "one")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}]
 )

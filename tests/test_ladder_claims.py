@@ -20,7 +20,7 @@ from mtp_jax.analysis.claims.claim import (
   UNDECIDED,
 )
 from mtp_jax.analysis.claims.table import experiments
-from mtp_jax.analysis.drawing import STYLE
+from mtp_jax.analysis.drawing import STYLE, WIDEST
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.config import flatten
 from tests import result_tables as worlds
@@ -309,7 +309,8 @@ def test_the_page_of_tax_and_gain(tmp_path):
   names = {path.name for path in report.paths}
   assert {"tax_and_gain.png", "tax_and_gain.csv", "siblings_cpu_table.csv"} <= names
   text = (tmp_path / "page" / "findings.md").read_text()
-  assert text.index("](tax_and_gain.png)") < text.index("**Supported**")
+  places = [text.index(x) for x in ("**Supported**", "](tax_and_gain.png)", "## Each")]
+  assert places == sorted(places)
   numbers = pd.read_csv(tmp_path / "page" / "tax_and_gain.csv")
   assert set(numbers["shown"]) == {"tax", "siblings", "look_ahead"}
   ours = numbers[numbers["source"] == "measured here"].set_index(
@@ -330,7 +331,7 @@ def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
   experiment = EXPERIMENTS["tax_cpu"]
   results = {"tax": experiment.read(tax(tmp_path / "tax_cpu"))}
   with matplotlib.rc_context(STYLE):
-    figure, numbers = tax_and_gain.draw(results)
+    figure, numbers = tax_and_gain.draw(tax_and_gain.of_results(results))
     assert worlds.clipped_texts(figure) == []
   (ax,) = figure.axes
   published = [
@@ -340,7 +341,7 @@ def test_published_points_are_hollow_and_named_as_not_fitted(tmp_path):
     "TOP|DeepSeek|golf|mmiovski", na=False
   ).groupby(numbers["source"]).any().sum()
   assert all(box[0].get_markerfacecolor() == "white" for box in published)
-  assert tax_and_gain.draw({}) is None
+  assert tax_and_gain.draw([]) is None
 
 
 def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
@@ -352,13 +353,62 @@ def test_the_page_of_tax_and_gain_shows_what_has_pairs(tmp_path):
     ),
     "look_ahead": EXPERIMENTS["look_ahead_cpu"].read(unsolved),
   }
-  figure, numbers = tax_and_gain.draw(kept)
+  figure, numbers = tax_and_gain.draw(tax_and_gain.of_results(kept))
   assert [ax.get_title() for ax in figure.axes] == ["Gain on siblings"]
   assert set(numbers["shown"]) == {"siblings"}
   assert tax_and_gain.caption(numbers).endswith("Gain: above 0 the extra losses pay.")
   assert "Tax:" not in tax_and_gain.caption(numbers)
   del kept["siblings"]
-  assert tax_and_gain.draw(kept) is None
+  assert tax_and_gain.of_results(kept) == []
+
+
+@pytest.mark.parametrize(
+  "world, words",
+  [
+    ({}, "fresh raised the next-token loss (less in larger models)"),
+    (dict(scale=-0.05, power=0.3), "fresh lowered the next-token loss (more in larger"),
+    (dict(scale=0.0), "changed the next-token loss by less than 0.01 nats (the same at "
+                      "every size)"),
+    (dict(noise=2.0), "showed no effect on the next-token loss (no trend with size)"),
+    (dict(seeds=1), "had too few seeds for an interval"),
+  ],
+  ids=["costs", "gains", "equal", "noisy", "one seed"],
+)
+def test_the_sentence_follows_from_the_numbers(tmp_path, world, words):
+  kept = EXPERIMENTS["tax_cpu"].read(tax(tmp_path / "tax_cpu", **world))
+  sentence = tax_and_gain.sentence(tax_and_gain.of_results({"tax": kept}))
+  assert sentence.startswith("On text at 10k to 1M parameters ")
+  assert words in sentence and sentence.endswith(".")
+
+
+def test_the_sentence_has_the_gain_and_its_trend(tmp_path):
+  kept = EXPERIMENTS["siblings_cpu"].read(
+    siblings(tmp_path / "siblings_cpu", shift=0.02)
+  )
+  panels = tax_and_gain.of_results({"siblings": kept})
+  assert re.fullmatch(
+    r"On siblings at 10k to 1M parameters n = 2 where examples repeat lowered the "
+    r"next-token loss by 0.0\d+ nats \[0.0\d+, 0.0\d+\] \(more in larger models: "
+    r"\+0.0\d+ \[\+0.0\d+, \+0.0\d+\] per tenfold\), n = 2 on endless examples .* "
+    r"\(less in larger models: .*\)\.",
+    tax_and_gain.sentence(panels),
+  )
+
+
+def test_a_data_set_looks_the_same_for_every_score(tmp_path):
+  folder = siblings(tmp_path / "siblings_cpu", seeds=2)
+  curves = pd.read_csv(folder / "curves.csv")
+  trials = pd.read_csv(folder / "trials.csv").set_index("trial")
+  endless = curves["trial"].map(trials["task.num_train"]) == 0
+  curves.loc[endless, "task_new"] = np.nan  # All is new there: it is not measured.
+  curves.to_csv(folder / "curves.csv", index=False)
+  figure, _ = EXPERIMENTS["siblings_cpu"].draw(EXPERIMENTS["siblings_cpu"].read(folder))
+  looks = [
+    {box.get_label(): box[0].get_color() for box in ax.containers}
+    for ax in figure.axes
+  ]
+  assert [len(x) for x in looks] == [3, 3, 2]
+  assert looks[2].items() <= looks[0].items()
 
 
 @pytest.mark.parametrize(
@@ -372,6 +422,7 @@ def test_each_ladder_has_its_picture(tmp_path, write, request):
   with matplotlib.rc_context(STYLE):
     figure, numbers = experiment.draw(kept)
     assert worlds.clipped_texts(figure) == []
+  assert figure.get_figwidth() <= WIDEST
   assert all(ax.has_data() for ax in figure.axes) and len(numbers)
 
 

@@ -101,7 +101,7 @@ def test_parallel_heads_at_depth_0_are_the_baseline(trunk):
 
 
 @pytest.mark.parametrize("kind", mostly_slow(
-  [kind for kind, _ in KINDS if kind != "none"], "parallel", "sequential"
+  [kind for kind, _ in KINDS if kind != "none"], "sequential"
 ))
 def test_initial_trunk_does_not_depend_on_the_predictors(kind, baseline_init):
   params = initial_params(tiny_config(kind, 3))

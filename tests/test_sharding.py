@@ -83,7 +83,7 @@ on_one_device = functools.cache(lambda kind: run_on(kind, {}))
 @pytest.mark.parametrize(
   "axes", mostly_slow(MESHES, MIXED), ids=lambda axes: "-".join(axes)
 )
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", mostly_slow(MODELS, "sequential"))
 def test_loss_and_every_gradient_equal_those_of_one_device(kind, axes):
   assert_trees_close(run_on(kind, axes), on_one_device(kind), rtol=1e-4, atol=1e-5)
 

@@ -23,7 +23,7 @@ from mtp_jax.analysis.gains import REPLICATE, Analysis, rows_of
 from mtp_jax.analysis.ladders import NTP, size_text
 from mtp_jax.analysis.statistics import interval, text
 
-# A neighbour farther away than this factor says little about the optimum.
+# Beyond this factor a neighbour is no evidence about the optimum.
 NEIGHBOUR_FACTOR = 4.0
 
 

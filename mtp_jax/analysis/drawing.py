@@ -14,21 +14,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from mtp_jax.analysis.gains import EXACT, UPPER
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.predictors import KINDS
 
-# Okabe and Ito (2008): told apart with every common kind of colour blindness.
+# Okabe and Ito (2008): distinct colours with every common kind of colour blindness.
 _PALETTE = (
   "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 )
 COLOURS = dict(zip(KINDS, itertools.cycle(_PALETTE), strict=False))
 LINES = ("-", "--", ":", "-.")
 _MARKERS = {0: "o", 1: "s", 2: "^", 3: "D", 4: "v", 5: "P", 6: "X", 7: "*"}
-# No marker of a depth is among those of further variants.
+# Further variants have no marker of a depth.
 _VARIANTS = "hpd<>8HX"
 _SERIES = "os^DvPX*"
+# Inches. A page shows figures about 800 pixels wide: text of 9 points has 12 of them.
+WIDEST = 8.0
 STYLE = {
   "font.size": 9,
   "axes.titlesize": 9,
@@ -48,8 +51,9 @@ def panels(
   **shared: Any,
 ) -> tuple[Figure, np.ndarray]:
   """Returns a figure and its axes [rows, columns]; sizes in inches."""
+  width = min(width or max(3.3 * columns, 5.0), WIDEST)
   figure = Figure(
-    figsize=(width or max(3.3 * columns, 5.0), height or 3.2 * rows),
+    figsize=(width, height or 3.2 * rows),
     layout="constrained", dpi=150,
   )
   return figure, figure.subplots(rows, columns, squeeze=False, **shared)
@@ -74,12 +78,12 @@ def marker(depth: int) -> str:
 
 
 def series_marker(index: int) -> str:
-  """Returns the marker of a series that is not told by its depth."""
+  """Returns the marker of a series whose marker is not its depth's."""
   return _SERIES[index % len(_SERIES)]
 
 
 def series_style(index: int, is_hollow: bool = False) -> dict[str, Any]:
-  """Returns colour, marker and line of a series that is told by none of its own."""
+  """Returns colour, marker and line of a series by its place in the legend."""
   colour = _PALETTE[index % len(_PALETTE)]
   return {
     "color": colour, "marker": series_marker(index),
@@ -98,20 +102,29 @@ def size_lines(
   lines = list(rows.sort_values(["order", "size"]).groupby("method", sort=False))
   for index, (method, line) in enumerate(lines):
     style = styles[method] | ({} if is_joined else {"linestyle": "none"})
-    line = line.assign(x=line["size"] * 1.03 ** (index - (len(lines) - 1) / 2))
-    is_exact = line["bound"] == EXACT if "bound" in line else line["x"] > 0
+    # A few points apart, whatever the axis: intervals at one place stay legible.
+    aside = ax.transData + ScaledTranslation(
+      4 * (index - (len(lines) - 1) / 2) / 72, 0, ax.figure.dpi_scale_trans
+    )
+    is_exact = line["bound"] == EXACT if "bound" in line else line["size"] > 0
     exact = line[is_exact]
     ax.errorbar(
-      exact["x"], exact["mean"], yerr=error_bars(exact), capsize=3, label=method,
-      **style,
+      exact["size"], exact["mean"], yerr=error_bars(exact), capsize=3, label=method,
+      transform=aside, **style,
     )
     for _, row in line[~is_exact].iterrows():
-      ax.plot(row["x"], row["mean"], **style | {"fillstyle": "none"})
+      ax.plot(
+        row["size"], row["mean"], transform=aside, **style | {"fillstyle": "none"}
+      )
       ax.annotate(
-        "", (row["x"], row["mean"]), (0, -16 if row["bound"] == UPPER else 16),
-        textcoords="offset points",
+        "", (row["size"], row["mean"]), (0, -16 if row["bound"] == UPPER else 16),
+        xycoords=aside, textcoords="offset points",
         arrowprops=dict(arrowstyle="<-", color=style["color"]),
       )
+    # Points drawn aside do not count for the limits of the axes.
+    ends = line.melt("size", ["mean", "low", "high"]).dropna()
+    ax.update_datalim(ends[["size", "value"]].to_numpy(float))
+  ax.autoscale_view()
 
 
 def error_bars(rows: pd.DataFrame) -> np.ndarray:

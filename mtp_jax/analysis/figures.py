@@ -8,6 +8,7 @@ left out where there is one seed.
 import dataclasses
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -23,7 +24,6 @@ from mtp_jax.analysis.drawing import (
   error_bars,
   legend_below,
   log_axis,
-  marker,
   method_styles,
   panels,
   series_marker,
@@ -33,14 +33,10 @@ from mtp_jax.analysis.drawing import (
   value_axis,
   zero_line,
 )
-from mtp_jax.analysis.gains import COMPARISONS, EXACT, TOKENS, Analysis
-from mtp_jax.analysis.ladders import NTP, size_text
-from mtp_jax.analysis.published import SOURCE, published_gains
+from mtp_jax.analysis.gains import COMPARISONS, TOKENS, Analysis
+from mtp_jax.analysis.ladders import size_text
 
 Drawing = tuple[Figure, pd.DataFrame] | None
-
-_BENCHMARK_LINES = {"MBPP": "-", "HumanEval": "--"}
-_PUBLISHED_COLOURS = {1: "#56B4E9", 3: COLOURS["parallel"]}  # Both are parallel heads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +73,6 @@ def gain_vs_size(ladder: Analysis) -> Drawing:
   for ax, comparison in zip(axes.flat, COMPARISONS, strict=True):
     rows = gains[gains["comparison"] == comparison]
     size_lines(ax, rows, styles, is_joined=False)
-    _fitted_lines(ax, ladder, rows, styles)
     ax.margins(y=0.12)
     zero_line(ax)
     ax.set_title(f"equal {comparison}")
@@ -85,49 +80,6 @@ def gain_vs_size(ladder: Analysis) -> Drawing:
   axes.flat[0].set_ylabel("gain over NTP, nats per token\n(above 0: MTP is better)")
   legend_below(figure, axes.flat)
   return figure, gains
-
-
-def _fitted_lines(ax: Axes, ladder: Analysis, rows: pd.DataFrame, styles: dict) -> None:
-  """Draws the fitted trends, over the sizes that they were fitted to."""
-  fits = _main(ladder.slopes)
-  fits = fits[fits["comparison"].isin(rows["comparison"])].set_index("method")
-  for method, own in rows[rows["bound"] == EXACT].groupby("method"):
-    if method in fits.index:
-      fit, x = fits.loc[method], own["size"].agg(["min", "max"])
-      style = {key: styles[method][key] for key in ("color", "linestyle")}
-      ax.plot(x, fit["slope"] * np.log10(x) + fit["intercept"], linewidth=0.8, **style)
-
-
-def gain_beside_published(ladder: Analysis) -> Drawing:
-  gains = _main(ladder.gains)
-  gains = gains[gains["comparison"] == TOKENS]
-  published = published_gains()
-  figure, axes = panels(3, 1, height=7.6, width=7.2, sharex=True)
-  measured, *below = axes.flat
-  size_lines(measured, gains, method_styles(gains), is_joined=False)
-  measured.set_title("measured here: next-token loss, equal tokens")
-  measured.set_ylabel("gain, nats per token")
-  for ax, k in zip(below, (1, 100), strict=True):
-    for depth in (1, 3):
-      for name, line in _BENCHMARK_LINES.items():
-        is_own = published["benchmark"] == f"{name}@{k}"
-        rows = published[is_own & (published["depth"] == depth)]
-        ax.plot(
-          rows["size"], rows["gain"], line, color=_PUBLISHED_COLOURS[depth],
-          marker=marker(depth), label=f"{name}, n={depth + 1} (D={depth})",
-        )
-    ax.set_title(f"published: pass@{k}, parallel heads (Gloeckle et al. 2024)")
-    ax.set_ylabel("gain, percentage points")
-  for ax in axes.flat:
-    zero_line(ax)
-    if ax.get_legend_handles_labels()[0]:
-      ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-  size_axis(axes.flat[-1], pd.concat([gains["size"], published["size"]]), "parameters")
-  published = published.rename(columns={"gain": "mean"})
-  parts = [
-    gains.assign(source="measured here"), published.assign(source=SOURCE, unit="points")
-  ]
-  return figure, pd.concat(parts, ignore_index=True)
 
 
 def _levels(ladder: Analysis, metrics: Sequence[str]) -> pd.DataFrame:
@@ -145,7 +97,7 @@ def _grid(rows: pd.DataFrame, grid: list[list[Panel]], **how) -> Drawing:
     for ax, panel in zip(row_axes, row, strict=True):
       is_own = rows["metric"] == panel.metric
       size_lines(ax, rows[is_own & (rows["at_depth"] == panel.at_depth)], styles)
-      ax.set(title=panel.title, ylabel=panel.ylabel)
+      ax.set(title=textwrap.fill(panel.title, 24), ylabel=panel.ylabel)
       if panel.is_share:
         share_axis(ax)
   for ax in axes[-1]:
@@ -207,13 +159,6 @@ def generation(ladder: Analysis) -> Drawing:
     "function_parses": "completed function parses",
   }
   rows = _levels(ladder, list(names))
-  # One seed has no interval over seeds; its binomial error over prompts is shown.
-  single = rows["low"].isna()
-  rows = rows.assign(
-    interval=np.where(single, "1.96 standard errors over prompts", "95 % over seeds"),
-    low=rows["low"].fillna(rows["mean"] - 1.96 * rows["stderr"]),
-    high=rows["high"].fillna(rows["mean"] + 1.96 * rows["stderr"]),
-  )
   grid = [
     Panel(metric, title, "share of prompts", 0, True)
     for metric, title in names.items() if (rows["metric"] == metric).any()
@@ -226,7 +171,7 @@ def _panel_a_size(
 ) -> Drawing:
   """Draws the next-token loss of each size in a panel of its own, smallest first."""
   sizes = sorted(rows["size"].unique())
-  columns = min(len(sizes), 4)
+  columns = min(len(sizes), 3)
   figure, axes = panels(math.ceil(len(sizes) / columns), columns)
   for ax in axes.flat[len(sizes) :]:
     ax.remove()
@@ -284,57 +229,42 @@ def curves(ladder: Analysis) -> Drawing:
 
 
 def setting_sweep(ladder: Analysis, setting: str, label: str) -> Drawing:
-  """Draws loss and paired gain against one number of the mtp section, a column a size.
-  """
+  """Draws the paired gain against one number of the mtp section, a panel a size."""
   rows = _families(ladder, setting)
   if rows is None:
     return None
   sizes = sorted(rows["size"].unique())
-  figure, axes = panels(2, len(sizes), sharex=True, sharey="row", height=5.2)
-  for column, size in zip(axes.T, sizes, strict=True):
-    here = rows[rows["size"] == size]
-    for index, (family, line) in enumerate(here.groupby("family")):
-      style = dict(
+  figure, axes = panels(1, len(sizes), sharey=True)
+  for ax, size in zip(axes.flat, sizes, strict=True):
+    families = rows[rows["size"] == size].sort_values(setting).groupby("family")
+    for index, (family, line) in enumerate(families):
+      ax.errorbar(
+        line[setting], line["mean"], yerr=error_bars(line), capsize=3, label=family,
         color=COLOURS[line["kind"].iloc[0]], linestyle=LINES[index % len(LINES)],
-        marker=series_marker(index), capsize=3, label=family,
+        marker=series_marker(index),
       )
-      for ax, quantity in zip(column, ("loss", "gain"), strict=True):
-        part = line[line["quantity"] == quantity].sort_values(setting)
-        ax.errorbar(part[setting], part["mean"], yerr=error_bars(part), **style)
-    ntp = here["ntp_loss"].iloc[0]
-    if np.isfinite(ntp):
-      column[0].axhline(ntp, color=COLOURS["none"], linestyle="--", label=NTP)
-    zero_line(column[1])
-    column[0].set_title(f"{size_text(size)} parameters")
-    column[1].set_xlabel(label)
-    value_axis(column[1], rows[setting])
-  axes[0, 0].set_ylabel("next-token loss, nats per token")
-  axes[1, 0].set_ylabel("gain over NTP, nats per token")
+    zero_line(ax)
+    ax.set(title=f"{size_text(size)} parameters", xlabel=label)
+    value_axis(ax, rows[setting])
+  axes[0, 0].set_ylabel("gain over NTP, nats per token")
   legend_below(figure, axes.flat)
   return figure, rows
 
 
 def _families(ladder: Analysis, setting: str) -> pd.DataFrame | None:
-  """Returns losses and gains of methods that agree in all but `setting`, if any.
+  """Returns gains of methods that agree in all but `setting`, if there are any.
 
   A family has two values of the setting or more, and the name of its first member
   without the number that varies.
   """
-  trials = ladder.trials[ladder.trials["chosen"] & (ladder.trials["depth"] > 0)]
-  of_method = dict(zip(trials["method"], trials["mtp"], strict=True))
-  gains = _main(ladder.gains)
-  rows = pd.concat([
-    _main(ladder.levels).assign(quantity="loss"),
-    gains[gains["comparison"] == TOKENS].assign(quantity="gain"),
-  ], ignore_index=True)
-  ntp = rows[(rows["method"] == NTP) & (rows["quantity"] == "loss")]
-  rows = rows[rows["method"].isin(of_method)]
+  trials = ladder.trials.drop_duplicates("method").set_index("method")
+  rows = _main(ladder.gains)
+  rows = rows[rows["comparison"] == TOKENS]
+  own = rows["method"].map(trials["mtp"])
   blank = {"depth": 0, "weight": 0.0}[setting]
-  own = rows["method"].map(of_method)
   rows = rows.assign(
     **{setting: [getattr(mtp, setting) for mtp in own]},
     key=[str(dataclasses.replace(mtp, **{setting: blank})) for mtp in own],
-    ntp_loss=rows["size"].map(ntp.set_index("size")["mean"]),
   )
   rows = rows[rows.groupby(["key", "size"])[setting].transform("nunique") > 1]
   if not len(rows):
@@ -342,7 +272,7 @@ def _families(ladder: Analysis, setting: str) -> pd.DataFrame | None:
   sign = {"depth": "D=", "weight": "λ="}[setting]
   first = rows.groupby("key")["method"].transform("first").str.split()
   rows["family"] = [" ".join(w for w in x if not w.startswith(sign)) for x in first]
-  columns = ["size", setting, "quantity", "n", "mean", "low", "high", "ntp_loss"]
+  columns = ["size", setting, "n", "mean", "low", "high"]
   return rows[["ladder", "family", "method", "kind", *columns]]
 
 
@@ -351,10 +281,10 @@ PLOTS = (
     "gain_vs_size",
     "Gain over next-token prediction against size",
     "Paired differences of the next-token loss with the extra predictors deleted, NTP "
-    "minus MTP: mean and 95 % t interval over pairs of seeds (no bar: one pair). Thin "
-    "lines are the fitted trends. A wall clock that differs more between equal runs "
-    "than between methods has no verdict. Hollow markers with an arrow are bounds: no "
-    "finished NTP run has that budget.",
+    "minus MTP: mean and 95 % t interval over pairs of seeds (no bar: one pair). A "
+    "wall clock that differs more between equal runs than between methods has no "
+    "verdict. Hollow markers with an arrow are bounds: no finished NTP run has that "
+    "budget.",
     gain_vs_size,
   ),
   Plot(
@@ -363,15 +293,6 @@ PLOTS = (
     "Held-out cross-entropy of the next-token head, extra predictors deleted; mean and "
     "95 % t interval over seeds.",
     loss_vs_size,
-  ),
-  Plot(
-    "gain_beside_published",
-    "The same axis with published gains",
-    "Top: this ladder. Below: models of 0.3B to 13B parameters that predict n = 2 and "
-    "n = 4 tokens minus n = 1, on MBPP and HumanEval. The panels share the size axis "
-    f"but not the measure, the data or the training length. Source: {SOURCE}; 0.3B to "
-    "3B saw 91.0 billion tokens, 6.7B and 13B 209.7 billion.",
-    gain_beside_published,
   ),
   Plot(
     "depth_losses",
@@ -394,22 +315,22 @@ PLOTS = (
   Plot(
     "generation",
     "Generated code against size",
-    "Greedy completions of held-out files by the deployed next-token model. Bars: 95 % "
-    "t interval over seeds; with one seed, 1.96 binomial standard errors over prompts.",
+    "Greedy completions of held-out files by the deployed next-token model; mean and "
+    "95 % t interval over seeds.",
     generation,
   ),
   Plot(
     "depth_sweep",
-    "Loss and gain against the number of extra tokens",
-    "Methods that differ in D only; the dashed line is NTP. Equal tokens.",
+    "Gain against the number of extra tokens",
+    "Methods that differ in D only. Equal tokens.",
     functools.partial(
       setting_sweep, setting="depth", label="D, extra tokens predicted"
     ),
   ),
   Plot(
     "weight_sweep",
-    "Loss and gain against the weight of the extra losses",
-    "Methods that differ in λ only; the dashed line is NTP. Equal tokens.",
+    "Gain against the weight of the extra losses",
+    "Methods that differ in λ only. Equal tokens.",
     functools.partial(
       setting_sweep, setting="weight", label="λ, weight of the extra losses"
     ),

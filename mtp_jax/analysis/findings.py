@@ -5,7 +5,7 @@ Writes Markdown, tables (CSV) and figures (PNG).
 """
 
 import dataclasses
-import textwrap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import matplotlib
 import pandas as pd
 
 from mtp_jax.analysis import page, tax_and_gain
+from mtp_jax.analysis.claims import picture
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   NOT_RUN,
@@ -84,6 +85,7 @@ class Row:
       "seeds": self.finding.seeds if self.finding else 0,
       "margin": str(self.claim.margin),
       "verdict": self.verdict,
+      "interim": self.facts.interim,
       "rule": self.claim.rule,
       "not_tested": self.claim.not_tested,
       "hardware": "; ".join(self.facts.hardware),
@@ -106,9 +108,10 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   rows = [row for own, _ in judged for row in own]
   kept = [(own[0].experiment, read) for own, read in judged if _has_run(own)]
   with matplotlib.rc_context(STYLE):
-    drawings = {experiment.folder: experiment.draw(read) for experiment, read in kept}
+    drawings = {x.folder: picture.of(x, read) for x, read in kept}
     # The largest preset of each experiment that has results.
-    both = tax_and_gain.draw({experiment.name: read for experiment, read in kept})
+    panels = tax_and_gain.of_results({x.name: read for x, read in kept})
+    both = tax_and_gain.draw(panels)
     drawings |= {"tax_and_gain": both} if both else {}
   output.mkdir(parents=True, exist_ok=True)
   measured = [row for row in rows if row.verdict != NOT_RUN]
@@ -122,11 +125,17 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
     figure.savefig(output / f"{name}.png")
   for name, table in tables.items():
     table.to_csv(output / name, index=False)
-  groups = [own for own, _ in judged]
-  caption = tax_and_gain.caption(both[1]) if both else ""
-  (output / "findings.md").write_text(_markdown(groups, caption, command))
+  shown = {panel.name for panel in panels}
+  interim = [
+    f"{x.folder} has {read.facts.interim}" for x, read in kept
+    if x.name in shown and read.facts.interim
+  ]
+  caption = tax_and_gain.caption(both[1], "; ".join(interim)) if both else ""
+  markdown = _markdown([own for own, _ in judged], caption, command)
+  (output / "findings.md").write_text(markdown)
   names = ["findings.md", *tables, *(f"{name}.png" for name in drawings)]
-  return Report(_as_text(groups), tuple(output / name for name in names))
+  text = markdown[: markdown.index("## Each experiment")]
+  return Report(text, _counts(rows), tuple(output / name for name in names))
 
 
 def _judge(experiment: Experiment, folder: Path) -> tuple[list[Row], Any]:
@@ -161,40 +170,34 @@ def _estimates(rows: list[Row]) -> pd.DataFrame:
   )
 
 
-def _as_text(groups: list[list[Row]]) -> str:
-  """Returns the verdicts for a terminal; experiments that were not run in one line."""
-  width = max(map(len, VERDICTS))
-  lines, waiting = [], []
-  for own in groups:
-    experiment = own[0].experiment
-    if not _has_run(own):
-      waiting.append(f"  {experiment.folder}: {experiment.command}")
-      continue
-    lines.append(experiment.folder)
-    for row in own:
-      lines.append(f"  {row.verdict:<{width}}  {row.claim.statement}")
-      lines += [f"  {'':{width}}    {x}" for x in textwrap.wrap(row.ours, 76)]
-  verdicts = [row.verdict for own in groups for row in own]
+def _counts(rows: list[Row]) -> str:
+  verdicts = [row.verdict for row in rows]
   counts = ", ".join(f"{verdicts.count(x)} {x}" for x in VERDICTS if x in verdicts)
-  waiting = [NOT_RUN, *waiting] if waiting else []
-  return "\n".join([*lines, *waiting, f"{len(verdicts)} claims: {counts}."])
+  return f"{len(verdicts)} claims: {counts}."
 
 
 def _markdown(groups: list[list[Row]], caption: str, command: str) -> str:
   """Returns the page: decided claims, the others, then each experiment, folded."""
-  def listed(verdict: str, heading: str) -> list[str]:
-    own = [row for group in groups for row in group if row.verdict == verdict]
-    title = heading.format(_HEADINGS[verdict])
-    return [title, "", *map(_bullet, own), ""] if own else []
+  rows = [row for group in groups for row in group]
 
-  lines = ["# What multi-token prediction does at the sizes of a CPU", ""]
+  def listed(verdicts: tuple[str, ...], heading: str) -> Iterator[str]:
+    for verdict in verdicts:
+      own = [_bullet(row) for row in rows if row.verdict == verdict]
+      if own:
+        yield from (heading.format(_HEADINGS[verdict]), "", *own, "")
+
+  lines = [
+    "# What multi-token prediction does at the sizes of a CPU", "",
+    *listed((SUPPORTED, OPPOSITE, EQUIVALENT), "**{}**"),
+  ]
+  interim = {row.experiment.folder: row.facts.interim for row in rows}
+  lines += [
+    f"*Interim* are the results of `{folder}`: {words}. Their verdicts may change.\n"
+    for folder, words in interim.items() if words
+  ]
   if caption:
     lines += [f"![{caption}](tax_and_gain.png)", "", caption, ""]
-  for verdict in (SUPPORTED, OPPOSITE, EQUIVALENT):
-    lines += listed(verdict, "**{}**")
-  lines += [_HOW_TO_READ, ""]
-  for verdict in (UNDECIDED, NOT_TESTED):
-    lines += listed(verdict, "## {}")
+  lines += [_HOW_TO_READ, "", *listed((UNDECIDED, NOT_TESTED), "## {}")]
   lines += ["## Each experiment: rules, figure, where it comes from", ""]
   waiting = []
   for own in groups:
@@ -212,10 +215,28 @@ def _markdown(groups: list[list[Row]], caption: str, command: str) -> str:
 
 
 def _bullet(row: Row) -> str:
-  """One claim in a line: what was claimed, what was measured, where."""
-  reason = row.claim.not_tested if row.verdict == NOT_TESTED else row.ours
-  short = textwrap.shorten(reason, 10_000 if reason != row.ours else 160)
-  return f"- {row.claim.statement}: {short} (`{row.experiment.folder}`)"
+  """Returns one claim in a line: what was claimed, what was measured, where."""
+  reason = row.claim.not_tested if row.verdict == NOT_TESTED else _brief(row.finding)
+  interim = ", *interim*" if row.facts.interim else ""
+  return f"- {row.claim.statement}: {reason} (`{row.experiment.folder}`{interim})"
+
+
+def _brief(finding: Finding) -> str:
+  """Returns the estimates with two digits; of more than two, how far they reach."""
+  estimates = finding.estimates
+  if len(estimates) > 2:
+    means = [f"{x(y.mean for y in estimates):.2g}" for x in (min, max)]
+    return f"{' to '.join(means)} in {len(estimates)} comparisons"
+  number = re.compile(r"[+-]?\d+\.\d{4}")
+  labels = (f"{x.label} " if len(estimates) > 1 else "" for x in estimates)
+  return "; ".join(
+    label + number.sub(lambda x: format(float(x[0]), _sign(x[0]) + ".2g"), own.text)
+    for label, own in zip(labels, estimates, strict=True)
+  )
+
+
+def _sign(number: str) -> str:
+  return "+" if number[0] in "+-" else ""
 
 
 def _section(rows: list[Row]) -> Iterator[str]:
@@ -227,15 +248,17 @@ def _section(rows: list[Row]) -> Iterator[str]:
     cells = (
       claim.statement, f"{claim.source}: {claim.published}",
       f"{claim.rule}; margin {claim.margin}", row.ours,
-      str(row.finding.seeds if row.finding else 0), row.verdict,
+      str(row.finding.seeds if row.finding else 0),
+      row.verdict + (" (interim)" if row.facts.interim else ""),
     )
     yield f"| {' | '.join(x.replace('|', '/') for x in cells)} |"
   experiment, facts = rows[0].experiment, rows[0].facts
   yield ""
   yield f"![{experiment.title}]({experiment.folder}.png)"
   more = f", `{experiment.folder}_table.csv`" if experiment.table else ""
-  yield f"\n{experiment.caption} Numbers: `{experiment.folder}.csv`{more}.\n"
-  told = {
+  interim = f" Interim: {facts.interim}." if facts.interim else ""
+  yield f"\n{experiment.caption}{interim} Numbers: `{experiment.folder}.csv`{more}.\n"
+  origin = {
     "Command": "; ".join(f"`{x}`" for x in facts.command or (experiment.command,)),
     "Commit": "; ".join(facts.commit),
     "Hardware": "; ".join(facts.hardware),
@@ -243,6 +266,6 @@ def _section(rows: list[Row]) -> Iterator[str]:
     "Seeds": ", ".join(map(str, facts.seeds)),
     "Trials": f"{facts.finished} of {facts.trials} finished",
     "Date": facts.date,
-  }
-  for key, value in told.items():
+  } | ({"Interim": facts.interim} if facts.interim else {})
+  for key, value in origin.items():
     yield f"- {key}: {value or 'not recorded'}"

@@ -18,11 +18,14 @@ see `rough_clocks`.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from mtp_jax.analysis import statistics
+from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.ladders import NTP, arrange
 from mtp_jax.analysis.runs import Runs
 from mtp_jax.analysis.statistics import LEVEL, interval
@@ -33,6 +36,12 @@ SHARES = ("next_line_exact_match", "function_parses")
 # Budgets this close are one budget (arm `flops` rounds to whole steps).
 BUDGET_TOLERANCE = 0.01
 UPPER, LOWER, EXACT = "at most", "at least", ""
+# Verdicts.
+BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
+EQUAL = "equal within the margin"
+ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
+NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
+NO_TREND = "n/a (needs two seeds at every size)"
 _CELL = ["ladder", "order", "method", "kind", "depth", "arm", "size"]
 REPLICATE = ["seed", "data_seed"]
 
@@ -198,58 +207,25 @@ def gains(pairs: pd.DataFrame, clocks: pd.DataFrame | None = None) -> pd.DataFra
 
 
 def slopes(pairs: pd.DataFrame) -> pd.DataFrame:
-  """Returns the fitted gain per decade of size, per method, metric and comparison.
+  """Returns the gain per decade of size, per method, metric and comparison.
 
-  Each seed's gains are regressed on log10 of the size; the interval is a t interval
-  over the per-seed slopes, of seeds that have a gain at every size. It accounts for
-  seeds, not for a trend that is no straight line: `misfit` is the largest distance of a
-  size's mean from the line. `crossing` is where the mean line is 0, inside the ladder
-  only; `crossing_low` and `crossing_high` are the range of the per-seed lines.
+  See `statistics.slope`; n is the fewest seeds of a size. Bounds are left out.
   """
   keys = [c for c in _CELL if c != "size"] + ["metric", "comparison"]
   rows = []
   for key, cell in pairs[pairs["bound"] == EXACT].groupby(keys):
-    by_seed = cell.pivot_table(
-      index=REPLICATE, columns="size", values="gain", aggfunc="mean"
-    )
-    if by_seed.shape[1] < 2:
-      continue
-    rows.append(dict(zip(keys, key, strict=True)) | fit_slope(by_seed))
-  columns = [
-    *keys, "n", "sizes", "slope", "low", "high", "intercept", "misfit", "crossing",
-    "crossing_low", "crossing_high",
-  ]
-  return pd.DataFrame(rows, columns=columns)
-
-
-def fit_slope(by_seed: pd.DataFrame) -> dict[str, float]:
-  """Fits gains [seeds, sizes] against log10 size; see `slopes`.
-
-  Without any seed that has every size, the line goes through the means and has no
-  interval (n = 0).
-  """
-  x = np.log10(by_seed.columns.to_numpy(float))
-  complete = by_seed.dropna()
-  gains_SL = complete.to_numpy() if len(complete) else by_seed.mean().to_numpy()[None]
-  slope_S, intercept_S = np.polyfit(x, gains_SL.T, 1)
-  over_seeds = interval(slope_S)
-  slope, intercept = slope_S.mean(), intercept_S.mean()
-  misfit = np.abs(gains_SL.mean(axis=0) - (slope * x + intercept)).max()
-  with np.errstate(divide="ignore", invalid="ignore"):
-    crossing = _inside(-intercept / slope, x)
-    crossing_S = [c for c in _inside(-intercept_S / slope_S, x) if np.isfinite(c)]
-  return {
-    **over_seeds, "n": len(complete), "sizes": len(x), "slope": slope,
-    "intercept": intercept, "misfit": misfit, "crossing": float(crossing),
-    "crossing_low": min(crossing_S, default=np.nan),
-    "crossing_high": max(crossing_S, default=np.nan),
-  }
+    by_size = {size: own.to_numpy() for size, own in cell.groupby("size")["gain"]}
+    if len(by_size) > 1:
+      over = statistics.slope(list(by_size), list(by_size.values()))
+      rows.append(dict(zip(keys, key, strict=True)) | over)
+  table = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+  return table.rename(columns={"mean": "slope"})
 
 
 def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
   """Returns every learning rate tried, per method and size, against the chosen one.
 
-  excess: mean main loss minus that of the chosen rate over the `shared` pairs of seeds;
+  excess: mean main loss minus the chosen rate's over the `shared` pairs of seeds;
     infinite where a loss was not finite, NaN where they share none.
   noise:  how large a difference chance explains at 95 %: t * sd / sqrt(shared), where
     sd is the spread over seeds of paired differences to NTP, pooled over the methods of
@@ -266,6 +242,9 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     spread, freedom = _paired_spread(same_size[same_size["chosen"]])
     critical = stats.t.ppf(0.5 + LEVEL / 2, freedom) * spread
     for key, cell in same_size.groupby(_CELL):
+      # Other weight decays are no check of the rate.
+      decays = cell.loc[cell["chosen"], "weight_decay"]
+      cell = cell[cell["weight_decay"].isin(decays)]
       chosen = cell[cell["chosen"]].set_index(REPLICATE)["loss"]
       for rate, tried in cell.groupby("learning_rate"):
         loss = tried.set_index(REPLICATE)["loss"]
@@ -280,6 +259,38 @@ def learning_rates(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
           "noise": critical / np.sqrt(len(shared)) if len(shared) else np.nan,
         })
   return pd.DataFrame(rows, columns=columns)
+
+
+def effect(gain: pd.Series, margin: float | None = None) -> str:
+  """Returns the verdict on one row of `gains`; by default with its metric's margin."""
+  if margin is None:
+    margin = (claim.POINTS if gain["metric"] in SHARES else claim.NATS).value
+  if math.isnan(gain["low"]):
+    return ONE_PAIR
+  if gain["is_rough"]:
+    return ROUGH_CLOCK
+  if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
+    return NO_SPREAD
+  if not gain["bound"] and -margin < gain["low"] < gain["high"] < margin:
+    return EQUAL
+  if gain["low"] > 0 and gain["bound"] != UPPER:
+    return BETTER
+  if gain["high"] < 0 and gain["bound"] != LOWER:
+    return WORSE
+  return BOUND if gain["bound"] else NO_EFFECT
+
+
+def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
+  """Returns the verdict on one row of `slopes`, fitted to the rows `gains`."""
+  if math.isnan(slope["low"]):
+    return NO_TREND
+  if gains["is_rough"].any():
+    return ROUGH_CLOCK
+  if slope["low"] <= 0 <= slope["high"]:
+    return "no trend found"
+  is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
+  words = f"{'disadvantage' if is_loss else 'gain'} "
+  return words + ("grows" if is_up != is_loss else "shrinks")
 
 
 def _budgets_in_ntp_tokens(
@@ -315,12 +326,6 @@ def _at_budget(
   if budget < tokens[0]:
     return float(values[0]), LOWER
   return float(np.interp(np.log(budget), np.log(tokens), values)), EXACT
-
-
-def _inside(crossing: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """10 ** crossing where it lies inside the ladder, NaN elsewhere."""
-  is_inside = (crossing >= x.min()) & (crossing <= x.max())
-  return np.where(is_inside, 10.0 ** np.where(is_inside, crossing, 0.0), np.nan)
 
 
 def _paired_spread(chosen: pd.DataFrame) -> tuple[float, int]:

@@ -9,8 +9,9 @@ Trials are grouped by what varies between them, never by their names.
   sizes; one that varies within a size makes separate ladders of its values.
 - A *method* is the mtp section with the values that have no effect left out. NTP is
   plain next-token prediction; arm `flops` is NTP too, trained for longer.
-- Of the learning rates that a method was trained with at a size, the one with the most
-  seeds is *chosen*, the lowest mean loss among equals; the others are checks.
+- Of the learning rates and weight decays (`TUNED`) that a method was trained with at a
+  size, the setting with the most seeds is *chosen*, the lowest mean loss among equals;
+  the others are checks.
 """
 
 import collections
@@ -39,6 +40,8 @@ IGNORED = keys_of(Role.UNCOMPARED)
 WITHIN = keys_of(Role.REPEATS)
 # What a ladder may change from size to size.
 MAY_SCALE = keys_of(Role.SCALES)
+# What is tuned for every size and method.
+TUNED = ("optimizer.learning_rate", "optimizer.weight_decay")
 
 
 def arrange(runs: Runs) -> pd.DataFrame:
@@ -50,19 +53,26 @@ def arrange(runs: Runs) -> pd.DataFrame:
   """
   trials = runs.trials.copy()
   methods = [canonical(config) for config in trials["config"]]
-  names = method_labels(methods)
+  texts = [config.data.source for config in trials["config"]]
+  # A name has what tells it from the other methods on the same text or task.
+  of_text = collections.defaultdict(list)
+  for text, method in zip(texts, methods, strict=True):
+    of_text[text].append(method)
+  names = {text: method_labels(own) for text, own in of_text.items()}
   trials["mtp"] = methods
-  trials["method"] = [names[m] for m in methods]
+  trials["method"] = [names[x][m] for x, m in zip(texts, methods, strict=True)]
   trials["kind"] = ["none" if m.arm == "flops" else m.kind for m in methods]
   trials["depth"] = [0 if m.arm == "flops" else m.depth for m in methods]
   trials["arm"] = [m.arm for m in methods]
   trials["ladder"] = _ladder_labels(list(trials["config"]), list(trials["size"]))
+  trials["weight_decay"] = [x.optimizer.weight_decay for x in trials["config"]]
   order = {m: i for i, m in enumerate(sorted(set(methods), key=_order))}
   trials["order"] = [order[m] for m in methods]
+  tuned = ["learning_rate", "weight_decay"]
   trials = trials.sort_values(
-    ["ladder", "order", "size", "learning_rate", "seed", "data_seed", "trial"]
+    ["ladder", "order", "size", *tuned, "seed", "data_seed", "trial"]
   ).reset_index(drop=True)
-  same = ["ladder", "method", "size", "learning_rate", "seed", "data_seed"]
+  same = ["ladder", "method", "size", *tuned, "seed", "data_seed"]
   first = trials.groupby(same)["trial"].transform(_first_finished(trials))
   trials["copy"] = first.where(first != trials["trial"], "")
   trials["chosen"] = _chosen(trials, runs.metrics)
@@ -90,7 +100,7 @@ def canonical(config: Config) -> MtpConfig:
 def method_labels(methods: list[MtpConfig]) -> dict[MtpConfig, str]:
   """Returns a name for each canonical method: kind, D, and what else tells it apart.
 
-  What else is said is what varies among the methods of the same kind.
+  "What else" are the values that vary among the methods of the same kind.
   """
   labels = {}
   for kind in KINDS:
@@ -161,7 +171,7 @@ def _order(mtp: MtpConfig) -> tuple:
 
 def _recipe(config: Config) -> dict[str, Any]:
   flat = flatten(to_dict(config))
-  dropped = {*IGNORED, *WITHIN}
+  dropped = {*IGNORED, *WITHIN, *TUNED}
   # Whether there is such a run is a setting; which one follows the seed.
   for key in ("train.trunk_from", "train.start_from"):
     flat[key] = bool(flat[key])
@@ -189,9 +199,30 @@ def _ladder_labels(configs: list[Config], sizes: list[int]) -> list[str]:
     for recipe, key in zip(recipes, fixed, strict=True)
   ]
   every = {k for key in keys for k in key}
-  varying = _varying([{k: key.get(k, "follows size") for k in every} for key in keys])
-  return [", ".join(f"{k}={key[k]}" for k in sorted(varying & key.keys()))
-          for key in keys]
+  full = [{k: key.get(k, "follows size") for k in every} for key in keys]
+  source = "data.source"
+  # Texts and tasks differ in many keys. A label has the source and the keys that vary
+  # among the ladders of this source.
+  varying = {
+    x: _varying([key for key in full if key[source] == x])
+    for x in {key[source] for key in full}
+  }
+  several = {source} if len(varying) > 1 else set()
+  return [
+    ", ".join(
+      f"{k}={key[k]}" for k in sorted((varying[key[source]] | several) & key.keys())
+    )
+    for key in keys
+  ]
+
+
+def sources(trials: pd.DataFrame) -> dict[str, str]:
+  """Returns {ladder: its text or task}."""
+  first = trials.drop_duplicates("ladder")
+  return {
+    label: config.data.source
+    for label, config in zip(first["ladder"], first["config"], strict=True)
+  }
 
 
 def _varying(dicts: list[dict[str, Any]]) -> set[str]:
@@ -207,15 +238,17 @@ def _first_finished(trials: pd.DataFrame) -> Any:
 
 
 def _chosen(trials: pd.DataFrame, metrics: pd.DataFrame) -> pd.Series:
-  """Marks the finished trials, copies left out, at their cell's chosen rate."""
+  """Marks the finished trials, copies left out, at their cell's chosen setting."""
   losses = metrics[metrics["metric"] == "main_loss"].set_index("trial")["mean"]
   usable = (trials["status"] == "finished") & (trials["copy"] == "")
   chosen = pd.Series(False, index=trials.index)
   for _, cell in trials[usable].groupby(["ladder", "method", "size"]):
     # A loss that is not finite is the worst there is.
     loss = cell["trial"].map(losses).fillna(float("inf"))
-    by_rate = loss.groupby(cell["learning_rate"])
-    rank = pd.DataFrame({"seeds": -by_rate.size(), "loss": by_rate.mean()})
+    tuned = list(zip(cell["learning_rate"], cell["weight_decay"], strict=True))
+    setting = pd.Series(tuned, index=cell.index)
+    by_setting = loss.groupby(setting)
+    rank = pd.DataFrame({"seeds": -by_setting.size(), "loss": by_setting.mean()})
     best = rank.sort_values(["seeds", "loss"]).index[0]
-    chosen[cell.index] = cell["learning_rate"] == best
+    chosen[cell.index] = [x == best for x in setting]
   return chosen

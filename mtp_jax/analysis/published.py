@@ -20,10 +20,6 @@ from pathlib import Path
 
 import pandas as pd
 
-SOURCE = (
-  "Gloeckle et al. 2024, arXiv 2404.19737, table S7; parallel heads, trunk shortened, "
-  "one training run a point"
-)
 # {(arms, length): {(kind, D): exact path in %}}
 STAR_GRAPHS = {
   (3, 3): {("none", 0): 33.8, ("parallel", 1): 100.0, ("parallel", 3): 100.0,

@@ -1,41 +1,46 @@
 """The report of a folder of runs: Markdown, one HTML file, PNG and CSV files.
 
-A ladder's part begins with a sentence, a figure and a table: each method's gain over
+The page begins with a sentence, a figure and a table: each method's gain over
 next-token prediction at every size, its interval and its verdict. The rest is folded.
+Trials on siblings and star graphs have the gain that their claims are about; all other
+trials are compared ladder by ladder.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 
-from mtp_jax.analysis import figures, page
+from mtp_jax.analysis import figures, ladders, page, tax_and_gain
+from mtp_jax.analysis import results as results_lib
 from mtp_jax.analysis.checks import check_ladder, rows_of
+from mtp_jax.analysis.claims import by_size, claim, look_ahead, siblings
+from mtp_jax.analysis.drawing import STYLE
 from mtp_jax.analysis.gains import (
   COMPARISONS,
   EXACT,
-  LOWER,
   SHARES,
   TOKENS,
-  UPPER,
   Analysis,
   analyse,
+  effect,
   rough_clocks,
+  trend,
 )
 from mtp_jax.analysis.ladders import NTP, settings_that_scale, size_text
-from mtp_jax.analysis.results import unfinished
+from mtp_jax.analysis.results import Results, unfinished
 from mtp_jax.analysis.runs import load
+from mtp_jax.analysis.statistics import interval
 from mtp_jax.config import Config
 
 TITLE = "Multi-token prediction: what the runs show"
-BETTER, WORSE, NO_EFFECT = "better", "worse", "no effect found"
-ONE_PAIR, BOUND = "n/a (needs two pairs of seeds)", "n/a (a bound)"
-NO_SPREAD, ROUGH_CLOCK = "n/a (all pairs are the same)", "n/a (rough clock)"
-NO_TREND = "n/a (needs two seeds with every size)"
+# What the trials of a task are reported as.
+_TASKS = {"siblings": siblings.experiment, "look_ahead": look_ahead.experiment}
 # Columns of gains: (name, comparison, metric).
 _GAINS = (
   *((f"gain, equal {x}", x, "main_loss") for x in COMPARISONS),
@@ -48,7 +53,9 @@ _DEFINITIONS = {
     Always between trials of the same size, model seed (the same initial values of the
     layers that both have) and data seed (the same order of the text).""",
   "Interval": """In brackets: Student's t at 95 % over pairs of seeds, not over held-out
-    documents, which all trials share. "No effect found": the interval holds 0.""",
+    documents, which all trials share. "Equal within the margin": the interval lies
+    within 0.01 nats, 5 points, or a factor of 1.3 in tokens. "No effect found": it is
+    wider and holds 0.""",
   "Equal FLOPs, equal wall clock": """The MTP trial's model FLOPs, or its training
     seconds (median over seeds) at the median speed of NTP at this size, are turned into
     the tokens that NTP trains on with them. NTP's metric at that many tokens is
@@ -58,9 +65,9 @@ _DEFINITIONS = {
     would flatter MTP. Beyond the finished runs there is only a bound ("at most", "at
     least"). Budgets within 1 % count as equal. The clock runs while training steps run.
     It has no verdict where equal runs differ by more than the method and NTP do.""",
-  "Per decade": """Gain per factor of ten in size: every seed's gains are regressed on
-    log10 of the size; mean and t interval over the seeds that have every size. The
-    interval accounts for seeds, not for a trend that is not a straight line.""",
+  "Per decade": """Gain per factor of ten in size: least squares on log10 of the size,
+    seeds resampled within a size (BCa), Welch's interval below 8 seeds. The interval
+    accounts for seeds, not for a trend that is not a straight line.""",
   "Learning rate": """Of several that a method was trained with at one size, the rate
     with the most seeds is used, the lowest mean loss among equals.""",
   "Ladder counts": """Every larger NTP model is better than the next smaller one beyond
@@ -73,9 +80,10 @@ _DEFINITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The words, and the files that were written, the page to open first."""
+  """What to print, a sentence on it, and the written files, the page to open first."""
 
   text: str
+  sentence: str
   paths: tuple[Path, ...]
 
 
@@ -85,19 +93,43 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
   Raises:
     RunsError: see `runs.load`. Nothing is written then.
   """
-  analysis = analyse(load(root))
+  runs = load(root)
+  analysis = analyse(runs)
+  tasks = {
+    name: results_lib.of(own) for name, source in tax_and_gain.SOURCES.items()
+    if len((own := runs.of_source(source)).trials)
+  }
+  # A task without a pair of trials is compared like text.
+  of_tasks = tax_and_gain.of_results(tasks)
+  covered = {tax_and_gain.SOURCES[panel.name] for panel in of_tasks}
+  sources = ladders.sources(analysis.trials)
+  labels = [label for label, source in sources.items() if source not in covered]
+  of_ladders = {label: analysis.ladder(label) for label in labels}
   output.mkdir(parents=True, exist_ok=True)
-  labels = list(dict.fromkeys(analysis.trials["ladder"]))
-  lines, texts, paths = [f"# {TITLE}", ""], [], []
-  for number, label in enumerate(labels, start=1):
-    ladder = analysis.ladder(label)
-    heading = [f"## {label}", ""] if len(labels) > 1 else []
+  panels = [*tax_and_gain.of_ladders(analysis, labels), *of_tasks]
+  words = {label: in_short(ladder) for label, ladder in of_ladders.items()}
+  nothing = next((own[0] for own in words.values()), "")
+  sentence = tax_and_gain.sentence(panels) if panels else nothing
+  first = _first_table(of_ladders, of_tasks)
+  table = page.table(first) if len(first) else ""
+  lines, paths = [f"# {TITLE}", "", f"**{sentence}**", ""], []
+  head = _write_drawing(output / "tax_and_gain.png", tax_and_gain.draw, panels)
+  if head:
+    caption = tax_and_gain.caption(pd.read_csv(head[1]))
+    lines += [f"![{caption}]({head[0].name})", "", caption, "", table, ""]
+    paths += head
+  for panel in of_tasks:
+    own = _TASKS[panel.name]("cpu")
+    part, written = _task_part(own, tasks[panel.name], output)
+    lines += part
+    paths += written
+  for number, (label, ladder) in enumerate(of_ladders.items(), start=1):
     suffix = f"_{number}" if len(labels) > 1 else ""
     drawn, written = _figures(ladder, output, suffix)
-    words, table = in_short(ladder), _table(ladder)
-    lines += [*heading, *words, "", *drawn.pop("gain_vs_size", []), table, ""]
-    lines += _folded(ladder, drawn)
-    texts += [*heading, *words, "", table, ""]
+    if len(labels) > 1:
+      lines += [f"## {label}", ""]
+    # The first of these words is the sentence at the top of the page.
+    lines += [*words[label][2:], "", *_folded(ladder, drawn)]
     paths += written
   states = [f"- {line}" for line in _states(analysis)]
   lines += page.details("Trials", [*states, "", _trials(analysis)])
@@ -116,44 +148,65 @@ def write_report(root: Path, output: Path, command: str = "") -> Report:
   for name in ("trials", "levels", "pairs", "gains", "slopes", "rates"):
     tables.append(output / f"all_{name}.csv")
     _write(getattr(analysis, name), tables[-1])
-  text = "\n".join([*texts, "Trials", *states])
-  return Report(text, (*(output / name for name in pages), *paths, *tables))
+  standing = [x for label, own in words.items() for x in (label, *own[1:]) if x]
+  text = "\n".join([table, "", *standing, "", "Trials", *states])
+  return Report(text, sentence, (*(output / name for name in pages), *paths, *tables))
 
 
-def effect(gain: pd.Series) -> str:
-  """Returns the verdict on one row of `gains`."""
-  if math.isnan(gain["low"]):
-    return ONE_PAIR
-  if gain["is_rough"]:
-    return ROUGH_CLOCK
-  if gain["high"] - gain["low"] < 1e-12 and gain["mean"] != 0:  # Few prompts, say.
-    return NO_SPREAD
-  if gain["low"] > 0 and gain["bound"] != UPPER:
-    return BETTER
-  if gain["high"] < 0 and gain["bound"] != LOWER:
-    return WORSE
-  return BOUND if gain["bound"] else NO_EFFECT
+def _first_table(
+  of_ladders: dict[str, Analysis], of_tasks: list[tax_and_gain.Panel]
+) -> pd.DataFrame:
+  """Returns method x size, as text: gain with interval and verdict."""
+  shown = [name for name, *_ in _GAINS[: len(COMPARISONS)]]
+  parts = []
+  for label, ladder in of_ladders.items():
+    rows = method_table(ladder)
+    columns = [name for name in shown if name in rows]
+    if columns:
+      rows = rows.dropna(subset=columns, how="all")
+      data = label.removeprefix("data.source=")
+      parts.append(rows[["method", "size", "seeds", *columns]].assign(data=data))
+  for panel in of_tasks:
+    index, gains = by_size.cells(panel.pairs, ["series"], sort=False)
+    own = [interval(x) | {"bound": "", "is_rough": False} for x in gains]
+    parts.append(pd.DataFrame({
+      "method": index["series"], "size": index["size"].map(size_text),
+      "seeds": [x["n"] for x in own],
+      shown[0]: [f"{_interval(x)}: {effect(x, panel.part.margin.value)}" for x in own],
+      "data": panel.part.data,
+    }))
+  rows = pd.concat(parts) if parts else pd.DataFrame(columns=["data"])
+  first = ["data"] if rows["data"].nunique() > 1 else []
+  return rows[[*first, *(x for x in rows if x != "data")]]
 
 
-def trend(slope: pd.Series, gains: pd.DataFrame) -> str:
-  """Returns the verdict on one row of `slopes`, fitted to the rows `gains`."""
-  if math.isnan(slope["low"]):
-    return NO_TREND
-  if gains["is_rough"].any():
-    return ROUGH_CLOCK
-  if slope["low"] <= 0 <= slope["high"]:
-    return "no trend found"
-  is_up, is_loss = slope["low"] > 0, (gains["mean"] < 0).all()
-  words = f"{'disadvantage' if is_loss else 'gain'} "
-  words += "grows" if is_up != is_loss else "shrinks"
-  # A straight line that misses a size's mean by half of its own rise is none.
-  rise = abs(slope["slope"]) * math.log10(gains["size"].max() / gains["size"].min())
-  return words + (", not on a straight line" if slope["misfit"] > rise / 2 else "")
+def _task_part(
+  experiment: claim.Experiment, results: Results, output: Path
+) -> tuple[list[str], list[Path]]:
+  """Returns the folded part of a task, every score of it, and its files."""
+  paths = _write_drawing(output / f"{experiment.name}.png", experiment.draw, results)
+  lines = [
+    f"![{experiment.title}]({paths[0].name})", "", experiment.caption, "",
+    page.table(experiment.table(results).round(4)), "",
+  ]
+  return page.details(experiment.title, lines), paths
+
+
+def _write_drawing(png: Path, draw: Callable, shown: Any) -> list[Path]:
+  """Draws and writes a figure and its numbers; returns the files, if there are any."""
+  with matplotlib.rc_context(STYLE):
+    drawn = draw(shown)
+  if drawn is None:
+    return []
+  drawn[0].savefig(png)
+  _write(drawn[1], png.with_suffix(".csv"))
+  return [png, png.with_suffix(".csv")]
 
 
 def in_short(ladder: Analysis) -> list[str]:
   """Returns what the ladder shows in a sentence, and whether it counts."""
   finished = set(ladder.levels["method"])
+  panels = tax_and_gain.of_ladders(ladder, ladder.trials["ladder"].unique())
   reasons = {
     "No trial is finished: there is nothing to compare.": not finished,
     "There is no finished NTP trial, so no gain can be computed.": NTP not in finished,
@@ -161,20 +214,13 @@ def in_short(ladder: Analysis) -> list[str]:
       finished == {NTP}
     ),
     "No MTP trial has a finished NTP partner of the same size, seed and data seed, so "
-    "no gain can be computed.": not len(ladder.gains),
+    "no gain can be computed.": not panels,
   }
   for reason, is_so in reasons.items():
     if is_so:
       return [reason]
   check = check_ladder(ladder)
-  # Methods with the same verdicts share a clause.
-  clauses: dict[str, list[str]] = {}
-  for method in check.methods:
-    clauses.setdefault(_summary(ladder, method), []).append(method)
-  told = "; ".join(f"{', '.join(own)} {words}" for words, own in clauses.items())
-  sizes = " to ".join(dict.fromkeys(size_text(check.sizes[end]) for end in (0, -1)))
-  lines = [f"**Next-token loss at equal tokens, against NTP of {sizes} parameters: "
-           f"{told}.**"]
+  lines = [f"**{tax_and_gain.sentence(panels)}**"]
   counted = [method for method in check.spans if check.counts(method)]
   if not check.spans:
     standing = "One size a method: no evidence of how gains change with size."
@@ -194,21 +240,6 @@ def in_short(ladder: Analysis) -> list[str]:
       f"much as the method and NTP do."
     )
   return lines
-
-
-def _summary(ladder: Analysis, method: str) -> str:
-  """Returns the verdicts of a method at equal tokens, and the sizes of each."""
-  rows = rows_of(ladder.gains, method).sort_values("size")
-  effects = rows.apply(effect, axis=1)
-  if effects.nunique() == 1 and len(rows) > 1:
-    words = f"{effects.iloc[0]} at each of {len(rows)} sizes"
-  else:
-    words = ", ".join(
-      f"{word} at {', '.join(rows.loc[effects == word, 'size'].map(size_text))}"
-      for word in effects.unique()
-    )
-  slopes = rows_of(ladder.slopes, method)
-  return words + "".join(f" ({trend(row, rows)})" for _, row in slopes.iterrows())
 
 
 def method_table(ladder: Analysis) -> pd.DataFrame:
@@ -244,13 +275,11 @@ def trend_table(ladder: Analysis) -> pd.DataFrame:
   fits = ladder.slopes[ladder.slopes["metric"] == "main_loss"]
   for _, fit in fits.sort_values("order").iterrows():
     gains = rows_of(ladder.gains, fit["method"], fit["comparison"])
-    crossing = "" if math.isnan(fit["crossing"]) else size_text(fit["crossing"])
     rows.append({
       "method": fit["method"], "equal": fit["comparison"],
-      "sizes": fit["sizes"], "seeds with every size": fit["n"],
+      "seeds": fit["n"],
       "gain per decade": _interval(fit.rename({"slope": "mean"})),
       "verdict": trend(fit, gains[gains["bound"] == EXACT]),
-      "largest misfit": f"{fit['misfit']:.4f}", "the line crosses 0 at": crossing,
     })
   return pd.DataFrame(rows)
 
@@ -263,29 +292,17 @@ def _interval(row: Any, sign: str = "+") -> str:
   return f"{text} [{row['low']:{sign}.4f}, {row['high']:{sign}.4f}]"
 
 
-def _table(ladder: Analysis) -> str:
-  """Returns the first table of a ladder: method x size, gain with interval, verdict."""
-  rows = method_table(ladder)
-  columns = [name for name, *_ in _GAINS[: len(COMPARISONS)] if name in rows]
-  if not columns:
-    return ""
-  rows = rows.dropna(subset=columns, how="all")
-  return page.table(rows[["method", "size", "seeds", *columns]])
-
-
 def _figures(
   ladder: Analysis, output: Path, suffix: str
 ) -> tuple[dict[str, list[str]], list[Path]]:
   """Draws and writes every figure; returns the Markdown of each, and the files."""
   shown, paths = {}, []
   for plot in figures.PLOTS:
-    drawn = figures.draw(plot, ladder)
-    if drawn is None:
+    files = _write_drawing(output / f"{plot.stem}{suffix}.png", plot.draw, ladder)
+    if not files:
       continue
-    png = output / f"{plot.stem}{suffix}.png"
-    drawn[0].savefig(png)
-    _write(drawn[1], png.with_suffix(".csv"))
-    paths += [png, png.with_suffix(".csv")]
+    paths += files
+    png = files[0]
     shown[plot.stem] = [
       f"![{plot.title}]({png.name})", "",
       f"{plot.title}. {plot.caption} Numbers: `{png.stem}.csv`.", "",
@@ -369,7 +386,7 @@ def _states(analysis: Analysis) -> Iterator[str]:
       f"Wall clock compares different hardware ({_distinct(hardware)}): do not use it."
     )
   # MTP trials without an NTP partner, and seeds of NTP that a method lacks.
-  for (_, size), cell in trials[trials["chosen"]].groupby(["ladder", "size"]):
+  for (label, size), cell in trials[trials["chosen"]].groupby(["ladder", "size"]):
     seeds = {
       method: set(zip(rows["seed"], rows["data_seed"], strict=True))
       for method, rows in cell.groupby("method", sort=False)
@@ -379,8 +396,9 @@ def _states(analysis: Analysis) -> Iterator[str]:
       for who, other, lacking in ((NTP, method, own - ntp), (method, NTP, ntp - own)):
         if lacking:
           names = ", ".join(f"{s} (data {d})" for s, d in sorted(lacking))
+          at = f"{size_text(size)}{', ' if label else ''}{label}"
           yield (
-            f"At {size_text(size)}, {who} lacks seed {names} that {other} has; "
+            f"At {at}, {who} lacks seed {names} that {other} has; "
             f"unpaired trials are not compared."
           )
 

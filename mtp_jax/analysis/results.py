@@ -1,12 +1,12 @@
 """What an experiment measured, as small tables to keep: `experiments/results/NAME`.
 
-trials.csv   one row a trial: state, size, cost (`added_parameters` are those that the
-             deployed model has not), and the config keys (dotted) that tell the trials
-             apart.
+trials.csv   one row a trial: state, size, cost (`added_parameters`: parameters that the
+             deployed model lacks), and the config keys (dotted) that vary.
 metrics.csv  long: the final evaluation; see `runs.Runs`.
 curves.csv   long: the validation and test records of training.
-run.json     the commands, commits, hardware, versions, seeds and day of the runs, and
-             under `config` every config value that all trials share.
+run.json     the commands, commits, hardware, versions, seeds and day of the runs, what
+             is still missing (`interim`, in words; empty: nothing), and under `config`
+             every config value that all trials share.
 
 Nothing is rounded. A ladder keeps the tables of its report instead, see `read_ladder`.
 """
@@ -54,7 +54,11 @@ _NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """Where results come from: run.json without the config. `date` is a UTC day."""
+  """Where results come from: run.json without the config. `date` is a UTC day.
+
+  interim: how far an experiment is whose verdicts may still change; older run.json lack
+           the key.
+  """
 
   command: tuple[str, ...]
   commit: tuple[str, ...]
@@ -64,6 +68,7 @@ class Facts:
   finished: int
   trials: int
   date: str
+  interim: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +113,8 @@ class Results:
     metrics = self.metrics
     own = metrics[(metrics["metric"] == metric) & (metrics["at_depth"] == at_depth)]
     rows = self.select(where)
-    return rows.assign(value=rows["trial"].map(own.set_index("trial")["mean"]))
+    means = rows["trial"].map(own.set_index("trial")["mean"])
+    return rows.assign(value=means.astype(float))  # Without a row the map has no type.
 
   def value(
     self, metric: str, where: Where, at_depth: int = 0, by: Sequence[str] = ()
@@ -144,39 +150,49 @@ class LadderResults:
   facts: Facts
 
 
-def write(runs: Runs, folder: Path, commands: Sequence[str]) -> list[Path]:
+def of(runs: Runs, commands: Sequence[str] = (), interim: str = "") -> Results:
+  """Returns what `read` returns, of run folders."""
+  trials = runs.trials.reset_index(drop=True)
+  trials = trials.assign(added_parameters=trials["total"] - trials["deployed"])
+  config = pd.DataFrame([flatten(to_dict(config)) for config in trials["config"]])
+  curves = runs.curves.loc[runs.curves["split"] != "train", list(_CURVES)]
+  facts = dataclasses.replace(_facts(trials, commands), interim=interim)
+  table = pd.concat([trials[[*_STATE, *_COUNTS]], config.drop(columns="name")], axis=1)
+  return Results(runs.root, table, runs.metrics, curves, facts)
+
+
+def write(
+  runs: Runs, folder: Path, commands: Sequence[str], interim: str = ""
+) -> list[Path]:
   """Writes the results folder of `runs`; returns its files.
 
   Raises:
     RunsError: no trial is finished. Nothing is written then.
   """
-  trials = runs.trials
-  if not (trials["status"] == "finished").any():
+  if not (runs.trials["status"] == "finished").any():
     raise RunsError(
       f"{runs.root}: no trial is finished, so there are no results to keep: "
       f"{', '.join(unfinished(runs))}."
     )
-  configs = [flatten(to_dict(config)) for config in trials["config"]]
+  results = of(runs, commands, interim)
+  first, *others = [flatten(to_dict(config)) for config in runs.trials["config"]]
   # What all trials share stands once, in run.json.
   shared = {
-    key: value
-    for key, value in configs[0].items()
-    if key != "name" and all(config[key] == value for config in configs)
+    key: value for key, value in first.items()
+    if key != "name" and all(config[key] == value for config in others)
   }
-  told = {"name", *shared, *_ALWAYS}
-  columns = [*_ALWAYS, *(key for key in configs[0] if key not in told)]
-  trials = trials.assign(added_parameters=trials["total"] - trials["deployed"])
-  state = trials[[*_STATE, *_COUNTS]].reset_index(drop=True)
+  left_out = {"name", *shared, *_ALWAYS}
+  own = [key for key in first if key not in left_out]
   tables = {
-    "trials.csv": pd.concat([state, pd.DataFrame(configs)[columns]], axis=1),
-    "metrics.csv": runs.metrics,
-    "curves.csv": runs.curves.loc[runs.curves["split"] != "train", list(_CURVES)],
+    "trials.csv": results.trials[[*_STATE, *_COUNTS, *_ALWAYS, *own]],
+    "metrics.csv": results.metrics,
+    "curves.csv": results.curves,
   }
   folder.mkdir(parents=True, exist_ok=True)
   for name, table in tables.items():
     table.to_csv(folder / name, index=False)
-  facts = _facts(trials, commands)
-  write_json(folder / "run.json", dataclasses.asdict(facts) | {"config": shared})
+  run = dataclasses.asdict(results.facts) | {"config": shared}
+  write_json(folder / "run.json", run)
   return [*(folder / name for name in tables), folder / "run.json"]
 
 
@@ -225,8 +241,8 @@ def read_ladder(folder: Path) -> LadderResults:
   Raises:
     RunsError: see `read`.
   """
-  told = ("commit", "hardware", "versions")
-  trials = _read_table(folder / "all_trials.csv", ("status", "seed", *told))
+  texts = ("commit", "hardware", "versions")
+  trials = _read_table(folder / "all_trials.csv", ("status", "seed", *texts))
   method = ("method", "kind", "depth", "arm", "metric", "comparison")
   pairs = ("seed", "data_seed", "size", "gain")
   slopes = ("n", "slope", "low", "high")
@@ -234,13 +250,15 @@ def read_ladder(folder: Path) -> LadderResults:
     folder,
     _read_table(folder / "all_pairs.csv", (*method, *pairs)),
     _read_table(folder / "all_slopes.csv", (*method, *slopes)),
-    _facts(trials.fillna(dict.fromkeys(told, "")), ()),
+    _facts(trials.fillna(dict.fromkeys(texts, "")), ()),
   )
 
 
 def _read_facts(run: Any, path: Path) -> Facts:
   values = {}
   for field in dataclasses.fields(Facts):
+    if field.name == "interim" and field.name not in run:
+      continue
     value = require(run, field.name, path)
     kind = list if typing.get_origin(field.type) is tuple else field.type
     if not isinstance(value, kind):

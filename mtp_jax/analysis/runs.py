@@ -1,8 +1,8 @@
 """Run folders as tables: one row a trial.
 
 config.json, eval.json and metrics.jsonl are all that decides a number; parameters and
-FLOPs follow from the config. run.json is read, where it is there, for the commit, the
-hardware and the versions only. A trial is finished when it has an eval.json.
+FLOPs follow from the config. A run.json adds only the commit, the hardware and the
+versions. A trial is finished when it has an eval.json.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from mtp_jax import accounting, run_folder
+from mtp_jax import accounting, files, run_folder
 from mtp_jax.config import (
   Config,
   ConfigError,
@@ -32,7 +32,7 @@ GENERATIVE = (
   "decoded_tokens_per_round", "sampled_tokens_per_round",
 )
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
-# From depth 1; those of decoding are null where nothing was decoded.
+# From depth 1; measures of decoding are null where nothing was decoded.
 PER_DRAFT = (
   "teacher_forced_agreement", "joint_prefix_agreement", "decoded_survival",
   "decoded_acceptance", "sampled_survival", "sampled_acceptance",
@@ -46,7 +46,7 @@ CURVE_COLUMNS = (
 
 
 class RunsError(ValueError):
-  """A folder or file that cannot be read; the message says which, and which line."""
+  """A folder or file that cannot be read; the message names it, and the line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,16 @@ class Runs:
   trials: pd.DataFrame
   metrics: pd.DataFrame
   curves: pd.DataFrame
+
+  def of_source(self, source: str) -> "Runs":
+    """Returns the trials on one text or task."""
+    is_own = self.trials["config"].map(lambda config: config.data.source == source)
+    names = self.trials.loc[is_own, "trial"]
+    tables = {
+      name: table[table["trial"].isin(names)].reset_index(drop=True)
+      for name, table in vars(self).items() if name != "root"
+    }
+    return Runs(self.root, **tables)
 
 
 def load(root: Path) -> Runs:
@@ -133,9 +143,9 @@ def _shape(mtp: MtpConfig) -> MtpConfig:
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
-  for folder, below, files in os.walk(root):
+  for folder, below, names in os.walk(root):
     below.sort()
-    if run_folder.CONFIG in files:
+    if run_folder.CONFIG in names:
       below.clear()
       yield Path(folder)
 
@@ -246,17 +256,14 @@ def _read_config(path: Path) -> Config:
 
 def read_json(path: Path) -> Any:
   """Returns the object in it, or None where there is no such file."""
-  if not path.exists():
-    return None
-  text = _text(path)
   try:
-    content = json.loads(text)
-  except (ValueError, RecursionError) as e:
-    line = f", line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-    raise RunsError(f"{path}{line}: not JSON ({e}).") from e
-  if not isinstance(content, dict):
-    raise RunsError(f"{path}: it must hold an object, got {content!r:.80}.")
-  return content
+    return files.read_json(path)
+  except FileNotFoundError:
+    return None
+  except json.JSONDecodeError as e:
+    raise RunsError(f"{path}, line {e.lineno}: not JSON ({e}).") from e
+  except (OSError, ValueError) as e:
+    raise RunsError(f"{path}: {e}") from e
 
 
 def _text(path: Path) -> str:

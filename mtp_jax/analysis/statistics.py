@@ -29,7 +29,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> dict[str, float]:
 
 
 def text(over: dict[str, float], sign: str = "+", digits: int = 4) -> str:
-  """Returns the mean with its interval; one seed has none, and that is said."""
+  """Returns the mean with its interval; with one seed, that there is no interval."""
   if over["n"] == 0:
     return "no complete seed"
   shown = f"{over['mean']:{sign}.{digits}f}"

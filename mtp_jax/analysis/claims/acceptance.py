@@ -4,10 +4,8 @@ import functools
 
 import pandas as pd
 
-from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import WIDTH
-from mtp_jax.analysis.claims.pictures import lines, with_method
 from mtp_jax.analysis.results import Results, Where
 
 _TEXT = "data.source"
@@ -21,8 +19,8 @@ def experiment(preset: str) -> claim.Experiment:
   )
   return claim.Experiment(
     "acceptance_by_depth", preset, "Acceptance by depth",
-    "Share of drafts accepted, of those that were reached; sampled at temperature 1; "
-    "mean and 95 % t interval over seeds.",
+    "Differences in the share of drafts accepted, of the drafts that were reached, "
+    "sampled at temperature 1; mean and 95 % t interval over seeds.",
     (
       *(
         claim.Claim(
@@ -54,7 +52,6 @@ def experiment(preset: str) -> claim.Experiment:
         claim.POINTS, rises_with_width,
       ),
     ),
-    draw,
   )
 
 
@@ -107,26 +104,3 @@ def _texts(results: Results) -> str:
   """Returns the texts on which drafts were sampled; it is not done on every one."""
   rows = results.measured("sampled_acceptance", {}, 1).dropna(subset="value")
   return f"on {', '.join(sorted(rows[_TEXT].unique()))}" if len(rows) else ""
-
-
-def draw(results: Results) -> claim.Drawing:
-  """Draws conditional acceptance by depth, one panel a text."""
-  results.key(WIDTH)
-  rows = with_method(
-    pd.concat([
-      results.measured("sampled_acceptance", {}, k).assign(at_depth=k)
-      for k in (1, 2, 3)
-    ]).dropna(subset="value")
-  )
-  rows = rows.assign(width="width " + rows[WIDTH].astype(str))
-  texts = list(rows[_TEXT].unique())
-  figure, axes = drawing.panels(1, max(len(texts), 1), sharey=True)
-  tables = []
-  for ax, text in zip(axes.flat, texts, strict=False):
-    own = rows[rows[_TEXT] == text]
-    tables.append(lines(ax, own, "at_depth", ["method", "width"]).assign(text=text))
-    ax.set(title=text, xlabel="depth of the draft", xticks=(1, 2, 3))
-    drawing.share_axis(ax)
-  axes[0, 0].set_ylabel("conditional acceptance")
-  drawing.legend_below(figure, axes.flat)
-  return figure, pd.concat(tables) if tables else rows

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from mtp_jax.analysis.ladders import TUNED
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 from mtp_jax.predictors import KINDS
 
 NTP: Where = {"mtp.kind": "none"}
 WIDTH = "trunk.embed_dim"
-# Settings that are tuned for each size and arm.
-TUNED = ("optimizer.learning_rate", "optimizer.weight_decay")
 
 
 def parallel(n: int) -> Where:

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 
 from mtp_jax.analysis import statistics
 from mtp_jax.analysis.claims.claim import Finding, Margin, estimate, over_seeds
-from mtp_jax.analysis.claims.pictures import lines
-from mtp_jax.analysis.drawing import size_axis, zero_line
+from mtp_jax.analysis.drawing import size_axis, size_lines, zero_line
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.results import REPLICATE
 
@@ -23,9 +22,11 @@ Cells = tuple[pd.DataFrame, list[np.ndarray]]
 Series = tuple[pd.DataFrame, dict[str, dict[str, Any]]]
 
 
-def cells(pairs: pd.DataFrame, apart: Sequence[str] = ()) -> Cells:
+def cells(
+  pairs: pd.DataFrame, apart: Sequence[str] = (), sort: bool = True
+) -> Cells:
   """Returns one row a cell (`apart`, size), and the gains of its seeds."""
-  groups = list(pairs.groupby([*apart, "size"]))
+  groups = list(pairs.groupby([*apart, "size"], sort=sort))
   index = pd.DataFrame([key for key, _ in groups], columns=[*apart, "size"])
   return index, [own["gain"].to_numpy() for _, own in groups]
 
@@ -104,12 +105,18 @@ def draw(
   ax: Axes, pairs: pd.DataFrame, styles: dict[str, dict[str, Any]], ylabel: str
 ) -> pd.DataFrame:
   """Draws mean and interval against size, a line for each `series`; returns them."""
-  table = lines(
-    ax, pairs.rename(columns={"gain": "value"}), "size", ["series"],
-    {(name,): style for name, style in styles.items()},
-  )
+  rows = [
+    {"size": size} | statistics.interval(own["gain"]) | {"series": name}
+    for (name, size), own in pairs.groupby(["series", "size"], sort=False)
+  ]
+  table = pd.DataFrame(rows, columns=["size", "n", "mean", "low", "high", "series"])
+  order = pd.factorize(table["series"])[0]
+  size_lines(ax, table.assign(method=table["series"], order=order), styles)
   if len(pairs):
     size_axis(ax, pairs["size"])
+  # No gain is part of every picture of gains.
+  low, high = ax.get_ylim()
+  ax.set_ylim(min(low, 0.0), max(high, 0.0))
   zero_line(ax)
   ax.set_ylabel(ylabel)
-  return table
+  return table.sort_values(["series", "size"], ignore_index=True)

@@ -1,4 +1,4 @@
-"""Claims: what a claim is, and which verdict an interval over seeds gives it.
+"""Claims, and the verdict on a claim that follows from an interval over seeds.
 
 Every claim has a margin: the smallest effect of interest. An estimate has one of four
 verdicts by its whole interval (95 %):
@@ -223,8 +223,9 @@ class Claim:
 class Experiment:
   """The claims that one preset of an experiment decides.
 
-  read: reads its results folder. draw: returns its figure and the numbers in it.
-  table: returns what the page also shows as a table, if anything.
+  read: reads its results folder. draw: returns its figure and the numbers in it; None
+  draws the estimates of the claims. table: returns what the page also shows as a table,
+  if anything.
   """
 
   name: str
@@ -232,7 +233,7 @@ class Experiment:
   title: str
   caption: str
   claims: tuple[Claim, ...]
-  draw: Callable[[Any], Drawing]
+  draw: Callable[[Any], Drawing] | None = None
   read: Callable[[Path], Any] = results_lib.read
   table: Callable[[Any], pd.DataFrame] | None = None
 

@@ -2,12 +2,8 @@
 
 import functools
 
-import pandas as pd
-
 from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import parallel, penalty
-from mtp_jax.analysis.claims.pictures import line_picture, with_method
-from mtp_jax.analysis.drawing import log_axis
 from mtp_jax.analysis.results import Results
 
 HELD_OUT = "data.test_fraction"
@@ -16,9 +12,8 @@ HELD_OUT = "data.test_fraction"
 def experiment(preset: str) -> claim.Experiment:
   return claim.Experiment(
     "data_repetition", preset, "Repeated text",
-    "Gain in next-token loss against the share of documents not held out for test (5 % "
-    "more are validation; the less, the more epochs); mean and 95 % t interval over "
-    "seeds.",
+    "Gain in next-token loss with the most documents minus with the fewest (most "
+    "epochs); mean and 95 % t interval over seeds.",
     tuple(
       claim.Claim(
         f"shrinks_{n}", f"Repetition shrinks the gain of n = {n}",
@@ -33,7 +28,6 @@ def experiment(preset: str) -> claim.Experiment:
             "(200B tokens), +2.4 at 4 epochs (1T tokens)"),
       )
     ),
-    draw,
   )
 
 
@@ -43,20 +37,3 @@ def repetition_shrinks_gain(results: Results, n: int) -> claim.Finding:
   if results.trials[HELD_OUT].nunique() < 2:
     return finding.undecided("only one amount of text")
   return finding
-
-
-def draw(results: Results) -> claim.Drawing:
-  """Draws the gain against the share of documents that is not held out for test."""
-  fractions = results.select({})[results.key(HELD_OUT)].unique()
-  rows = pd.concat([
-    (-penalty(results, parallel(n), {HELD_OUT: fraction})).rename("value")
-    .reset_index().assign(**parallel(n), trained_on=1 - fraction)
-    for n in (2, 4) for fraction in fractions
-  ])
-  figure, table = line_picture(
-    with_method(rows), "trained_on", xscale="log",
-    xlabel="share of documents not held out for test",
-    ylabel="gain over NTP, nats per token",
-  )
-  log_axis(figure.axes[0], "{:g}".format)
-  return figure, table

@@ -1,6 +1,6 @@
 """Drafters trained after the fact and jointly: their claims' tests, table and figure.
 
-Results of `experiments/drafters.py`. An arm is told by its config values; differences
+Results of `experiments/drafters.py`. An arm is known by its config values; differences
 and ratios are formed between trials of one width and seed, then averaged over the
 widths, so that an interval is over seeds.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from mtp_jax.analysis import drawing, statistics
+from mtp_jax.analysis import statistics
 from mtp_jax.analysis.claims import claim
 from mtp_jax.analysis.claims.arms import WIDTH
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
@@ -131,7 +131,7 @@ def experiment(preset: str) -> claim.Experiment:
         WRITTEN, "module, KL",
       ),
     ),
-    draw, table=table,
+    table=table,
   )
 
 
@@ -222,34 +222,3 @@ def table(results: Results) -> pd.DataFrame:
 
 def _bracketed(over: dict[str, Any], sign: str = "") -> str:
   return statistics.text(over, sign, 3) if over["n"] else ""
-
-
-def draw(results: Results) -> claim.Drawing:
-  """Draws sampled tokens per round and the price in main loss, one line an arm."""
-  shown = {"sampled tokens per round": tokens, "main loss minus NTP's, nats": price}
-  measured_arms = [arm for arm in ARMS if len(tokens(results, arm).dropna())]
-  widths = sorted(results.select({})[WIDTH].unique())
-  figure, axes = drawing.panels(
-    1, 2, width=9.0, height=0.3 * len(measured_arms) + 1.3, sharey=True
-  )
-  numbers = []
-  for ax, (title, values) in zip(axes.flat, shown.items(), strict=True):
-    for place, arm in enumerate(measured_arms):
-      colour = drawing.COLOURS[ARMS[arm]["mtp.kind"]]
-      for width, over in _by_width(values(results, arm)).items():
-        index = widths.index(width)
-        line = pd.DataFrame([over])
-        ax.errorbar(
-          line["mean"], place + 0.34 * (index - (len(widths) - 1) / 2),
-          xerr=drawing.error_bars(line), capsize=2, color=colour,
-          marker=drawing.series_marker(index), linestyle="none",
-          markerfacecolor="white" if index % 2 else colour,
-          label=f"width {width}" if place == 0 else None,
-        )
-        numbers.append({"shown": title, "drafter": arm, "width": width} | over)
-    ax.set_xlabel(title)
-  axes[0, 0].set_yticks(range(len(measured_arms)), measured_arms)
-  axes[0, 0].invert_yaxis()
-  drawing.zero_line(axes[0, 1], "x")
-  drawing.legend_below(figure, axes.flat)
-  return figure, pd.DataFrame(numbers)

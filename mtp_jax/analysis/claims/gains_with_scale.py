@@ -4,9 +4,9 @@ import functools
 
 import pandas as pd
 
+from mtp_jax.analysis import drawing
 from mtp_jax.analysis import results as results_lib
-from mtp_jax.analysis.claims import claim
-from mtp_jax.analysis.claims.pictures import line_picture, with_method
+from mtp_jax.analysis.claims import arms, by_size, claim
 from mtp_jax.analysis.ladders import size_text
 from mtp_jax.analysis.published import published_gains
 from mtp_jax.analysis.results import REPLICATE, LadderResults
@@ -129,8 +129,13 @@ def _gains(results: LadderResults, kind: str, depth: int) -> dict[float, pd.Seri
 
 def draw(results: LadderResults) -> claim.Drawing:
   """Draws the gain at equal tokens against size."""
-  rows = pd.concat([
-    pairs_of(results, kind, depth)
+  methods = {
+    arms.label(kind, depth): pairs_of(results, kind, depth)
     for kind in ("parallel", "sequential") for depth in (1, 3)
-  ]).rename(columns={"gain": "value", "kind": "mtp.kind", "depth": "mtp.depth"})
-  return line_picture(with_method(rows), "size", ylabel="gain over NTP, nats per token")
+  }
+  styles = {name: drawing.series_style(i) for i, name in enumerate(methods, start=1)}
+  rows = pd.concat([own.assign(series=name) for name, own in methods.items()])
+  figure, axes = drawing.panels(1, 1, width=5.5)
+  table = by_size.draw(axes[0, 0], rows, styles, "gain over NTP, nats per token")
+  drawing.legend_below(figure, axes.flat)
+  return figure, table

@@ -3,7 +3,7 @@
 The gain of an arm is NTP's minus the arm's restricted mean of ln(tokens) until the path
 is solved (`solving`), paired by seed: 0.26 is a factor of 1.3 fewer tokens. `added`
 puts the extra heads on the whole trunk, `shortened` takes their layers from it. Only
-trials on fresh graphs count here: those that read a fixed set again learn another task.
+trials on fresh graphs count here: trials that repeat a fixed set learn another task.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ ARMS = {
 def experiment(preset: str) -> claim.Experiment:
   return claim.Experiment(
     "look_ahead", preset, "Look-ahead: when a star graph is learnt, by size",
-    "Left: tokens saved until 95 % of paths are right, in ln, mean and 95 % t interval "
-    "over seeds. Then, size by size, the share of seeds that have solved it "
+    "First: tokens saved until 95 % of paths are right, in ln, mean and 95 % t "
+    "interval over seeds. Then, size by size, the share of seeds that have solved it "
     "(Kaplan-Meier).",
     tuple(_claims()), draw, table=table,
   )
@@ -189,15 +189,16 @@ def draw(results: Results) -> claim.Drawing:
   """Draws the gain against size, and size by size the share that solved the task."""
   rows = ladder(results)
   sizes = sorted(rows["size"].unique())
-  figure, axes = drawing.panels(
-    1, 1 + len(sizes), width=3.4 + 2.2 * len(sizes), height=3.8,
-    width_ratios=[1.6, *[1] * len(sizes)],
-  )
+  columns = min(1 + len(sizes), 3)
+  num_rows = -(-(1 + len(sizes)) // columns)
+  figure, axes = drawing.panels(num_rows, columns, height=0.8 + 2.8 * num_rows)
   first, *others = axes.flat
+  for ax in others[len(sizes) :]:
+    ax.remove()
   gain = by_size.draw(first, *series(results), "ln(tokens) saved until solved")
   tables = [gain.assign(shown="gain")]
   shown = {"NTP": NTP} | {words: where for where, words in ARMS.values()}
-  for ax, size in zip(others, sizes, strict=True):
+  for ax, size in zip(others, sizes, strict=False):
     for index, (words, where) in enumerate(shown.items()):
       own = _of(rows[rows["size"] == size], where)
       if own.empty:
@@ -210,9 +211,9 @@ def draw(results: Results) -> claim.Drawing:
     ax.xaxis.set_major_formatter(lambda x, _: size_text(x) if x else "0")
     ax.locator_params(axis="x", nbins=3)
     drawing.share_axis(ax)
-  if others:
+  if sizes:
     others[0].set_ylabel("share of seeds that solved it")
-  drawing.legend_below(figure, axes.flat)
+  drawing.legend_below(figure, figure.axes)
   return figure, pd.concat(tables, ignore_index=True)
 
 

@@ -4,10 +4,8 @@ import functools
 
 import pandas as pd
 
-from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import arms, claim
 from mtp_jax.analysis.results import Results, Where
-from mtp_jax.analysis.statistics import interval
 
 KEEPS_DRAFTS = 0.9  # Of the tokens per round with a constant lambda.
 SCHEDULES: dict[str, Where] = {
@@ -23,8 +21,8 @@ SCHEDULES: dict[str, Where] = {
 def experiment(preset: str) -> claim.Experiment:
   return claim.Experiment(
     "schedules", preset, "Schedules of lambda",
-    "What a schedule costs in next-token loss against the tokens per round that it "
-    "keeps; mean and 95 % t interval over seeds.",
+    "What a schedule costs in next-token loss, and the tokens per round that it keeps; "
+    "mean and 95 % t interval over seeds.",
     (
       *(
         claim.Claim(
@@ -46,7 +44,6 @@ def experiment(preset: str) -> claim.Experiment:
         claim.Margin(0.05, "of the constant lambda's"), forward_keeps_drafts,
       ),
     ),
-    draw,
   )
 
 
@@ -78,36 +75,3 @@ def forward_keeps_drafts(results: Results) -> claim.Finding:
     )
     for arm, side in sides.items()
   ))
-
-
-def draw(results: Results) -> claim.Drawing:
-  """Draws the penalty against tokens per round, one point a schedule."""
-  figure, axes = drawing.panels(1, 1, width=6.5, height=4.2)
-  ax = axes[0, 0]
-  table = []
-  for base in (arms.parallel(4), arms.sequential(1)):
-    for index, arm in enumerate(SCHEDULES):
-      over = {
-        "penalty": interval(arms.penalty(results, base | SCHEDULES[arm]).dropna()),
-        "rounds": interval(rounds(results, base, arm).dropna()),
-      }
-      if not over["penalty"]["n"] or not over["rounds"]["n"]:
-        continue
-      x, y = (pd.DataFrame([one]) for one in over.values())
-      method = arms.label(base["mtp.kind"], base["mtp.depth"])
-      ax.errorbar(
-        x["mean"], y["mean"], xerr=drawing.error_bars(x), yerr=drawing.error_bars(y),
-        color=drawing.COLOURS[base["mtp.kind"]], marker=drawing.series_marker(index),
-        markersize=8, markerfacecolor="white", elinewidth=0.7, linestyle="none",
-        capsize=3, label=f"{method}, {arm}",
-      )
-      table.append({"method": method, "arm": arm} | {
-        f"{name}_{key}": value
-        for name, values in over.items() for key, value in values.items()
-      })
-  drawing.zero_line(ax, "x")
-  ax.set(
-    xlabel="next-token loss minus NTP's, nats", ylabel="sampled tokens per round"
-  )
-  drawing.legend_below(figure, axes.flat)
-  return figure, pd.DataFrame(table)

@@ -8,6 +8,7 @@ data set (children a parent, training examples, 0 for endless) and seed.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 
 import numpy as np
@@ -52,8 +53,9 @@ SCORES = {
 def experiment(preset: str) -> claim.Experiment:
   return claim.Experiment(
     "siblings", preset, "Siblings: size, data and the gain of n = 2",
-    "Gain of n = 2 over NTP at the best step, mean and 95 % t interval over seeds; one "
-    "line a data set, filled for repeated data and hollow for endless data.",
+    "Gain of n = 2 over NTP at the best step (nats, shares), mean and 95 % t interval "
+    "over seeds; one line a data set, filled for repeated data and hollow for endless "
+    "data.",
     tuple(_claims()), draw, table=table,
   )
 
@@ -115,7 +117,9 @@ def gains(
   data = [results.key(key) for key in DATA]
   rows = results.select({})
   rows = rows.assign(
-    value=rows["trial"].map(arms.at_moment(results, own.column, moment, own.best))
+    value=rows["trial"].map(
+      arms.at_moment(results, own.column, moment, own.best)
+    ).astype(float)
   )
   ntp, two = rows[rows["mtp.depth"] == 0], rows[rows["mtp.depth"] == 1]
   two = two[two[results.key("mtp.weight")] == weight]
@@ -208,13 +212,13 @@ def table(results: Results) -> pd.DataFrame:
 
 def draw(results: Results) -> claim.Drawing:
   """Draws the gain of each score against size at the best step, a line a data set."""
-  figure, axes = drawing.panels(1, len(SCORES), width=10.0, height=4.2)
-  tables = [
-    by_size.draw(
-      ax, *series(results, name), f"gain of n = 2 in {score.words}"
-    ).assign(score=name)
-    for ax, (name, score) in zip(axes.flat, SCORES.items(), strict=True)
-  ]
+  figure, axes = drawing.panels(1, len(SCORES), height=4.0)
+  tables = []
+  for ax, (name, score) in zip(axes.flat, SCORES.items(), strict=True):
+    table = by_size.draw(ax, *series(results, name), "")
+    ax.set_title(textwrap.fill(score.words, 22))
+    tables.append(table.assign(score=name))
+  axes[0, 0].set_ylabel("gain of n = 2 over NTP (nats, then shares)")
   drawing.legend_below(figure, axes.flat)
   return figure, pd.concat(tables, ignore_index=True)
 
@@ -222,13 +226,25 @@ def draw(results: Results) -> claim.Drawing:
 def series(results: Results, score: str = "loss") -> by_size.Series:
   """Returns the gains with the line that shows each, and the look of the lines."""
   pairs = gains(results, score)
-  data = list(pairs[DATA].itertuples(index=False, name=None))
+  # A data set looks the same for every score; endless data come last.
+  data = results.trials[DATA].drop_duplicates().sort_values(DATA)
+  data = data.sort_values(EXAMPLES, key=lambda x: x == 0, kind="stable").to_numpy()
+  several = len({children for children, _ in data}) > 1
   names = {
-    own: f"{own[0]} children, {f'{own[1]:,} examples' if own[1] else 'endless'}"
-    for own in sorted(set(data))
+    (children, examples): "n = 2, "
+    + (f"{examples:,} examples" if examples else "endless examples")
+    + (f" of {children} children" if several else "")
+    for children, examples in data
   }
   styles = {
     name: drawing.series_style(index, is_hollow=not own[1])
     for index, (own, name) in enumerate(names.items())
   }
-  return pairs.assign(series=[names[own] for own in data]), styles
+  own = list(pairs[DATA].itertuples(index=False, name=None))
+  pairs = pairs.assign(
+    series=pd.Categorical([names[x] for x in own], styles),
+    group=[
+      f"n = 2 {'where examples repeat' if x[1] else 'on endless examples'}" for x in own
+    ],
+  )
+  return pairs.sort_values(["series", "size"]).astype({"series": str}), styles

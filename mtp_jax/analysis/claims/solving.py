@@ -30,7 +30,7 @@ def solve_times(results: Results, where: Where) -> pd.DataFrame:
     passes = curves["task_accuracy"] >= SOLVED
     again = passes.groupby(curves["trial"]).shift(-1, fill_value=False)
     reached = curves[passes & again].groupby("trial")["tokens"].first()
-  at = rows["trial"].map(reached)
+  at = rows["trial"].map(reached).astype(float)
   return rows.assign(tokens_to=at.fillna(rows["tokens"]), solved=at.notna())
 
 

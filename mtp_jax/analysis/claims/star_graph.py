@@ -3,13 +3,9 @@
 import functools
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pandas as pd
 
-from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import arms, claim, solving
-from mtp_jax.analysis.claims.pictures import DASHED, dots, style, with_method
-from mtp_jax.analysis.drawing import LINES
 from mtp_jax.analysis.published import STAR_GRAPHS
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
@@ -28,9 +24,9 @@ def experiment(preset: str) -> claim.Experiment:
     claims = [x for x in claims if x.key in [f"{key}_2_3" for key in kept]]
   return claim.Experiment(
     "star_graph", preset, "The path of a star graph",
-    "Exact paths, decoded freely: one dot a seed above, one line a seed during "
-    "training below. Dashed: chance, one over the arms.",
-    tuple(claims), draw,
+    "Share of seeds that end as claimed, of exact paths decoded freely; and the tokens "
+    "saved until the path is solved.",
+    tuple(claims),
   )
 
 
@@ -47,16 +43,16 @@ def _claims(num_arms: int, length: int) -> Iterator[claim.Claim]:
     source = f"{_BACHMANN}; {claim.TOP}, table 5"
     published = f"{of}{percent:g} % exact paths"
     if depth == 0 and percent > 1:
-      outcome, says = is_at_chance, "stays at chance"
+      outcome, verb = is_at_chance, "stays at chance"
       rule = f"a seed is at chance within {AT_CHANCE:g} of 1/{num_arms}"
     elif percent > 100 * SOLVED:
-      outcome, says = is_solved, "solves it"
+      outcome, verb = is_solved, "solves it"
       rule = f"a seed solves it from {SOLVED:g} of exact paths"
     else:
-      outcome, says = is_unsolved, "fails"
+      outcome, verb = is_unsolved, "fails"
       rule = f"a seed fails below {SOLVED:g} of exact paths"
     yield claim.Claim(
-      f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {says}", source,
+      f"{kind}{depth}_{num_arms}_{length}", f"{graph}: {method} {verb}", source,
       f"{published} (one run)", f"{rule}; {_SHARE}", claim.POINTS,
       functools.partial(share_of_seeds, where=where, outcome=outcome),
     )
@@ -118,44 +114,3 @@ def every_seed_solves(results: Results, where: Where) -> claim.Finding:
   verdicts = {1.0: claim.SUPPORTED, 0.0: claim.OPPOSITE}
   mean = finding.estimates[0].mean
   return claim.Finding(finding.estimates, fixed=verdicts.get(mean, claim.UNDECIDED))
-
-
-def draw(results: Results) -> claim.Drawing:
-  """Accuracy of each seed by method, and during training."""
-  final = with_method(accuracy(results, {}))
-  final["method"] += np.where(final["task.star_graph.reversed"], " reversed", "")
-  graphs = list(final.groupby(["task.star_graph.arms", "task.star_graph.length"]))
-  figure, axes = drawing.panels(2, len(graphs), height=6.0, sharey=True)
-  validation = results.curves[results.curves["split"] == "validation"]
-  tables = []
-  for (graph, rows), (above, below) in zip(graphs, axes.T, strict=True):
-    curves = validation.dropna(subset="task_accuracy").merge(
-      rows[["trial", "method", "mtp.kind", "mtp.depth", "seed"]]
-    )
-    dots(above, rows)
-    for ax in (above, below):
-      ax.axhline(1 / graph[0], **DASHED)
-      drawing.share_axis(ax)
-    for trial, curve in curves.groupby("trial", sort=False):
-      method, depth = curve["method"].iloc[0], curve["mtp.depth"].iloc[0]
-      below.plot(
-        curve["step"], curve["task_accuracy"], linewidth=0.8,
-        color=style(curve.iloc[0])["color"], label=method,
-        linestyle=":" if method.endswith("reversed") else LINES[int(depth > 1)],
-      )
-      tables.append(
-        curve[["method", "seed", "step", "task_accuracy"]].assign(
-          graph=str(graph), trial=trial, shown="validation"
-        )
-      )
-    above.set_title(f"G({graph[0]:g},{graph[1]:g})")
-    below.set_xlabel("step")
-    tables.append(
-      rows[["method", "seed", "step", "value", "trial"]].rename(
-        columns={"value": "task_accuracy"}
-      ).assign(graph=str(graph), shown="final")
-    )
-  for ax in axes[:, 0]:
-    ax.set_ylabel("exact paths")
-  drawing.legend_below(figure, axes[1])
-  return figure, pd.concat(tables, ignore_index=True)

@@ -1,15 +1,11 @@
 """3-SAT, Countdown, polynomials, induction: accuracy of parallel heads and of NTP."""
 
-import functools
-import re
 from collections.abc import Callable
 
 import pandas as pd
 
-from mtp_jax.analysis import drawing
 from mtp_jax.analysis.claims import claim
-from mtp_jax.analysis.claims.arms import NTP, WIDTH, parallel
-from mtp_jax.analysis.claims.pictures import dots, line_picture, with_method
+from mtp_jax.analysis.claims.arms import WIDTH
 from mtp_jax.analysis.results import REPLICATE, Results, Where, by_key
 
 # Why the runs of a preset that are kept here cannot test their claims.
@@ -27,150 +23,103 @@ _NOT_TESTED = {
   "to learn by heart: the loss on new names rises during training; 0.8M tokens against "
   "26B",
 }
+# Returns a finding, and the trials of which one arm must have learnt the task.
+Test = Callable[[Results], tuple[claim.Finding, pd.DataFrame]]
 
 
-def _floor_rule(floor: float) -> str:
-  return f"{claim.PAIRED}; undecided if no arm's mean accuracy reaches {floor:g}"
+def _task(
+  name: str, title: str, caption: str, source: str, floor: float,
+  *claims: tuple[str, str, str, Test],
+) -> Callable[[str], claim.Experiment]:
+  """Returns what makes the experiment of a task in a preset.
 
+  claims: key, statement, rule and test; undecided where no arm's mean accuracy reaches
+          the floor.
+  """
 
-def _rises_with_n(
-  name: str, title: str, source: str, floor: float, preset: str
-) -> claim.Experiment:
-  """A task whose accuracy is said to rise with the number of predicted tokens."""
-  return claim.Experiment(
-    name, preset, title,
-    "Accuracy of each seed, with mean and 95 % t interval over seeds.",
-    (
+  def experiment(preset: str) -> claim.Experiment:
+    why = _NOT_TESTED.get(f"{name}_{preset}", "")
+    own = (
       claim.Claim(
-        "rises_with_n", f"{title}: accuracy rises with n", source, claim.NO_FIGURE,
-        f"task accuracy of the most parallel heads minus NTP's, {_floor_rule(floor)}",
-        claim.POINTS, functools.partial(gains_on_task, floor=floor),
-        _NOT_TESTED.get(f"{name}_{preset}", ""),
-      ),
-    ),
-    draw_accuracy,
-  )
-
-
-sat = functools.partial(
-  _rises_with_n, "sat", "3-SAT", "Huang et al. 2026, arXiv 2604.11912", 0.1
-)
-countdown = functools.partial(
-  _rises_with_n, "countdown", "Countdown",
-  "task of Gandhi et al. 2024; NextLat, arXiv 2511.05963", 0.02,
-)
-
-
-def polynomial(preset: str) -> claim.Experiment:
-  return claim.Experiment(
-    "polynomial", preset, "Polynomial arithmetic",
-    "Accuracy by number of operations, mean and 95 % t interval over seeds; right of "
-    "the dotted line are more operations than were trained on.",
-    (
-      claim.Claim(
-        "beats_ntp", "Polynomials: n = 2 beats NTP in domain",
-        f"{claim.GLOECKLE}, section 4.2", claim.NO_FIGURE,
-        "accuracy of n = 2 minus NTP's on as many operations as were trained on, "
-        f"{_floor_rule(0.02)}",
+        key, statement, source, claim.NO_FIGURE,
+        f"{rule}, {claim.PAIRED}; undecided if no arm's mean accuracy reaches "
+        f"{floor:g}",
         claim.POINTS,
-        functools.partial(gains_on_task, floor=0.02, n=2, rows=in_domain_rows),
-        _NOT_TESTED.get(f"polynomial_{preset}", ""),
-      ),
-    ),
-    draw_polynomial,
-  )
+        lambda results, test=test: _unless_nothing_was_learnt(*test(results), floor),
+        why,
+      )
+      for key, statement, rule, test in claims
+    )
+    return claim.Experiment(name, preset, title, caption, tuple(own))
+
+  return experiment
 
 
-def induction(preset: str) -> claim.Experiment:
-  source = f"{claim.GLOECKLE}, section 4.1"
-  why = _NOT_TESTED.get(f"induction_{preset}", "")
-  return claim.Experiment(
-    "induction", preset, "Induction: names of two tokens",
-    "Accuracy against the width of the model, mean and 95 % t interval over seeds.",
-    (
-      claim.Claim(
-        "small_models_gain", "Induction: n = 2 beats n = 1 in the smallest model",
-        source, claim.NO_FIGURE,
-        f"task accuracy of n = 2 minus NTP's at the smallest width, {_floor_rule(0.1)}",
-        claim.POINTS, functools.partial(induction_gain, floor=0.1), why,
-      ),
-      claim.Claim(
-        "gain_shrinks", "Induction: the gain shrinks with size", source,
-        claim.NO_FIGURE,
-        "this difference at the smallest width minus at the largest, "
-        f"{_floor_rule(0.1)}",
-        claim.POINTS, functools.partial(induction_gain_shrinks, floor=0.1), why,
-      ),
-    ),
-    draw_induction,
-  )
+def task_rows(results: Results, where: Where | None = None) -> pd.DataFrame:
+  return results.measured("task_accuracy", where or {})
 
 
-def task_rows(results: Results, where: Where) -> pd.DataFrame:
-  return results.measured("task_accuracy", where)
-
-
-def in_domain_rows(results: Results, where: Where) -> pd.DataFrame:
-  """Returns the accuracy on as many operations as were trained on, or fewer."""
-  results.key("task.polynomial.max_operators")
-  rows = results.select(where)
-  groups = operator_rows(results, where)
-  groups = groups[groups["operators"] <= groups["task.polynomial.max_operators"]]
-  correct = (groups["value"] * groups["count"]).groupby(groups["trial"]).sum()
-  count = groups.groupby("trial")["count"].sum()
-  return rows.assign(value=rows["trial"].map(correct / count).astype(float))
-
-
-def operator_rows(results: Results, where: Where) -> pd.DataFrame:
+def operator_rows(results: Results) -> pd.DataFrame:
   """Returns the accuracy by number of operations: columns operators, value, count."""
-  pattern = re.compile(r"task_accuracy:operators=(\d+)")
-  metrics = results.metrics
-  operators = metrics["metric"].str.extract(pattern, expand=False)
-  groups = metrics[operators.notna()].assign(operators=operators.dropna().astype(int))
-  groups = groups[["trial", "operators", "mean", "count"]]
-  return results.select(where).merge(groups.rename(columns={"mean": "value"}))
-
-
-Rows = Callable[[Results, Where], pd.DataFrame]
-
-
-def _gain(
-  results: Results, n: int, at: Where | None = None, rows: Rows = task_rows
-) -> pd.Series:
-  """Returns the accuracy of n heads minus NTP's, a seed."""
-  own, ntp = (
-    by_key(rows(results, arm | (at or {})), REPLICATE) for arm in (parallel(n), NTP)
+  pattern = r"task_accuracy:operators=(\d+)"
+  operators = results.metrics["metric"].str.extract(pattern, expand=False)
+  groups = results.metrics[["trial", "count"]].assign(
+    operators=operators, value=results.metrics["mean"]
   )
-  return own - ntp
+  return results.select({}).merge(
+    groups.dropna(subset="operators").astype({"operators": int})
+  )
 
 
-def gains_on_task(
-  results: Results, floor: float, n: int | None = None, rows: Rows = task_rows
-) -> claim.Finding:
-  """Tests whether parallel heads answer more than NTP; n None: the most heads."""
-  heads = results.select({"mtp.kind": "parallel"})["mtp.depth"]
-  n = n or int(heads.max() + 1 if len(heads) else 2)
-  finding = claim.found(_gain(results, n, rows=rows), f"n={n} minus NTP")
-  return _unless_nothing_was_learnt(finding, rows(results, {}), floor)
+def in_domain_rows(results: Results) -> pd.DataFrame:
+  """Returns the accuracy on as many operations as were trained on, or fewer."""
+  most = results.key("task.polynomial.max_operators")
+  groups = operator_rows(results)
+  groups = groups[groups["operators"] <= groups[most]]
+  sums = groups.assign(correct=groups["value"] * groups["count"]).groupby("trial")
+  share = sums["correct"].sum() / sums["count"].sum()
+  rows = results.select({})
+  return rows.assign(value=rows["trial"].map(share).astype(float))
 
 
-def induction_gain(results: Results, floor: float) -> claim.Finding:
+def _gain(rows: pd.DataFrame, n: int) -> pd.Series:
+  """Returns the accuracy of n heads minus NTP's, a seed."""
+  is_own = (rows["mtp.kind"] == "parallel") & (rows["mtp.depth"] == n - 1)
+  own, ntp = rows[is_own], rows[rows["mtp.kind"] == "none"]
+  return by_key(own, REPLICATE) - by_key(ntp, REPLICATE)
+
+
+def most_heads_gain(results: Results) -> tuple[claim.Finding, pd.DataFrame]:
+  """Tests whether the most heads answer more than NTP."""
+  rows = task_rows(results)
+  heads = rows.loc[rows["mtp.kind"] == "parallel", "mtp.depth"]
+  n = int(heads.max() + 1 if len(heads) else 2)
+  return claim.found(_gain(rows, n), f"n={n} minus NTP"), rows
+
+
+def two_gain_in_domain(results: Results) -> tuple[claim.Finding, pd.DataFrame]:
+  rows = in_domain_rows(results)
+  return claim.found(_gain(rows, 2), "n=2 minus NTP"), rows
+
+
+def two_gain_when_small(results: Results) -> tuple[claim.Finding, pd.DataFrame]:
   """Tests whether n = 2 is better than NTP at the smallest width."""
-  small = {WIDTH: results.trials[results.key(WIDTH)].min()}
-  gain = _gain(results, 2, small)
-  finding = claim.found(gain, f"width {small[WIDTH]}, n=2 minus NTP")
-  return _unless_nothing_was_learnt(finding, task_rows(results, small), floor)
+  least = results.trials[results.key(WIDTH)].min()
+  rows = task_rows(results, {WIDTH: least})
+  return claim.found(_gain(rows, 2), f"width {least}, n=2 minus NTP"), rows
 
 
-def induction_gain_shrinks(results: Results, floor: float) -> claim.Finding:
+def gain_shrinks(results: Results) -> tuple[claim.Finding, pd.DataFrame]:
   """Tests whether that gain is smaller at the largest width."""
   widths = results.trials[results.key(WIDTH)]
   small, large = widths.min(), widths.max()
-  change = _gain(results, 2, {WIDTH: small}) - _gain(results, 2, {WIDTH: large})
+  change = _gain(task_rows(results, {WIDTH: small}), 2) - _gain(
+    task_rows(results, {WIDTH: large}), 2
+  )
   finding = claim.found(change, f"gain at {small} minus at {large}")
   if small == large:
-    return finding.undecided("only one width")
-  return _unless_nothing_was_learnt(finding, task_rows(results, {}), floor)
+    finding = finding.undecided("only one width")
+  return finding, task_rows(results)
 
 
 def _unless_nothing_was_learnt(
@@ -178,37 +127,42 @@ def _unless_nothing_was_learnt(
 ) -> claim.Finding:
   """Returns the finding, undecided if no arm's mean accuracy reaches the floor."""
   means = rows.dropna(subset="value").groupby(["mtp.kind", "mtp.depth"])["value"].mean()
-  if len(means) and means.max() < floor:
-    best = f"the best mean accuracy is {means.max():.3f}, below {floor:g}"
-    return finding.undecided(f"no arm has learnt the task: {best}")
-  return finding
+  if finding.fixed or not len(means) or means.max() >= floor:
+    return finding
+  best = f"the best mean accuracy is {means.max():.3f}, below {floor:g}"
+  return finding.undecided(f"no arm has learnt the task: {best}")
 
 
-def draw_accuracy(results: Results) -> claim.Drawing:
-  """Draws the accuracy of each seed by method."""
-  rows = with_method(task_rows(results, {}).dropna(subset="value"))
-  figure, axes = drawing.panels(1, 1, width=5.5)
-  dots(axes[0, 0], rows)
-  axes[0, 0].set_ylabel("task accuracy")
-  drawing.share_axis(axes[0, 0])
-  return figure, rows[["trial", "method", "seed", "value"]]
 
-
-def draw_polynomial(results: Results) -> claim.Drawing:
-  """Draws the accuracy by number of operations, and how many were trained on."""
-  rows = with_method(operator_rows(results, {}))
-  figure, table = line_picture(
-    rows, "operators", is_share=True, xlabel="operations in the expression",
-    ylabel="accuracy",
-  )
-  most = rows["task.polynomial.max_operators"].max()
-  figure.axes[0].axvline(most + 0.5, color="#777777", linestyle=":")
-  return figure, table
-
-
-def draw_induction(results: Results) -> claim.Drawing:
-  """Draws the accuracy against width."""
-  rows = with_method(task_rows(results, {}))
-  return line_picture(
-    rows, WIDTH, is_share=True, xlabel="width", ylabel="task accuracy"
-  )
+_ACCURACY = "Difference in accuracy, mean and 95 % t interval over seeds."
+_RISES = "task accuracy of the most parallel heads minus NTP's"
+sat = _task(
+  "sat", "3-SAT", _ACCURACY, "Huang et al. 2026, arXiv 2604.11912", 0.1,
+  ("rises_with_n", "3-SAT: accuracy rises with n", _RISES, most_heads_gain),
+)
+countdown = _task(
+  "countdown", "Countdown", _ACCURACY,
+  "task of Gandhi et al. 2024; NextLat, arXiv 2511.05963", 0.02,
+  ("rises_with_n", "Countdown: accuracy rises with n", _RISES, most_heads_gain),
+)
+polynomial = _task(
+  "polynomial", "Polynomial arithmetic", _ACCURACY,
+  f"{claim.GLOECKLE}, section 4.2", 0.02,
+  (
+    "beats_ntp", "Polynomials: n = 2 beats NTP in domain",
+    "accuracy of n = 2 minus NTP's on as many operations as were trained on",
+    two_gain_in_domain,
+  ),
+)
+induction = _task(
+  "induction", "Induction: names of two tokens", _ACCURACY,
+  f"{claim.GLOECKLE}, section 4.1", 0.1,
+  (
+    "small_models_gain", "Induction: n = 2 beats n = 1 in the smallest model",
+    "task accuracy of n = 2 minus NTP's at the smallest width", two_gain_when_small,
+  ),
+  (
+    "gain_shrinks", "Induction: the gain shrinks with size",
+    "this difference at the smallest width minus at the largest", gain_shrinks,
+  ),
+)

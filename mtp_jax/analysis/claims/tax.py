@@ -97,7 +97,7 @@ def taxes(results: Results, arm: str, moment: str = "last") -> pd.DataFrame:
     rows = results.measured("main_loss", where | added)
     if moment == "best":
       best = arms.at_moment(results, "loss", "best", "min")
-      rows = rows.assign(value=rows["trial"].map(best))
+      rows = rows.assign(value=rows["trial"].map(best).astype(float))
     return arms.reported(rows.dropna(subset="value"), keys)
 
   pairs = arms.pairs(of(arms.NTP), of(ARMS[arm][0]), keys, sign=-1)
