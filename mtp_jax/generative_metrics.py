@@ -118,7 +118,8 @@ def text_metrics(
   change the text; `decoded_*` is the share of their drafts that was accepted, see
   `acceptance_rates`. `sampled_*` is the same for functions sampled at temperature 1
   (rule leviathan), or of whole documents from their middle where `eval.middle_prompts`
-  asks for them: a small model soon repeats itself greedily, and then every draft is right.
+  asks for them: a small model soon repeats itself greedily, and then every draft is
+  right.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
   text suits it. For `before_batch` see `generate`.
   """
