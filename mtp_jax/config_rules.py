@@ -44,7 +44,7 @@ def validate(
   Args:
     config: what to check.
     num_devices: devices the mesh has to fill; None leaves the mesh product unchecked.
-    platform: cpu, gpu or tpu, that of the devices; None leaves kernels unchecked.
+    platform: of the devices, cpu, gpu or tpu; None leaves kernels unchecked.
     given: dotted keys that were set for this config alone, not for a whole sweep.
 
   Raises:

@@ -1,4 +1,4 @@
-"""The sections of a config: all that is said of a key stands in its line.
+"""The sections of a config: one line has all facts of a key.
 
 A line holds the key's type, default, meaning, range, role and where it has an effect;
 see `keys.py` for the words.
@@ -185,7 +185,7 @@ class InductionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiblingsConfig:
-  """Two children of one parent after a prefix that says nothing."""
+  """Two children of one parent after a prefix without information."""
 
   num_parents: int = key(5, "parents", HOST, at_least(1), most=_NAMES)
   num_children: int = key(500, "children of a parent", HOST, at_least(2), most=_NAMES)
@@ -304,8 +304,8 @@ class EvalConfig:
   middle_prompts: held-out documents, of any text, that are continued from their middle
     by sampling, to measure how often drafts are accepted; 0: functions are continued
     instead.
-  num_drafts: 0 is one per extra depth, and sequential modules go on from their own
-    output for more.
+  num_drafts: 0 is one per extra depth; for more, sequential modules read their own
+    output.
   """
 
   split: Literal["validation", "test"] = key("validation", "documents", MEASURE)
