@@ -38,7 +38,7 @@ from mtp_jax.config import (
   from_config_dict,
   type_name,
 )
-from mtp_jax.data import distilled_text, prepared, sources, tokenizers
+from mtp_jax.data import distilled_text, mixture, prepared, sources, tokenizers
 
 if TYPE_CHECKING:  # Its import takes long, and most commands do not need it.
   from mtp_jax.trained_model import TrainedModel
@@ -197,14 +197,15 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   """
   if data.source in TASKS:
     return
-  if data.source == "array_record":
-    prepared.open_folder(data.path)
-  else:
-    sources.DocumentReader(data.source, data.path, data.text_field)
+  is_file = tokenizer.kind == "file"
+  given = tokenizers.load_tokenizer(tokenizer.path) if is_file else None
+  for _, part in mixture.parts(data):
+    if part.source == "array_record":
+      prepared.open_folder(part.path)
+    else:
+      sources.DocumentReader(part.source, part.path, part.text_field, given)
   if data.train_on:
     distilled_text.check_file(data.train_on)
-  if tokenizer.kind == "file":
-    tokenizers.load_tokenizer(tokenizer.path)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -23,7 +23,7 @@ class Counts:
 
   total: all. trunk: blocks of the trunk. deployed: what remains for next-token
   prediction when the extra predictors are deleted. active: of the deployed ones, those
-  that one token meets: of the routed experts only its own; embedding and unembedding
+  that one token uses: of the routed experts only its own; embedding and unembedding
   count whole.
   """
 
@@ -142,7 +142,7 @@ def _latent_attention(trunk: TrunkConfig) -> tuple[int, int]:
 
 
 def _idle_experts(params: Any, trunk: TrunkConfig) -> int:
-  """The parameters of the routed experts that a token does not meet."""
+  """Returns the parameters of the routed experts that a token does not use."""
   if not trunk.moe.num_experts:
     return 0
   experts = _size(params["trunk"]["blocks"]["moe"]["experts"])

@@ -40,7 +40,7 @@ from mtp_jax.predictors import contract
 
 # Keys that may change between a checkpoint and the run that continues it: they do not
 # change what is computed, or only where it is computed and how often it is looked at.
-# Paths may: the state of the data iterator says whether they hold the same text, and
+# Paths may: the state of the data iterator shows whether they hold the same text, and
 # the run that this one began with is needed no more.
 RESUMABLE = keys_of(Role.RESUMES)
 
@@ -50,7 +50,7 @@ ARCHITECTURE = keys_of(Role.ARCHITECTURE)
 # In the name of what Orbax is still writing, after the step.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
-# What a process meets in Orbax when another one is gone or waits for something else.
+# Errors of Orbax in a process while another process is gone or waits elsewhere.
 _PEER_ERRORS = (jax.errors.JaxRuntimeError, AssertionError, TimeoutError)
 
 
@@ -212,9 +212,9 @@ class Checkpointer:
     is read-only, damaged ones are then moved to `damaged_checkpoints`. With `step`,
     that checkpoint alone will do.
 
-    Of several processes one alone may meet the damage, while the others wait for it.
-    It does not try the one before: it moves the damaged one aside, if there is another,
-    and raises; the next start does the rest.
+    Of several processes a single one may find the damage, while the others wait for it.
+    That process does not try an older checkpoint: it moves the damaged one aside, if
+    there is another, and raises. The next start then uses the older one.
 
     Raises:
       ConfigError: the checkpoint belongs to another architecture or training.

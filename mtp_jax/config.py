@@ -1,9 +1,9 @@
 """A config: typed, immutable sections, made from a ConfigDict or from JSON.
 
-`sections.py` and `model_sections.py` say all of every key in its line; what treats keys
-differently is derived from these lines here. `config_rules.validate` refuses what
-cannot work before any work is done. Every error names the dotted key, the rule and the
-value.
+In `sections.py` and `model_sections.py` every key has one line with all its facts; this
+module derives from these lines which keys are treated differently.
+`config_rules.validate` refuses what cannot work before any work is done. Every error
+names the dotted key, the rule and the value.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def type_name(key: str) -> str:
 
 
 def dotted_keys(section: Any = Config, prefix: str = "") -> list[str]:
-  """Returns every dotted key, those of sections included."""
+  """Returns every dotted key, sections included."""
   keys = []
   for name, kind in typing.get_type_hints(section).items():
     keys.append(prefix + name)
@@ -136,9 +136,9 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 @functools.cache
 def keys() -> dict[str, Key]:
-  """Returns what the line of every key says, by dotted key.
+  """Returns the facts in the line of every key, by dotted key.
 
-  A key whose line does not say where it has an effect has one where its section has.
+  A key without conditions of its own has an effect where its section has one.
   """
 
   def collect(cls: Any, prefix: str, when: Conditions) -> dict[str, Key]:
@@ -188,7 +188,7 @@ def next_token_only(mtp: MtpConfig) -> MtpConfig:
 
 
 def learns_from_trunk(mtp: MtpConfig) -> bool:
-  """Whether the extra depths learn from what the trunk says, not from data alone."""
+  """Returns whether the extra depths learn from the trunk, not from data alone."""
   return mtp.objective != "cross_entropy" or mtp.feature_weight > 0
 
 

@@ -10,7 +10,7 @@ from mtp_jax.predictors import reading
 
 
 def conditions(name: str) -> Conditions:
-  """Returns where a key has an effect: as its line says, and for kinds that read it."""
+  """Returns where a key has an effect: by its line, and for the kinds that read it."""
   section, _, leaf = name.rpartition(".")
   kinds = reading(leaf) if section == "mtp" else ()
   return ({"mtp.kind": kinds} if kinds else {}) | keys()[name].when
@@ -19,7 +19,7 @@ def conditions(name: str) -> Conditions:
 def has_effect(wanted: Conditions, values: dict[str, Any]) -> bool:
   """Whether all conditions hold: the keys have these values, and an effect themselves.
 
-  `values` are those of all dotted keys.
+  `values`: of all dotted keys.
   """
 
   def holds(name: str, allowed: tuple | Range) -> bool:

@@ -36,7 +36,7 @@ def cpu_cores() -> list[int]:
 
 
 def machine_memory() -> int | None:
-  """Returns the bytes of this machine; None where the system does not say."""
+  """Returns the bytes of this machine; None where the system has no such figure."""
   try:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   except (AttributeError, ValueError, OSError):
@@ -44,7 +44,7 @@ def machine_memory() -> int | None:
 
 
 def device_memory() -> int | None:
-  """Returns the bytes of the first device, for a CPU those of the machine."""
+  """Returns the bytes of the first device, for a CPU of the machine."""
   stats = jax.local_devices()[0].memory_stats()
   return stats["bytes_limit"] if stats and "bytes_limit" in stats else machine_memory()
 

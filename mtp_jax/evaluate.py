@@ -76,7 +76,7 @@ def row_sums(
 def _trunk_choices(
   trunk_BT: jax.Array, mask_MBT: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Returns what the trunk itself says of the token that each extra depth drafts.
+  """Returns the trunk's own choice of the token that each extra depth drafts.
 
   `(chosen, reachable_BT)`: chosen_BT per depth, to be read at the positions where all D
   drafts can be compared with the trunk's choice inside the row.

@@ -111,7 +111,7 @@ def commit(temporary: str | os.PathLike, file: str | os.PathLike) -> None:
 
 
 def changed_settings(begun: dict[str, Any], now: dict[str, Any]) -> str:
-  """Returns which settings of an unfinished file differ from those of now; or ""."""
+  """Returns the settings that differ from an unfinished file's, as text; or ""."""
   return "; ".join(
     f"{key} is {now.get(key)!r} now and was {begun.get(key)!r} there"
     for key in begun | now

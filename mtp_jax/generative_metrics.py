@@ -1,4 +1,4 @@
-"""What a model says: prompts out of held-out text and tasks, and whether it is right.
+"""Metrics of generated text: completions of held-out text, and answers to tasks.
 
 Decoding uses all extra predictors as drafters, so it also measures which drafts are
 accepted. Errors over documents are by linearisation, see `evaluate.ratio`; errors of a
@@ -114,11 +114,12 @@ def text_metrics(
 ) -> dict[str, Any]:
   """Returns next-line exact match, the share of functions that parse, and acceptance.
 
-  The model decodes greedily with all its extra predictors as drafters, which changes
-  nothing in what is said; `decoded_*` says what share of their drafts was accepted, see
-  `acceptance_rates`. `sampled_*` says so of functions sampled at temperature 1 (rule
-  leviathan), or of whole documents from their middle where `eval.middle_prompts` asks
-  for them: a small model soon repeats itself greedily, and then every draft is right.
+  The model decodes greedily with all its extra predictors as drafters, which does not
+  change the text; `decoded_*` is the share of their drafts that was accepted, see
+  `acceptance_rates`. `sampled_*` is the same for functions sampled at temperature 1
+  (rule leviathan), or of whole documents from their middle where `eval.middle_prompts`
+  asks for them: a small model soon repeats itself greedily, and then every draft is
+  right.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
   text suits it. For `before_batch` see `generate`.
   """
@@ -195,7 +196,7 @@ def task_metrics(
   task_accuracy_groups: the same by kind of prompt, see `Task.group`.
   task_new:             share of answers that are right, differ from all before them,
                         and are not in the training set; for tasks with many right
-                        answers to a prompt that says nothing (siblings, where two
+                        answers to an empty prompt (siblings, where two
                         children in the other order are another answer).
   task_baselines:       accuracy of trivial rules on the same examples, see
                         `Task.baselines`.
@@ -215,7 +216,7 @@ def task_metrics(
     batch_size=config.eval.batch_size,
     before_batch=before_batch,
   )
-  # An answer that the text goes on after is what comes first.
+  # Where text follows the answer, the answer is the first part.
   whole = [x.is_stopped == task.answer_ends for x in completions]
   ids = [x.tokens[: len(x.tokens) - task.answer_ends] for x in completions]
   answers = [

@@ -32,7 +32,7 @@ class Interrupt:
   A lone process has its own handlers until `catch` is called: before the first step
   nothing can be saved, so that it may end at once, while it loads data or compiles.
 
-  Processes that train together catch signals from the start, and tell each other: all
+  Processes that train together catch signals from the start, and share them: all
   must call `received` at the same places, and all get the same answer. A signal of one
   process reaches the others with the answer after the next, so that no process waits
   for it. (JAX's own preemption service is not used: Orbax reports the steps of its

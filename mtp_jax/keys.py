@@ -1,4 +1,4 @@
-"""What one line says of a config key: default, meaning, range, role, and its effect.
+"""The facts in the line of a config key: default, meaning, range, role, and effect.
 
   depth: int = key(0, "D extra tokens", ARCH, at_least(0))
 

@@ -17,7 +17,7 @@ from mtp_jax.predictors import num_added_layers, num_trunk_layers
 # More than any accelerator has.
 _ACCELERATOR_BYTES = 2**40
 
-# Notes that the value of a key must be as the text says, unless it is.
+# (holds, key, text): notes that the value of `key` must be `text`, unless it `holds`.
 Rule = Callable[[bool, str, str], None]
 
 

@@ -37,7 +37,7 @@ PEAK_FLOPS = {
   "NVIDIA RTX 6000 Ada Generation": 364.2e12,
   "NVIDIA GeForce RTX 5090": 209.5e12,
   # H100 data sheet (SXM 1,979, PCIe 1,513 and NVL 1,671 TFLOP/s with sparsity), and
-  # those of H200 (SXM 1,979, NVL 1,671) and GH200 (1,979).
+  # data sheets of H200 (SXM 1,979, NVL 1,671) and GH200 (1,979).
   "NVIDIA H100 80GB HBM3": 989e12,
   "NVIDIA H100 PCIe": 756e12,
   "NVIDIA H100 NVL": 835e12,
@@ -65,7 +65,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Returns the bfloat16 peak of a device; None where it is unknown (a CPU, say)."""
+  """Returns the bfloat16 peak of a device; None where it is unknown, as of a CPU."""
   return PEAK_FLOPS.get(device_kind)
 
 

@@ -102,8 +102,7 @@ class TrunkConfig:
   """The shared trunk. `num_layers` counts the layers of the deployed NTP model.
 
   kind: llama (RMSNorm, RoPE, SwiGLU) | gpt2 (LayerNorm, learned positions, GELU,
-    biases). The biases of queries, keys and values are those of Qwen2, the norms of
-    every query and key head those of Qwen3.
+    biases). `qkv_bias` is for Qwen2, `qk_norm` for Qwen3.
   """
 
   kind: Literal["llama", "gpt2"] = key("llama", "family of the blocks", ARCH)
@@ -178,8 +177,8 @@ class MtpConfig:
   feature_weight: weight of the distance between the states of the extra depths and
               those of the trunk for the same token (EAGLE), relative to `objective`.
   score_from: start (wherever their target belongs to the answer) | answer (only at
-              positions whose next token belongs to it: nobody can tell an answer before
-              the end of the prompt).
+              positions whose next token belongs to it: no model can predict an answer
+              before the end of the prompt).
   arm:        added (extra modules on top of the deployed model) | shortened (the trunk
               loses as many layers as they add) | flops (plain NTP that is trained for
               the FLOPs that this kind and depth would have cost).

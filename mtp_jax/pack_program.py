@@ -3,7 +3,7 @@
 A small model leaves most of an accelerator idle, and most of its step is the time that
 it takes to start kernels. Trials that differ in traced values alone (learning rate,
 lambda, seed, number of steps) can take their steps together, every kernel serving all
-of them. They never meet in a sum, so each is trained as it would be alone, but for the
+of them. No sum runs over trials, so each is trained as it would be alone, but for the
 order in which its products are summed. `pack` trains with it.
 
 A CPU gains nothing from a pack: XLA for CPU is slower at many small products at once
@@ -92,7 +92,7 @@ class Pack:
   def step(self, batch: Batch, active: dict[int, bool]) -> jax.Array:
     """Starts a step of the active trials; returns what to wait for.
 
-    `active` says by index whether an interval of the log starts. The other trials stay
+    `active`: by index, whether an interval of the log starts. The other trials stay
     as they are.
     """
     self._states, self._report = self._program(*self._arguments(batch, active))

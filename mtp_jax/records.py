@@ -18,7 +18,7 @@ from mtp_jax.train_state import TrainState
 
 
 class Measures(NamedTuple):
-  """What held-out examples say about one state.
+  """Measures of one state on held-out examples.
 
   likelihood: see `evaluate.summarize`.
   task: see `generative_metrics.task_metrics`; None for text, or if none is asked for.
@@ -165,7 +165,7 @@ def train_record(
 
 
 def _expert_record(report: dict[str, Any]) -> dict[str, Any]:
-  """Returns what a log line says about experts; nothing of a dense model.
+  """Returns the part of a log line about experts; {} for a dense model.
 
   `load` is each expert's share of the choices of its layer.
   """

@@ -193,7 +193,7 @@ class Run:
     return Start(self.initial_state(given), None, origin)
 
   def _recorded_origin(self) -> dict[str, Any]:
-    """Returns where the parameters are from, as the run folder says."""
+    """Returns the origin of the parameters that the run folder records."""
     facts = run_folder.read(self.workdir, run_folder.RUN)
     if facts is None:
       return dict.fromkeys(SOURCES)

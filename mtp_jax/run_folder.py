@@ -76,7 +76,7 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 
 def logs(workdir: Path) -> list[Path]:
-  """Returns what the processes of a run printed, that of process 0 first."""
+  """Returns the logs of the processes of a run, process 0 first."""
   name = Path(LOG)
   others = workdir.glob(f"{name.stem}.*{name.suffix}")
   return [*filter(Path.exists, [workdir / LOG]), *sorted(others)]

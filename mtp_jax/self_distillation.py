@@ -1,7 +1,7 @@
 """Self-distillation: a trained model writes text, on which predictors are trained.
 
-A drafter has to predict the tokens of the trunk, not those of the corpus. A drafter
-that is trained on a finished trunk can therefore learn from text that the trunk wrote
+A drafter has to predict the tokens of the trunk, not of the corpus. A drafter that is
+trained on a finished trunk can therefore learn from text that the trunk wrote
 (Medusa, arXiv 2401.10774, section 2.3.2; FastMTP, arXiv 2509.18362).
 
     training document -> excerpt -> completion by the model -> a line that
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.data.packing import token_ids
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.decode.generate import Completion
 from mtp_jax.trained_model import TrainedModel
@@ -68,7 +69,7 @@ class Excerpts:
       number,
       self._store.hashes_NX[document].tobytes().hex(),
       begin,
-      self._store.read(document, begin, min(begin + self._length, end)),
+      token_ids(self._store.read(document, begin, min(begin + self._length, end))),
     )
 
 
@@ -100,7 +101,7 @@ def write(
     first=excerpts[0].number,
     **how,
   )
-  # `bos` and `eos` tell the reader which ends of a document the text has.
+  # `bos` and `eos`: which ends of a document the text has.
   lines = []
   for x, generation in zip(excerpts, generations, strict=True):
     text = _text(model, x.tokens, generation.completion)

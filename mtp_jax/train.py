@@ -201,7 +201,7 @@ def evaluate_run(
   """Evaluates a checkpoint of a run folder, as `fit` does at its end.
 
   Writes nothing. `config` may differ from the run's own where
-  `checkpoint.RESUMABLE` says: what is evaluated, and on which mesh. The rows of
+  `checkpoint.RESUMABLE` allows: what is evaluated, and on which mesh. The rows of
   training need not divide over the mesh, the rows of the evaluation must. `step` names
   the checkpoint; None is the newest whole one.
 

@@ -180,7 +180,7 @@ def loss_and_grads(
   Masks depend on the data alone, so every depth's global count is known beforehand and
   each microbatch's gradient already carries the one division: the sum over microbatches
   is the gradient of the whole batch, however its valid tokens are spread. `grads` is
-  that of `optimizer.trainable(config, params)`.
+  the gradient of `optimizer.trainable(config, params)`.
   """
   # Once per step: [A, M, B, T], of which every microbatch takes its part.
   targets = jax.vmap(lambda rows: learnt_targets(config, params, rows))(batch)
@@ -248,7 +248,7 @@ def train_step(
   axes = optimizer.trainable(
     config, logical_axes(accounting.abstract_params(config))
   )
-  # The axes say which leaves are matrices, and how wide: Muon and the scales of the
+  # The axes show which leaves are matrices, and how wide: Muon and the scales of the
   # learning rate depend on both.
   chain = optimizer.make_optimizer(config.optimizer, axes)
   trained = optimizer.trainable(config, state.params)

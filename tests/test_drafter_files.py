@@ -200,11 +200,11 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   ("eagle", "medusa", {}, "the layout holds predictors of mtp.kind 'medusa'"),
   ("sequential", "eagle", {}, "the layout holds predictors of mtp.kind 'eagle'"),
   ("eagle", "eagle", common.GPT2, "the drafter's layer is Llama's, but trunk.kind is"),
-  ("eagle", "eagle", {"trunk.qk_norm": True}, "trunk.qk_norm must be False there"),
+  ("eagle", "eagle", {"trunk.qk_norm": True}, "qk_norm must be False in this layout"),
   ("eagle", "eagle", {"trunk.attention_dim": 24}, "trunk.attention_dim must be trunk"),
   ("eagle", "eagle", {"trunk.rope_scaling.kind": "yarn"}, "must be 'none' or 'linear'"),
   ("eagle3", "eagle3", DEEP | {"trunk.qkv_bias": True}, "trunk.qkv_bias must be False"),
-  ("eagle3", "eagle3", {}, "L - 3 there, and a trunk of 3 layers gives 1, 2, 3"),
+  ("eagle3", "eagle3", {}, "L - 3, and a trunk of 3 layers has 1, 2, 3"),
 ])
 def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
   config = common.tiny_config(kind, 2, overrides)

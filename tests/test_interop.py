@@ -424,8 +424,8 @@ def test_layouts_of_a_config(kind, depth, overrides, possible, with_trunk_only):
 
 
 @pytest.mark.parametrize("name, obstacle", [
-  ("shifted", "mtp.hidden must be 'chained' there, got 'trunk_shifted'"),
-  ("bare", "mtp.out_norm must be 'own' there, got 'none'"),
+  ("shifted", "mtp.hidden must be 'chained' in this layout, got 'trunk_shifted'"),
+  ("bare", "mtp.out_norm must be 'own' in this layout, got 'none'"),
 ])
 def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacle):
   config = common.tiny_config("sequential", 1, common.INPUTS[name])
@@ -445,9 +445,9 @@ def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacl
     ("sequential", 1, {}, "llama", "no place for MTP modules.*Possible: mimo"),
     ("sequential", 2, {}, "mimo", "exactly one sequential module.*Possible: none"),
     ("none", 0, {}, "gpt2", "the trunk is of kind 'llama'"),
-    ("none", 0, {}, "qwen3", "trunk.qk_norm must be False and True there"),
+    ("none", 0, {}, "qwen3", "trunk.qk_norm must be False and True in this layout"),
     ("none", 0, {"trunk.moe.num_experts": 8}, "deepseek_v3", "grouped attention with"),
-    ("none", 0, {}, "deepseek_v3", "attention is latent there"),
+    ("none", 0, {}, "deepseek_v3", "this layout has latent attention"),
     ("none", 0, {}, "mistral", "layout must be one of 'gpt2', .*got 'mistral'"),
   ],
 )
@@ -650,11 +650,11 @@ def test_an_index_that_is_wrong_is_refused(tmp_path):
     ("deepseek", "sequential", 2, {"mtp.dense_blocks": True}, "dense_blocks True"),
     (
       "deepseek", "sequential", 2, {"mtp.fed": "none"},
-      "has MTP layers, and mtp.fed must be 'true' there, got 'none'",
+      "has MTP layers, and mtp.fed must be 'true' in this layout, got 'none'",
     ),
     (
       "deepseek", "sequential", 2, common.INPUTS["bare"],
-      "has MTP layers, and mtp.out_norm must be 'own' there, got 'none'",
+      "has MTP layers, and mtp.out_norm must be 'own' in this layout, got 'none'",
     ),
   ],
 )

@@ -34,6 +34,7 @@ from launch.tables import markdown
 from mtp_jax import run_folder
 from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.config_rules import validate
+from mtp_jax.data.packing import token_ids
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import acceptance, drafters, loop, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
@@ -248,7 +249,8 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
     size = int(corpus.store.lengths_N[document])
     begin = (size - prompt_tokens) // 2
     if size >= 2 * prompt_tokens and len(prompts) < settings.prompts:
-      prompts.append(corpus.store.read(document, begin, begin + prompt_tokens))
+      tokens = corpus.store.read(document, begin, begin + prompt_tokens)
+      prompts.append(token_ids(tokens))
   if len(prompts) < settings.prompts:
     raise ConfigError(
       f"--prompts must be at most {len(prompts)}, as many as the {settings.split} "

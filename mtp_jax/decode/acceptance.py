@@ -105,7 +105,7 @@ def _ratio_of_sums(
     return {"mean": None, "low": None, "high": None}
   with np.errstate(invalid="ignore", divide="ignore"):
     ratio_Z = (draws_ZN @ above_N) / (draws_ZN @ below_N)
-  # A resample may miss every prompt that counts; it says nothing then.
+  # A resample may miss every prompt that counts: then its ratio is NaN.
   tail = 50 * (1 - _LEVEL)
   low, high = np.nanpercentile(ratio_Z, [tail, 100 - tail])
   mean = above_N.sum() / below_N.sum()

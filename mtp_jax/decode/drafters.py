@@ -1,7 +1,7 @@
 """Drafters: the extra predictors of a trained model, nothing, and given tokens.
 
-At the newest position whose feature is known, `length - 2`, predictor k says what comes
-k + 1 places on, which is draft k.
+At the newest position whose feature is known, `length - 2`, predictor k predicts the
+token k + 1 places ahead, which is draft k.
 
 Legend: B batch, S slots, K drafts.
 """
@@ -30,8 +30,8 @@ def own_predictors(
   Args:
     config: of the model.
     num_drafts: K; None takes all D predictors.
-    recurse: where K > D, lets the last predictor go on from its own output. Some kinds
-      (EAGLE) do so in any case.
+    recurse: where K > D, applies the last predictor again, to its own output. Some
+      kinds (EAGLE) do so in any case.
 
   Raises:
     ValueError: more drafts than there are predictors.
@@ -40,9 +40,9 @@ def own_predictors(
   num_drafts = mtp.depth if num_drafts is None else num_drafts
   if num_drafts < 0:
     raise ValueError(f"num_drafts must be at least 0, got {num_drafts}.")
-  can_go_on = kind.is_autoregressive and mtp.depth > 0
-  if num_drafts > mtp.depth and not (can_go_on and (recurse or kind.goes_on)):
-    hint = "; or set recurse=True" if can_go_on else ""
+  can_recurse = kind.is_autoregressive and mtp.depth > 0
+  if num_drafts > mtp.depth and not (can_recurse and (recurse or kind.recurses)):
+    hint = "; or set recurse=True" if can_recurse else ""
     raise ValueError(
       f"num_drafts must be at most the model's {mtp.depth} extra predictor(s) "
       f"(mtp.kind {mtp.kind!r}){hint}; got {num_drafts}."
@@ -53,16 +53,16 @@ def own_predictors(
 
 
 def own_recursion(config: Config) -> Recursion:
-  """Returns the predictor that a model was trained with, to go on from its own output.
+  """Returns the predictor of a model as a drafter that reads its own output.
 
   Raises:
-    ValueError: the model has none that could.
+    ValueError: the predictors of this model cannot read their own output.
   """
   mtp, kind = config.mtp, kind_of(config.mtp)
   found = kind.recursion(predictor_trunk(config.trunk, mtp), mtp)
   if found is None:
     raise ValueError(
-      "drafts that go on from the drafter's own output need EAGLE or one sequential "
+      "a drafter that reads its own output must be EAGLE or one sequential "
       "module (mtp.kind 'sequential' with mtp.depth 1 or mtp.share_modules), got "
       f"mtp.kind {mtp.kind!r} with mtp.depth {mtp.depth}."
     )

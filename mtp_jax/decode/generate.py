@@ -125,13 +125,13 @@ def make_plan(
     if proposal in ("sample", "coupled") and not drafter.has_distribution:
       raise ValueError(
         f"proposal {proposal!r} needs a drafter with a distribution, and this one "
-        "gives tokens only; use proposal 'argmax'."
+        "proposes tokens only; use proposal 'argmax'."
       )
     if rule == "block" and proposal != "sample":
       raise ValueError(
         "rule 'block' must have the distribution q of sampled drafts (proposal "
         f"'sample'), got proposal {decoding.proposal!r}"
-        + ("" if drafter.has_distribution else " and a drafter that gives tokens only")
+        + ("" if drafter.has_distribution else " and a drafter of tokens only")
       )
     if proposal == "coupled" and rule != "match":
       raise ValueError(
@@ -157,7 +157,7 @@ def _own_drafter(config: Config, decoding: Decoding) -> Drafter:
     return drafters.own_predictors(config, decoding.num_drafts, decoding.recurse)
   if decoding.num_drafts is not None:
     raise ValueError(
-      "num_drafts must be None with a tree, whose depth says it, got "
+      "num_drafts must be None with a tree, which has a depth of its own, got "
       f"{decoding.num_drafts}."
     )
   check_integer("depth of a tree", tree.depth, 1, MOST_DRAFTS)
@@ -305,7 +305,7 @@ class _Sizes:
     """Refuses what does not fit, by the least that it takes: scores and cache.
 
     Raises:
-      ValueError: says how much there is.
+      ValueError: names the memory that is needed and the memory of the device.
     """
     trunk, width = config.trunk, np.dtype(compute_dtype(config.trunk)).itemsize
     each = 2 * trunk.num_kv_heads * trunk.head_dim
@@ -313,12 +313,12 @@ class _Sizes:
       each = trunk.latent.kv_rank + trunk.latent.rope_dim
     scores = 4 * trunk.num_heads * self.prompt_slots * self.slots
     cache = num_trunk_layers(config) * self.slots * each * width
-    needed, there = batch_size * (scores + cache), device_memory()
-    if there is not None and needed > there:
+    needed, memory = batch_size * (scores + cache), device_memory()
+    if memory is not None and needed > memory:
       raise ValueError(
         f"prompt and max_new_tokens must fit into memory: {batch_size} prompt(s) "
         f"padded to {self.prompt_slots} tokens, with {self.max_new_tokens} new ones, "
-        f"take at least {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB."
+        f"take at least {needed / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f} GB."
       )
 
 
@@ -330,7 +330,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, found: str) -> None:
-  """Raises ValueError if there is an id that the model does not know."""
+  """Raises ValueError if an id is not in the vocabulary."""
   unknown = ids[(ids < 0) | (ids >= vocab_size)]
   if unknown.size:
     raise ValueError(

@@ -34,7 +34,7 @@ from mtp_jax.predictors.drafting import (
   tokens_of,
 )
 
-# What `DecodeState.source_BS` says of a committed token; k >= 1: accepted draft k.
+# Values of `DecodeState.source_BS` for a committed token; k >= 1: accepted draft k.
 PROMPT, CORRECTION, OWN = -2, -1, 0
 
 
@@ -208,10 +208,10 @@ step = jax.jit(run_round, static_argnums=0, donate_argnums=2)
 
 
 class _Verified(NamedTuple):
-  """What the target says of the drafts.
+  """The drafts after their verification by the target.
 
-  drafts_BK: of a tree, those of the accepted path; past `accepted_B` they are none.
-  feature_BRD: of the newest token and these drafts, rejected ones are not to be read.
+  drafts_BK: of a tree, the accepted path; entries past `accepted_B` mean nothing.
+  feature_BRD: of the newest token and the drafts; do not read rejected drafts.
   next_B: the target's own token after what is accepted.
   has_failed_B: whether there were drafts for that place.
   cache: the target's, accepted drafts in their slots.
@@ -300,7 +300,7 @@ def _own_tokens(
   logits_BRV: jax.Array,
   position_BR: jax.Array,
 ) -> jax.Array:
-  """Returns what the target says for these positions by itself."""
+  """Returns the target's own tokens for these positions."""
   if plan.rule == "greedy":
     return argmax(logits_BRV)
   log_p_BRV = warp(logits_BRV, inputs.warp)

@@ -24,7 +24,7 @@ _DEPTH_COLOURS = ("#deebf7", "#b5d4ec", "#8fbfe0", "#66a9d3", "#4a95c7")
 _CORRECTION_COLOUR = "#fdd0a2"
 _ANSI_DEPTH_COLOURS = (195, 153, 117, 75, 39)
 _ANSI_CORRECTION_COLOUR = 223
-# A model of bytes may say anything: escape sequences for the terminal, and marks that
+# A model of bytes may write anything: escape sequences for the terminal, and marks that
 # turn the direction of writing around.
 _CONTROLS = (
   *range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A),
@@ -143,7 +143,7 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
   """Returns the text of each token; joined, they are `tokenizer.decode(ids)`.
 
   A character that takes several tokens belongs to the last of them, and so do bytes
-  before it that are no character; the other tokens have no text. (Where a model says
+  before it that are no character; the other tokens have no text. (Where a model writes
   such bytes through the byte fallback of a SentencePiece tokenizer, they may differ
   from the decoded text in how many U+FFFD they become.)
   """

@@ -1,12 +1,13 @@
 """Trees of drafts: several guesses for a token, each with guesses for what follows it.
 
 A round then verifies N nodes in one pass instead of a chain. A node sees the committed
-tokens, its ancestors and itself; it is accepted if it is what the target says after its
-parent, and all its ancestors are. Siblings differ, so that what is accepted is a path.
+tokens, its ancestors and itself; it is accepted if the target chooses the same token
+after its parent, and all its ancestors are accepted. Siblings differ, so that accepted
+nodes are a path.
 
-Which nodes there are is fixed (`StaticTree`) or chosen anew in every round by what the
-drafter thinks of them (`DynamicTree`). Both make a `Drafter` that proposes `Nodes`; the
-loop knows trees by these alone.
+The nodes are fixed (`StaticTree`), or chosen anew in every round by the drafter's
+probabilities (`DynamicTree`). Both make a `Drafter` that proposes `Nodes`; the loop
+needs no other fact about a tree.
 
 Legend: B batch, S slots, N nodes, X = 1 + N rows of a verification (the newest token
 and the nodes), K depth, R = 1 + K rows of a path, W width of a beam, C its expanded
@@ -102,8 +103,8 @@ class StaticTree:
 class DynamicTree:
   """A tree by the drafter's confidence: EAGLE-2, Li et al. 2024, arXiv 2406.16858.
 
-  A beam of `width` nodes at every depth, those of the greatest probability (the product
-  along their path), is expanded, each to its `width` most likely tokens; of all nodes
+  At every depth a beam of the `width` most probable nodes (by the product along their
+  path) is expanded, each to its `width` most likely tokens; of all nodes
   so found the best `num_nodes` are verified.
 
   Raises:
@@ -200,9 +201,9 @@ def static(drafter: Drafter, tree: StaticTree) -> Drafter:
 def dynamic(recursion: Recursion, tree: DynamicTree) -> Drafter:
   """Returns the drafter of a tree that is grown from a recursion.
 
-  The beam's rows are cached in M slots behind those of the sequence, which only they
-  see and every round writes anew. (Window rows that are not there fall into the first
-  of them, before.)
+  The beam's rows are cached in M slots behind the slots of the sequence. Only the beam
+  reads these slots, and every round overwrites them. (Absent rows of the window are
+  written to the first of them, before.)
   """
   W, M = tree.width, tree.width * (tree.depth - 1)
 
@@ -263,7 +264,7 @@ def ancestors(parent_BN: jax.Array, depth: int) -> jax.Array:
 
   Args:
     parent_BN: see `interface.Nodes`.
-    depth: at least that of the tree.
+    depth: at least the depth of the tree.
   """
   itself_XX = jnp.eye(1 + parent_BN.shape[1], dtype=bool)
   sees_BXX = jnp.broadcast_to(itself_XX, (len(parent_BN), *itself_XX.shape))
@@ -301,7 +302,7 @@ def accepted_path(
   Past the accepted ones the path is row 0, which stands for nothing there.
 
   Args:
-    own_BX: what the target says after every row.
+    own_BX: the target's own token after every row.
     nodes, sees_BXX: the tree, and its `ancestors`.
     depth: K.
   """
@@ -325,7 +326,7 @@ def best_static_tree(
 
   Args:
     hits_KR: the share of positions at which the token that draft k + 1 ranks r-th is
-      what the target says, see `evaluate.top_k_hits`.
+      the target's own choice, see `evaluate.top_k_hits`.
     num_nodes: N.
     spine_only: allow only children of the most likely tokens, see `static`.
 

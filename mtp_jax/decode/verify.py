@@ -98,8 +98,8 @@ def acceptance_thresholds(
   Args:
     rule: leviathan or block.
     log_p_BRV: log-probabilities of the trunk, from `warp`.
-    log_q_BKV: those that the drafts were sampled from, from the same `warp`. None says
-      that drafts were chosen, not sampled: q is one-hot.
+    log_q_BKV: log-probabilities from which the drafts were sampled, by the same `warp`.
+      None: drafts were chosen, not sampled, so q is one-hot.
     drafts_BK: drafted tokens, in [0, V).
 
   Raises:

@@ -63,7 +63,7 @@ def _most_likely(x, top_k, top_p):
     kept = jnp.where(jnp.arange(size) < count, -negative, -jnp.inf)
     mass = jnp.cumsum(jax.nn.softmax(kept, axis=-1), axis=-1)
     nucleus = 1 + jnp.sum(mass < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
-    # All of it, said without a sum of probabilities, which may round to 1 too soon.
+    # top_p 1 keeps all: a sum of probabilities may round to 1 too soon.
     count = jnp.where(top_p < 1, jnp.minimum(count, nucleus), count)
   last = jnp.broadcast_to(count - 1, (*x.shape[:-1], 1))
   cut = -jnp.take_along_axis(negative, last, axis=-1)

@@ -57,21 +57,21 @@ def _eagle_obstacle(config: Config) -> str:
   if trunk.kind != "llama":
     return f"the drafter's layer is Llama's, but trunk.kind is {trunk.kind!r}"
   if trunk.qk_norm:
-    return "trunk.qk_norm must be False there"
+    return "trunk.qk_norm must be False in this layout"
   if trunk.rope_scaling.kind not in ("none", "linear"):
-    return "trunk.rope_scaling.kind must be 'none' or 'linear' there"
+    return "trunk.rope_scaling.kind must be 'none' or 'linear' in this layout"
   if config.mtp.kind == "eagle":
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
-      return "trunk.attention_dim must be trunk.embed_dim there"
+      return "trunk.attention_dim must be trunk.embed_dim in this layout"
     return ""
   if trunk.qkv_bias:
-    return "trunk.qkv_bias must be False there"
+    return "trunk.qkv_bias must be False in this layout"
   if config.mtp.draft_vocab:
     return "mtp.draft_vocab must be 0: its tensors d2t and t2d are not written"
   if tapped_layers(config) != (2, layers // 2, layers - 3):
     return (
-      "the streams are those after layers 2, L/2 and L - 3 there, and a trunk of "
-      f"{layers} layers gives {', '.join(map(str, tapped_layers(config)))}"
+      "this layout reads the streams after layers 2, L/2 and L - 3, and a trunk of "
+      f"{layers} layers has {', '.join(map(str, tapped_layers(config)))}"
     )
   return ""
 
@@ -145,7 +145,7 @@ def drafter_contract(config: Config) -> dict[str, Any]:
     return {
       "hidden_source": "trunk output after its final norm",
       "row": "head k at position i predicts token i + k + 1; k starts at 1, its "
-      "tensors are those of number k - 1",
+      "tensors have the number k - 1",
       "unembedding_shared": config.mtp.unembed == "shared",
     }
   streams = ", ".join(map(str, tapped_layers(config)))

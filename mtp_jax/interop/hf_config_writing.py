@@ -44,7 +44,7 @@ def write_config(
   if came is None:
     return values
   # An imported config.json is kept whole if it still describes the model: it may have
-  # keys that we do not know.
+  # keys that have no meaning here.
   ids = {key: came[key] for key in ID_KEYS if key in came}
   described = read_config(Path("config.json"), came)
   changed = {k for k, x in described.overrides.items() if get_dotted(config, k) != x}

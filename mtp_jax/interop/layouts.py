@@ -34,36 +34,36 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
     return f"the trunk is of kind {trunk.kind!r}"
   if trunk.kind == "gpt2":
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
-      return "trunk.attention_dim must be trunk.embed_dim there"
+      return "trunk.attention_dim must be trunk.embed_dim in this layout"
     return ""
   if _differs_there(trunk.rope_scaling):
-    return "YaRN with mscale_all_dim 0 means mscale 1 there"
+    return "in this layout YaRN with mscale_all_dim 0 means mscale 1"
   if trunk.attention_kind == "latent":
     if layout != "deepseek_v3":
       return "latent attention exists in the layout 'deepseek_v3' only"
     if trunk.moe.num_experts and not trunk.moe.num_shared:
-      return "every layer with experts has a shared one there"
+      return "in this layout every layer with experts has a shared expert"
     return ""
   if trunk.moe.num_experts:
     return "grouped attention with experts has no portable layout"
   if layout == "deepseek_v3":
-    return "attention is latent there (trunk.attention_kind)"
+    return "this layout has latent attention (trunk.attention_kind)"
   # The families of grouped attention differ in biases and norms of the heads.
   has = trunk.qkv_bias, trunk.qk_norm
   wants = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
   if layout == "mimo" and trunk.qk_norm:
-    return "trunk.qk_norm must be False there"
+    return "trunk.qk_norm must be False in this layout"
   if layout in wants and has != wants[layout]:
     return (
       f"trunk.qkv_bias and trunk.qk_norm must be {wants[layout][0]} and "
-      f"{wants[layout][1]} there"
+      f"{wants[layout][1]} in this layout"
     )
   # These config files have no `head_dim`: readers derive it from the width.
   if layout in ("qwen2", "mimo"):
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
-      return "trunk.attention_dim must be trunk.embed_dim there"
+      return "trunk.attention_dim must be trunk.embed_dim in this layout"
   if layout == "llama" and trunk.embed_dim % trunk.num_heads:
-    return "trunk.embed_dim must be divisible by trunk.num_heads there"
+    return "trunk.embed_dim must be divisible by trunk.num_heads in this layout"
   return ""
 
 
@@ -90,7 +90,7 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if layout != "deepseek_v3":
     return "the layout has no place for MTP modules; the trunk alone can be exported"
   if mtp.dense_blocks:
-    return "MTP layers have experts there wherever the trunk ends with them"
+    return "in this layout MTP layers have experts if the trunk's last layer has them"
   return unpublished_inputs(mtp)
 
 
@@ -102,5 +102,6 @@ def unpublished_inputs(mtp: MtpConfig) -> str:
   more = {"out_norm": "own", "mlp_dim": 0}
   for key, published in (PUBLISHED_INPUTS | more).items():
     if getattr(mtp, key) != published:
-      return f"mtp.{key} must be {published!r} there, got {getattr(mtp, key)!r}"
+      found = getattr(mtp, key)
+      return f"mtp.{key} must be {published!r} in this layout, got {found!r}"
   return ""

@@ -1,8 +1,8 @@
 """The predictors of more than one token: one file a kind, one row each in `KINDS`.
 
 A file holds the Flax module of its kind, how it drafts, its FLOPs, its parameters on a
-given trunk and its contract; `interface.Kind` says what a row may have. No code outside
-of this package and `interop` asks which kind a model has: it reads the row.
+given trunk and its contract; `interface.Kind` lists what a row may have. No code
+outside of this package and `interop` asks which kind a model has: it reads the row.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def routed_layers(config: Config) -> dict[str, int]:
 
 
 def contract(config: Config) -> dict[str, Any]:
-  """Returns what a reader of the parameters must know besides their names."""
+  """Returns the facts that a reader of the parameters needs besides their names."""
   mtp, trunk = config.mtp, config.trunk
   return {
     "kind": mtp.kind,

@@ -21,10 +21,10 @@ class Window(NamedTuple):
   """Consecutive positions whose features have just become known.
 
   tokens_BS: all tokens; the first `length_B` are committed.
-  feature_BWD, position_BW: the rows, from `start_B` on. A position of S marks a row
-    that is not there: what was verified in it was rejected, or it is padding.
-  last_B: the last row that is there, of position `length - 2`; -1 where there is none,
-    in a sequence that is done.
+  feature_BWD, position_BW: the rows, from `start_B` on. A position of S marks an
+    absent row: its draft was rejected, or it is padding.
+  last_B: the last present row, of position `length - 2`; -1 in a sequence that is done,
+    which has none.
   """
 
   tokens_BS: jax.Array
@@ -38,8 +38,8 @@ class Window(NamedTuple):
 class Choice(NamedTuple):
   """One draft of every sequence.
 
-  note: what the caller of `propose` wants to know of it besides, such as the
-    distribution that it was drawn from.
+  note: what else the caller of `propose` needs, such as the distribution from which the
+    draft was drawn.
   """
 
   token_B: jax.Array
@@ -67,10 +67,10 @@ class Drafter(NamedTuple):
   num_drafts: K, the depth of a tree; 0 is plain decoding.
   has_distribution: whether tokens come from logits, through `choose`, or are given.
   init(rows, slots) -> cache.
-  catch_up(weights, cache, window) -> (cache, carry): writes what the new features say.
+  catch_up(weights, cache, window) -> (cache, carry): caches the new features.
   propose(weights, cache, carry, window, choose) -> (cache, drafts): a list of K
     `Choice`, or the `Nodes` of a tree.
-  num_nodes: N of a tree; None says that the drafts are a chain.
+  num_nodes: N of a tree; None: the drafts are a chain.
   feeds_choices: whether logits depend on the drafts that were chosen before.
   """
 
@@ -89,11 +89,11 @@ class Drafter(NamedTuple):
 
 
 class Recursion(NamedTuple):
-  """A drafter that goes on from its own output. Hashable.
+  """A drafter that reads its own output. Hashable.
 
   init(rows, slots) -> cache.
-  catch_up(weights, cache, window) -> (cache, state_BD): writes what the new features
-    say; the state of the newest row.
+  catch_up(weights, cache, window) -> (cache, state_BD): caches the new features, and
+    returns the state of the newest row.
   step(weights, cache, state_BWD, token_BW, places) -> (cache, state_BWD): W rows at
     once, each from the state of its parent and its own token; `places` are positions or
     `cache_slots.Places`.

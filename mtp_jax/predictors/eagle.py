@@ -1,7 +1,7 @@
-"""EAGLE drafters: one layer on the features of the trunk that goes on from its output.
+"""EAGLE drafters: one layer, which reads the trunk's features, then its own output.
 
 Step k reads, in row i, the state of step k - 1 there and the embedding of token i + k,
-at position i + k - 1, and its state is that of depth k: it predicts token i + k + 1.
+at position i + k - 1, and its state, of depth k, predicts token i + k + 1.
 Step 1 starts from the feature of the trunk. A row's later steps see the first step's
 keys of the rows up to it and their own since then, which is what drafting computes: the
 layer runs on the features that are known and then on its own output. Training so
@@ -167,7 +167,7 @@ class Eagle3(nn.Module):
         partitioned(given.copied_unembed, "embed", "vocab"),
         (self.trunk.embed_dim, num_tokens),
       )
-    if self.mtp.draft_vocab:  # Which tokens they are, the run says when it begins.
+    if self.mtp.draft_vocab:  # The run sets the ids when it begins.
       first = lambda key, shape: jnp.arange(*shape, dtype=jnp.float32)  # noqa: E731
       self.param("draft_tokens", partitioned(first, "norm"), (num_tokens,))
     normed_BTD = given.final_norm(given.residual_BTD)
@@ -275,8 +275,8 @@ def _tapped_layers(num_layers: int) -> tuple[int, ...]:
 def _steps_flops(config: Config, weights: int) -> float:
   """Returns the forward FLOPs per token of steps besides a block each.
 
-  weights: entries of the matrices that are no part of a block. Step k has k - 1 keys
-  besides those of the rows.
+  weights: entries of the matrices that are no part of a block. Step k has k - 1 keys of
+  its own beside the keys of the rows.
   """
   trunk, depth = config.trunk, config.mtp.depth
   own_keys = depth * (depth - 1) / 2
@@ -336,7 +336,7 @@ def _rules(rule) -> None:
 def _kind(recursion: Callable[[TrunkConfig], Recursion], **facts: Any) -> Kind:
   return Kind(
     is_autoregressive=True,
-    goes_on=True,
+    recurses=True,
     is_dense=True,
     blocks=lambda mtp: mtp.depth,
     added_layers=lambda mtp: 1,

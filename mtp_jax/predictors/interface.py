@@ -62,7 +62,7 @@ class Kind:
   reads: the keys of `mtp` that this kind reads, of those that not every kind reads.
   has_depths: False has no extra predictors at all, and no drafter.
   is_autoregressive: depth k follows from depth k - 1 and the token before its target,
-    so that the last depth can go on and draft more tokens than there are depths.
+    so that the last depth can be applied again, to draft more tokens than depths.
   deployed_blocks: how many of its blocks, the first ones, are the last layers of the
     deployed next-token model. They are the stack `heads` of its parameters.
   is_dense: its blocks have no experts, whatever the trunk's have.
@@ -73,16 +73,16 @@ class Kind:
   stacks_unembed: its own output matrices are [depth, embed, vocab], one a depth, and
     not one for all depths.
   flops: `config` -> forward FLOPs per token of all depths besides blocks and logits.
-  contract: `(mtp, tapped layers)` -> entries of `predictors.contract` that differ from
-    those of heads on the trunk's output.
+  contract: `(mtp, tapped layers)` -> entries of `predictors.contract` that differ
+    from the entries of heads on the trunk's output.
   on_trunk: `(mtp, unembed_DV, tokens_C)` -> parameters of new predictors that depend on
     the trunk, by name; tokens_C are those that can be drafted, None: every one.
   unstack: `(parameters, mtp)` -> what each depth adds, the deployed blocks first; one
     entry where all depths share it. Becomes `Weights.predictors`.
   drafter: `(trunk, mtp, num_drafts)` -> the drafter of K >= 1 tokens; equal arguments
     give the same one, since drafters key compiled programs.
-  recursion: `(trunk, mtp)` -> the drafter that goes on from its own output, or None.
-  goes_on: drafts more tokens than it has depths without being asked to.
+  recursion: `(trunk, mtp)` -> the drafter that reads its own output, or None.
+  recurses: drafts more tokens than it has depths even without `recurse`.
   rules: checks what no other rule of `config_rules` does; see `config_rules.Rules`.
   """
 
@@ -95,7 +95,7 @@ class Kind:
   blocks: Callable[[MtpConfig], int] = lambda mtp: 0
   added_layers: Callable[[MtpConfig], int] = lambda mtp: 0
   tapped_layers: Callable[[int], tuple[int, ...]] = lambda num_layers: ()
-  goes_on: bool = False
+  recurses: bool = False
   stacks_unembed: bool = False
   flops: Callable[[Config], float] = lambda config: 0.0
   contract: Callable[..., dict[str, Any]] = lambda mtp, tapped: {}

@@ -44,7 +44,7 @@ Carry = tuple[jax.Array, jax.Array | None]
 class SequentialModule(nn.Module):
   """One module of the causal chain, DeepSeek-V3 equations 21 and 22.
 
-  `out_norm` and `norm` are those of `config.MtpConfig`.
+  `out_norm` and `norm`: see `config.MtpConfig`.
   """
 
   trunk: TrunkConfig
@@ -101,8 +101,8 @@ class SequentialModules(nn.Module):
     teacher-forced features of EAGLE (Li et al. 2024, arXiv 2401.15077) have. The row
     ends at T - 1, and j places after its end h_j[T - 1] stands in, which fed with true
     tokens has seen as many. So at the end of a row, and there alone, training computes
-    what drafting always does: the trunk has not run on what is drafted. A state of the
-    next document is met by positions whose target lies there too, and by no other.
+    what drafting always does: the trunk has not run on what is drafted. Only
+    positions whose target lies in the next document read a state of that document.
   - `hidden_norm`: h_0 as the modules get it; depth 0 is always the normed state.
   - `fed`: `own` embeds the arg max of depth k - 1 at i instead of t_{i+k}, and `none`
     has zeros for its normed embedding.
@@ -210,15 +210,15 @@ def _chain(
 
   That token is committed or drafted, so that the last k - 1 rows of module k hold
   drafts. They run again in the next round, with the tokens that were committed then:
-  `_with_edge` and `_shifted` say on which rows. Past the last module, the last one goes
-  on from its own output (`_beyond`).
+  `_with_edge` and `_shifted` choose the rows. Past the last module, the last one runs
+  on its own output (`_beyond`).
 
-  `hidden`, `hidden_norm` and `fed` are those of `config.MtpConfig`. At the newest
-  position each module gets the state that training gives it at the end of a row.
+  `hidden`, `hidden_norm` and `fed`: see `config.MtpConfig`. At the newest position each
+  module reads the state that it reads in training at the end of a row.
 
   With `fed` "own" the tokens are the committed and drafted ones too. In the newest row
   of a greedy generation these are the modules' own choices, as in training: the newest
-  committed token is the arg max of the main head, and draft k - 1 that of module k - 1.
+  committed token is the arg max of the main head, and draft k - 1 of module k - 1.
   Earlier rows differ from training where a committed token (of a prompt, or in place of
   a rejected draft) was not predicted, and so does the newest row where tokens are
   sampled. The drafts are then worse; the text is the same.
@@ -281,7 +281,7 @@ def _chain(
 def _with_edge(
   rows: _Rows, source_BWD: jax.Array, edge_BD: jax.Array, k: int, window: Window
 ) -> tuple[_Rows, jax.Array]:
-  """Returns the rows of module k, one before those of module k - 1, and the next edge.
+  """Returns the rows of module k, which begin one before module k - 1's, and an edge.
 
   In the round before, the newest row of module k read a draft. That row runs again,
   from the state that it was given then, which was final already: `edge_BD`. The edge of
@@ -304,7 +304,7 @@ def _shifted(rows: _Rows, state_BD: jax.Array, window: Window) -> _Rows:
   """Returns the rows of the next module with `hidden` "trunk_shifted".
 
   The features of the window belong to positions one earlier for each module. At the
-  newest position the trunk has no state yet: that of the draft before takes its place.
+  newest position the trunk has no state yet: the draft before lends its state.
   """
   slots, newest_B1 = window.tokens_BS.shape[1], window.length_B[:, None] - 2
   before_BW = jnp.where(rows.position_BW < slots, rows.position_BW - 1, slots)

@@ -23,7 +23,7 @@ def most_frequent(counts_V: np.ndarray, size: int) -> np.ndarray:
 def localize(
   targets: jax.Array, tokens_C: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns `(number among tokens_C, whether it is there)` of every target id."""
+  """Returns `(number among tokens_C, whether it is among them)` of every id."""
   size = tokens_C.shape[0]
   numbers_V = jnp.full(vocab_size, size).at[tokens_C].set(jnp.arange(size))
   numbers = numbers_V[targets]
