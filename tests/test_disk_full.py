@@ -223,7 +223,7 @@ def test_a_sweep_goes_past_a_trial_whose_disk_is_full(
       return [workers.Outcome("done")]
 
   def make(slot, _):
-    return Worker(slot=slot, trials=[], shape=None, future=done, close=lambda: None)
+    return Worker(slot=slot, trials=[], program=None, future=done, close=lambda: None)
 
   def full(*_, **__):
     raise FULL
