@@ -6,6 +6,7 @@ exit code 2, before any work.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -13,15 +14,19 @@ import glob
 import math
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tabulate import tabulate
 
+import mtp_jax
 from launch import exits, paths, usage, words
 from mtp_jax import files, run_folder
 from mtp_jax.config import (
@@ -33,7 +38,10 @@ from mtp_jax.config import (
   from_config_dict,
   type_name,
 )
-from mtp_jax.data import distilled_text, prepared, sources, tokenizers
+from mtp_jax.data import distilled_text, mixture, prepared, sources, tokenizers
+
+if TYPE_CHECKING:  # Its import takes long, and most commands do not need it.
+  from mtp_jax.trained_model import TrainedModel
 
 # Flags that are defined here belong to the command that asked for them, in its --help.
 # Several commands may be imported into one process: they share what has one name.
@@ -107,6 +115,35 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def define_step() -> flags.FlagHolder[int | None]:
+  """Defines `--step`, a checkpoint of the run folder."""
+  return flags.DEFINE_integer(
+    "step", None, "which checkpoint; by default the newest whole one", lower_bound=0,
+    allow_override=True,
+  )
+
+
+def load_model(workdir: str, step: int | None) -> "TrainedModel":
+  """Returns the model of a run folder.
+
+  Raises:
+    ConfigError: there is no checkpoint that can be restored.
+  """
+  from mtp_jax.checkpoint import CheckpointError  # Here, because it imports Orbax.
+
+  with as_bad_input(CheckpointError):
+    return mtp_jax.load(workdir, step=step)
+
+
+@contextlib.contextmanager
+def as_bad_input(error: type[Exception] = ValueError) -> Iterator[None]:
+  """Makes an error of the package bad input: settings that do not fit a model."""
+  try:
+    yield
+  except error as problem:
+    raise ConfigError(str(problem)) from problem
+
+
 def load_config() -> Config:
   """Returns the typed config of `--config` with its overrides.
 
@@ -160,25 +197,24 @@ def check_files(data: DataConfig, tokenizer: TokenizerConfig) -> None:
   """
   if data.source in TASKS:
     return
-  if data.source == "array_record":
-    prepared.open_folder(data.path)
-  else:
-    sources.DocumentReader(data.source, data.path, data.text_field)
+  is_file = tokenizer.kind == "file"
+  given = tokenizers.load_tokenizer(tokenizer.path) if is_file else None
+  for _, part in mixture.parts(data):
+    if part.source == "array_record":
+      prepared.open_folder(part.path)
+    else:
+      sources.DocumentReader(part.source, part.path, part.text_field, given)
   if data.train_on:
     distilled_text.check_file(data.train_on)
-  if tokenizer.kind == "file":
-    tokenizers.load_tokenizer(tokenizer.path)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   """Returns aligned columns: the first to the left, the others to the right."""
-  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-  lines = []
-  for row in (header, *rows):
-    first, *rest = zip(row, widths, strict=True)
-    cells = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]
-    lines.append("  ".join(cells).rstrip())
-  return "\n".join(lines)
+  lines = tabulate(
+    rows, header, "plain", disable_numparse=True,
+    colalign=["left", *["right"] * (len(header) - 1)] if rows else None,
+  ).splitlines()
+  return "\n".join(line.rstrip() for line in lines)
 
 
 def run(
@@ -196,9 +232,9 @@ def run(
     config: the experiment where the command line has none.
     owners: the engine of each flag that belongs to one; `--help` shows those of --on.
 
-  ConfigError and DataError end in their message and exit code 2, a full disk in its
-  message and 1, without a traceback; what nobody expected ends in a traceback, its
-  message and exit code 1.
+  ConfigError and DataError end in their message and exit code 2, Ctrl-C in 130, a full
+  disk in its message and 1, without a traceback. Any other error ends in a traceback,
+  its message and exit code 1.
   """
 
   def guarded(_: list[str]) -> int | None:
@@ -210,6 +246,8 @@ def run(
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+      return fail("interrupted; the same command continues.", 128 + signal.SIGINT)
     except Exception as error:
       if is_disk_full(error):
         return fail(str(error), exits.FAILED)

@@ -19,15 +19,17 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
   `temperature` is the default of its flag: None takes the most likely tokens unless a
   rule, temperature or cut asks for sampling.
   """
+  # What is drafted in a round.
   drafts = flags.DEFINE_integer(
     "drafts", None, "tokens drafted per round; by default one per extra predictor, 0 "
     "is plain decoding",
     lower_bound=0, upper_bound=MOST_DRAFTS,
   )
   recurse = flags.DEFINE_bool(
-    "recurse", False, "let the last sequential module go on from its own output where "
+    "recurse", False, "let the last sequential module read its own output where "
     "--drafts is more than there are modules"
   )
+  # How drafts are accepted: only the rules differ in what text comes out.
   rule = flags.DEFINE_enum(
     "rule", None, RULES, "how drafts are accepted: greedy takes the most likely "
     "tokens, the others sample. By default match, or greedy where nothing asks for "
@@ -37,6 +39,8 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
     "proposal", "auto", PROPOSALS, "how drafts are chosen; auto fits rule and "
     "predictors"
   )
+  # How tokens are sampled. None stands for a flag that was not given, because any of
+  # these flags asks for sampling.
   temperature = flags.DEFINE_float(
     "temperature", temperature, "divides the logits before sampling, 1 changes "
     "nothing; 0 is greedy",
@@ -55,6 +59,7 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
     0.0, 1.0,
   )
 
+  # Flags are parsed after they are defined, so they are read by a function.
   def chosen() -> dict[str, Any]:
     cuts = {"top_k": top_k.value, "top_p": top_p.value, "min_p": min_p.value}
     has_cut = any(cut is not None for cut in cuts.values())

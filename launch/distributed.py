@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 _SLURM_STEP = (
   "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"
 )
+_DEVICE_IDS = "JAX_LOCAL_DEVICE_IDS"
 _FIRST_PORT, _NUM_PORTS = 61440, 4096  # Above those that Linux gives to clients.
 _SHUTDOWN_SECONDS = 60
 _MOST_SECONDS = 7 * 86400
@@ -66,23 +68,12 @@ class Group:
   method: str | None = "deactivate"
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags:
-  """The flags of `define_flags`."""
-
-  distributed: flags.FlagHolder[str]
-  local_device_ids: flags.FlagHolder[list[str] | None]
-  start_seconds: flags.FlagHolder[int]
-  heartbeat_seconds: flags.FlagHolder[int]
-  stall_seconds: flags.FlagHolder[int]
-
-
-def define_flags() -> Flags:
-  """Defines what a command needs that several processes may run together."""
-  return Flags(
+def define_flags() -> dict[str, flags.FlagHolder[Any]]:
+  """Defines and returns what a command needs that several processes may run together.
+  """
+  holders = (
     flags.DEFINE_string(
-      "distributed",
-      "auto",
+      "distributed", "auto",
       "which processes train together. auto: those of a Slurm step, of Open MPI or of "
       f"a TPU pod, or those that {COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID} tell "
       "of; else one alone. off: one alone. HOST:PORT,NUM_PROCESSES,PROCESS_ID: so "
@@ -112,6 +103,7 @@ def define_flags() -> Flags:
       lower_bound=0, upper_bound=_MOST_SECONDS,
     ),
   )
+  return {holder.name: holder for holder in holders}
 
 
 def find_group(
@@ -127,9 +119,13 @@ def find_group(
     ConfigError: names the flag or variable, the rule and the value.
   """
   given = _device_ids(device_ids)
-  if how == "off":
+  if given is not None:  # Then GPUs are not shared here.
+    environ = {**environ, _DEVICE_IDS: ""}
+  if how == "auto":
+    group = _detect(environ)
+  elif how == "off":
     group = None
-  elif how != "auto":
+  else:
     parts = how.split(",")
     if len(parts) != 3:
       raise ConfigError(
@@ -137,21 +133,6 @@ def find_group(
         f"{how!r}."
       )
     group = _explicit(*parts, ("--distributed",) * 3)
-  elif found := [v for v in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if v in environ]:
-    names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
-    if missing := sorted(set(names) - set(found)):
-      raise ConfigError(
-        f"{', '.join(missing)} must be set where {', '.join(found)} is."
-      )
-    group = _explicit(*(environ[name] for name in names), names)
-  elif all(name in environ for name in _SLURM_STEP):
-    group = _slurm(environ, given)
-  elif "OMPI_MCA_orte_hnp_uri" in environ:
-    group = _open_mpi(environ, given)
-  elif _is_in_tpu_pod(environ):
-    group = Group(None, None, None, method=None)
-  else:
-    group = None
   if given is None:
     return group
   if group is None:
@@ -160,6 +141,29 @@ def find_group(
       "CUDA_VISIBLE_DEVICES."
     )
   return dataclasses.replace(group, device_ids=given)
+
+
+def _detect(environ: Mapping[str, str]) -> Group | None:
+  """Returns the group that variables of an engine, a scheduler or a TPU pod name."""
+  names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+  if found := [name for name in names if name in environ]:
+    if missing := sorted(set(names) - set(found)):
+      raise ConfigError(
+        f"{', '.join(missing)} must be set where {', '.join(found)} is."
+      )
+    return _explicit(*(environ[name] for name in names), names)
+  if all(name in environ for name in _SLURM_STEP):
+    return _slurm(environ) if environ["SLURM_NTASKS"] != "1" else None
+  if "OMPI_MCA_orte_hnp_uri" in environ:
+    if environ["OMPI_COMM_WORLD_SIZE"] == "1":
+      return None
+    here = (
+      int(environ[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("SIZE", "RANK")
+    )
+    return Group(None, None, None, _own_gpus(environ, *here), "ompi")
+  if _is_in_tpu_pod(environ):
+    return Group(None, None, None, method=None)
+  return None
 
 
 def _device_ids(texts: list[str] | None) -> tuple[int, ...] | None:
@@ -192,12 +196,7 @@ def _explicit(
   return Group(coordinator, int(num_processes), int(process_id))
 
 
-def _slurm(
-  environ: Mapping[str, str], given: tuple[int, ...] | None
-) -> Group | None:
-  num_processes = int(environ["SLURM_NTASKS"])
-  if num_processes == 1:
-    return None
+def _slurm(environ: Mapping[str, str]) -> Group:
   # The first of `n1`, `n1,n2`, `n[1-4,7]`, `n[01,05]-ib`.
   node = re.match(
     r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", environ["SLURM_STEP_NODELIST"]
@@ -207,46 +206,35 @@ def _slurm(
   number = int(environ["SLURM_JOB_ID"]) + 1009 * step
   port = environ.get("JAX_COORDINATOR_PORT", _FIRST_PORT + number % _NUM_PORTS)
   address = f"{''.join(part or '' for part in node.groups())}:{port}"
-  device_ids = given
-  if _chooses_devices(environ, given):
-    device_ids = share_of_devices(
-      _num_visible_gpus(environ),
-      _tasks_here(environ),
-      int(environ["SLURM_LOCALID"]),
-      _last_number(environ.get("SLURM_GPUS_PER_TASK", "")),
-    )
+  # `2(x3),1`: the tasks of this node, by how many nodes have so many.
+  tasks = []
+  for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+    number, repeat = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
+    tasks += [int(number)] * int(repeat or 1)
+  # `2`, or `a100:2`.
+  per_task = re.search(r"(\d+)$", environ.get("SLURM_GPUS_PER_TASK", ""))
+  device_ids = _own_gpus(
+    environ, tasks[int(environ["SLURM_NODEID"])], int(environ["SLURM_LOCALID"]),
+    int(per_task[1]) if per_task else None,
+  )
   return Group(
-    environ.get("JAX_COORDINATOR_ADDRESS", address),
-    num_processes,
-    int(environ["SLURM_PROCID"]),
-    device_ids,
+    environ.get("JAX_COORDINATOR_ADDRESS", address), int(environ["SLURM_NTASKS"]),
+    int(environ["SLURM_PROCID"]), device_ids,
   )
 
 
-def _open_mpi(
-  environ: Mapping[str, str], given: tuple[int, ...] | None
-) -> Group | None:
-  if environ["OMPI_COMM_WORLD_SIZE"] == "1":
+def _own_gpus(
+  environ: Mapping[str, str], num_here: int, index_here: int, each: int | None = None
+) -> tuple[int, ...] | None:
+  """Returns a process's share of the GPUs; None without GPUs, or if it is set."""
+  visible = environ.get("CUDA_VISIBLE_DEVICES")
+  if visible is None:
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+  else:
+    count = len([x for x in visible.split(",") if x and x not in ("-1", "NoDevFiles")])
+  if not count or _DEVICE_IDS in environ:
     return None
-  device_ids = given
-  if _chooses_devices(environ, given):
-    device_ids = share_of_devices(
-      _num_visible_gpus(environ),
-      int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]),
-      int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
-    )
-  return Group(None, None, None, device_ids, "ompi")
-
-
-def _chooses_devices(
-  environ: Mapping[str, str], given: tuple[int, ...] | None
-) -> bool:
-  """Returns whether there are GPUs to share, and no flag or variable shares them."""
-  return (
-    given is None
-    and "JAX_LOCAL_DEVICE_IDS" not in environ
-    and _num_visible_gpus(environ) > 0
-  )
+  return share_of_devices(count, num_here, index_here, each)
 
 
 def share_of_devices(
@@ -273,28 +261,6 @@ def share_of_devices(
       f"{num_visible} GPUs, which cannot be shared evenly."
     )
   return tuple(range(index_here * each, (index_here + 1) * each))
-
-
-def _num_visible_gpus(environ: Mapping[str, str]) -> int:
-  visible = environ.get("CUDA_VISIBLE_DEVICES")
-  if visible is None:
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-  return len([x for x in visible.split(",") if x and x not in ("-1", "NoDevFiles")])
-
-
-def _tasks_here(environ: Mapping[str, str]) -> int:
-  """Reads `2(x3),1` by the number of this node: tasks, times how many nodes."""
-  counts = []
-  for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
-    tasks, repeat = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
-    counts += [int(tasks)] * int(repeat or 1)
-  return counts[int(environ["SLURM_NODEID"])]
-
-
-def _last_number(text: str) -> int | None:
-  """Reads `2` and `a100:2`."""
-  found = re.search(r"(\d+)$", text)
-  return int(found[1]) if found else None
 
 
 def _is_in_tpu_pod(environ: Mapping[str, str]) -> bool:

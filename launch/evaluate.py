@@ -29,9 +29,7 @@ _WORKDIR = cli.define_workdir("run folder")
 _SPLIT = flags.DEFINE_enum(
   "split", "test", ["validation", "test"], "which held-out documents"
 )
-_STEP = flags.DEFINE_integer(
-  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
-)
+_STEP = cli.define_step()
 _COMPILATION_CACHE = cli.define_compilation_cache()
 
 
@@ -41,12 +39,9 @@ def main() -> int:
   limits = dataclasses.replace(config.eval, split=split)
   config = portable(dataclasses.replace(config, eval=limits))
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
-  try:
-    result = evaluate_run(
-      fit_to_devices(config, jax.device_count()), workdir, _STEP.value
-    )
-  except CheckpointError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
+  config = fit_to_devices(config, jax.device_count())
+  with cli.as_bad_input(CheckpointError):
+    result = evaluate_run(config, workdir, _STEP.value)
   suffix = "" if _STEP.value is None else f"_step{_STEP.value}"
   path = workdir / f"eval_{split}{suffix}.json"
   print(f"{workdir}: step {result['step']:,}, {split} split")

@@ -22,16 +22,12 @@ from pathlib import Path
 
 from absl import flags
 
-import mtp_jax
-from launch import cli, exits, paths
-from mtp_jax import files, interop
-from mtp_jax.checkpoint import CheckpointError
+from launch import cli, paths
+from mtp_jax import interop
 from mtp_jax.config import Config, ConfigError
 
 _WORKDIR = cli.define_workdir("run folder")
-_STEP = flags.DEFINE_integer(
-  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
-)
+_STEP = cli.define_step()
 _LAYOUT = flags.DEFINE_string("layout", None, "what the other program calls the model")
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write, new or empty")
 _TRUNK_ONLY = flags.DEFINE_bool(
@@ -52,17 +48,14 @@ def main() -> int:
     paths.check_new_folder("output", _OUTPUT.value)
     if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
       raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
-  try:
-    model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
-  except CheckpointError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
+  model = cli.load_model(_WORKDIR.value, _STEP.value)
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
     return 0
   output = Path(_OUTPUT.value)
   if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
-  try:
+  with cli.as_bad_input(interop.InteropError):
     interop.export_params(
       model.params,
       model.config,
@@ -74,11 +67,6 @@ def main() -> int:
       tokenizer=model.tokenizer,
       model_folder=model.model_folder,
     )
-  except interop.InteropError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
-  except OSError as error:
-    code = cli.BAD_INPUT if files.is_bad_path(error) else exits.FAILED
-    return cli.fail(f"{output} could not be written: {error}", code)
   print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
   return 0
 

@@ -23,21 +23,17 @@ from typing import Any
 
 from absl import flags
 
-import mtp_jax
 from launch import cli, decoding
 from launch.comparison import compare, describe
-from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.decode import trees
 from mtp_jax.decode.provenance import Generation, visible
 
 _WORKDIR = cli.define_workdir("run folder")
-_STEP = flags.DEFINE_integer(
-  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
-)
-_PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
+_STEP = cli.define_step()
+_PROMPT = flags.DEFINE_string("prompt", None, "text to continue")
 _PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "file that holds the text to go on from (UTF-8)"
+  "prompt_file", None, "file with the text to continue (UTF-8)"
 )
 _BOS = flags.DEFINE_bool(
   "bos", True, "the prompt begins a document; --nobos: it is from amid one"
@@ -50,7 +46,7 @@ _DECODING = decoding.define(temperature=None)
 _TREE = flags.DEFINE_string(
   "tree", None, "verify a tree of drafts instead of a chain, with rule greedy or "
   "match: a file of launch.tree, or dynamic:DEPTH,WIDTH,NODES, grown by a drafter that "
-  "goes on from its own output (EAGLE, or one sequential module)"
+  "reads its own output (EAGLE, or one sequential module)"
 )
 _STOP = flags.DEFINE_multi_string(
   "stop", None, "what ends the continuation beside the model's own end tokens: a text, "
@@ -73,10 +69,7 @@ _COMPILATION_CACHE = cli.define_compilation_cache()
 def main() -> int:
   text, how = _prompt(), _DECODING() | {"tree": _tree()}
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
-  try:
-    model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
-  except CheckpointError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
+  model = cli.load_model(_WORKDIR.value, _STEP.value)
   prompt = model.encode(text, bos=_BOS.value)
   limits = {
     "max_new_tokens": _MAX_NEW_TOKENS.value, "seed": _SEED.value, "stop": _STOP.value
@@ -85,15 +78,12 @@ def main() -> int:
   def complete(**how: Any) -> Generation:
     return model.generate(prompt, **limits, **how)
 
-  # Settings and prompts that do not fit the model raise before any work.
-  try:
+  with cli.as_bad_input():
     if _STREAM.value:
       generation = _show_stream(complete(stream=True, **how))
     else:
       generation = complete(**how)
       _show(generation)
-  except ValueError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
   report = [describe(generation)]
   if not generation.acceptance["num_drafts"]:
     report.append("plain decoding: nothing was drafted")

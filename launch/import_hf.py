@@ -1,4 +1,4 @@
-r"""Makes a run folder out of Hugging Face weights, for launch.train to go on from.
+r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
 
   python -m launch.import_hf --from=models/gpt2 --workdir=runs/gpt2_mtp
   python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
@@ -73,7 +73,7 @@ def main() -> int:
     return cli.fail(str(error), 1)
   print(
     f"{workdir}: {model.family} weights at step 0, mtp.kind {config.mtp.kind!r}, depth "
-    f"{config.mtp.depth}. Go on with: python -m launch.train --workdir={workdir}",
+    f"{config.mtp.depth}. Train it by: python -m launch.train --workdir={workdir}",
     file=sys.stderr,
   )
   return 0
@@ -121,6 +121,8 @@ def combine(
       there is no tokenizer, or more positions than the folder has. Rows may be shorter,
       and rotary embedding another one, for rows of any length.
   """
+  # The folder decides; the command line may repeat what it decides, or replace what
+  # parameters do not depend on.
   decided = dict(model.overrides)
   for key, value in overrides.items():
     if key in decided and decided[key] != value:
@@ -129,12 +131,14 @@ def combine(
           f"{key} must be {decided[key]!r}, as {model.folder} has it, got {value!r}."
         )
       del decided[key]
+  # A scaling of the command line stands alone: parts of another one make no sense.
   scaling = "trunk.rope_scaling."
-  if f"{scaling}kind" not in decided:  # What the folder says is of another kind.
+  if f"{scaling}kind" not in decided:
     decided = {k: v for k, v in decided.items() if not k.startswith(scaling)}
     if config.trunk.rope_scaling.kind in ("llama3", "yarn"):
       length = f"{scaling}original_length"
       decided |= {} if length in overrides else {length: model.max_length}
+  # Texts are cut as the weights expect, unless the user names a tokenizer.
   if not {"tokenizer.kind", "tokenizer.path"} & overrides.keys():
     if model.tokenizer is None:
       raise ConfigError(
@@ -143,6 +147,7 @@ def combine(
         "--config.tokenizer.kind=bytes."
       )
     decided |= {"tokenizer.kind": "file", "tokenizer.path": str(model.tokenizer)}
+  # Defaults that do not fit the folder give way to what fits.
   if "data.seq_len" not in overrides:
     decided.setdefault("data.seq_len", min(config.data.seq_len, model.max_length))
   if "eval.max_new_tokens" not in overrides and config.data.source not in TASKS:
@@ -153,6 +158,7 @@ def combine(
       decided["eval.max_new_tokens"] = max(1, length // 2)
   if config.optimizer.base_width == config.trunk.embed_dim:
     decided["optimizer.base_width"] = decided["trunk.embed_dim"]
+  # Learned positions end with the table; rotary ones where the folder's scaling does.
   combined = with_overrides(config, decided)
   is_rotary = model.family != "gpt2"
   if combined.data.seq_len > model.max_length and not (

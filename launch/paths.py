@@ -1,10 +1,21 @@
-"""Checks of paths that flags name, before any work."""
+"""Checks of paths that flags name, before any work; and JSON files as they are found.
+"""
 
+import contextlib
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
+from mtp_jax import files
 from mtp_jax.config import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Returns the object in a file, {} where none can be read: a machine may crash."""
+  with contextlib.suppress(OSError, ValueError):
+    return files.read_json(path)
+  return {}
 
 
 def check_folder(name: str, value: str) -> None:

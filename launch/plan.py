@@ -17,9 +17,6 @@ trained and no text is read.
 Exit code 1: some shape does not fit.
 """
 
-import datetime
-import re
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,15 +25,13 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import cli, paths, trials
+from launch import cli, paths, tables, trials
 from launch.planning import steps, topologies
 from launch.planning.topologies import Topology
 from launch.states import Trial
-from launch.tables import markdown
-from mtp_jax import accounting, environment
+from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate
-from mtp_jax.files import write_json
 from mtp_jax.predictors import kind_of
 from mtp_jax.progress import Progress
 from mtp_jax.sharding import MESH_AXES, make_mesh
@@ -49,17 +44,11 @@ cli.require("topology")
 _MFU = flags.DEFINE_float(
   "mfu", 0.4, "model FLOPs per second over the chips' peak that is assumed"
 )
-_SWEEP = flags.DEFINE_list(
-  "sweep", None, "which sweep_<name> of the experiment to cross; by default all"
-)
-_ONLY = flags.DEFINE_string(
-  "only", None, "plan only the trials whose name has these parts; see launch.sweep"
-)
+trials.define_flags()
 _OUTPUT = flags.DEFINE_string(
   "output", None, "folder for the plan as .md and .json; by default nothing is written"
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
-_GPU = re.compile(r"[abghl]+\d+\b", re.IGNORECASE)  # a100, h100, gb200, l40, ...
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -69,16 +58,13 @@ def main() -> int:
     raise ConfigError(f"--mfu must be in (0, 1], got {_MFU.value}.")
   if _OUTPUT.value is not None:
     paths.check_folder("output", _OUTPUT.value)
-  wanted = [_parse(text) for text in _TOPOLOGY.value]
-  file, preset = cli.config_file()
-  points = trials.points(trials.load_experiment(file), preset, _SWEEP.value)
-  everything = trials.plan(
-    cli.load_config(), cli.config_overrides(), points, Path(".")
-  )
-  chosen = trials.select(everything, _ONLY.value)
-  # All meshes before the first compilation.
+  wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
+  everything, chosen = trials.from_flags(Path("."))
+  # All meshes are checked before the first compilation.
   shapes = [check(chosen, topology) for topology in wanted]
   cache = Path(_COMPILATION_CACHE.value) if _COMPILATION_CACHE.value else None
+  file, preset = cli.config_file()
+  title = f"{file.stem}:{preset}" if preset else file.stem
   progress, done, total = Progress("shapes"), 0, sum(map(len, shapes))
   fits = True
   for topology, of_shape in zip(wanted, shapes, strict=True):
@@ -88,31 +74,16 @@ def main() -> int:
       progress("planned", done, total)
       rows[shape] = plan(fitted, same, cache, _MFU.value)
       done += 1
-    record = {
-      "command": shlex.join(["python", "-m", "launch.plan", *_arguments()]),
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-      "commit": environment.code_commit() or "unknown",
-      "versions": environment.versions(_PACKAGES),
-      "mfu": _MFU.value,
-      "rows": list(rows.values()),
-    }
-    text = _page(topology, record, rows, chosen, everything)
-    print(f"\n{text}")
     fits = fits and all(row["fits"] for row in rows.values())
-    if _OUTPUT.value:
-      name = f"{_title()}-{topology}".replace(":", "-")
-      _write(Path(_OUTPUT.value) / name, record, text)
+    name = f"{title}-{topology}".replace(":", "-")
+    record = tables.facts(["launch.plan"], _PACKAGES)
+    tables.write_page(
+      Path(_OUTPUT.value) / name if _OUTPUT.value else None, f"{title} on {topology}",
+      record | {"mfu": _MFU.value, "rows": list(rows.values())},
+      page(topology, rows, chosen, everything, _MFU.value),
+    )
   progress.close()
   return 0 if fits else 1
-
-
-def _parse(text: str) -> Topology:
-  if _GPU.match(text):
-    raise ConfigError(
-      f"--topology must be of TPUs ({', '.join(topologies.CHIPS)}), got {text!r}: "
-      "launch.plan does not compile for GPUs yet."
-    )
-  return topologies.parse(text)
 
 
 def check(
@@ -171,86 +142,61 @@ def plan(
   }
 
 
-def _page(
+def page(
   topology: Topology,
-  record: dict[str, Any],
   rows: dict[Config, dict[str, Any]],
   chosen: list[Trial],
   everything: list[Trial],
-) -> str:
-  """Returns the plan of one topology as Markdown."""
-  chip, versions = topology.chip, record["versions"].items()
-  depth = [
-    cells
-    for shape, row in rows.items()
-    if (cells := _depth_cells(shape, row, rows)) is not None
-  ]
+  mfu: float,
+) -> list[str]:
+  """Returns the paragraphs and tables of the plan of one topology."""
+  chip = topology.chip
+  costs = (depth_cells(shape, row, rows) for shape, row in rows.items())
+  depth = [cost for cost in costs if cost is not None]
   parts = [
-    f"# {_title()} on {topology}",
-    f"`{record['command']}`",
-    f"{record['date']}, commit {record['commit']}; "
-    f"{', '.join(f'{k} {v}' for k, v in versions)}.",
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
-    f"({chip.source}).",
-    "## Memory of one chip",
-    markdown(map(_memory_cells, rows.values())),
-    "## Work and collectives of one chip in a step",
-    "XLA's count of FLOPs has the body of every loop once. Collectives: how often they "
-    "run, and the bytes of their results.",
-    markdown(map(_work_cells, rows.values())),
-    f"## A run at {_MFU.value:.0%} of the peak (assumed)",
-    markdown(map(_run_cells, rows.values())),
-    f"Planned: {_totals(chip, chosen)}.",
+    f"({chip.source}). Figures are those of one chip and one step. XLA counts the "
+    "FLOPs of a loop's body once. Collectives: how often they run, and the bytes of "
+    f"their results. Time is at {mfu:.0%} of the peak, an assumption.",
+    tables.markdown(map(cells, rows.values())),
+    f"Planned: {_totals(chip, chosen, mfu)}. Whole sweep: "
+    f"{_totals(chip, everything, mfu)}.",
   ]
-  if len(everything) > len(chosen):
-    parts.append(f"Whole sweep: {_totals(chip, everything)}.")
   if depth:
     parts += [
       "## Cost of depth, against D = 0",
       "Time at equal utilisation: the ratio of model FLOPs.",
-      markdown(depth),
+      tables.markdown(depth),
     ]
-  return "\n\n".join(parts) + "\n"
+  return parts
 
 
-def _memory_cells(row: dict[str, Any]) -> dict[str, str]:
+def cells(row: dict[str, Any]) -> dict[str, str]:
+  """Returns the cells of a row: memory, work, collectives and time."""
   mesh = ",".join(f"{k}={v}" for k, v in row["mesh"].items() if v != 1)
   sizes = ("params_bytes", "optimizer_bytes", "temporaries", "peak", "hbm_bytes")
+  xla, seconds = row.get("xla_flops"), row["seconds_per_step"]
+  hours = seconds * row["steps"] / 3600
   return {
     "shape": row["shape"], "chips": row["topology"], "mesh": mesh or "data=1",
     "parameters": f"{row['parameters']:,}", "rows/chip": f"{row['rows_per_chip']:g}",
     "microbatches": str(row["accumulation_steps"]),
     **{f"{key.removesuffix('_bytes')} GB": _giga(row.get(key)) for key in sizes},
     "fits": "yes" if row["fits"] else "NO",
-  }
-
-
-def _work_cells(row: dict[str, Any]) -> dict[str, str]:
-  found, xla = row.get("collectives", {}), row.get("xla_flops")
-  return {
-    "shape": row["shape"],
     "model TFLOPs": f"{row['model_flops'] / row['chips'] / 1e12:.4g}",
     "XLA TFLOPs": f"{xla / 1e12:.4g}" if xla else "-",
     **{
       kind: f"{counts['count']:,}, {_giga(counts['bytes'])} GB"
-      for kind, counts in found.items()
+      for kind, counts in row.get("collectives", {}).items()
     },
     "loops of unknown length": str(row.get("unknown_loops", "-")),
-  }
-
-
-def _run_cells(row: dict[str, Any]) -> dict[str, str]:
-  seconds = row["seconds_per_step"]
-  hours = seconds * row["steps"] / 3600
-  return {
-    "shape": row["shape"], "steps": f"{row['steps']:,}",
-    "tokens": f"{row['tokens']:.3g}", "seconds/step": f"{seconds:.3g}",
+    "steps": f"{row['steps']:,}", "seconds/step": f"{seconds:.3g}",
     "tokens/s": f"{row['tokens'] / row['steps'] / seconds:,.0f}",
     "days": f"{hours / 24:.3g}", "chip-hours": f"{hours * row['chips']:,.0f}",
   }
 
 
-def _depth_cells(
+def depth_cells(
   shape: Config, row: dict[str, Any], rows: dict[Config, dict[str, Any]]
 ) -> dict[str, Any] | None:
   """Returns what depth costs against the plain row of the same trunk and mesh."""
@@ -283,9 +229,9 @@ def _trunk(shape: Config) -> tuple[Any, ...]:
   return shape.trunk, shape.data, shape.mesh, shape.train, shape.loss
 
 
-def _totals(chip: topologies.Chip, of: Sequence[Trial]) -> str:
+def _totals(chip: topologies.Chip, of: Sequence[Trial], mfu: float) -> str:
   flops = sum(trial.flops for trial in of)
-  hours = flops / (_MFU.value * chip.peak_flops) / 3600
+  hours = flops / (mfu * chip.peak_flops) / 3600
   tokens = sum(trial.num_tokens for trial in of)
   return (
     f"{len(of)} trial(s): {tokens:.3g} tokens, {flops:.3g} model FLOPs, {hours:,.0f} "
@@ -295,23 +241,6 @@ def _totals(chip: topologies.Chip, of: Sequence[Trial]) -> str:
 
 def _giga(size: float | None) -> str:
   return "-" if size is None else f"{size / 1e9:,.2f}"
-
-
-def _title() -> str:
-  file, preset = cli.config_file()
-  return f"{file.stem}:{preset}" if preset else file.stem
-
-
-def _arguments() -> list[str]:
-  """Returns the flags that a plan depends on."""
-  return [a for a in sys.argv[1:] if not re.match("--?compilation_cache", a)]
-
-
-def _write(path: Path, record: dict[str, Any], text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.with_name(f"{path.name}.md").write_text(text)
-  write_json(path.with_name(f"{path.name}.json"), record)
-  print(f"written to {path}.md and .json")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,6 @@ def main() -> int:
     if files.is_bad_path(error):
       raise
     return cli.fail(f"{error} The same command continues.", exits.FAILED)
-  except KeyboardInterrupt:
-    return cli.fail("interrupted; the same command continues.", 130)
   finally:
     progress.close()
   print(sources.describe(folder.source))

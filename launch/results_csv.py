@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch import paths
 from mtp_jax import files, run_folder
 from mtp_jax.config import flatten
 
@@ -59,19 +60,19 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _rows(root: Path) -> list[dict[str, Any]]:
   folders = run_folder.folders_below(root)
-  configs = {folder: flatten(_read(folder / run_folder.CONFIG)) for folder in folders}
-  configs = {folder: config for folder, config in configs.items() if config}
+  found = {folder: paths.read_json(folder / run_folder.CONFIG) for folder in folders}
+  configs = {folder: flatten(config) for folder, config in found.items() if config}
   values: dict[str, set[str]] = {}
   for key in dict.fromkeys(key for config in configs.values() for key in config):
     values[key] = {json.dumps(config.get(key)) for config in configs.values()}
-  varying = [key for key, found in values.items() if key != "name" and len(found) > 1]
+  varying = [key for key, x in values.items() if key != "name" and len(x) > 1]
   return [_row(folder, config, varying) for folder, config in configs.items()]
 
 
 def _row(folder: Path, config: dict[str, Any], varying: list[str]) -> dict[str, Any]:
   complete = run_folder.is_done(folder)
-  result = _read(folder / run_folder.EVAL) if complete else {}
-  status = _read(folder / run_folder.STATUS)
+  result = paths.read_json(folder / run_folder.EVAL) if complete else {}
+  status = paths.read_json(folder / run_folder.STATUS)
   row = {
     "trial": folder.name,
     "complete": complete,
@@ -95,9 +96,3 @@ def _columns(name: str, value: Any) -> dict[str, Any]:
       columns |= _columns(f"{name}_{key}", entry)
     return columns
   return {name: value}
-
-
-def _read(path: Path) -> dict[str, Any]:
-  with contextlib.suppress(OSError, ValueError):
-    return files.read_json(path)
-  return {}

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import status
+from launch import paths, status
 from mtp_jax import accounting, files, run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.effects import essential
@@ -157,9 +157,7 @@ def write_record(workdir: Path, engine: str, **facts: Any) -> None:
 
 def read_record(workdir: Path) -> Record | None:
   """Returns the record of a run folder, None where there is none."""
-  with contextlib.suppress(OSError, ValueError):
-    return files.read_json(workdir / run_folder.JOB)
-  return None
+  return paths.read_json(workdir / run_folder.JOB) or None
 
 
 def read_state(trial: Trial, job: Job | None = None) -> State:
@@ -227,7 +225,7 @@ def _ended(folder: Path, last_status: dict[str, Any], job: Job | None) -> State:
 
 def _last_status(folder: Path) -> dict[str, Any]:
   """Returns status.json, or {} if it is older than the job the trial was given to."""
-  found, record = status.read(folder) or {}, read_record(folder)
+  found, record = status.read(folder), read_record(folder)
   return {} if record and found and found["time"] < record["submitted"] else found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from launch import cli, distributed, exits
+from launch import cli, distributed, exits, paths
 from mtp_jax import run_folder
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
@@ -206,8 +206,7 @@ def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
   if not workdir.is_dir():
     return
   with contextlib.suppress(Exception), run_folder.exclusive(workdir):
-    record = read(workdir) or {}
-    record |= {
+    record = read(workdir) | {
       "state": "ended",
       "exit_class": exit_class,
       "reason": reason.partition("\n")[0],
@@ -218,13 +217,9 @@ def left_behind(workdir: Path, exit_class: str, reason: str) -> None:
     _write(workdir / run_folder.STATUS, record)
 
 
-def read(workdir: Path) -> dict[str, Any] | None:
-  """Returns the status of a run folder, None where there is none."""
-  try:
-    record = json.loads((workdir / run_folder.STATUS).read_text())
-  except (OSError, ValueError, RecursionError):
-    return None  # A machine that crashed may leave an empty file.
-  return record if isinstance(record, dict) else None
+def read(workdir: Path) -> dict[str, Any]:
+  """Returns the status of a run folder, {} where there is none."""
+  return paths.read_json(workdir / run_folder.STATUS)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

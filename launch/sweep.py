@@ -48,15 +48,7 @@ cli.define_workdir(
   required=False,
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
-_SWEEP = flags.DEFINE_list(
-  "sweep", None, "which sweep_<name> of the experiment to cross; by default all"
-)
-_ONLY = flags.DEFINE_string(
-  "only",
-  None,
-  "train only the trials whose name has these parts, each a shell pattern, separated "
-  "by commas: kind=sequential,seed=*",
-)
+trials.define_flags()
 _ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "which engine trains")
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
@@ -153,17 +145,7 @@ def main() -> int:
   # This process counts parameters; others have the accelerators.
   jax.config.update("jax_platforms", "cpu")
   root = cli.workdir()
-  file, preset = cli.config_file()
-  experiment = trials.load_experiment(file)
-  planned = trials.select(
-    trials.plan(
-      cli.load_config(),
-      cli.config_overrides(),
-      trials.points(experiment, preset, _SWEEP.value),
-      root,
-    ),
-    _ONLY.value,
-  )
+  _, planned = trials.from_flags(root)
   engine = _engine(root)
   if _DRY_RUN.value:
     print(preview(planned, engine))
@@ -229,7 +211,10 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   choice = jobs.choose(planned, _AGAIN.value)
   if _ON.value == "local":
     engine.check(planned)
-    return engine.submit(choice)
+    code = engine.submit(choice)
+    jobs.share(planned, jobs.read_states(planned))
+    results_csv.collect(root)
+    return code
   engine.check(choice.todo)
   with _alone(root):
     # Once more: another sweep may have been here in the meantime.

@@ -6,10 +6,10 @@ r"""Trains one language model and evaluates it.
 
 The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at
 the end, eval.json and DONE: launch/README.md describes every file and field. Ctrl-C (or
-SIGTERM) saves a checkpoint; the same command again goes on from the newest one, and so
-does --workdir alone, with the config that the folder holds (that of launch.import_hf,
-perhaps). A run may be continued on another number of devices (--config.mesh.*) and of
-processes.
+SIGTERM) saves a checkpoint. The same command again continues from the newest one, and
+so does --workdir alone, with the config that the folder holds (the config of
+launch.import_hf, perhaps). A run may be continued on another number of devices
+(--config.mesh.*) and of processes.
 
 Several processes train one model if each runs this command, with the same flags and a
 folder that all see. In a Slurm step, under Open MPI and in a TPU pod they find each
@@ -85,7 +85,7 @@ def main() -> int:
   try:
     config = _config(workdir)
     group = distributed.find_group(
-      _GROUP.distributed.value, _GROUP.local_device_ids.value
+      _GROUP["distributed"].value, _GROUP["local_device_ids"].value
     )
   except (ConfigError, DataError) as error:
     refused(workdir, str(error))
@@ -96,11 +96,11 @@ def main() -> int:
     signal.signal(signum, functools.partial(_end_at_once, group))
   try:
     distributed.initialize(
-      group, _GROUP.start_seconds.value, _GROUP.heartbeat_seconds.value
+      group, _GROUP["start_seconds"].value, _GROUP["heartbeat_seconds"].value
     )
   except (RuntimeError, TimeoutError) as error:
     return cli.fail(str(error), exits.FAILED)
-  end = train(config, workdir, startup, _GROUP.stall_seconds.value)
+  end = train(config, workdir, startup, _GROUP["stall_seconds"].value)
   return distributed.leave(end.code, end.together)
 
 
@@ -155,7 +155,7 @@ def _end(error: BaseException) -> End:
   if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
     summary = (
       f"{summary} Another process may have ended: see what it printed. "
-      "The run goes on from its newest checkpoint when all are started again."
+      "The run continues from its newest checkpoint when all are started again."
     )
   return End(exits.FAILED, "infrastructure", summary)
 
@@ -168,7 +168,7 @@ def _config(workdir: Path) -> Config:
     config = cli.load_run_config(workdir)
   else:
     raise ConfigError(
-      f"--config is required: {str(workdir)!r} holds no run to go on with."
+      f"--config is required: {str(workdir)!r} holds no run to continue."
     )
   validate(config, given=given)
   config = cli.of_run(config, workdir)

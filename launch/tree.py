@@ -23,10 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 
-import mtp_jax
 from launch import cli
 from mtp_jax import evaluate, run_folder
-from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import ConfigError
 from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import drafters, trees
@@ -46,9 +44,7 @@ _RANKS = flags.DEFINE_integer(
 _SPLIT = flags.DEFINE_enum(
   "split", "validation", ["validation", "test"], "which held-out documents"
 )
-_STEP = flags.DEFINE_integer(
-  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
-)
+_STEP = cli.define_step()
 _COMPILATION_CACHE = cli.define_compilation_cache()
 
 
@@ -56,16 +52,11 @@ def main() -> int:
   workdir = Path(_WORKDIR.value)
   cli.load_run_config(workdir)  # Refuses other folders: tree.json belongs to a run.
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
-  try:
-    model = mtp_jax.load(workdir, step=_STEP.value)
-  except CheckpointError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
+  model = cli.load_model(_WORKDIR.value, _STEP.value)
   if not model.config.mtp.depth:
     raise ConfigError(f"{workdir}: the model has no extra predictors, nothing drafts.")
-  try:
+  with cli.as_bad_input():
     found = _measure(model)
-  except ValueError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
   command = ["python", "-m", "launch.tree", *sys.argv[1:]]
   found |= {"command": shlex.join(command), "commit": code_commit()}
   path = workdir / run_folder.TREE

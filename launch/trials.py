@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from absl import flags
+
 from launch import cli, exits
 from launch.states import Trial
 from mtp_jax import accounting, run_folder
@@ -32,9 +34,36 @@ from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
 from mtp_jax.saved_model import check_source
 
+# Flags that are defined here belong to the command that asked for them, in its --help.
+flags.disclaim_key_flags()
+
 Overrides = dict[str, Any]
 _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
+
+
+def define_flags() -> None:
+  """Defines `--sweep` and `--only`, which choose among the trials of `--config`."""
+  flags.DEFINE_list(
+    "sweep", None, "which sweep_<name> of the experiment to cross; by default all",
+    allow_override=True,
+  )
+  flags.DEFINE_string(
+    "only", None, "only the trials whose name has these parts, each a shell pattern, "
+    "separated by commas: kind=sequential,seed=*", allow_override=True,
+  )
+
+
+def from_flags(root: Path) -> tuple[list[Trial], list[Trial]]:
+  """Returns all trials of the experiment in a sweep folder, and those of `--only`.
+
+  Raises:
+    ConfigError: see `points`, `plan` and `select`.
+  """
+  file, preset = cli.config_file()
+  swept = points(load_experiment(file), preset, flags.FLAGS.sweep)
+  everything = plan(cli.load_config(), cli.config_overrides(), swept, root)
+  return everything, select(everything, flags.FLAGS.only)
 
 
 def load_experiment(file: Path) -> ModuleType:

@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-import mtp_jax
-from launch import cli, decoding, exits, paths
+from launch import cli, decoding, paths
 from mtp_jax import files, self_distillation
-from mtp_jax.checkpoint import CheckpointError, fingerprint
+from mtp_jax.checkpoint import fingerprint
 from mtp_jax.config import TASKS, Config, ConfigError
 from mtp_jax.data.pipeline import Corpus, load_corpus
 from mtp_jax.environment import code_commit
@@ -42,9 +41,7 @@ from mtp_jax.progress import Progress
 from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder of the model that writes")
-_STEP = flags.DEFINE_integer(
-  "step", None, "which checkpoint; by default the newest whole one", lower_bound=0
-)
+_STEP = cli.define_step()
 _OUTPUT = flags.DEFINE_string("output", None, "file to write, FILE.jsonl")
 _DOCUMENTS = flags.DEFINE_integer(
   "documents", None, "texts to write, one for each training document in the shuffled "
@@ -76,10 +73,7 @@ def main() -> int:
   paths.check_file("output", _OUTPUT.value, ".jsonl")
   output, how = Path(_OUTPUT.value), _DECODING()
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
-  try:
-    model = mtp_jax.load(_WORKDIR.value, step=_STEP.value)
-  except CheckpointError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
+  model = cli.load_model(_WORKDIR.value, _STEP.value)
   excerpt_tokens = _excerpt_tokens(model.config)
   corpus = _corpus(model)
   settings = _settings(model, corpus, excerpt_tokens, how)
@@ -87,17 +81,8 @@ def main() -> int:
   if output.exists():
     print(f"{output} is whole already: {_words(_count(output))}")
     return 0
-  try:
+  with cli.as_bad_input():
     _write(output, model, corpus, settings, how)
-  # Settings that do not fit the model raise before any work.
-  except ValueError as error:
-    return cli.fail(str(error), cli.BAD_INPUT)
-  except OSError as error:
-    if files.is_bad_path(error):
-      raise
-    return cli.fail(f"{error} The same command continues.", exits.FAILED)
-  except KeyboardInterrupt:
-    return cli.fail("interrupted; the same command continues.", 130)
   counts = _count(_unfinished(output))
   if not counts["texts"]:
     return cli.fail(f"{_words(counts)}: there is nothing to train on.", 1)

@@ -21,6 +21,7 @@ from mtp_jax.config import (
   keys,
   to_dict,
 )
+from mtp_jax.data import mixture
 from mtp_jax.effects import conditions, has_effect
 from mtp_jax.keys import INT32, SEED, Range
 from mtp_jax.predictors import (
@@ -285,6 +286,19 @@ def _check_data(rule: Rules) -> None:
   for split, reader in readers.items():
     key = f"data.{split}_fraction"
     rule(values[key] > 0, key, f"positive: {reader}")
+  try:
+    parts = mixture.parts(data)
+  except ValueError as error:
+    parts = rule(False, "data.path", str(error)) or []
+  sources = {part.data.source for part in parts}
+  rule(
+    data.source != "mixture" or tokenizer.kind != "bpe", "tokenizer.kind",
+    "'file' or 'bytes' for data.source 'mixture': each part would learn its own",
+  )
+  rule(
+    "token_bin" not in sources or tokenizer.kind in ("bytes", "file"), "tokenizer.kind",
+    "that of the tokens, 'file' or 'bytes', for data.source 'token_bin'",
+  )
   is_task = data.source in TASKS
   rule(
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",

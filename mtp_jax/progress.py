@@ -23,7 +23,8 @@ class Progress:
   def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
     """Shows that `done` of `total` are done; the first call of a phase starts a clock.
 
-    A note stands beside the bar; without a terminal it has a line of its own.
+    `total` is 0 where it is not known. A note stands beside the bar; without a terminal
+    it has a line of its own.
     """
     if not self._enabled:
       return
@@ -34,11 +35,11 @@ class Progress:
       self._last_line = now
       if sys.stderr.isatty():
         self._bar = tqdm(
-          desc=phase, total=total, initial=done, unit=self._unit,
+          desc=phase, total=total or None, initial=done, unit=self._unit,
           unit_scale=self._unit == "B", dynamic_ncols=True,
         )
     if self._bar is not None:
-      self._bar.total = total
+      self._bar.total = total or None
       self._bar.update(done - self._bar.n)
       if note:
         self._bar.set_postfix_str(note)
@@ -48,9 +49,10 @@ class Progress:
     if note or (now - self._last_line >= self._seconds and not is_first):
       self._last_line = now
       scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
-      parts = [f"{phase}: {done / scale:,.0f} of {total / scale:,.0f} {unit}"]
+      of = f" of {total / scale:,.0f}" if total else ""
+      parts = [f"{phase}: {done / scale:,.0f}{of} {unit}"]
       parts += [note] if note else []
-      if not is_first:
+      if not is_first and total:
         left = (now - self._began) / (done - self._begun_at) * (total - done)
         parts.append(f"{left:,.0f} s left")
       print(", ".join(parts), flush=True)

@@ -32,8 +32,9 @@ from mtp_jax.keys import (
 from mtp_jax.model_sections import MtpConfig, TrunkConfig
 
 _Source = Literal[
-  "stdlib", "site_packages", "files", "jsonl", "array_record", "language_reference",
-  "stories", "star_graph", "sat", "countdown", "polynomial", "induction", "siblings",
+  "stdlib", "site_packages", "files", "jsonl", "parquet", "hf", "token_bin",
+  "array_record", "mixture", "language_reference", "stories", "star_graph", "sat",
+  "countdown", "polynomial", "induction", "siblings",
 ]
 # Values of `data.source` that are generated, and need `tokenizer.kind` "symbols".
 TASKS = ("star_graph", "sat", "countdown", "polynomial", "induction", "siblings")
@@ -92,7 +93,11 @@ class DataConfig:
 
   source:     stdlib | site_packages (sources of the installed packages) | files
               (`path`: folder or glob) | jsonl (`path`: file or glob, plain, .gz or
-              .zst) | array_record (`path`: folder written by launch.prepare) |
+              .zst) | parquet (`path`: file or glob) | hf (`path`: a dataset of the
+              Hugging Face Hub or a local folder, NAME[:CONFIGURATION[:SPLIT]]) |
+              token_bin (`path`: file or glob of token shards as llm.c and nanoGPT write
+              them) | array_record (`path`: folder written by launch.prepare) |
+              mixture (`path`: WEIGHT SOURCE PATH; ..., see data/mixture.py) |
               language_reference, stories (see data/generated.py) | one of `TASKS`,
               generated (section `task`).
   train_on:   "" trains on the source's train split; else on the texts of this JSONL
@@ -105,10 +110,15 @@ class DataConfig:
   source: _Source = key("stdlib", "where text comes from", HOST)
   path: str = key(
     "", "file, folder or glob", MEASURE,
-    when={"data.source": ("files", "jsonl", "array_record")},
+    when={
+      "data.source": (
+        "files", "jsonl", "parquet", "hf", "token_bin", "array_record", "mixture"
+      )
+    },
   )
   text_field: str = key(
-    "text", "key of the text in a JSON line", HOST, when={"data.source": ("jsonl",)}
+    "text", "key or column of the text", HOST,
+    when={"data.source": ("jsonl", "parquet", "hf", "mixture")},
   )
   train_on: str = key("", "JSONL file to train on instead", MEASURE, when=_TEXT)
   seq_len: int = key(128, "tokens of a row", at_least(1), by="mesh.context")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.data.packing import token_ids
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.decode.generate import Completion
 from mtp_jax.trained_model import TrainedModel
@@ -68,7 +69,7 @@ class Excerpts:
       number,
       self._store.hashes_NX[document].tobytes().hex(),
       begin,
-      self._store.read(document, begin, min(begin + self._length, end)),
+      token_ids(self._store.read(document, begin, min(begin + self._length, end))),
     )
 
 

@@ -21,7 +21,7 @@ class ListStore:
     self.lengths_N = np.array([len(document) for document in documents], np.int64)
     digests = [hashlib.sha256(x.tobytes()).digest() for x in self.documents]
     self.hashes_NX = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    self.identity = {"manifest": name}
+    self.identity, self.has_unscored = {"manifest": name}, False
 
   def read(self, document: int, begin: int, end: int) -> np.ndarray:
     assert 0 <= begin <= end <= self.lengths_N[document]

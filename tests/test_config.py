@@ -460,8 +460,8 @@ RULES = {
       "tokenizer.kind": "symbols", "tokenizer.vocab_size": 5000,
     },
     "data.train_on must be '' unless data.source is one of 'stdlib', 'site_packages', "
-    "'files', 'jsonl', 'array_record', 'language_reference', 'stories' (it is "
-    "'siblings'), got 'a.jsonl'.",
+    "'files', 'jsonl', 'parquet', 'hf', 'token_bin', 'array_record', 'mixture', "
+    "'language_reference', 'stories' (it is 'siblings'), got 'a.jsonl'.",
   ),
   "nothing to train on": (
     {"data.validation_fraction": 0.6, "data.test_fraction": 0.4},

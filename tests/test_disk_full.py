@@ -193,7 +193,7 @@ def test_a_worker_that_cannot_log_goes_on_with_the_next_trial(
 
   monkeypatch.setattr(workers, "_output_to", output_to)
   runs = [(config, tmp_path / "a"), (config, tmp_path / "b")]
-  for outcome in (workers.train(*runs[0]), *workers.train_pack(runs, 2)):
+  for outcome in (*workers.train(runs[:1]), *workers.train(runs, 2)):
     assert (outcome.kind, outcome.exit_class) == ("failed", "infrastructure")
     assert outcome.text == f"OSError: {FULL}"
 
@@ -217,10 +217,10 @@ def test_a_sweep_goes_past_a_trial_whose_disk_is_full(
       if not self.trials:
         return "cpu", 1
       if self.trials[0].name == "a":
-        return workers.Outcome("failed", f"OSError: {FULL}", "infrastructure")
+        return [workers.Outcome("failed", f"OSError: {FULL}", "infrastructure")]
       for name in ("DONE", "eval.json"):
         (self.trials[0].workdir / name).write_text('{"main_loss": {"mean": 1.5}}')
-      return workers.Outcome("done")
+      return [workers.Outcome("done")]
 
   def make(slot, _):
     return Worker(slot=slot, trials=[], shape=None, future=done, close=lambda: None)

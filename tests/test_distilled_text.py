@@ -164,7 +164,8 @@ def test_blank_lines_and_byte_order_marks_are_passed_over(file, tmp_path):
   found = distilled_text.load(str(copy))
   assert found.texts == plain.texts
   assert found.stats.manifest == plain.stats.manifest
-  assert found.names == [f"{copy}:{number}" for number in (1, 3, 5, 7, 9)]
+  names = [document.name for document in found.documents]
+  assert names == [f"{copy}:{number}" for number in (1, 3, 5, 7, 9)]
 
 
 @pytest.mark.parametrize("content, message", [

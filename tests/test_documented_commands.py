@@ -17,6 +17,7 @@ from experiments import base
 from launch import words
 from launch.cli import BAD_INPUT
 from mtp_jax.config import from_config_dict, to_dict
+from mtp_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tests import commands
 from tests.commands import ROOT, Commands
 
@@ -41,7 +42,7 @@ _STOPS = textwrap.dedent(f"""
   mtp_jax.load = mtp_jax.train.fit = mtp_jax.train.evaluate_run = stop
   mtp_jax.interop.read_model = mtp_jax.data.prepare.prepare_folder = stop
   launch.engines.local.Sweep.run = launch.planning.steps.abstract_state = stop
-  launch.benchmarks.harness.count_turns = stop
+  launch.benchmarks.harness.measure_all = stop
   mtp_jax.saved_model.check_source = lambda *_: None  # Of runs that are not there.
   mtp_jax.analysis.report.write_report = mtp_jax.analysis.runs.load = stop
   mtp_jax.analysis.findings.write_findings = stop
@@ -93,7 +94,10 @@ def stopped(tmp_path_factory):
   (folder / "start.py").write_text("def f():")
   (folder / "input.txt").write_text("text\n" * 50)
   (folder / "text").mkdir()
-  (folder / "text" / "a.txt").write_text("text\n" * 50)
+  (folder / "input.txt").write_text("text\n" * 50)
+  for kind in ("txt", "jsonl", "parquet", "bin"):
+    (folder / "text" / f"a.{kind}").write_text("text\n" * 50)
+  save_tokenizer(ByteTokenizer(), folder / "text" / "tokenizer.json")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(commands, "_SERVER", _STOPS + commands._SERVER)
     patch.setattr(commands, "ROOT", folder)

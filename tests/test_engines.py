@@ -627,12 +627,13 @@ def test_a_worker_has_its_share_of_the_machine(monkeypatch):
 def test_a_claimed_trial_is_reported_and_not_trained_twice(tmp_path):
   (trial,) = plan(tmp_path, "a")
   with run_folder.exclusive(trial.workdir):
-    outcome = workers.train(trial.config, trial.workdir)
+    (outcome,) = workers.train([(trial.config, trial.workdir)])
   assert outcome.kind == "claimed" and "in use by another process" in outcome.text
   assert os.listdir(trial.workdir) == [".lock"]
   # Another sweep was faster.
   fill(trial, "DONE")
-  assert workers.train(trial.config, trial.workdir).kind == "done"
+  (outcome,) = workers.train([(trial.config, trial.workdir)])
+  assert outcome.kind == "done"
   assert not (trial.workdir / "status.json").exists()
 
 

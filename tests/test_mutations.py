@@ -213,8 +213,8 @@ MUTANTS = {
   ),
   "every text that a model wrote ends a document": Mutant(
     "data/memory_store.py",
-    "tokenizers_lib.document(tokenizer, ids, begins, ends)",
-    "tokenizers_lib.document(tokenizer, ids, begins, True)",
+    "tokenizers_lib.document(tokenizer, ids, *x.edges)",
+    "tokenizers_lib.document(tokenizer, ids, x.edges[0], True)",
     "test_distilled_text.py::test_documents_begin_and_end_where_their_lines_say",
   ),
   "a model continues held-out documents": Mutant(
@@ -355,13 +355,13 @@ MUTANTS = {
     "test_packing.py::test_rows_equal_the_stream_cut_by_hand",
   ),
   "every epoch cuts its rows at the same places": Mutant(
-    "data/pipeline.py",
+    "data/packing.py",
     "numbers.append(epoch * num_rows + shuffled)",
     "numbers.append(shuffled)",
     "test_pipeline.py::test_every_epoch_has_each_row_once_in_another_order",
   ),
   "every epoch has the same order": Mutant(
-    "data/pipeline.py",
+    "data/packing.py",
     "epoch_seed = (first_seed + epoch) % 2**32",
     "epoch_seed = first_seed % 2**32",
     "test_pipeline.py::test_the_order_is_that_of_grain",

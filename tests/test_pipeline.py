@@ -85,7 +85,7 @@ def test_the_order_is_that_of_grain(num_rows, seed):
   begin, end = 3, min(3 * num_rows, 2000) + 3
   places = range(begin, end)
   expected = [place // num_rows * num_rows + order[place] for place in places]
-  assert pipeline.shuffled_rows(num_rows, seed, begin, end).tolist() == expected
+  assert packing.shuffled_rows(num_rows, seed, begin, end).tolist() == expected
 
 
 def test_batches_hold_whole_rows():

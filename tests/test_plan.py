@@ -273,12 +273,14 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   assert flops == accounting.train_flops_per_token(plain_shape) * 32 * 256
   assert plain["seconds_per_step"] == pytest.approx(flops / (0.4 * 459e12 * 8))
   assert plain["fits"] and plain["peak"] < deep["peak"]
-  assert plan._run_cells(plain)["steps"] == "100"
-  assert plan._depth_cells(plain_shape, plain, rows) is None
-  cost = plan._depth_cells(deep_shape, deep, rows)
+  assert plan.cells(plain)["steps"] == "100"
+  assert plan.depth_cells(plain_shape, plain, rows) is None
+  cost = plan.depth_cells(deep_shape, deep, rows)
   assert cost["time"] == f"x{deep['model_flops'] / flops:.3f}"
   assert float(cost["collectives"][1:]) > 1
-  assert plan._memory_cells(deep | {"fits": False})["fits"] == "NO"
+  assert plan.cells(deep | {"fits": False})["fits"] == "NO"
+  parts = plan.page(topology, rows, [], [], 0.4)
+  assert len(parts) == 6 and "v5p:2x2x2" in parts[1] and "x1." in parts[-1]
 
 
 @pytest.mark.parametrize(("message", "peak"), [
@@ -297,8 +299,8 @@ def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatc
   )
   assert row["peak"] == peak and not row["fits"]
   shown = "107.91" if peak else "-"
-  assert plan._memory_cells(row)["peak GB"] == shown
-  assert plan._work_cells(row)["XLA TFLOPs"] == "-"
+  assert plan.cells(row)["peak GB"] == shown
+  assert plan.cells(row)["XLA TFLOPs"] == "-"
 
 
 # The compiler for TPUs.
@@ -373,8 +375,8 @@ BAD = {
   ),
   "gpu": (
     (*LADDER, "--topology=v5p,h100:8"),
-    "--topology must be of TPUs (v4, v5e, v5p, v6e), got 'h100:8': launch.plan does "
-    "not compile for GPUs yet.",
+    "--topology must name one of v4, v5e, v5p, v6e, got 'h100:8' (examples: "
+    "v5p:4x4x4, v6e:16x16); GPUs cannot be planned for.",
   ),
   "axes": (
     (*LADDER, "--topology=v5p:4x2"),

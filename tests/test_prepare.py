@@ -382,13 +382,15 @@ def test_command_teaches():
 PROGRESS = """
 import time
 import mtp_jax.progress
-seconds = iter([0.0, 3.0, 6.0, 9.0, 20.0, 26.0])
+seconds = iter([0.0, 3.0, 6.0, 9.0, 20.0, 26.0, 30.0, 36.0])
 time.monotonic = lambda: next(seconds)
 progress = mtp_jax.progress.Progress("B")
 for done in (1e6, 2e6, 4e6, 5e6):
   progress("tokenizing", done, 10e6)
 for done in (0, 5e6):
   progress("resting", done, 10e6)
+for done in (0, 5e6):
+  progress("streaming", done, 0)
 """
 
 
@@ -400,6 +402,7 @@ def test_progress_estimates_from_what_this_run_did():
   assert shown.stdout.splitlines() == [
     "tokenizing: 4 of 10 MB, 12 s left",  # 3 MB in 6 seconds.
     "resting: 5 of 10 MB, 6 s left",
+    "streaming: 5 MB",
   ]
 
 

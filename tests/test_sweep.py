@@ -5,14 +5,13 @@ of `Sweep` take: each of them does several things in one sweep.
 """
 
 import csv
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import textwrap
+import time
 import types
 
 import pytest
@@ -21,7 +20,6 @@ from experiments import base
 from launch import jobs, state_table, states, trials
 from launch.engines import local, order, workers
 from launch.engines.local import Sweep
-from launch.engines.pace import Pace, Work, makespan
 from launch.engines.workers import Slot
 from mtp_jax import run_folder
 from mtp_jax.checkpoint import check_resumable
@@ -400,77 +398,19 @@ def test_next_trial_keeps_programs_together_and_begins_with_the_most_work():
   assert pick(None, "a", "b", "c") == "c"
 
 
-def test_time_left_follows_the_nearest_cost():
-  work = Work(400.0, 1000.0)
-  pace = Pace([
-    Work(100.0, 100.0, 100.0, 10.0, 17.0, is_first=True, has_ended=True),
-    Work(10_000.0, 900.0, 100.0, 2.0, 90.0),
-  ])
-  assert pace.left(work) == 50 + 7
-  assert pace.left(work._replace(cost=2_500.0)) == 40 + 7
-  assert pace.left(work._replace(seconds=3.0)) == 50 + 4  # It is starting.
-  at_work = work._replace(done=400.0, training=21.0, seconds=26.0)
-  assert pace.left(at_work) == 30 + 2
-  assert pace.left(at_work._replace(done=1000.0, seconds=40.0)) == 0
-  assert str(Pace([]).left(work)) == "nan"
-  assert makespan([4.0, 1.0], [2.0, 5.0]) == 6.0 and makespan([], []) == 0.0
-
-
-def simulate(trials, num_workers):
-  """Yields `(estimate, truth)` each second of a schedule that is known beforehand.
-
-  `trials` are (shape, cost, flops, startup, seconds of training, of evaluation), in the
-  order in which they are taken; the first of a shape compiles for 20 s more, and its
-  evaluation for 10 s.
-  """
-  clock, begun, plan = [0.0] * num_workers, set(), []
-  for shape, cost, flops, startup, training, evaluation in trials:
-    worker = clock.index(min(clock))
-    began, is_first = clock[worker], shape not in begun
-    begun.add(shape)
-    parts = [startup + 20 * is_first, training, evaluation + 10 * is_first]
-    clock[worker] += sum(parts)
-    plan.append((worker, began, is_first, cost, flops, parts))
-  end = max(clock)
-  for now in range(1, int(end)):
-    seen, busy, waiting = [], {i: [] for i in range(num_workers)}, []
-    for worker, began, is_first, cost, flops, parts in plan:
-      at, work = now - began, Work(cost, flops, is_first=is_first)
-      if at < 0:
-        waiting.append(work)
-        continue
-      if at >= sum(parts):
-        work = work._replace(done=flops, training=parts[1], seconds=sum(parts))
-        seen.append(work._replace(has_ended=True))
-        continue
-      trained = min(max(at - parts[0], 0.0), parts[1])
-      logged = trained - trained % 3 if trained < parts[1] else trained
-      done = flops * logged / parts[1]
-      work = work._replace(done=done, training=logged, seconds=at)
-      seen.append(work)
-      busy[worker].append(work)
-    pace = Pace(seen)
-    left = makespan(
-      [sum(map(pace.left, works)) for works in busy.values()],
-      map(pace.left, waiting),
-    )
-    if not math.isnan(left):
-      yield left, end - now, any(work.has_ended for work in seen)
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_time_left_falls_with_the_time_and_does_not_jump(num_workers):
-  small = [("small", 100.0, 3e4, 2.0, 30.0, 12.0)] * 6
-  large = [("large", 1000.0, 1e6, 3.0, 200.0, 25.0)] * 4
-  found = list(simulate(large + small, num_workers))
-  total = found[0][1]
-  known = [(left, truth) for left, truth, is_known in found if is_known]
-  assert len(known) > 0.2 * total
-  for (before, _), (after, truth) in itertools.pairwise(known):
-    assert after <= before + 0.06 * total
-    assert abs(after - truth) <= 0.25 * total
-  # Near the end it is nearly right, with one worker still at work.
-  assert all(abs(left - truth) < 15 for left, truth in known[-30:])
+def test_time_left_is_at_the_speed_so_far(corpus, tmp_path, monkeypatch):
+  planned = plan(corpus, tmp_path, [*SEEDS, {"name": "wide", "trunk.mlp_dim": 64}])
+  sweep = sweep_of(planned[:2], tmp_path)
+  sweep._workers = [types.SimpleNamespace(trials=[])]
+  monkeypatch.setattr(sweep, "_began", time.monotonic() - 30)
+  assert sweep._progress() == (0, "0/2 trials, 0% of the FLOPs")
+  sweep._states["seed=0"] = states.State("running", step=20)
+  text = "0/2 trials, 25% of the FLOPs, about 90 s left"
+  assert sweep._progress() == (0.25, text)
+  # Twice the FLOPs of one token take the root of 2 as long.
+  small, _, wide = planned
+  ratio = sweep._work(wide) / sweep._work(small)
+  assert ratio == pytest.approx((wide.cost / small.cost) ** 0.5) and ratio > 1
 
 
 def test_workers_share_the_cores(monkeypatch):
@@ -532,9 +472,7 @@ def test_goes_past_a_failure_shares_programs_and_skips_what_is_done(
   ]
   assert sorted(compiled) == [0, 0, 0, 1]  # Four trials of one program, one worker.
 
-  # Success ends a trial: what it did not do counts as done, not as fast.
-  flops = sum(work.done for work in sweep._ended)
-  assert flops == pytest.approx(2.5 * planned[0].flops)
+  # Success ends a trial: what it did not do counts as done.
   # The diverged one was noticed after 10 of its steps.
   assert sweep._progress() == (3.25 / 4, "3/4 trials, 81% of the FLOPs")
   assert "  20/40 " in state_table.table(planned, jobs.read_states(planned))

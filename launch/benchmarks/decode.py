@@ -34,8 +34,9 @@ from launch.tables import markdown
 from mtp_jax import run_folder
 from mtp_jax.config import TASKS, ConfigError
 from mtp_jax.config_rules import validate
+from mtp_jax.data.packing import token_ids
 from mtp_jax.data.pipeline import load_corpus
-from mtp_jax.decode import acceptance, drafters, trees
+from mtp_jax.decode import acceptance, drafters, loop, trees
 from mtp_jax.decode.generate import Decoding, generate, make_plan
 from mtp_jax.decode.target import unstack
 from mtp_jax.lm import MtpLm, zeros_batch
@@ -84,13 +85,11 @@ PRESETS = {
     "max_new_tokens": 12, "rounds": 2, "least_seconds": 0.005,
   },
 }
-_CHOICES = {
-  "models": harness.MODELS, "trunks": harness.TRUNKS,
-  "kinds": ("sequential", "parallel", "linear", "medusa", "eagle", "eagle3"),
-}
+_KINDS = ("sequential", "parallel", "linear", "medusa", "eagle", "eagle3")
 harness.define_settings(
   PRESETS,
-  kinds=f"predictors, without --runs: {', '.join(_CHOICES['kinds'])}",
+  {"models": harness.MODELS, "trunks": harness.TRUNKS, "kinds": _KINDS},
+  kinds=f"predictors, without --runs: {', '.join(_KINDS)}",
   depth="extra predictors, without --runs; all of them draft",
   batch_sizes="prompts that are decoded together",
   prompts="held-out documents, with --runs",
@@ -126,19 +125,17 @@ def main() -> None:
   Raises:
     ConfigError: settings, a run folder or its text do not fit.
   """
-  settings = harness.read_settings(PRESETS, _CHOICES)
-  settings.runs, settings.trees = _RUNS.value, _TREES.value
-  settings.drafts, settings.recurse = _drafts(), _RECURSE.value
-  settings.split, settings.torch, settings.seed = (
-    _SPLIT.value, _PEERS.value, _SEED.value
+  settings = harness.read_settings(
+    PRESETS, _RUNS, _TREES, _DRAFTS, _RECURSE, _SPLIT, _PEERS, _SEED
   )
+  settings.drafts = _drafts()
   for name in ("trees", "drafts", "recurse") if not settings.runs else ():
     if flags.FLAGS[name].present:
       raise ConfigError(f"--{name} is for trained models: it needs --runs.")
-  accepted, rows = _runs(settings) if settings.runs else ([], _sizes(settings))
+  accepted, rows = runs(settings) if settings.runs else ([], sizes(settings))
   pages.write_page(
-    "decode", settings, rows, jax.devices()[0].device_kind,
-    page(settings, accepted, rows), acceptance=accepted,
+    "decode", settings, rows, __doc__, page(accepted, rows),
+    device=jax.devices()[0].device_kind, acceptance=accepted,
     definitions=acceptance.DEFINITIONS | DEFINITIONS,
     mode="-runs" if settings.runs else "-sizes",
   )
@@ -150,10 +147,15 @@ def _drafts() -> list[int | None]:
   return [int(text) for text in _DRAFTS.value] or [None]
 
 
-def _runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
-  """Returns acceptance and speed of trained models."""
+def runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
+  """Returns acceptance and speed of trained models.
+
+  Raises:
+    ConfigError: a run, its text, or a way to draft does not fit.
+  """
   paths = [Path(run) for run in settings.runs]
-  for path in paths:  # All of them before the first is measured.
+  # All runs are checked before the first is measured.
+  for path in paths:
     if not run_folder.is_run(path):
       raise ConfigError(f"--runs must name run folders, {str(path)!r} is none.")
   uneven = [size for size in settings.batch_sizes if settings.prompts % size]
@@ -163,39 +165,54 @@ def _runs(settings: SimpleNamespace) -> tuple[list[Any], list[dict[str, Any]]]:
       f"{settings.prompts} and {uneven}."
     )
   decodings_of = {path: _decodings(path, settings) for path in paths}
-  advance = harness.count_turns(
-    len(paths) * len(settings.batch_sizes) * settings.rounds
-  )
-  accepted, rows = [], []
-  for path in paths:
+  accepted = []
+
+  def measured(path: Path) -> list[dict[str, Any]]:
     model, variants = _trained(path, settings), {}
     for decoding in decodings_of[path]:
-      try:
-        plan = make_plan(model.config, decoding)
-      except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-      name = f"own, {decoding.tree or f'K={plan.drafter.num_drafts}'}"
-      if not plan.drafter.num_drafts:
-        raise ConfigError(f"{path}: no extra predictors, or no drafts: nothing drafts.")
+      name, plan = _plan(path, model, decoding)
       if name in variants:
         raise ConfigError(
           f"--trees must differ in nodes or depth, got {settings.trees}."
         )
       variants[name] = Variant(plan, lambda weights, _: weights)
-      completions = generate(
-        model.config, model.weights, list(model.prompts_NP),
-        max_new_tokens=model.max_new_tokens, stop_ids=model.stop_ids,
-        decoding=decoding, batch_size=settings.batch_sizes[0],
-      )
-      figures = acceptance.summarize(completions, seed=settings.seed)
-      del figures["definitions"]
       accepted.append({
         "model": model.name, "drafter": name, "split": settings.split,
-        "teacher_forced": _teacher_forced(path), "decoding": figures,
+        "decoding": _acceptance(model, decoding, settings),
       })
-    for batch_size in settings.batch_sizes:
-      rows += decode_parts.measure(model, variants, batch_size, settings, {}, advance)
+    return [
+      row
+      for size in settings.batch_sizes
+      for row in decode_parts.measure(model, variants, size, settings, {})
+    ]
+
+  rows = harness.measure_all(paths, measured)
   return accepted, rows
+
+
+def _plan(path: Path, model: Model, decoding: Decoding) -> tuple[str, loop.Plan]:
+  """Returns the plan of a way to decode, and a name for it."""
+  try:
+    plan = make_plan(model.config, decoding)
+  except ValueError as error:
+    raise ConfigError(f"{path}: {error}") from error
+  if not plan.drafter.num_drafts:
+    raise ConfigError(f"{path}: no extra predictors, or no drafts: nothing drafts.")
+  return f"own, {decoding.tree or f'K={plan.drafter.num_drafts}'}", plan
+
+
+def _acceptance(
+  model: Model, decoding: Decoding, settings: SimpleNamespace
+) -> dict[str, Any]:
+  """Returns what is accepted when all prompts are continued."""
+  completions = generate(
+    model.config, model.weights, list(model.prompts_NP),
+    max_new_tokens=model.max_new_tokens, stop_ids=model.stop_ids,
+    decoding=decoding, batch_size=settings.batch_sizes[0],
+  )
+  figures = acceptance.summarize(completions, seed=settings.seed)
+  del figures["definitions"]
+  return figures
 
 
 def _decodings(path: Path, settings: SimpleNamespace) -> list[Decoding]:
@@ -232,7 +249,8 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
     size = int(corpus.store.lengths_N[document])
     begin = (size - prompt_tokens) // 2
     if size >= 2 * prompt_tokens and len(prompts) < settings.prompts:
-      prompts.append(corpus.store.read(document, begin, begin + prompt_tokens))
+      tokens = corpus.store.read(document, begin, begin + prompt_tokens)
+      prompts.append(token_ids(tokens))
   if len(prompts) < settings.prompts:
     raise ConfigError(
       f"--prompts must be at most {len(prompts)}, as many as the {settings.split} "
@@ -245,51 +263,44 @@ def _trained(path: Path, settings: SimpleNamespace) -> Model:
   )
 
 
-def _teacher_forced(path: Path) -> dict[str, Any]:
-  """Returns what the run's final evaluation measured about its drafts, if it exists."""
-  found = run_folder.read(path, run_folder.EVAL) or {}
-  keys = ("split", "teacher_forced_agreement", "simulated_accepted_length")
-  return {key: found.get(key) for key in keys}
-
-
-def _sizes(settings: SimpleNamespace) -> list[dict[str, Any]]:
+def sizes(settings: SimpleNamespace) -> list[dict[str, Any]]:
   """Returns the costs of models with random weights, and plain decoding in PyTorch."""
-  cases = list(itertools.product(
+  cases = itertools.product(
     settings.models, settings.trunks, settings.vocabs, settings.kinds,
     settings.batch_sizes,
-  ))
-  advance = harness.count_turns(len(cases) * settings.rounds)
-  rows = []
-  for size, trunk, vocab, kind, batch_size in cases:
-    model = _random(settings, size, trunk, vocab, kind, batch_size)
-    plan = make_plan(model.config, Decoding())
-    own, K = plan.drafter, plan.drafter.num_drafts
-    variants = {
-      f"forced, K={K}": Variant(
-        plan._replace(drafter=decode_parts.forced(own)),
-        lambda weights, drafts_BS: (weights, drafts_BS),
-      ),
-      f"oracle, K={K}": Variant(
-        plan._replace(drafter=drafters.given(K)), lambda _, drafts_BS: drafts_BS, False
-      ),
-    }
-    # The plain model does not depend on the predictors: one comparison will do.
-    has_plain_trunk = not KINDS[kind].deployed_blocks
-    is_first = kind == settings.kinds[0] and has_plain_trunk
-    with contextlib.ExitStack() as processes:
-      peers = {}
-      for name in TORCH if settings.torch and is_first else ():
-        peer = processes.enter_context(Contestant(_peer(settings, model, name), False))
-        try:
-          peer.wait_ready()
-        except Failed as error:
-          print(f"{model.name} B={batch_size} {name}: {error}", flush=True)
-        else:
-          peers[name] = peer
-      rows += decode_parts.measure(
-        model, variants, batch_size, settings, peers, advance
-      )
-  return rows
+  )
+  return harness.measure_all(cases, lambda case: _of_size(settings, *case))
+
+
+def _of_size(
+  settings: SimpleNamespace, size: str, trunk: str, vocab: int, kind: str, rows: int
+) -> list[dict[str, Any]]:
+  model = _random(settings, size, trunk, vocab, kind, rows)
+  plan = make_plan(model.config, Decoding())
+  own, K = plan.drafter, plan.drafter.num_drafts
+  variants = {
+    f"forced, K={K}": Variant(
+      plan._replace(drafter=decode_parts.forced(own)),
+      lambda weights, drafts_BS: (weights, drafts_BS),
+    ),
+    f"oracle, K={K}": Variant(
+      plan._replace(drafter=drafters.given(K)), lambda _, drafts_BS: drafts_BS, False
+    ),
+  }
+  # The plain model does not depend on the predictors: one comparison will do.
+  has_plain_trunk = not KINDS[kind].deployed_blocks
+  is_first = kind == settings.kinds[0] and has_plain_trunk
+  with contextlib.ExitStack() as processes:
+    peers = {}
+    for name in TORCH if settings.torch and is_first else ():
+      peer = processes.enter_context(Contestant(_peer(settings, model, name), False))
+      try:
+        peer.wait_ready()
+      except Failed as error:
+        print(f"{model.name} B={rows} {name}: {error}", flush=True)
+      else:
+        peers[name] = peer
+    return decode_parts.measure(model, variants, rows, settings, peers)
 
 
 def _random(
@@ -319,19 +330,14 @@ def _peer(settings: SimpleNamespace, model: Model, name: str) -> harness.Build:
   )
 
 
-def page(
-  settings: SimpleNamespace, accepted: list[dict[str, Any]], rows: list[dict[str, Any]]
-) -> list[str]:
+def page(accepted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
   """Returns the paragraphs and tables of the page."""
-  parts = [
-    f"Greedy; seed {settings.seed}. Ratios: median over {settings.rounds} interleaved "
-    "rounds [least, greatest]. The JSON file beside this page defines all figures.",
-  ]
+  parts = ["Decoding is greedy. The JSON file beside this page defines all figures."]
   if accepted:
     parts += [
       "## Acceptance",
       "Means [95 % bootstrap interval over prompts]; S_k and alpha_k of the drafts in "
-      "their order. Teacher-forced agreement is from the run's eval.json.",
+      "their order.",
       markdown(map(_acceptance_cells, accepted)),
     ]
   parts += [
@@ -354,9 +360,6 @@ def page(
 
 def _acceptance_cells(entry: dict[str, Any]) -> dict[str, Any]:
   figures = entry["decoding"]
-  taught = entry["teacher_forced"]
-  agreement = taught["teacher_forced_agreement"] or []
-  shares = " ".join(_number(figure["mean"]) for figure in agreement)
   return {
     "model": entry["model"], "drafter": entry["drafter"],
     "prompts": f"{figures['num_prompts']} of {entry['split']}",
@@ -364,7 +367,6 @@ def _acceptance_cells(entry: dict[str, Any]) -> dict[str, Any]:
     "accepted / drafted": _interval(figures["accepted_per_drafted"]),
     "S_k": "; ".join(map(_interval, figures["survival"])),
     "alpha_k": "; ".join(map(_interval, figures["conditional"])),
-    "teacher-forced": f"{shares} ({taught['split']})" if shares else "-",
     "rounds by drafts emitted": " ".join(map(str, figures["histogram"])),
   }
 

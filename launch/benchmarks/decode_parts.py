@@ -10,7 +10,6 @@ Legend: B batch, S slots, X rows of a verification, W rows of the window, D feat
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,6 @@ import numpy as np
 
 from launch.benchmarks import harness, limits
 from launch.benchmarks.harness import TORCH, Contestant
-from launch.benchmarks.pages import ratios
 from mtp_jax.config import Config
 from mtp_jax.decode import loop, trees
 from mtp_jax.decode.generate import Decoding, make_plan
@@ -257,49 +255,42 @@ def measure(
   batch_size: int,
   settings: SimpleNamespace,
   peers: Mapping[str, Contestant],
-  advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-  """Returns a row per variant; everything that is timed takes turns.
-
-  `advance` is called once per round.
-  """
+  """Returns a row per variant; everything that is timed takes turns."""
   batches = np.split(model.prompts_NP, len(model.prompts_NP) // batch_size)
   plain_plan = make_plan(model.config, Decoding(num_drafts=0))
   plain = Generation(model, plain_plan, batches, [None] * len(batches))
   reads = _read_all(compute_dtype(model.config.trunk))
-  inputs, state = plain.first()
-  parts = {"step": forward(plain_plan, inputs, state, 1)}
+  parts = {"step": forward(plain_plan, *plain.first(), 1)}
   generations = {"plain": plain}
+
+  # Drafts are known from the plain generation, where a variant needs them.
   for name, variant in variants.items():
     plan = variant.plan
-    weights = [
-      variant.make_weights(
-        model.weights, jnp.pad(tokens_BS, ((0, 0), (0, plan.drafter.num_drafts)))
-      )
+    drafts = (
+      jnp.pad(tokens_BS, ((0, 0), (0, plan.drafter.num_drafts)))
       for tokens_BS in plain.tokens
-    ]
+    )
+    weights = [variant.make_weights(model.weights, drafts_BS) for drafts_BS in drafts]
     generations[name] = Generation(model, plan, batches, weights)
-    inputs, state = generations[name].first()
+    begun = generations[name].first()
     if (verify := _verify(name, plan)) not in parts:
-      parts[verify] = forward(
-        plan, inputs, state,
-        None if plan.drafter.num_nodes else 1 + plan.drafter.num_drafts,
-      )
+      rows = None if plan.drafter.num_nodes else 1 + plan.drafter.num_drafts
+      parts[verify] = forward(plan, *begun, rows)
     if variant.has_cost:
-      parts[f"{name} draft"] = draft(plan, inputs, state)
+      parts[f"{name} draft"] = draft(plan, *begun)
+
+  # A part is repeated for as long as the clock needs to measure it.
   for part in parts.values():
     part.warm_up(settings.least_seconds)
   timed = generations | parts | {"reads": reads}
   timers = {name: x.seconds for name, x in timed.items()}
   timers |= {name: functools.partial(_run_once, peer) for name, peer in peers.items()}
-  share = itertools.count(1)
-  seconds = harness.take_turns(
-    timers, settings.rounds, lambda _: advance(next(share) % len(timers) == 0)
-  )
-  of_round = {name: np.array(times) for name, times in seconds.items()}
-  floor = of_round["reads"] * _step_bytes(model, plain) / reads.amount
+  taken = harness.take_turns(timers, settings.rounds)
+  seconds = {name: np.array(times) for name, times in taken.items()}
+  seconds["floor"] = seconds["reads"] * _step_bytes(model, plain) / reads.amount
   return [
-    _row(model, batch_size, name, plain, generations[name], of_round, floor)
+    _row(model, batch_size, name, plain, generations[name], seconds)
     for name in variants
   ]
 
@@ -335,47 +326,37 @@ def _row(
   plain: Generation,
   drafted: Generation,
   seconds: Mapping[str, np.ndarray],
-  floor: np.ndarray,
 ) -> dict[str, Any]:
-  """Returns what was measured of one variant, and the ratios of every round.
-
-  `floor` are the least seconds of a step of one token.
-  """
-  config, drafter = model.config, drafted.plan.drafter
+  """Returns what was measured of one variant, and the ratios of every round."""
   step, verify = seconds["step"], seconds[_verify(name, drafted.plan)]
   draft = seconds.get(f"{name} draft", np.zeros_like(step))
   timed = {
-    "floor": floor, "step": step, "verify": verify, "draft": draft,
+    "floor": seconds["floor"], "step": step, "verify": verify, "draft": draft,
     "plain": seconds["plain"], "drafted": seconds[name],
-  }
+  } | {peer: seconds[peer] for peer in TORCH if peer in seconds}
+  # Predicted and measured are formed within one round, like all ratios.
   batch_tau = plain.rounds / drafted.rounds
   predicted = batch_tau * step / (verify + draft)
   measured = seconds["plain"] / seconds[name]
   found = {
-    "floor_over_step": floor / step, "v": verify / step, "sum_c": draft / step,
+    "floor_over_step": seconds["floor"] / step,
+    "v": verify / step, "sum_c": draft / step,
     "predicted": predicted, "measured": measured,
     "measured_over_predicted": measured / predicted,
   }
+  # Drafts must not change the text; by the programs that were timed.
   same = (
     np.all(a == b, axis=1).sum()
     for a, b in zip(plain.tokens, drafted.tokens, strict=True)
   )
-  torch = {peer: seconds[peer] for peer in TORCH if peer in seconds}
   return {
     "model": model.name,
-    "trunk": config.trunk.kind,
-    "vocab": config.tokenizer.vocab_size,
-    "embed_dim": config.trunk.embed_dim,
-    "num_layers": config.trunk.num_layers,
-    "kind": config.mtp.kind,
-    "depth": config.mtp.depth,
     "batch_size": batch_size,
     "num_prompts": len(model.prompts_NP),
     "prompt_tokens": model.prompts_NP.shape[1],
     "max_new_tokens": model.max_new_tokens,
     "drafter": name,
-    "num_drafts": drafter.num_drafts,
-    "num_drafted": drafter.num_drafted,
+    "num_drafted": drafted.plan.drafter.num_drafted,
     "plain_rounds": plain.rounds,
     "rounds": drafted.rounds,
     "tau": drafted.sequence_tokens / drafted.sequence_rounds,
@@ -383,7 +364,7 @@ def _row(
     "identical": int(sum(same)),
     **{key: values.tolist() for key, values in found.items()},
     "plain_over_torch": {
-      peer: ratios(seconds["plain"].tolist(), x.tolist()) for peer, x in torch.items()
+      peer: (seconds["plain"] / timed[peer]).tolist() for peer in TORCH if peer in timed
     },
-    "seconds": {key: values.tolist() for key, values in (timed | torch).items()},
+    "seconds": {key: values.tolist() for key, values in timed.items()},
   }

@@ -11,9 +11,11 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,23 +59,19 @@ _EXPLAINED = {
   "steps_per_round": "steps that are timed in a turn",
 }
 _MAY_BE_ZERO = ("depths", "block_tokens")
-_TRACED_STEPS = 3
+# A pack of N trials takes an Nth of the steps of a turn, but at least so many.
+_LEAST_STEPS = 3
 
 
 class Failed(RuntimeError):
   """A contestant could not be built or run; the message is its error's first line."""
 
 
-# Returns a step and the facts about it, for the JSON record; `hardware` is one of them.
-# A step that does not wait for its work returns the arrays to wait for.
-Build = Callable[[], tuple[Callable[[], Any], dict[str, Any]]]
-
-
-class Entrant(NamedTuple):
-  """A contestant to be: how to build it, and how many steps it takes in a turn."""
-
-  build: Build
-  steps: int
+# Returns a step and the facts about it, for the JSON record. `hardware` is one of them,
+# and `trials` where a step is one of several trials at once. A step that does not wait
+# for its work returns the arrays to wait for.
+Built = tuple[Callable[[], Any], dict[str, Any]]
+Build = Callable[[], Built]
 
 
 # Settings.
@@ -90,80 +88,78 @@ NAME = flags.DEFINE_string(
   "name", None, "name of the two files; by default the benchmark and the device",
   allow_override=True,
 )
-_TRACE = flags.DEFINE_string(
-  "trace", None, "folder for a profile of each JAX contestant, taken after its turns; "
-  "for XProf (`xprof FOLDER`) or TensorBoard",
-)
-_SHARED = (_PRESET, OUTPUT, NAME, _TRACE)
 
 
-class _Numbers(flags.ArgumentParser):
-  """Whole numbers separated by commas."""
+class _List(flags.ArgumentParser):
+  """Parses values separated by commas: numbers from `least`, or some of `choices`."""
 
-  def parse(self, argument: Any) -> list[int]:
+  def __init__(self, least: int, choices: Iterable[str] | None):
+    super().__init__()
+    self._least, self._choices = least, choices
+
+  def parse(self, argument: Any) -> list[Any]:
     if isinstance(argument, list):
       return argument
-    try:
-      return [int(text) for text in argument.split(",")]
-    except ValueError:
-      raise ValueError("must be whole numbers separated by commas") from None
+    texts = argument.split(",")
+    if self._choices is not None:
+      if not set(texts) <= set(self._choices):
+        raise ValueError(f"must be of {', '.join(self._choices)}")
+      return texts
+    if not all(text.isdecimal() and int(text) >= self._least for text in texts):
+      raise ValueError(f"must be numbers from {self._least} up, separated by commas")
+    return [int(text) for text in texts]
 
 
 def define_settings(
-  presets: Mapping[str, Mapping[str, Any]], **explained: str
+  presets: Mapping[str, Mapping[str, Any]],
+  choices: Mapping[str, Iterable[str]] = MappingProxyType({}),
+  **explained: str,
 ) -> None:
   """Defines a flag for every key of a benchmark's presets.
 
   Args:
     presets: values by key, for each value of `--preset`.
+    choices: by key, of which names a list consists; lists of other keys are numbers.
     explained: the help of the keys that `_EXPLAINED` does not have.
   """
   explained = _EXPLAINED | explained
-  for flag in _SHARED:
+  for flag in (_PRESET, OUTPUT, NAME):
     flags.declare_key_flag(flag.name)
   for key, value in presets["cpu"].items():
     text = f"{explained[key]}; {_text(value)} (cpu), {_text(presets['gpu'][key])} (gpu)"
-    if isinstance(value, list) and isinstance(value[0], int):
-      flags.DEFINE(_Numbers(), key, None, text, allow_override=True)
+    least = 0 if key in _MAY_BE_ZERO else 1
+    if isinstance(value, list):
+      parser = _List(least, choices.get(key))
+      flags.DEFINE(parser, key, None, text, allow_override=True)
+    elif isinstance(value, bool):
+      flags.DEFINE_bool(key, None, text, allow_override=True)
+    elif isinstance(value, int):
+      flags.DEFINE_integer(key, None, text, lower_bound=least, allow_override=True)
     else:
-      define = {
-        list: flags.DEFINE_list, bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-      }[type(value)]
-      define(key, None, text, allow_override=True)
+      flags.DEFINE_float(key, None, text, lower_bound=1e-6, allow_override=True)
 
 
 def read_settings(
-  presets: Mapping[str, Mapping[str, Any]],
-  choices: Mapping[str, Iterable[str]] = MappingProxyType({}),
+  presets: Mapping[str, Mapping[str, Any]], *others: flags.FlagHolder[Any]
 ) -> SimpleNamespace:
   """Returns the flags that were given, and for the others the values of the preset.
 
+  Args:
+    presets: see `define_settings`.
+    others: further flags, which no preset sets.
+
   Raises:
-    ConfigError: a name that is not among its `choices`, or a number that is too small.
+    ConfigError: the figures cannot be written where the flags name.
   """
   found = dict(presets[_PRESET.value])
   given = {key: flags.FLAGS[key].value for key in found}
-  found |= {key: value for key, value in given.items() if value is not None}
-  for key, value in found.items():
-    values = value if isinstance(value, list) else [value]
-    unknown = [x for x in values if key in choices and x not in choices[key]]
-    if unknown:
-      raise ConfigError(
-        f"--{key} must be of {', '.join(choices[key])}, got {_text(value)}."
-      )
-    least = 0 if key in _MAY_BE_ZERO else 1
-    too_small = [x for x in values if type(x) is int and x < least]
-    if too_small or any(type(x) is float and x <= 0 for x in values):
-      least = "more than 0" if not too_small else f"at least {least}"
-      raise ConfigError(f"--{key} must be {least}, got {_text(value)}.")
-  for flag in (OUTPUT, _TRACE):
-    if flag.value is not None:
-      paths.check_folder(flag.name, flag.value)
+  paths.check_folder("output", OUTPUT.value)
   if NAME.value is not None and not re.fullmatch(r"[\w.,=+-]{1,200}", NAME.value):
     raise ConfigError(
       f"--name must be 1 to 200 letters, digits or any of '=,._+-', got {NAME.value!r}."
     )
+  found |= {key: value for key, value in given.items() if value is not None}
+  found |= {flag.name: flag.value for flag in others}
   return SimpleNamespace(**found, preset=_PRESET.value)
 
 
@@ -176,7 +172,7 @@ def make_config(
 ) -> Config:
   """Returns the config of one of `MODELS`; Llama has half as many kv heads as heads.
 
-  `kind` is that of the predictors if `depth` is not 0.
+  `kind` is the kind of the predictors if `depth` is not 0.
   """
   dim, layers, heads = MODELS[model]
   is_gpt2 = trunk == "gpt2"
@@ -223,12 +219,9 @@ class Contestant:
   """A step that runs in another process; a context that ends the process."""
 
   def __init__(self, build: Build, huge_pages: bool = True):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, build))
+    self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with start_with_huge_pages() if huge_pages else contextlib.nullcontext():
-      self._process.start()
-    theirs.close()
+      self._facts = self._pool.submit(_build, build)
 
   def wait_ready(self) -> dict[str, Any]:
     """Returns the facts about the step once it is compiled and warm.
@@ -236,79 +229,55 @@ class Contestant:
     Raises:
       Failed: it could not be built.
     """
-    return self._receive()
+    return _result(self._facts)
 
-  def run(self, num_steps: int, trace: Path | None = None) -> list[float]:
-    """Returns the seconds of each of `num_steps` steps, after one that is not timed.
-
-    With `trace`, JAX's profiler writes what these steps do there, and slows them.
-    """
-    self._pipe.send((num_steps, trace))
-    return self._receive()
+  def run(self, num_steps: int) -> list[float]:
+    """Returns the seconds of each of `num_steps` steps, after one that is not timed."""
+    return _result(self._pool.submit(_run, num_steps))
 
   def __enter__(self) -> "Contestant":
     return self
 
   def __exit__(self, *_: object) -> None:
-    with contextlib.suppress(OSError):
-      self._pipe.send(None)
-    self._process.join(timeout=10)
-    if self._process.is_alive():
-      self._process.kill()
-
-  def _receive(self) -> Any:
-    try:
-      result = self._pipe.recv()
-    except EOFError:
-      self._process.join()
-      raise Failed(f"process ended with code {self._process.exitcode}") from None
-    if isinstance(result, Exception):
-      raise result
-    return result
+    self._pool.shutdown()
 
 
-def _serve(pipe: Any, build: Build) -> None:
-  """Builds the contestant, then runs as many steps as each message asks for."""
+def _result(future: Future[Any]) -> Any:
+  try:
+    return future.result()
+  except BrokenProcessPool:
+    raise Failed("its process was killed") from None
+
+
+_built: list[Callable[[], Any]] = []  # In the process of a contestant, its step.
+
+
+def _build(build: Build) -> dict[str, Any]:
   try:
     step, facts = build()
-    pipe.send(facts)
-    while (message := pipe.recv()) is not None:
-      num_steps, trace = message
-      # With huge pages, a JAX step after seconds of waiting takes up to a second longer
-      # than the next. Steps of a training run do not wait: this one is not timed.
-      step()
-      seconds = []
-      with jax.profiler.trace(trace) if trace else contextlib.nullcontext():
-        for _ in range(num_steps):
-          start = time.perf_counter()
-          started = step()
-          seconds.append(time.perf_counter() - start)
-        jax.block_until_ready(started)  # Or it would run on in the next one's turn.
-      pipe.send(seconds)
-  except EOFError:  # The benchmark has gone.
-    return
   except Exception as error:
     message = (str(error).strip() or "no message").splitlines()[0]
-    pipe.send(Failed(f"{type(error).__name__}: {message}"))
+    raise Failed(f"{type(error).__name__}: {message}") from None
+  _built.append(step)
+  return facts
 
 
-def count_turns(total: int) -> Callable[[int], None]:
-  """Returns a function that shows progress: how many more of `total` turns are done."""
-  progress, done = Progress("turns"), 0
-
-  def advance(count: int) -> None:
-    nonlocal done
-    done += count
-    progress("measured", done, total)
-    if done >= total:
-      progress.close()
-
-  advance(0)
-  return advance
+def _run(num_steps: int) -> list[float]:
+  (step,) = _built
+  # With huge pages, a JAX step after seconds of waiting takes up to a second longer
+  # than the next. Steps of a training run do not wait: this one is not timed.
+  step()
+  seconds = []
+  for _ in range(num_steps):
+    start = time.perf_counter()
+    started = step()
+    seconds.append(time.perf_counter() - start)
+  jax.block_until_ready(started)  # Or the work would continue in the next one's turn.
+  return seconds
 
 
 def take_turns(
-  timers: Mapping[str, Callable[[], Any]], rounds: int, advance: Callable[[int], None]
+  timers: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[Any]]:
   """Calls every timer once per round; returns the answers of each timer.
 
@@ -318,61 +287,57 @@ def take_turns(
   for number in range(rounds):
     for name in list(timers)[:: 1 if number % 2 == 0 else -1]:
       answers[name].append(timers[name]())
-      advance(1)
   return answers
 
 
 def measure(
-  entrants: Mapping[str, Entrant],
-  settings: SimpleNamespace,
-  advance: Callable[[int], None],
+  builds: Mapping[str, Build], settings: SimpleNamespace
 ) -> dict[str, dict[str, Any]]:
   """Lets contestants take turns; returns by name their facts and seconds, or an error.
 
   `seconds` is one list per round with the seconds of every step.
 
   Args:
-    entrants: by name, which is shown.
-    settings: with `rounds`; with `apart`, every contestant ends before
-      the next is built, where memory does not hold all of them. To be fair, the machine
-      must have nothing else to do then.
-    advance: from `count_turns`; building counts as a turn.
+    builds: by name, which is printed.
+    settings: with `rounds` and `steps_per_round`; with `apart`, every contestant ends
+      before the next is built, where memory does not hold all of them. To be fair, the
+      machine must have nothing else to do then.
   """
   found: dict[str, dict[str, Any]] = {}
   apart = getattr(settings, "apart", False)
-  for names in [[name] for name in entrants] if apart else [list(entrants)]:
+  for names in [[name] for name in builds] if apart else [list(builds)]:
     with contextlib.ExitStack() as processes:
-      running: dict[str, Contestant] = {}
+      timers = {}
+      # One after the other: a compilation would slow the first steps of others.
       for name in names:
+        contestant = processes.enter_context(Contestant(builds[name]))
         start = time.perf_counter()
-        contestant = Contestant(entrants[name].build)
-        processes.enter_context(contestant)
         try:
           found[name] = contestant.wait_ready()
         except Failed as error:
           found[name] = {"error": str(error)}
           print(f"{name}: {error}", flush=True)
-          advance(1 + settings.rounds)
-        else:
-          seconds = time.perf_counter() - start
-          found[name]["build_seconds"] = seconds
-          print(f"{name}: ready after {seconds:.1f} s", flush=True)
-          running[name] = contestant
-          advance(1)
-      timers = {
-        name: functools.partial(contestant.run, entrants[name].steps)
-        for name, contestant in running.items()
-      }
-      for name, taken in take_turns(timers, settings.rounds, advance).items():
+          continue
+        seconds = time.perf_counter() - start
+        found[name]["build_seconds"] = seconds
+        print(f"{name}: ready after {seconds:.1f} s", flush=True)
+        steps, trials = settings.steps_per_round, found[name].get("trials", 1)
+        if trials > 1:
+          steps = max(_LEAST_STEPS, steps // trials)
+        timers[name] = functools.partial(contestant.run, steps)
+      for name, taken in take_turns(timers, settings.rounds).items():
         found[name]["seconds"] = taken
-      for name, contestant in running.items() if _TRACE.value else ():
-        if not any(peer in name for peer in TORCH):
-          folder = Path(_TRACE.value) / slug(name)
-          contestant.run(_TRACED_STEPS, folder)
-          print(f"{name}: profile in {folder}", flush=True)
   return found
 
 
-def slug(name: str) -> str:
-  """Returns a name for files."""
-  return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+def measure_all(
+  cases: Iterable[Any], measured: Callable[[Any], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+  """Returns the rows of all cases; shows how many are measured."""
+  cases, rows = list(cases), []
+  progress = Progress("cases")
+  for number, case in enumerate(cases):
+    progress("measured", number, len(cases))
+    rows += measured(case)
+  progress.close()
+  return rows

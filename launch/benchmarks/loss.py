@@ -4,13 +4,22 @@
 
 A step is the value and the gradient of the training loss alone, with respect to the
 hidden states of every depth and the output matrix, from given hidden states; every
-position counts. The floor is the time of the products that no implementation can leave
-out, at the rate of products of large matrices.
+position counts. Contestants: `mtp_jax.losses.loss_sums` as training calls it; optax's
+cross-entropy of `h @ w`, depth by depth; `F.linear` and `F.cross_entropy` of PyTorch;
+tokamax's fused loss, by the implementation that it picks (on a CPU all logits at once).
+States and matrix are in the compute dtype of the device (float32 on a CPU, else
+bfloat16); softmax and sums are float32.
+
+The floor is the time of the products that no implementation can leave out, three of
+2 N d V operations per depth, at the rate of products of large matrices. V is the
+vocabulary, d the width of the states, D the number of extra depths. Peak memory is that
+of one warm step: on a CPU the growth of the resident set since before the inputs, on a
+GPU the allocator's peak. Least: states, matrix and their gradients. Temporaries: those
+of the compiled JAX programs, by XLA's analysis.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,11 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import base
 from launch.benchmarks import harness, limits, pages, torch_steps
-from launch.benchmarks.harness import FLOOR, OURS, TORCH, Entrant
-from launch.tables import markdown
-from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
+from launch.benchmarks.harness import FLOOR, OURS, TORCH
+from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.kernels.attention import import_tokamax
 from mtp_jax.losses import loss_sums
@@ -50,6 +57,7 @@ PRESETS = {
 }
 harness.define_settings(
   PRESETS,
+  {"contestants": NAMES},
   embed_dims="widths of the hidden states",
   block_tokens="positions per block of logits in our loss; 0 suits the device",
   contestants=f"of {', '.join(NAMES)}",
@@ -75,7 +83,7 @@ def main() -> None:
   Raises:
     ConfigError: our loss is left out, or sizes that no model has.
   """
-  settings = harness.read_settings(PRESETS, {"contestants": NAMES})
+  settings = harness.read_settings(PRESETS)
   if OURS not in settings.contestants:
     raise ConfigError(
       f"--contestants must have {OURS}, got {','.join(settings.contestants)}."
@@ -84,52 +92,39 @@ def main() -> None:
   configs = [_config(settings, *case) for case in cases]
   for config in configs:
     validate(config, 1)
-  turns = len(configs) * (1 + len(settings.contestants))
-  advance = harness.count_turns(turns * (1 + settings.rounds))
-  rows = [_measure(settings, config, advance) for config in configs]
+  rows = harness.measure_all(configs, lambda config: [_measure(settings, config)])
   pages.write_page(
-    "loss", settings, rows, pages.device_of(rows), page(settings, rows),
-    ("jax", "torch", TOKAMAX),
+    "loss", settings, rows, __doc__, [pages.compare(rows)], ("jax", "torch", TOKAMAX)
   )
 
 
 def _config(settings: SimpleNamespace, dim: int, vocab: int, depth: int) -> Config:
   """Returns a small model with such states; only its loss is computed."""
-  return with_overrides(from_config_dict(base.get_config()), {
+  config = harness.make_config(
+    "tiny", "llama", vocab, "sequential", depth, settings.seq_len, settings.batch_size
+  )
+  return with_overrides(config, {
     "trunk.embed_dim": dim,
-    "trunk.num_layers": 1,
     "trunk.num_heads": 1,
     "trunk.num_kv_heads": 1,
-    "mtp.kind": "sequential" if depth else "none",
-    "mtp.depth": depth,
-    "tokenizer.vocab_size": vocab,
-    "data.seq_len": settings.seq_len,
-    "data.batch_size": settings.batch_size,
     "loss.block_tokens": settings.block_tokens,
-    "mesh.data": 1,
-    "eval.max_new_tokens": 1,  # Not measured; must be less than `seq_len`.
   })
 
 
-def _measure(
-  settings: SimpleNamespace, config: Config, advance: Callable[[int], None]
-) -> dict[str, Any]:
+def _measure(settings: SimpleNamespace, config: Config) -> dict[str, Any]:
   """Returns the row of one config: its contestants and its floor in turns."""
-  row = {
-    "vocab": config.tokenizer.vocab_size,
-    "embed_dim": config.trunk.embed_dim,
-    "depth": config.mtp.depth,
-    "flops": needed_flops(config),
+  sizes = {
+    "V": config.tokenizer.vocab_size, "d": config.trunk.embed_dim, "D": config.mtp.depth
   }
   builds = {FLOOR: functools.partial(limits.build_products, config)} | {
     name: functools.partial(build_step, config, name) for name in settings.contestants
   }
-  label = f"V={row['vocab']} d={row['embed_dim']} D={row['depth']}"
-  found = harness.measure(
-    {f"{label} {n}": Entrant(b, settings.steps_per_round) for n, b in builds.items()},
-    settings, advance,
-  )
-  return row | {"contestants": dict(zip(builds, found.values(), strict=True))}
+  label = " ".join(f"{key}={size}" for key, size in sizes.items())
+  found = harness.measure({f"{label} {n}": b for n, b in builds.items()}, settings)
+  return sizes | {
+    "flops": needed_flops(config),
+    "contestants": dict(zip(builds, found.values(), strict=True)),
+  }
 
 
 def needed_flops(config: Config) -> float:
@@ -159,7 +154,7 @@ def make_inputs(config: Config, seed: int = 0) -> Inputs:
   )
 
 
-def build_step(config: Config, name: str) -> tuple[Callable[[], Any], dict[str, Any]]:
+def build_step(config: Config, name: str) -> harness.Built:
   """Builds the step of one of `NAMES`.
 
   A step returns `(total, (d_hidden, d_unembed_DV))`; `d_hidden` is a list by depth
@@ -232,44 +227,3 @@ def tokamax_loss(
       h_BTD.reshape(-1, h_BTD.shape[-1]), t_BT.reshape(-1), unembed_DV, reduction="sum"
     )
   return total
-
-
-def page(settings: SimpleNamespace, rows: list[dict[str, Any]]) -> list[str]:
-  """Returns the paragraphs and tables of the page."""
-  return [
-    f"N = {settings.batch_size} x {settings.seq_len} positions per depth, all of which "
-    "count; V is the vocabulary, d the width of the states, D the number of extra "
-    "depths. States and matrix are in the compute dtype of the device (float32 on a "
-    f"CPU, else bfloat16); softmax and sums are float32. {settings.rounds} interleaved "
-    f"rounds of {settings.steps_per_round} steps. Times: median over rounds. Ratios: "
-    "median over rounds [least, greatest]; below 1 our step is the faster.",
-    "Floor: three products of 2 N d V operations per depth, at the rate of products of "
-    f"large matrices. {OURS}: `mtp_jax.losses.loss_sums` as training calls it, with "
-    f"`loss.block_tokens` = {settings.block_tokens} (0: as suits the device). {PLAIN}: "
-    "`h @ w` and optax's cross-entropy, depth by depth. PyTorch: `F.linear` and "
-    f"`F.cross_entropy`, depth by depth. {TOKAMAX}: its fused loss, depth by depth, by "
-    "the implementation that it picks; on a CPU that is all logits at once.",
-    markdown(_sizes(r) | pages.compare(r) for r in rows),
-    "Peak memory of one warm step: on a CPU the growth of the resident set since "
-    "before the inputs, on a GPU the allocator's peak. Floor: states, matrix and their "
-    "gradients.",
-    markdown(_sizes(r) | _memory(r) for r in rows),
-    "Temporaries of the compiled JAX programs, by XLA's analysis.",
-    markdown(_sizes(r) | pages.megabytes(r, "temporaries") for r in rows),
-  ]
-
-
-def _sizes(row: dict[str, Any]) -> dict[str, Any]:
-  return {"V": row["vocab"], "d": row["embed_dim"], "D": row["depth"]}
-
-
-def _memory(row: dict[str, Any]) -> dict[str, str]:
-  contestants = row["contestants"]
-  sizes = {name: facts.get("peak_memory") for name, facts in contestants.items()}
-  sizes[FLOOR] = contestants[OURS].get("least_memory")
-  known = {name: size for name, size in sizes.items() if size}
-  return {f"{name} MB": f"{size / 1e6:.0f}" for name, size in known.items()} | {
-    f"{OURS} / {name}": f"{known[OURS] / size:.2f}"
-    for name, size in known.items()
-    if name != OURS and OURS in known
-  }

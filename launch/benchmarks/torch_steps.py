@@ -4,17 +4,14 @@ PyTorch is optional, and only these processes import it.
 """
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from launch.benchmarks.harness import one_document_batch
+from launch.benchmarks.harness import Built, one_document_batch
 from launch.benchmarks.limits import peak_memory, resident
 from mtp_jax.config import Config
-
-Built = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def start() -> tuple[Any, Any, dict[str, Any]]:
@@ -40,7 +37,6 @@ def build_train(config: Config, name: str) -> Built:
   from launch.benchmarks import torch_peer
 
   cuda, before = device.type == "cuda", resident()
-  began = time.perf_counter()
   model = torch_peer.Peer(config).to(device)
   optimizer = torch_peer.make_optimizer(model, config)
   fields = one_document_batch(config).arrays()
@@ -58,10 +54,7 @@ def build_train(config: Config, name: str) -> Built:
       torch.cuda.synchronize()
 
   step()
-  return step, facts | {
-    "compile_seconds": time.perf_counter() - began,
-    "peak_memory": peak_memory(step, before, torch),
-  }
+  return step, facts | {"peak_memory": peak_memory(step, before, torch)}
 
 
 def build_loss(inputs: Callable[[], Any], name: str) -> Built:

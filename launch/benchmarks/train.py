@@ -7,14 +7,20 @@
 A step is forward, backward, clipping and AdamW, on random tokens, one document per row.
 All contestants of one model, trunk and vocabulary take turns, whatever their depth. The
 floor is the time that the model's FLOPs take at the rate of products of large matrices.
+
+MFU: the model's FLOPs per second over the maker's figure for dense bfloat16, where that
+is known. Cost of depth: step time over the step time at D = 0; FLOPs is the same ratio
+of model FLOPs. Peak memory is that of one warm step, model and optimizer state
+included: on a CPU the growth of the resident set, on a GPU the allocator's peak. XLA:
+arguments and temporaries of our compiled step by XLA's analysis. Least: weights and
+optimizer state alone, three times four bytes per parameter.
 """
 
 import ast
 import functools
 import itertools
 import os
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +29,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from launch.benchmarks import harness, limits, pages, torch_steps
-from launch.benchmarks.harness import FLOOR, OURS, TORCH, Entrant
+from launch.benchmarks.harness import FLOOR, OURS, TORCH, Build
 from launch.benchmarks.pages import ratios, rounds_of, spread
 from launch.tables import markdown
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
-from mtp_jax.metrics import peak_flops
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import Hyperparameters
@@ -52,13 +57,9 @@ PRESETS = {
     "contestants": [OURS, "torch eager"], "apart": False,
   },
 }
-_CHOICES = {
-  "models": harness.MODELS, "trunks": harness.TRUNKS, "contestants": (OURS, *TORCH)
-}
-_XLA_FLAGS = "XLA_FLAGS"
-
 harness.define_settings(
   PRESETS,
+  {"models": harness.MODELS, "trunks": harness.TRUNKS, "contestants": (OURS, *TORCH)},
   contestants=f"of {', '.join((OURS, *TORCH))}",
   apart="end each contestant before the next is built, where memory does not hold all; "
   "they then take no turns",
@@ -69,7 +70,7 @@ _KIND = flags.DEFINE_enum(
 )
 _VARIANTS = flags.DEFINE_multi_string(
   "variants", [], "KEY=VALUE: one more JAX contestant, with another value in its "
-  f"config, or with {_XLA_FLAGS}=... in its environment; may be given again"
+  "config; may be given again"
 )
 
 
@@ -79,71 +80,72 @@ def main() -> None:
   Raises:
     ConfigError: a variant, or sizes, that no model has.
   """
-  settings = harness.read_settings(PRESETS, _CHOICES)
-  settings.kind, settings.variants = _KIND.value, _VARIANTS.value
-  cases = list(itertools.product(settings.models, settings.trunks, settings.vocabs))
-  groups = {case: _entrants(settings, *case) for case in cases}
-  turns = sum(len(entrants) for _, entrants in groups.values())
-  advance = harness.count_turns(turns * (1 + settings.rounds))
-  rows = []
-  for of_depth, entrants in groups.values():
-    named = {" ".join(key): entrant for key, entrant in entrants.items()}
-    found = harness.measure(named, settings, advance)
-    for label, row in of_depth.items():
-      keys = [key for key in entrants if key[0] == label or key[1] == FLOOR]
-      rows.append(row | {"contestants": {k[1]: found[" ".join(k)] for k in keys}})
-  pages.write_page(
-    "train", settings, rows, pages.device_of(rows), page(settings, rows)
-  )
+  settings = harness.read_settings(PRESETS, _KIND, _VARIANTS)
+  cases = itertools.product(settings.models, settings.trunks, settings.vocabs)
+  # All configs are checked before the first is measured.
+  groups = [_by_depth(settings, *case) for case in cases]
+  rows = harness.measure_all(groups, functools.partial(_measure, settings))
+  pages.write_page("train", settings, rows, __doc__, page(rows))
 
 
-def _entrants(
+def _by_depth(
   settings: SimpleNamespace, model: str, trunk: str, vocab: int
-) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], Entrant]]:
-  """Returns the rows of all depths by label, and what runs by label and contestant."""
-  rows, entrants = {}, {}
+) -> list[tuple[dict[str, Any], dict[str, Build]]]:
+  """Returns of each depth a row without contestants, and what builds these."""
+  groups = []
   for depth in settings.depths:
     config = harness.make_config(
       model, trunk, vocab, settings.kind, depth, settings.seq_len, settings.batch_size
     )
     validate(config)
-    if not rows:  # One floor for all depths: large products at the same rate.
-      build = functools.partial(limits.build_products, config)
-      entrants[f"{model} {trunk} V={vocab}", FLOOR] = Entrant(
-        build, settings.steps_per_round
-      )
-    counts = accounting.count(config)
-    label = f"{model} {trunk} V={vocab} D={depth}"
-    rows[label] = {
-      "model": model, "trunk": trunk, "vocab": vocab, "depth": depth,
-      "parameters": counts.total,
-      "flops": counts.train_flops_per_token * settings.seq_len * settings.batch_size,
+    flops = accounting.train_flops_per_token(config)
+    row = {
+      "model": model, "trunk": trunk, "V": vocab, "D": depth,
+      "flops": flops * settings.seq_len * settings.batch_size,
     }
-    for name, build in _builds(settings, config).items():
-      entrants[label, name] = Entrant(build, settings.steps_per_round)
-  return rows, entrants
+    groups.append((row, builds(settings, config)))
+  return groups
 
 
-def _builds(
-  settings: SimpleNamespace, config: Config
-) -> dict[str, Callable[[], Any]]:
-  builds: dict[str, Callable[[], Any]] = {}
+def _measure(
+  settings: SimpleNamespace, group: list[tuple[dict[str, Any], dict[str, Build]]]
+) -> list[dict[str, Any]]:
+  """Returns the rows of one model, whose contestants of all depths take turns."""
+  of_depth, named = [], {}
+  for row, of_row in group:
+    label = f"{row['model']} {row['trunk']} V={row['V']}"
+    # One floor for all depths: large products at the same rate.
+    of_depth.append({
+      name: label + (f" {name}" if name == FLOOR else f" D={row['D']} {name}")
+      for name in of_row
+    })
+    named |= {of_depth[-1][name]: build for name, build in of_row.items()}
+  found = harness.measure(named, settings)
+  return [
+    row | {"contestants": {name: found[key] for name, key in keys.items()}}
+    for (row, _), keys in zip(group, of_depth, strict=True)
+  ]
+
+
+def builds(settings: SimpleNamespace, config: Config) -> dict[str, Build]:
+  """Returns what builds the floor, the contestants and the variants of a config.
+
+  Raises:
+    ConfigError: a variant that is none.
+  """
+  found: dict[str, Build] = {FLOOR: functools.partial(limits.build_products, config)}
   for name in settings.contestants:
-    build = build_ours if name == OURS else functools.partial(
-      torch_steps.build_train, name=name
-    )
-    builds[name] = functools.partial(build, config)
+    found[name] = functools.partial(build_ours, config)
+    if name != OURS:
+      found[name] = functools.partial(torch_steps.build_train, config, name)
   for text in settings.variants:
     key, is_given, value = text.partition("=")
     if not is_given:
       raise ConfigError(f"--variants must be KEY=VALUE, got {text!r}.")
-    if key == _XLA_FLAGS:
-      builds[text] = functools.partial(build_ours, config, value)
-      continue
     changed = with_overrides(config, {key: _value(value)})
     validate(changed)
-    builds[text] = functools.partial(build_ours, changed)
-  return builds
+    found[text] = functools.partial(build_ours, changed)
+  return found
 
 
 def _value(text: str) -> Any:
@@ -154,11 +156,8 @@ def _value(text: str) -> Any:
     return text
 
 
-def build_ours(
-  config: Config, xla_flags: str = ""
-) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Builds our step; `xla_flags` are added to those of the environment."""
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
+def build_ours(config: Config) -> harness.Built:
+  """Builds our step."""
   before = limits.resident_with_jax()
   mesh = make_mesh(config.mesh, jax.devices()[:1])
   jax.set_mesh(mesh)
@@ -182,71 +181,31 @@ def build_ours(
     "threads": len(os.sched_getaffinity(0)),
     "peak_memory": limits.peak_memory(step, before),
     "xla_memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+    "least_memory": 12 * accounting.count(config).total,
   }
 
 
-def page(settings: SimpleNamespace, rows: list[dict[str, Any]]) -> list[str]:
-  """Returns the paragraphs and tables of the page."""
-  turns = "separate" if settings.apart else "interleaved"
-  plain = {_model(row): row for row in rows if row["depth"] == 0}
-  parts = [
-    f"T={settings.seq_len}, B={settings.batch_size}, {settings.kind} predictors at D > "
-    f"0. {settings.rounds} {turns} rounds of {settings.steps_per_round} steps. Times: "
-    "median over rounds. Ratios: median over rounds [least, greatest]; below 1 our "
-    "step is the faster. Floor: the model's FLOPs at the rate of products of large "
-    "matrices, measured in every round. MFU: the model's FLOPs per second over the "
-    "maker's figure for dense bfloat16, where that is known.",
-    markdown(_sizes(r) | pages.compare(r) | _mfu(r) for r in rows),
-  ]
-  deeper = [row for row in rows if row["depth"] and _model(row) in plain]
-  if deeper:
-    parts += [
-      "Cost of depth: step time over the step time at D = 0. Last column: the same "
-      "over the ratio of model FLOPs.",
-      markdown(_sizes(r) | _depth_cost(r, plain[_model(r)]) for r in deeper),
-    ]
-  return [
-    *parts,
-    "Peak memory of one warm step, model and optimizer state included: on a CPU the "
-    "growth of the resident set, on a GPU the allocator's peak. XLA: arguments and "
-    "temporaries of our compiled step by XLA's analysis. State: weights and optimizer "
-    "state alone, three times four bytes per parameter.",
-    markdown(_sizes(r) | _memory(r) for r in rows),
-  ]
+def page(rows: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the tables of the page."""
+  costs = depth_costs(rows)
+  return [pages.compare(rows), *(["Cost of depth:", markdown(costs)] if costs else [])]
 
 
-def _model(row: dict[str, Any]) -> tuple[Any, ...]:
-  return row["model"], row["trunk"], row["vocab"]
-
-
-def _sizes(row: dict[str, Any]) -> dict[str, Any]:
-  model, trunk, vocab = _model(row)
-  return {"model": model, "trunk": trunk, "V": vocab, "D": row["depth"]}
-
-
-def _mfu(row: dict[str, Any]) -> dict[str, str]:
-  peak = peak_flops(row["contestants"].get(OURS, {}).get("hardware", ""))
-  seconds = rounds_of(row, OURS)
-  if peak is None or not seconds:
-    return {}
-  return {"MFU": f"{row['flops'] / statistics.median(seconds) / peak:.0%}"}
-
-
-def _depth_cost(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, str]:
-  flops = row["flops"] / plain["flops"]
-  cost = {
-    name: ratios(rounds_of(row, name), rounds_of(plain, name))
-    for name in row["contestants"]
-    if name != FLOOR
-  }
-  return {"FLOPs": f"{flops:.2f}"} | {n: spread(x) for n, x in cost.items()} | {
-    f"{OURS} / FLOPs": spread([x / flops for x in cost.get(OURS, [])])
-  }
-
-
-def _memory(row: dict[str, Any]) -> dict[str, str]:
-  xla = row["contestants"].get(OURS, {}).get("xla_memory")
-  return pages.megabytes(row, "peak_memory") | {
-    "XLA MB": f"{xla / 1e6:.0f}" if xla else "-",
-    "state MB": f"{12 * row['parameters'] / 1e6:.0f}",
-  }
+def depth_costs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns a line for each row at D > 0, of the models that were measured at D = 0."""
+  plain = {(r["model"], r["trunk"], r["V"]): r for r in rows if r["D"] == 0}
+  lines = []
+  for row in rows:
+    same = plain.get((row["model"], row["trunk"], row["V"]))
+    if row["D"] and same:
+      flops = row["flops"] / same["flops"]
+      costs = {
+        name: ratios(rounds_of(row, name), rounds_of(same, name))
+        for name in row["contestants"]
+        if name != FLOOR
+      }
+      sizes = {key: row[key] for key in ("model", "trunk", "V", "D")}
+      lines.append(sizes | {"FLOPs": f"{flops:.2f}"} | {
+        name: spread(cost) for name, cost in costs.items()
+      } | {f"{OURS} / FLOPs": spread([x / flops for x in costs.get(OURS, [])])})
+  return lines

@@ -1,8 +1,16 @@
-"""The interface of an engine, which starts `launch.train` in run folders."""
+"""The interface of an engine, which starts `launch.train` in run folders.
 
+And what engines share: options in words, and the commands of a scheduler.
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from launch.states import Choice, Job, Record, Trial
+from mtp_jax.config import ConfigError
 
 
 class Engine(Protocol):
@@ -35,3 +43,40 @@ class Engine(Protocol):
   @staticmethod
   def cancel(records: dict[str, Record]) -> str:
     """Ends the jobs of these trials, saved if they can; returns what was done."""
+
+
+def words(flag: str, values: Sequence[str]) -> Iterator[str]:
+  """Yields the words of a flag that may be given several times.
+
+  Raises:
+    ConfigError: a quote that does not end.
+  """
+  for text in values:
+    try:
+      yield from shlex.split(text)
+    except ValueError as error:
+      message = f"--{flag} must be KEY=VALUE ..., got {text!r} ({error})."
+      raise ConfigError(message) from error
+
+
+def run(*command: str) -> str:
+  """Returns what a command of a scheduler prints.
+
+  Raises:
+    ConfigError: it fails.
+  """
+  try:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+  except FileNotFoundError as error:
+    raise ConfigError(f"{command[0]} is not on the PATH of this host.") from error
+  except subprocess.CalledProcessError as error:
+    raise ConfigError(f"{command[0]} failed: {summary(error.stderr)}") from error
+  print(result.stderr, end="", file=sys.stderr)
+  return result.stdout
+
+
+def summary(text: str) -> str:
+  """Returns the errors in the output of a command, in one line."""
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  errors = [line for line in lines if "error" in line.lower()]
+  return "; ".join(errors[:3] or lines[:3]) or "without a word"

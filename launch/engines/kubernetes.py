@@ -10,11 +10,8 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import shutil
 import string
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +19,7 @@ from typing import Any, ClassVar
 import yaml
 
 from launch import states, trials
+from launch.engines.engine import run, words
 from launch.states import Choice, Job, Record, Trial
 from mtp_jax.config import Config, ConfigError, to_dict
 
@@ -80,47 +78,29 @@ class Options:
     return self.num_pods * max(self.count("devices"), 1)
 
 
-def parse(words: Sequence[str], template: Path = TEMPLATE) -> Options:
+def parse(given: Sequence[str], template: Path = TEMPLATE) -> Options:
   """Returns the options of --kubernetes: `image=REGISTRY/mtp_jax:1 hosts=2 devices=8`.
 
   Args:
-    words: values of --kubernetes, with one KEY=VALUE or several in each.
+    given: values of --kubernetes, with one KEY=VALUE or several in each.
     template: a file of manifests.
 
   Raises:
     ConfigError: no template, not KEY=VALUE, a key that the template does not have, that
       the sweep sets, or that is missing, or a number that is none.
   """
-  try:
-    text = string.Template(template.read_text())
-    keys = text.get_identifiers()
-  except (OSError, ValueError) as error:
-    raise ConfigError(
-      f"--kubernetes_template must be a file of manifests, got {str(template)!r} "
-      f"({error})."
-    ) from error
-  if not text.is_valid():
-    raise ConfigError(
-      f"--kubernetes_template: {str(template)!r} has a dollar sign without a key; "
-      "write $$ for one."
-    )
-  own = [key for key in keys if key not in _FILLED]
+  text = _read_template(template)
+  own = [key for key in text.get_identifiers() if key not in _FILLED]
   allowed = dict.fromkeys([*own, *_COUNTS, "namespace", "folder"])
   found: dict[str, str] = {}
-  for given in words:
-    try:
-      pairs = shlex.split(given)
-    except ValueError as error:
-      message = f"--kubernetes must be KEY=VALUE ..., got {given!r} ({error})."
-      raise ConfigError(message) from error
-    for pair in pairs:
-      key, equals, value = pair.partition("=")
-      if not equals or not value or key in found or key not in allowed:
-        raise ConfigError(
-          "--kubernetes must be KEY=VALUE, each key once, of "
-          f"{', '.join(allowed)} (keys of {template.name}), got {pair!r}."
-        )
-      found[key] = value
+  for word in words("kubernetes", given):
+    key, equals, value = word.partition("=")
+    if not equals or not value or key in found or key not in allowed:
+      raise ConfigError(
+        "--kubernetes must be KEY=VALUE, each key once, of "
+        f"{', '.join(allowed)} (keys of {template.name}), got {word!r}."
+      )
+    found[key] = value
   values = {"slices": "1", "hosts": "1", "devices": "0", "namespace": "default"}
   values |= found
   if missing := [key for key in own if key not in values]:
@@ -133,6 +113,22 @@ def parse(words: Sequence[str], template: Path = TEMPLATE) -> Options:
         f"--kubernetes: {key} must be a number from {least} up, got {values[key]!r}."
       )
   return Options(text, values)
+
+
+def _read_template(path: Path) -> string.Template:
+  try:
+    text = string.Template(path.read_text())
+    text.get_identifiers()
+  except (OSError, ValueError) as error:
+    raise ConfigError(
+      f"--kubernetes_template must be a file of manifests, got {str(path)!r} ({error})."
+    ) from error
+  if not text.is_valid():
+    raise ConfigError(
+      f"--kubernetes_template: {str(path)!r} has a dollar sign without a key; write "
+      "$$ for one."
+    )
+  return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +174,8 @@ class Kubernetes:
         continue
       # What a JobSet is to do cannot be changed; one that has ended makes way.
       where = f"--namespace={namespace}"
-      _kubectl("delete", "jobset", name, where, "--ignore-not-found")
-      _kubectl("apply", "--filename", str(path))
+      run("kubectl", "delete", "jobset", name, where, "--ignore-not-found")
+      run("kubectl", "apply", "--filename", str(path))
       trial.workdir.mkdir(parents=True, exist_ok=True)
       states.write_record(trial.workdir, "kubernetes", id=name, namespace=namespace)
       print(f"{trial.name}: {name}", flush=True)
@@ -192,7 +188,8 @@ class Kubernetes:
     jobs = {}
     for namespace in sorted({record["namespace"] for record in records.values()}):
       try:
-        text = _kubectl("get", "jobsets", f"--namespace={namespace}", "--output=json")
+        where = f"--namespace={namespace}"
+        text = run("kubectl", "get", "jobsets", where, "--output=json")
         found, default = parse_jobsets(text), Job("cancelled")
       except ConfigError:
         found, default = {}, Job("unknown")
@@ -207,7 +204,8 @@ class Kubernetes:
     busy = [name for name, job in jobs.items() if job.state in ("queued", "running")]
     for name in busy:
       where = f"--namespace={records[name]['namespace']}"
-      _kubectl("delete", "jobset", records[name]["id"], where, "--ignore-not-found")
+      name = records[name]["id"]
+      run("kubectl", "delete", "jobset", name, where, "--ignore-not-found")
     return f"kubernetes: deleted {len(busy)} JobSet(s)"
 
   def manifest(self, trial: Trial) -> str:
@@ -270,22 +268,3 @@ def parse_jobsets(text: str) -> dict[str, Job]:
       job = Job("running" if ready else "queued", name)
     jobs[name] = job
   return jobs
-
-
-def _kubectl(*arguments: str) -> str:
-  """Returns what kubectl prints.
-
-  Raises:
-    ConfigError: it fails.
-  """
-  try:
-    result = subprocess.run(
-      ["kubectl", *arguments], capture_output=True, text=True, check=True
-    )
-  except FileNotFoundError as error:
-    raise ConfigError("kubectl is not on the PATH of this host.") from error
-  except subprocess.CalledProcessError as error:
-    lines = error.stderr.strip().splitlines() or ["without a word"]
-    raise ConfigError(f"kubectl {arguments[0]} failed: {lines[-1]}") from error
-  print(result.stderr, end="", file=sys.stderr)
-  return result.stdout

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -25,24 +25,14 @@ from launch.engines.order import (
   pack_size,
   preview_packs,
 )
-from launch.engines.pace import Pace, Work, duration, makespan
 from launch.engines.workers import Outcome, Slot, Worker, WorkerError
-from launch.states import Choice, Job, Record, State, Trial
+from launch.states import Choice, Job, Record, Trial
 from mtp_jax import run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 60.0
-
-
-class Given(NamedTuple):
-  """The start of a trial in a worker; `is_first` of its program."""
-
-  began: float
-  state: State
-  num_trials: int
-  is_first: bool
 
 
 class Sweep:
@@ -83,9 +73,8 @@ class Sweep:
       self._failed[trial.name] = f"{reason} (not tried again without --again)"
     self._attempts: collections.Counter[str] = collections.Counter()
     self._workers: list[Worker] = []
-    self._given: dict[str, Given] = {}
-    self._begun: set[Config] = set()  # Shapes.
-    self._ended: list[Work] = []
+    self._began = time.monotonic()
+    self._done_before = sum(map(self._done_work, self._planned))
     self._signum: int | None = None
     self._stopped_at, self._ends_at_once = 0.0, False
     self._bar: tqdm | None = None
@@ -148,8 +137,6 @@ class Sweep:
           self._fitting[worker.program] = 1
         elif self._signum is None:
           raise WorkerError(f"a worker could not start: {result.text}.")
-      case Outcome():
-        self._note_all(given, [result])
       case _:
         self._note_all(given, result)
     goes_on = bool(self._waiting) and self._signum is None
@@ -172,12 +159,9 @@ class Sweep:
     size = self._size(trial, len(mates))
     given = in_packs(mates, self._states, size)[0] if size > 1 else [trial]
     pack = f" in a pack of {len(given)}" if len(given) > 1 else ""
-    is_first = given[0].program not in self._begun
-    self._begun.add(given[0].program)
     for trial in given:
       self._waiting.remove(trial)
       state = self._states[trial.name]
-      self._given[trial.name] = Given(time.time(), state, len(given), is_first)
       with self._warnings(trial):
         trial.workdir.mkdir(parents=True, exist_ok=True)
         (trial.workdir / run_folder.ERROR).unlink(missing_ok=True)
@@ -227,20 +211,15 @@ class Sweep:
     # It may be the fault of another one, or of their number: no attempt is counted.
     for trial in given:
       self._attempts[trial.name] -= 1
-      self._given.pop(trial.name)
       self._not_packed.add(trial.name)
       self._waiting.append(trial)
 
   def _note(self, trial: Trial, outcome: Outcome) -> None:
     """Notes the end of a trial, for better or worse."""
     self._states[trial.name] = state = states.read_state(trial)
-    work = self._work(trial)
-    elapsed = time.time() - self._given.pop(trial.name).began
     if outcome.kind == "done":
-      self._ended.append(work._replace(has_ended=True))
       loss = math.nan if state.eval_loss is None else state.eval_loss
-      self._say(f"{trial.name}: done, eval loss {loss:.4f}, {duration(elapsed)}", True)
-      self._share(trial)
+      self._say(f"{trial.name}: done, eval loss {loss:.4f}", True)
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
     elif outcome.kind == "claimed":
@@ -249,15 +228,6 @@ class Sweep:
     else:
       self._note_failure(trial, outcome)
     results_csv.collect(self._root)
-
-  def _share(self, original: Trial) -> None:
-    """Gives the results of a trial to those that are the same run."""
-    for trial in self._planned:
-      if self._copies.get(trial.name) is original:
-        with self._warnings(trial):
-          states.adopt(trial, original)
-          self._say(f"{trial.name}: the same run as {original.name}")
-        self._states[trial.name] = states.read_state(trial)
 
   def _note_failure(self, trial: Trial, outcome: Outcome) -> None:
     text = outcome.text or "the worker was told to stop (SIGTERM)"
@@ -309,43 +279,39 @@ class Sweep:
       worker.stop()
     os.write(1, b"saving; a second signal ends at once\n")  # Printing is not safe here.
 
-  def _done_flops(self, trial: Trial) -> float:
-    """Returns the FLOPs of the steps that a trial has taken; all, if it is done."""
+  def _share_done(self, trial: Trial) -> float:
+    """Returns the share of a trial's steps that it has taken; 1, if it is done."""
     state = self._states[trial.name]
-    steps = trial.num_steps if state.kind == "done" else state.step
-    return trial.flops * steps / trial.num_steps
+    return 1.0 if state.kind == "done" else state.step / trial.num_steps
 
-  def _work(self, trial: Trial) -> Work:
-    """Returns what a trial has to do from here, or from where it was given out."""
-    given = self._given.get(trial.name)
-    if given is None:
-      is_first = trial.program not in self._begun
-      left = trial.flops - self._done_flops(trial)
-      return Work(trial.cost, left, is_first=is_first)
-    per_step, state = trial.flops / trial.num_steps, self._states[trial.name]
-    # Success may end a trial before its last step: its true steps count for the pace.
-    done = per_step * max(0, state.step - given.state.step)
-    training = max(0.0, state.seconds - given.state.seconds) / given.num_trials
-    seconds = (time.time() - given.began) / given.num_trials
-    flops = trial.flops - per_step * given.state.step
-    return Work(trial.cost, flops, done, training, seconds, given.is_first)
+  def _work(self, trial: Trial) -> float:
+    """Returns what the time of a trial is taken to be proportional to.
+
+    Smaller models take longer for their FLOPs, between not at all and as their cost:
+    the root of the cost is assumed.
+    """
+    return 0.0 if trial.name in self._copies else trial.flops / math.sqrt(trial.cost)
+
+  def _done_work(self, trial: Trial) -> float:
+    return self._share_done(trial) * self._work(trial)
 
   def _progress(self) -> tuple[float, str]:
     """Returns the share of FLOPs done, and the progress as a line."""
     for trial in (trial for worker in self._workers for trial in worker.trials):
       self._states[trial.name] = states.read_state(trial)
-    at_work = [[self._work(t) for t in worker.trials] for worker in self._workers]
-    pace = Pace([*self._ended, *(work for works in at_work for work in works)])
-    left = makespan(
-      [sum(map(pace.left, works)) for works in at_work],
-      [pace.left(self._work(trial)) for trial in self._waiting],
-    )
     trained = [trial for trial in self._planned if trial.name not in self._copies]
-    share = sum(map(self._done_flops, trained)) / sum(trial.flops for trial in trained)
-    finished = sum(self._states[t.name].kind == "done" for t in self._planned)
+    done = sum(self._share_done(trial) * trial.flops for trial in trained)
+    share = done / sum(trial.flops for trial in trained)
+    # A copy of a run gets its results when the sweep has ended.
+    run_of = (self._copies.get(trial.name, trial) for trial in self._planned)
+    finished = sum(self._states[trial.name].kind == "done" for trial in run_of)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
-    if self._workers and not math.isnan(left):
-      text += f", about {duration(left)} left"
+    # At the speed of this pass so far, evaluation and compilation included.
+    work = sum(map(self._done_work, trained))
+    left = sum(map(self._work, trained)) - work
+    if self._workers and work > self._done_before:
+      seconds = (time.monotonic() - self._began) * left / (work - self._done_before)
+      text += f", about {duration(seconds)} left"
     return share, text
 
   def _show(self) -> None:
@@ -374,7 +340,7 @@ class Sweep:
       print(f"{name}: the sweep has stopped; the same command continues it.")
       return 128 + self._signum
     for name, original in self._copies.items():
-      if self._states[name].kind != "done":
+      if self._states[original.name].kind != "done":
         self._failed[name] = f"the same run as {original.name}"
     if self._failed:
       print(f"{len(self._failed)} of {len(self._planned)} trial(s) failed:")
@@ -387,6 +353,13 @@ class Sweep:
       return 1
     print(f"all {len(self._planned)} trial(s) are done in {self._root}.")
     return 0
+
+
+def duration(seconds: float) -> str:
+  """Returns a time in words, as exact as an estimate is."""
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,8 @@ from submitit.slurm import slurm as submitit_slurm
 
 from launch import states, trials
 from launch.engines import slurm_task
-from launch.engines.slurm_queue import query, run, summary
+from launch.engines.engine import run, summary, words
+from launch.engines.slurm_queue import query
 from launch.exits import YIELD, YIELDED
 from launch.huge_pages import HUGE_PAGES
 from launch.states import Choice, Job, Record, Trial
@@ -105,11 +106,11 @@ class Options:
     return int(self.sbatch["nodes"]) * each
 
 
-def parse(words: Sequence[str], setup: str | None = None, grace: int = 180) -> Options:
+def parse(given: Sequence[str], setup: str | None = None, grace: int = 180) -> Options:
   """Returns the options of --slurm, which are those of sbatch: `nodes=2 exclusive`.
 
   Args:
-    words: values of --slurm, with one option or several in each.
+    given: values of --slurm, with one option or several in each.
     setup, grace: see `Options`.
 
   Raises:
@@ -117,25 +118,25 @@ def parse(words: Sequence[str], setup: str | None = None, grace: int = 180) -> O
       the engine cannot count devices by.
   """
   found: dict[str, str | bool] = {}
-  for text in words:
-    try:
-      options = shlex.split(text)
-    except ValueError as error:
-      message = f"--slurm must be KEY=VALUE ..., got {text!r} ({error})."
-      raise ConfigError(message) from error
-    for word in options:
-      key, equals, value = word.removeprefix("--").partition("=")
-      name = key.replace("_", "-")
-      is_value = value.isprintable() and bool(value) == bool(equals)
-      if not re.fullmatch(r"[a-z][a-z0-9-]+", name) or not is_value:
-        raise ConfigError(
-          f"--slurm must be long options of sbatch, KEY=VALUE or KEY, got {word!r}."
-        )
-      _check_name(name, value, word)
-      if name in found:
-        raise ConfigError(f"--slurm must set {name} once, got {word!r} again.")
-      found[name] = value if equals else True
+  for word in words("slurm", given):
+    key, equals, value = word.removeprefix("--").partition("=")
+    name = key.replace("_", "-")
+    is_value = value.isprintable() and bool(value) == bool(equals)
+    if not re.fullmatch(r"[a-z][a-z0-9-]+", name) or not is_value:
+      raise ConfigError(
+        f"--slurm must be long options of sbatch, KEY=VALUE or KEY, got {word!r}."
+      )
+    _check_name(name, value, word)
+    if name in found:
+      raise ConfigError(f"--slurm must set {name} once, got {word!r} again.")
+    found[name] = value if equals else True
   options = _DEFAULTS | found
+  _check_values(options, grace)
+  return Options(options, setup, grace)
+
+
+def _check_values(options: dict[str, str | bool], grace: int) -> None:
+  """Refuses values that the engine cannot count devices or seconds by."""
   for name in ("nodes", "ntasks-per-node"):
     if not re.fullmatch(r"[1-9]\d*", str(options[name])):
       raise ConfigError(
@@ -153,7 +154,6 @@ def parse(words: Sequence[str], setup: str | None = None, grace: int = 180) -> O
       "--slurm: time must be minutes, H:MM:SS or D-HH:MM:SS, longer than --slurm_grace "
       f"({grace} s), got {options['time']!r}."
     )
-  return Options(options, setup, grace)
 
 
 def _check_name(name: str, value: str, word: str) -> None:
@@ -295,7 +295,7 @@ class Slurm:
     jobs = Slurm.jobs(records)
     busy = [name for name, job in jobs.items() if job.state in ("queued", "running")]
     if busy:
-      run(["scancel", *(records[name]["id"] for name in busy)])
+      run("scancel", *(records[name]["id"] for name in busy))
     for name in busy:
       record = dict(records[name])
       workdir, facts = Path(record.pop("workdir")), record | {"cancelled": True}
@@ -387,5 +387,5 @@ class Slurm:
       raise ConfigError(f"sbatch refused: {summary(result.stderr)}")
 
   def _max_array_size(self) -> int:
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]))
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"))
     return max((int(found[1]) if found else _MAX_ARRAY_SIZE) - 1, 1)

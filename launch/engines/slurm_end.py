@@ -45,7 +45,7 @@ def conclude(
     max_attempts: of one job, how often it may end for no fault of the trial.
     logs: where the tasks wrote before training did.
   """
-  said = status.read(workdir) or {}
+  said = status.read(workdir)
   ended_now = said.get("state") == "ended" and said["time"] >= began
   # srun may report how the other processes were ended, not why.
   if ended_now and said["exit_class"] not in ("done", "yielded"):

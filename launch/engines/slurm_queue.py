@@ -2,9 +2,9 @@
 
 import contextlib
 import re
-import subprocess
 from collections.abc import Iterable
 
+from launch.engines.engine import run
 from launch.states import Job
 from mtp_jax.config import ConfigError
 
@@ -70,29 +70,8 @@ def _bases(ids: Iterable[str]) -> str:
   return ",".join(sorted({id.partition("_")[0] for id in ids}))
 
 
-def run(command: list[str]) -> str:
-  """Returns what a command prints.
-
-  Raises:
-    ConfigError: it fails.
-  """
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-  except FileNotFoundError as error:
-    raise ConfigError(f"{command[0]} is not on the PATH of this host.") from error
-  except subprocess.CalledProcessError as error:
-    raise ConfigError(f"{command[0]} failed: {summary(error.stderr)}") from error
-
-
 def _try(*command: str) -> str:
   """Returns what a command prints, '' if it fails: unknown jobs, no accounting."""
   with contextlib.suppress(ConfigError):
-    return run(list(command))
+    return run(*command)
   return ""
-
-
-def summary(text: str) -> str:
-  """Returns the errors in the output of a command of Slurm, in one line."""
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  errors = [line for line in lines if "error" in line.lower()]
-  return "; ".join(errors[:3] or lines[:3]) or "without a word"

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -100,9 +100,7 @@ class Worker:
   def give(self, trials: list[Trial], size: int | None = None) -> None:
     """Starts training a trial, or several as a pack of `size`."""
     self.trials, self.program = trials, trials[0].program
-    runs = [(trial.config, trial.workdir) for trial in trials]
-    work = (train, *runs[0]) if size is None else (train_pack, runs, size)
-    self._submit(*work)
+    self._submit(train, [(trial.config, trial.workdir) for trial in trials], size)
 
   def measure(self, trial: Trial, most: int) -> None:
     """Starts to measure how many trials of this program fit, at most `most`."""
@@ -208,32 +206,21 @@ def devices() -> tuple[str, int]:
   return jax.default_backend(), jax.device_count()
 
 
-def train(config: Config, workdir: Path) -> Outcome:
-  """Trains one trial and returns how it ended; raises nothing."""
-  return _or_failed(_train, [(config, workdir)])[0]
+def train(runs: list[tuple[Config, Path]], size: int | None = None) -> list[Outcome]:
+  """Trains a trial, or trials of one program as a pack of `size`; raises nothing.
 
-
-def train_pack(runs: list[tuple[Config, Path]], size: int) -> list[Outcome]:
-  """Trains trials of one program as a pack of `size`; see `train` and `fit_pack`.
-
-  A single outcome is a failure of them all. What libraries print goes to the log of the
-  first trial, and the other logs name it.
+  Returns how each ended. A single outcome is a failure of them all. What libraries
+  print goes to the log of the first trial, and the other logs name it.
   """
-  return _or_failed(_train, runs, size)
-
-
-def _or_failed(work: Callable[..., list[Outcome]], *args: Any) -> list[Outcome]:
-  """Returns what `work` returns, or one failure: its log cannot be opened, perhaps."""
   _seen_warnings.clear()
   try:
-    outcomes = work(*args)
-  except Exception as error:
-    outcomes = [Outcome("failed", *_explain(error))]
-  first, *others = outcomes
+    first, *others = _train(runs, size)
+  except Exception as error:  # Its log cannot be opened, perhaps.
+    first, others = Outcome("failed", *_explain(error)), []
   return [dataclasses.replace(first, warnings=tuple(_seen_warnings)), *others]
 
 
-def _train(runs: list[tuple[Config, Path]], size: int | None = None) -> list[Outcome]:
+def _train(runs: list[tuple[Config, Path]], size: int | None) -> list[Outcome]:
   with contextlib.ExitStack() as stack:
     taken = [_taken(stack, workdir) for _, workdir in runs]
     ours = [run for run, outcome in zip(runs, taken, strict=True) if outcome is None]

@@ -87,7 +87,7 @@ def parse(text: str) -> Topology:
   if name not in CHIPS:
     raise ConfigError(
       f"--topology must name one of {', '.join(CHIPS)}, got {text!r} (examples: "
-      "v5p:4x4x4, v6e:16x16)."
+      "v5p:4x4x4, v6e:16x16); GPUs cannot be planned for."
     )
   chip = CHIPS[name]
   if not colon:
@@ -102,12 +102,6 @@ def parse(text: str) -> Topology:
     raise ConfigError(
       f"--topology must have {chip.axes} axes for {name}, as in {name}:{example}, got "
       f"{text!r}."
-    )
-  if min(sizes[:2]) < 2 or math.prod(sizes) % 4:
-    raise ConfigError(f"--topology must be whole hosts of 2x2 chips, got {text!r}.")
-  if math.prod(sizes) > chip.most:
-    raise ConfigError(
-      f"--topology must have at most {chip.most} chips for {name}, got {text!r}."
     )
   return Topology(chip, sizes)
 

@@ -137,7 +137,8 @@ def by_key(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
       f"trials {names} have the same {', '.join(keys)}: a claim cannot tell which of "
       f"them to take."
     )
-  return rows.set_index(list(keys))["value"]
+  # Without trials pandas would take the values for text.
+  return rows.set_index(list(keys))["value"].astype(float)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,6 @@ import hashlib
 import os
 from typing import Any
 
-import numpy as np
-
 from mtp_jax.data import sources, text_files
 
 
@@ -34,45 +32,36 @@ def load(path: str) -> sources.Documents:
     DataError: no such file, an empty file, or a line that is damaged or has no text.
   """
   file = check_file(path)
-  names, texts, edges = [], [], []
+  documents = []
   try:
     with open(file, "rb") as handle:
       for number, line in enumerate(text_files.read_lines(handle, file), start=1):
         if parsed := _parse(line, f"{file}:{number}"):
-          names.append(f"{file}:{number}")
-          texts.append(parsed[0])
-          edges.append(parsed[1:])
+          documents.append(parsed)
   except OSError as error:
     raise sources.DataError(
       f"{file}: cannot be read ({error.strerror or error})."
     ) from error
-  if not texts:
+  if not documents:
     raise sources.DataError(
       f"data.train_on must have at least one text, got {path!r}, which is empty."
     )
   # Duplicates have equal hashes: the order of such documents does not matter.
-  hashes = [_hash(text, *ends) for text, ends in zip(texts, edges, strict=True)]
   stats = sources.SourceStats(
     where=file,
     num_files=1,
-    num_documents=len(texts),
-    num_bytes=sum(len(text.encode()) for text in texts),
+    num_documents=len(documents),
+    num_bytes=sum(document.num_bytes for document in documents),
     num_empty=0,
     num_duplicates=0,
     encoding_errors=(),
-    manifest=sources.manifest_of(hashes),
+    manifest=sources.manifest_of(document.content_hash for document in documents),
   )
-  return sources.Documents(
-    names=names,
-    texts=texts,
-    hashes_NX=sources.hash_array(hashes),
-    stats=stats,
-    edges_N2=np.array(edges, bool),
-  )
+  return sources.Documents(documents, stats)
 
 
-def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
-  """Returns `(text, bos, eos)` of a line; None for a blank line."""
+def _parse(line: bytes, where: str) -> sources.Document | None:
+  """Returns the text of a line; None for a blank line."""
   rule = f"{where}: every line of data.train_on must"
   try:
     record = text_files.parse_line(line, where)
@@ -87,7 +76,9 @@ def _parse(line: bytes, where: str) -> tuple[str, bool, bool] | None:
     text = text.removeprefix(text_files.BYTE_ORDER_MARK)
   if not isinstance(text, str) or not text or not _is_encodable(text):
     raise sources.DataError(f"{rule} have a text in 'text', got {text!r:.80}.")
-  return text, _flag(record, "bos", rule), _flag(record, "eos", rule)
+  edges, data = (_flag(record, "bos", rule), _flag(record, "eos", rule)), text.encode()
+  content_hash = hashlib.sha256(bytes(edges) + data).digest()
+  return sources.Document(where, text, len(data), content_hash, edges)
 
 
 def _flag(record: dict[str, Any], key: str, rule: str) -> bool:
@@ -100,7 +91,3 @@ def _flag(record: dict[str, Any], key: str, rule: str) -> bool:
 def _is_encodable(text: str) -> bool:
   """Returns whether UTF-8 can encode `text`: JSON can escape half a surrogate pair."""
   return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _hash(text: str, bos: bool, eos: bool) -> bytes:
-  return hashlib.sha256(bytes([bos, eos]) + text.encode()).digest()

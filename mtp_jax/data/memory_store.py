@@ -6,6 +6,7 @@ import numpy as np
 
 from mtp_jax.data import packing, sources
 from mtp_jax.data import tokenizers as tokenizers_lib
+from mtp_jax.data.packing import token_ids
 
 # Texts encoded at once: the library's encodings take far more memory than their ids.
 _BATCH_TEXTS = 256
@@ -22,14 +23,16 @@ class MemoryStore:
   ):
     self.identity = identity
     self.hashes_NX = documents.hashes_NX
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    self.has_unscored = documents.stats.num_chats > 0
+    is_short = tokenizer.vocab_size <= 1 << 16 and not self.has_unscored
+    dtype = np.uint16 if is_short else np.int32
     parts = []
-    for begin in range(0, len(documents.texts), _BATCH_TEXTS):
-      batch = tokenizer.encode_batch(documents.texts[begin : begin + _BATCH_TEXTS])
-      edges = documents.edges_N2[begin : begin + _BATCH_TEXTS].tolist()
+    for begin in range(0, len(documents.documents), _BATCH_TEXTS):
+      batch = documents.documents[begin : begin + _BATCH_TEXTS]
+      encoded = tokenizers_lib.encode_batch(tokenizer, [x.text for x in batch])
       parts += [
-        tokenizers_lib.document(tokenizer, ids, begins, ends).astype(dtype)
-        for ids, (begins, ends) in zip(batch, edges, strict=True)
+        tokenizers_lib.document(tokenizer, ids, *x.edges).astype(dtype)
+        for x, ids in zip(batch, encoded, strict=True)
       ]
     self.lengths_N = np.array([len(part) for part in parts], np.int64)
     self._starts_N = np.cumsum(self.lengths_N) - self.lengths_N
@@ -57,4 +60,4 @@ class DecodedTexts(Sequence[str]):
   def __getitem__(self, index: int) -> str:
     document = int(self._documents[index])
     length = int(self._store.lengths_N[document])
-    return self._tokenizer.decode(self._store.read(document, 0, length))
+    return self._tokenizer.decode(token_ids(self._store.read(document, 0, length)))

@@ -11,11 +11,15 @@ Legend: N documents, B batch, T sequence, M = 1 + mtp.depth tokens after the row
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from grain.experimental import index_shuffle
 
 from mtp_jax.batch import Batch
+
+# Rows that `token_counts` reads at once.
+_GROUP_ROWS = 1024
 
 
 class TokenStore(Protocol):
@@ -27,14 +31,22 @@ class TokenStore(Protocol):
   lengths_N: [N] int64, at least 1 each.
   hashes_NX: [N, 32] uint8 content hashes.
   identity:  JSON values that differ between corpora; written into checkpoints.
+  has_unscored: some tokens are never targets. Such a token is read as ~id, which is
+    negative.
   """
 
   lengths_N: np.ndarray
   hashes_NX: np.ndarray
   identity: dict[str, str | int | float]
+  has_unscored: bool
 
   def read(self, document: int, begin: int, end: int) -> np.ndarray:
     """Returns tokens [end - begin] of a document, 0 <= begin <= end <= length."""
+
+
+def token_ids(marked: np.ndarray) -> np.ndarray:
+  """Returns the ids of tokens from a store, whether they are targets or not."""
+  return np.where(marked < 0, ~marked, marked)
 
 
 class PackedRows:
@@ -60,6 +72,7 @@ class PackedRows:
     self.store = store
     self.seq_len = seq_len
     self.num_extra = num_extra
+    self.has_unscored = store.has_unscored
     self._order = np.asarray(order)
     self._lengths = store.lengths_N[self._order]
     ends = np.cumsum(self._lengths)
@@ -75,6 +88,10 @@ class PackedRows:
   def __getitem__(self, row: int) -> Batch:
     """Returns row `row >= 0` as a Batch without its leading axis."""
     return map_fields(lambda field: field[0][0], self.read(np.array([row])))
+
+  def order(self, seed: int, begin: int, end: int) -> np.ndarray:
+    """Returns row numbers [end - begin] of the endless order; see `shuffled_rows`."""
+    return shuffled_rows(len(self), seed, begin, end)
 
   def read(self, rows_B: np.ndarray) -> Batch:
     """Returns the rows of these numbers, each at least 0, as a Batch [B, ...]."""
@@ -111,13 +128,16 @@ class PackedRows:
     at_P = np.cumsum(size_P) - size_P
     positions = np.arange(len(tokens), dtype=np.int32)
     positions -= np.repeat(at_P.astype(np.int32), size_P)
-    tokens_BX, segments_BX, positions_BX = (
+    marked_BX, segments_BX, positions_BX = (
       x.reshape(-1, X) for x in (tokens, segments, positions)
     )
-    fields = (
+    tokens_BX = token_ids(marked_BX) if self.has_unscored else marked_BX
+    fields = [
       *(x[:, :T] for x in (tokens_BX, segments_BX, positions_BX)),
       *(x[:, T:] for x in (tokens_BX, segments_BX)),
-    )
+    ]
+    if self.has_unscored:
+      fields += [marked_BX[:, :T] >= 0, marked_BX[:, T:] >= 0]
     return Batch(*map(np.ascontiguousarray, fields))
 
   def _document_at(self, at_B: np.ndarray) -> np.ndarray:
@@ -125,6 +145,41 @@ class PackedRows:
     epoch_B, offset_B = np.divmod(at_B, self.num_tokens)
     document_B = np.searchsorted(self._starts, offset_B, side="right") - 1
     return epoch_B * len(self._order) + document_B
+
+
+def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
+  """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
+
+  Row numbers increase from epoch to epoch, which moves the cuts between rows: see
+  `PackedRows`. The order within an epoch equals that of grain's
+  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`. That takes several times
+  as long, because four Python objects handle every row.
+  """
+  (first_seed,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
+  numbers = []
+  for place in range(begin, end):
+    epoch, index = divmod(place, num_rows)
+    epoch_seed = (first_seed + epoch) % 2**32
+    shuffled = index_shuffle(
+      index, max_index=num_rows - 1, seed=epoch_seed, rounds=4
+    )
+    numbers.append(epoch * num_rows + shuffled)
+  return np.array(numbers)
+
+
+def token_counts(
+  rows: Any, vocab_size: int, most: int = 10**7
+) -> np.ndarray:
+  """Returns counts_V: how often each token occurs in `most` tokens, shuffled.
+
+  Counts one epoch at most, and one row at least.
+  """
+  counts_V = np.zeros(vocab_size, np.int64)
+  numbers = rows.order(0, 0, min(len(rows), max(1, most // rows.seq_len)))
+  for group in np.array_split(numbers, -(-len(numbers) // _GROUP_ROWS)):
+    batch = rows.read(group)
+    counts_V += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
+  return counts_V
 
 
 def eval_batches(
@@ -152,7 +207,8 @@ def eval_batches(
   ):
     document = int(documents[owner])
     end = min(begin + seq_len + num_extra, int(store.lengths_N[document]))
-    rows.append(_one_row(store.read(document, begin, end), seq_len, num_extra))
+    tokens = store.read(document, begin, end)
+    rows.append(_one_row(tokens, seq_len, num_extra, store.has_unscored))
     owners.append(owner)
     if len(rows) == batch_size:
       yield stack_rows(rows), np.array(owners, np.int32)
@@ -160,7 +216,8 @@ def eval_batches(
   # The last batch is filled up, so that all batches have one shape and one program.
   if rows:
     missing = batch_size - len(rows)
-    rows += [_one_row(np.zeros(0, np.int32), seq_len, num_extra)] * missing
+    empty = np.zeros(0, np.int32)
+    rows += [_one_row(empty, seq_len, num_extra, store.has_unscored)] * missing
     yield stack_rows(rows), np.array(owners + [-1] * missing, np.int32)
 
 
@@ -183,13 +240,19 @@ def _eval_positions(
       count += 1
 
 
-def _one_row(tokens: np.ndarray, seq_len: int, num_extra: int) -> Batch:
+def _one_row(
+  tokens: np.ndarray, seq_len: int, num_extra: int, has_unscored: bool
+) -> Batch:
   T = seq_len
   padded, segments, positions = np.zeros((3, T + num_extra), np.int32)
-  padded[: len(tokens)] = tokens
+  padded[: len(tokens)] = token_ids(tokens)
   segments[: len(tokens)] = 1
   positions[: len(tokens)] = np.arange(len(tokens))
-  return Batch(padded[:T], segments[:T], positions[:T], padded[T:], segments[T:])
+  fields = [padded[:T], segments[:T], positions[:T], padded[T:], segments[T:]]
+  if has_unscored:
+    scored = np.pad(tokens >= 0, (0, T + num_extra - len(tokens)))
+    fields += [scored[:T], scored[T:]]
+  return Batch(*fields)
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:

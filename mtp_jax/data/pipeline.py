@@ -20,12 +20,18 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import distilled_text, packing, prepared, sources, workers
+from mtp_jax.data import (
+  distilled_text,
+  mixture,
+  packing,
+  prepared,
+  sources,
+  workers,
+)
 from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.memory_store import DecodedTexts, MemoryStore
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
@@ -34,8 +40,6 @@ _WHOLE_DOCUMENTS = (
   " The folder was prepared to be split by whole documents; prepared with these "
   f"fractions, fewer than {sources.FEW} documents are cut by position."
 )
-# Rows that `token_counts` reads at once.
-_GROUP_ROWS = 1024
 # Batches to read ahead, in all and per worker. grain's defaults are 500, which takes
 # too much memory, and 1, with which workers wait for each other.
 _READ_AHEAD = 4
@@ -92,6 +96,20 @@ class Corpus:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class MixedCorpus(Corpus):
+  """The documents of all parts of a mixture; training rows follow the weights."""
+
+  parts: tuple[Corpus, ...]
+
+  def train_rows(self, num_extra: int) -> packing.PackedRows | mixture.MixedRows:
+    if self.train_store is not None:
+      return super().train_rows(num_extra)
+    rows = [part.train_rows(num_extra) for part in self.parts]
+    weights = [weight for weight, _ in mixture.parts(self.config.data)]
+    return mixture.MixedRows(rows, weights, self.store)
+
+
 def load_corpus(
   config: Config, tokenizer: tokenizers_lib.Tokenizer | None = None
 ) -> Corpus | TaskCorpus:
@@ -110,6 +128,8 @@ def load_corpus(
   """
   if config.data.source in config_lib.TASKS:
     return load_task(config)
+  if config.data.source == "mixture":
+    return _load_mixture(config, tokenizer)
   data, tokenizer_config = config.data, config.tokenizer
   # Keys that do not change the tokens are blanked, so that trials share the cache.
   same_text = dataclasses.replace(
@@ -133,13 +153,7 @@ def load_corpus(
   tokenizers_lib.check_vocab_size(tokenizer, tokenizer_config.vocab_size)
   if is_cut:
     store, split_N = _with_gaps(store, split_N, data.seq_len)
-  counts = {
-    name: {
-      "documents": int(np.sum(split_N == i)),
-      "tokens": int(store.lengths_N[split_N == i].sum()),
-    }
-    for i, name in enumerate(sources.SPLITS)
-  }
+  counts = _counts(store, split_N)
   # Only the splits that this run reads have to hold documents.
   tested = sources.SPLITS if config.train.eval_test else ()
   for name in dict.fromkeys(("train", config.eval.split, *tested)):
@@ -166,6 +180,56 @@ def load_corpus(
   return Corpus(config, store, tokenizer, split_N, train_store, stats)
 
 
+def _load_mixture(
+  config: Config, tokenizer: tokenizers_lib.Tokenizer | None
+) -> MixedCorpus:
+  """Returns the corpora of all parts as one, with their counts added up."""
+  weights, sections = zip(*mixture.parts(config.data), strict=True)
+  parts = tuple(
+    load_corpus(
+      dataclasses.replace(config, data=dataclasses.replace(section, train_on="")),
+      tokenizer,
+    )
+    for section in sections
+  )
+  tokenizer = parts[0].tokenizer
+  identities = [part.store.identity for part in parts]
+  contents = [*zip(weights, (x["manifest"] for x in identities), strict=True)]
+  store = mixture.MixedStore(
+    [part.store for part in parts],
+    identities[0] | {"manifest": hashlib.sha256(repr(contents).encode()).hexdigest()},
+  )
+  split_N = np.concatenate([part.split_N for part in parts])
+  # Prepared folders of older versions have no count of chats.
+  counts = (
+    "num_files", "num_documents", "num_bytes", "num_empty", "num_duplicates",
+    "num_chats",
+  )
+  stats = {key: sum(x.stats.get(key, 0) for x in parts) for key in counts} | {
+    "where": config.data.path,
+    "encoding_errors": [x for part in parts for x in part.stats["encoding_errors"]],
+    "is_cut": any(part.stats["is_cut"] for part in parts),
+    "splits": _counts(store, split_N),
+    "parts": [part.stats for part in parts],
+    "train_on": None,
+  }
+  train_store = None
+  if config.data.train_on:
+    train_store, stats["train_on"] = _written(config.data.train_on, store, tokenizer)
+  return MixedCorpus(config, store, tokenizer, split_N, train_store, stats, parts)
+
+
+def _counts(store: packing.TokenStore, split_N: np.ndarray) -> dict[str, Any]:
+  """Returns the documents and tokens of each split."""
+  return {
+    name: {
+      "documents": int(np.sum(split_N == i)),
+      "tokens": int(store.lengths_N[split_N == i].sum()),
+    }
+    for i, name in enumerate(sources.SPLITS)
+  }
+
+
 @functools.lru_cache(maxsize=2)
 def _tokenized(
   data: DataConfig,
@@ -175,7 +239,11 @@ def _tokenized(
   MemoryStore, tokenizers_lib.Tokenizer, dict[str, Any], np.ndarray, bool
 ]:
   """Returns `(store, tokenizer, stats, split_N, is_cut)` of a source of texts."""
-  documents = sources.load_documents(data.source, data.path, data.text_field)
+  if tokenizer is None and tokenizer_config.kind != "bpe":
+    tokenizer = tokenizers_lib.make_tokenizer(tokenizer_config, ())
+  documents = sources.load_documents(
+    data.source, data.path, data.text_field, tokenizer
+  )
   split_N = _split(documents.hashes_NX, data)
   manifest = documents.stats.manifest
   held_out = (data.validation_fraction, data.test_fraction)
@@ -240,7 +308,12 @@ def _open_prepared(
     "manifest": manifest,
     "tokenizer": hashlib.sha256(folder.tokenizer.to_json().encode()).hexdigest(),
   }
-  return prepared.ArrayRecordStore(folder.shards, folder.index_N, identity), folder
+  # Folders of older versions hold no chats.
+  has_unscored = folder.source.get("num_chats", 0) > 0
+  store = prepared.ArrayRecordStore(
+    folder.shards, folder.index_N, identity, has_unscored
+  )
+  return store, folder
 
 
 def _check_prepared(
@@ -300,7 +373,8 @@ class TrainLoader:
     self._num_workers = num_workers
     # Threads overlap their waits for a disk. Rows in memory are read twice as fast by
     # one thread.
-    waits = isinstance(rows.store, prepared.ArrayRecordStore)
+    stores = getattr(rows.store, "stores", [rows.store])
+    waits = any(isinstance(store, prepared.ArrayRecordStore) for store in stores)
     self._num_threads = _READ_AHEAD if waits else 1
     read = functools.partial(_read_group, rows, seed, batch_size // num_hosts)
     groups = grain.MapDataset.range(_ENDLESS).map(read)
@@ -365,48 +439,8 @@ class TrainLoader:
     return iter(rest)
 
 
-def token_counts(
-  rows: packing.PackedRows | TaskRows, vocab_size: int, most: int = 10**7
-) -> np.ndarray:
-  """Returns counts_V: how often each token occurs in the first `most` tokens.
-
-  Counts one epoch at most, and one row at least.
-  """
-  counts_V = np.zeros(vocab_size, np.int64)
-  numbers = np.arange(min(len(rows), max(1, most // rows.seq_len)))
-  for group in np.array_split(numbers, -(-len(numbers) // _GROUP_ROWS)):
-    batch = rows.read(group)
-    counts_V += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
-  return counts_V
-
-
-def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
-  """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
-
-  Row numbers increase from epoch to epoch, which moves the cuts between rows: see
-  `packing.PackedRows`. The order within an epoch equals that of grain's
-  `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`. That takes several times
-  as long, because four Python objects handle every row.
-  """
-  (first_seed,) = np.random.SeedSequence((seed, 1)).generate_state(1).tolist()
-  numbers = []
-  for place in range(begin, end):
-    epoch, index = divmod(place, num_rows)
-    epoch_seed = (first_seed + epoch) % 2**32
-    shuffled = index_shuffle(
-      index, max_index=num_rows - 1, seed=epoch_seed, rounds=4
-    )
-    numbers.append(epoch * num_rows + shuffled)
-  return np.array(numbers)
-
-
 def _read_group(
   rows: packing.PackedRows | TaskRows, seed: int, num_rows: int, index: int
 ) -> Batch:
   """Returns group number `index` of `num_rows` rows of the shuffled order."""
-  begin, end = index * num_rows, (1 + index) * num_rows
-  if isinstance(rows, TaskRows):
-    numbers = rows.order(seed, begin, end)
-    if numbers is not None:
-      return rows.read(numbers)
-  return rows.read(shuffled_rows(len(rows), seed, begin, end))
+  return rows.read(rows.order(seed, index * num_rows, (1 + index) * num_rows))

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from mtp_jax import config as config_lib
 from mtp_jax import files
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.data import prepared, sources, workers
@@ -63,9 +64,10 @@ def prepare_folder(
       raise ConfigError(f"{name} must be at least 1, got {value}.")
   if config.data.source == "array_record":
     raise ConfigError("data.source must name texts to prepare, got 'array_record'.")
-  reader = sources.DocumentReader(
-    config.data.source, config.data.path, config.data.text_field
-  )
+  data, kind = config.data, config.tokenizer.kind
+  # A source of tokens is read with their tokenizer; BPE is learnt from what is read.
+  given = tokenizers_lib.make_tokenizer(config.tokenizer, ()) if kind != "bpe" else None
+  reader = sources.DocumentReader(data.source, data.path, data.text_field, given)
   folder = Path(os.path.expanduser(output))
   folder.mkdir(parents=True, exist_ok=True)
   # Settings are compared under the lock: two commands may start at the same time.
@@ -76,7 +78,7 @@ def prepare_folder(
     if not (folder / prepared.MANIFEST).is_file():
       for leftover in folder.glob("*.tmp-*"):
         leftover.unlink()
-      tokenizer = _tokenizer(config, folder, texts, progress)
+      tokenizer = _tokenizer(config, given, folder, texts, progress)
       num_shards = _write_shards(
         folder, texts, tokenizer, num_workers, shard_size, progress
       )
@@ -140,13 +142,13 @@ def write_shard(
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for entry, document in zip(index_N, documents, strict=True):
-      ids = tokenizer.encode(document.text)
+      (ids,) = tokenizers_lib.encode_batch(tokenizer, [document.text])
       tokens = tokenizers_lib.document(tokenizer, ids, *document.edges).astype("<i4")
       for begin in range(0, len(tokens), prepared.RECORD_TOKENS):
         writer.write(tokens[begin : begin + prepared.RECORD_TOKENS].tobytes())
       entry["hash"] = np.frombuffer(document.content_hash, np.uint8)
       entry["num_tokens"] = len(tokens)
-      entry["num_bytes"] = len(document.text.encode("utf-8"))
+      entry["num_bytes"] = document.num_bytes
     writer.close()
     # The library's writer can lose records on a full disk without raising.
     found, expected = _count_records(temporary), _expected_records(index_N)
@@ -186,10 +188,9 @@ def _settings(config: Config, shard_size: int, is_cut: bool) -> dict[str, Any]:
   """Returns all settings that the content of the folder depends on."""
   data, tokenizer = config.data, config.tokenizer
   settings = {"format": prepared.FORMAT, "data.source": data.source}
-  if data.source in ("files", "jsonl"):
-    settings["data.path"] = data.path
-  if data.source == "jsonl":
-    settings["data.text_field"] = data.text_field
+  for key in ("path", "text_field"):
+    if data.source in config_lib.keys()[f"data.{key}"].when["data.source"]:
+      settings[f"data.{key}"] = getattr(data, key)
   settings["tokenizer.kind"] = tokenizer.kind
   if tokenizer.kind == "bpe":
     settings["tokenizer.vocab_size"] = tokenizer.vocab_size
@@ -237,13 +238,17 @@ def _claim(
 
 
 def _tokenizer(
-  config: Config, folder: Path, texts: _Texts, progress: OnProgress
+  config: Config,
+  given: tokenizers_lib.Tokenizer | None,
+  folder: Path,
+  texts: _Texts,
+  progress: OnProgress,
 ) -> tokenizers_lib.Tokenizer:
   """Returns the folder's tokenizer; BPE is trained only if the folder has none yet."""
   file = folder / prepared.TOKENIZER
-  if config.tokenizer.kind == "bpe" and file.is_file():
+  if given is None and file.is_file():
     return tokenizers_lib.load_tokenizer(file)
-  tokenizer = tokenizers_lib.make_tokenizer(
+  tokenizer = given or tokenizers_lib.make_tokenizer(
     config.tokenizer, _train_texts(texts, progress)
   )
   tokenizers_lib.check_vocab_size(tokenizer, config.tokenizer.vocab_size)
@@ -319,7 +324,7 @@ def _shards(
   documents, size = [], 0
   for document in texts:
     documents.append(document)
-    size += len(document.text.encode("utf-8"))
+    size += document.num_bytes
     if size >= shard_size:
       yield documents
       documents, size = [], 0

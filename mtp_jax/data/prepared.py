@@ -44,9 +44,10 @@ class ArrayRecordStore:
     shards: Sequence[str],
     index_N: np.ndarray,
     identity: dict[str, str | int | float],
+    has_unscored: bool = False,
   ):
     """Raises DataError if the number of records differs from the index."""
-    self.identity = identity
+    self.identity, self.has_unscored = identity, has_unscored
     self.lengths_N = np.ascontiguousarray(index_N["num_tokens"])
     self.hashes_NX = np.ascontiguousarray(index_N["hash"])
     num_records_N = num_records(self.lengths_N)

@@ -1,29 +1,29 @@
 """Documents of a source: read, deduplicated, split and ordered by content hash.
 
-A document is one text file or one JSONL line. The sha256 of its UTF-8 bytes decides
-duplicates, split and order; names and order of files, and the machine, do not matter.
+A document is one text file, line, row, or stretch of tokens (`formats`). The sha256 of
+its UTF-8 bytes decides duplicates, split and order; names and order of files, and the
+machine, do not matter.
 Unusable texts (not UTF-8, white space only, exact duplicates) are skipped, counted and
 reported.
 """
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtp_jax.data import formats
 from mtp_jax.data.errors import DataError
+from mtp_jax.data.formats import Piece
 from mtp_jax.data.generated import GENERATED
-from mtp_jax.data.text_files import (
-  BYTE_ORDER_MARK,
-  find_files,
-  read_lines,
-  text_of_line,
-)
+from mtp_jax.data.text_files import BYTE_ORDER_MARK, find_files
+from mtp_jax.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 # With fewer documents a split may be empty by chance; then documents are cut.
@@ -34,12 +34,17 @@ FEW = 100
 class Document:
   """One text, or a part of one (`cut_document`).
 
-  name: relative path, or `file:line`. content_hash: 32 bytes. edges: whether the text
-  begins a document (gets bos), and whether it ends one (gets eos).
+  name:         relative path, or `file:line`.
+  text:         the text, or its tokens [n] int32 where the source has tokens or chats.
+  num_bytes:    UTF-8 bytes of the text.
+  content_hash: 32 bytes.
+  edges:        whether the text begins a document (gets bos), and whether it ends one
+                (gets eos).
   """
 
   name: str
-  text: str
+  text: str | np.ndarray
+  num_bytes: int
   content_hash: bytes
   edges: tuple[bool, bool] = (True, True)
 
@@ -56,6 +61,7 @@ class SourceStats:
   num_duplicates:  texts skipped because a kept document has the same bytes.
   encoding_errors: names of texts skipped because they have no UTF-8 form.
   manifest:        sha256 over the sorted content hashes; equal for equal corpora.
+  num_chats:       documents kept with tokens that are no targets.
   """
 
   where: str
@@ -66,49 +72,91 @@ class SourceStats:
   num_duplicates: int
   encoding_errors: tuple[str, ...]
   manifest: str
+  num_chats: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
   """All documents of a source in the order of their content hashes.
 
-  names, texts: N strings. hashes_NX: [N, 32] uint8. stats: counts of the pass.
-  edges_N2: [N, 2] bool: see `Document`.
+  stats: counts of the pass.
   """
 
-  names: list[str]
-  texts: list[str]
-  hashes_NX: np.ndarray
+  documents: list[Document]
   stats: SourceStats
-  edges_N2: np.ndarray
+
+  @property
+  def texts(self) -> list[str | np.ndarray]:
+    return [document.text for document in self.documents]
+
+  @property
+  def hashes_NX(self) -> np.ndarray:
+    return hash_array(document.content_hash for document in self.documents)
+
+
+class _Input(NamedTuple):
+  """A file, generated text or dataset; size in bytes, 0 where it is not known."""
+
+  name: str
+  size: int
+  read: Callable[[], Iterable[Piece]]
 
 
 class DocumentReader:
   """Iterates over the distinct documents of a source, one in memory at a time.
 
-  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` holds
-  tokens, not text: see `prepared.py`.) Every iteration starts anew; `stats()` describes
-  the last complete one. The current iteration has read `done_bytes` of `total_bytes` of
-  the input files.
+  `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` has a
+  store instead: see `prepared.py`.) `tokenizer` is that of the tokens in a source of
+  tokens, and renders chats. Every iteration starts anew; `stats()` describes the last
+  complete one. The current iteration has read `done_bytes` of `total_bytes` of the
+  input, which are 0 for a dataset of `hf`.
 
   Raises:
     DataError: at construction if there is no input file; during iteration for a damaged
-      or unreadable file, or a line that is not a JSON object with the text field; at
-      the end if there was no document.
+      or unreadable file, or a record without text in the text field; at the end if
+      there was no document.
   """
 
-  def __init__(self, source: str, path: str, text_field: str):
-    self._is_jsonl = source == "jsonl"
-    self._text_field = text_field
-    self._generated: list[tuple[str, bytes]] = []
-    self._files: list[tuple[str, str]] = []
+  def __init__(
+    self, source: str, path: str, text_field: str, tokenizer: Tokenizer | None = None
+  ):
+    self._num_files = 0
+    readers = {
+      "stdlib": (formats.read_text, ()),
+      "site_packages": (formats.read_text, ()),
+      "files": (formats.read_text, ()),
+      "jsonl": (formats.read_jsonl, (text_field, tokenizer)),
+      "parquet": (formats.read_parquet, (text_field, tokenizer)),
+      "token_bin": (formats.read_tokens, (tokenizer,)),
+    }
     if source in GENERATED:
       self._where = source
-      self._generated = [(name, text.encode()) for name, text in GENERATED[source]()]
+      self._inputs = [
+        _Input(name, len(data), functools.partial(iter, [Piece("", data, len(data))]))
+        for name, data in ((name, text.encode()) for name, text in GENERATED[source]())
+      ]
+    elif source == "hf":
+      self._where, dataset = path, formats.open_dataset(path)
+      read = functools.partial(
+        formats.read_dataset, dataset, path, text_field, tokenizer
+      )
+      self._inputs = [_Input(path, 0, read)]
+    elif source in readers:
+      read, arguments = readers[source]
+      self._where, files = find_files(source, path)
+      self._inputs = [
+        _Input(name, os.path.getsize(file), functools.partial(read, file, *arguments))
+        for name, file in files
+      ]
+      self._num_files = len(files)
     else:
-      self._where, self._files = find_files(source, path)
-    self.total_bytes = sum(os.path.getsize(file) for _, file in self._files)
-    self.total_bytes += sum(len(data) for _, data in self._generated)
+      raise DataError(
+        f"data.source must be one of {', '.join([*GENERATED, 'hf', *readers])} to read "
+        f"texts from, got {source!r}."
+      )
+    if source == "parquet":  # Refuses now, not when the reading starts.
+      formats.require_parquet()
+    self.total_bytes = sum(x.size for x in self._inputs)
     self._reset()
 
   def _reset(self) -> None:
@@ -116,18 +164,19 @@ class DocumentReader:
     self._num_empty = 0
     self._num_duplicates = 0
     self._num_bytes = 0
+    self._num_chats = 0
     self._encoding_errors: list[str] = []
     self._seen: set[bytes] = set()
 
   def __iter__(self) -> Iterator[Document]:
     self._reset()
-    for name, data in self._texts():
-      document = self._accept(name, data)
+    for name, piece in self._pieces():
+      document = self._accept(name, piece)
       if document is not None:
         yield document
     if not self._seen:
       raise DataError(
-        f"no document found: looked at {len(self._files)} file(s) in {self._where}; "
+        f"no document found: looked at {self._num_files} file(s) in {self._where}; "
         f"{self._num_empty} empty, {len(self._encoding_errors)} not UTF-8."
       )
 
@@ -135,52 +184,45 @@ class DocumentReader:
     """Returns the counts of the last iteration; complete if it ran to its end."""
     return SourceStats(
       where=self._where,
-      num_files=len(self._files),
+      num_files=self._num_files,
       num_documents=len(self._seen),
       num_bytes=self._num_bytes,
       num_empty=self._num_empty,
       num_duplicates=self._num_duplicates,
       encoding_errors=tuple(self._encoding_errors),
       manifest=manifest_of(self._seen),
+      num_chats=self._num_chats,
     )
 
-  def _texts(self) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes or None), and updates `done_bytes`."""
-    for name, data in self._generated:
-      self.done_bytes += len(data)
-      yield name, data
-    for name, file in self._files:
-      size, base = os.path.getsize(file), self.done_bytes
-      yield from self._read(name, file, base)
-      self.done_bytes = base + size
+  def _pieces(self) -> Iterator[tuple[str, Piece]]:
+    """Yields (name, piece), and updates `done_bytes`."""
+    for x in self._inputs:
+      base = self.done_bytes
+      try:
+        for piece in x.read():
+          self.done_bytes = base + piece.done
+          yield x.name + piece.place, piece
+      except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+          f"{error.filename or x.name}: cannot be read ({reason})."
+        ) from error
+      self.done_bytes = max(self.done_bytes, base + x.size)
 
-  def _read(
-    self, name: str, file: str, base: int
-  ) -> Iterator[tuple[str, bytes | None]]:
-    """Yields (name, UTF-8 bytes); None in place of a text without a UTF-8 form."""
+  def _accept(self, name: str, piece: Piece) -> Document | None:
+    data, text = piece.data, piece.ids
     try:
-      with open(file, "rb") as handle:
-        if not self._is_jsonl:
-          yield name, handle.read()
-          return
-        for number, line in enumerate(read_lines(handle, file), start=1):
-          self.done_bytes = base + handle.tell()
-          text = text_of_line(line, f"{file}:{number}", self._text_field)
-          yield f"{name}:{number}", text
-    except OSError as error:
-      raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
-
-  def _accept(self, name: str, data: bytes | None) -> Document | None:
-    try:
-      text = None if data is None else data.decode("utf-8")
+      # Tokens are kept as they are: a shard may cut a character.
+      errors = "strict" if text is None else "replace"
+      decoded = None if data is None else data.decode("utf-8", errors)
     except UnicodeDecodeError:
-      text = None
-    if text is None:
+      decoded = None
+    if decoded is None:
       self._encoding_errors.append(name)
       return None
-    text = text.removeprefix(BYTE_ORDER_MARK)
+    decoded = decoded.removeprefix(BYTE_ORDER_MARK)
     data = data.removeprefix(codecs.BOM_UTF8)
-    if not text.strip():
+    if not decoded.strip():
       self._num_empty += 1
       return None
     content_hash = hashlib.sha256(data).digest()
@@ -189,7 +231,9 @@ class DocumentReader:
       return None
     self._seen.add(content_hash)
     self._num_bytes += len(data)
-    return Document(name, text, content_hash)
+    self._num_chats += bool(np.any(piece.ids < 0)) if piece.ids is not None else 0
+    text = decoded if text is None else text
+    return Document(name, text, len(data), content_hash, piece.edges)
 
 
 def describe(stats: Mapping[str, Any]) -> str:
@@ -206,21 +250,13 @@ def describe(stats: Mapping[str, Any]) -> str:
   )
 
 
-def load_documents(source: str, path: str, text_field: str) -> Documents:
+def load_documents(
+  source: str, path: str, text_field: str, tokenizer: Tokenizer | None = None
+) -> Documents:
   """Reads a whole source into memory; see `DocumentReader` for what it raises."""
-  reader = DocumentReader(source, path, text_field)
+  reader = DocumentReader(source, path, text_field, tokenizer)
   documents = sorted(reader, key=lambda document: document.content_hash)
-  return _gather(documents, reader.stats())
-
-
-def _gather(documents: list[Document], stats: SourceStats) -> Documents:
-  return Documents(
-    names=[document.name for document in documents],
-    texts=[document.text for document in documents],
-    hashes_NX=hash_array(document.content_hash for document in documents),
-    stats=stats,
-    edges_N2=np.array([document.edges for document in documents], bool),
-  )
+  return Documents(documents, reader.stats())
 
 
 def split_of(
@@ -264,32 +300,37 @@ def cut_document(
   the text is for training, the next for validation, the last for test; parts of white
   space only are skipped.
   """
-  name, text = document.name, document.text
+  text = document.text
   first = round((1 - validation_fraction - test_fraction) * len(text))
   second = round((1 - test_fraction) * len(text))
   bounds = itertools.pairwise((0, first, second, len(text)))
   for split, (begin, end) in enumerate(bounds):
     part = text[begin:end]
-    if part.strip():
-      content_hash = hashlib.sha256(part.encode()).digest()
-      edges = (begin == 0, end == len(text))
-      yield split, Document(f"{name}[{begin}:{end}]", part, content_hash, edges)
+    if isinstance(part, str):
+      data, is_used = part.encode(), bool(part.strip())
+    else:
+      data, is_used = part.tobytes(), len(part) > 0
+    if is_used:
+      yield split, Document(
+        f"{document.name}[{begin}:{end}]", part, len(data),
+        hashlib.sha256(data).digest(),
+        (begin == 0 and document.edges[0], end == len(text) and document.edges[1]),
+      )
 
 
 def cut(
   documents: Documents, validation_fraction: float, test_fraction: float
 ) -> tuple[Documents, np.ndarray]:
   """Returns `(parts, split_N)` of all documents; see `cut_document`."""
-  wholes = zip(
-    documents.names, documents.texts, map(bytes, documents.hashes_NX), strict=True
+  splits, parts = zip(
+    *(
+      part
+      for whole in documents.documents
+      for part in cut_document(whole, validation_fraction, test_fraction)
+    ),
+    strict=True,
   )
-  parts = [
-    part
-    for whole in wholes
-    for part in cut_document(Document(*whole), validation_fraction, test_fraction)
-  ]
-  split_N = np.array([split for split, _ in parts])
-  return _gather([part for _, part in parts], documents.stats), split_N
+  return Documents(list(parts), documents.stats), np.array(splits)
 
 
 def document_order(hashes_NX: np.ndarray, seed: int | None) -> np.ndarray:

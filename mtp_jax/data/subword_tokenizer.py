@@ -8,6 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mtp_jax.data.chat import ChatFormat
 from mtp_jax.data.errors import DataError
 from mtp_jax.data.special_tokens import BOS, EOS, SpecialTokens
 
@@ -60,6 +61,7 @@ class SubwordTokenizer:
     if getattr(model.model, "dropout", None):  # The same text has the same tokens.
       model.model.dropout = None
     self._model = model
+    self.chat: ChatFormat | None = None
     if special is None:
       bos, eos = self._special(_BOS_NAMES), self._special(_EOS_NAMES)
       special, self._json = SpecialTokens(bos, eos, (eos,)), model.to_str()
@@ -91,6 +93,16 @@ class SubwordTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `(ids [n], offsets [n, 2])` of text in which special tokens are meant.
+
+    Offsets are the first character of a token and the one after its last.
+    """
+    self._model.encode_special_tokens = False
+    encoding = self._model.encode(text, add_special_tokens=False)
+    self._model.encode_special_tokens = True
+    return np.array(encoding.ids, np.int32), np.array(encoding.offsets).reshape(-1, 2)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     ids = np.asarray(ids).tolist()

@@ -1,4 +1,4 @@
-"""Input files: finding the files of a source, and reading lines of JSONL files."""
+"""Input files: finds the files of a source, and reads lines of JSONL files."""
 
 import codecs
 import glob
@@ -29,7 +29,7 @@ def find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
     folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     where = ", ".join(folders)
     files = _walk(folders, ".py", skip=())
-  elif source in ("files", "jsonl"):
+  else:
     where = os.path.expanduser(path)
     if source == "files" and os.path.isdir(where):
       files = _walk([where], "", skip=())
@@ -38,14 +38,9 @@ def find_files(source: str, path: str) -> tuple[str, list[tuple[str, str]]]:
       # A path that exists is taken literally, even with glob characters in it.
       found = [where] if os.path.isfile(where) else found
       files = [(file, file) for file in found if os.path.isfile(file)]
-  else:
-    raise DataError(
-      "data.source must be 'stdlib', 'site_packages', 'files', 'jsonl', "
-      f"'language_reference' or 'stories' to read texts from, got {source!r}."
-    )
   if not files:
-    kind = "a file or glob" if source == "jsonl" else "a folder, file or glob"
-    has_path = source in ("files", "jsonl")
+    kind = "a folder, file or glob" if source == "files" else "a file or glob"
+    has_path = source not in ("stdlib", "site_packages")
     rule = f"data.path must be {kind} that names" if has_path else "there must be"
     raise DataError(
       f"{rule} at least one file for data.source {source!r}; looked in {where!r} "
@@ -79,30 +74,6 @@ def _walk(
 
 def _refuse_folder(error: OSError) -> None:
   raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-
-
-def text_of_line(line: bytes, where: str, field: str) -> bytes | None:
-  """Returns the text of one JSONL line as UTF-8; None if it has no UTF-8 form."""
-  try:
-    record = parse_line(line, where)
-  except UnicodeDecodeError:
-    return None
-  if record is None:
-    return b""
-  if field not in record:
-    raise DataError(
-      f"{where}: data.text_field {field!r} is not a key of this line; "
-      f"its keys are {sorted(record)}."
-    )
-  if not isinstance(record[field], str):
-    raise DataError(
-      f"{where}: data.text_field {field!r} must hold a string, got "
-      f"{type(record[field]).__name__}."
-    )
-  try:
-    return record[field].encode("utf-8")
-  except UnicodeEncodeError:  # JSON can escape half of a surrogate pair.
-    return None
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any] | None:

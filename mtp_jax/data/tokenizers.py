@@ -21,7 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mtp_jax import config as config_lib
 from mtp_jax import files, run_folder
-from mtp_jax.data import sources
+from mtp_jax.data.chat import CHAT, read_format
+from mtp_jax.data.errors import DataError
 from mtp_jax.data.special_tokens import (
   BOS,
   EOS,
@@ -73,6 +74,14 @@ class Tokenizer(Protocol):
 
     For a tokenizer of a model folder it has one extra key, with the special ids.
     """
+
+
+def encode_batch(
+  tokenizer: Tokenizer, texts: Sequence[str | np.ndarray]
+) -> list[np.ndarray]:
+  """Returns the ids of each text; ids in place of a text are returned as they are."""
+  encoded = iter(tokenizer.encode_batch([x for x in texts if isinstance(x, str)]))
+  return [next(encoded) if isinstance(x, str) else x for x in texts]
 
 
 def document(
@@ -207,12 +216,14 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-  """Writes `tokenizer.json`; for a model folder also `special_tokens.json`."""
+  """Writes `tokenizer.json`; for a model folder also special ids and chat format."""
   content, special = _split(tokenizer.to_json())
   if special is not None:
     beside = Path(path).with_name(SPECIAL_TOKENS)
     files.write_whole(beside, json.dumps(special).encode())
   files.write_whole(path, content.encode())
+  if (chat := getattr(tokenizer, "chat", None)) is not None:
+    files.write_json(Path(path).with_name(CHAT), chat._asdict())
 
 
 def load_tokenizer(
@@ -234,14 +245,18 @@ def load_tokenizer(
     text = files.read_text(path)
     special = files.read_json(beside) if folder is None and beside.is_file() else None
   except (OSError, ValueError) as error:
-    raise sources.DataError(
+    raise DataError(
       f"tokenizer.path must be a readable tokenizer.json, got {str(path)!r} ({error})."
     ) from error
   folder = path.parent if folder is None else Path(folder)
   if special is None and (model_files := read_files(folder)):
     find = functools.partial(special_tokens, model_files, where=folder)
-    return _parse(text, str(path), find)
-  return _parse(text, str(path), _stated(special))
+  else:
+    find = _stated(special)
+  tokenizer = _parse(text, str(path), find)
+  if isinstance(tokenizer, SubwordTokenizer):
+    tokenizer.chat = read_format(folder)
+  return tokenizer
 
 
 def in_run(
@@ -313,7 +328,7 @@ def _parse(
     if symbols := _symbols(content):
       return SymbolTokenizer(symbols)
     return SubwordTokenizer(loaded, name, special, content)
-  except sources.DataError:
+  except DataError:
     raise
   # The library raises plain Exception for content that it cannot parse. For content
   # that it did not expect it panics: PanicException cannot be imported.
@@ -321,7 +336,7 @@ def _parse(
     is_panic = type(error).__name__ == "PanicException"
     if not (is_panic or isinstance(error, Exception)):
       raise
-    raise sources.DataError(
+    raise DataError(
       f"tokenizer.path must hold a Hugging Face tokenizer, {name!r} does not "
       f"({type(error).__name__}: {error})."
     ) from error

@@ -182,20 +182,19 @@ class TaskRows:
   def __getitem__(self, row: int) -> Batch:
     return packing.map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
-  def order(self, seed: int, begin: int, end: int) -> np.ndarray | None:
-    """Returns row numbers [end - begin] of the endless order, shuffled every epoch.
-
-    None leaves the order to the loader. The loader's shuffle visits at least 2^16
-    numbers for an epoch of any size, which takes longer than a step of a small model.
-    """
+  def order(self, seed: int, begin: int, end: int) -> np.ndarray:
+    """Returns row numbers [end - begin] of the endless order, shuffled every epoch."""
+    # grain's shuffle visits at least 2^16 numbers for an epoch of any size, which takes
+    # longer than a step of a small model.
     if self.num_tokens:
       num_rows, places = len(self), np.arange(begin, end)
       first, last = begin // num_rows, (end - 1) // num_rows
       epochs = [_shuffled(num_rows, seed, epoch) for epoch in range(first, 1 + last)]
       return np.concatenate(epochs)[places - first * num_rows]
     # Endless drawn examples are independent: their order is random already.
-    is_drawn = isinstance(self._corpus.task, DrawnTask)
-    return np.arange(begin, end) if is_drawn else None
+    if isinstance(self._corpus.task, DrawnTask):
+      return np.arange(begin, end)
+    return packing.shuffled_rows(len(self), seed, begin, end)
 
   def read(self, rows_B: np.ndarray) -> Batch:
     corpus, count = self._corpus, self._corpus.per_row
