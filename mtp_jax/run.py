@@ -15,7 +15,8 @@ from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
-from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus, token_counts
+from mtp_jax.data.packing import token_counts
+from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus
 from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 import mtp_jax
 from mtp_jax import evaluate, train
 from mtp_jax.config import with_overrides
-from mtp_jax.data.pipeline import token_counts
+from mtp_jax.data.packing import token_counts
 from mtp_jax.decode.target import unstack
 from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.losses import loss_coefficients

@@ -8,7 +8,8 @@ import pytest
 from mtp_jax.config import ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data import prepare, sources
-from mtp_jax.data.pipeline import TrainLoader, load_corpus, token_counts
+from mtp_jax.data.packing import token_counts
+from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.sources import DataError
 from tests.corpora import data_config, some_texts, write_jsonl
 from tests.test_pipeline import assert_same, take

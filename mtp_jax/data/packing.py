@@ -11,12 +11,15 @@ Legend: N documents, B batch, T sequence, M = 1 + mtp.depth tokens after the row
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from grain.experimental import index_shuffle
 
 from mtp_jax.batch import Batch
+
+# Rows that `token_counts` reads at once.
+_GROUP_ROWS = 1024
 
 
 class TokenStore(Protocol):
@@ -162,6 +165,21 @@ def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
     )
     numbers.append(epoch * num_rows + shuffled)
   return np.array(numbers)
+
+
+def token_counts(
+  rows: Any, vocab_size: int, most: int = 10**7
+) -> np.ndarray:
+  """Returns counts_V: how often each token occurs in `most` tokens, shuffled.
+
+  Counts one epoch at most, and one row at least.
+  """
+  counts_V = np.zeros(vocab_size, np.int64)
+  numbers = rows.order(0, 0, min(len(rows), max(1, most // rows.seq_len)))
+  for group in np.array_split(numbers, -(-len(numbers) // _GROUP_ROWS)):
+    batch = rows.read(group)
+    counts_V += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
+  return counts_V
 
 
 def eval_batches(

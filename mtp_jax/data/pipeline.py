@@ -40,8 +40,6 @@ _WHOLE_DOCUMENTS = (
   " The folder was prepared to be split by whole documents; prepared with these "
   f"fractions, fewer than {sources.FEW} documents are cut by position."
 )
-# Rows that `token_counts` reads at once.
-_GROUP_ROWS = 1024
 # Batches to read ahead, in all and per worker. grain's defaults are 500, which takes
 # too much memory, and 1, with which workers wait for each other.
 _READ_AHEAD = 4
@@ -439,21 +437,6 @@ class TrainLoader:
       )
       rest = rest.mp_prefetch(options, worker_init_fn=workers.serve_training)
     return iter(rest)
-
-
-def token_counts(
-  rows: packing.PackedRows | TaskRows, vocab_size: int, most: int = 10**7
-) -> np.ndarray:
-  """Returns counts_V: how often each token occurs in `most` tokens, shuffled.
-
-  Counts one epoch at most, and one row at least.
-  """
-  counts_V = np.zeros(vocab_size, np.int64)
-  numbers = rows.order(0, 0, min(len(rows), max(1, most // rows.seq_len)))
-  for group in np.array_split(numbers, -(-len(numbers) // _GROUP_ROWS)):
-    batch = rows.read(group)
-    counts_V += np.bincount(batch.tokens[batch.segment_ids > 0], minlength=vocab_size)
-  return counts_V
 
 
 def _read_group(
