@@ -62,8 +62,8 @@ CONFIGS = {
   ),
   "own text that is not read": (
     [BASE, "--config.data.path=my/text"],
-    "data.path must be '' unless data.source is one of 'files', 'jsonl', "
-    "'array_record' (it is 'stdlib'), got 'my/text'.\n",
+    "data.path must be '' unless data.source is one of 'files', 'jsonl', 'parquet', "
+    "'hf', 'token_bin', 'array_record', 'mixture' (it is 'stdlib'), got 'my/text'.\n",
   ),
   "a weight of nothing": (
     [BASE, "--config.mtp.weight=1"],
