@@ -4,7 +4,7 @@
       --workdir=runs/gains_with_scale --parallel=2
   python -m launch.report runs/gains_with_scale
 
-Presets: `cpu` (what `make reproduce` runs: bytes of the Python standard library), `gpu`
+Presets: `cpu` (bytes of the Python standard library, 12 minutes on two cores), `gpu`
 (1M to 100M parameters on one accelerator: bytes of the installed packages) and
 `cluster` (the ladder of Gloeckle et al. 2024, arXiv 2404.19737, tables S13 and S14, on
 text prepared with launch.prepare; see `_cluster`).
