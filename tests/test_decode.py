@@ -512,7 +512,7 @@ def test_heads_cannot_recurse_and_learned_positions_bound_the_length():
   config = tiny_config("parallel", 2)
   with pytest.raises(ValueError, match=r"2 extra predictor.*'parallel'\); got 3"):
     drafters.own_predictors(config, 3, recurse=True)
-  model = Model(*MODELS["gpt2-none"])
+  model = Model("gpt2", "none", 0, {})
   with pytest.raises(ValueError, match=r"at most 22 tokens together.*got 9 \+ 14"):
     model.generate(max_new_tokens=NEW + 1)
 

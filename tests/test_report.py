@@ -204,7 +204,7 @@ def test_a_folder_of_a_task_and_of_text_makes_one_page(
   }
   names = {path.name for path in (root / "report").iterdir()}
   if "siblings" in parts:
-    assert "n = 2 where examples repeat lowered the next-token loss by 0.05" in sentence
+    assert "n = 2 on repeated examples lowered the next-token loss by 0.05" in sentence
     assert "| n = 2, 1,000 examples" in first and "better" in first
     assert "siblings.png" in names and "gain_vs_size_2.png" not in names
   if "text" in parts:

@@ -196,13 +196,16 @@ def _effect(part: Part, pairs: pd.DataFrame, with_numbers: bool) -> str:
   over = by_size.slope(pairs, ["series"])
   if over is None:
     return words
-  trend = claim.Finding((claim.estimate(over),)).at(part.per_decade).verdict
-  if trend in (claim.EQUIVALENT, claim.UNDECIDED):
-    is_flat = trend == claim.EQUIVALENT
-    return f"{words} ({'the same at every size' if is_flat else 'no trend with size'})"
-  trend = "more" if (over["mean"] > 0) == (mean.mean > 0) else "less"
+  verdict = claim.Finding((claim.estimate(over),)).at(part.per_decade).verdict
+  if verdict == claim.EQUIVALENT:
+    return f"{words} (the same at every size)"
+  if verdict == claim.UNDECIDED:
+    trend = "undecided whether larger models differ"
+  else:
+    is_more = (over["mean"] > 0) == (mean.mean > 0)
+    trend = f"{'more' if is_more else 'less'} in larger models"
   number = ": {mean:+.2g} [{low:+.2g}, {high:+.2g}] per tenfold".format(**over)
-  return f"{words} ({trend} in larger models{number if with_numbers else ''})"
+  return f"{words} ({trend}{number if with_numbers else ''})"
 
 
 def _beside_taxes(ax: Axes, ours: pd.DataFrame, styles: dict) -> list[pd.DataFrame]:

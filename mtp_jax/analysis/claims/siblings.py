@@ -243,8 +243,6 @@ def series(results: Results, score: str = "loss") -> by_size.Series:
   own = list(pairs[DATA].itertuples(index=False, name=None))
   pairs = pairs.assign(
     series=pd.Categorical([names[x] for x in own], styles),
-    group=[
-      f"n = 2 {'where examples repeat' if x[1] else 'on endless examples'}" for x in own
-    ],
+    group=[f"n = 2 on {'repeated' if x[1] else 'endless'} examples" for x in own],
   )
   return pairs.sort_values(["series", "size"]).astype({"series": str}), styles
