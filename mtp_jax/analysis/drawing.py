@@ -148,7 +148,7 @@ def zero_line(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
 
 
 def size_axis(
-  ax: Axes, sizes: pd.Series, label: str = "parameters of the NTP model"
+  ax: Axes, sizes: pd.Series, label: str = "parameters of NTP"
 ) -> None:
   """Makes x a logarithmic axis of sizes, with a tick a size where there is room."""
   ax.set_xscale("log")
@@ -167,9 +167,13 @@ def size_axis(
 
 
 def log_axis(ax: Axes, words: Callable[[float], str]) -> None:
-  """Marks 1, 2 and 5 of every decade of a logarithmic x axis, in these words."""
+  """Marks a logarithmic x axis that is drawn on, in these words.
+
+  Marks 1, 2 and 5 of each of up to two decades; more decades have room for 1 alone.
+  """
   ax.set_xscale("log")
-  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  low, high = ax.dataLim.intervalx
+  ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 100 * low else (1,)))
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words(x)))
   ax.xaxis.set_minor_locator(NullLocator())
 
