@@ -544,7 +544,7 @@ def test_bad_trees_are_refused(make, message):
   ),
   (
     "medusa", 3, Decoding(tree=GROWN),
-    r"need EAGLE or one sequential module.*'medusa'.*depth 3",
+    r"must be EAGLE or one sequential module.*'medusa'.*depth 3",
   ),
   ("sequential", 2, Decoding(tree=GROWN), r"one sequential module.*mtp.depth 2"),
   ("medusa", 3, Decoding(num_drafts=3, tree=WIDE), r"num_drafts must be None.*got 3"),
