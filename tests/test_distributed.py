@@ -348,15 +348,15 @@ def test_one_of_four_dies_or_freezes(tiny, alone, tmp_path, rank, signum):
 
 
 def sleep_in_step(step):
-  """Makes the process sleep when that step is done: alive, and of no use."""
+  """Makes the process sleep before it counts that step: alive, and of no use."""
   stepped = RunLog.stepped
 
-  def stepped_and_sleep(log):
-    stepped(log)
-    if log.step == step:
+  def sleep_or_step(log):
+    if log.step + 1 == step:
       time.sleep(1000)
+    stepped(log)
 
-  RunLog.stepped = stepped_and_sleep
+  RunLog.stepped = sleep_or_step
 
 
 @pytest.mark.slow
