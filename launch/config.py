@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mtp_jax.config import Config, keys, type_name
 from mtp_jax.keys import Conditions, Range
+from mtp_jax.predictors import KINDS
 
 
 def main() -> int:
@@ -55,6 +56,8 @@ def describe(name: str) -> str:
 
 
 def _choices(name: str) -> tuple[Any, ...]:
+  if name == "mtp.kind":
+    return tuple(KINDS)
   kind: Any = Config
   for part in name.split("."):
     kind = typing.get_type_hints(kind)[part]

@@ -311,9 +311,11 @@ class Run:
         )
         if fraction
       )
+      cut = [x["where"] for x in stats.get("parts", ()) if x["is_cut"]]
+      which = f" in {', '.join(cut)}" if cut else ""
       text += (
-        f"; too few to be split whole, so the end of each is held out ({held_out} of "
-        f"the text, after a gap of {data.seq_len} tokens)"
+        f"; too few{which} to be split whole, so the end of each is held out "
+        f"({held_out} of the text, after a gap of {data.seq_len} tokens)"
       )
     if stats["train_on"] is None:
       return text

@@ -226,6 +226,19 @@ def test_templates_that_hide_the_answer_are_refused(tmp_path):
     load_corpus(config_of(folder, file))
 
 
+def test_a_template_with_a_syntax_error_is_refused(tmp_path):
+  folder = model_folder(tmp_path, "{% for m in messages %}{{ m.content }")
+  file = write(tmp_path / "a.jsonl", CHATS[:3])
+  with pytest.raises(DataError, match=r"tokenizer\.path must have a chat template"):
+    load_corpus(config_of(folder, file))
+
+
+def test_chats_without_an_answer_are_refused(folder, tmp_path):
+  file = write(tmp_path / "a.jsonl", [chat[:1] for chat in CHATS if len(chat) % 2 == 0])
+  with pytest.raises(DataError, match="must hold text of an assistant in the train"):
+    load_corpus(config_of(folder, file))
+
+
 def test_chats_need_a_template(folder, tmp_path):
   (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
   for changes in ({}, {"tokenizer__kind": "bytes", "tokenizer__path": ""}):

@@ -60,7 +60,13 @@ def render(chat: ChatFormat, messages: Any, where: str) -> tuple[str, list[tuple
   Raises:
     DataError: the messages do not fit the template.
   """
-  template = _compile(chat.template)
+  try:
+    template = _compile(chat.template)
+  except Exception as error:  # A syntax error, of a class that only jinja2 has.
+    raise DataError(
+      f"tokenizer.path must have a chat template that Jinja reads ({error}), got "
+      f"{files.shortened(chat.template)}."
+    ) from error
   names = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
   are_messages = [isinstance(x, dict) and "role" in x for x in messages]
   if not are_messages or not all(are_messages):

@@ -147,6 +147,14 @@ class PackedRows:
     return epoch_B * len(self._order) + document_B
 
 
+def has_targets(store: TokenStore, is_asked_N: np.ndarray) -> bool:
+  """Returns whether a token of the documents asked for can be a target."""
+  if not store.has_unscored:
+    return True
+  documents, lengths_N = np.flatnonzero(is_asked_N), store.lengths_N
+  return any(np.any(store.read(i, 0, int(lengths_N[i])) >= 0) for i in documents)
+
+
 def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
   """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
 

@@ -24,14 +24,7 @@ from absl import flags
 from mtp_jax import config as config_lib
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, DataConfig, TokenizerConfig
-from mtp_jax.data import (
-  distilled_text,
-  mixture,
-  packing,
-  prepared,
-  sources,
-  workers,
-)
+from mtp_jax.data import distilled_text, mixture, packing, prepared, sources, workers
 from mtp_jax.data import tokenizers as tokenizers_lib
 from mtp_jax.data.memory_store import DecodedTexts, MemoryStore
 from mtp_jax.data.tasks.corpus import TaskCorpus, TaskRows, load_task
@@ -172,6 +165,11 @@ def load_corpus(
         f"least one of the {len(split_N)} document(s) for the {name} split, got "
         f"data.validation_fraction = {data.validation_fraction}, "
         f"data.test_fraction = {data.test_fraction}.{_WHOLE_DOCUMENTS * is_prepared}"
+      )
+    if not packing.has_targets(store, split_N == sources.SPLITS.index(name)):
+      raise sources.DataError(
+        f"data.path must hold text of an assistant in the {name} split, got none in "
+        f"{stats['where']} ({stats['num_chats']:,} chats)."
       )
   stats = stats | {"splits": counts, "is_cut": is_cut, "train_on": None}
   train_store = None

@@ -244,9 +244,11 @@ def describe(stats: Mapping[str, Any]) -> str:
   )
   if stats["encoding_errors"]:
     left_out += f" ({stats['encoding_errors'][0]}, ...)"
+  # Older prepared folders have no count of chats.
+  chats = f", {n:,} of them chats" if (n := stats.get("num_chats")) else ""
   return (
-    f"{stats['num_documents']:,} documents ({stats['num_bytes'] / 1e6:,.1f} MB) from "
-    f"{stats['num_files']:,} file(s) in {stats['where']}; left out: {left_out}"
+    f"{stats['num_documents']:,} documents ({stats['num_bytes'] / 1e6:,.1f} MB){chats} "
+    f"from {stats['num_files']:,} file(s) in {stats['where']}; left out: {left_out}"
   )
 
 
