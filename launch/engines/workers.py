@@ -119,7 +119,8 @@ class Worker:
     try:
       return self.future.result()
     except BrokenProcessPool:
-      self.process.join()
+      # The thread of the pool waits for the process too, and may see first how it ended.
+      self._pool.shutdown()
       code = self.process.exitcode
       if code < 0:
         name = signal.Signals(-code).name
