@@ -119,7 +119,7 @@ class Worker:
     try:
       return self.future.result()
     except BrokenProcessPool:
-      # The thread of the pool waits for the process too, and may see first how it ended.
+      # The pool's thread waits for the process too, and may see first how it ended.
       self._pool.shutdown()
       code = self.process.exitcode
       if code < 0:
