@@ -146,7 +146,7 @@ def test_no_effect_is_said(tmp_path):
   words = words_of(
     ladder_of(tmp_path / "noisy", dataclasses.replace(world, trial_noise=0.05))
   )
-  assert f"{METHOD} showed no effect on the next-token loss (no trend" in words
+  assert f"{METHOD} showed no effect on the next-token loss (undecided" in words
 
 
 def test_worse_is_said(tmp_path):
