@@ -19,6 +19,8 @@ from tests.common import (
 )
 
 torch = pytest.importorskip("torch", reason="the parity test needs torch")
+# It keeps torch's types when it is imported: before a test changes what they are.
+pytest.importorskip("safetensors.torch")
 
 DIRECT = {"trunk.latent.query_rank": 0}
 YARN = {
