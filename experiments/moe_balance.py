@@ -7,9 +7,9 @@ Three ways to balance a mixture of experts: the bias that DeepSeek-V3 adds to th
 and moves after every step (no loss; gamma and alpha as below); the sequence-wise loss
 that DeepSeek-V3 keeps as a complement, here alone and with a large alpha; and nothing.
 Each is trained with plain next-token prediction and with one sequential module, whose
-block has experts of its own; three seeds. Two numbers are compared: `violation` in
-metrics.jsonl (the load of the busiest expert over the mean load, minus 1, in the last
-steps) and `main_loss` in eval.json.
+block has experts of its own; three seeds. The scores are `violation` in metrics.jsonl
+and `main_loss` in eval.json. The violation is the load of the busiest expert over the
+mean load, minus 1, in the last steps.
 
 Presets: `cpu` (18 trials, about 8 minutes on two cores) and `gpu` (bytes of the
 installed packages, 32 experts, one accelerator; some hours in all on an H100, not

@@ -230,7 +230,8 @@ def run(
     first: the flag that the first word of the command line sets; by default --config,
       or --workdir, whichever the command has.
     config: the experiment where the command line has none.
-    owners: the engine of each flag that belongs to one; `--help` shows those of --on.
+    owners: the engine of each flag that belongs to one; `--help` shows the flags of
+      the engine that --on names.
 
   ConfigError and DataError end in their message and exit code 2, Ctrl-C in 130, a full
   disk in its message and 1, without a traceback. Any other error ends in a traceback,
@@ -256,6 +257,7 @@ def run(
       traceback.print_exception(error)
       return fail(exits.describe(error), exits.FAILED)
 
+  # The words of a command line need the flags, which are all defined by now.
   first = first or next((x for x in ("config", "workdir") if x in flags.FLAGS), None)
 
   def parse(argv: list[str]) -> list[str]:

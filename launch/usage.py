@@ -31,6 +31,7 @@ def text(
     required: names of flags; they are listed first.
     owners: the engine of each flag that belongs to one.
   """
+  # Usage has what the command requires; a flag of another engine is not shown.
   has_config = "config" in flags.FLAGS
   words = [{"config": "EXPERIMENT"}.get(first, str(first).upper())] if first else []
   usage = [

@@ -82,7 +82,7 @@ def experiment_file(value: str) -> str:
 
 def experiments() -> list[str]:
   """Returns the names of the shipped experiments."""
-  files = [path for path in sorted(_folder().glob("*.py"))]
+  files = sorted(_folder().glob("*.py"))
   return [path.stem for path in files if "\ndef get_config(" in path.read_text()]
 
 

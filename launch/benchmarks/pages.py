@@ -98,7 +98,7 @@ def write_page(
     parts: further paragraphs and tables.
     packages: whose versions count.
     mode: joins the benchmark in the name of the files.
-    device: which all figures are of; by default that of the first contestant that ran.
+    device: the device of all figures; by default the device of the first contestant.
     more: further figures of the record.
   """
   device = device or device_of(rows)

@@ -10,7 +10,7 @@ floor is the time that the model's FLOPs take at the rate of products of large m
 
 MFU: the model's FLOPs per second over the maker's figure for dense bfloat16, where that
 is known. Cost of depth: step time over the step time at D = 0; FLOPs is the same ratio
-of model FLOPs. Peak memory is that of one warm step, model and optimizer state
+of model FLOPs. Peak memory is the peak of one warm step, model and optimizer state
 included: on a CPU the growth of the resident set, on a GPU the allocator's peak. XLA:
 arguments and temporaries of our compiled step by XLA's analysis. Least: weights and
 optimizer state alone, three times four bytes per parameter.

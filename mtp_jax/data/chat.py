@@ -60,13 +60,7 @@ def render(chat: ChatFormat, messages: Any, where: str) -> tuple[str, list[tuple
   Raises:
     DataError: the messages do not fit the template.
   """
-  try:
-    template = _compile(chat.template)
-  except Exception as error:  # A syntax error, of a class that only jinja2 has.
-    raise DataError(
-      f"tokenizer.path must have a chat template that Jinja reads ({error}), got "
-      f"{files.shortened(chat.template)}."
-    ) from error
+  template = _compile(chat.template)
   names = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
   are_messages = [isinstance(x, dict) and "role" in x for x in messages]
   if not are_messages or not all(are_messages):
@@ -123,7 +117,12 @@ def encode(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple:
 
 @functools.lru_cache(maxsize=4)
 def _compile(template: str) -> Any:
-  """Returns a template in the environment that transformers gives it."""
+  """Returns a template in the environment that transformers gives it.
+
+  Raises:
+    DataError: it is no template, or jinja2 is not installed.
+  """
+  jinja2 = require("jinja2", "a chat")
   ext, nodes, sandbox = (
     require(f"jinja2.{name}", "a chat") for name in ("ext", "nodes", "sandbox")
   )
@@ -153,4 +152,10 @@ def _compile(template: str) -> Any:
   environment.globals |= {
     "raise_exception": refuse, "strftime_now": datetime.now().strftime
   }
-  return environment.from_string(template)
+  try:
+    return environment.from_string(template)
+  except jinja2.TemplateSyntaxError as error:
+    raise DataError(
+      f"tokenizer.path must have a chat template that Jinja reads ({error}), got "
+      f"{files.shortened(template)}."
+    ) from error

@@ -116,7 +116,7 @@ def read_dataset(
   for number in itertools.count(1):
     try:
       record = next(rows, None)
-    except Exception as error:
+    except Exception as error:  # As above: files and network are read here too.
       raise _unreadable(path, error) from error
     if record is None:
       return
