@@ -71,9 +71,10 @@ def _key(name: str) -> str:
 def _command() -> str:
   """Returns what the command is called."""
   spec = sys.modules["__main__"].__spec__
-  names = {f"launch.{module}": name for name, (module, *more) in COMMANDS.items()
-           if not more}
-  return f"mtp-jax {names[spec.name]}" if spec and spec.name in names else sys.argv[0]
+  for name, (module, *more) in reversed(COMMANDS.items()):
+    if spec and spec.name == f"launch.{module}" and sys.argv[1 : 1 + len(more)] == more:
+      return f"mtp-jax {name}"
+  return sys.argv[0]
 
 
 def _flag(flag: flags.Flag, is_required: bool) -> str:
