@@ -18,8 +18,10 @@ def get_config() -> ConfigDict:
   config.mtp.update(kind="sequential", depth=3)
   # A word of several letters is one token: a short training reaches further.
   config.tokenizer.update(kind="bpe", vocab_size=1024)
-  config.data.update(seq_len=256, batch_size=8)
-  config.train.update(num_steps=2400, log_every=50, diagnostics_every=0)
+  config.data.update(seq_len=192, batch_size=8)
+  # Few steps: Muon gets further in them than AdamW, and takes its learning rates.
+  config.optimizer.update(kind="muon", learning_rate=5e-3)
+  config.train.update(num_steps=1400, log_every=50, diagnostics_every=0)
   config.checkpoint.update(every_steps=100, keep=1)
   config.eval.update(num_rows=64, line_prompts=0, function_prompts=0)
   return config
