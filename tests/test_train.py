@@ -785,9 +785,9 @@ def signal_itself(function):
 
 # Where a signal hits, in the order of a run, and what is done by then.
 PLACES = [
-  (records, "diagnostics_record", signal_itself, 7),
-  (Observer, "stepped", collect_garbage, 2),
+  (Observer, "stepped", collect_garbage, 1),
   (records, "validation_record", collect_garbage, 6),
+  (records, "diagnostics_record", signal_itself, 7),
   (Run, "save", signal_itself, 9),
   (records, "final_evaluation", signal_itself, 12),
   (evaluate, "put_batch", collect_garbage, 12),
