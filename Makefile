@@ -7,6 +7,7 @@
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
+# make docs        the documentation as a site, in site/
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce demo test test-slow test-slurm test-all lint house bench setup setup-dev
+.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench setup setup-dev
 
 reproduce: setup
 	@for name in siblings tax; do \
@@ -55,6 +56,9 @@ lint: setup-dev
 
 house: setup-dev
 	$(BIN)/python -m tests.house
+
+docs: setup-dev
+	$(BIN)/mkdocs build --strict
 
 bench: setup-dev
 	for name in train loss decode pack; do \

@@ -136,6 +136,11 @@ def _results(folder: Path, results: Path) -> Report:
 
 def _findings() -> Report:
   results = Path(_RESULTS.value or RESULTS)
+  if not results.is_dir():
+    raise RunsError(
+      "--results must name the folder of kept results, which a clone has as "
+      f"{RESULTS}; there is no folder {str(results)!r} here."
+    )
   output = Path(_OUTPUT.value or results / "findings")
   rest = ["--findings", f"--results={results}", f"--output={output}"]
   return write_findings(results, output, _own_command(rest))

@@ -49,7 +49,7 @@ def fit(
 
   Args:
     config: see `config_rules.validate`; arm `flops` is resolved here.
-    workdir: the run folder (its contract is in launch/README.md).
+    workdir: the run folder (its contract is in docs/reference).
     progress: show a bar or lines.
     observer: hears how far training is.
     startup: what a command has measured before; by default, time begins here.

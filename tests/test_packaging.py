@@ -43,7 +43,8 @@ def test_every_file_of_requirements_is_compared():
   (mark,) = test_requirements_are_those_of_the_package.pytestmark
   files = {file for file, _ in mark.args[1]}
   assert files == {path.name for path in ROOT.glob("requirements*.txt")}
-  assert {*EXTRAS["notebook"], *EXTRAS["text"]} <= set(EXTRAS["dev"])
+  for extra in ("docs", "hub", "notebook", "text"):
+    assert set(EXTRAS[extra]) <= set(EXTRAS["dev"])
 
 
 def test_make_picks_the_extra():
