@@ -88,9 +88,9 @@ def _ship(run: Path, folder: Path) -> None:
   """Writes the checkpoint of a run, and how it was made, into `folder`."""
   from mtp_jax.checkpoint import save_params  # Here, because it imports Orbax.
 
+  model = cli.load_model(str(run), None)
   if not run_folder.is_done(run):
     raise ConfigError(f"--ship must be a finished run, got {str(run)!r}.")
-  model = cli.load_model(str(run), None)
   save_params(
     folder, model.step, model.params, model.config, model.tokenizer.to_json()
   )

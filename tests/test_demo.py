@@ -61,7 +61,7 @@ def test_the_demo_is_coloured_and_takes_a_prompt(command):
   assert result.code == 0 and "\x1b[" in result.output and "import " in result.output
 
 
-def test_only_a_finished_run_is_shipped(command, tmp_path):
-  result = command("launch.demo", f"--ship={tmp_path}")
+def test_only_a_finished_run_is_shipped(command):
+  result = command("launch.demo", f"--ship={mtp_jax.demo_checkpoint()}")
   assert result.code == 2
-  assert result.output == f"error: --ship must be a finished run, got '{tmp_path}'.\n"
+  assert "error: --ship must be a finished run, got '" in result.output
