@@ -75,6 +75,11 @@ def check_kernels(
 ) -> None:
   """Checks that the kernels that are named run here; see `kernels.attention`."""
   trunk, key = config.trunk, "trunk.attention"
+  rule(
+    platform not in ("gpu", "cuda") or trunk.moe.grouped_matmul != "ragged",
+    "trunk.moe.grouped_matmul",
+    "'auto' or 'blocked' on a GPU, where XLA makes one product per expert of 'ragged'",
+  )
   if trunk.attention == "tokamax":
     rule(
       importlib.util.find_spec("tokamax") is not None, key,
@@ -92,8 +97,8 @@ def check_kernels(
   if trunk.attention_kind == "latent":
     head_dim = sizes.nope_dim + sizes.rope_dim
     rule(
-      head_dim == sizes.value_dim, key,
-      f"another where values ({sizes.value_dim}) differ in size from keys ({head_dim})",
+      sizes.value_dim <= head_dim, key,
+      f"another where values ({sizes.value_dim}) are larger than keys ({head_dim})",
     )
   for holds, why in (
     (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),

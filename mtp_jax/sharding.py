@@ -139,7 +139,9 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 
   A flag that XLA_FLAGS names is left as it is there.
   """
-  options = _OPTIONS.get(mesh.devices.flat[0].platform, {}) if mesh.size > 1 else {}
+  platform = mesh.devices.flat[0].platform
+  is_one = (mesh.local_mesh if platform == "cpu" else mesh).size == 1
+  options = {} if is_one else _OPTIONS.get(platform, {})
   given = os.environ.get("XLA_FLAGS", "")
   return {k: v for k, v in options.items() if f"--{k}=" not in given} or None
 

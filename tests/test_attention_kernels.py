@@ -179,12 +179,30 @@ def test_cudnn_is_not_chosen_where_the_sequence_is_split():
       assert choose_implementation(*arguments) == expected
 
 
-def test_cudnn_is_not_chosen_for_values_of_another_size():
+def test_cudnn_is_not_chosen_for_values_larger_than_keys():
   arguments = ("gpu", jnp.bfloat16, 64, 256)
   assert choose_implementation("auto", *arguments, 64) == "cudnn"
-  assert choose_implementation("auto", *arguments, 32) == "xla"
-  with pytest.raises(ValueError, match=r"must not be 'cudnn'.*heads of 32 and 64"):
-    choose_implementation("cudnn", *arguments, 32)
+  assert choose_implementation("auto", *arguments, 32) == "cudnn"
+  assert choose_implementation("auto", *arguments, 72) == "xla"
+  with pytest.raises(ValueError, match=r"must not be 'cudnn'.*heads of 72 and 64"):
+    choose_implementation("cudnn", *arguments, 72)
+
+
+def test_smaller_values_are_padded_for_cudnn(monkeypatch):
+  """As cuDNN is called, but computed by XLA: the padding changes nothing."""
+  arrays, segments = _inputs(18, 4, 2, np.float32, V=3)
+  expected = _value_and_grads("xla", arrays, segments, 0.4)
+  plain, calls = jax.nn.dot_product_attention, []
+
+  def by_xla(q, k, v, *, implementation, **options):
+    calls.append((implementation, v.shape[-1]))
+    return plain(q, k, v, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+  found = _value_and_grads("cudnn", arrays, segments, 0.4)
+  assert calls == [("cudnn", 8)]
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
 def test_a_named_implementation_is_kept_and_an_unknown_one_refused():

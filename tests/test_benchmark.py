@@ -4,15 +4,18 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
 
-from launch.benchmarks import harness, limits, pages, train
+from launch.benchmarks import gpu, harness, limits, pages, train
 from mtp_jax import metrics
 from mtp_jax.config import ConfigError
 from mtp_jax.targets import future_targets
 from tests import common
+from tests.commands import ROOT
 
 pytest_plugins = ("tests.commands",)
 
@@ -289,3 +292,57 @@ def test_a_quick_run_of_packs_measures_all(command, tmp_path):
   for name in ("ours", "pack of 1", "pack of 2"):
     figures = row["contestants"][name]
     assert len(figures["seconds"]) == 2 and figures["temporaries"] > 0
+
+
+@pytest.mark.slow
+def test_all_of_a_gpu_is_measured_in_parts_killed_and_resumed(tmp_path):
+  """By its quick preset: what is done stays, and the next start does the rest."""
+  state, name = tmp_path / "gpu-quick-parts.json", "gpu-quick-sanity.json"
+  words = [
+    sys.executable, "-m", "launch.benchmark", "gpu", "--preset=quick",
+    f"--output={tmp_path}",
+  ]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  process = subprocess.Popen(
+    words, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT, text=True,
+  )
+  for line in process.stdout:
+    if line.startswith("layouts:"):  # The second part has begun.
+      break
+  process.terminate()
+  assert process.wait(60) != 0
+  process.stdout.close()
+  before = json.loads(state.read_text())
+  assert before["sanity"]["ended"] == "done" and "pack" not in before
+  written = (tmp_path / name).stat().st_mtime_ns
+  stopped = subprocess.run(
+    [*words, "--seconds=1"], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert stopped.returncode == 1, stopped.stdout + stopped.stderr
+  assert json.loads(state.read_text())["layouts"]["ended"] == "stopped: no time left"
+  result = subprocess.run(
+    words, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  done = json.loads(state.read_text())
+  assert [x["ended"] for x in done.values()] == ["done"] * 3
+  assert (tmp_path / name).stat().st_mtime_ns == written
+  assert "| pack " in (tmp_path / "gpu-quick.md").read_text()
+  checks = json.loads((tmp_path / name).read_text())["rows"]
+  assert len(checks) > 5 and {x["ended"] for x in checks} == {"right"}
+
+
+def test_predictions_stand_beside_what_was_measured():
+  row = _row({
+    "ours": _figures([[0.2], [0.3]], roofline_seconds=0.1),
+    "pack": _figures([[0.4], [0.4]], roofline_seconds=0.2, trials=4),
+    "floor": _FLOOR,
+  })
+  ours, pack = gpu.predictions("depths", [row])
+  assert ours == {
+    "part": "depths", "model": "5M", "V": 264, "D": 0, "contestant": "ours",
+    "predicted ms": "100", "measured ms": "250",
+    "measured / predicted": "2.50 [2.00, 3.00]",
+  }
+  assert (pack["predicted ms"], pack["measured ms"]) == ("50", "100")

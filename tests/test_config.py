@@ -543,9 +543,9 @@ PLATFORMS = {
     CUDNN | {"mesh.context": 2}, "gpu",
     "another where attention splits the sequence (mesh.context), got 'cudnn'.",
   ),
-  "cudnn of values of another size": (
-    LATENT | CUDNN, "gpu",
-    "another where values (32) differ in size from keys (48), got 'cudnn'.",
+  "cudnn of values larger than keys": (
+    LATENT | CUDNN | {"trunk.latent.value_dim": 56}, "gpu",
+    "another where values (56) are larger than keys (48), got 'cudnn'.",
   ),
   "tokamax that is not there": (
     {"trunk.attention": "tokamax"}, "cpu", "'auto', 'xla' or 'blocked' on platform "

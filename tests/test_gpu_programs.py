@@ -5,20 +5,25 @@ tests compile for an H200 where XLA's compiler for GPUs is installed.
 """
 
 import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.planning import topologies
+from launch.planning import hlo, roofline, steps, topologies
 from launch.planning.chips import CHIPS
 from mtp_jax import layouts, losses, pack_program, sharding
+from mtp_jax.config import ConfigError
+from mtp_jax.config_rules import validate
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.decode.target import unstack
@@ -28,7 +33,7 @@ from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, make_trial_mesh
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs
-from tests.common import EXPERTS, GPT2, KINDS, mostly_slow, tiny_config
+from tests.common import EXPERTS, GPT2, KINDS, LATENT, mostly_slow, tiny_config
 
 VOCAB, WIDTH = 1160, 32  # No other dimension is equal to one of them.
 H200 = CHIPS["h200"]
@@ -41,6 +46,10 @@ SMALL = {
   "loss.block_tokens": 64,
   "trunk.scan_layers": "on",
   "trunk.remat": "names",
+}
+# Keys of 16, values of 8.
+WIDE_KEYS = {
+  "trunk.latent.nope_dim": 8, "trunk.latent.rope_dim": 8, "trunk.latent.value_dim": 8,
 }
 FORWARD, BACKWARD = (
   re.compile(rf"custom_call @__cudnn\$fmha\w*{end}\(")
@@ -114,6 +123,7 @@ VARIED = {
   "unrolled-names": ({"trunk.scan_layers": "off"}, 1),
   "accumulation": ({"train.accumulation_steps": 2}, 1),
   "muon": ({"optimizer.kind": "muon"}, 1),
+  "latent": (LATENT | WIDE_KEYS, 1),
   "experts": (EXPERTS, 2),  # The first layer is dense: two stacks.
 }
 
@@ -253,3 +263,216 @@ def test_every_kind_lowers_for_tpus(kind, depth, values):
   text = lowered(tiny_config(kind, depth, SMALL | values), "tpu")
   assert "bf16" in text and "cudnn" not in text and not whole_logits(text, 8 * 16)
   assert ("ragged_dot" in text) == bool(values)
+
+
+# How the layers run, and flags.
+
+
+def test_layouts_keep_what_is_named_and_never_all_in_a_loop():
+  def ways(**given):
+    trunk = dataclasses.replace(tiny_config().trunk, **given)
+    return [(x.scan_layers, x.remat) for x in trunk.layouts]
+
+  everything = [("off", "none"), ("off", "names"), ("on", "names"), ("on", "full")]
+  assert ways() == everything
+  assert ways(scan_layers="on") == everything[2:]
+  assert ways(remat="none") == [("off", "none"), ("on", "none")]
+  assert ways(remat="full") == [("off", "full"), ("on", "full")]
+  assert ways(scan_layers="on", remat="none") == [("on", "none")]
+
+
+@pytest.mark.parametrize(("share", "expected", "num_compiled"), [
+  (1.0, ("off", "none"), 1), (0.5, ("off", "names"), 2), (0.01, ("on", "full"), 3),
+])
+def test_the_first_layout_that_fits_is_chosen(
+  share, expected, num_compiled, monkeypatch
+):
+  needs = {("off", "none"): 100, ("off", "names"): 40, ("on", "names"): 30}
+  seen = []
+
+  def peak(way):
+    seen.append((way.trunk.scan_layers, way.trunk.remat))
+    return needs[seen[-1]] << 20
+
+  gpu = types.SimpleNamespace(platform="gpu")
+  mesh = types.SimpleNamespace(devices=np.array([gpu]))
+  monkeypatch.setattr(layouts.jax, "set_mesh", lambda _: contextlib.nullcontext())
+  monkeypatch.setattr(layouts, "abstract_inputs", lambda *_: ())
+  monkeypatch.setattr(layouts, "max_over_processes", lambda x: x)
+  memory = share * (100 << 20) / layouts.LARGEST_SHARE
+  monkeypatch.setattr(layouts, "device_memory", lambda: int(memory) + (1 << 20))
+  monkeypatch.setattr(
+    layouts, "programs", lambda way, _: types.SimpleNamespace(step=way)
+  )
+  monkeypatch.setattr(layouts, "compiled", lambda step: step)
+  monkeypatch.setattr(layouts, "peak_bytes", peak)
+  choose = layouts.fastest_that_fits.__wrapped__
+  program = program_config(tiny_config())
+  found = choose(program, mesh).trunk
+  assert (found.scan_layers, found.remat) == expected and len(seen) == num_compiled
+  # What is named, and what runs on a CPU, stays as it is.
+  named = program_config(tiny_config("none", 0, SMALL))
+  assert choose(named, mesh) == named
+  assert choose(program, make_mesh(program.mesh, jax.devices()[:1])) == program
+
+
+def test_truth_values_of_older_configs_still_work():
+  for given, meant in ((True, "on"), (False, "off"), ("auto", "auto")):
+    config = tiny_config("none", 0, {"trunk.scan_layers": given})
+    assert config.trunk.scan_layers == meant
+  with pytest.raises(ConfigError, match="scan_layers must be one of 'auto', 'on', 'o"):
+    tiny_config("none", 0, {"trunk.scan_layers": "False"})
+
+
+def test_collectives_overlap_on_several_gpus_unless_flags_say_otherwise(monkeypatch):
+  def options(count, platform="gpu"):
+    device = types.SimpleNamespace(platform=platform)
+    return sharding.compiler_options(
+      types.SimpleNamespace(devices=np.array([device] * count), size=count)
+    )
+
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+  name = "xla_gpu_enable_latency_hiding_scheduler"
+  assert options(8)[name] and options(1) is None and options(8, "tpu") is None
+  monkeypatch.setenv("XLA_FLAGS", f"--{name}=false")
+  assert name not in options(8) and len(options(8)) == 4
+
+
+def test_ragged_products_are_refused_on_gpus():
+  values = EXPERTS | {"trunk.moe.grouped_matmul": "ragged"}
+  validate(tiny_config("none", 0, values), 1, "tpu")
+  with pytest.raises(ConfigError, match="grouped_matmul must be 'auto' or 'blocked'"):
+    validate(tiny_config("none", 0, values), 1, "gpu")
+
+
+# Compiled for an H200.
+
+COMPILED = {
+  "dense": ("sequential", 2, {}),
+  "experts": ("none", 0, EXPERTS),
+  "mesh": ("sequential", 1, {"mesh.data": 2, "mesh.fsdp": 2}),
+}
+# Per layer, trunk and modules; in a loop every turn counts.
+MOST_KERNELS = {"dense": 60, "experts": 160, "mesh": 90}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@has_compiler
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_step_compiles_for_an_h200(name, tmp_path):
+  kind, depth, values = COMPILED[name]
+  config = tiny_config(kind, depth, SMALL | {"loss.block_tokens": 0} | values)
+  program = program_config(config)
+  count = config.mesh.data * config.mesh.fsdp
+  devices = list(topologies.devices(topologies.parse(f"h200:{count}")))
+  mesh = make_mesh(program.mesh, devices)
+  with jax.set_mesh(mesh):
+    assert sharding.platform() == "gpu"
+  found = steps.compile_step(program, mesh, H200, tmp_path)
+  assert steps.compile_step(program, mesh, H200, tmp_path) == found  # Read.
+  with topologies.kernels_of(H200):
+    inputs = layouts.abstract_inputs(program, mesh)
+  assert found["arguments"] == pytest.approx(steps.tree_bytes(inputs), rel=0.02)
+  assert found["peak"] >= found["arguments"] + found["temporaries"]
+  # Float32 logits, and gradients: the largest arrays of a model this small.
+  logits = 4 * VOCAB * 8 * 16 * (1 + depth) / count
+  assert found["temporaries"] < 4 * logits + 8 * steps.tree_bytes(inputs)
+  kernels = found["kernels"]
+  assert kernels["products"]["count"] and kernels["attention"]["count"] >= 4
+  assert not found["unknown_loops"] or name == "experts"
+  per_layer = sum(x["count"] for x in kernels.values()) / (2 + depth)
+  assert per_layer <= MOST_KERNELS[name]
+  moved = {k: x["count"] for k, x in found["collectives"].items()}
+  assert bool(sum(moved.values())) == (count > 1)
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%fused_update (p0: f32[8,64], p1: f32[1,64], p2: s32[]) -> f32[8,64] {
+  %p0 = f32[8,64]{1,0} parameter(0)
+  %p1 = f32[1,64]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %updated = f32[8,64]{1,0} dynamic-update-slice(%p0, %p1, %p2, %zero)
+}
+
+%fused_slice (p0: bf16[8,64], p1: s32[]) -> bf16[1,64] {
+  %p0 = bf16[8,64]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,64]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,64}
+}
+
+%fused_dot (p0: bf16[16,64], p1: bf16[64,32]) -> f32[16,32] {
+  %p0 = bf16[16,64]{1,0} parameter(0)
+  %p1 = bf16[64,32]{1,0} parameter(1)
+  ROOT %dot = f32[16,32]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%fused_exp (p0: f32[16,32]) -> f32[16,32] {
+  %p0 = f32[16,32]{1,0} parameter(0)
+  ROOT %exp = f32[16,32]{1,0} exponential(%p0)
+}
+
+%body (p: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %stack = f32[8,64]{1,0} get-tuple-element(%p), index=1
+  %row = f32[1,64]{1,0} custom-call(%stack), custom_call_target="other"
+  %new = f32[8,64]{1,0} fusion(%stack, %row, %i), kind=kLoop, calls=%fused_update
+  ROOT %out = (s32[], f32[8,64]{1,0}) tuple(%i, %new)
+}
+
+%condition (p: (s32[], f32[8,64])) -> pred[] {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[16,64], b: bf16[64,32]) -> f32[16,32] {
+  %a = bf16[16,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %loop = (s32[], f32[8,64]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %gemm = (bf16[16,32]{1,0}, s8[1024]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %dots = f32[16,32]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused_dot
+  %cut = bf16[1,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%fused_slice
+  %flash = (bf16[2,16,4,8]{3,2,1,0}, u8[0]{0}) custom-call(%a, %a, %a), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"mask_type":"CAUSAL","intermediate_tensor_shape":{"dimensions":["2","4","16","16"]}}}
+  %sum-start = f32[16,32]{1,0} all-reduce-start(%dots), to_apply=%add
+  %sum = f32[16,32]{1,0} all-reduce-done(%sum-start)
+  ROOT %exps = f32[16,32]{1,0} fusion(%sum), kind=kLoop, calls=%fused_exp
+}
+"""  # noqa: E501
+
+
+def test_the_roofline_reads_kernels_bytes_and_flops():
+  found = roofline.kernels(hlo.parse(HLO))
+  kinds = [(x.name, x.kind, x.times, x.flops, x.num_bytes) for x in found]
+  assert kinds == [
+    ("row", "elementwise", 5, 0, 8 * 64 * 4 + 64 * 4),
+    ("new", "copies", 5, 0, 2 * 64 * 4 + 4),  # In place: the row in and out.
+    ("gemm", "products", 1, 2 * 16 * 32 * 64, 2 * (16 * 64 + 64 * 32 + 16 * 32) + 1024),
+    ("dots", "products", 1, 2 * 16 * 32 * 64, 2 * (16 * 64 + 64 * 32) + 4 * 16 * 32),
+    ("cut", "copies", 1, 0, 2 * 64 * 2 + 4),
+    ("flash", "attention", 1, 4 * 8 * (2 * 4 * 16 * 16) / 2, 3 * 2048 + 2 * 1024),
+    ("sum-start", "collectives", 1, 0, 4 * 16 * 32),
+    ("exps", "elementwise", 1, 0, 2 * 4 * 16 * 32),
+  ]
+  total = roofline.summary(found, H200)
+  assert total["copies"]["count"] == 6 and total["elementwise"]["count"] == 6
+  # All of them are tiny: each takes the least that a kernel takes.
+  assert total["products"]["seconds"] == pytest.approx(6e-6)
+  large = found[2]._replace(flops=989e12 * 0.68)
+  assert large.seconds(H200) == pytest.approx(1.0)
+  assert large._replace(is_wide=True).seconds(H200) == pytest.approx(2.0)
+  copy = found[1]._replace(num_bytes=4.8e12 * 0.83)
+  assert copy.seconds(H200) == pytest.approx(1.0)
+
+
+def test_the_compiler_for_gpus_is_asked_for_by_name(monkeypatch):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+  topologies.devices.cache_clear()
+  message = "no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}".format(
+    importlib.metadata.version("jaxlib")
+  )
+  with pytest.raises(ConfigError, match=message):
+    topologies.devices(topologies.parse("h200:8"))

@@ -29,6 +29,7 @@ DRAFTING = (
   "test_eagle.py::test_training_computes_what_drafting_does_token_by_token"
 )
 TREE = "test_decode_tree.py"
+ON_GPU = "test_gpu_programs.py::test_every_kind_attends_once_in_each_direction"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
 
@@ -443,6 +444,24 @@ MUTANTS = {
     "seen_BWM = take_rows(seen_BWM, from_BW) | (",
     "seen_BWM = seen_BWM | (",
     f"{TREE}::test_a_beam_drafts_what_each_of_its_paths_would_alone[llama-grown]",
+  ),
+  "attention on a GPU is that of plain XLA": Mutant(
+    "kernels/attention.py",
+    '    return "cudnn"\n',
+    '    return "xla"\n',
+    f"{ON_GPU}[sequential-3]",
+  ),
+  "cuDNN attends again in the backward pass": Mutant(
+    "model/block.py",
+    "return is_attention or names(",
+    "return names(",
+    f"{ON_GPU}[sequential-3]",
+  ),
+  "the logits of all tokens are made at once": Mutant(
+    "losses.py",
+    "num_blocks = -(-num_tokens // block_tokens)",
+    "num_blocks = 1",
+    f"{ON_GPU}[sequential-3]",
   ),
   "noise depends on where the round began": Mutant(
     "decode/noise.py",

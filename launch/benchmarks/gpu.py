@@ -118,6 +118,8 @@ harness.define_settings(PRESETS, seconds="after which it stops")
 def main() -> int:
   """Runs the parts that are not done; returns 1 while some are left."""
   settings = harness.read_settings(PRESETS)
+  # So that the part that runs is ended with this process.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   end = time.monotonic() + settings.seconds
   folder, name = Path(OUTPUT.value), NAME.value or f"gpu-{settings.preset}"
   state = folder / f"{name}-parts.json"

@@ -42,23 +42,23 @@ def choose_implementation(
   """Returns the implementation to use, one of `IMPLEMENTATIONS` other than `auto`.
 
   `auto` becomes `blocked` on CPU, cuDNN flash attention on GPU where its constraints
-  hold (16-bit floats, head size a multiple of 8 up to 128 and the same for values, even
+  hold (16-bit floats, head size a multiple of 8 up to 128 and values no larger, even
   length, sequence not split over devices), else `xla`. `tokamax` must be named.
   `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: an unknown implementation; cuDNN with values of another size than keys;
-      tokamax where it is not installed or on several devices.
+    ValueError: an unknown implementation; cuDNN with values larger than keys; tokamax
+      where it is not installed or on several devices.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"trunk.attention must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
       f"got {implementation!r}."
     )
-  same_size = value_dim in (None, head_dim)
-  if implementation == "cudnn" and not same_size:
+  has_room = value_dim is None or value_dim <= head_dim
+  if implementation == "cudnn" and not has_room:
     raise ValueError(
-      "trunk.attention must not be 'cudnn' where values differ in size from keys, got "
+      "trunk.attention must not be 'cudnn' where values are larger than keys, got "
       f"heads of {value_dim} and {head_dim}."
     )
   if implementation == "tokamax":
@@ -79,7 +79,7 @@ def choose_implementation(
     return "blocked"
   sixteen_bit = dtype in (jnp.bfloat16, jnp.float16)
   fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 128 and seq_len % 2 == 0
-  fits = fits and same_size and not _sequence_is_split()
+  fits = fits and has_room and not _sequence_is_split()
   if platform in ("gpu", "cuda") and fits:
     return "cudnn"
   return "xla"
@@ -113,6 +113,14 @@ def attention(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTGV.shape[-1]
   )
   scale = H**-0.5 if scale is None else scale
+  if chosen == "cudnn" and v_BTGV.shape[-1] < H:
+    # One size for keys and values is all that JAX offers: zeros add nothing.
+    room = [(0, 0)] * 3 + [(0, H - v_BTGV.shape[-1])]
+    out_BTNH = attention(
+      q_BTNH, k_BTGH, jnp.pad(v_BTGV, room), segment_ids_BT,
+      implementation=chosen, scale=scale,
+    )
+    return out_BTNH[..., : v_BTGV.shape[-1]]
   if chosen in ("cudnn", "tokamax"):
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
