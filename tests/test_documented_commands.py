@@ -23,6 +23,8 @@ from tests.commands import ROOT, Commands
 from tests.test_readme import DOCUMENTS
 
 _FORMS = r"\.\.\.|COMMAND|MODULE|\["  # These are no commands.
+# A block of code: its language, and its text.
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STOP = "here the work would begin"
 _STOPS = textwrap.dedent(f"""
   import os, sys
@@ -52,18 +54,22 @@ def documented():
   found = {}
   for document in DOCUMENTS:
     text = (ROOT / document).read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [x for block in blocks for x in re.sub(r"\\\n", " ", block).splitlines()]
+    lines = [line for _, code in BLOCK.findall(text) for line in joined(code)]
     # A name alone names a command.
     lines += re.findall(r"`((?:python -m|mtp-jax) [^`\s]+ [^`]+)`", text)
-    for line in (" ".join(line.split()) for line in lines):
+    for line in map(" ".join, map(str.split, lines)):
       is_command = line.startswith(("python -m launch.", "mtp-jax "))
       if is_command and not re.search(_FORMS, line):
-        found[line] = _module_and_words(shlex.split(line, comments=True))
+        found[line] = module_and_words(shlex.split(line, comments=True))
   return found
 
 
-def _module_and_words(command):
+def joined(code):
+  """Returns the lines of a block, those that end in a backslash joined."""
+  return [" ".join(x.split()) for x in re.sub(r"\\\n", " ", code).splitlines()]
+
+
+def module_and_words(command):
   """Returns what `python -m` runs, and its words."""
   if command[0] == "mtp-jax":
     module, *first = words.COMMANDS[command[1]]
