@@ -123,8 +123,8 @@ def _train(
   while log.has_steps_left:
     if log.diagnostics_are_due:
       log.diagnose(state, batch)
-    if previous is None:
-      startup.ends("diagnostics")
+      if previous is None:
+        startup.ends("diagnostics")
     starts_interval = np.bool_(log.starts_interval)
     state, report = step(state, batch, run.hyperparameters, starts_interval)
     data_state = loader.get_state()
