@@ -117,10 +117,36 @@ def write_drafter_config(
   }
   if kind == "eagle":
     return values | {"bias": config.mtp.fc_bias, "qkv_bias": trunk.qkv_bias}
-  return values | {
+  values |= {
     "head_dim": trunk.head_dim,
     "draft_vocab_size": config.mtp.draft_vocab or config.tokenizer.vocab_size,
     _TAPS: list(tapped_layers(config)),
+  }
+  return values | _speculators(config, values, base_model)
+
+
+def _speculators(
+  config: Config, layer: dict[str, Any], base_model: str
+) -> dict[str, Any]:
+  """Returns the keys of vLLM's project speculators, which name the trunk.
+
+  `vllm serve DRAFTER` is then the whole command. `layer`: the decoder layer.
+  """
+  return {
+    "speculators_model_type": "eagle3",
+    "speculators_version": "0.9.0",
+    "speculators_config": {
+      "algorithm": "eagle3",
+      "default_proposal_method": "greedy",
+      "proposal_methods": [
+        {"proposal_type": "greedy", "speculative_tokens": config.mtp.depth}
+      ],
+      "verifier": {
+        "name_or_path": base_model, "architectures": ["LlamaForCausalLM"]
+      },
+    },
+    "transformer_layer_config": layer,
+    "norm_before_residual": False,  # The default there is not that of EAGLE's code.
   }
 
 
