@@ -1,11 +1,10 @@
 r"""Writes a trained model as safetensors in a layout that other programs load.
 
-  python -m launch.export --workdir=runs/seq1
-  python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
-  python -m launch.export --workdir=runs/seq2 --layout=llama --trunk_only \
-      --output=exported/trunk
-  python -m launch.export --workdir=runs/medusa --layout=medusa \
-      --output=exported/heads --base_model=exported/trunk
+  mtp-jax export runs/seq1
+  mtp-jax export runs/v3 --layout=deepseek_v3 --output=exported/v3 --push=ORG/NAME
+  mtp-jax export runs/seq2 --layout=llama --trunk_only --output=exported/trunk
+  mtp-jax export runs/medusa --layout=medusa --output=exported/heads \
+      --base_model=exported/trunk
 
 --verify opens the written folder with transformers or vLLM, decodes prompts and
 compares text and accepted drafts with this project's own; exit status 1: they differ.
@@ -19,6 +18,9 @@ concatenation, the hidden state that the predictors read, norms, positions. File
 came with an imported model go out as they came in. Drafters with a published layout of
 their own (medusa, eagle, eagle3) are written without the trunk, which is another folder
 (--trunk_only).
+
+--push uploads the folder to the Hugging Face Hub (pip install "mtp_jax[hub]", and a
+token: HF_TOKEN or `hf auth login`). A new repository is private.
 """
 
 import shutil
@@ -28,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli, paths
+from launch import cli, hub, paths
 from mtp_jax import files, interop, run_folder
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.interop import serving
@@ -55,6 +57,9 @@ _VERIFY = flags.DEFINE_enum(
 _ENGINE_PYTHON = flags.DEFINE_string(
   "engine_python", sys.executable, "interpreter that has the engine of --verify"
 )
+_PUSH = flags.DEFINE_string(
+  "push", None, "ORG/NAME of the Hugging Face Hub, to which the folder is uploaded"
+)
 
 
 def main() -> int:
@@ -68,6 +73,10 @@ def main() -> int:
     paths.check_new_folder("output", _OUTPUT.value)
     if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
       raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
+  if _PUSH.value is not None:
+    if _LAYOUT.value is None:
+      raise ConfigError("--layout is required with --push.")
+    hub.check_push(_PUSH.value)
   model = cli.load_model(_WORKDIR.value, _STEP.value)
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
@@ -80,6 +89,8 @@ def main() -> int:
     raise ConfigError(f"--verify={_VERIFY.value} cannot be: {reason}.")
   if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(layout, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
+    if _PUSH.value is not None:
+      hub.create_repository(_PUSH.value)
   with cli.as_bad_input(interop.InteropError):
     interop.export_params(
       model.params,
@@ -97,7 +108,11 @@ def main() -> int:
       ),
     )
   print(f"{output}: step {model.step:,} as {layout}", file=sys.stderr)
-  return 0 if _VERIFY.value == "none" else _verify(model, output)
+  if _VERIFY.value != "none" and (code := _verify(model, output)):
+    return code
+  if _PUSH.value is not None:
+    print(hub.upload(output, _PUSH.value))
+  return 0
 
 
 def _facts(name: str) -> dict[str, Any]:
