@@ -181,7 +181,7 @@ def _unrollable(
   layer: type[nn.Module], trunk: TrunkConfig, *more: bool
 ) -> nn.Module:
   """Returns the layer, rematerialised as one that runs in no scan."""
-  trunk = dataclasses.replace(trunk, scan_layers=False)
+  trunk = dataclasses.replace(trunk, scan_layers="off")
   return rematted(layer, trunk)(trunk, *more, name="layer")
 
 
