@@ -41,7 +41,9 @@ def abstract_params(config: Config) -> Any:
   Equal configs get one and the same tree, which is not to be changed: a start of
   training asks for it several times, and tracing the model takes a while.
   """
-  model = MtpLm(config)
+  # Parameters do not depend on it, and this machine need not have the kernels.
+  trunk = dataclasses.replace(config.trunk, attention="xla")
+  model = MtpLm(dataclasses.replace(config, trunk=trunk))
   return jax.eval_shape(
     lambda: model.init(jax.random.key(0), zeros_batch(config))["params"]
   )

@@ -134,7 +134,7 @@ def likeliest_tokens(
     argmax_N = jax.lax.map(
       lambda h_D: argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
       hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-      batch_size=tokens_per_block(block_tokens),
+      batch_size=tokens_per_block(block_tokens, unembed_DV.shape[1]),
     )
     return argmax_N.reshape(hidden_BTD.shape[:-1])
 

@@ -176,7 +176,7 @@ class Eagle3(nn.Module):
 
 def _unrollable(layer: type[nn.Module], trunk: TrunkConfig) -> nn.Module:
   """Returns the layer, rematerialised as one that runs in no scan."""
-  trunk = dataclasses.replace(trunk, scan_layers=False)
+  trunk = dataclasses.replace(trunk, scan_layers="off")
   return rematted(layer, trunk)(trunk, name="layer")
 
 
