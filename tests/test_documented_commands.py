@@ -9,9 +9,12 @@ import functools
 import json
 import re
 import shlex
+import string
 import textwrap
+import tomllib
 
 import pytest
+import yaml
 
 from experiments import base
 from launch import words
@@ -23,6 +26,7 @@ from tests.commands import ROOT, Commands
 from tests.test_readme import DOCUMENTS
 
 _FORMS = r"\.\.\.|COMMAND|MODULE|\["  # These are no commands.
+SKYPILOT = yaml.safe_load((ROOT / "launch/engines/skypilot.yaml").read_text())
 # A block of code: its language, and its text.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STOP = "here the work would begin"
@@ -51,7 +55,8 @@ _STOPS = textwrap.dedent(f"""
 
 def documented():
   """Returns the commands in blocks of code, and those between backticks, as words."""
-  found = {}
+  run = string.Template(SKYPILOT["run"]).substitute(SKYPILOT["envs"])
+  found = {run: module_and_words(shlex.split(run))}
   for document in DOCUMENTS:
     text = (ROOT / document).read_text()
     lines = [line for _, code in BLOCK.findall(text) for line in joined(code)]
@@ -138,6 +143,22 @@ def test_the_kubernetes_example_fits_its_slice(stopped):
   assert "given to" not in result.output
   wide = [argument.replace("hosts=4", "hosts=16") for argument in arguments]
   assert stopped(module, *wide).code == BAD_INPUT
+
+
+def test_the_skypilot_task_is_whole():
+  """Its fields are SkyPilot's, run folders outlive the machine, the extra is ours."""
+  assert SKYPILOT.keys() == {
+    "name", "resources", "envs", "workdir", "file_mounts", "setup", "run"
+  }
+  (mount, bucket), = SKYPILOT["file_mounts"].items()
+  assert f'--workdir="{mount}/' in SKYPILOT["run"]
+  assert bucket == {"name": "${BUCKET}", "mode": "MOUNT_CACHED"}
+  (extra,) = re.findall(r"\.\[(\w+)\]", SKYPILOT["setup"])
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert extra in project["optional-dependencies"]
+  page = (ROOT / "docs/how-to/clusters.md").read_text()
+  names = set(re.findall(r"--env (\w+)=", page))
+  assert names <= SKYPILOT["envs"].keys()
 
 
 def test_there_are_commands_of_every_kind():
