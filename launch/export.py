@@ -1,10 +1,10 @@
 r"""Writes a trained model as safetensors in a layout that other programs load.
 
-  python -m launch.export --workdir=runs/seq1
-  python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
-  python -m launch.export --workdir=runs/seq2 --layout=llama --trunk_only \
+  mtp-jax export --workdir=runs/seq1
+  mtp-jax export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
+  mtp-jax export --workdir=runs/seq2 --layout=llama --trunk_only \
       --output=exported/trunk
-  python -m launch.export --workdir=runs/medusa --layout=medusa \
+  mtp-jax export --workdir=runs/medusa --layout=medusa \
       --output=exported/heads --base_model=exported/trunk
 
 Without --layout it lists the layouts of this model, and the reason against each other

@@ -1,10 +1,10 @@
-r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
+r"""Makes a run folder out of Hugging Face weights, which `mtp-jax train` then trains.
 
-  python -m launch.import_hf --from=models/gpt2 --workdir=runs/gpt2_mtp
-  python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
+  mtp-jax import --from=models/gpt2 --workdir=runs/gpt2_mtp
+  mtp-jax import --from=models/llama --workdir=runs/llama_mtp \
       --config.mtp.depth=2 --config.train.freeze_trunk=True --config.data.seq_len=1024
-  python -m launch.train --workdir=runs/gpt2_mtp
-  python -m launch.import_hf --from=models/vicuna --drafter=models/medusa \
+  mtp-jax train --workdir=runs/gpt2_mtp
+  mtp-jax import --from=models/vicuna --drafter=models/medusa \
       --workdir=runs/vicuna --config.mtp.kind=medusa --config.mtp.depth=5 \
       --config.mtp.unembed=own
 

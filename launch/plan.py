@@ -1,8 +1,8 @@
 r"""Plans training on TPUs, on any machine: memory, work, collectives, time.
 
-  python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
+  mtp-jax plan --config=experiments/gains_with_scale.py:cluster \
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
-  python -m launch.plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
+  mtp-jax plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
       --output=experiments/results/plan
 
 A topology is a TPU slice: v4, v5e, v5p or v6e with the chips along each axis. A bare

@@ -67,8 +67,7 @@ def documented():
 def _module_and_words(command):
   """Returns what `python -m` runs, and its words."""
   if command[0] == "mtp-jax":
-    module, *first = words.COMMANDS[command[1]]
-    return f"launch.{module}", *first, *command[2:]
+    return f"launch.{words.COMMANDS[command[1]]}", *command[2:]
   return command[2:]
 
 
