@@ -748,7 +748,7 @@ def test_commands_are_printed_for_every_process(tmp_path, capsys):
     "MTP_JAX_COORDINATOR=$HOST:900 MTP_JAX_NUM_PROCESSES=2 MTP_JAX_PROCESS_ID=0 "
   )
   assert " MTP_JAX_PROCESS_ID=1 " in second
-  assert f" -m launch.train --workdir={tmp_path}/a,b=1 " in second
+  assert f" -m launch.train --workdir={tmp_path}/a-b1 " in second
   with pytest.raises(ConfigError, match=r"The devices come from --print.processes=2"):
     engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
 
