@@ -1,11 +1,13 @@
 # make reproduce   set up, train two CPU ladders, write the report (resumable;
 #                  LADDER=second_seeds: the same with other seeds)
+# make demo        set up, show a small trained model that drafts its own text
 # make test        set up, lint, run the quick tests: units, oracles, one tiny run
 # make test-all    set up, lint, run all tests: processes, runs, mutants, Slurm too
 # make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
+# make docs        the documentation as a site, in site/
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,14 +23,17 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce test test-slow test-slurm test-all lint house bench setup setup-dev
+.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench setup setup-dev
 
 reproduce: setup
-	for name in siblings tax; do \
+	@for name in siblings tax; do \
 	  $(BIN)/python -m launch.sweep --config=experiments/$$name.py:$(LADDER) \
 	    --workdir=$(RUNS)/$$name --parallel=$(WORKERS) || exit; \
 	done
-	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
+	@$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report --brief
+
+demo: setup
+	@$(BIN)/mtp-jax demo
 
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm"
@@ -51,6 +56,9 @@ lint: setup-dev
 
 house: setup-dev
 	$(BIN)/python -m tests.house
+
+docs: setup-dev
+	$(BIN)/mkdocs build --strict
 
 bench: setup-dev
 	for name in train loss decode pack; do \

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from tabulate import tabulate
 
 import mtp_jax
-from launch import exits, paths, usage, words
+from launch import exits, hub, paths, usage, words
 from mtp_jax import files, run_folder
 from mtp_jax.config import (
   TASKS,
@@ -257,6 +257,8 @@ def run(
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except hub.HubError as error:
+      return fail(str(error), exits.FAILED)
     except KeyboardInterrupt:
       return fail("interrupted; the same command continues.", 128 + signal.SIGINT)
     except Exception as error:

@@ -5,7 +5,7 @@
   mtp-jax config learning     the keys whose name has this part
 
 All of it stands in the key's line of mtp_jax/sections.py and mtp_jax/model_sections.py.
-A key is set by KEY=VALUE after the experiment: mtp-jax train base mtp.depth=2
+A key is set by KEY=VALUE after the experiment: mtp-jax train smoke mtp.depth=3
 """
 
 import ast
@@ -39,6 +39,14 @@ def main() -> int:
 
 def describe(name: str) -> str:
   """Returns the lines of one key."""
+  wrap = textwrap.TextWrapper(84, initial_indent="    ", subsequent_indent="      ")
+  key = keys()[name]
+  head = f"{name} ({type_name(name)}) = {key.default!r}"
+  return "\n".join([head, *map(wrap.fill, [key.meaning, *rules(name)])])
+
+
+def rules(name: str) -> list[str]:
+  """Returns the sentences of one key: which values it may have, and where it counts."""
   key = keys()[name]
   ranges = [r.text for r in key.ranges]
   if choices := _choices(name):
@@ -47,14 +55,12 @@ def describe(name: str) -> str:
     ranges.append(f"at most {key.most}")
   if key.by:
     ranges.append(f"a multiple of {key.by}")
-  facts = [key.meaning]
+  facts = []
   if ranges:
     facts.append(f"Must be {'; '.join(ranges)}.")
   if conditions := key.when | key.then:
     facts.append(f"Has an effect where {_describe(conditions)}.")
-  wrap = textwrap.TextWrapper(84, initial_indent="    ", subsequent_indent="      ")
-  head = f"{name} ({type_name(name)}) = {key.default!r}"
-  return "\n".join([head, *map(wrap.fill, facts)])
+  return facts
 
 
 def _choices(name: str) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ r"""Evaluates a checkpoint of a run again: other text, another step, other devic
 The run folder says how the model was trained. Its mesh is used where it fits the
 devices; where it does not, rows are spread over all of them. The table is also written
 to eval_<split>.json in the run folder (eval_<split>_step<N>.json with --step), beside
-the eval.json of training, which is not touched; launch/README.md describes the fields.
+the eval.json of training, which is not touched; docs/reference has the fields.
 """
 
 import dataclasses

@@ -1,11 +1,10 @@
 r"""Writes a trained model as safetensors in a layout that other programs load.
 
-  mtp-jax export --workdir=runs/seq1
-  mtp-jax export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
-  mtp-jax export --workdir=runs/seq2 --layout=llama --trunk_only \
-      --output=exported/trunk
-  mtp-jax export --workdir=runs/medusa --layout=medusa \
-      --output=exported/heads --base_model=exported/trunk
+  mtp-jax export runs/seq1
+  mtp-jax export runs/v3 --layout=deepseek_v3 --output=exported/v3 --push=ORG/NAME
+  mtp-jax export runs/seq2 --layout=llama --trunk_only --output=exported/trunk
+  mtp-jax export runs/medusa --layout=medusa --output=exported/heads \
+      --base_model=exported/trunk
 
 Without --layout it lists the layouts of this model, and the reason against each other
 layout. The folder gets config.json, generation_config.json, model.safetensors (shards
@@ -15,6 +14,9 @@ the hidden state that the predictors read, norms, positions. Files that came wit
 imported model go out as they came in. Drafters with a published layout of their own
 (medusa, eagle, eagle3) are written without the trunk, which is another folder
 (--trunk_only).
+
+--push uploads the folder to the Hugging Face Hub (pip install "mtp_jax[hub]", and a
+token: HF_TOKEN or `hf auth login`). A new repository is private.
 """
 
 import sys
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cli, paths
+from launch import cli, hub, paths
 from mtp_jax import interop
 from mtp_jax.config import Config, ConfigError
 
@@ -39,6 +41,9 @@ _BASE_MODEL = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "type of the written weights"
 )
+_PUSH = flags.DEFINE_string(
+  "push", None, "ORG/NAME of the Hugging Face Hub, to which the folder is uploaded"
+)
 
 
 def main() -> int:
@@ -48,6 +53,10 @@ def main() -> int:
     paths.check_new_folder("output", _OUTPUT.value)
     if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
       raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
+  if _PUSH.value is not None:
+    if _LAYOUT.value is None:
+      raise ConfigError("--layout is required with --push.")
+    hub.check_push(_PUSH.value)
   model = cli.load_model(_WORKDIR.value, _STEP.value)
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
@@ -55,6 +64,8 @@ def main() -> int:
   output = Path(_OUTPUT.value)
   if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
+    if _PUSH.value is not None:
+      hub.create_repository(_PUSH.value)
   with cli.as_bad_input(interop.InteropError):
     interop.export_params(
       model.params,
@@ -68,6 +79,8 @@ def main() -> int:
       model_folder=model.model_folder,
     )
   print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
+  if _PUSH.value is not None:
+    print(hub.upload(output, _PUSH.value))
   return 0
 
 

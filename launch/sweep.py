@@ -7,10 +7,11 @@ r"""Trains all trials of an experiment, here or on a cluster, and continues them
   mtp-jax status depth_sweep --workdir=runs/depth --watch
 
 Every trial has a run folder of its own in --workdir, named by what varies
-(launch/README.md). All configs are checked before the first trial starts. Trials that
-are done are skipped, trials that are queued or running are left alone, and interrupted
-trials continue from their newest checkpoint. A failed trial does not stop the others;
-its reason is in --status and in its run folder. results.csv has a row for each trial.
+(docs/reference/sweep-folder.md). All configs are checked before the first trial starts.
+Trials that are done are skipped, trials that are queued or running are left alone, and
+interrupted trials continue from their newest checkpoint. A failed trial does not stop
+the others; its reason is in --status and in its run folder. results.csv has a row for
+each trial.
 
 --on names the engine: `local` is this machine, where Ctrl-C (or SIGTERM) saves every
 running trial; `slurm` submits a job array; `kubernetes` writes JobSets, and --submit

@@ -5,7 +5,7 @@ r"""Trains one language model and evaluates it.
   mtp-jax train --workdir=runs/smoke
 
 The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at
-the end, eval.json and DONE: launch/README.md describes every file and field. Ctrl-C (or
+the end, eval.json and DONE; docs/reference has every file and field. Ctrl-C (or
 SIGTERM) saves a checkpoint. The same command again continues from the newest one, and
 so does --workdir alone, with the config that the folder holds (the config of
 `mtp-jax import`, perhaps). A run may be continued on another number of devices
@@ -19,7 +19,7 @@ other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID says who they 
   mtp-jax train smoke --distributed=localhost:9876,2,1
 
 Bad values are refused before any work, with exit code 2;
-the other exit codes are in launch/README.md.
+the other exit codes are in docs/reference/exit-codes.md.
 """
 
 import contextlib

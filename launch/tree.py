@@ -8,7 +8,7 @@ trunk's own choice; the nodes with the largest products of these shares along th
 make the tree (Cai et al. 2024, arXiv 2401.10774, section 2.3.3). Where a draft depends
 on the one before it, only the most likely drafts have children.
 
-The tree is written to tree.json in the run folder; launch/README.md describes the file.
+The tree is written to tree.json in the run folder (docs/how-to/decoding.md).
 More nodes are never expected to bring fewer tokens, but every one has its cost:
 `mtp-jax bench decode --runs=RUN --trees=own` measures it.
 """

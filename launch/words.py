@@ -16,6 +16,7 @@ from mtp_jax.config import type_name
 
 # Module of this package of each command of `mtp-jax`.
 COMMANDS = {
+  "demo": "demo",
   "train": "train",
   "sweep": "sweep",
   "status": "list_states",

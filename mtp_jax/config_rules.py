@@ -296,8 +296,8 @@ def _check_data(rule: Rules) -> None:
     "'file' or 'bytes' for data.source 'mixture': each part would learn its own",
   )
   rule(
-    "token_bin" not in sources or tokenizer.kind in ("bytes", "file"), "tokenizer.kind",
-    "that of the tokens, 'file' or 'bytes', for data.source 'token_bin'",
+    "token_bin" not in sources or tokenizer.kind == "file", "tokenizer.kind",
+    "'file' for data.source 'token_bin': tokenizer.path names that of the tokens",
   )
   is_task = data.source in TASKS
   rule(

@@ -167,7 +167,7 @@ class MtpConfig:
               (the most likely one by depth k - 1).
   out_norm:   what the output matrix and the next sequential module read: own (the
               output of the block after a norm of the module's own) | none (the output
-              as it is). launch/README.md has what published systems do.
+              as it is). docs/explanation has what published systems do.
   norm:       trunk (the kind of the trunk) | rms (RMSNorm on any trunk).
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3

@@ -10,7 +10,7 @@
   checkpoints/STEP/    see `checkpoint`; damaged ones lie in damaged_checkpoints/
   eval.json, DONE      the final evaluation, and that it is complete
 
-launch/README.md describes every field. Every function takes the folder's path, and
+docs/reference describes every field. Every function takes the folder's path, and
 reads or writes without asking which process this is.
 """
 

@@ -52,7 +52,7 @@ def fit(
 
   Args:
     config: see `config_rules.validate`; arm `flops` is resolved here.
-    workdir: the run folder (its contract is in launch/README.md).
+    workdir: the run folder (its contract is in docs/reference).
     progress: show a bar or lines.
     observer: hears how far training is.
     startup: what a command has measured before; by default, time begins here.
@@ -134,8 +134,8 @@ def _train(
   while log.has_steps_left:
     if log.diagnostics_are_due:
       log.diagnose(state, batch)
-    if previous is None:
-      startup.ends("diagnostics")
+      if previous is None:
+        startup.ends("diagnostics")
     starts_interval = np.bool_(log.starts_interval)
     state, report = step(state, batch, run.hyperparameters, starts_interval)
     data_state = loader.get_state()

@@ -17,7 +17,7 @@ from mtp_jax.train import evaluate_run
 
 pytest_plugins = ("tests.commands",)
 
-README = Path(__file__).resolve().parent.parent / "launch" / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/reference/run-folder.md"
 COMMANDS = ("launch.train", "launch.sweep", "launch.evaluate")
 
 EXPERIMENT = """
@@ -101,8 +101,8 @@ def test_dry_run_lists_every_trial_and_trains_nothing(command):
 
 
 def check_fields_are_documented(workdir):
-  readme = README.read_text()
-  documented = set(re.findall(r"`(\w+)`", readme))
+  page = PAGE.read_text()
+  documented = set(re.findall(r"`(\w+)`", page))
   records = [
     json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
   ]
@@ -113,7 +113,7 @@ def check_fields_are_documented(workdir):
     records.append(json.loads((workdir / name).read_text()))
   for record in records:
     assert record.keys() <= documented
-  listed = re.findall(r"^  ([\w.]+)", readme.partition("RUN/\n")[2], re.MULTILINE)
+  listed = re.findall(r"^  ([\w.]+)", page.partition("RUN/\n")[2], re.MULTILINE)
   for path in workdir.iterdir():
     assert path.name.startswith((".lock", *listed))
 

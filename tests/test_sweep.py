@@ -6,9 +6,13 @@ of `Sweep` take: each of them does several things in one sweep.
 
 import csv
 import importlib
+import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,10 +21,11 @@ import time
 import types
 
 import pytest
+import rich.console
 
 from experiments import base
 from launch import jobs, results_csv, state_table, states, trials, words
-from launch.engines import local, order, workers
+from launch.engines import display, local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.workers import Slot
 from mtp_jax import run_folder
@@ -482,12 +487,83 @@ def test_time_left_is_at_the_speed_so_far(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep, "_began", time.monotonic() - 30)
   assert sweep._progress() == (0, "0/2 trials, 0% of the FLOPs")
   sweep._states["seed=0"] = states.State("running", step=20)
+  # No trial has ended and one waits: what takes long is still unknown.
+  assert sweep._progress() == (0.25, "0/2 trials, 25% of the FLOPs")
+  sweep._waiting.clear()
   text = "0/2 trials, 25% of the FLOPs, about 90 s left"
   assert sweep._progress() == (0.25, text)
   # Twice the FLOPs of one token take the root of 2 as long.
   small, _, wide = planned
   ratio = sweep._work(wide) / sweep._work(small)
   assert ratio == pytest.approx((wide.cost / small.cost) ** 0.5) and ratio > 1
+
+
+def simulate(trials, num_workers):
+  """Returns the seconds of a sweep, and `(estimate, truth)` once a trial has ended.
+
+  `trials` are (shape, cost, flops, startup, seconds of training, of evaluation), in the
+  order in which they are taken; the first of a shape compiles for 20 s more, and its
+  evaluation for 10 s.
+  """
+  clock, begun, plan_ = [0.0] * num_workers, set(), []
+  for shape, cost, flops, startup, training, evaluation in trials:
+    worker = clock.index(min(clock))
+    began, is_first = clock[worker], shape not in begun
+    begun.add(shape)
+    parts = [startup + 20 * is_first, training, evaluation + 10 * is_first]
+    clock[worker] += sum(parts)
+    plan_.append((began, flops / math.sqrt(cost), parts))
+  end, found = max(clock), []
+  for now in range(1, int(end)):
+    done, left, has_ended = 0.0, [], False
+    for began, work, parts in plan_:
+      at = now - began
+      has_ended |= at >= sum(parts)
+      trained = min(max(at - parts[0], 0.0), parts[1])
+      logged = trained - trained % 3 if trained < parts[1] else trained
+      done += work * logged / parts[1]
+      left.append(work * (1 - logged / parts[1]))
+    if has_ended:
+      found.append((display.seconds_left(now, done, left, num_workers), end - now))
+  return end, found
+
+
+@pytest.mark.parametrize("num_workers, near", [(1, 15), (2, 15), (3, 28)])
+def test_time_left_falls_with_the_time_and_does_not_jump(num_workers, near):
+  small = [("small", 100.0, 3e4, 2.0, 30.0, 12.0)] * 6
+  large = [("large", 1000.0, 1e6, 3.0, 200.0, 25.0)] * 4
+  total, found = simulate(large + small, num_workers)
+  assert len(found) > 0.2 * total
+  for (before, _), (after, truth) in itertools.pairwise(found):
+    assert after <= before + 0.06 * total
+    assert abs(after - truth) <= 0.25 * total
+  # Near the end it is nearly right, with one worker still at work.
+  assert all(abs(left - truth) < near for left, truth in found[-30:])
+
+
+def test_a_terminal_shows_what_is_at_work_and_prints_only_news(monkeypatch):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=80)
+  monkeypatch.setattr(display, "Console", lambda **_: console)
+  with display.Display("runs/x") as shown:
+    shown.say("a: starts", False)
+    shown.say("b: FAILED: it broke")
+    shown.show(0.25, "1/4 trials", ["c: step 3 of 10"])
+  text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+  assert "a: starts" not in text and "b: FAILED: it broke\n" in text
+  assert re.search(r"runs/x .*━+.* 1/4 trials *\n  c: step 3 of 10", text)
+
+
+def test_elsewhere_every_line_is_printed_and_the_progress_now_and_then(
+  monkeypatch, capsys
+):
+  now = [0.0]
+  monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+  with display.Display("runs/x") as shown:
+    for now[0] in (10.0, 70.0, 80.0):
+      shown.show(0.25, f"at {now[0]:.0f} s", ["c: step 3 of 10"])
+    shown.say("a: starts", False)
+  assert capsys.readouterr().out == "at 70 s\na: starts\n"
 
 
 def test_workers_share_the_cores(monkeypatch):
