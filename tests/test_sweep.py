@@ -739,4 +739,4 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
   assert "a pack of 2 failed, each is tried alone: the worker was ended by" in shown
   assert "seed=0: starts\n" in shown and "seed=1: starts\n" in shown
   log = (tmp_path / "s1" / "log.txt").read_text()
-  assert log.startswith(f"trained in a pack: see {tmp_path / 'seed=0' / 'log.txt'}\n")
+  assert log.startswith(f"trained in a pack: see {tmp_path / 's0' / 'log.txt'}\n")
