@@ -1,4 +1,4 @@
-"""Runs one benchmark: train, loss, decode or pack.
+"""Runs one benchmark: train, loss, decode, pack, sanity, or on a GPU all: gpu.
 
   mtp-jax bench train --help
   mtp-jax bench train --preset=quick     takes seconds, shows that it works
@@ -16,7 +16,7 @@ from absl import flags
 
 from launch import cli
 
-NAMES = ("train", "loss", "decode", "pack")
+NAMES = ("train", "loss", "decode", "pack", "sanity", "gpu")
 
 
 def main() -> None:

@@ -211,6 +211,8 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
     return _build(kind, value, key + ".")
   if typing.get_origin(kind) is Literal:
     choices = typing.get_args(kind)
+    if isinstance(value, bool) and "on" in choices:  # As configs had it before `auto`.
+      value = "on" if value else "off"
     if value not in choices:
       raise ConfigError(
         f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}."

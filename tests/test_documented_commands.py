@@ -38,7 +38,7 @@ _STOPS = textwrap.dedent(f"""
 
   mtp_jax.load = mtp_jax.train.fit = mtp_jax.train.evaluate_run = stop
   mtp_jax.interop.read_model = mtp_jax.data.prepare.prepare_folder = stop
-  launch.engines.local.Sweep.run = launch.planning.steps.abstract_state = stop
+  launch.engines.local.Sweep.run = launch.planning.steps.fitting_step = stop
   launch.benchmarks.harness.measure_all = stop
   launch.hub.local_folder = lambda *_: None  # Nothing is downloaded.
   mtp_jax.saved_model.check_source = lambda *_: None  # Of runs that are not there.

@@ -24,7 +24,7 @@ from mtp_jax.train_step import train_step
 
 SMALL = (
   "smoke", "ntp_baseline", "depth_sweep", "loss_weight", "head_design",
-  "self_speculation", "imported", "demo",
+  "self_speculation", "imported", "demo", "gpu_steps",
 )
 PRESETS = tuple(gains_with_scale.LADDERS)
 WITH_EXPERTS = (

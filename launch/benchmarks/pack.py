@@ -24,6 +24,7 @@ from absl import flags
 
 from launch.benchmarks import harness, limits, pages, torch_steps
 from launch.benchmarks.harness import FLOOR, OURS, TORCH
+from launch.planning import roofline
 from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
@@ -143,4 +144,5 @@ def build_step(config: Config, num_trials: int) -> harness.Built:
     "hardware": devices[0].device_kind,
     "trials": max(num_trials, 1),
     "temporaries": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+    **roofline.predicted(program, devices[0].device_kind),
   }
