@@ -201,6 +201,10 @@ class MtpConfig:
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
+  fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
+              none, and drops it in silence.
+  detach:     the extra depths learn, and the trunk learns from the next token alone, as
+              without them.
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
               log_acceptance (with the trunk's own distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
@@ -267,6 +271,11 @@ class MtpConfig:
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.unembed": ("own",)},
+  )
+  fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)
+  detach: bool = key(
+    False, "no gradient from the extra depths to the trunk",
+    then=_DEPTHS | {"train.freeze_trunk": (False,)}, when_given=_MTP,
   )
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(
     "cross_entropy", "what the extra depths minimise", when=_DEPTHS
