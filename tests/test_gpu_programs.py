@@ -339,7 +339,9 @@ def test_collectives_overlap_on_several_gpus_unless_flags_say_otherwise(monkeypa
 
 
 def test_ragged_products_are_refused_on_gpus():
-  values = EXPERTS | {"trunk.moe.grouped_matmul": "ragged"}
+  values = SMALL | EXPERTS | {
+    "trunk.moe.grouped_matmul": "ragged", "eval.max_new_tokens": 1,
+  }
   validate(tiny_config("none", 0, values), 1, "tpu")
   with pytest.raises(ConfigError, match="grouped_matmul must be 'auto' or 'blocked'"):
     validate(tiny_config("none", 0, values), 1, "gpu")
