@@ -10,7 +10,6 @@ the largest one over the largest value; a check fails above its bound, and the c
 ends with exit code 1.
 """
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -107,8 +106,8 @@ def _rows(config: Config) -> Batch:
   segments, positions = batch.segment_ids.copy(), batch.positions.copy()
   segments[:, half:] = 2
   positions[:, half:] -= half
-  return dataclasses.replace(
-    batch, segment_ids=segments, positions=positions,
+  return batch._replace(
+    segment_ids=segments, positions=positions,
     next_segment_ids=np.full_like(batch.next_segment_ids, 2),
   )
 
@@ -159,8 +158,8 @@ def _packed_rows(config: Config) -> float:
   both = _rows(config)
   # The second document at the start of a row, and padding behind it.
   ids = np.roll(both.segment_ids, -half, axis=1) // 2
-  alone = dataclasses.replace(
-    both, tokens=np.roll(both.tokens, -half, axis=1), segment_ids=ids,
+  alone = both._replace(
+    tokens=np.roll(both.tokens, -half, axis=1), segment_ids=ids,
     positions=np.where(ids > 0, np.arange(ids.shape[1]), 0).astype(np.int32),
   )
   with jax.set_mesh(mesh):
