@@ -219,14 +219,16 @@ def roofline_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
     kinds = row["kernels"]
     count, seconds = (sum(x[y] for x in kinds.values()) for y in ("count", "seconds"))
     peak = chip.peak_flops * row["chips"]
+    # What loops of unknown length repeat is missing.
+    above, below = ("> ", "< ") if row["unknown_loops"] else ("", "")
     lines.append({
       "program": row["program"], "kernels": f"{count:,}",
       **{
         kind: f"{1e3 * x['seconds']:.2f} ms, {x['count']:,}, {_giga(x['bytes'])} GB"
         for kind, x in kinds.items() if x["count"]
       },
-      "roofline ms": f"{1e3 * seconds:.1f}",
-      "MFU": f"{row['model_flops'] / seconds / peak:.1%}",
+      "roofline ms": f"{above}{1e3 * seconds:.1f}",
+      "MFU": f"{below}{row['model_flops'] / seconds / peak:.1%}",
     })
   return [
     "## Roofline: a model, not a measurement",

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import plan
 from launch.planning import hlo, roofline, steps, topologies
 from launch.planning.chips import CHIPS
 from mtp_jax import layouts, losses, pack_program, sharding
@@ -468,6 +469,18 @@ def test_the_roofline_reads_kernels_bytes_and_flops():
   assert large._replace(is_wide=True).seconds(H200) == pytest.approx(2.0)
   copy = found[1]._replace(num_bytes=4.8e12 * 0.83)
   assert copy.seconds(H200) == pytest.approx(1.0)
+
+
+def test_a_loop_of_unknown_length_makes_the_time_a_bound():
+  found = roofline.kernels(hlo.parse(HLO))
+  row = {
+    "program": "x", "chips": 1, "model_flops": 989e12 * 12e-6, "unknown_loops": 0,
+    "kernels": roofline.summary(found, H200),
+  }
+  for loops, time, share in ((0, "| 0.0 ", "| 25.0% "), (1, "| > 0.0 ", "| < 25.0% ")):
+    title, text, table = plan.roofline_parts(H200, [row | {"unknown_loops": loops}])
+    assert "not a measurement" in title and "68% of the peak" in text
+    assert time in table and share in table
 
 
 def test_the_compiler_for_gpus_is_asked_for_by_name(monkeypatch):
