@@ -158,9 +158,10 @@ def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
   if not any(importlib.util.find_spec(f"jax_cuda{x}_plugin") for x in (12, 13)):
     version = importlib.metadata.version("jaxlib")
     raise ConfigError(
-      f"--topology={topology} needs the packages that compile for GPUs, without what "
-      f"they need to run: pip install --no-deps jax-cuda12-plugin=={version} "
-      f"jax-cuda12-pjrt=={version}. No GPU and no driver is needed."
+      f"--topology={topology} needs the package jax-cuda12-plugin, which compiles for "
+      f"GPUs, and none that it needs to run: pip install --no-deps "
+      f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}. No GPU and no driver "
+      "is needed."
     )
   from jax.experimental import topologies
 
