@@ -14,6 +14,7 @@ the newest checkpoint back until one is whole.
 import contextlib
 import hashlib
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -228,11 +229,11 @@ class Checkpointer:
           f"no checkpoint of step {step} in {self.directory}; there are {steps}."
         )
       steps = [step]
-    for name in self._unfinished:
-      warnings.warn(
+    for name in self._unfinished:  # A kill leaves them; nothing is wrong with the run.
+      print(
         f"checkpoint {self.directory / name} was not finished; using the one before "
-        "it, if any.",
-        stacklevel=2,
+        "it, if any",
+        file=sys.stderr, flush=True,
       )
     damaged = []
     for step in reversed(steps):
