@@ -9,12 +9,14 @@
 # make house       lines per room, largest files, circles of imports
 # make docs        the documentation as a site, in site/
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
+# make gpu         what only a GPU can show, in SECONDS; the same command continues
 PYTHON ?= python3
 VENV ?= .venv
 LADDER ?= reproduce
 RUNS ?= runs/$(LADDER)
 BIN := $(VENV)/bin
 PRESET ?= cpu
+SECONDS ?= 840
 # An extra of pyproject.toml: cuda12, cuda13, tpu.
 ACCEL ?= cpu
 EXTRA := $(addprefix [,$(addsuffix ],$(filter-out cpu,$(ACCEL))))
@@ -23,7 +25,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench setup setup-dev
+.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench gpu setup setup-dev
 
 reproduce: setup
 	@for name in siblings tax; do \
@@ -64,6 +66,9 @@ bench: setup-dev
 	for name in train loss decode pack; do \
 	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
 	done
+
+gpu: setup
+	$(BIN)/python -m launch.benchmark gpu --preset=gpu --seconds=$(SECONDS)
 
 setup: $(VENV)/.setup-$(ACCEL)
 setup-dev: $(VENV)/.setup-dev

@@ -1,4 +1,4 @@
-r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
+r"""Makes a run folder out of Hugging Face weights, which `mtp-jax train` then trains.
 
   mtp-jax import --from=models/gpt2 --workdir=runs/gpt2_mtp
   mtp-jax import --from=hf://Qwen/Qwen2.5-0.5B --workdir=runs/qwen \
@@ -8,11 +8,11 @@ r"""Makes a run folder out of Hugging Face weights, which launch.train then trai
       mtp.kind=medusa mtp.depth=5 mtp.unembed=own
 
 Reads config.json and safetensors (one file, or shards with an index) of GPT-2, Llama,
-Qwen2, Qwen3, DeepSeek-V3 and MiMo models. The trunk of the config becomes that of the
-folder; all else (extra predictors, data, optimizer, mesh) is as --config says. New
-predictors begin at random, so the next-token logits of the run folder are those of the
-folder, until training moves them; with --config.train.freeze_trunk=True they stay. MTP
-layers that the folder has are taken over with their depth. --drafter names a folder
+Qwen2, Qwen3, DeepSeek-V3, GLM-4.5 and MiMo models. The trunk of the config becomes that
+of the folder; all else (extra predictors, data, optimizer, mesh) is as --config says.
+New predictors begin at random, so the next-token logits of the run folder are those of
+the folder, until training moves them; with --config.train.freeze_trunk=True they stay.
+MTP layers that the folder has are taken over with their depth. --drafter names a folder
 with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
 Rows may be shorter than the folder's texts: learned positions are then cut to

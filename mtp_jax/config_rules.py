@@ -238,6 +238,10 @@ def _check_mtp(rule: Rules) -> None:
     all(math.isfinite(w) and w >= 0 for w in mtp.depth_weights), "mtp.depth_weights",
     "finite and not negative",
   )
+  rule(
+    not (mtp.detach and kind_of(mtp).deployed_blocks), "mtp.detach",
+    f"False for mtp.kind {mtp.kind!r}: its first head is a layer of the trunk",
+  )
   if mtp.mlp_dim:
     rule(
       mtp.arm != "shortened", "mtp.mlp_dim",
