@@ -31,7 +31,7 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   difference,
-  from_config_dict,
+  from_saved,
   keys_of,
   to_dict,
 )
@@ -265,7 +265,7 @@ class Checkpointer:
 
   def _restore(self, step: int, abstract_state: Any, config: Config) -> Restored:
     meta = self.meta(step)
-    check_resumable(from_config_dict(meta["config"]), config)
+    check_resumable(from_saved(meta["config"]), config)
     _check_contract(self.directory / str(step), meta, config)
     restored = self._manager.restore(
       step,
@@ -351,7 +351,7 @@ def restore_params(
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
-    config = from_config_dict(meta["config"])
+    config = from_saved(meta["config"])
     _check_contract(folder, meta, config)
     step, params = layout(config)
     wanted = {"step": step, "params": params}

@@ -95,6 +95,19 @@ def test_unknown_and_missing_keys_of_a_config_dict():
     config_lib.from_config_dict(missing)
 
 
+def test_what_an_older_version_saved_has_the_defaults_of_newer_keys():
+  config = make(mtp__kind="sequential", mtp__depth=2)
+  saved = config_lib.to_dict(config)
+  del saved["mtp"]["detach"], saved["trunk"]["moe"], saved["task"]["siblings"]
+  assert config_lib.from_saved(saved) == config
+  for broken in ({}, saved | {"mtp": []}, {k: saved[k] for k in saved if k != "mtp"}):
+    with pytest.raises(ConfigError):
+      config_lib.from_saved(broken)
+  saved["mtp"]["gone"] = 1
+  with pytest.raises(ConfigError, match=r"^mtp.gone: unknown"):
+    config_lib.from_saved(saved)
+
+
 KEYS = config_lib.keys()
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import mtp_jax
 from experiments import base
-from mtp_jax import accounting, train
+from mtp_jax import accounting, run_folder, train
 from mtp_jax import config as config_lib
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.predictors import contract
@@ -165,9 +165,7 @@ def test_a_run_folder_of_older_code_is_loaded_and_continued(tmp_path):
   folder = shutil.copytree(GOLDEN / "run", tmp_path / "run")
   model = mtp_jax.load(folder)
   assert (model.step, model.config.mtp.depth) == (4, 2)
-  train.fit(config_lib.from_config_dict(
-    json.loads((folder / "config.json").read_text())
-  ), folder, progress=False)
+  train.fit(run_folder.read_config(folder), folder, progress=False)
   found = losses(folder)
   assert [x[:2] for x in found] == [x[:2] for x in expected]
   for ours, theirs in zip(found, expected, strict=True):
