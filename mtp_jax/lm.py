@@ -65,7 +65,11 @@ class MtpLm(nn.Module):
       self.unembed = Unembed(vocab, trunk.embed_dim)
 
   def __call__(self, batch: Batch) -> jax.Array:
-    """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m."""
+    """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m.
+
+    Where the matrices of `unembeddings` differ in their rows, a state is as wide as the
+    largest has, and each reads as many of its entries as it has rows.
+    """
     return self.with_routing(batch)[0]
 
   def with_routing(self, batch: Batch) -> tuple[jax.Array, dict[str, Routing]]:
@@ -86,6 +90,7 @@ class MtpLm(nn.Module):
     given = Given(
       residual_BTD,
       self.final_norm,
+      lambda k: shifted_tokens(batch, k)[0],
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
       lambda hidden_BTD: self._embed_own(hidden_BTD, unembed_DV),
       unembed_DV,
@@ -152,6 +157,8 @@ def unembed_matrix(params: dict, config: Config, depth: int = 0) -> jax.Array:
     matrix_DV = params["mtp"]["unembed"]
     if kind_of(config.mtp).stacks_unembed:
       matrix_DV = matrix_DV[depth - 1]
+  if depth and config.mtp.markov_rank:
+    matrix_DV = jnp.concatenate([matrix_DV, params["mtp"]["markov_next"]])
   return matrix_DV.astype(compute_dtype(config.trunk))
 
 
@@ -165,7 +172,7 @@ def _unembed_param(params: dict, config: Config) -> jax.Array:
 def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
   """Returns `(depths, unembed_DV)` of every output matrix, depths in order."""
   mtp = config.mtp
-  if mtp.unembed == "shared":
+  if mtp.unembed == "shared" and not mtp.markov_rank:
     return [(slice(0, None), unembed_matrix(params, config))]
   own = [(1, None)]  # One for all extra depths.
   if kind_of(mtp).stacks_unembed:

@@ -199,10 +199,14 @@ def token_stats(
 ) -> TokenStats:
   """Returns every token's loss in nats and arg max, for evaluation (no gradient).
 
-  `unembeddings`: pairs of a slice of depths and their output matrix, in order.
+  `unembeddings`: pairs of a slice of depths and their output matrix, in order; each
+  reads as many entries of a state as it has rows.
   """
   results = [
-    _token_stats(hidden_MBTD[depths], unembed_DV, targets_MBT[depths], block_tokens)
+    _token_stats(
+      hidden_MBTD[depths, ..., : len(unembed_DV)], unembed_DV, targets_MBT[depths],
+      block_tokens,
+    )
     for depths, unembed_DV in unembeddings
   ]
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)

@@ -170,6 +170,8 @@ class MtpConfig:
               as it is). launch/README.md has what published systems do.
   norm:       trunk (the kind of the trunk) | rms (RMSNorm on any trunk).
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
+  markov_rank: rank of a table of the token before the target, whose row is added to the
+              logits of every extra head (the Markov head of DSpark, published with 256).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
@@ -233,6 +235,10 @@ class MtpConfig:
   )
   unembed: Literal["shared", "own"] = key(
     "shared", "output matrix of the extra depths", ARCH, when=_DEPTHS
+  )
+  markov_rank: int = key(
+    0, "rank of the heads' table of the token before; 0: none", ARCH, at_least(0),
+    when=_DEPTHS,
   )
   draft_vocab: int = key(
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),

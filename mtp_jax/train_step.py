@@ -130,12 +130,14 @@ def depth_losses(
     ((_, shared_DV),) = matrices
     matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
   taken = hidden_MBTD, *targets, coefficients_M
-  teacher_MBTD = trunk_states(hidden_MBTD) if learns_from_trunk(mtp) else None
   trunk_DV, tokens_C = unembed_matrix(params, config), draft_tokens(params, config)
+  states_MBTD = hidden_MBTD[..., : len(trunk_DV)]
+  teacher_MBTD = trunk_states(states_MBTD) if learns_from_trunk(mtp) else None
   teacher_DV = trunk_DV if tokens_C is None else trunk_DV[:, tokens_C]
   parts = []
   for depths, matrix_DV in matrices:
     hidden, targets, mask, coefficients = (x[depths] for x in taken)
+    hidden = hidden[..., : len(matrix_DV)]
     is_main, objective, teacher = depths == slice(0, 1), "cross_entropy", None
     if is_main and is_frozen:
       hidden, matrix_DV = jax.lax.stop_gradient((hidden, matrix_DV))
@@ -147,7 +149,9 @@ def depth_losses(
     )
     if not is_main and mtp.feature_weight:
       weight_M = mtp.feature_weight * coefficients
-      weighted_M = weight_M * feature_sums(hidden, teacher_MBTD[depths], mask)
+      weighted_M = weight_M * feature_sums(
+        states_MBTD[depths], teacher_MBTD[depths], mask
+      )
       part = part._replace(
         total=part.total + jnp.sum(weighted_M),
         weighted_M=part.weighted_M + weighted_M,

@@ -35,7 +35,7 @@ from mtp_jax.lm import (
   unembeddings,
 )
 from mtp_jax.losses import token_stats
-from mtp_jax.predictors import kind_of
+from mtp_jax.predictors import sees_drafts
 from mtp_jax.predictors.vocabulary import scatter
 from mtp_jax.predictors.weights import Weights
 from mtp_jax.program import ProgramConfig, program_config
@@ -78,12 +78,13 @@ class TrainedModel:
     """Returns hidden_MTD, float32: the hidden states before the output matrix.
 
     Row i of sequential module m, or of step m of EAGLE, depends on the tokens up to
-    i + m (if `mtp.fed` is "true"). Rows with i + m beyond the text are NaN, for any
+    i + m (if `mtp.fed` is "true"); of parallel head m with `mtp.markov_rank`, on token
+    i + m too, whose vector follows the state of the head. Rows with i + m beyond the text are NaN, for any
     `mtp.fed`.
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
-    if kind_of(self.config.mtp).is_autoregressive:
+    if sees_drafts(self.config.mtp):
       for m in range(1, len(hidden_MTD)):
         hidden_MTD[m, -m:] = np.nan
     return hidden_MTD
@@ -104,7 +105,7 @@ class TrainedModel:
     with jax.set_mesh(self.mesh):
       logits_PV = _logits(self._program, self.params, hidden_MBPD, depth)
     logits_TV = np.array(logits_PV)[: len(tokens_T)]
-    if depth and kind_of(self.config.mtp).is_autoregressive:
+    if depth and sees_drafts(self.config.mtp):
       logits_TV[-depth:] = np.nan
     return logits_TV
 
@@ -359,10 +360,11 @@ def _logits(
   config: Config, params: Any, hidden_MBPD: jax.Array, depth: int
 ) -> jax.Array:
   """Returns logits_PV of the first row, float32 or wider."""
+  matrix_DV = unembed_matrix(params, config, depth)
   logits_PV = jnp.einsum(
     "PD,DV->PV",
-    hidden_MBPD[depth, 0],
-    unembed_matrix(params, config, depth),
+    hidden_MBPD[depth, 0, :, : len(matrix_DV)],
+    matrix_DV,
     preferred_element_type=jnp.promote_types(hidden_MBPD.dtype, jnp.float32),
   )
   tokens_C = draft_tokens(params, config) if depth else None

@@ -88,6 +88,7 @@ def test_shortened_models_have_the_parameters_of_the_baseline(trunk):
       ("sequential", 3, FROZEN),
       ("sequential", 1, {"mtp.objective": "kl", "mtp.mlp_dim": 640}),
       ("medusa", 3, FROZEN | {"mtp.unembed": "own"}),
+      ("parallel", 3, {"mtp.markov_rank": 256}),
       ("medusa", 3, FROZEN | {"mtp.objective": "tv"}),
     ],
     ("none", 0, {}), ("sequential", 3, {}),

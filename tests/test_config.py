@@ -620,6 +620,7 @@ IGNORED = {
   "mtp.fed": ("own", {"mtp.kind": "sequential"}),
   "mtp.out_norm": ("none", {"mtp.kind": "sequential"}),
   "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
+  "mtp.markov_rank": (8, {"mtp.kind": "medusa", "mtp.depth": 1}),
   "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
   "train.eval_test": (True, {}),
   "data.validation_fraction": (0.1, QUIET),
@@ -723,6 +724,8 @@ def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
     others = {"trunk.rope_scaling.kind": "yarn"}
   if key == "mtp.draft_vocab":
     others = {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own"}
+  if key == "mtp.markov_rank":
+    others = {"mtp.kind": "parallel", "mtp.depth": 1}
   if key == "eval.task_examples" or key == "task.num_train":
     others = QUIET
   config = make(**others | {key: 2_000_000_000})

@@ -42,6 +42,7 @@ MODELS = {
   "gpt2-parallel": ("gpt2", "parallel", DEPTH, {}),
   "llama-sequential": ("llama", "sequential", DEPTH, {}),
   "gpt2-sequential": ("gpt2", "sequential", DEPTH, {}),
+  "llama-markov": ("llama", "parallel", DEPTH, {"mtp.markov_rank": 6}),
   "llama-linear": ("llama", "linear", DEPTH, {}),
   "gpt2-medusa": ("gpt2", "medusa", DEPTH, {}),
   "llama-eagle": ("llama", "eagle", DEPTH, {}),
@@ -109,6 +110,12 @@ def _quieten(path, leaf, mtp):
   return leaf
 
 
+def logits(config, params, hidden, depth=0):
+  """Returns logits of a depth, by its output matrix; a state may be wider."""
+  matrix_DV = unembed_matrix(params, config, depth)
+  return hidden[..., : len(matrix_DV)] @ matrix_DV
+
+
 def uncached(config, params, prompts):
   """The definition: each new token is the arg max after a pass over all before it."""
   length = config.data.seq_len
@@ -116,7 +123,7 @@ def uncached(config, params, prompts):
   @jax.jit
   def next_tokens(params, batch):
     hidden_BTD = MtpLm(config).apply({"params": params}, batch)[0]
-    return (hidden_BTD @ unembed_matrix(params, config)).argmax(-1)
+    return logits(config, params, hidden_BTD).argmax(-1)
 
   rows = [list(prompt) for prompt in prompts]
   for _ in range(NEW):
@@ -342,7 +349,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
     batch = batch_of(rows, np.ones_like(rows), length)
     hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": model.params}, batch)
     return np.stack([
-      hidden_BTD @ unembed_matrix(model.params, config, m)
+      logits(config, model.params, hidden_BTD, m)
       for m, hidden_BTD in enumerate(hidden_MBTD)
     ])
 
@@ -363,17 +370,17 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
       tokens_BS, length_B, feature, jnp.where(there, positions_BT, SEQ_LEN),
       0 * length_B, length_B - 2,
     )
-    logits = []
+    drafted = []
     if depth == 0:
-      return target.unembed(weights, hidden), logits
+      return target.unembed(weights, hidden), drafted
     cache, carry = drafter.catch_up(weights, drafter.init(2, SEQ_LEN), window)
 
     def choose(logits_BV, k):
-      logits.append(logits_BV)
+      drafted.append(logits_BV)
       return Choice(tokens_BS[jnp.arange(2), length_B + k - 1])
 
     drafter.propose(weights, cache, carry, window, choose)
-    return target.unembed(weights, hidden), logits
+    return target.unembed(weights, hidden), drafted
 
   own, seen = run(model.weights, jnp.asarray(rows[:, :SEQ_LEN], jnp.int32))
   np.testing.assert_allclose(own, expected_MBTV[0], rtol=2e-4, atol=2e-5)

@@ -41,6 +41,7 @@ OWN = {"mtp.unembed": "own"}
 # Name -> kind, depth and overrides, each on every trunk that it can have.
 PREDICTORS = {kind: (kind, depth, {}) for kind, depth in common.KINDS} | {
   "parallel of 1": ("parallel", 0, {}),
+  "markov": ("parallel", 2, {"mtp.markov_rank": 6}),
   "shared": ("sequential", 2, common.SHARED),
   "minimal": ("sequential", 2, common.MINIMAL),
   "medusa, own": ("medusa", 2, OWN),

@@ -43,6 +43,11 @@ def reading(key: str) -> tuple[str, ...]:
   return tuple(name for name, kind in KINDS.items() if key in kind.reads)
 
 
+def sees_drafts(mtp: MtpConfig) -> bool:
+  """Whether the logits of depth m at i depend on the tokens after i up to i + m."""
+  return kind_of(mtp).is_autoregressive or mtp.markov_rank > 0
+
+
 def num_added_layers(mtp: MtpConfig) -> int:
   """Transformer layers that training has and the deployed NTP model has not."""
   return kind_of(mtp).added_layers(mtp) if mtp.depth else 0

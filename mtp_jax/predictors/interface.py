@@ -15,8 +15,8 @@ from mtp_jax.config import Config, MtpConfig
 from mtp_jax.predictors.drafting import Drafter, Recursion
 
 Norm = Callable[[jax.Array], jax.Array]
-# k -> embedding_BTD of the token k places after each position.
-EmbedAhead = Callable[[int], jax.Array]
+# k -> token_BT k places after each position, or its embedding_BTD.
+Ahead = Callable[[int], jax.Array]
 # normed hidden_BTD -> embedding_BTD of the most likely tokens, chosen without gradient.
 EmbedOwn = Callable[[jax.Array], jax.Array]
 
@@ -31,7 +31,8 @@ class Given(NamedTuple):
 
   residual_BTD: jax.Array
   final_norm: Norm
-  embed_ahead: EmbedAhead
+  ahead: Ahead
+  embed_ahead: Ahead
   embed_own: EmbedOwn
   unembed_DV: jax.Array
   positions_BT: jax.Array
