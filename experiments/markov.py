@@ -5,11 +5,11 @@ r"""Does a Markov head cure the drafts of parallel heads, and what does it cost?
 
 Parallel heads n = 4 that learn with their trunk draft 1.4 tokens a round when sampled,
 modules 2.8 (`experiments/drafters.py`): a head does not know what was drafted before
-it. The Markov head of DSpark (arXiv 2607.05147, there on a frozen trunk) is the cheapest
-known cure: a table of the token before, of low rank, added to the logits of each extra
-head (`mtp.markov_rank`). Arms: next-token prediction (NTP), n = 4 without the table, with
-rank 16 and with the published rank 256, which for bytes (vocabulary 264) is nearly a
-whole table.
+it. The Markov head of DSpark (arXiv 2607.05147, there on a frozen trunk) is the
+cheapest known cure: a table of the token before, of low rank, added to the logits of
+each extra head (`mtp.markov_rank`). Arms: next-token prediction (NTP), n = 4 without
+the table, with rank 16 and with the published rank 256, which for bytes (vocabulary
+264) is nearly a whole table.
 
 Text, sizes and steps are those of `experiments/drafters.py`; all arms of a size see the
 same data in the same order and begin from the same trunk for the same seed. Scores in

@@ -27,6 +27,7 @@ from mtp_jax.predictors import (
   num_trunk_layers,
   predictor_trunk,
   tapped_layers,
+  tokens_after_row,
   vocabulary,
 )
 from mtp_jax.predictors.interface import Given
@@ -195,7 +196,11 @@ def columns(
   """Returns `(columns_MBT, mask_MBT)`: targets as columns of their output matrices.
 
   Where only some tokens can be drafted, the others are no targets of the extra depths.
+  A depth that ranks upcoming tokens is scored by the next token.
   """
+  if kind_of(config.mtp).upcoming is not None:
+    main = jnp.zeros(len(targets_MBT), int)
+    return targets_MBT[main], mask_MBT[main]
   tokens_C = draft_tokens(params, config)
   if tokens_C is None:
     return targets_MBT, mask_MBT
@@ -260,6 +265,6 @@ def zeros_batch(config: Config, rows: int | None = None) -> Batch:
   `rows`: None is the fewest that the mesh in use can spread.
   """
   rows = fewest_rows() if rows is None else rows
-  shape, extra = (rows, config.data.seq_len), (rows, 1 + config.mtp.depth)
+  shape, extra = (rows, config.data.seq_len), (rows, tokens_after_row(config.mtp))
   zeros = lambda s: jnp.zeros(s, jnp.int32)  # noqa: E731
   return Batch(zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra))

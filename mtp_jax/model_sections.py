@@ -170,10 +170,11 @@ class MtpConfig:
               as it is). launch/README.md has what published systems do.
   norm:       trunk (the kind of the trunk) | rms (RMSNorm on any trunk).
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
-  markov_rank: rank of a table of the token before the target, whose row is added to the
-              logits of every extra head (the Markov head of DSpark, published with 256).
+  markov_rank: rank of a table of the token before the target, of which each extra head
+              adds a row to its logits (the Markov head of DSpark, published with 256).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
+  window:     so many upcoming tokens are ranked by TOP.
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
               log_acceptance (with the trunk's own distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
@@ -244,6 +245,10 @@ class MtpConfig:
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.unembed": ("own",)},
+  )
+  window: int = key(
+    32, "upcoming tokens that are ranked", at_least(1), most="data.seq_len",
+    when=_DEPTHS,
   )
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(
     "cross_entropy", "what the extra depths minimise", when=_DEPTHS

@@ -42,6 +42,8 @@ def by_hand(kind, trunk, layers, modules, depth):
     extra, head = block - norm + 2 * D * D + D, 0
   elif kind == "eagle3":
     extra, head = block + D * reads + 2 * norm + 3 * D * D, 0
+  elif kind == "peagle":
+    extra, head = block + D * reads + 2 * norm + 3 * D * D + 4 * D, 0
   else:
     extra, head = depth * (D * D + (D if kind == "medusa" else 0)), 0
   deployed = around + layers * block + head

@@ -282,7 +282,8 @@ RULES = {
   ),
   "more drafts than heads": (
     {"mtp.kind": "medusa", "mtp.depth": 2, "eval.num_drafts": 3},
-    "eval.num_drafts must be at most mtp.depth (2) unless mtp.kind is one of "
+    "eval.num_drafts must be at most the tokens that the predictors draft (2) unless "
+    "mtp.kind is one of "
     "'sequential', 'eagle', 'eagle3' with extra depths (it is 'medusa'), got 3.",
   ),
   "EAGLE without a step": (

@@ -48,6 +48,7 @@ MODELS = {
   "llama-eagle": ("llama", "eagle", DEPTH, {}),
   "gpt2-eagle": ("gpt2", "eagle", DEPTH, {}),
   "llama-eagle3": ("llama", "eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
+  "llama-peagle": ("llama", "peagle", DEPTH, {"trunk.num_kv_heads": 4}),
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "llama-eagle3-own": (
     "llama", "eagle3", 2,
@@ -92,7 +93,7 @@ class Model:
 
 def _quieten(path, leaf, mtp):
   names, eye = [key.key for key in path], np.eye(16, dtype=np.float32)
-  if mtp.kind == "eagle3" and "mtp" in names and leaf.ndim == 3:
+  if mtp.kind in ("eagle3", "peagle") and "mtp" in names and leaf.ndim == 3:
     # Attention to the own row, which passes on the embedding that is read there.
     whole = eye if "out" in names else np.concatenate([0 * eye, 3 * eye])
     return 0.2 * leaf + whole.reshape(leaf.shape)

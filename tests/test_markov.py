@@ -87,6 +87,7 @@ def test_losses_and_gradients_are_those_of_a_whole_table(options):
   assert all(np.any(x) for x in jax.tree.leaves(expected["mtp"]))
 
 
+@pytest.mark.slow
 def test_training_begins_as_without_the_table():
   batch = packed_batch(tiny_config("parallel", DEPTH))
   found = []
@@ -153,6 +154,6 @@ def test_drafts_that_depend_on_each_other_are_sampled(rule, proposals):
 ])
 def test_other_kinds_have_none(kind, depth):
   large = {"tokenizer.vocab_size": 264, "data.seq_len": 128}
-  with pytest.raises(Exception, match="mtp.markov_rank must be 0 unless .*, got 5"):
+  with pytest.raises(Exception, match=r"mtp.markov_rank must be 0 unless .*, got 5"):
     validate(tiny_config(kind, depth, large | MARKOV))
   validate(tiny_config("parallel", 2, large | MARKOV))

@@ -50,6 +50,7 @@ OTHERS = {
   "medusa": ("medusa", {"trunk.num_layers": 1}),
   "eagle": ("eagle", {"trunk.num_layers": 1}),
   "eagle3": ("eagle3", GPT2 | {"trunk.num_layers": 1}),
+  "peagle": ("peagle", GPT2 | {"trunk.num_layers": 1}),
 }
 
 

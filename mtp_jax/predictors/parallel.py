@@ -69,7 +69,7 @@ class ParallelHeads(nn.Module):
     return hidden_MBTD, routing
 
   def _with_previous(self, given: Given, hidden_MBTD: jax.Array) -> jax.Array:
-    """Returns states [M, B, T, D + R]: those of depth 0 end in zeros, nobody's input."""
+    """Returns states [M, B, T, D + R]; the zeros at the end of depth 0 are not read."""
     rank, vocab = self.mtp.markov_rank, given.unembed_DV.shape[1]
     previous_VR = self.param(
       "markov_previous",
@@ -152,6 +152,7 @@ PARALLEL = Kind(
   added_layers=lambda mtp: mtp.depth,
   flops=_flops,
   unstack=_unstack,
+  reads_ahead=lambda mtp, m: m if mtp.markov_rank else 0,
   drafter=lambda trunk, mtp, num_drafts: _drafter(
     trunk, num_drafts, mtp.markov_rank > 0
   ),
