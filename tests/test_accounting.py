@@ -21,7 +21,8 @@ from tests.common import (
 
 L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
 FROZEN = {"train.freeze_trunk": True}
-LAYERS = ("parallel", "sequential", "eagle", "eagle3")  # Kinds that have whole layers.
+# Kinds that have whole layers.
+LAYERS = ("parallel", "sequential", "eagle", "eagle3", "peagle")
 CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
 
 
