@@ -239,7 +239,7 @@ class MtpConfig:
   )
   markov_rank: int = key(
     0, "rank of the heads' table of the token before; 0: none", ARCH, at_least(0),
-    when=_DEPTHS,
+    most="tokenizer.vocab_size", when=_DEPTHS,
   )
   draft_vocab: int = key(
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
