@@ -1,18 +1,22 @@
 # make reproduce   set up, train two CPU ladders, write the report (resumable;
 #                  LADDER=second_seeds: the same with other seeds)
+# make demo        set up, show a small trained model that drafts its own text
 # make test        set up, lint, run the quick tests: units, oracles, one tiny run
 # make test-all    set up, lint, run all tests: processes, runs, mutants, Slurm too
 # make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
+# make docs        the documentation as a site, in site/
 # make bench       all benchmarks, against floors and PyTorch (PRESET=gpu on a GPU)
+# make gpu         what only a GPU can show, in SECONDS; the same command continues
 PYTHON ?= python3
 VENV ?= .venv
 LADDER ?= reproduce
 RUNS ?= runs/$(LADDER)
 BIN := $(VENV)/bin
 PRESET ?= cpu
+SECONDS ?= 840
 # An extra of pyproject.toml: cuda12, cuda13, tpu.
 ACCEL ?= cpu
 EXTRA := $(addprefix [,$(addsuffix ],$(filter-out cpu,$(ACCEL))))
@@ -21,14 +25,17 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce test test-slow test-slurm test-all lint house bench setup setup-dev
+.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench gpu setup setup-dev
 
 reproduce: setup
-	for name in siblings tax; do \
+	@for name in siblings tax; do \
 	  $(BIN)/python -m launch.sweep --config=experiments/$$name.py:$(LADDER) \
 	    --workdir=$(RUNS)/$$name --parallel=$(WORKERS) || exit; \
 	done
-	$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report
+	@$(BIN)/python -m launch.report $(RUNS) --output=$(RUNS)/report --brief
+
+demo: setup
+	@$(BIN)/mtp-jax demo
 
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm"
@@ -52,10 +59,16 @@ lint: setup-dev
 house: setup-dev
 	$(BIN)/python -m tests.house
 
+docs: setup-dev
+	$(BIN)/mkdocs build --strict
+
 bench: setup-dev
 	for name in train loss decode pack; do \
 	  $(BIN)/python -m launch.benchmark $$name --preset=$(PRESET) || exit; \
 	done
+
+gpu: setup
+	$(BIN)/python -m launch.benchmark gpu --preset=gpu --seconds=$(SECONDS)
 
 setup: $(VENV)/.setup-$(ACCEL)
 setup-dev: $(VENV)/.setup-dev

@@ -18,7 +18,7 @@ Presets: `cpu_rates` chooses the learning rate of every width and method on seed
 which is then thrown away; `cpu` is the experiment, 5 seeds (3 at width 128); `gpu`
 (1M to 30M, the same text) and `cluster` (to 300M, the installed packages) continue the
 ladder, with width 128 in common. `reproduce` is what `make reproduce` trains: widths
-16, 32 and 64, NTP and n = 4, 1,000 steps, three seeds; `second_seeds` is the same with
+16, 32 and 64, NTP and n = 4, 500 steps, three seeds; `second_seeds` is the same with
 others.
 
 Rules, before the runs. The tax *falls* with size if the slope of log10 tax on log10
@@ -102,7 +102,7 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
     for seed in REPRODUCE[preset][:3]:
       for size in SIZES["cpu"][:3]:
         for arm in ("n=1", "n=4"):
-          yield _trial("cpu", size._replace(num_steps=1_000), arm, seed)
+          yield _trial("cpu", size._replace(num_steps=500), arm, seed)
     return
   sizes = SIZES[preset]
   for seed in range(5):

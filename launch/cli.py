@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from tabulate import tabulate
 
 import mtp_jax
-from launch import exits, paths, usage, words
+from launch import exits, hub, paths, usage, words
 from mtp_jax import files, run_folder
 from mtp_jax.config import (
   TASKS,
@@ -113,6 +113,16 @@ def use_compilation_cache(folder: str) -> None:
   if folder:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def define_track() -> flags.FlagHolder[str | None]:
+  """Defines `--track`, the trackers of a run; see `trackers`."""
+  return flags.DEFINE_string(
+    "track", None,
+    "where records go besides metrics.jsonl and TensorBoard, now and when the run is "
+    "continued: some of wandb, mlflow and trackio, separated by commas",
+    allow_override=True,
+  )
 
 
 def define_step() -> flags.FlagHolder[int | None]:
@@ -247,6 +257,8 @@ def run(
       return main()
     except (ConfigError, sources.DataError) as error:
       return fail(str(error), BAD_INPUT)
+    except hub.HubError as error:
+      return fail(str(error), exits.FAILED)
     except KeyboardInterrupt:
       return fail("interrupted; the same command continues.", 128 + signal.SIGINT)
     except Exception as error:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,26 @@ def describe(generation: Generation) -> str:
   return words + ("\naccepted where reached: " + ", ".join(kept) if kept else "")
 
 
-def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[str]:
-  """Returns in words the times, and whether the text is that of plain decoding.
+class Comparison(NamedTuple):
+  """Seconds of decoding with drafts and without, and whether the texts are the same."""
+
+  drafted: float
+  plain: float
+  same: str
+
+  @property
+  def speed_up(self) -> float:
+    return self.plain / self.drafted
+
+  def words(self) -> str:
+    return (
+      f"{self.drafted:.3f} s, plain decoding {self.plain:.3f} s: {self.speed_up:.2f} "
+      f"times as fast\n{self.same}"
+    )
+
+
+def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> Comparison:
+  """Returns the times, and whether the text is that of plain decoding.
 
   Both ways are compiled first, then take turns; times are medians, prefill included.
   """
@@ -48,8 +66,6 @@ def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[st
       complete(**way)
       times.append(time.perf_counter() - start)
       total += times[-1]
-  fast, slow = map(statistics.median, seconds)
-  words = f"{fast:.3f} s, plain decoding {slow:.3f} s: {slow / fast:.2f} times as fast"
   if how["rule"] not in ("greedy", "match"):
     same = "equal to plain sampling in distribution"
   elif np.array_equal(ours, theirs):
@@ -58,4 +74,4 @@ def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> list[st
     shorter = min(len(ours), len(theirs))
     differs = np.append(ours[:shorter] != theirs[:shorter], True)
     same = f"identical to plain decoding: no, from new token {1 + differs.argmax()} on"
-  return [words, same]
+  return Comparison(*map(statistics.median, seconds), same)

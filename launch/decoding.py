@@ -1,5 +1,7 @@
-"""The flags that say how a command decodes."""
+"""The flags that say how a command decodes, and how it shows the text."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,3 +79,17 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
     }
 
   return chosen
+
+
+def define_color() -> Callable[[], bool]:
+  """Defines `--color`; returns a function that says whether text is coloured."""
+  color = flags.DEFINE_enum(
+    "color", "auto", ("auto", "always", "never"), "show who proposed each token in "
+    "colours; auto: if stdout is a terminal and NO_COLOR is not set"
+  )
+
+  def is_colored() -> bool:
+    is_wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return {"auto": is_wanted, "always": True, "never": False}[color.value]
+
+  return is_colored

@@ -1,30 +1,42 @@
 r"""Writes a trained model as safetensors in a layout that other programs load.
 
-  python -m launch.export --workdir=runs/seq1
-  python -m launch.export --workdir=runs/v3 --layout=deepseek_v3 --output=exported/v3
-  python -m launch.export --workdir=runs/seq2 --layout=llama --trunk_only \
-      --output=exported/trunk
-  python -m launch.export --workdir=runs/medusa --layout=medusa \
-      --output=exported/heads --base_model=exported/trunk
+  mtp-jax export runs/seq1
+  mtp-jax export runs/v3 --layout=deepseek_v3 --output=exported/v3 --push=ORG/NAME
+  mtp-jax export runs/seq2 --layout=llama --trunk_only --output=exported/trunk
+  mtp-jax export runs/medusa --layout=medusa --output=exported/heads \
+      --base_model=exported/trunk
+
+--verify opens the written folder with transformers or vLLM, decodes prompts and
+compares text and accepted drafts with this project's own; exit status 1: they differ.
+vLLM may have a Python of its own (--engine_python).
 
 Without --layout it lists the layouts of this model, and the reason against each other
 layout. The folder gets config.json, generation_config.json, model.safetensors (shards
-with an index if it is large), tokenizer.json, tokenizer_config.json and
-mtp_contract.json, which has what config.json cannot hold: the order of concatenation,
-the hidden state that the predictors read, norms, positions. Files that came with an
-imported model go out as they came in. Drafters with a published layout of their own
-(medusa, eagle, eagle3) are written without the trunk, which is another folder
+with an index if it is large), tokenizer.json, tokenizer_config.json, README.md (a model
+card) and mtp_contract.json, which has what config.json cannot hold: the order of
+concatenation, the hidden state that the predictors read, norms, positions. Files that
+came with an imported model go out as they came in. Drafters with a published layout of
+their own (medusa, eagle, eagle3) are written without the trunk, which is another folder
 (--trunk_only).
+
+--push uploads the folder to the Hugging Face Hub (pip install "mtp_jax[hub]", and a
+token: HF_TOKEN or `hf auth login`). A new repository is private.
 """
 
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from launch import cli, paths
-from mtp_jax import interop
+from launch import cli, hub, paths
+from mtp_jax import files, interop, run_folder
 from mtp_jax.config import Config, ConfigError
+from mtp_jax.interop import serving
+from mtp_jax.interop.model_card import model_card
+from mtp_jax.lm import deployed_config
+from mtp_jax.trained_model import TrainedModel
 
 _WORKDIR = cli.define_workdir("run folder")
 _STEP = cli.define_step()
@@ -39,35 +51,90 @@ _BASE_MODEL = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "type of the written weights"
 )
+_VERIFY = flags.DEFINE_enum(
+  "verify", "none", ["none", *serving.ENGINES], "engine that decodes with the folder"
+)
+_ENGINE_PYTHON = flags.DEFINE_string(
+  "engine_python", sys.executable, "interpreter that has the engine of --verify"
+)
+_PUSH = flags.DEFINE_string(
+  "push", None, "ORG/NAME of the Hugging Face Hub, to which the folder is uploaded"
+)
 
 
 def main() -> int:
+  if _VERIFY.value != "none" and shutil.which(_ENGINE_PYTHON.value) is None:
+    raise ConfigError(
+      f"--engine_python must be an interpreter, got {_ENGINE_PYTHON.value!r}."
+    )
   if _LAYOUT.value is not None:
     if _OUTPUT.value is None:
       raise ConfigError("--output is required with --layout.")
     paths.check_new_folder("output", _OUTPUT.value)
     if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
       raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
+  if _PUSH.value is not None:
+    if _LAYOUT.value is None:
+      raise ConfigError("--layout is required with --push.")
+    hub.check_push(_PUSH.value)
   model = cli.load_model(_WORKDIR.value, _STEP.value)
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
     return 0
-  output = Path(_OUTPUT.value)
-  if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(_LAYOUT.value, "no"):
+  output, layout = Path(_OUTPUT.value), _LAYOUT.value
+  config = deployed_config(model.config) if _TRUNK_ONLY.value else model.config
+  if _VERIFY.value != "none" and (
+    reason := serving.engine_obstacle(config, layout, _VERIFY.value)
+  ):
+    raise ConfigError(f"--verify={_VERIFY.value} cannot be: {reason}.")
+  if not interop.layouts_for(model.config, _TRUNK_ONLY.value).get(layout, "no"):
     output.parent.mkdir(parents=True, exist_ok=True)  # Nothing for what is refused.
+    if _PUSH.value is not None:
+      hub.create_repository(_PUSH.value)
   with cli.as_bad_input(interop.InteropError):
     interop.export_params(
       model.params,
       model.config,
       output,
-      _LAYOUT.value,
+      layout,
       dtype=_DTYPE.value,
       trunk_only=_TRUNK_ONLY.value,
       base_model=_BASE_MODEL.value or "",
       tokenizer=model.tokenizer,
       model_folder=model.model_folder,
+      card=model_card(
+        config, layout, model.step, *map(_facts, (run_folder.RUN, run_folder.EVAL)),
+        base_model=_BASE_MODEL.value or "",
+      ),
     )
-  print(f"{output}: step {model.step:,} as {_LAYOUT.value}", file=sys.stderr)
+  print(f"{output}: step {model.step:,} as {layout}", file=sys.stderr)
+  if _VERIFY.value != "none" and (code := _verify(model, output)):
+    return code
+  if _PUSH.value is not None:
+    print(hub.upload(output, _PUSH.value))
+  return 0
+
+
+def _facts(name: str) -> dict[str, Any]:
+  """Returns the content of a file of the run folder; {}: it is not there."""
+  file = Path(_WORKDIR.value) / name
+  return files.read_json(file) if file.is_file() else {}
+
+
+def _verify(model: TrainedModel, folder: Path) -> int:
+  from launch.verify import verify  # Here, because few exports need it.
+
+  try:
+    found = verify(
+      model, folder, _LAYOUT.value, _VERIFY.value, _ENGINE_PYTHON.value,
+      base_model=_BASE_MODEL.value or "", dtype=_DTYPE.value,
+      trunk_only=_TRUNK_ONLY.value,
+    )
+  except RuntimeError as error:
+    return cli.fail(str(error), 1)
+  print(found)
+  if not found.is_equal:
+    return cli.fail(f"{found.engine} does not decode {folder} as mtp_jax does.", 1)
   return 0
 
 

@@ -1,10 +1,10 @@
 r"""Continues a prompt with a trained model, its extra predictors drafting ahead.
 
-  python -m launch.generate --workdir=runs/seq2 --prompt="def "
-  python -m launch.generate --workdir=runs/seq2 --prompt_file=start.py --stream
-  python -m launch.generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
-  python -m launch.generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
-  python -m launch.generate --workdir=RUN --prompt="def " --stop="class " --stop=@
+  mtp-jax generate --workdir=runs/seq2 --prompt="def "
+  mtp-jax generate --workdir=runs/seq2 --prompt_file=start.py --stream
+  mtp-jax generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
+  mtp-jax generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
+  mtp-jax generate --workdir=RUN --prompt="def " --stop="class " --stop=@
 
 The model's own next-token predictor decides every token: extra predictors make it
 faster, not different. Greedy text and text of rule `match` equal plain decoding token
@@ -15,7 +15,6 @@ The text goes to stdout, coloured by who proposed each token if that is a termin
 was accepted, and the time against plain decoding, to stderr.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +55,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of sampling", 0, 2**32 - 1)
 _STREAM = flags.DEFINE_bool(
   "stream", False, "print the text round by round, without colours"
 )
-_COLOR = flags.DEFINE_enum(
-  "color", "auto", ("auto", "always", "never"), "show who proposed each token; auto: "
-  "if stdout is a terminal and NO_COLOR is not set"
-)
+_IS_COLORED = decoding.define_color()
 _COMPARE = flags.DEFINE_bool(
   "compare", True, "decode without drafts too: same text? how much slower?"
 )
@@ -88,17 +84,13 @@ def main() -> int:
   if not generation.acceptance["num_drafts"]:
     report.append("plain decoding: nothing was drafted")
   elif _COMPARE.value:
-    report += compare(complete, how)
+    report.append(compare(complete, how).words())
   print("\n".join(report), file=sys.stderr, flush=True)
   return 0
 
 
 def _show(generation: Generation) -> None:
-  is_terminal = sys.stdout.isatty()
-  is_colored = _COLOR.value == "always" or (
-    _COLOR.value == "auto" and is_terminal and "NO_COLOR" not in os.environ
-  )
-  if is_colored:
+  if _IS_COLORED():
     print(generation.to_ansi(), flush=True)
   else:
     print(_printed(generation.prompt + generation.text), flush=True)

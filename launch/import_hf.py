@@ -1,19 +1,18 @@
-r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
+r"""Makes a run folder out of Hugging Face weights, which `mtp-jax train` then trains.
 
-  python -m launch.import_hf --from=models/gpt2 --workdir=runs/gpt2_mtp
-  python -m launch.import_hf --from=models/llama --workdir=runs/llama_mtp \
-      --config.mtp.depth=2 --config.train.freeze_trunk=True --config.data.seq_len=1024
-  python -m launch.train --workdir=runs/gpt2_mtp
-  python -m launch.import_hf --from=models/vicuna --drafter=models/medusa \
-      --workdir=runs/vicuna --config.mtp.kind=medusa --config.mtp.depth=5 \
-      --config.mtp.unembed=own
+  mtp-jax import --from=models/gpt2 --workdir=runs/gpt2_mtp
+  mtp-jax import --from=hf://Qwen/Qwen2.5-0.5B --workdir=runs/qwen \
+      mtp.depth=2 train.freeze_trunk=True data.seq_len=1024
+  mtp-jax train --workdir=runs/qwen
+  mtp-jax import --from=models/vicuna --drafter=models/medusa --workdir=runs/vicuna \
+      mtp.kind=medusa mtp.depth=5 mtp.unembed=own
 
 Reads config.json and safetensors (one file, or shards with an index) of GPT-2, Llama,
-Qwen2, Qwen3, DeepSeek-V3 and MiMo models. The trunk of the config becomes that of the
-folder; all else (extra predictors, data, optimizer, mesh) is as --config says. New
-predictors begin at random, so the next-token logits of the run folder are those of the
-folder, until training moves them; with --config.train.freeze_trunk=True they stay. MTP
-layers that the folder has are taken over with their depth. --drafter names a folder
+Qwen2, Qwen3, DeepSeek-V3, GLM-4.5 and MiMo models. The trunk of the config becomes that
+of the folder; all else (extra predictors, data, optimizer, mesh) is as --config says.
+New predictors begin at random, so the next-token logits of the run folder are those of
+the folder, until training moves them; with --config.train.freeze_trunk=True they stay.
+MTP layers that the folder has are taken over with their depth. --drafter names a folder
 with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
 Rows may be shorter than the folder's texts: learned positions are then cut to
@@ -22,8 +21,12 @@ the folder has, for longer rows. Export writes what the run has.
 
 The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
 otherwise. The tokens that begin and end a text are those that the folder names; none is
-added. The run folder needs DIR no more. Weights that do not fit are refused by name;
-nothing is written then.
+added. The run folder needs the other folder no more.
+
+hf://ORG/NAME, or hf://ORG/NAME@REVISION, is a model of the Hugging Face Hub: it is
+downloaded into the cache of huggingface_hub (pip install "mtp_jax[hub]").
+
+Weights that do not fit are refused by name; nothing is written then.
 """
 
 import sys
@@ -33,7 +36,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from launch import cli
+from launch import cli, hub
 from mtp_jax import interop
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import TASKS, Config, ConfigError, with_overrides
@@ -42,10 +45,13 @@ from mtp_jax.data.tokenizers import Tokenizer, check_vocab_size, load_tokenizer
 from mtp_jax.train import start_run
 
 cli.define_config(required=False)
-_FROM = flags.DEFINE_string("from", None, "folder with config.json and safetensors")
+_FROM = flags.DEFINE_string("from", None,
+  "folder with config.json and safetensors, or hf://ORG/NAME[@REVISION] of the Hub",
+)
 cli.require("from")
 _DRAFTER = flags.DEFINE_string(
-  "drafter", None, "folder with the extra predictors alone"
+  "drafter", None,
+  "folder with the extra predictors alone, or hf://ORG/NAME[@REVISION]",
 )
 _WORKDIR = cli.define_workdir("the new run folder")
 _COMPILATION_CACHE = cli.define_compilation_cache()
@@ -55,37 +61,41 @@ _ROTARY = ("trunk.rope_theta", "trunk.rope_scaling.")
 
 
 def main() -> int:
-  folder, workdir = Path(_FROM.value), Path(_WORKDIR.value)
+  workdir, given = Path(_WORKDIR.value), cli.load_config()
   try:
-    model = interop.read_model(folder)
-    config = combine(cli.load_config(), cli.config_overrides(), model)
+    model = interop.read_model(hub.local_folder("from", _FROM.value))
+    drafter = _DRAFTER.value and hub.local_folder("drafter", _DRAFTER.value)
+    config = combine(given, cli.config_overrides(), model)
     validate(config)
     cli.check_files(config.data, config.tokenizer)
     tokenizer, model_folder = tokenizer_of(config, model)
     validate(config, jax.device_count(), jax.default_backend())
     cli.use_compilation_cache(_COMPILATION_CACHE.value)
     start_run(
-      config, workdir, lambda mesh: _load(model, config, mesh), tokenizer, model_folder
-    )
+      config, workdir, lambda mesh: _load(model, drafter, config, mesh), tokenizer,
+      model_folder,
+    )  # fmt: skip
   except interop.InteropError as error:
     return cli.fail(str(error), cli.BAD_INPUT)
   except CheckpointError as error:
     return cli.fail(str(error), 1)
   print(
     f"{workdir}: {model.family} weights at step 0, mtp.kind {config.mtp.kind!r}, depth "
-    f"{config.mtp.depth}. Train it by: python -m launch.train --workdir={workdir}",
+    f"{config.mtp.depth}. Train it by: mtp-jax train --workdir={workdir}",
     file=sys.stderr,
   )
   return 0
 
 
 def _load(
-  model: interop.HfModel, config: Config, mesh: jax.sharding.Mesh
+  model: interop.HfModel,
+  drafter: Path | None,
+  config: Config,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
   params = interop.load_params(model, config, mesh)
-  if _DRAFTER.value is not None:
-    folder = Path(_DRAFTER.value)
-    params["mtp"] = interop.read_drafter(folder, config, params, mesh)
+  if drafter is not None:
+    params["mtp"] = interop.read_drafter(drafter, config, params, mesh)
   return params
 
 

@@ -1,20 +1,24 @@
-r"""Plans training on TPUs, on any machine: memory, work, collectives, time.
+r"""Plans training on TPUs and GPUs, on any machine: memory, work, collectives, time.
 
-  python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
+  mtp-jax plan --config=experiments/gains_with_scale.py:cluster \
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
-  python -m launch.plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
+  mtp-jax plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
       --output=experiments/results/plan
+  python -m launch.plan --config=experiments/gains_with_scale.py:gpu \
+      --topology=h200:1,h200:8 --only='embed_dim=768,depth=1,arm=added,seed=0'
 
-A topology is a TPU slice: v4, v5e, v5p or v6e with the chips along each axis. A bare
-name takes as many chips as each trial's mesh has. --config.mesh.* tries another mesh.
+A topology is a TPU slice, v4, v5e, v5p or v6e with the chips along each axis, or a
+number of GPUs, a100, h100, h200 or b200. A bare name takes as many as each trial's mesh
+has. --config.mesh.* tries another mesh.
 
-The real train step is compiled for the slice, on any Linux machine that has the package
-libtpu (requirements-plan.txt): memory and collectives are XLA's. A compilation takes
-one to ten minutes per shape of trial; its report is kept in --compilation_cache. Time
-follows from model FLOPs and --mfu, which is an assumption, not a result. Nothing is
-trained and no text is read.
+The real train step is compiled for these devices, on any Linux machine that has the
+compilers (requirements-plan.txt): memory, collectives and kernels are XLA's. A
+compilation takes ten seconds to ten minutes per program; its report is kept in
+--compilation_cache. Time follows from model FLOPs and --mfu, which is an assumption,
+not a result. For GPUs a roofline shows the time by kind of kernel: a model, not a
+measurement. Nothing is trained and no text is read.
 
-Exit code 1: some shape does not fit.
+Exit code 1: some program does not fit.
 """
 
 import sys
@@ -26,19 +30,21 @@ import jax
 from absl import flags
 
 from launch import cli, paths, tables, trials
-from launch.planning import steps, topologies
+from launch.planning import roofline, steps, topologies
+from launch.planning.chips import Chip, Gpu
 from launch.planning.topologies import Topology
 from launch.states import Trial
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, to_dict
 from mtp_jax.config_rules import validate
+from mtp_jax.layouts import abstract_state
 from mtp_jax.predictors import kind_of
 from mtp_jax.progress import Progress
 from mtp_jax.sharding import MESH_AXES, make_mesh
 
 cli.define_config()
 _TOPOLOGY = flags.DEFINE_list(
-  "topology", None, "TPU slices, separated by commas: v5p:4x4x4, v6e:16x16, v5p"
+  "topology", None, "devices, separated by commas: v5p:4x4x4, v6e:16x16, v5p, h200:8"
 )
 cli.require("topology")
 _MFU = flags.DEFINE_float(
@@ -49,11 +55,11 @@ _OUTPUT = flags.DEFINE_string(
   "output", None, "folder for the plan as .md and .json; by default nothing is written"
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "flax", "optax")
 
 
 def main() -> int:
-  jax.config.update("jax_platforms", "cpu")  # No TPU is needed, not even one at hand.
+  jax.config.update("jax_platforms", "cpu")  # No accelerator is needed.
   if not 0 < _MFU.value <= 1:
     raise ConfigError(f"--mfu must be in (0, 1], got {_MFU.value}.")
   if _OUTPUT.value is not None:
@@ -61,18 +67,18 @@ def main() -> int:
   wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
   everything, chosen = trials.from_flags(Path("."))
   # All meshes are checked before the first compilation.
-  shapes = [check(chosen, topology) for topology in wanted]
+  programs = [check(chosen, topology) for topology in wanted]
   cache = Path(_COMPILATION_CACHE.value) if _COMPILATION_CACHE.value else None
   file, preset = cli.config_file()
   title = f"{file.stem}:{preset}" if preset else file.stem
-  progress, done, total = Progress("shapes"), 0, sum(map(len, shapes))
+  progress, done, total = Progress("programs"), 0, sum(map(len, programs))
   fits = True
-  for topology, of_shape in zip(wanted, shapes, strict=True):
+  for topology, of_program in zip(wanted, programs, strict=True):
     rows = {}
-    for shape, (fitted, same) in of_shape.items():
+    for program, (fitted, same) in of_program.items():
       print(f"{same[0].name} on {fitted}", file=sys.stderr, flush=True)
       progress("planned", done, total)
-      rows[shape] = plan(fitted, same, cache, _MFU.value)
+      rows[program] = plan(fitted, same, cache, _MFU.value)
       done += 1
     fits = fits and all(row["fits"] for row in rows.values())
     name = f"{title}-{topology}".replace(":", "-")
@@ -89,21 +95,22 @@ def main() -> int:
 def check(
   chosen: Iterable[Trial], topology: Topology
 ) -> dict[Config, tuple[Topology, list[Trial]]]:
-  """Returns the topology and the trials of every shape.
+  """Returns the topology and the trials of every program.
 
   Raises:
-    ConfigError: a mesh that the topology does not have, or libtpu is missing.
+    ConfigError: a mesh that the topology does not have, or its compiler is missing.
   """
-  shapes: dict[Config, tuple[Topology, list[Trial]]] = {}
+  programs: dict[Config, tuple[Topology, list[Trial]]] = {}
   for trial in chosen:
     try:
       fitted = topologies.fit_to_mesh(topology, trial.config.mesh)
-      validate(trial.config, fitted.num_chips)
+      platform = "gpu" if isinstance(fitted.chip, Gpu) else "tpu"
+      validate(trial.config, fitted.num_chips, platform)
       topologies.devices(fitted)
     except ConfigError as error:
       raise ConfigError(f"{trial.name} on {topology}: {error}") from error
-    shapes.setdefault(trial.program, (fitted, []))[1].append(trial)
-  return shapes
+    programs.setdefault(trial.program, (fitted, []))[1].append(trial)
+  return programs
 
 
 def plan(
@@ -111,23 +118,28 @@ def plan(
 ) -> dict[str, Any]:
   """Returns the row of trials of one program; bytes and collectives are of one chip."""
   trial, chip, chips = same[0], topology.chip, topology.num_chips
-  shape, data = trial.program, trial.program.data
-  mesh = make_mesh(shape.mesh, list(topologies.devices(topology)))
-  state = steps.abstract_state(shape, mesh)
-  report = steps.compile_step(shape, mesh, cache)
+  data = trial.program.data
+  of_mesh = trial.program.mesh
+  split = of_mesh.tensor * of_mesh.context  # Devices that share rows.
+  mesh = make_mesh(trial.program.mesh, list(topologies.devices(topology)))
+  program, report = steps.fitting_step(trial.program, mesh, chip, cache)
+  with topologies.kernels_of(chip):
+    state = abstract_state(program, mesh)
   tokens = data.batch_size * data.seq_len
-  flops = accounting.train_flops_per_token(shape) * tokens
+  flops = accounting.train_flops_per_token(program) * tokens
   seconds = flops / (mfu * chip.peak_flops * chips)
   peak = report["peak"]
   return {
-    "shape": trial.name,
+    "program": trial.name,
     "topology": str(topology),
     "chips": chips,
     "mesh": {k: v for k, v in to_dict(trial.config)["mesh"].items() if k in MESH_AXES},
     "trials": len(same),
     "parameters": trial.counts.total,
-    "rows_per_chip": data.batch_size * shape.mesh.tensor * shape.mesh.context / chips,
-    "accumulation_steps": shape.train.accumulation_steps,
+    "rows_per_chip": data.batch_size * split / chips,
+    "scan_layers": program.trunk.scan_layers,
+    "remat": program.trunk.remat,
+    "accumulation_steps": program.train.accumulation_steps,
     "params_bytes": steps.tree_bytes(state.params),
     "optimizer_bytes": steps.tree_bytes(state.opt_state),
     "hbm_bytes": chip.hbm_bytes,
@@ -151,7 +163,7 @@ def page(
 ) -> list[str]:
   """Returns the paragraphs and tables of the plan of one topology."""
   chip = topology.chip
-  costs = (depth_cells(shape, row, rows) for shape, row in rows.items())
+  costs = (depth_cells(program, row, rows) for program, row in rows.items())
   depth = [cost for cost in costs if cost is not None]
   parts = [
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
@@ -159,6 +171,7 @@ def page(
     "FLOPs of a loop's body once. Collectives: how often they run, and the bytes of "
     f"their results. Time is at {mfu:.0%} of the peak, an assumption.",
     tables.markdown(map(cells, rows.values())),
+    *(roofline_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
     f"Planned: {_totals(chip, chosen, mfu)}. Whole sweep: "
     f"{_totals(chip, everything, mfu)}.",
   ]
@@ -178,8 +191,9 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
   xla, seconds = row.get("xla_flops"), row["seconds_per_step"]
   hours = seconds * row["steps"] / 3600
   return {
-    "shape": row["shape"], "chips": row["topology"], "mesh": mesh or "data=1",
+    "program": row["program"], "chips": row["topology"], "mesh": mesh or "data=1",
     "parameters": f"{row['parameters']:,}", "rows/chip": f"{row['rows_per_chip']:g}",
+    "loop, remat": f"{row['scan_layers']}, {row['remat']}",
     "microbatches": str(row["accumulation_steps"]),
     **{f"{key.removesuffix('_bytes')} GB": _giga(row.get(key)) for key in sizes},
     "fits": "yes" if row["fits"] else "NO",
@@ -196,14 +210,41 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
   }
 
 
+def roofline_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the section with the time of every program by kind of kernel."""
+  lines = []
+  for row in rows:
+    if "kernels" not in row:  # The compiler refused it.
+      continue
+    kinds = row["kernels"]
+    count, seconds = (sum(x[y] for x in kinds.values()) for y in ("count", "seconds"))
+    peak = chip.peak_flops * row["chips"]
+    lines.append({
+      "program": row["program"], "kernels": f"{count:,}",
+      **{
+        kind: f"{1e3 * x['seconds']:.2f} ms, {x['count']:,}, {_giga(x['bytes'])} GB"
+        for kind, x in kinds.items() if x["count"]
+      },
+      "roofline ms": f"{1e3 * seconds:.1f}",
+      "MFU": f"{row['model_flops'] / seconds / peak:.1%}",
+    })
+  return [
+    "## Roofline: a model, not a measurement",
+    "Kernels of one step on one GPU: time, number, bytes read and written. "
+    f"{roofline.ASSUMED.format(chip=chip)} Nothing overlaps. Loops of unknown length "
+    "count once. XLA chose the kernels without trying them; a GPU tries them.",
+    tables.markdown(lines),
+  ] if lines else []
+
+
 def depth_cells(
-  shape: Config, row: dict[str, Any], rows: dict[Config, dict[str, Any]]
+  program: Config, row: dict[str, Any], rows: dict[Config, dict[str, Any]]
 ) -> dict[str, Any] | None:
   """Returns what depth costs against the plain row of the same trunk and mesh."""
   plain = next((
     other
     for key, other in rows.items()
-    if not kind_of(key.mtp).has_depths and _trunk(key) == _trunk(shape)
+    if not kind_of(key.mtp).has_depths and _trunk(key) == _trunk(program)
   ), None)
   if plain is None or plain is row:
     return None
@@ -213,8 +254,8 @@ def depth_cells(
     return f"x{above / below:.3f}" if above and below else "-"
 
   return {
-    "width": shape.trunk.embed_dim, "layers": shape.trunk.num_layers,
-    "kind": shape.mtp.kind, "D": shape.mtp.depth, "arm": shape.mtp.arm,
+    "width": program.trunk.embed_dim, "layers": program.trunk.num_layers,
+    "kind": program.mtp.kind, "D": program.mtp.depth, "arm": program.mtp.arm,
     "parameters": ratio(lambda r: r["parameters"]),
     "peak GB": _giga(row["peak"]),
     "peak": ratio(lambda r: r["peak"]),
@@ -225,11 +266,11 @@ def depth_cells(
   }
 
 
-def _trunk(shape: Config) -> tuple[Any, ...]:
-  return shape.trunk, shape.data, shape.mesh, shape.train, shape.loss
+def _trunk(program: Config) -> tuple[Any, ...]:
+  return program.trunk, program.data, program.mesh, program.train, program.loss
 
 
-def _totals(chip: topologies.Chip, of: Sequence[Trial], mfu: float) -> str:
+def _totals(chip: Chip, of: Sequence[Trial], mfu: float) -> str:
   flops = sum(trial.flops for trial in of)
   hours = flops / (mfu * chip.peak_flops) / 3600
   tokens = sum(trial.num_tokens for trial in of)

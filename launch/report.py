@@ -3,7 +3,7 @@ r"""Writes the report of a folder of runs: a page, figures, tables and verdicts.
   mtp-jax report runs/gains_with_scale
   mtp-jax report runs --output=report
   mtp-jax report runs/sat --results=experiments/results/sat_cpu \
-      --command="python -m launch.sweep --config=experiments/sat.py:cpu ..."
+      --command="mtp-jax sweep --config=experiments/sat.py:cpu ..."
   mtp-jax report --findings
 
 Reads config.json, eval.json and metrics.jsonl of every run folder below the folder that
@@ -72,6 +72,9 @@ _INTERIM = flags.DEFINE_string(
 _FINDINGS = flags.DEFINE_bool(
   "findings", False, "write the verdicts on published claims"
 )
+_BRIEF = flags.DEFINE_bool(
+  "brief", False, "print only the sentence, and which picture and page to open"
+)
 
 
 def main() -> int:
@@ -89,7 +92,10 @@ def main() -> int:
     return cli.fail(str(e), cli.BAD_INPUT)
   except OSError as e:
     return cli.fail(f"the report could not be written: {e}", exits.FAILED)
-  print(f"{report.text}\n\n{report.sentence}\nOpen: {report.paths[0]}")
+  pictures = [path for path in report.paths if path.suffix == ".png"]
+  ends = [report.sentence, *(f"Picture: {x}" for x in pictures[:1])]
+  text = "" if _BRIEF.value else report.text
+  print("\n".join([text, "", *ends, f"Open: {report.paths[0]}"]).lstrip())
   return 0
 
 
@@ -130,6 +136,11 @@ def _results(folder: Path, results: Path) -> Report:
 
 def _findings() -> Report:
   results = Path(_RESULTS.value or RESULTS)
+  if not results.is_dir():
+    raise RunsError(
+      "--results must name the folder of kept results, which a clone has as "
+      f"{RESULTS}; there is no folder {str(results)!r} here."
+    )
   output = Path(_OUTPUT.value or results / "findings")
   rest = ["--findings", f"--results={results}", f"--output={output}"]
   return write_findings(results, output, _own_command(rest))

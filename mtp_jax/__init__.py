@@ -14,3 +14,13 @@ def load(path, step=None, mesh=None):
   from mtp_jax import trained_model  # Here, because it imports JAX.
 
   return trained_model.load(path, step, mesh)
+
+
+def demo_checkpoint():
+  """Returns the folder of the small checkpoint that the package ships, for `load`.
+
+  Python source, sequential modules with D = 3; made.json in it has how it was made.
+  """
+  from pathlib import Path
+
+  return Path(__file__).parent / "demo"

@@ -41,7 +41,9 @@ def abstract_params(config: Config) -> Any:
   Equal configs get one and the same tree, which is not to be changed: a start of
   training asks for it several times, and tracing the model takes a while.
   """
-  model = MtpLm(config)
+  # Parameters do not depend on it, and this machine need not have the kernels.
+  trunk = dataclasses.replace(config.trunk, attention="xla")
+  model = MtpLm(dataclasses.replace(config, trunk=trunk))
   return jax.eval_shape(
     lambda: model.init(jax.random.key(0), zeros_batch(config))["params"]
   )
@@ -67,7 +69,7 @@ def train_flops_per_token(
 
   What is trained costs three times its forward pass. A frozen trunk costs one, as its
   main head does, and its output matrix two where extra depths read it: nothing is
-  differentiated for it.
+  differentiated for it. The same is true of that matrix with `mtp.detach`.
 
   `attention_pairs`: "causal" counts the (T + 1) / 2 keys that a token sees on average;
   "full" the T keys that an implementation without skipping computes.
@@ -82,7 +84,7 @@ def train_flops_per_token(
   deployed += (num_trunk_layers(config) - trunk.dense_prefix) * flops(trunk)
   kind = kind_of(mtp)
   added = kind.blocks(mtp) * flops(predictor_trunk(trunk, mtp)) + kind.flops(config)
-  passes = 2 if is_frozen and mtp.unembed == "shared" else 3
+  passes = 2 if (is_frozen or mtp.detach) and mtp.unembed == "shared" else 3
   total = (1 if is_frozen else 3) * deployed + 3.0 * added
   total += passes * mtp.depth * logits
   # Own tokens take the logits of every depth but the last once more, and those of the

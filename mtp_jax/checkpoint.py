@@ -374,6 +374,31 @@ def restore_params(
   return *first, meta
 
 
+def save_params(
+  folder: Path, step: int, params: Any, config: Config, tokenizer: str
+) -> None:
+  """Writes a checkpoint of the parameters alone, rounded to bfloat16.
+
+  `restore_params` reads it, as float32. Token ids among the parameters
+  (`mtp.draft_vocab`) would not survive the rounding.
+  """
+  stored = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  step = jnp.int32(step)
+  restored = step, jax.tree.map(lambda x: x.astype(jnp.float32), stored)
+  meta = {
+    "config": to_dict(config),
+    "contract": contract(config),
+    "tokenizer": tokenizer,
+    "fingerprint": fingerprint(restored).tolist(),
+  }
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+    signed = meta | {"sha256": _sha256(meta)}
+    writer.save(folder / "meta", args=ocp.args.JsonSave(signed), force=True)
+  with ocp.Checkpointer(_state_handler()) as writer:
+    state = {"step": step, "params": stored}
+    writer.save(folder / "state", args=ocp.args.PyTreeSave(state), force=True)
+
+
 def _checked(meta: Any) -> dict[str, Any]:
   """Returns a restored meta without its checksum; ValueError if that is not right."""
   meta = dict(meta)

@@ -239,6 +239,10 @@ def _check_mtp(rule: Rules) -> None:
     all(math.isfinite(w) and w >= 0 for w in mtp.depth_weights), "mtp.depth_weights",
     "finite and not negative",
   )
+  rule(
+    not (mtp.detach and kind_of(mtp).deployed_blocks), "mtp.detach",
+    f"False for mtp.kind {mtp.kind!r}: its first head is a layer of the trunk",
+  )
   if mtp.mlp_dim:
     rule(
       mtp.arm != "shortened", "mtp.mlp_dim",
@@ -297,8 +301,8 @@ def _check_data(rule: Rules) -> None:
     "'file' or 'bytes' for data.source 'mixture': each part would learn its own",
   )
   rule(
-    "token_bin" not in sources or tokenizer.kind in ("bytes", "file"), "tokenizer.kind",
-    "that of the tokens, 'file' or 'bytes', for data.source 'token_bin'",
+    "token_bin" not in sources or tokenizer.kind == "file", "tokenizer.kind",
+    "'file' for data.source 'token_bin': tokenizer.path names that of the tokens",
   )
   is_task = data.source in TASKS
   rule(

@@ -99,7 +99,11 @@ class MtpLm(nn.Module):
       batch.segment_ids,
       tapped,
     )
-    hidden_MBTD, in_mtp = self.mtp(given)
+    detach = self.config.mtp.detach
+    hidden_MBTD, in_mtp = self.mtp(given.detached() if detach else given)
+    if detach:  # Depth 0 alone trains the trunk.
+      main_BTD = self.final_norm(residual_BTD)
+      hidden_MBTD = jnp.concatenate([main_BTD[None], hidden_MBTD[1:]])
     routing = {
       part: found
       for part, found in (("trunk", in_trunk), ("mtp", in_mtp))
@@ -140,7 +144,7 @@ def likeliest_tokens(
     argmax_N = jax.lax.map(
       lambda h_D: argmax(jnp.dot(h_D, unembed_DV, preferred_element_type=wide)),
       hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-      batch_size=tokens_per_block(block_tokens),
+      batch_size=tokens_per_block(block_tokens, unembed_DV.shape[1]),
     )
     return argmax_N.reshape(hidden_BTD.shape[:-1])
 

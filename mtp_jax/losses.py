@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from mtp_jax.kernels.argmax import argmax
-from mtp_jax.sharding import map_over_tokens, psum_tokens, tokens_per_block
+from mtp_jax.sharding import map_over_tokens, platform, psum_tokens, tokens_per_block
 
 _TOKENS = (None, "batch", "seq")
 _MATRIX = ("act_embed", None)
@@ -236,7 +236,8 @@ def _token_stats(hidden_MBTD, unembed_DV, targets_MBT, block_tokens):
     nll_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, t_N)
     return nll_N, argmax(logits_NV)
 
-  return TokenStats(*_by_blocks(block, hidden_MBTD, targets_MBT, block_tokens))
+  tokens = tokens_per_block(block_tokens, unembed_DV.shape[1])
+  return TokenStats(*_by_blocks(block, hidden_MBTD, targets_MBT, tokens))
 
 
 def token_ranks(
@@ -258,7 +259,8 @@ def token_ranks(
     is_before_NV = (logits_NV > own_N1) | ((logits_NV == own_N1) & (ids_NV < t_N1))
     return (jnp.sum(is_before_NV, axis=-1, dtype=jnp.int32),)
 
-  return _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens)[0]
+  tokens = tokens_per_block(block_tokens, unembed_DV.shape[1])
+  return _by_blocks(block, hidden_MBTD, tokens_MBT, tokens)[0]
 
 
 def _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens):
@@ -290,15 +292,15 @@ def _local_sums(
 ):
   """Returns one device's sums and gradients; sums are added over all devices."""
   M, B, T, D = hidden_MBTD.shape
+  block_tokens = tokens_per_block(block_tokens, unembed_DV.shape[1])
   accumulate = jnp.promote_types(hidden_MBTD.dtype, jnp.float32)
 
   def block(d_unembed, xs):
     h_ND, t_N, mask_N, *of_teacher, coefficient = xs
     # exp and its sum serve both the loss and, below, the gradient of the logits.
     logits_NV = _logits(h_ND, unembed_DV)
-    top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+    top_N1, sum_N1 = _top_and_sum(logits_NV)
     exp_NV = jnp.exp(logits_NV - top_N1)
-    sum_N1 = jnp.sum(exp_NV, axis=-1, keepdims=True)
     picked_N = _pick(logits_NV, t_N)
     nll_N = jnp.log(sum_N1[:, 0]) + top_N1[:, 0] - picked_N
     value = nll = jnp.sum(jnp.where(mask_N, nll_N, 0.0))
@@ -363,6 +365,28 @@ def _logits(h_ND: jax.Array, unembed_DV: jax.Array) -> jax.Array:
   return jnp.einsum("ND,DV->NV", h_ND, unembed_DV, preferred_element_type=accumulate)
 
 
+def _top_and_sum(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the largest logit, and the sum of exp(logit - largest), each [N, 1].
+
+  On a GPU in one pass over the logits, which is bound by memory: a partial sum is
+  scaled whenever the largest logit so far changes (Milakov and Gimelshein 2018, arXiv
+  1805.02867).
+  """
+  if platform() != "gpu":
+    top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True)
+    return top_N1, jnp.sum(jnp.exp(logits_NV - top_N1), axis=-1, keepdims=True)
+
+  def join(a, b):
+    top = jnp.maximum(a[0], b[0])
+    return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+  # The lowest number, not -inf, whose difference from itself is no number.
+  empty = jnp.finfo(logits_NV.dtype).min, jnp.zeros((), logits_NV.dtype)
+  pair = logits_NV, jnp.ones_like(logits_NV)
+  top_N, sum_N = jax.lax.reduce(pair, empty, join, dimensions=(1,))
+  return top_N[:, None], sum_N[:, None]
+
+
 def _pick(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
   return jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
 
@@ -370,7 +394,7 @@ def _pick(logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
 def _split(block_tokens: int, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], int]:
   """Returns `(blocks, length)`: leading axes cut into equal blocks, the last padded."""
   num_tokens = arrays[0].shape[0]
-  num_blocks = -(-num_tokens // tokens_per_block(block_tokens))
+  num_blocks = -(-num_tokens // block_tokens)
   size = -(-num_tokens // num_blocks)
   padding = num_blocks * size - num_tokens
   blocks = tuple(

@@ -103,6 +103,8 @@ class TrunkConfig:
 
   kind: llama (RMSNorm, RoPE, SwiGLU) | gpt2 (LayerNorm, learned positions, GELU,
     biases). `qkv_bias` is for Qwen2, `qk_norm` for Qwen3.
+  scan_layers, remat: auto is on and names; on a GPU the fastest of `layouts` that its
+    memory holds, by XLA's own analysis of the compiled step.
   """
 
   kind: Literal["llama", "gpt2"] = key("llama", "family of the blocks", ARCH)
@@ -126,8 +128,12 @@ class TrunkConfig:
   rope_theta: float = key(1e4, "base of the frequencies", ARCH, ABOVE_0, when=_LLAMA)
   rope_scaling: RopeScalingConfig = section({"trunk.rope_scaling.kind": ("yarn",)})
   norm_eps: float = key(1e-6, "epsilon of all norms", ARCH, ABOVE_0)
-  scan_layers: bool = key(True, "compile one layer, and loop", RUNS)
-  remat: Literal["none", "names", "full"] = key("names", "what is recomputed", RUNS)
+  scan_layers: Literal["auto", "on", "off"] = key(
+    "auto", "compile one layer, and loop", RUNS
+  )
+  remat: Literal["auto", "none", "names", "full"] = key(
+    "auto", "what is recomputed", RUNS
+  )
   compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
     "auto", "of activations; auto: bfloat16 on accelerators, float32 on CPU"
   )
@@ -138,6 +144,29 @@ class TrunkConfig:
   @property
   def head_dim(self) -> int:
     return (self.attention_dim or self.embed_dim) // self.num_heads
+
+  @property
+  def loops(self) -> bool:
+    return self.scan_layers != "off"
+
+  @property
+  def layouts(self) -> list["TrunkConfig"]:
+    """The ways to run the layers that `auto` leaves open, the fastest on a GPU first.
+
+    Unrolled layers keep what XLA computed. A loop copies what it keeps into stacks and
+    out of them: to keep all of it there takes longer than to compute some of it again.
+    """
+    found = []
+    for scan, remat in (
+      ("off", "none"), ("off", "names"), ("on", "names"), ("on", "full")
+    ):
+      scan = scan if self.scan_layers == "auto" else self.scan_layers
+      remat = remat if self.remat == "auto" else self.remat
+      way = dataclasses.replace(self, scan_layers=scan, remat=remat)
+      keeps_all_in_loop = (scan, remat) == ("on", "none") and self.remat == "auto"
+      if way not in found and not keeps_all_in_loop:
+        found.append(way)
+    return found
 
   @property
   def dense_prefix(self) -> int:
@@ -167,7 +196,7 @@ class MtpConfig:
               (the most likely one by depth k - 1).
   out_norm:   what the output matrix and the next sequential module read: own (the
               output of the block after a norm of the module's own) | none (the output
-              as it is). launch/README.md has what published systems do.
+              as it is). docs/explanation has what published systems do.
   norm:       trunk (the kind of the trunk) | rms (RMSNorm on any trunk).
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
   markov_rank: rank of a table of the token before the target, of which each extra head
@@ -175,6 +204,10 @@ class MtpConfig:
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
   window:     so many upcoming tokens are ranked by TOP.
+  fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
+              none, and drops it in silence.
+  detach:     the extra depths learn, and the trunk learns from the next token alone, as
+              without them.
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
               log_acceptance (with the trunk's own distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
@@ -249,6 +282,11 @@ class MtpConfig:
   window: int = key(
     32, "upcoming tokens that are ranked", at_least(1), most="data.seq_len",
     when=_DEPTHS,
+  )
+  fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)
+  detach: bool = key(
+    False, "no gradient from the extra depths to the trunk",
+    then=_DEPTHS | {"train.freeze_trunk": (False,)}, when_given=_MTP,
   )
   objective: Literal["cross_entropy", "kl", "tv", "log_acceptance"] = key(
     "cross_entropy", "what the extra depths minimise", when=_DEPTHS

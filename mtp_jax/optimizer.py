@@ -47,12 +47,19 @@ def schedule_at(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
   return jnp.minimum(rise, floor + (1.0 - floor) * fall)
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, axes: Any, clips_apart: bool = False
+) -> optax.GradientTransformation:
   """Returns the chain: clip, then AdamW or Muon, per unit of learning rate.
 
   `axes` is the tree of logical axes of the parameters. With either optimizer, weight
-  decay acts on matrices (embeddings included), not on norms and biases.
+  decay acts on matrices (embeddings included), not on norms and biases. `clips_apart`:
+  the extra predictors have a norm of their own, so that they do not slow the trunk.
   """
+  clip = optax.clip_by_global_norm(config.clip_norm)
+  if clips_apart:
+    groups = {name: name if name == "mtp" else "trunk" for name in axes}
+    clip = optax.partition({"mtp": clip, "trunk": clip}, groups)
   if config.kind == "adamw":
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
   else:
@@ -71,7 +78,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
       muon_weight_dimension_numbers=numbers,
     )
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
+    clip,
     direction,
     optax.add_decayed_weights(
       config.weight_decay, jax.tree.map(_is_matrix, axes, is_leaf=_is_axes)

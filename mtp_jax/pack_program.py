@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config
+from mtp_jax.config import Config, LossConfig
+from mtp_jax.layouts import LARGEST_SHARE, peak_bytes
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.sharding import (
@@ -31,11 +32,10 @@ from mtp_jax.sharding import (
   platform,
   replicated,
   split_by_trial,
+  tokens_per_block,
 )
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
 from mtp_jax.train_step import compiled, programs, train_step
-
-_LARGEST_SHARE = 0.8
 
 
 class Pack:
@@ -149,17 +149,27 @@ def stacked_step(
     config = dataclasses.replace(config, trunk=trunk)
 
   def step(
+    one: ProgramConfig,
     state: TrainState,
     batch: Batch,
     hyper: Hyperparameters,
     starts_interval: jax.Array,
     is_active: jax.Array,
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    new, report = train_step(config, state, batch, hyper, starts_interval)
+    new, report = train_step(one, state, batch, hyper, starts_interval)
     keep = lambda new, old: jnp.where(is_active, new, old)  # noqa: E731
     return jax.tree.map(keep, new, state), report
 
-  steps = jax.vmap(step, (0, None if shares_batch else 0, 0, 0, 0))
+  def steps(*arguments: Any) -> Any:
+    # A block of the loss has the logits of all trials of a device.
+    trials = arguments[-1].size
+    tokens = tokens_per_block(
+      config.loss.block_tokens, config.tokenizer.vocab_size, trials
+    )
+    one = dataclasses.replace(config, loss=LossConfig(block_tokens=tokens))
+    axes = (0, None if shares_batch else 0, 0, 0, 0)
+    return jax.vmap(functools.partial(step, one), axes)(*arguments)
+
   are_split = (True, not shares_batch, True, True, True)
   return jax.jit(
     map_over_trial_devices(steps, mesh, are_split),
@@ -189,7 +199,7 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
   batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), rows)
   state = jax.eval_shape(programs(program, mesh).init, np.int32(0))
   hyper, flag = hyperparameters(config), np.bool_(True)
-  room = _LARGEST_SHARE * device_memory(devices[0])
+  room = LARGEST_SHARE * device_memory(devices[0])
   size = most
   while size > 1:
     mesh = make_trial_mesh(devices[:size])
@@ -199,11 +209,8 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
     shared = _abstract(batch, replicated(mesh))
     with jax.set_mesh(mesh):
       step = stacked_step(program, mesh, True)
-      memory = compiled(step, states, shared, *others).memory_analysis()
-    needed = (
-      memory.argument_size_in_bytes + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )
+      executable = compiled(step, states, shared, *others)
+    needed = peak_bytes(executable)
     if needed <= room:
       return size
     # Memory grows about linearly with the trials.

@@ -22,6 +22,7 @@ from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer
 from mtp_jax.environment import code_commit, hardware, versions
 from mtp_jax.interrupt import Interrupted
+from mtp_jax.layouts import fastest_that_fits
 from mtp_jax.lm import on_trunk
 from mtp_jax.predictors import tokens_after_row
 from mtp_jax.predictors.vocabulary import most_frequent
@@ -138,7 +139,8 @@ class Run:
 
   @functools.cached_property
   def programs(self) -> Programs:
-    return programs(program_config(self.config), self.mesh)
+    program = fastest_that_fits(program_config(self.config), self.mesh)
+    return programs(program, self.mesh)
 
   @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:

@@ -144,8 +144,12 @@ class RunLog:
 
   @property
   def diagnostics_are_due(self) -> bool:
+    """Whether gradients are compared before the next step; not before the first one,
+    which would wait until another program is compiled.
+    """
     every = self.run.config.train.diagnostics_every
-    return bool(self.run.config.mtp.depth and every and self.step % every == 0)
+    is_due = every and self.step and self.step % every == 0
+    return bool(self.run.config.mtp.depth and is_due)
 
   @property
   def validation_is_due(self) -> bool:

@@ -66,7 +66,7 @@ _PROMPTS = "eval.line_prompts", "eval.function_prompts", "eval.middle_prompts"
 class LossConfig:
   """`block_tokens`: positions whose logits are alive at once, per device.
 
-  0: 1024 on a CPU, 4096 elsewhere.
+  0: 1024 on a CPU; elsewhere as many as have 1 GiB of logits.
   """
 
   block_tokens: int = key(0, "positions whose logits are alive", RUNS, at_least(0))

@@ -6,6 +6,7 @@ its own would silently replicate the dimension.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mtp_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+_OPTIONS = {
+  # XLA for CPU may start the collectives of a program in another order on each device
+  # of a process. With few cores these devices then wait for each other without end.
+  "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
+  # Collectives run beside kernels, in larger pieces; MaxText sets the same.
+  "gpu": {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 128 << 20,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 64 << 20,
+  },
+}
 TRIAL_AXIS = "trial"  # The only axis of the mesh of a pack.
+
+_BLOCK_BYTES = 1 << 30  # Of the logits of a block, on accelerators.
 
 # Logical axis -> mesh axis or axes. From `microbatch` on: activations only.
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -118,15 +134,14 @@ def map_over_trial_devices(
   )
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-  """Returns the options with which programs on a mesh are compiled.
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+  """Returns the options with which programs on a mesh of several devices are compiled.
 
-  XLA for CPU may start the collectives of a program in another order on each device of
-  a process. With few cores these devices then wait for each other without end.
+  A flag that XLA_FLAGS names is left as it is there.
   """
-  if mesh.local_mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
-    return None
-  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+  options = _OPTIONS.get(mesh.devices.flat[0].platform, {}) if mesh.size > 1 else {}
+  given = os.environ.get("XLA_FLAGS", "")
+  return {k: v for k, v in options.items() if f"--{k}=" not in given} or None
 
 
 def num_row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
@@ -146,22 +161,23 @@ def _current_mesh() -> jax.sharding.AbstractMesh | None:
 def platform() -> str:
   """Returns the platform that programs are compiled for: `cpu`, `gpu`, `tpu`, ...
 
-  `tpu` if the mesh in use has TPUs, which programs can be compiled for on machines
-  without any; else JAX's default backend.
+  It is the platform of the mesh in use, whose devices this machine need not have; JAX's
+  default backend where no mesh is in use.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  is_tpu = device is not None and device.device_kind.startswith("TPU")
-  return "tpu" if is_tpu else jax.default_backend()
+  return jax.default_backend() if device is None else device.platform
 
 
-def tokens_per_block(block_tokens: int, for_platform: str | None = None) -> int:
+def tokens_per_block(block_tokens: int, vocab: int, trials: int = 1) -> int:
   """Returns `loss.block_tokens`; if that is 0, a default of the platform.
 
-  `for_platform` is `platform()` unless given. On a CPU a block of logits should fit
-  into the caches; elsewhere larger blocks mean fewer additions to the gradient of the
-  output matrix.
+  On a CPU a block of logits should fit into the caches. Elsewhere larger blocks mean
+  fewer kernels and fewer additions to the gradient of the output matrix: a block has
+  1 GiB of float32 logits, of all `trials` that take a step side by side.
   """
-  return block_tokens or (1024 if (for_platform or platform()) == "cpu" else 4096)
+  if block_tokens or platform() == "cpu":
+    return block_tokens or 1024
+  return max(1, _BLOCK_BYTES // (4 * vocab * trials))
 
 
 def fewest_rows() -> int:

@@ -136,7 +136,9 @@ def state_shardings(
     step=whole,
     params=params,
     opt_state=opt_state,
-    interval=jax.tree.map(lambda _: whole, empty_interval(config)),
+    interval=jax.tree.map(
+      lambda _: whole, jax.eval_shape(lambda: empty_interval(config))
+    ),
     nonfinite_run=whole,
     nonfinite_total=whole,
   )

@@ -126,12 +126,14 @@ def depth_losses(
 ) -> LossSums:
   """Returns the losses of all depths, each with its output matrix and objective.
 
-  Depths are taken together where they share both; but on a frozen trunk, where nothing
-  is differentiated in the main loss, that one is taken alone.
+  Depths are taken together where they share both. The main loss is taken alone on a
+  frozen trunk, where nothing is differentiated in it, and with `mtp.detach`, where it
+  alone trains the output matrix.
   """
   mtp, is_frozen = config.mtp, config.train.freeze_trunk
   matrices = unembeddings(params, config)
-  if mtp.depth and len(matrices) == 1 and (learns_from_trunk(mtp) or is_frozen):
+  is_apart = learns_from_trunk(mtp) or is_frozen or mtp.detach
+  if mtp.depth and len(matrices) == 1 and is_apart:
     ((_, shared_DV),) = matrices
     matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
   taken = hidden_MBTD, targets.columns_MBT, targets.mask_MBT, coefficients_M
@@ -147,6 +149,8 @@ def depth_losses(
     teacher = None if is_main else targets.upcoming
     if is_main and is_frozen:
       hidden, matrix_DV = jax.lax.stop_gradient((hidden, matrix_DV))
+    if not is_main and mtp.detach and mtp.unembed == "shared":
+      matrix_DV = jax.lax.stop_gradient(matrix_DV)
     if not is_main and mtp.objective != "cross_entropy":
       objective, teacher = mtp.objective, Teacher(teacher_MBTD[depths], teacher_DV)
     part = loss_sums(
@@ -264,7 +268,7 @@ def train_step(
   )
   # The axes show which leaves are matrices, and how wide: Muon and the scales of the
   # learning rate depend on both.
-  chain = optimizer.make_optimizer(config.optimizer, axes)
+  chain = optimizer.make_optimizer(config.optimizer, axes, config.mtp.detach)
   trained = optimizer.trainable(config, state.params)
   updates, opt_state = chain.update(grads, state.opt_state, trained)
   trained = optimizer.apply(
@@ -358,7 +362,7 @@ def programs(config: ProgramConfig, mesh: jax.sharding.Mesh) -> Programs:
   """Returns the jitted functions of trials with this `program.program_config`."""
   axes = logical_axes(accounting.abstract_params(config))
   chain = optimizer.make_optimizer(
-    config.optimizer, optimizer.trainable(config, axes)
+    config.optimizer, optimizer.trainable(config, axes), config.mtp.detach
   )
   shardings = state_shardings(config, chain, mesh)
   # Initialisation runs once, so what counts is the time to compile it: without LLVM's

@@ -41,6 +41,10 @@ CASES = {
   "deepseek-dense-tied": ("deepseek_v3", "sequential", 2, LATENT | TIED),
   "mimo": ("mimo", "sequential", 1, {"trunk.qkv_bias": True, "trunk.num_kv_heads": 1}),
   "mimo-no-biases-tied": ("mimo", "sequential", 1, TIED),
+  "glm": ("glm4_moe", "sequential", 3, common.EXPERTS | {
+    "trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 24,
+  }),
+  "glm-dense-tied": ("glm4_moe", "sequential", 2, TIED | LINEAR),
 }
 
 

@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and MiMo with their MTP layers, and Llama trunks with Medusa and EAGLE
-drafters in folders of their own, in plain NumPy, float64, from files.
+"""DeepSeek-V3, GLM-4.5 and MiMo with their MTP layers, and Llama trunks with Medusa and
+EAGLE drafters in folders of their own, in plain NumPy, float64, from files.
 
 Written from the equations of the DeepSeek-V3 report (arXiv 2412.19437), the Qwen2 and
 MiMo reports, and the code of Medusa and EAGLE, on the names that the released
@@ -48,7 +48,8 @@ class Weights:
 def logits(folder: Path, tokens: np.ndarray, length: int) -> np.ndarray:
   """Returns logits_MTV of the first `length` rows; `tokens` has M - 1 more."""
   weights = Weights(folder)
-  run = _deepseek if weights.config["model_type"] == "deepseek_v3" else _mimo
+  is_mimo = weights.config["architectures"] == ["MiMoForCausalLM"]
+  run = _mimo if is_mimo else _deepseek
   return np.stack(run(weights, tokens, length))
 
 
@@ -77,7 +78,9 @@ def eagle_logits(
   is_eagle3 = "draft_vocab_size" in e.config
   if is_eagle3:
     layers = w.config["num_hidden_layers"]
-    taps = [streams[i] for i in (2, layers // 2, layers - 3)]
+    taps = [streams[i] for i in e.config.get(
+      "eagle_aux_hidden_state_layer_ids", (2, layers // 2, layers - 3)
+    )]
     feature_TD = e.linear("fc", np.concatenate(taps, axis=-1))
   else:
     feature_TD = h_TD
@@ -89,7 +92,12 @@ def eagle_logits(
       run = _eagle3 if is_eagle3 else _eagle
       states.append(run(e, ahead, np.array(states))[-1])
       if is_eagle3:
-        out[k][i] = e.linear("lm_head", e.norm("norm", states[-1]))
+        found = e.linear("lm_head", e.norm("norm", states[-1]))
+        if "d2t" in e.tensors:  # Other tokens cannot be drafted.
+          out[k][i] = -np.inf
+          out[k][i][np.arange(len(found)) + e.tensors["d2t"]] = found
+        else:
+          out[k][i] = found
       else:
         out[k][i] = states[-1] @ _head(w)["weight"].T
   return np.stack(out)
@@ -163,10 +171,11 @@ def _head(w: Weights) -> Weights:
 
 
 def _layer(w: Weights, x_TD: np.ndarray, index: int | None = None) -> np.ndarray:
-  """A pre-norm block; with an `index`, one of DeepSeek-V3."""
+  """A pre-norm block; with an `index`, one of DeepSeek-V3 or GLM-4.5."""
   attention, mlp = w.at("self_attn"), w.at("mlp")
   normed_TD = w.norm("input_layernorm", x_TD)
-  x_TD = x_TD + (_grouped if index is None else _latent)(attention, normed_TD)
+  is_latent = "kv_lora_rank" in w.config
+  x_TD = x_TD + (_latent if is_latent else _grouped)(attention, normed_TD)
   normed_TD = w.norm("post_attention_layernorm", x_TD)
   is_dense = index is None or index < w.config["first_k_dense_replace"]
   return x_TD + (_swiglu if is_dense else _experts)(mlp, normed_TD)
@@ -204,11 +213,14 @@ def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   def heads(name: str) -> np.ndarray:
     return w.linear(name, x_TD).reshape(T, -1, H).swapaxes(0, 1)
 
-  def rotate(x_NTH: np.ndarray) -> np.ndarray:
+  def rotate(x_NTH: np.ndarray, name: str) -> np.ndarray:
+    if f"{w.prefix}{name}.weight" in w.tensors:
+      x_NTH = w.norm(name, x_NTH)
     turned = (x_NTH[..., : H // 2] + 1j * x_NTH[..., H // 2 :]) * turns
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
-  q, k, v = rotate(heads("q_proj")), rotate(heads("k_proj")), heads("v_proj")
+  q, k = rotate(heads("q_proj"), "q_norm"), rotate(heads("k_proj"), "k_norm")
+  v = heads("v_proj")
   group = c["num_attention_heads"] // c["num_key_value_heads"]
   return w.linear("o_proj", _attend(q, *(a.repeat(group, axis=0) for a in (k, v))))
 

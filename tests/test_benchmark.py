@@ -207,7 +207,7 @@ def test_variants_are_contestants_with_one_other_value():
   builds = train.builds(_settings(variants=["trunk.remat=full"]), CONFIG)
   assert list(builds) == ["floor", "ours", "torch eager", "trunk.remat=full"]
   (changed,) = builds["trunk.remat=full"].args
-  assert (changed.trunk.remat, CONFIG.trunk.remat) == ("full", "names")
+  assert (changed.trunk.remat, CONFIG.trunk.remat) == ("full", "auto")
 
 
 @pytest.mark.parametrize(("variant", "message"), [
@@ -222,8 +222,8 @@ def test_a_variant_that_is_none_is_refused(variant, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-  ("", "train, loss, decode or pack"),
-  ("speed", "must be given one of train, loss, decode, pack, got 'speed'."),
+  ("", "train, loss, decode, pack"),
+  ("speed", "one of train, loss, decode, pack, sanity, gpu, got 'speed'."),
   ("train --rounds=0", "flag --rounds=0: 0 is not a positive integer"),
   ("pack --steps_per_round=0", "flag --steps_per_round=0: 0 is not a positive"),
   ("pack --packs=2,0", "flag --packs=2,0: must be numbers from 1 up, sep"),

@@ -14,7 +14,8 @@ import mtp_jax
 from mtp_jax import accounting, interop
 from mtp_jax.config import with_overrides
 from mtp_jax.interop import InteropError
-from mtp_jax.lm import MtpLm, unembed_matrix
+from mtp_jax.lm import MtpLm, draft_tokens, unembed_matrix
+from mtp_jax.predictors import vocabulary
 from tests import common, numpy_models
 from tests.hf_folders import LINEAR, TIED, assert_same_bits, one_device
 from tests.untrained_runs import save_run
@@ -23,7 +24,7 @@ pytest_plugins = ("tests.commands",)
 
 T = 7
 SMALL = {"data.seq_len": 12, "data.batch_size": 1}
-DEEP = {"trunk.num_layers": 8}  # As many as EAGLE-3's streams need.
+DEEP = {"trunk.num_layers": 8}  # With the published streams of EAGLE-3.
 OWN = {"mtp.unembed": "own"}
 # Name -> kind of predictor, layout of the trunk, overrides.
 CASES = {
@@ -32,7 +33,10 @@ CASES = {
   "medusa-shared-tied": ("medusa", "qwen2", TIED | {"trunk.qkv_bias": True}),
   "eagle": ("eagle", "llama", {}),
   "eagle-biases-tied": ("eagle", "qwen2", TIED | LINEAR | {"trunk.qkv_bias": True}),
+  "eagle-no-bias": ("eagle", "llama", {"mtp.fc_bias": False}),
   "eagle3": ("eagle3", "llama", DEEP | OWN | {"trunk.attention_dim": 24}),
+  "eagle3-shallow": ("eagle3", "llama", OWN),
+  "eagle3-reduced": ("eagle3", "llama", OWN | {"mtp.draft_vocab": 30}),
   "eagle3-shared": ("eagle3", "llama", DEEP | {"mtp.mlp_dim": 20}),
   "eagle3-shared-tied": ("eagle3", "llama", DEEP | TIED),
 }
@@ -56,6 +60,9 @@ def write(case, folder, **options):
   """Writes random predictors; returns all parameters and the config."""
   config = config_of(case)
   params = common.random_params(config)
+  if config.mtp.draft_vocab:
+    ids = np.random.default_rng(0).permutation(common.VOCAB)[: config.mtp.draft_vocab]
+    params["mtp"]["draft_tokens"] = np.sort(ids).astype(np.float32)
   interop.export_params(params, config, folder, config.mtp.kind, **options)
   return params, config
 
@@ -101,6 +108,9 @@ def test_the_published_forward_pass_on_the_files_gives_our_logits(tmp_path, case
   hidden_MTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
   for m in range(1 + depth):
     ours = np.asarray(hidden_MTD[m] @ unembed_matrix(params, config, m))
+    if m and config.mtp.draft_vocab:
+      ids = draft_tokens(params, config)
+      ours = vocabulary.scatter(ours, ids, common.VOCAB)
     # At the last rows a depth reads tokens after the row, here and there.
     np.testing.assert_allclose(ours, theirs[m], atol=2e-4, err_msg=f"depth {m}")
 
@@ -147,9 +157,14 @@ def test_embeddings_beside_an_eagle3_drafter_must_be_the_trunks(tmp_path):
   ("medusa", {"medusa_num_heads": 2}, "medusa_num_heads must be 3 .* got 2."),
   ("medusa", {"medusa_num_layers": 2}, "medusa_num_layers must be 1 .* got 2."),
   ("eagle", {"bias": False}, "bias must be True .* got False."),
+  ("eagle-no-bias", {"bias": None}, "bias must be False .* got None."),
   ("eagle", {"num_hidden_layers": 2}, "num_hidden_layers must be 1 .* got 2."),
   ("eagle", {"rope_theta": 5e5}, "rope_theta must be 10000.0 .* got 500000.0."),
   ("eagle3", {"draft_vocab_size": 30}, "draft_vocab_size must be 40 .* got 30."),
+  (
+    "eagle3-shallow", {"eagle_aux_hidden_state_layer_ids": [1, 2, 2]},
+    r"eagle_aux_hidden_state_layer_ids must be \[1, 2, 3\] .* got \[1, 2, 2\].",
+  ),
 ])
 def test_other_predictors_are_refused_by_key(tmp_path, case, values, words):
   params, config = write(case, tmp_path / "out")
@@ -159,17 +174,44 @@ def test_other_predictors_are_refused_by_key(tmp_path, case, values, words):
     read(tmp_path / "out", params, config)
 
 
-def test_a_reduced_vocabulary_has_no_place():
-  more = {
-    "mtp.unembed": "own", "mtp.draft_vocab": 30, "trunk.num_layers": 8,
-  }
-  whole = {key: value for key, value in more.items() if key != "mtp.draft_vocab"}
-  layouts = lambda values: interop.layouts_for(  # noqa: E731
-    common.tiny_config("eagle3", 2, values)
-  )
-  assert not layouts(whole)["eagle3"]
-  found = layouts(more)["eagle3"]
-  assert found == "mtp.draft_vocab must be 0: its tensors d2t and t2d are not written"
+def test_a_reduced_vocabulary_is_offsets_and_a_mask(tmp_path):
+  params, config = write("eagle3-reduced", tmp_path / "out", dtype="bfloat16")
+  tensors = load_file(tmp_path / "out/model.safetensors")
+  ids = params["mtp"]["draft_tokens"].astype(int)
+  assert tensors["d2t"].dtype == np.int64 and tensors["t2d"].dtype == bool
+  np.testing.assert_array_equal(tensors["d2t"] + np.arange(30), ids)
+  np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), ids)
+  assert tensors["lm_head.weight"].shape[0] == 30
+
+  def changed(name, value, words):
+    rewrite(tmp_path / "out", lambda t: tensors | {name: value(tensors[name])})
+    with pytest.raises(InteropError, match=words):
+      read(tmp_path / "out", params, config)
+
+  changed("t2d", lambda x: x[::-1].copy(), "d2t and t2d must name the same tokens")
+  changed("d2t", lambda x: x + 40, "d2t must name different tokens of the vocabulary")
+  changed("d2t", lambda x: 0 * x - np.arange(30), "must name different tokens")
+  changed("d2t", lambda x: x.astype(np.float32), "'d2t' has dtype F32; supported: I64")
+
+
+def test_layers_that_are_not_stated_are_the_published_ones(tmp_path):
+  for case in ("eagle3", "eagle3-shallow"):
+    params, config = write(case, tmp_path / case)
+    file = tmp_path / case / "config.json"
+    values = json.loads(file.read_text())
+    taps = values.pop("eagle_aux_hidden_state_layer_ids")
+    assert taps == ([2, 4, 5] if case == "eagle3" else [1, 2, 3])
+    file.write_text(json.dumps(values))
+    if case == "eagle3":
+      assert_same_bits(read(tmp_path / case, params, config), params["mtp"])
+    else:
+      with pytest.raises(InteropError, match=r"must be \[1, 2, 3\]"):
+        read(tmp_path / case, params, config)
+
+
+def test_vllm_is_told_of_the_biases_of_medusa_heads(tmp_path):
+  write("medusa", tmp_path / "out")
+  assert json.loads((tmp_path / "out/config.json").read_text())["medusa_fc_bias"]
 
 
 def test_published_folders_of_heads_say_less(tmp_path):
@@ -204,7 +246,6 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   ("eagle", "eagle", {"trunk.attention_dim": 24}, "trunk.attention_dim must be trunk"),
   ("eagle", "eagle", {"trunk.rope_scaling.kind": "yarn"}, "must be 'none' or 'linear'"),
   ("eagle3", "eagle3", DEEP | {"trunk.qkv_bias": True}, "trunk.qkv_bias must be False"),
-  ("eagle3", "eagle3", {}, "L - 3, and a trunk of 3 layers has 1, 2, 3"),
 ])
 def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
   config = common.tiny_config(kind, 2, overrides)

@@ -615,7 +615,8 @@ def test_nothing_finished_leaves_no_results(tmp_path, capsys):
     {"workdir": "runs", "results": "x", "command": ["y"], "output": "z"},
     "--output goes with",
   ),
-  ({"findings": True, "results": "nowhere"}, "nowhere: no such folder"),
+  ({"findings": True, "results": "nowhere"},
+   "--results must name the folder of kept results, which a clone has as experiments"),
 ])
 def test_flags_that_do_not_go_together(values, words, capsys):
   assert run_report(**values) == cli.BAD_INPUT

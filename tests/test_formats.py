@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.data import formats, prepare, sources
 from mtp_jax.data import tokenizers as tokenizers_lib
@@ -55,7 +55,7 @@ def write_tokens(file, texts, tokenizer, dtype, magic):
   marked = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts]
   tokens = np.concatenate(marked).astype(dtype)
   header = np.zeros(256, "<i4")
-  header[:3] = magic or 0, 1, len(tokens)
+  header[:3] = magic or 0, 7 if magic == 20240801 else 1, len(tokens)
   file.write_bytes((header.tobytes() if magic else b"") + tokens.tobytes())
 
 
@@ -165,11 +165,14 @@ def test_a_stream_without_documents_is_cut_into_splits(folder, tmp_path):
   [
     (np.array([20240520, 1, 9, *[0] * 253], "<i4").tobytes() + b"1234",
      r"must hold 9 tokens of 2 bytes as in its header, it has 4 bytes after the "),
+    *((np.array([magic, version, 2, *[0] * 253], "<i4").tobytes() + b"1234" * 2,
+       f"must have version {right} in its header, .* {magic}, it has {version}")
+      for magic, version, right in ((20240520, 2, 1), (20240801, 1, 7))),
     (np.array([70, 300], "<u2").tobytes(), "must hold tokens below 300, .* holds 300"),
     (b"12345", "must hold whole tokens of 2 bytes, it has 5 bytes"),
-    (b"", r"no document found: looked at 1 file\(s\)"),
+    (b"", r"data\.path must lead to documents, .*a\.bin: 1 file\(s\)"),
   ],
-  ids=["cut", "token", "half", "empty"],
+  ids=["cut", "version of 2 bytes", "of 4", "token", "half", "empty"],
 )  # fmt: skip
 def test_bad_shards_are_refused(folder, tmp_path, content, message):
   (tmp_path / "a.bin").write_bytes(content)
@@ -216,7 +219,10 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 
 
 def test_tokens_need_their_tokenizer(folder):
-  config = config_of(folder, "token_bin", "gpt2_*", tokenizer__kind="bpe",
-                     tokenizer__path="")
-  with pytest.raises(ConfigError, match=r"tokenizer\.kind must be that of the tokens"):
-    validate(config)
+  shards = folder / "gpt2_*"
+  for source, path in (("token_bin", shards), ("mixture", f"1 token_bin {shards}")):
+    for kind in ("bpe", "bytes"):
+      values = {"data.path": str(path), "tokenizer.kind": kind, "tokenizer.path": ""}
+      config = with_overrides(config_of(folder, source, ""), values)
+      with pytest.raises(ConfigError, match=r"tokenizer\.kind must be 'file' for data"):
+        validate(config)

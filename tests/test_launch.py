@@ -17,7 +17,7 @@ from mtp_jax.train import evaluate_run
 
 pytest_plugins = ("tests.commands",)
 
-README = Path(__file__).resolve().parent.parent / "launch" / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/reference/run-folder.md"
 COMMANDS = ("launch.train", "launch.sweep", "launch.evaluate")
 
 EXPERIMENT = """
@@ -101,8 +101,8 @@ def test_dry_run_lists_every_trial_and_trains_nothing(command):
 
 
 def check_fields_are_documented(workdir):
-  readme = README.read_text()
-  documented = set(re.findall(r"`(\w+)`", readme))
+  page = PAGE.read_text()
+  documented = set(re.findall(r"`(\w+)`", page))
   records = [
     json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
   ]
@@ -113,7 +113,7 @@ def check_fields_are_documented(workdir):
     records.append(json.loads((workdir / name).read_text()))
   for record in records:
     assert record.keys() <= documented
-  listed = re.findall(r"^  ([\w.]+)", readme.partition("RUN/\n")[2], re.MULTILINE)
+  listed = re.findall(r"^  ([\w.]+)", page.partition("RUN/\n")[2], re.MULTILINE)
   for path in workdir.iterdir():
     assert path.name.startswith((".lock", *listed))
 
@@ -159,7 +159,7 @@ def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   found = command(*status)
   assert (found.code, found.output) == (0, f"all 1 trial(s) are done in {root}.\n")
   row = command(*status, "--status").output.splitlines()[1].split()
-  assert row[:3] == ["tiny", "done", "1,500/1,500"] and len(row) == 8
+  assert row[:3] == ["tiny", "done", "1,500/1,500"] and len(row) == 9
 
   own = (workdir / "eval.json").read_text()
   evaluate = ("launch.evaluate", f"--workdir={workdir}", f"--compilation_cache={cache}")

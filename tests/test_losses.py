@@ -227,7 +227,7 @@ def temporary_bytes(function, depth):
 
 
 def test_memory_follows_the_block_not_the_depth():
-  block_tokens = tokens_per_block(base.get_config().loss.block_tokens)
+  block_tokens = tokens_per_block(base.get_config().loss.block_tokens, 32768)
   blockwise = functools.partial(blockwise_loss, block_tokens)
   at_depth_3 = temporary_bytes(blockwise, 3)
   at_depth_0 = temporary_bytes(blockwise, 0)

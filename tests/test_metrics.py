@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from launch.planning import topologies
+from launch.planning.chips import CHIPS
 from mtp_jax import files, metrics, progress
 from mtp_jax.metrics import MetricsWriter
 from mtp_jax.progress import Progress
@@ -202,7 +202,7 @@ def test_what_only_begins_like_a_known_device_has_no_peak(kind):
 
 
 def test_every_chip_that_can_be_planned_for_has_a_peak():
-  assert all(chip.peak_flops for chip in topologies.CHIPS.values())
+  assert all(chip.peak_flops for chip in CHIPS.values())
 
 
 def test_model_flop_utilisation(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from mtp_jax.config import ConfigError
 from mtp_jax.config_rules import validate
-from mtp_jax.data import prepare, sources
+from mtp_jax.data import mixture, prepare, sources
 from mtp_jax.data.packing import token_counts
 from mtp_jax.data.pipeline import TrainLoader, load_corpus
 from mtp_jax.data.sources import DataError
@@ -131,7 +131,7 @@ def test_trained_on_other_texts_a_mixture_is_what_is_held_out(folder):
   "path, part",
   [
     ("jsonl {}/a.jsonl", "jsonl .*"), ("1 jsonl {}/a.jsonl; 0 stories", "0 stories"),
-    ("1 stories;", ""), ("nan stories", "nan stories"), ("1 sat", "1 sat"),
+    ("1 stories;;", ""), ("nan stories", "nan stories"), ("1 sat", "1 sat"),
     ("1 mixture a", "1 mixture a"), ("inf stories", "inf stories"),
   ],
 )
@@ -139,6 +139,13 @@ def test_parts_that_are_none_are_refused(folder, path, part):
   message = rf"data\.path must be parts divided by ';'.*\('{part}' is none\), got '"
   with pytest.raises(ConfigError, match=message):
     validate(mixed(folder, path))
+
+
+def test_the_last_part_may_end_as_the_others_do(folder):
+  data = mixed(folder, "1 stories; 3 stdlib ; ").data
+  assert [(x.weight, x.data.source) for x in mixture.parts(data)] == [
+    (1, "stories"), (3, "stdlib")
+  ]
 
 
 def test_what_parts_cannot_have_is_refused(folder):

@@ -18,7 +18,7 @@ from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
 from mtp_jax.run import Diverged, Run
 from mtp_jax.run_log import Observer
-from mtp_jax.sharding import make_mesh, make_trial_mesh, put_batch
+from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs
 from tests.common import (
@@ -365,27 +365,6 @@ def test_every_kind_of_step_can_be_stacked(kind, depth, overrides):
       if index != 1:
         expected = jax.device_get(expected)
         assert_trees_close(packed.report(index), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_stacked_step_is_one_that_gpus_have(monkeypatch):
-  """With what `auto` stands for there, as far as that can be told without one."""
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  config = tiny_config("none", 0, {"trunk.attention": "xla", "trunk.embed_dim": 32})
-  devices, batch = jax.devices()[:1], microbatches(packed_batch(config))
-  one = programs.__wrapped__(program_config(config), make_mesh(config.mesh, devices))
-  state = jax.eval_shape(one.init, 0)
-  shape = program_config(with_overrides(config, {"trunk.attention": "auto"}))
-  mesh = make_trial_mesh(devices)
-  trial = state, hyperparameters(config), np.bool_(True), np.bool_(True)
-  states, *others = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), trial
-  )
-  with jax.set_mesh(mesh):
-    traced = pack_program.stacked_step.__wrapped__(shape, mesh, True).trace(
-      states, batch, *others
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "bf16" in text and "cudnn" not in text
 
 
 def test_a_pack_is_as_large_as_the_memory(monkeypatch):

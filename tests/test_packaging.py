@@ -43,7 +43,8 @@ def test_every_file_of_requirements_is_compared():
   (mark,) = test_requirements_are_those_of_the_package.pytestmark
   files = {file for file, _ in mark.args[1]}
   assert files == {path.name for path in ROOT.glob("requirements*.txt")}
-  assert {*EXTRAS["notebook"], *EXTRAS["text"]} <= set(EXTRAS["dev"])
+  for extra in ("docs", "hub", "notebook", "text"):
+    assert set(EXTRAS[extra]) <= set(EXTRAS["dev"])
 
 
 def test_make_picks_the_extra():
@@ -117,6 +118,9 @@ def test_the_wheel_has_all_and_no_more(built):
     for pattern in ("*.py", "*.csv", "*.yaml", "py.typed")
     for path in (ROOT / top).rglob(pattern)
     if "results" not in path.parts and "notebooks" not in path.parts
+  } | {
+    str(path.relative_to(ROOT))
+    for path in mtp_jax.demo_checkpoint().rglob("*") if path.is_file()
   }
   assert {name for name in names if ".dist-info/" not in name} == wanted
   with tarfile.open(sdist) as archive:
@@ -135,6 +139,8 @@ def test_a_newcomer_installs_trains_generates_and_loads(built, tmp_path):
     "XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)
   }
   command = python.with_name("mtp-jax")
+  shown = run([command, "demo", "--max_new_tokens=16"], tmp_path, **quick)
+  assert "identical to plain decoding: yes" in shown and str(site) in shown
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   here.mkdir(), elsewhere.mkdir()
   (here / "input.txt").write_text("".join(f"line {i} of it\n" for i in range(2_000)))

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from launch import plan
-from launch.planning import steps, topologies
+from launch.planning import hlo, steps, topologies
+from launch.planning.chips import CHIPS
 from launch.states import Trial
-from mtp_jax import accounting
+from mtp_jax import accounting, layouts
 from mtp_jax.config import ConfigError, MeshConfig
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, platform
@@ -26,6 +27,7 @@ from tests.common import tiny_config
 
 pytest_plugins = ("tests.commands",)
 
+CHIP = CHIPS["v5p"]
 VOCAB = 1160  # No other dimension is equal to it.
 LARGE = 1 << 12  # Bytes; the norms of the models below are smaller.
 MODEL = {
@@ -75,7 +77,7 @@ def shape():
 @pytest.fixture(scope="module")
 def compiled(shape):
   mesh = cpu_mesh(shape)
-  inputs = steps.abstract_inputs(shape, mesh)
+  inputs = layouts.abstract_inputs(shape, mesh)
   with jax.set_mesh(mesh):
     lowered = programs(shape, mesh).step.trace(*inputs).lower()
     return lowered.compile()
@@ -100,7 +102,7 @@ def full_logits(text, tokens):
 
 
 def check_nothing_is_replicated(shape, mesh, text):
-  assert unsharded(steps.abstract_state(shape, mesh)) == []
+  assert unsharded(layouts.abstract_state(shape, mesh)) == []
   rows_per_step = shape.data.batch_size // shape.train.accumulation_steps
   assert not full_logits(text, rows_per_step * shape.data.seq_len)
 
@@ -110,10 +112,10 @@ def check_nothing_is_replicated(shape, mesh, text):
 
 def test_state_is_what_xla_counts_as_arguments(shape, compiled):
   mesh = cpu_mesh(shape)
-  found = steps.analyse(compiled)
-  assert found["arguments"] == steps.tree_bytes(steps.abstract_inputs(shape, mesh))
+  found = steps.analyse(compiled, CHIP)
+  assert found["arguments"] == steps.tree_bytes(layouts.abstract_inputs(shape, mesh))
   assert found["peak"] >= found["arguments"] + found["temporaries"]
-  state = steps.abstract_state(shape, mesh)
+  state = layouts.abstract_state(shape, mesh)
   params = steps.tree_bytes(state.params)
   assert steps.tree_bytes(state.opt_state) == pytest.approx(2 * params, rel=1e-3)
   whole = 4 * accounting.count(shape).total
@@ -126,7 +128,7 @@ def test_nothing_large_is_replicated_on_an_fsdp_mesh(shape, compiled):
   # What the compiler made of it: arguments and results are as asked for.
   state, report = compiled.output_shardings
   before = compiled.input_shardings[0][0]
-  wanted = steps.abstract_state(shape, mesh)
+  wanted = layouts.abstract_state(shape, mesh)
   for tree in (state, before):
     for leaf, sharding in zip(
       jax.tree.leaves(wanted), jax.tree.leaves(tree), strict=True
@@ -143,12 +145,12 @@ def test_no_parameter_of_latent_attention_or_experts_is_on_every_device():
     "trunk.latent.kv_rank": 16,
   }
   shape = make_shape(**EXPERTS, **latent)
-  assert unsharded(steps.abstract_state(shape, cpu_mesh(shape))) == []
+  assert unsharded(layouts.abstract_state(shape, cpu_mesh(shape))) == []
 
 
 def test_replicated_parameters_and_gathered_logits_would_be_found():
   shape = make_shape(**{"mesh.data": 8, "mesh.fsdp": 1})
-  found = unsharded(steps.abstract_state(shape, cpu_mesh(shape)))
+  found = unsharded(layouts.abstract_state(shape, cpu_mesh(shape)))
   assert any("unembed" in path for path in found)
 
   mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -171,8 +173,9 @@ def test_collectives_of_the_step_gather_all_weights_and_sum_all_gradients(
   shape, compiled
 ):
   """In float32: weights are gathered in both passes, gradients summed over rows."""
-  found, unknown = steps.collectives(compiled.as_text())
-  assert unknown == 0
+  module = hlo.parse(compiled.as_text())
+  found = hlo.collectives(module)
+  assert hlo.unknown_loops(module) == 0
   weights = 4 * accounting.count(shape).total
   gathers, microbatches = found["all-gather"], shape.train.accumulation_steps
   assert gathers["bytes"] == pytest.approx(2 * microbatches * weights, rel=0.25)
@@ -193,8 +196,9 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     sums, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
   )
   text = jax.jit(mapped).lower(jnp.ones((8, 100))).compile().as_text()
-  found, unknown = steps.collectives(text)
-  assert found["all-reduce"] == {"count": 15, "bytes": 15 * 400} and unknown == 0
+  module = hlo.parse(text)
+  assert hlo.collectives(module)["all-reduce"] == {"count": 15, "bytes": 15 * 400}
+  assert hlo.unknown_loops(module) == 0
 
 
 LOOP = """HloModule step, num_partitions=8
@@ -238,7 +242,8 @@ ENTRY %main (x: f32[4,8]) -> bf16[32,8] {
 
 
 def test_loops_and_collectives_as_the_compiler_for_tpus_writes_them():
-  found, unknown = steps.collectives(LOOP)
+  module = hlo.parse(LOOP)
+  found = hlo.collectives(module)
   times = 6  # 0, 2, ..., 10.
   assert found == {
     "all-gather": {"count": 1, "bytes": 32 * 8 * 2 + 32},
@@ -247,9 +252,10 @@ def test_loops_and_collectives_as_the_compiler_for_tpus_writes_them():
     "all-to-all": {"count": 0, "bytes": 0},
     "collective-permute": {"count": times, "bytes": times * 128},
   }
-  assert unknown == 0
-  found, unknown = steps.collectives(LOOP.replace("direction=LT", "direction=NE"))
-  assert (found["collective-permute"]["count"], unknown) == (1, 1)
+  assert hlo.unknown_loops(module) == 0
+  module = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
+  found = hlo.collectives(module)
+  assert (found["collective-permute"]["count"], hlo.unknown_loops(module)) == (1, 1)
 
 
 # Rows.
@@ -288,7 +294,7 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   ("RESOURCE_EXHAUSTED: no more is known", None),
 ])
 def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatch):
-  def refuse(compiled):
+  def refuse(compiled, chip):
     raise jax.errors.JaxRuntimeError(message)
 
   monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()))
@@ -314,9 +320,9 @@ def test_step_compiles_for_a_tpu_topology(tmp_path):
   shape = make_shape(**{"trunk.compute_dtype": "auto"})
   devices = list(topologies.devices(topologies.parse("v5p:2x2x2")))
   mesh = make_mesh(shape.mesh, devices)
-  found = steps.compile_step(shape, mesh, tmp_path)
-  assert steps.compile_step(shape, mesh, tmp_path) == found  # Read, not compiled.
-  assert unsharded(steps.abstract_state(shape, mesh)) == []
+  found = steps.compile_step(shape, mesh, CHIP, tmp_path)
+  assert steps.compile_step(shape, mesh, CHIP, tmp_path) == found  # Read, not compiled.
+  assert unsharded(layouts.abstract_state(shape, mesh)) == []
   assert found["arguments"] > 0 and found["xla_flops"] > 0
   assert found["unknown_loops"] == 0
   weights = 4 * accounting.count(shape).total
@@ -371,12 +377,13 @@ LADDER = (
 BAD = {
   "unknown": (
     (*LADDER, "--topology=v7:2x2x1"),
-    "--topology must name one of v4, v5e, v5p, v6e, got 'v7:2x2x1'",
+    "--topology must name one of v4, v5e, v5p, v6e, a100, h100, h200, b200, got "
+    "'v7:2x2x1'",
   ),
   "gpu": (
-    (*LADDER, "--topology=v5p,h100:8"),
-    "--topology must name one of v4, v5e, v5p, v6e, got 'h100:8' (examples: "
-    "v5p:4x4x4, v6e:16x16); GPUs cannot be planned for.",
+    (*LADDER, "--topology=v5p,h100:12"),
+    "--topology must have up to 8 GPUs or whole nodes of 8 for h100, got 12 in "
+    "'h100:12'.",
   ),
   "axes": (
     (*LADDER, "--topology=v5p:4x2"),

@@ -258,7 +258,8 @@ def test_bad_input_is_refused_before_anything_is_written(config, tmp_path):
 
 def test_unusable_input_leaves_no_manifest(config, corpus_file, tmp_path):
   blank = write_jsonl(tmp_path / "blank.jsonl", [" ", ""])
-  with pytest.raises(DataError, match=r"no document found: .*blank\.jsonl; 2 empty"):
+  message = r"^data\.path must lead .*blank\.jsonl: .* 2 empty"
+  with pytest.raises(DataError, match=message):
     run(data_config("jsonl", blank), tmp_path / "blank")
   small = data_config("jsonl", corpus_file, tokenizer__vocab_size=100)
   with pytest.raises(ConfigError, match=r"vocab_size must be at least 258 .* got 100"):

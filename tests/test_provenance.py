@@ -122,6 +122,17 @@ def test_the_terminal_shows_the_text_and_nothing_happens():
     assert line.count("\x1b[0m") * 2 == line.count("\x1b[")
 
 
+def test_without_colours_a_mark_stands_below_each_character():
+  shown = generation("ab\n\tc\x1bd", [OWN, 1, 2, 2, CORRECTION, OWN, 1]).to_marked()
+  assert shown.split("\n\n")[0].split("\n") == [
+    "def ab", "    .1", "    c\ufffdd", "2222x.1"
+  ]
+  assert shown.endswith(
+    "\n\n. next-token prediction: 2   x correction of a draft: 1   "
+    "1 draft of depth 1: 2   2 draft of depth 2: 2"
+  )
+
+
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_the_legend_names_what_can_occur(num_drafts):
   shown = generation("abc", [OWN] * 3, num_drafts=num_drafts)

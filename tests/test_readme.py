@@ -7,8 +7,9 @@ import pytest
 from tests.commands import ROOT
 
 DOCUMENTS = (
-  "README.md", "CONTRIBUTING.md", "docs/inside.md", "launch/README.md",
-  "experiments/README.md", "experiments/notebooks/README.md",
+  *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
+  "README.md", "CONTRIBUTING.md", "launch/README.md", "experiments/README.md",
+  "experiments/notebooks/README.md",
 )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mtp_jax import accounting
 from mtp_jax.lm import MtpLm, deployed, unembed_matrix, zeros_batch
+from mtp_jax.optimizer import make_optimizer
 from mtp_jax.sharding import unbox
 from mtp_jax.train_step import loss_and_grads
 from tests.common import (
@@ -152,6 +153,47 @@ def test_lambda_0_gives_the_gradients_of_the_baseline_bit_for_bit(kind, trunk):
     extra = [g[1:] for g in extra]  # The first head is the last layer of the baseline.
   assert extra and not any(np.any(g) for g in extra)
   assert_trees_identical(deployed(grads, config)[0], expected)
+
+
+@pytest.mark.parametrize("kind, options", mostly_slow(
+  [
+    ("sequential", {"mtp.objective": "kl"}),
+    ("sequential", {}),
+    ("linear", {}),
+    ("medusa", {"mtp.unembed": "own"}),
+    ("eagle", {"mtp.feature_weight": 0.5}),
+    ("eagle3", {}),
+  ],
+  ("sequential", {"mtp.objective": "kl"}),
+))
+def test_detached_predictors_learn_and_the_trunk_has_the_gradient_of_the_baseline(
+  kind, options
+):
+  plain_params, plain_sums, expected = baseline_gradient("llama")
+  depth = 1 if kind == "eagle3" else 3
+  config = tiny_config(kind, depth, options | {"mtp.detach": True})
+  params = extended(config, plain_params)
+  weights_M = np.float32([1, 0.5, 0.3, 0.2])[: 1 + depth]
+  sums, _, grads = loss_and_gradient(config, params, weights_M)
+  # Without the main loss nothing but the predictors has a gradient.
+  _, _, extra = loss_and_gradient(config, params, weights_M * (weights_M < 1))
+  assert all(np.any(g) for g in jax.tree.leaves(extra.pop("mtp")))
+  assert not any(np.any(g) for g in jax.tree.leaves(extra))
+  assert sums.total > plain_sums.total
+  assert_trees_identical(deployed(grads, config)[0], expected)
+
+
+def test_the_gradient_of_detached_predictors_does_not_scale_that_of_the_trunk():
+  """Clipping has a norm of its own for either, however large the other is."""
+  axes = {"embed": ("embed",), "mtp": ("embed",)}
+  config = tiny_config(overrides={"optimizer.eps": 1.0}).optimizer  # Sizes matter.
+  updates = []
+  for size in (0.0, 1e6):
+    grads = {"embed": np.float32([3, 4]), "mtp": np.float32([size, 0])}
+    chain = make_optimizer(config, axes, clips_apart=True)
+    found, _ = chain.update(grads, chain.init(grads), grads)
+    updates.append(np.asarray(found["embed"]))
+  np.testing.assert_array_equal(*updates)
 
 
 def arms():

@@ -192,8 +192,12 @@ def test_a_folder_of_a_task_and_of_text_makes_one_page(
   if "siblings" in parts:
     write_siblings(root)
   assert run_report(workdir=str(root)) == 0
-  *_, sentence, last = capsys.readouterr().out.splitlines()
+  shown = capsys.readouterr().out
+  *_, sentence, picture, last = shown.splitlines()
   assert last == f"Open: {root}/report/report.html"
+  assert picture == f"Picture: {root}/report/tax_and_gain.png"
+  assert run_report(workdir=str(root), brief=True) == 0
+  assert capsys.readouterr().out == f"{sentence}\n{picture}\n{last}\n" != shown
   text = (root / "report" / "report.md").read_text()
   first = text[: text.index("<details>")]
   assert first.count("](") == first.count("](tax_and_gain.png)") == 1

@@ -286,7 +286,10 @@ def test_sources_without_a_file_say_where_they_looked(tmp_path, monkeypatch):
 def test_sources_without_a_document_say_where_they_looked(tmp_path):
   (tmp_path / "blank").write_text(" \n")
   (tmp_path / "latin").write_bytes(b"\xe9")
-  message = rf"no document found: looked at 2 file\(s\) in {tmp_path}; 1 empty, 1 not"
+  message = (
+    rf"data\.path must lead to documents, found none in {tmp_path}: 2 file\(s\), "
+    "1 empty text.* 1 not UTF-8"
+  )
   with pytest.raises(DataError, match=message):
     read("files", tmp_path)
 

@@ -5,9 +5,15 @@ of `Sweep` take: each of them does several things in one sweep.
 """
 
 import csv
+import importlib
+import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -15,10 +21,11 @@ import time
 import types
 
 import pytest
+import rich.console
 
 from experiments import base
-from launch import jobs, state_table, states, trials
-from launch.engines import local, order, workers
+from launch import jobs, results_csv, state_table, states, trials, words
+from launch.engines import display, local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.workers import Slot
 from mtp_jax import run_folder
@@ -163,6 +170,81 @@ def test_sweep_function_names_its_trials_and_gets_the_preset():
 ])
 def test_names_depend_on_what_is_set_alone(overrides, name):
   assert trials._named([overrides])["name"] == name
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name, folder", [
+  ("embed_dim=64,kind=sequential,depth=3,arm=added,seed=0",
+   "e64-sequential-d3-added-s0"),
+  ("width=64,passes=1,n=4,seed=0", "w64-p1-n4-s0"),
+  ("width=8,train=endless,n=2,seed=100,rate=x0.5,decay=1",
+   "w8-train_endless-n2-s100-rate_x0.5-decay1"),
+  ("arms=3,kind=eagle3,seed=1,reversed", "arms3-eagle3-s1-reversed"),
+  ("learning_rate=3e-05", "lr3e-05"),
+  ("beta1=0.9", "beta1_0.9"),  # Not what `beta=10.9` is called.
+  ("kind=3", "kind3"),
+  ("depth_weights=1+0.5,share_modules=True", "depth_weights1+0.5-share_modules_True"),
+  ("a=b=c", "a_b_c"),
+  ("default", "default"),
+  ("gains_with_scale_cpu", "gains_with_scale_cpu"),
+])
+def test_folders_of_trials_have_short_names(name, folder):
+  assert run_folder.folder_name(name) == folder
+  assert run_folder.folder_name(folder) == folder
+
+
+SHIPPED = [
+  (name, preset)
+  for name in words.experiments()
+  for preset in (None, "cpu", "gpu", "cluster", "cpu_trunks", "gpu_trunks")
+]
+
+
+def test_shipped_trials_have_folders_of_their_own_that_need_no_quotes():
+  """In every experiment and preset; `plan` refuses two trials with one folder."""
+  num_trials = 0
+  for name, preset in SHIPPED:
+    experiment = importlib.import_module(f"experiments.{name}")
+    try:
+      experiment.get_config(*(() if preset is None else (preset,)))
+    except (TypeError, ValueError):  # It has no such preset.
+      continue
+    found = names(trials.points(experiment, preset))
+    folders = [run_folder.folder_name(x) for x in found]
+    assert len(set(folders)) == len(found)
+    assert all(shlex.quote(x) == x and not set("=,") & set(x) for x in folders)
+    num_trials += len(found)
+  assert num_trials > 1000
+
+
+def test_a_trial_keeps_its_folder_whatever_other_trials_there_are(corpus, tmp_path):
+  swept = [{"name": f"width={x},seed={x}", "seed": x} for x in range(3)]
+  more = [{"name": "weight=1", "seed": 7}, *reversed(swept)]
+  before, after = plan(corpus, tmp_path, swept), plan(corpus, tmp_path, more)
+  assert {t.name: t.workdir for t in before}.items() <= {
+    t.name: t.workdir for t in after
+  }.items()
+
+
+def test_two_trials_with_one_folder_are_refused(corpus, tmp_path):
+  swept = [{"name": "seed=0"}, {"name": "s0", "seed": 1}]
+  with pytest.raises(ConfigError, match=r"got 'seed=0' and 's0', both 's0'\.$"):
+    plan(corpus, tmp_path, swept)
+
+
+def test_an_older_sweep_goes_on_in_its_folders(corpus, tmp_path):
+  """They have the whole name; a trial that is new gets a short one beside them."""
+  (tmp_path / "seed=0").mkdir()
+  old, new = plan(corpus, tmp_path, SEEDS)
+  assert (old.workdir.name, new.workdir.name) == ("seed=0", "s1")
+  done(old), done(new)
+  assert kinds(plan(corpus, tmp_path, SEEDS)) == {"seed=0": "done", "seed=1": "done"}
+  with results_csv.collect(tmp_path).open() as file:
+    rows = [(row["trial"], row["folder"]) for row in csv.DictReader(file)]
+  assert rows == [("seed=1", "s1"), ("seed=0", "seed=0")]
+  trials.check_folders(plan(corpus, tmp_path, SEEDS))
 
 
 # Plans
@@ -405,12 +487,83 @@ def test_time_left_is_at_the_speed_so_far(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep, "_began", time.monotonic() - 30)
   assert sweep._progress() == (0, "0/2 trials, 0% of the FLOPs")
   sweep._states["seed=0"] = states.State("running", step=20)
+  # No trial has ended and one waits: what takes long is still unknown.
+  assert sweep._progress() == (0.25, "0/2 trials, 25% of the FLOPs")
+  sweep._waiting.clear()
   text = "0/2 trials, 25% of the FLOPs, about 90 s left"
   assert sweep._progress() == (0.25, text)
   # Twice the FLOPs of one token take the root of 2 as long.
   small, _, wide = planned
   ratio = sweep._work(wide) / sweep._work(small)
   assert ratio == pytest.approx((wide.cost / small.cost) ** 0.5) and ratio > 1
+
+
+def simulate(trials, num_workers):
+  """Returns the seconds of a sweep, and `(estimate, truth)` once a trial has ended.
+
+  `trials` are (shape, cost, flops, startup, seconds of training, of evaluation), in the
+  order in which they are taken; the first of a shape compiles for 20 s more, and its
+  evaluation for 10 s.
+  """
+  clock, begun, plan_ = [0.0] * num_workers, set(), []
+  for shape, cost, flops, startup, training, evaluation in trials:
+    worker = clock.index(min(clock))
+    began, is_first = clock[worker], shape not in begun
+    begun.add(shape)
+    parts = [startup + 20 * is_first, training, evaluation + 10 * is_first]
+    clock[worker] += sum(parts)
+    plan_.append((began, flops / math.sqrt(cost), parts))
+  end, found = max(clock), []
+  for now in range(1, int(end)):
+    done, left, has_ended = 0.0, [], False
+    for began, work, parts in plan_:
+      at = now - began
+      has_ended |= at >= sum(parts)
+      trained = min(max(at - parts[0], 0.0), parts[1])
+      logged = trained - trained % 3 if trained < parts[1] else trained
+      done += work * logged / parts[1]
+      left.append(work * (1 - logged / parts[1]))
+    if has_ended:
+      found.append((display.seconds_left(now, done, left, num_workers), end - now))
+  return end, found
+
+
+@pytest.mark.parametrize("num_workers, near", [(1, 15), (2, 15), (3, 28)])
+def test_time_left_falls_with_the_time_and_does_not_jump(num_workers, near):
+  small = [("small", 100.0, 3e4, 2.0, 30.0, 12.0)] * 6
+  large = [("large", 1000.0, 1e6, 3.0, 200.0, 25.0)] * 4
+  total, found = simulate(large + small, num_workers)
+  assert len(found) > 0.2 * total
+  for (before, _), (after, truth) in itertools.pairwise(found):
+    assert after <= before + 0.06 * total
+    assert abs(after - truth) <= 0.25 * total
+  # Near the end it is nearly right, with one worker still at work.
+  assert all(abs(left - truth) < near for left, truth in found[-30:])
+
+
+def test_a_terminal_shows_what_is_at_work_and_prints_only_news(monkeypatch):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=80)
+  monkeypatch.setattr(display, "Console", lambda **_: console)
+  with display.Display("runs/x") as shown:
+    shown.say("a: starts", False)
+    shown.say("b: FAILED: it broke")
+    shown.show(0.25, "1/4 trials", ["c: step 3 of 10"])
+  text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+  assert "a: starts" not in text and "b: FAILED: it broke\n" in text
+  assert re.search(r"runs/x .*━+.* 1/4 trials *\n  c: step 3 of 10", text)
+
+
+def test_elsewhere_every_line_is_printed_and_the_progress_now_and_then(
+  monkeypatch, capsys
+):
+  now = [0.0]
+  monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+  with display.Display("runs/x") as shown:
+    for now[0] in (10.0, 70.0, 80.0):
+      shown.show(0.25, f"at {now[0]:.0f} s", ["c: step 3 of 10"])
+    shown.say("a: starts", False)
+  assert capsys.readouterr().out == "at 70 s\na: starts\n"
 
 
 def test_workers_share_the_cores(monkeypatch):
@@ -538,11 +691,11 @@ def test_killed_worker_and_stopped_sweep_are_continued(
   shown = capfd.readouterr().out
   assert "seed=0: FAILED: the worker was ended by SIGKILL (out of memory" in shown
   assert "SIGTERM: the sweep has stopped; the same command continues it." in shown
-  assert list((tmp_path / "seed=1" / "checkpoints").iterdir())
+  assert list((tmp_path / "s1" / "checkpoints").iterdir())
 
   assert sweep_of(planned, tmp_path, cache).run(both) == 0
   assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
-  assert not (tmp_path / "seed=0" / "error.txt").exists()
+  assert not (tmp_path / "s0" / "error.txt").exists()
   assert "seed=1: continues near step" in capfd.readouterr().out
   for trial in planned:
     steps = [line["step"] for line in metrics(trial) if line["kind"] == "train"]
@@ -574,7 +727,7 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
   planned = plan(corpus, tmp_path, SEEDS)
 
   def kill(pids):
-    if len(pids) == 2 and (tmp_path / "seed=1" / "log.txt").exists():
+    if len(pids) == 2 and (tmp_path / "s1" / "log.txt").exists():
       os.kill(pids["seed=1"], signal.SIGKILL)
       return True
 
@@ -585,5 +738,5 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
   shown = capfd.readouterr().out
   assert "a pack of 2 failed, each is tried alone: the worker was ended by" in shown
   assert "seed=0: starts\n" in shown and "seed=1: starts\n" in shown
-  log = (tmp_path / "seed=1" / "log.txt").read_text()
-  assert log.startswith(f"trained in a pack: see {tmp_path / 'seed=0' / 'log.txt'}\n")
+  log = (tmp_path / "s1" / "log.txt").read_text()
+  assert log.startswith(f"trained in a pack: see {tmp_path / 's0' / 'log.txt'}\n")

@@ -121,7 +121,7 @@ def test_every_field_of_the_log(finished, config):
 def test_diagnostics_and_validation_are_logged(finished):
   workdir, result = finished
   diagnostics = read_metrics(workdir, "diagnostics")
-  assert [x["step"] for x in diagnostics] == [0, 6]
+  assert [x["step"] for x in diagnostics] == [6]
   for record in diagnostics:
     assert 0 < record["mtp_grad_share"] < 1
     assert -1 <= record["mtp_grad_cosine"] <= 1
@@ -728,7 +728,7 @@ def test_lines_and_time_left_where_there_is_no_terminal(
   record = json.loads((tmp_path / "startup.json").read_text())
   assert record["step"] == 0
   assert list(record["seconds"]) == [
-    "devices", "data", "state", "compile", "diagnostics", "first step"
+    "devices", "data", "state", "compile", "first step"
   ]
   assert record["total"] == pytest.approx(sum(record["seconds"].values()))
   assert all(x > 0 for x in record["seconds"].values())
@@ -785,9 +785,9 @@ def signal_itself(function):
 
 # Where a signal hits, in the order of a run, and what is done by then.
 PLACES = [
-  (records, "diagnostics_record", signal_itself, 1),
-  (Observer, "stepped", collect_garbage, 2),
+  (Observer, "stepped", collect_garbage, 1),
   (records, "validation_record", collect_garbage, 6),
+  (records, "diagnostics_record", signal_itself, 7),
   (Run, "save", signal_itself, 9),
   (records, "final_evaluation", signal_itself, 12),
   (evaluate, "put_batch", collect_garbage, 12),

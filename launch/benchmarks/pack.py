@@ -1,6 +1,6 @@
 """Times the step of trials side by side in one program against one after the other.
 
-  python -m launch.benchmark pack --models=1M --packs=8,16
+  mtp-jax bench pack --models=1M --packs=8,16
 
 A trial is a small Llama with one sequential module, on random tokens, one document per
 row, all trials on the same rows. Contestants are the lone step (ours), packs of N
@@ -24,6 +24,7 @@ from absl import flags
 
 from launch.benchmarks import harness, limits, pages, torch_steps
 from launch.benchmarks.harness import FLOOR, OURS, TORCH
+from launch.planning import roofline
 from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
@@ -143,4 +144,5 @@ def build_step(config: Config, num_trials: int) -> harness.Built:
     "hardware": devices[0].device_kind,
     "trials": max(num_trials, 1),
     "temporaries": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+    **roofline.predicted(program, devices[0].device_kind),
   }

@@ -1,7 +1,7 @@
 """Times the train step against its floor and PyTorch; shows what depth and memory cost.
 
-  python -m launch.benchmark train --trunks=gpt2 --vocabs=264 --depths=0,1
-  python -m launch.benchmark train --preset=gpu --models=350M --depths=0 \\
+  mtp-jax bench train --trunks=gpt2 --vocabs=264 --depths=0,1
+  mtp-jax bench train --preset=gpu --models=350M --depths=0 \\
       --contestants=ours --variants=trunk.attention=xla --variants=trunk.remat=none
 
 A step is forward, backward, clipping and AdamW, on random tokens, one document per row.
@@ -31,10 +31,12 @@ from absl import flags
 from launch.benchmarks import harness, limits, pages, torch_steps
 from launch.benchmarks.harness import FLOOR, OURS, TORCH, Build
 from launch.benchmarks.pages import ratios, rounds_of, spread
+from launch.planning import roofline
 from launch.tables import markdown
 from mtp_jax import accounting
 from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
+from mtp_jax.layouts import fastest_that_fits
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import Hyperparameters
@@ -69,7 +71,7 @@ _KIND = flags.DEFINE_enum(
   "predictors at depth > 0",
 )
 _VARIANTS = flags.DEFINE_multi_string(
-  "variants", [], "KEY=VALUE: one more JAX contestant, with another value in its "
+  "variants", [], "KEY=VALUE,...: one more JAX contestant, with other values in its "
   "config; may be given again"
 )
 
@@ -139,10 +141,13 @@ def builds(settings: SimpleNamespace, config: Config) -> dict[str, Build]:
     if name != OURS:
       found[name] = functools.partial(torch_steps.build_train, config, name)
   for text in settings.variants:
-    key, is_given, value = text.partition("=")
-    if not is_given:
-      raise ConfigError(f"--variants must be KEY=VALUE, got {text!r}.")
-    changed = with_overrides(config, {key: _value(value)})
+    overrides = {}
+    for pair in text.split(","):
+      key, is_given, value = pair.partition("=")
+      if not is_given:
+        raise ConfigError(f"--variants must be KEY=VALUE, got {pair!r}.")
+      overrides[key] = _value(value)
+    changed = with_overrides(config, overrides)
     validate(changed)
     found[text] = functools.partial(build_ours, changed)
   return found
@@ -161,7 +166,7 @@ def build_ours(config: Config) -> harness.Built:
   before = limits.resident_with_jax()
   mesh = make_mesh(config.mesh, jax.devices()[:1])
   jax.set_mesh(mesh)
-  train = programs(program_config(config), mesh)
+  train = programs(fastest_that_fits(program_config(config), mesh), mesh)
   state = train.init(jnp.int32(0))
   batch = jax.tree.map(lambda x: x[None], harness.one_document_batch(config))
   batch = put_batch(mesh, batch, ("microbatch",))
@@ -182,6 +187,7 @@ def build_ours(config: Config) -> harness.Built:
     "peak_memory": limits.peak_memory(step, before),
     "xla_memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
     "least_memory": 12 * accounting.count(config).total,
+    **roofline.predicted(program, jax.devices()[0].device_kind),
   }
 
 

@@ -8,16 +8,14 @@ import math
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tqdm import tqdm
-
 from launch import cli, exits, results_csv, states, status, trials
 from launch.engines import workers
+from launch.engines.display import Display, duration, seconds_left
 from launch.engines.order import (
   MOST_PACKED,
   in_packs,
@@ -32,7 +30,6 @@ from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 class Sweep:
@@ -77,8 +74,8 @@ class Sweep:
     self._done_before = sum(map(self._done_work, self._planned))
     self._signum: int | None = None
     self._stopped_at, self._ends_at_once = 0.0, False
-    self._bar: tqdm | None = None
-    self._last_line = time.monotonic()
+    self._num_workers, self._has_ended = 1, False
+    self._display = Display(str(root))
 
   def run(self, slots: list[Slot]) -> int:
     """Trains what is not done, with a worker for each slot; returns the exit code.
@@ -88,6 +85,7 @@ class Sweep:
       WorkerError: a worker could not start.
     """
     slots = slots[: len(self._waiting)]
+    self._num_workers = len(slots)
     if slots:
       self._root.mkdir(parents=True, exist_ok=True)
       self._say(
@@ -95,27 +93,23 @@ class Sweep:
         f"{len(slots)} worker(s), {sum(t.flops for t in self._waiting):.3g} FLOPs, in "
         f"{self._root}"
       )
-      if sys.stderr.isatty():
-        layout = "{percentage:3.0f}%|{bar:20}| {desc}"
-        self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True)
     old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
       self._workers = [Worker(slot, self._compilation_cache) for slot in slots]
-      while self._workers:
-        concurrent.futures.wait(
-          [worker.future for worker in self._workers], _SECONDS_BETWEEN_LOOKS,
-          concurrent.futures.FIRST_COMPLETED,
-        )
-        for worker in [w for w in self._workers if w.future.done()]:
-          self._answer(worker)
-        self._show()
-        if self._ends_at_once:
-          raise SystemExit(128 + self._signum)
+      with self._display:
+        while self._workers:
+          concurrent.futures.wait(
+            [worker.future for worker in self._workers], _SECONDS_BETWEEN_LOOKS,
+            concurrent.futures.FIRST_COMPLETED,
+          )
+          for worker in [w for w in self._workers if w.future.done()]:
+            self._answer(worker)
+          self._show()
+          if self._ends_at_once:
+            raise SystemExit(128 + self._signum)
     finally:
       for worker in self._workers:
         worker.close()
-      if self._bar is not None:
-        self._bar.close()
       for signum, handler in old.items():
         signal.signal(signum, handler)
     return self._summary()
@@ -154,7 +148,7 @@ class Sweep:
     mates = self._mates(trial)
     if len(mates) > 1 and self._pack is None and trial.program not in self._fitting:
       worker.measure(trial, min(len(mates), MOST_PACKED))
-      self._say(f"{trial.name}: measures how many trials of its program fit")
+      self._say(f"{trial.name}: measures how many trials of its program fit", False)
       return
     size = self._size(trial, len(mates))
     given = in_packs(mates, self._states, size)[0] if size > 1 else [trial]
@@ -170,7 +164,7 @@ class Sweep:
         )
       self._attempts[trial.name] += 1
       how = f"continues near step {state.step}" if state.step else "starts"
-      self._say(f"{trial.name}: {how}{pack}")
+      self._say(f"{trial.name}: {how}{pack}", False)
     is_plain = size == 1 and (self._pack == 1 or self._num_devices == 1)
     worker.give(given, None if is_plain else size)
 
@@ -218,8 +212,14 @@ class Sweep:
     """Notes the end of a trial, for better or worse."""
     self._states[trial.name] = state = states.read_state(trial)
     if outcome.kind == "done":
+      self._has_ended = True
       loss = math.nan if state.eval_loss is None else state.eval_loss
-      self._say(f"{trial.name}: done, eval loss {loss:.4f}", True)
+      seconds = duration(state.seconds)
+      self._say(
+        f"{trial.name}: done, eval loss {loss:.4f}, {seconds} of training "
+        f"[{self._progress()[1]}]",
+        False,
+      )
     elif self._signum is not None:
       self._say(f"{trial.name}: stopped near step {state.step}")
     elif outcome.kind == "claimed":
@@ -243,7 +243,7 @@ class Sweep:
       )
       return
     self._failed[trial.name] = text
-    self._say(f"{trial.name}: FAILED: {summary}", True)
+    self._say(f"{trial.name}: FAILED: {summary} [{self._progress()[1]}]")
 
   @contextlib.contextmanager
   def _warnings(self, trial: Trial) -> Iterator[None]:
@@ -306,32 +306,36 @@ class Sweep:
     run_of = (self._copies.get(trial.name, trial) for trial in self._planned)
     finished = sum(self._states[trial.name].kind == "done" for trial in run_of)
     text = f"{finished}/{len(self._planned)} trials, {share:.0%} of the FLOPs"
-    # At the speed of this pass so far, evaluation and compilation included.
-    work = sum(map(self._done_work, trained))
-    left = sum(map(self._work, trained)) - work
-    if self._workers and work > self._done_before:
-      seconds = (time.monotonic() - self._began) * left / (work - self._done_before)
+    if (seconds := self._seconds_left()) is not None:
       text += f", about {duration(seconds)} left"
     return share, text
 
+  def _seconds_left(self) -> float | None:
+    """Returns how long the sweep will take, at the speed of this pass so far.
+
+    None before a trial has ended: until then most of the time goes into compilation.
+    """
+    trained = [trial for trial in self._planned if trial.name not in self._copies]
+    left = [self._work(trial) - self._done_work(trial) for trial in trained]
+    done = sum(map(self._work, trained)) - sum(left) - self._done_before
+    is_known = self._has_ended or not self._waiting
+    if not (self._workers and is_known and done > 0):
+      return None
+    elapsed = time.monotonic() - self._began
+    return seconds_left(elapsed, done, left, self._num_workers)
+
   def _show(self) -> None:
-    """Shows the overall progress: always on a terminal, else now and then."""
+    """Shows the overall progress."""
     if self._signum is not None:
       return
-    if self._bar is None:
-      if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-        self._say(self._progress()[1])
-      return
-    self._bar.n, text = self._progress()
-    self._bar.set_description_str(text)
+    at_work = [
+      f"{trial.name}: step {self._states[trial.name].step:,} of {trial.num_steps:,}"
+      for worker in self._workers for trial in worker.trials
+    ]
+    self._display.show(*self._progress(), at_work)
 
-  def _say(self, text: str, progress: bool = False) -> None:
-    """Prints one line above the bar, with the overall progress where there is none."""
-    if progress and self._bar is None:
-      text += f" [{self._progress()[1]}]"
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-    self._last_line = time.monotonic()
+  def _say(self, text: str, is_news: bool = True) -> None:
+    self._display.say(text, is_news)
 
   def _summary(self) -> int:
     """Prints how the sweep ended; returns the exit code."""
@@ -347,19 +351,13 @@ class Sweep:
       for name, text in self._failed.items():
         print(f"  {name}: {text.splitlines()[0]}")
       print(
-        f"{self._root}/<trial>/{run_folder.ERROR} has more; the same command tries "
-        "them again (with --again also what was bad input or diverged)."
+        f"{self._root}/FOLDER/{run_folder.ERROR} has more (mtp-jax status lists the "
+        "folders); the same command tries them again (with --again also what was bad "
+        "input or diverged)."
       )
       return 1
     print(f"all {len(self._planned)} trial(s) are done in {self._root}.")
     return 0
-
-
-def duration(seconds: float) -> str:
-  """Returns a time in words, as exact as an estimate is."""
-  if seconds < 100:
-    return f"{seconds:.0f} s"
-  return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @dataclasses.dataclass(frozen=True)

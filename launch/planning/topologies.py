@@ -1,56 +1,27 @@
-"""TPU slices that train steps can be compiled for, on any machine.
+"""TPU slices and GPUs that train steps can be compiled for, on any machine.
 
-A topology is written `v5p:4x4x4`, the chips along each axis of a slice. The bare name,
-`v5p`, leaves the number of chips to the mesh of every trial.
+A topology is written `v5p:4x4x4`, the chips along each axis of a slice, or `h200:8`,
+the number of GPUs. The bare name, `v5p`, leaves the number to the mesh of every trial.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 
+from launch.planning.chips import CHIPS, Chip, Gpu
 from mtp_jax.config import ConfigError, MeshConfig
-from mtp_jax.metrics import peak_flops
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One kind of accelerator.
-
-  hbm_bytes: memory of one chip, as its maker states it, in decimal GB.
-  most:      chips of the largest slice.
-  axes:      axes of a slice.
-  """
-
-  name: str
-  device_kind: str
-  hbm_bytes: float
-  most: int
-  axes: int
-
-  @property
-  def peak_flops(self) -> float:
-    """Dense bfloat16 FLOP/s; see `metrics.PEAK_FLOPS`."""
-    return peak_flops(self.device_kind)
-
-  @property
-  def source(self) -> str:
-    return f"Google Cloud documentation, TPU {self.name}"
-
-
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip("v4", "TPU v4", 32e9, 4096, axes=3),
-    Chip("v5e", "TPU v5 lite", 16e9, 256, axes=2),
-    Chip("v5p", "TPU v5", 95e9, 8960, axes=3),
-    Chip("v6e", "TPU v6 lite", 32e9, 256, axes=2),
-  )
-}
+# The cuDNN of `Gpu.target`, as cuDNN writes its own version.
+CUDNN_VERSION = 91000
 # libtpu reads these when it is loaded: it need not be alone, and looks for no TPUs.
 _LIBTPU = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -87,7 +58,7 @@ def parse(text: str) -> Topology:
   if name not in CHIPS:
     raise ConfigError(
       f"--topology must name one of {', '.join(CHIPS)}, got {text!r} (examples: "
-      "v5p:4x4x4, v6e:16x16); GPUs cannot be planned for."
+      "v5p:4x4x4, v6e:16x16, h200:8)."
     )
   chip = CHIPS[name]
   if not colon:
@@ -103,7 +74,17 @@ def parse(text: str) -> Topology:
       f"--topology must have {chip.axes} axes for {name}, as in {name}:{example}, got "
       f"{text!r}."
     )
+  if isinstance(chip, Gpu):
+    _check_nodes(chip, sizes[0], text)
   return Topology(chip, sizes)
+
+
+def _check_nodes(gpu: Gpu, count: int, text: str) -> None:
+  if count > gpu.most and count % gpu.most:
+    raise ConfigError(
+      f"--topology must have up to {gpu.most} GPUs or whole nodes of {gpu.most} for "
+      f"{gpu.name}, got {count} in {text!r}."
+    )
 
 
 def fit_to_mesh(topology: Topology, mesh: MeshConfig) -> Topology:
@@ -123,6 +104,9 @@ def fit_to_mesh(topology: Topology, mesh: MeshConfig) -> Topology:
       "-1 (the rest); name the chips (as in v5p:4x4x4) or set --config.mesh.data."
     )
   count = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
+  if isinstance(chip, Gpu):
+    _check_nodes(chip, count, chip.name)
+    return Topology(chip, (count,))
   exponent = count.bit_length() - 1
   if count != 2**exponent or not 4 <= count <= chip.most:
     raise ConfigError(
@@ -141,8 +125,12 @@ def devices(topology: Topology) -> tuple[jax.Device, ...]:
   """Returns devices that programs can be compiled for, on any machine.
 
   Raises:
-    ConfigError: libtpu is missing or does not know the topology.
+    ConfigError: the compiler is missing or does not know the topology.
   """
+  return (_gpus if isinstance(topology.chip, Gpu) else _tpus)(topology)
+
+
+def _tpus(topology: Topology) -> tuple[jax.Device, ...]:
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
       "--topology of TPUs needs the package libtpu, which compiles for them: "
@@ -162,3 +150,52 @@ def devices(topology: Topology) -> tuple[jax.Device, ...]:
     raise ConfigError(
       f"--topology={topology}: libtpu cannot make it: {str(error).splitlines()[0]}"
     ) from error
+
+
+def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
+  """Returns GPUs of nodes that hold up to `most` each; no driver is needed."""
+  gpu, count = topology.chip, topology.num_chips
+  if not any(importlib.util.find_spec(f"jax_cuda{x}_plugin") for x in (12, 13)):
+    version = importlib.metadata.version("jaxlib")
+    raise ConfigError(
+      f"--topology={topology} needs the packages that compile for GPUs, without what "
+      f"they need to run: pip install --no-deps jax-cuda12-plugin=={version} "
+      f"jax-cuda12-pjrt=={version}. No GPU and no driver is needed."
+    )
+  from jax.experimental import topologies
+
+  per_node = min(count, gpu.most)
+  shape = f"1x{count // per_node}x{per_node}"  # Partitions, processes, GPUs of each.
+  try:
+    return tuple(
+      topologies.get_topology_desc(
+        platform="cuda", target_config=gpu.target(), topology=shape
+      ).devices
+    )
+  except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+    raise ConfigError(
+      f"--topology={topology}: XLA cannot make it: {str(error).splitlines()[0]}"
+    ) from error
+
+
+@contextlib.contextmanager
+def kernels_of(chip: Chip) -> Iterator[None]:
+  """Lets JAX choose attention for a GPU that is not there.
+
+  When JAX traces attention of cuDNN it asks the installed cuDNN and the first GPU what
+  they can do. This machine may have neither.
+  """
+  if not isinstance(chip, Gpu):
+    yield
+    return
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  def is_at_least(capability: str) -> bool:
+    return chip.capability >= tuple(map(int, capability.split(".")))
+
+  with (
+    mock.patch.object(cudnn, "check_cudnn_version", lambda: CUDNN_VERSION),
+    mock.patch.object(cudnn, "check_compute_capability", is_at_least),
+    mock.patch.object(cudnn, "is_cuda_compute_capability_equal", lambda _: False),
+  ):
+    yield

@@ -17,9 +17,10 @@ from mtp_jax.data.errors import DataError, require
 from mtp_jax.data.text_files import parse_line, read_lines
 from mtp_jax.data.tokenizers import Tokenizer
 
-# llm.c begins a shard with 256 int32: this number, a version, the number of tokens.
+# llm.c begins a shard with 256 int32: this number, its version, the number of tokens.
 _HEADER_INTS = 256
 _TOKEN_TYPES = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
+_VERSIONS = {20240520: 1, 20240801: 7}
 
 
 class Piece(NamedTuple):
@@ -97,14 +98,13 @@ def open_dataset(path: str) -> Any:
     DataError: no such dataset, configuration or split, or no connection.
   """
   name, configuration, split = (*path.split(":"), "", "")[:3]
+  datasets = require("datasets", "data.source 'hf'")
   try:
-    return require("datasets", "data.source 'hf'").load_dataset(
+    return datasets.load_dataset(
       os.path.expanduser(name), configuration or None, split=split or "train",
       streaming=True,
     )
-  except DataError:
-    raise
-  except Exception as error:  # The library raises what the files or the network raise.
+  except _dataset_errors() as error:
     raise _unreadable(path, error) from error
 
 
@@ -116,7 +116,7 @@ def read_dataset(
   for number in itertools.count(1):
     try:
       record = next(rows, None)
-    except Exception as error:  # As above: files and network are read here too.
+    except _dataset_errors() as error:  # Files and network are read here too.
       raise _unreadable(path, error) from error
     if record is None:
       return
@@ -146,12 +146,19 @@ def _tokens(file: str, vocab_size: int) -> tuple[np.ndarray, int]:
   """Returns the tokens of a shard, mapped into memory, and where they start, in bytes.
 
   Raises:
-    DataError: a file that is cut short, or a token that the tokenizer lacks.
+    DataError: a file that is cut short, a header of another version, or a token that
+      the tokenizer lacks.
   """
   size = os.path.getsize(file)
   header = np.fromfile(file, "<i4", _HEADER_INTS)
   if len(header) == _HEADER_INTS and int(header[0]) in _TOKEN_TYPES:
-    dtype, start = _TOKEN_TYPES[int(header[0])], header.nbytes
+    number, version = int(header[0]), int(header[1])
+    if version != _VERSIONS[number]:
+      raise DataError(
+        f"{file}: must have version {_VERSIONS[number]} in its header, which begins "
+        f"with {number}, it has {version}."
+      )
+    dtype, start = _TOKEN_TYPES[number], header.nbytes
     if (size - start) != int(header[2]) * dtype.itemsize:
       raise DataError(
         f"{file}: must hold {header[2]} tokens of {dtype.itemsize} bytes as in its "
@@ -210,6 +217,14 @@ def _content(
     return (value.encode("utf-8"),)
   except UnicodeEncodeError:  # JSON can escape half of a surrogate pair.
     return (None,)
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+  """Returns what the package datasets raises: its own, of files, of the network."""
+  names = "datasets.exceptions", "pyarrow", "huggingface_hub.errors"
+  datasets, pyarrow, hub = (require(name, "data.source 'hf'") for name in names)
+  known = datasets.DatasetsError, pyarrow.ArrowException, hub.HTTPError
+  return *known, OSError, ValueError, RuntimeError
 
 
 def _unreadable(path: str, error: Exception) -> DataError:

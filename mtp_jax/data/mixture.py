@@ -43,7 +43,7 @@ def parts(data: DataConfig) -> list[Part]:
   if data.source != "mixture":
     return [Part(1.0, data)]
   found = []
-  for text in data.path.split(";"):
+  for text in data.path.rstrip().removesuffix(";").split(";"):
     weight, source, path = (*text.split(maxsplit=2), "", "", "")[:3]
     try:
       share = float(weight)

@@ -120,7 +120,7 @@ class DocumentReader:
   def __init__(
     self, source: str, path: str, text_field: str, tokenizer: Tokenizer | None = None
   ):
-    self._num_files = 0
+    self._num_files, self._key = 0, "data.path" if path else "data.source"
     readers = {
       "stdlib": (formats.read_text, ()),
       "site_packages": (formats.read_text, ()),
@@ -176,8 +176,9 @@ class DocumentReader:
         yield document
     if not self._seen:
       raise DataError(
-        f"no document found: looked at {self._num_files} file(s) in {self._where}; "
-        f"{self._num_empty} empty, {len(self._encoding_errors)} not UTF-8."
+        f"{self._key} must lead to documents, found none in {self._where}: "
+        f"{self._num_files} file(s), {self._num_empty} empty text(s), "
+        f"{len(self._encoding_errors)} not UTF-8."
       )
 
   def stats(self) -> SourceStats:

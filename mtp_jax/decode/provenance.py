@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import html
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -94,6 +95,19 @@ class Generation:
       parts.append("\n\n" + "   ".join(marks))
     return "".join(parts)
 
+  def to_marked(self) -> str:
+    """Returns the text without colours: a line of marks, by source, below each line."""
+    text = marks = ""
+    for source, piece in [(None, self.prompt), *self._runs()]:
+      piece = visible(piece).replace("\t", "    ")
+      text += piece
+      marks += re.sub(r"[^\n]", _mark(source), piece)
+    shown = []
+    for line, mark in zip(text.split("\n"), marks.split("\n"), strict=True):
+      shown += [line, mark.rstrip()] if mark.strip() else [line]
+    legend = (f"{_mark(source)} {name}: {n}" for source, name, n in self._legend())
+    return "\n".join([*shown, "", "   ".join(legend)])
+
   def __repr__(self) -> str:
     return f"<Generation {self.text!r}: {self._summary()}>"
 
@@ -166,6 +180,11 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 def _name(source: int) -> str:
   names = {OWN: "next-token prediction", CORRECTION: "correction of a draft"}
   return names.get(source, f"draft of depth {source}")
+
+
+def _mark(source: int | None) -> str:
+  """Returns the one character that stands for a source, a blank for the prompt."""
+  return {None: " ", OWN: ".", CORRECTION: "x"}.get(source, f"{source}"[-1])
 
 
 def _span(source: int, text: str) -> str:

@@ -2,8 +2,8 @@
 
 A layout has the name of its `mtp.kind`: `medusa` is the layout of
 FasterDecoding/Medusa; `eagle` and `eagle3` are the layouts of SafeAILab/EAGLE, with the
-layer of Llama. EAGLE drafters are read and written with the trunk's whole vocabulary
-only, that is, without the tensors `d2t` and `t2d`.
+layer of Llama. The tensors `d2t` and `t2d` of EAGLE-3 are there where it has a
+vocabulary of its own (`mtp.draft_vocab`).
 """
 
 from pathlib import Path
@@ -22,6 +22,8 @@ _STATED = (
   "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
   "draft_vocab_size",
 )
+# After how many layers of the trunk the three streams of EAGLE-3 are taken.
+_TAPS = "eagle_aux_hidden_state_layer_ids"
 # Keys that must have our value, and their values if config.json lacks them.
 _DEFAULTS = {
   "rms_norm_eps": 1e-6,
@@ -53,7 +55,7 @@ def drafter_obstacle(config: Config, layout: str) -> str:
 
 
 def _eagle_obstacle(config: Config) -> str:
-  trunk, layers = config.trunk, num_trunk_layers(config)
+  trunk = config.trunk
   if trunk.kind != "llama":
     return f"the drafter's layer is Llama's, but trunk.kind is {trunk.kind!r}"
   if trunk.qk_norm:
@@ -66,13 +68,6 @@ def _eagle_obstacle(config: Config) -> str:
     return ""
   if trunk.qkv_bias:
     return "trunk.qkv_bias must be False in this layout"
-  if config.mtp.draft_vocab:
-    return "mtp.draft_vocab must be 0: its tensors d2t and t2d are not written"
-  if tapped_layers(config) != (2, layers // 2, layers - 3):
-    return (
-      "this layout reads the streams after layers 2, L/2 and L - 3, and a trunk of "
-      f"{layers} layers has {', '.join(map(str, tapped_layers(config)))}"
-    )
   return ""
 
 
@@ -96,11 +91,13 @@ def write_drafter_config(
   }
   if kind == "medusa":
     return values | {
+      "architectures": ["MedusaModel"],
       "model_type": "medusa",
       "hidden_size": trunk.embed_dim,
       "vocab_size": config.tokenizer.vocab_size,
       "medusa_num_heads": config.mtp.depth,
       "medusa_num_layers": 1,
+      "medusa_fc_bias": True,  # vLLM drops the biases in silence without it.
     }
   # The layer of an EAGLE drafter is described as a Llama model of one layer.
   scaling = trunk.rope_scaling
@@ -119,19 +116,49 @@ def write_drafter_config(
     "tie_word_embeddings": False,
   }
   if kind == "eagle":
-    return values | {"bias": True, "qkv_bias": trunk.qkv_bias}
-  return values | {
-    "head_dim": trunk.head_dim, "draft_vocab_size": config.tokenizer.vocab_size
+    return values | {"bias": config.mtp.fc_bias, "qkv_bias": trunk.qkv_bias}
+  values |= {
+    "head_dim": trunk.head_dim,
+    "draft_vocab_size": config.mtp.draft_vocab or config.tokenizer.vocab_size,
+    _TAPS: list(tapped_layers(config)),
+  }
+  return values | _speculators(config, values, base_model)
+
+
+def _speculators(
+  config: Config, layer: dict[str, Any], base_model: str
+) -> dict[str, Any]:
+  """Returns the keys of vLLM's project speculators, which name the trunk.
+
+  `vllm serve DRAFTER` is then the whole command. `layer`: the decoder layer.
+  """
+  return {
+    "speculators_model_type": "eagle3",
+    "speculators_version": "0.9.0",
+    "speculators_config": {
+      "algorithm": "eagle3",
+      "default_proposal_method": "greedy",
+      "proposal_methods": [
+        {"proposal_type": "greedy", "speculative_tokens": config.mtp.depth}
+      ],
+      "verifier": {
+        "name_or_path": base_model, "architectures": ["LlamaForCausalLM"]
+      },
+    },
+    "transformer_layer_config": layer,
+    "norm_before_residual": False,  # The default there is not that of EAGLE's code.
   }
 
 
 def check_drafter_config(file: Path, values: dict[str, Any], config: Config) -> None:
   """Raises InteropError if a config.json describes other predictors than `config`."""
   wanted = write_drafter_config(config, "float32")
-  for key in (*_STATED, *_DEFAULTS):
+  layers = num_trunk_layers(config)
+  defaults = _DEFAULTS | {_TAPS: [2, layers // 2, layers - 3]}
+  for key in (*_STATED, *defaults):
     if key not in wanted:
       continue
-    found = values.get(key, _DEFAULTS.get(key, wanted[key]))
+    found = values.get(key, defaults.get(key, wanted[key]))
     if found != wanted[key]:
       raise InteropError(
         f"{file}: {key} must be {wanted[key]!r} for predictors of this model, got "

@@ -54,6 +54,7 @@ def export_params(
   base_model: str = "",
   tokenizer: Tokenizer | None = None,
   model_folder: dict[str, Any] | None = None,
+  card: str = "",
 ) -> None:
   """Writes config.json, safetensors and `mtp_contract.json` into a new folder.
 
@@ -73,6 +74,7 @@ def export_params(
     base_model: folder or name of the trunk, for the config.json of drafters alone.
     tokenizer: of the model.
     model_folder: files of an imported model besides its weights; written unchanged.
+    card: the README.md of the folder; "": there is none.
 
   Raises:
     InteropError: the layout cannot hold the model, or the folder is not empty.
@@ -129,6 +131,8 @@ def export_params(
       )
     write_json(temporary / "config.json", values)
     write_json(temporary / CONTRACT, _contract(config, layout))
+    if card:
+      files.write_whole(temporary / "README.md", card.encode())
     if tokenizer is not None:
       for name, content in _other_files(tokenizer, values, came, layout).items():
         is_text = isinstance(content, str)
@@ -224,6 +228,8 @@ def _new_tensor(
 ) -> NewTensor:
   if entry.name.endswith("e_score_correction_bias"):
     dtype = np.dtype(np.float32)
+  if source.pieces:
+    dtype = source.pieces[0].form.dtype or dtype
 
   def make() -> np.ndarray:
     if not source.pieces:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_jax.files import shortened
 from mtp_jax.interop.errors import InteropError
-from mtp_jax.interop.layouts import LAYOUTS
+from mtp_jax.interop.layouts import LAYOUTS, NUMBERED
 
 # Our key -> their key, with the same value.
 GPT2_KEYS = {
@@ -73,7 +73,10 @@ _ONLY = {
     "moe_layer_freq": (1,),
     "rope_interleave": (True, None),
   },
+  "glm4_moe": _ROTARY | {"norm_topk_prob": (True,)},
 }
+# A key of our own: the routed experts are zeros and the shared expert is a dense MLP.
+ZERO_EXPERTS_KEY = "routed_experts_are_zeros"
 
 _ROPE_KINDS = {
   "default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"
@@ -190,14 +193,16 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
     "trunk.num_kv_heads": reader.size(
       "num_key_value_heads", overrides["trunk.num_heads"]
     ),
-    "trunk.norm_eps": reader.number("rms_norm_eps", 1e-6),
+    "trunk.norm_eps": reader.number(
+      "rms_norm_eps", 1e-5 if family == "glm4_moe" else 1e-6
+    ),
     "trunk.tie_embeddings": reader.get("tie_word_embeddings", (bool,), False),
     "trunk.qkv_bias": family in ("qwen2", "mimo"),
     "trunk.qk_norm": family == "qwen3",
   }
   overrides |= _read_rope(reader, max_length, family)
   depth = 0
-  if family in ("mimo", "deepseek_v3"):
+  if family in ("mimo", *NUMBERED):
     depth = reader.integer("num_nextn_predict_layers", 0)
   if family == "mimo" and depth > 1:
     reader.refuse(
@@ -208,6 +213,8 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
     overrides |= _read_deepseek(reader, overrides)
   else:
     overrides |= _read_heads(reader, overrides)
+  if family == "glm4_moe":
+    overrides |= _read_glm(reader, overrides)
   return TrunkDescription(family, overrides, max_length, depth, reader.sizes)
 
 
@@ -216,7 +223,7 @@ def _family(reader: _Values, values: dict[str, Any]) -> str:
   value = values.get(key)
   found = value[0] if isinstance(value, list) and len(value) == 1 else value
   for family, names in LAYOUTS.items():
-    if found == names[column]:
+    if found == names[column] or (column and found == family):
       return family
   reader.refuse(key, ", ".join(names[column] for names in LAYOUTS.values()))
 
@@ -259,10 +266,35 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
     "trunk.attention_dim": 0,
     "trunk.latent.query_rank": reader.integer("q_lora_rank", 0),
   }
+  return found | _read_experts(reader, overrides)
+
+
+def _read_glm(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
+  """Returns what GLM-4.5 has by choice: biases, norms of the heads, and experts."""
+  rope = reader.section("rope_parameters")
+  rotated = rope if "partial_rotary_factor" in rope else reader
+  if rotated.number("partial_rotary_factor", 0.5) != 1.0:
+    rotated.refuse("partial_rotary_factor", "1.0 (a missing one is 0.5 here)")
+  found = {
+    "trunk.qkv_bias": reader.get("attention_bias", (bool,), False),
+    "trunk.qk_norm": reader.get("use_qk_norm", (bool,), False),
+  }
+  if not reader.get(ZERO_EXPERTS_KEY, (bool,), False):
+    return found | _read_experts(reader, overrides)
+  shared = reader.size("moe_intermediate_size") * reader.size("n_shared_experts")
+  if shared != overrides["trunk.mlp_dim"] or reader.integer("first_k_dense_replace"):
+    reader.refuse(
+      "intermediate_size", f"beside {ZERO_EXPERTS_KEY}, n_shared_experts * "
+      f"moe_intermediate_size ({shared}), with first_k_dense_replace 0"
+    )
+  return found
+
+
+def _read_experts(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
   num_dense = reader.integer("first_k_dense_replace")
   if num_dense >= overrides["trunk.num_layers"]:
-    return found | {"trunk.moe.num_experts": 0}
-  found |= {ours: reader.size(theirs) for ours, theirs in EXPERT_KEYS.items()}
+    return {"trunk.moe.num_experts": 0}
+  found = {ours: reader.size(theirs) for ours, theirs in EXPERT_KEYS.items()}
   return found | {
     "trunk.moe.dense_layers": num_dense,
     "trunk.moe.route_scale": reader.number("routed_scaling_factor"),

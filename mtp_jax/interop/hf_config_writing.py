@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Config, TrunkConfig, get_dotted
+from mtp_jax.config import Config, MoeConfig, TrunkConfig, get_dotted
 from mtp_jax.interop.hf_config import (
   EXPERT_KEYS,
   GPT2_KEYS,
@@ -12,10 +12,12 @@ from mtp_jax.interop.hf_config import (
   LATENT_KEYS,
   ROPE_KEYS,
   ROPE_TYPES,
+  ZERO_EXPERTS_KEY,
   TrunkDescription,
   read_config,
 )
 from mtp_jax.interop.layouts import LAYOUTS
+from mtp_jax.interop.tensor_table import ZERO_EXPERTS, zero_expert_dim
 from mtp_jax.predictors import num_trunk_layers
 
 # Id that begins a text, and the id or ids that end it.
@@ -52,7 +54,9 @@ def write_config(
   if changed or described.family != layout:
     longest = max(values.get(key, 0), _length_that_came(described, changed))
     return values | ({key: longest} if key in values else {}) | ids
-  ours = ("architectures", "dtype", "torch_dtype", "num_nextn_predict_layers")
+  ours = (
+    "architectures", "model_type", "dtype", "torch_dtype", "num_nextn_predict_layers"
+  )
   own_ids = {} if ids else {key: values[key] for key in ID_KEYS if key in values}
   # `auto_map` names code files, which are not exported.
   kept = {name: value for name, value in came.items() if name != "auto_map"}
@@ -112,6 +116,8 @@ def _written(
   }
   if layout == "deepseek_v3":
     return values | _write_deepseek(config)
+  if layout == "glm4_moe":
+    return values | _write_glm(config)
   if layout in ("llama", "qwen3", "mimo"):
     values["head_dim"] = trunk.head_dim
   if layout in ("llama", "qwen3"):
@@ -138,18 +144,45 @@ def _write_deepseek(config: Config) -> dict[str, Any]:
       moe, num_experts=1, experts_per_token=1, num_groups=1, groups_per_token=1,
       num_shared=1, dense_layers=num_trunk_layers(config) + depth,
     )  # fmt: skip
-  stated = dataclasses.replace(config, trunk=dataclasses.replace(trunk, moe=moe))
-  return write_keys(stated, LATENT_KEYS | EXPERT_KEYS) | {
+  return write_keys(config, LATENT_KEYS) | _write_experts(config, moe) | {
     "q_lora_rank": trunk.latent.query_rank or None,
-    "first_k_dense_replace": moe.dense_layers,
-    "routed_scaling_factor": moe.route_scale,
-    "norm_topk_prob": True,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "attention_bias": False,
-    "num_nextn_predict_layers": depth,
+  }
+
+
+def _write_glm(config: Config) -> dict[str, Any]:
+  trunk, moe = config.trunk, config.trunk.moe
+  is_dense, values = not moe.num_experts, {}
+  if is_dense:  # The layout has no dense form: see `tensor_table`.
+    width = zero_expert_dim(trunk)
+    moe = dataclasses.replace(
+      moe, num_experts=ZERO_EXPERTS, experts_per_token=1, num_groups=1,
+      groups_per_token=1, expert_dim=width, num_shared=trunk.mlp_dim // width,
+      dense_layers=0, route_scale=1.0,
+    )  # fmt: skip
+    values = {ZERO_EXPERTS_KEY: True}
+  # Readers take a half for what is not stated, some here and some there.
+  whole = {"partial_rotary_factor": 1.0}
+  rope = _write_rope(trunk)
+  rope["rope_parameters"] |= whole
+  return values | rope | whole | _write_experts(config, moe) | {
+    "head_dim": trunk.head_dim,
+    "attention_bias": trunk.qkv_bias,
+    "use_qk_norm": trunk.qk_norm,
+  }
+
+
+def _write_experts(config: Config, moe: MoeConfig) -> dict[str, Any]:
+  stated = dataclasses.replace(config, trunk=dataclasses.replace(config.trunk, moe=moe))
+  return write_keys(stated, EXPERT_KEYS) | {
+    "first_k_dense_replace": moe.dense_layers,
+    "routed_scaling_factor": moe.route_scale,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": config.mtp.depth,
   }
 
 

@@ -25,7 +25,7 @@ from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import TrunkDescription, read_config
-from mtp_jax.interop.layouts import DRAFTERS, unpublished_inputs
+from mtp_jax.interop.layouts import DRAFTERS, NUMBERED, unpublished_inputs
 from mtp_jax.interop.placing import assemble, flat, parameter_shapes, shapes_of
 from mtp_jax.interop.tensor_files import (
   DTYPES,
@@ -47,13 +47,15 @@ _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 # Keys that may differ from the folder: they do not change shapes or names.
 _FREE = ("trunk.rope_theta", "trunk.rope_scaling.", "trunk.attention_dim")
 _ROWS_AT_ONCE = 4096
+# Tensors of token ids in the folders of drafters, and their dtypes.
+_IDS = {"d2t": "I64", "t2d": "BOOL"}
 
 
 @dataclasses.dataclass(frozen=True)
 class HfModel:
   """A model folder: its config as overrides of ours, and its tensors' headers.
 
-  family:     gpt2 | llama | qwen2 | qwen3 | deepseek_v3 | mimo.
+  family:     gpt2 | llama | qwen2 | qwen3 | deepseek_v3 | mimo | glm4_moe.
   overrides:  dotted config keys and values of the trunk, the vocabulary and, if the
               folder has MTP layers, `mtp`.
   has_mtp:    number of MTP layers in the folder.
@@ -137,6 +139,7 @@ def load_params(
   required = {entry.name for entry in entries if not entry.copy_of}
   _check_tensors(model.folder, model.tensors, entries, required)
   _check_copies(model, entries)
+  _check_zeros(model, entries)
   return assemble(boxed, entries, model.tensors, mesh)
 
 
@@ -183,12 +186,17 @@ def read_drafter(
   file = folder / "config.json"
   check_drafter_config(file, read_json(file), config)
   tensors = read_header(folder / DRAFTERS[kind])
+  ids = {name: tensors.pop(name) for name in _IDS if name in tensors}
   _check_dtypes(tensors)
+  _check_dtypes(ids, _IDS)
+  tensors |= ids
   boxed = accounting.abstract_params(config)
   entries = tensor_table(config, kind, shapes_of(boxed))
   repeated = [e for e in entries if not e.pieces[0].path.startswith("mtp/")]
-  own = [entry for entry in entries if entry not in repeated]
+  own = [e for e in entries if e not in repeated and e.name != "t2d"]
   _check_tensors(folder, tensors, entries, {entry.name for entry in own})
+  if config.mtp.draft_vocab:
+    _check_ids(folder, tensors, config.tokenizer.vocab_size)
   leaves = flat(trunk)
   for entry in repeated:
     if entry.name in tensors:
@@ -242,7 +250,7 @@ def _count_modules(
   """Returns the number of MTP layers in the files: as in config.json, or 0."""
   if described.family == "mimo":
     prefix, first = "model.mtp_layers.", 0
-  elif described.family == "deepseek_v3":
+  elif described.family in NUMBERED:
     prefix, first = "model.layers.", described.overrides["trunk.num_layers"]
   else:
     return 0
@@ -315,13 +323,31 @@ def _check_config(model: HfModel, config: Config) -> None:
       )
 
 
-def _check_dtypes(tensors: dict[str, StoredTensor]) -> None:
+def _check_dtypes(
+  tensors: dict[str, StoredTensor], wanted: dict[str, str] | None = None
+) -> None:
+  """Raises InteropError for a dtype that is not read; `wanted`: the one, by name."""
   for name, tensor in tensors.items():
-    if tensor.dtype not in DTYPES:
+    supported = [*DTYPES] if wanted is None else [wanted[name]]
+    if tensor.dtype not in supported:
       raise InteropError(
         f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
-        f"{', '.join(DTYPES)}."
+        f"{', '.join(supported)}."
       )
+
+
+def _check_ids(
+  folder: Path, tensors: dict[str, StoredTensor], vocab_size: int
+) -> None:
+  """Raises InteropError if the ids of a reduced vocabulary are no set of tokens."""
+  offsets = tensors["d2t"].open()
+  ids = np.sort(offsets + np.arange(len(offsets)))
+  if ids[0] < 0 or ids[-1] >= vocab_size or np.any(np.diff(ids) == 0):
+    raise InteropError(f"{folder}: d2t must name different tokens of the vocabulary.")
+  if "t2d" in tensors and not np.array_equal(
+    ids, np.flatnonzero(tensors["t2d"].open())
+  ):
+    raise InteropError(f"{folder}: d2t and t2d must name the same tokens.")
 
 
 def _check_tensors(
@@ -378,6 +404,16 @@ def _check_copies(model: HfModel, entries: tuple[Entry, ...]) -> None:
           f"{model.folder}: {entry.name} must equal {entry.copy_of}, which our model "
           f"uses in its place; they differ in rows {i} to {i + len(copy[rows]) - 1}."
         )
+
+
+def _check_zeros(model: HfModel, entries: tuple[Entry, ...]) -> None:
+  for entry in entries:
+    if not entry.pieces and not entry.copy_of and np.any(
+      model.tensors[entry.name].open()
+    ):
+      raise InteropError(
+        f"{model.folder}: {entry.name} must be zeros, as config.json says."
+      )
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

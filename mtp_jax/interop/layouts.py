@@ -1,16 +1,27 @@
 """Layouts of Hugging Face folders, and the models that each of them can hold."""
 
-from mtp_jax.config import PUBLISHED_INPUTS, Config, MtpConfig, RopeScalingConfig
+from mtp_jax.config import (
+  PUBLISHED_INPUTS,
+  Config,
+  MtpConfig,
+  RopeScalingConfig,
+  TrunkConfig,
+)
 
-# Layout -> (class name, model type) in its config.json.
+# Layout -> (class name, model type) in its config.json. No engine has the model type
+# of published MiMo folders, `mimo`: vLLM finds the class by its name, and transformers
+# the trunk by the type of the family that it is of.
 LAYOUTS = {
   "gpt2": ("GPT2LMHeadModel", "gpt2"),
   "llama": ("LlamaForCausalLM", "llama"),
   "qwen2": ("Qwen2ForCausalLM", "qwen2"),
   "qwen3": ("Qwen3ForCausalLM", "qwen3"),
   "deepseek_v3": ("DeepseekV3ForCausalLM", "deepseek_v3"),
-  "mimo": ("MiMoForCausalLM", "mimo"),
+  "mimo": ("MiMoForCausalLM", "qwen2"),
+  "glm4_moe": ("Glm4MoeForCausalLM", "glm4_moe"),
 }
+# The layouts with MTP layers numbered after the trunk's, any number of them.
+NUMBERED = ("deepseek_v3", "glm4_moe")
 # Layout of drafters alone (`drafter_config`) -> its file of tensors.
 DRAFTERS = {
   "medusa": "medusa_lm_head.safetensors",
@@ -41,11 +52,11 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
   if trunk.attention_kind == "latent":
     if layout != "deepseek_v3":
       return "latent attention exists in the layout 'deepseek_v3' only"
-    if trunk.moe.num_experts and not trunk.moe.num_shared:
-      return "in this layout every layer with experts has a shared expert"
-    return ""
+    return _experts_obstacle(trunk)
+  if layout == "glm4_moe":
+    return _experts_obstacle(trunk)
   if trunk.moe.num_experts:
-    return "grouped attention with experts has no portable layout"
+    return "experts exist in the layouts 'deepseek_v3' and 'glm4_moe' only"
   if layout == "deepseek_v3":
     return "this layout has latent attention (trunk.attention_kind)"
   # The families of grouped attention differ in biases and norms of the heads.
@@ -64,6 +75,12 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
       return "trunk.attention_dim must be trunk.embed_dim in this layout"
   if layout == "llama" and trunk.embed_dim % trunk.num_heads:
     return "trunk.embed_dim must be divisible by trunk.num_heads in this layout"
+  return ""
+
+
+def _experts_obstacle(trunk: TrunkConfig) -> str:
+  if trunk.moe.num_experts and not trunk.moe.num_shared:
+    return "in this layout every layer with experts has a shared expert"
   return ""
 
 
@@ -86,8 +103,11 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if mtp.kind in DRAFTERS:
     return f"the layout {mtp.kind!r} has the extra predictors, this one the trunk alone"
   if mtp.kind != "sequential":
-    return f"{mtp.kind} heads have no portable layout; the trunk alone has one"
-  if layout != "deepseek_v3":
+    return (
+      f"no engine runs {mtp.kind} heads; mtp-jax generate does. Engines run the trunk "
+      "alone (--trunk_only), and medusa or eagle3 predictors trained on that trunk"
+    )
+  if layout not in NUMBERED:
     return "the layout has no place for MTP modules; the trunk alone can be exported"
   if mtp.dense_blocks:
     return "in this layout MTP layers have experts if the trunk's last layer has them"

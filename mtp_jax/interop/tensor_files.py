@@ -26,7 +26,9 @@ DTYPES = {
   "BF16": np.dtype(jnp.bfloat16),
   "F64": np.dtype(np.float64),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Dtypes of token ids and of masks of the vocabulary.
+_ID_DTYPES = {"I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)}
+_NAMES = {dtype: name for name, dtype in (DTYPES | _ID_DTYPES).items()}
 
 
 class StoredTensor(NamedTuple):
@@ -39,7 +41,7 @@ class StoredTensor(NamedTuple):
 
   def open(self) -> np.ndarray:
     """Returns the tensor as a read-only view of the file; nothing is read yet."""
-    dtype = DTYPES[self.dtype]
+    dtype = (DTYPES | _ID_DTYPES)[self.dtype]
     if 0 in self.shape:
       return np.empty(self.shape, dtype)
     return np.memmap(self.file, dtype, "r", self.offset, self.shape)

@@ -7,12 +7,14 @@ file returns the same bits.
 Legend: L layers, E experts, D embed, N heads, H head dim.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from mtp_jax.config import Config, TrunkConfig
+from mtp_jax.interop.layouts import NUMBERED
 from mtp_jax.predictors import num_trunk_layers
 
 Shapes = dict[str, tuple[int, ...]]  # By path of a parameter: "embed/embedding".
@@ -26,6 +28,7 @@ class Form(NamedTuple):
   axis, order: entry i of our parameter along `axis` is entry order[i] in the file.
   """
 
+  dtype = None  # That of the file.
   inputs: int
   transposed: bool = False
   axis: int = 0
@@ -54,13 +57,41 @@ class Form(NamedTuple):
     )
 
 
+class TokenOffsets(NamedTuple):
+  """The form of the ids of a reduced vocabulary: number i has the id i + offset[i]."""
+
+  dtype = np.dtype(np.int64)
+
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
+
+  def to_ours(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return (stored + np.arange(*shape)).astype(np.float32)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    return ours.astype(np.int64) - np.arange(len(ours))
+
+
+class TokenMask(NamedTuple):
+  """The form of the same ids as a mask of the whole vocabulary; it is never read."""
+
+  vocab_size: int
+  dtype = np.dtype(np.bool_)
+
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (self.vocab_size,)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    return np.isin(np.arange(self.vocab_size), ours)
+
+
 class Piece(NamedTuple):
   """One parameter, or one entry of a stack; `shape` is without the stack's axes."""
 
   path: str
   index: tuple[int, ...]
   shape: tuple[int, ...]
-  form: Form
+  form: Form | TokenOffsets | TokenMask
 
 
 class Entry(NamedTuple):
@@ -82,13 +113,13 @@ class Entry(NamedTuple):
 class _Line(NamedTuple):
   """A tensor of a block; with `{expert}` in its name, one tensor per expert.
 
-  `zeros`: size of the tensor if our block has no such parameter.
+  `zeros`: shape of the tensor if our block has no such parameter.
   """
 
   name: str
   paths: tuple[str, ...]
-  form: Form
-  zeros: int = 0
+  form: Form | TokenOffsets | TokenMask
+  zeros: tuple[int, ...] = ()
 
 
 _VECTOR, _MATRIX = Form(0), Form(1)
@@ -165,9 +196,13 @@ _MIMO_MODULE = (
   _Line("final_layernorm.weight", ("out_norm/scale",), _VECTOR),
 )
 
+# How many routed experts, all zeros, stand beside a dense MLP in the layout glm4_moe:
+# a router's group has at least two.
+ZERO_EXPERTS = 2
+
 # The order of the two inputs of a module's projection in the file.
 CONCAT_ORDER = {
-  "deepseek_v3": ("embedding", "hidden"),
+  **dict.fromkeys(NUMBERED, ("embedding", "hidden")),
   "mimo": ("hidden", "embedding"),
 }
 
@@ -219,6 +254,8 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   for i in range(num_dense):
     yield from stacked(dense, f"{layer}.{i}.", "trunk/dense_blocks/", (i,))
   block = _block(trunk, layout)
+  if layout == "glm4_moe" and not trunk.moe.num_experts:
+    block = _block_without_dense_form(trunk)
   for i in range(num_dense, layers):
     yield from stacked(block, f"{layer}.{i}.", "trunk/blocks/", (i - num_dense,))
 
@@ -268,10 +305,9 @@ def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   if layout == "eagle":
     biases = _qkv_biases(trunk) if trunk.qkv_bias else ()
     layer, prefix = (*inputs, *biases, out, mlp_norm, *_DENSE), "layers.0."
-    around = (
-      _Line("fc.weight", ("layer/projection",), swapped),
-      _Line("fc.bias", ("layer/projection_bias",), _VECTOR),
-    )
+    around = (_Line("fc.weight", ("layer/projection",), swapped),)
+    if config.mtp.fc_bias:
+      around += (_Line("fc.bias", ("layer/projection_bias",), _VECTOR),)
   else:
     inputs = [line._replace(form=swapped) for line in inputs]
     norms = (
@@ -284,8 +320,12 @@ def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
       _Line("norm.weight", ("out_norm/scale",), _VECTOR),
     )
     if config.mtp.unembed == "own":
-      own = _Line("lm_head.weight", ("unembed",), _LINEAR)
-      yield from _expand((own,), "", "mtp/", (), 0, shapes)
+      own = (_Line("lm_head.weight", ("unembed",), _LINEAR),)
+      if config.mtp.draft_vocab:
+        mask = TokenMask(config.tokenizer.vocab_size)
+        own += (_Line("d2t", ("draft_tokens",), TokenOffsets()),)
+        own += (_Line("t2d", ("draft_tokens",), mask),)
+      yield from _expand(own, "", "mtp/", (), 0, shapes)
     else:
       yield from _expand((_unembed(config, "lm_head"),), "", "", (), 0, shapes)
   embed = _Line("embed_tokens.weight", ("embed/embedding",), _MATRIX)
@@ -310,12 +350,38 @@ def _halves_swapped(dim: int) -> np.ndarray:
 def _block(trunk: TrunkConfig, layout: str) -> tuple[_Line, ...]:
   if layout == "gpt2":
     return _GPT2_BLOCK
+  feed_forward = _EXPERTS if trunk.moe.num_experts else _DENSE
   if layout == "deepseek_v3":
-    feed_forward = _EXPERTS if trunk.moe.num_experts else _DENSE
     return (*_NORMS, *_latent_attention(trunk), *feed_forward)
   biases = _qkv_biases(trunk) if trunk.qkv_bias or layout == "mimo" else ()
   norms = _QK_NORMS if trunk.qk_norm else ()
-  return (*_NORMS, *_GROUPED_ATTENTION, *biases, *norms, *_DENSE)
+  return (*_NORMS, *_GROUPED_ATTENTION, *biases, *norms, *feed_forward)
+
+
+def _block_without_dense_form(trunk: TrunkConfig) -> tuple[_Line, ...]:
+  """Returns a dense block as a layer with experts: engines have no other for it.
+
+  The MLP is the shared expert; the routed experts, of which nothing remains, are zeros.
+  """
+  dim, width = trunk.embed_dim, zero_expert_dim(trunk)
+  number = ZERO_EXPERTS
+  zeros = [("mlp.gate.weight", (number, dim))]
+  zeros.append(("mlp.gate.e_score_correction_bias", (number,)))
+  for e in range(number):
+    for name in ("gate_proj", "up_proj", "down_proj"):
+      shape = (dim, width) if name == "down_proj" else (width, dim)
+      zeros.append((f"mlp.experts.{e}.{name}.weight", shape))
+  without = _block(trunk, "glm4_moe")[: -len(_DENSE)]
+  return (
+    *without,
+    *_swiglu("mlp.shared_experts", "mlp"),
+    *(_Line(name, (), _MATRIX, shape) for name, shape in zeros),
+  )
+
+
+def zero_expert_dim(trunk: TrunkConfig) -> int:
+  """Returns the width of experts that are zeros: small, and a divisor of the MLP's."""
+  return math.gcd(trunk.mlp_dim, 128)
 
 
 def _qkv_biases(trunk: TrunkConfig) -> tuple[_Line, ...]:
@@ -323,7 +389,7 @@ def _qkv_biases(trunk: TrunkConfig) -> tuple[_Line, ...]:
   return tuple(
     _Line(f"self_attn.{name[0]}_proj.bias", (f"attention/{name}_bias",), _VECTOR)
     if trunk.qkv_bias
-    else _Line(f"self_attn.{name[0]}_proj.bias", (), _VECTOR, num * trunk.head_dim)
+    else _Line(f"self_attn.{name[0]}_proj.bias", (), _VECTOR, (num * trunk.head_dim,))
     for name, num in zip(("query", "key", "value"), heads, strict=True)
   )
 
@@ -370,7 +436,7 @@ def _expand(
   """Yields the tensors of one block, entry `index` of its stack, with all experts."""
   for line in lines:
     if not line.paths:
-      yield Entry(prefix + line.name, (line.zeros,))
+      yield Entry(prefix + line.name, line.zeros)
       continue
     is_expert = "{expert}" in line.name
     for e in range(num_experts if is_expert else 1):

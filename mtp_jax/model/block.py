@@ -3,6 +3,8 @@
 Legend: B batch, T sequence, D embed.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -84,11 +86,19 @@ def add_layers(
 
 
 def rematted(module: type[nn.Module], trunk: TrunkConfig) -> type[nn.Module]:
-  """Returns `module` with the rematerialisation of `trunk.remat`."""
+  """Returns `module` with the rematerialisation of `trunk.remat`; auto is names."""
   if trunk.remat == "none":
     return module
-  policy = None
-  if trunk.remat == "names":
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+  policy = None if trunk.remat == "full" else _keeps
   # Inside scan XLA cannot merge the recomputation away, so the barrier is not needed.
-  return nn.remat(module, prevent_cse=not trunk.scan_layers, policy=policy)
+  return nn.remat(module, prevent_cse=not trunk.loops, policy=policy)
+
+
+def _keeps(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Keeps `SAVED_NAMES`, and the outputs of cuDNN's attention, which have no names.
+
+  To compute attention again is the one expensive thing that names would leave out.
+  """
+  names = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+  is_attention = primitive.name.startswith("dot_product_attention_fwd")
+  return is_attention or names(primitive, *args, **params)

@@ -56,7 +56,7 @@ class Trunk(nn.Module):
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=length,
-        unroll=1 if trunk.scan_layers else length,
+        unroll=1 if trunk.loops else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(rematted(Block, trunk)(trunk, name=name), streams, numbers)
 

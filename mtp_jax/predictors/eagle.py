@@ -56,9 +56,11 @@ class EagleLayer(nn.Module):
 
   EAGLE-1 (Li et al. 2024, arXiv 2401.15077) and its code. There is no norm behind it:
   the state is the trunk's normed output as the drafter predicts it.
+  `has_bias`: whether there is a b.
   """
 
   trunk: TrunkConfig
+  has_bias: bool
 
   @nn.compact
   def __call__(
@@ -76,10 +78,11 @@ class EagleLayer(nn.Module):
       partitioned(fan_in_normal(2 * dim), "concat", "embed"),
       (2 * dim, dim),
     )
-    zeros = partitioned(nn.initializers.zeros, "norm")
-    bias_D = self.param("projection_bias", zeros, (dim,))
     joined = jnp.concatenate([state_BTD, embedding_BTD], axis=-1)
-    x_BTD = dense(joined, projection.astype(dtype)) + bias_D.astype(dtype)
+    x_BTD = dense(joined, projection.astype(dtype))
+    if self.has_bias:
+      zeros = partitioned(nn.initializers.zeros, "norm")
+      x_BTD += self.param("projection_bias", zeros, (dim,)).astype(dtype)
     x_BTD, cache, _ = add_layers(
       self.trunk, x_BTD, x_BTD, positions_BT, segment_ids_BT, cache
     )
@@ -137,7 +140,7 @@ class Eagle(nn.Module):
   @nn.compact
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     feature_BTD = given.final_norm(given.residual_BTD)
-    layer = _unrollable(EagleLayer, self.trunk)
+    layer = _unrollable(EagleLayer, self.trunk, self.mtp.fc_bias)
     states = _unroll(layer, feature_BTD, given, self.mtp.depth)
     return jnp.stack([feature_BTD, *states]), None
 
@@ -183,10 +186,12 @@ class Eagle3(nn.Module):
     return None
 
 
-def _unrollable(layer: type[nn.Module], trunk: TrunkConfig) -> nn.Module:
+def _unrollable(
+  layer: type[nn.Module], trunk: TrunkConfig, *more: bool
+) -> nn.Module:
   """Returns the layer, rematerialised as one that runs in no scan."""
-  trunk = dataclasses.replace(trunk, scan_layers=False)
-  return rematted(layer, trunk)(trunk, name="layer")
+  trunk = dataclasses.replace(trunk, scan_layers="off")
+  return rematted(layer, trunk)(trunk, *more, name="layer")
 
 
 def _unroll(
@@ -222,19 +227,20 @@ Map = Callable[[Weights, jax.Array], jax.Array]
 
 
 @functools.cache
-def _eagle_recursion(trunk: TrunkConfig) -> Recursion:
+def _eagle_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
   """The state is a normed output of the trunk as the drafter predicts it."""
   return _recursion(
     trunk,
-    EagleLayer(trunk),
+    EagleLayer(trunk, mtp.fc_bias),
     begin=functools.partial(final_norm, trunk),
     end=lambda weights, state: state,
   )
 
 
 @functools.cache
-def eagle3_recursion(trunk: TrunkConfig) -> Recursion:
+def eagle3_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
   """The state has no norm; the unembedding reads it after one."""
+  del mtp
 
   def begin(weights: Weights, streams_BWX: jax.Array) -> jax.Array:
     (params,) = weights.predictors
@@ -369,13 +375,15 @@ FUSED = ONE_LAYER | {
 }
 
 
-def _reads_itself(recursion: Callable[[TrunkConfig], Recursion]) -> dict[str, Any]:
+def _reads_itself(
+  recursion: Callable[[TrunkConfig, MtpConfig], Recursion]
+) -> dict[str, Any]:
   return {
     "is_autoregressive": True,
     "reads_ahead": lambda mtp, m: m,
     "recurses": True,
-    "drafter": lambda trunk, mtp, num_drafts: chain(recursion(trunk), num_drafts),
-    "recursion": lambda trunk, mtp: recursion(trunk),
+    "drafter": lambda trunk, mtp, num_drafts: chain(recursion(trunk, mtp), num_drafts),
+    "recursion": recursion,
   }
 
 
@@ -383,7 +391,7 @@ EAGLE = Kind(
   **ONE_LAYER,
   **_reads_itself(_eagle_recursion),
   module=Eagle,
-  reads=("mlp_dim",),
+  reads=("mlp_dim", "fc_bias"),
   flops=_eagle_flops,
   contract=lambda mtp, tapped: _contract(
     "trunk output after its final norm", "output", None

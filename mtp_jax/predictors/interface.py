@@ -39,6 +39,18 @@ class Given(NamedTuple):
   segment_ids_BT: jax.Array
   tapped: tuple[jax.Array, ...]
 
+  def detached(self) -> "Given":
+    """Returns the same without gradient: nothing that reads it moves the trunk."""
+    stop = jax.lax.stop_gradient
+    return self._replace(
+      residual_BTD=stop(self.residual_BTD),
+      final_norm=lambda x_BTD: stop(self.final_norm(x_BTD)),
+      embed_ahead=lambda k: stop(self.embed_ahead(k)),
+      embed_own=lambda hidden_BTD: stop(self.embed_own(hidden_BTD)),
+      unembed_DV=stop(self.unembed_DV),
+      tapped=stop(self.tapped),
+    )
+
   def copied_unembed(
     self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
   ) -> jax.Array:

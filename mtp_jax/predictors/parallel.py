@@ -59,7 +59,7 @@ class ParallelHeads(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=num_heads,
-      unroll=1 if self.trunk.scan_layers else num_heads,
+      unroll=1 if self.trunk.loops else num_heads,
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(rematted(Block, self.trunk)(self.trunk, name="heads"), given.residual_BTD, None)
     # One head at a time: a leading axis of 1 would sum in another order at D = 0.

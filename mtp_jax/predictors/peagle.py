@@ -54,9 +54,9 @@ class PEagle(Eagle3):
 
 
 @functools.cache
-def _drafter(trunk: TrunkConfig, num_drafts: int) -> Drafter:
+def _drafter(trunk: TrunkConfig, mtp: MtpConfig, num_drafts: int) -> Drafter:
   """Catches up as EAGLE-3 does, then runs all masked rows at once."""
-  recursion = eagle3_recursion(trunk)
+  recursion = eagle3_recursion(trunk, mtp)
 
   def propose(weights: Weights, cache, state_BD, window: Window, choose: Choose):
     (params,) = weights.predictors
@@ -101,6 +101,6 @@ PEAGLE = Kind(
   **FUSED,
   module=PEagle,
   reads_ahead=lambda mtp, m: 1,
-  drafter=lambda trunk, mtp, num_drafts: _drafter(trunk, num_drafts),
+  drafter=_drafter,
   contract=_contract,
 )

@@ -152,7 +152,7 @@ class SequentialModules(nn.Module):
       variable_axes={} if shared else {"params": 0},
       split_rngs={"params": not shared},
       length=depth,
-      unroll=1 if self.trunk.scan_layers else depth,
+      unroll=1 if self.trunk.loops else depth,
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(
       rematted(SequentialModule, trunk)(

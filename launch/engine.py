@@ -1,0 +1,124 @@
+"""Decodes prompts with an engine that opens an exported folder: vLLM or transformers.
+
+`launch.verify` starts this file with the Python of the engine, which may have nothing
+of this project. It reads one JSON object from JOB and writes another into ANSWER:
+
+  python launch/engine.py JOB ANSWER
+
+  JOB     engine, trunk (folder), method ("" decodes plainly), drafter (folder), drafts,
+          prompts (texts), max_new_tokens, max_length
+  ANSWER  version, end_ids, results: prompt_tokens, tokens, rounds, accepted of each
+          prompt; the last two are null without drafts
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def transformers(job):
+  import torch
+  import transformers as hf
+
+  hf.logging.set_verbosity_error()
+  hf.logging.disable_progress_bar()
+  tokenizer = hf.AutoTokenizer.from_pretrained(job["trunk"])
+  values = hf.AutoConfig.from_pretrained(job["trunk"])
+  cls = hf.AutoModelForCausalLM._model_mapping[type(values)]
+  if job["drafts"]:
+    # The class has the numbers of published MTP layers only, and finds them by these.
+    first = values.num_hidden_layers
+    cls._keys_to_ignore_on_load_unexpected = [
+      rf"model\.layers\.{n}\." for n in range(first, first + job["drafts"])
+    ]
+  model = cls.from_pretrained(job["trunk"], dtype=torch.float32).eval()
+  passes = [0]
+
+  def count(*_):
+    passes[0] += 1
+
+  model.get_decoder().register_forward_hook(count)
+  model.generation_config.eos_token_id = None  # Every prompt gets all its tokens.
+  how = {"use_mtp": True} if job["drafts"] else {}
+  results = []
+  for prompt in job["prompts"]:
+    ids, passes[0] = tokenizer(prompt, return_tensors="pt").input_ids, 0
+    out = model.generate(
+      ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+      max_new_tokens=job["max_new_tokens"], **how,
+    )
+    tokens = out[0, ids.shape[1] :].tolist()
+    rounds = passes[0] - 1  # The first pass reads the prompt, and makes one token.
+    results.append({
+      "prompt_tokens": ids[0].tolist(),
+      "tokens": tokens,
+      "rounds": rounds if how else None,
+      "accepted": len(tokens) - 1 - rounds if how else None,
+    })
+  return hf.__version__, results
+
+
+def vllm(job):
+  os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+  os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+  os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+  import vllm as package
+  from vllm import LLM, SamplingParams
+
+  how = {}
+  if job["drafts"]:
+    how["speculative_config"] = {
+      "method": job["method"], "num_speculative_tokens": job["drafts"]
+    } | ({"model": job["drafter"]} if job["drafter"] else {})
+  model = LLM(
+    model=job["trunk"], dtype="float32", enforce_eager=True, seed=0,
+    max_model_len=job["max_length"], disable_log_stats=False,
+    enable_prefix_caching=False, **how,
+  )
+
+  def counts():
+    found = {metric.name: metric for metric in model.get_metrics()}
+    names = "num_drafts", "num_accepted_tokens"
+    return [found[f"vllm:spec_decode_{name}"].value for name in names]
+
+  sampling = SamplingParams(
+    temperature=0, max_tokens=job["max_new_tokens"], ignore_eos=True,
+    detokenize=False,
+  )
+  results = []
+  for prompt in job["prompts"]:
+    before = counts() if how else None
+    (out,) = model.generate([prompt], sampling, use_tqdm=False)
+    rounds, accepted = (
+      (a - b for a, b in zip(counts(), before, strict=True)) if how else (None, None)
+    )
+    results.append({
+      "prompt_tokens": list(out.prompt_token_ids),
+      "tokens": list(out.outputs[0].token_ids),
+      "rounds": rounds,
+      "accepted": accepted,
+    })
+  return package.__version__, results
+
+
+def end_ids(folder):
+  """Returns the tokens at which engines end a text, sorted."""
+  from transformers import GenerationConfig
+
+  found = GenerationConfig.from_pretrained(folder).eos_token_id
+  return sorted(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def main():
+  job_file, answer_file = map(Path, sys.argv[1:])
+  job = json.loads(job_file.read_text())
+  engine = {"transformers": transformers, "vllm": vllm}[job["engine"]]
+  version, results = engine(job)
+  answer = {"version": version, "end_ids": end_ids(job["trunk"]), "results": results}
+  answer_file.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+  sys.path.pop(0)  # The folder of this file has modules named as packages are.
+  main()
