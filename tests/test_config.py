@@ -178,7 +178,7 @@ RULES = {
   "kind": (
     {"mtp.kind": "eagle2"},
     "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', got 'eagle2'.",
+    "'eagle', 'eagle3', 'peagle', 'top', got 'eagle2'.",
   ),
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -267,8 +267,8 @@ RULES = {
   },
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
-    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' and "
-    "mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3', "
+    "'peagle', 'top' and mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
@@ -281,8 +281,8 @@ RULES = {
   ),
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
-    "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3' "
-    "and mtp.depth is positive (they are 'parallel' and 1), got 64.",
+    "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3', "
+    "'peagle' and mtp.depth is positive (they are 'parallel' and 1), got 64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -311,8 +311,8 @@ RULES = {
   ),
   "draft vocabulary of a shared matrix": (
     {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
-    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed is 'own' "
-    "(they are 'eagle3' and 'shared'), got 9.",
+    "mtp.draft_vocab must be 0 unless mtp.kind is one of 'eagle3', 'peagle' and "
+    "mtp.unembed is 'own' (they are 'eagle3' and 'shared'), got 9.",
   ),
   "draft vocabulary larger than the vocabulary": (
     {
