@@ -268,7 +268,8 @@ RULES = {
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
     "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3', "
-    "'peagle', 'top' and mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
+    "'peagle', 'top' and mtp.depth is positive (they are 'sequential' and 1), got "
+    "'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
