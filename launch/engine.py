@@ -7,8 +7,8 @@ of this project. It reads one JSON object from JOB and writes another into ANSWE
 
   JOB     engine, trunk (folder), method ("" decodes plainly), drafter (folder), drafts,
           prompts (texts), max_new_tokens, max_length
-  ANSWER  version, end_ids, results: prompt_tokens, tokens, rounds, accepted of each
-          prompt; the last two are null without drafts
+  ANSWER  version, end_ids, results: prompt_tokens, tokens, rounds of each prompt; the
+          rounds, in which drafts were verified, are null without drafts
 """
 
 import json
@@ -49,12 +49,11 @@ def transformers(job):
       max_new_tokens=job["max_new_tokens"], **how,
     )
     tokens = out[0, ids.shape[1] :].tolist()
-    rounds = passes[0] - 1  # The first pass reads the prompt, and makes one token.
     results.append({
       "prompt_tokens": ids[0].tolist(),
       "tokens": tokens,
-      "rounds": rounds if how else None,
-      "accepted": len(tokens) - 1 - rounds if how else None,
+      # The first pass reads the prompt, and makes one token.
+      "rounds": passes[0] - 1 if how else None,
     })
   return hf.__version__, results
 
@@ -77,10 +76,9 @@ def vllm(job):
     enable_prefix_caching=False, **how,
   )
 
-  def counts():
+  def num_rounds():
     found = {metric.name: metric for metric in model.get_metrics()}
-    names = "num_drafts", "num_accepted_tokens"
-    return [found[f"vllm:spec_decode_{name}"].value for name in names]
+    return found["vllm:spec_decode_num_drafts"].value
 
   sampling = SamplingParams(
     temperature=0, max_tokens=job["max_new_tokens"], ignore_eos=True,
@@ -88,16 +86,12 @@ def vllm(job):
   )
   results = []
   for prompt in job["prompts"]:
-    before = counts() if how else None
+    before = num_rounds() if how else None
     (out,) = model.generate([prompt], sampling, use_tqdm=False)
-    rounds, accepted = (
-      (a - b for a, b in zip(counts(), before, strict=True)) if how else (None, None)
-    )
     results.append({
       "prompt_tokens": list(out.prompt_token_ids),
       "tokens": list(out.outputs[0].token_ids),
-      "rounds": rounds,
-      "accepted": accepted,
+      "rounds": num_rounds() - before if how else None,
     })
   return package.__version__, results
 

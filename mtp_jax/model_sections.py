@@ -201,6 +201,8 @@ class MtpConfig:
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
+  zero_first: at the first position of a document modules see zeros instead of the
+              embedding, as in vLLM.
   fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
               none, and drops it in silence.
   detach:     the extra depths learn, and the trunk learns from the next token alone, as
@@ -271,6 +273,10 @@ class MtpConfig:
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.unembed": ("own",)},
+  )
+  zero_first: bool = key(
+    False, "sequential modules see no embedding at position 0", ARCH, then=_DEPTHS,
+    when_given=_MTP,
   )
   fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)
   detach: bool = key(

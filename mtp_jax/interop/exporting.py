@@ -259,7 +259,7 @@ def _contract(config: Config, layout: str) -> dict[str, Any]:
     "position_offset": 0,
     "row": "layer k at position i reads the embedding of token i + k and predicts "
     "token i + k + 1; k starts at 1",
-    "embedding_zeroed_at_position_0": False,
+    "embedding_zeroed_at_position_0": config.mtp.zero_first,
     "embedding_shared": True,
     "unembedding_shared": True,
   }
