@@ -65,13 +65,15 @@ def vllm(job):
   import vllm as package
   from vllm import LLM, SamplingParams
 
-  how = {}
-  if job["drafts"]:
+  how, folder = {}, job["trunk"]
+  if job["method"] == "eagle3":
+    folder = job["drafter"]  # Its config.json names the trunk and the drafts.
+  elif job["drafts"]:
     how["speculative_config"] = {
       "method": job["method"], "num_speculative_tokens": job["drafts"]
     } | ({"model": job["drafter"]} if job["drafter"] else {})
   model = LLM(
-    model=job["trunk"], dtype="float32", enforce_eager=True, seed=0,
+    model=folder, dtype="float32", enforce_eager=True, seed=0,
     max_model_len=job["max_length"], disable_log_stats=False,
     enable_prefix_caching=False, **how,
   )
@@ -86,12 +88,12 @@ def vllm(job):
   )
   results = []
   for prompt in job["prompts"]:
-    before = num_rounds() if how else None
+    before = num_rounds() if job["drafts"] else None
     (out,) = model.generate([prompt], sampling, use_tqdm=False)
     results.append({
       "prompt_tokens": list(out.prompt_token_ids),
       "tokens": list(out.outputs[0].token_ids),
-      "rounds": num_rounds() - before if how else None,
+      "rounds": num_rounds() - before if job["drafts"] else None,
     })
   return package.__version__, results
 

@@ -83,8 +83,11 @@ def verify(
   """
   model = _as_written(model, dtype, trunk_only)
   if engine == "vllm" and serving.VLLM_METHODS.get(layout) == "mtp":
-    # vLLM does so whether modules were trained so or not.
-    config = with_overrides(model.config, {"mtp.zero_first": True})
+    # vLLM does so whether modules were trained so or not, and its MiMo reads the state
+    # before the final norm.
+    there = {"mtp.zero_first": True}
+    there |= {"mtp.hidden_norm": "before"} if layout == "mimo" else {}
+    config = with_overrides(model.config, there)
     model = dataclasses.replace(model, config=config)
   drafts = serving.drafts_of(model.config, layout, engine)
   prompts = [model.encode(text) for text in PROMPTS]

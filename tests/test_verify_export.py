@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from launch import engine, verify
 from mtp_jax.interop import serving
 from tests import planted
+from tests.commands import ROOT
 from tests.common import mostly_slow
-from tests.serving import check, model_of
+from tests.serving import check, model_of, table
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
@@ -46,6 +47,15 @@ def swap_halves(folder):
   rewrite(folder, "model.layers.2.eh_proj.weight", swapped)
 
 
+def move_begin(folder):
+  """Makes the post-processor put the next id before a text."""
+  file = folder / "tokenizer.json"
+  values = json.loads(file.read_text())
+  (begin,) = values["post_processor"]["special_tokens"].values()
+  begin["ids"] = [begin["ids"][0] + 1]
+  file.write_text(json.dumps(values))
+
+
 # What is wrong with a folder -> how it gets so, and what the verification says.
 MUTANTS = {
   "dropped bias": (
@@ -60,7 +70,7 @@ MUTANTS = {
     "no_such_type",
   ),
   "another begin token": (
-    lambda folder: edit(folder, "tokenizer.json", '"ids": [\n', '"ids": [\n1'),
+    move_begin,
     "the prompt differs at token 0",
   ),
   "another end token": (
@@ -160,6 +170,12 @@ def test_the_command_verifies_and_writes_a_model_card(command, tmp_path):
   assert "mtp.kind=sequential" in card and "trunk.qkv_bias=True" in card
   assert "at step 12" in card
   assert '"method": "mtp", "num_speculative_tokens": 1' in card
+
+
+def test_the_page_on_serving_has_the_kept_results():
+  kept = json.loads((ROOT / "experiments/results/serving/verified.json").read_text())
+  assert kept and all(row["commit"] for row in kept)
+  assert table(kept) in (ROOT / "docs/how-to/serving.md").read_text()
 
 
 @serve

@@ -105,7 +105,7 @@ def read_model(folder: Path) -> HfModel:
       "mtp.out_norm": "own",
       "mtp.arm": "added",
     }
-    _check_contract(folder, described.family)
+    overrides |= _read_contract(folder, described.family)
   tokenizer = folder / "tokenizer.json"
   return HfModel(
     folder, described.family, overrides, depth, described.max_length,
@@ -266,17 +266,24 @@ def _count_modules(
   return len(found)
 
 
-def _check_contract(folder: Path, family: str) -> None:
-  """Raises InteropError if a folder states another concat order than its layout's."""
+def _read_contract(folder: Path, family: str) -> dict[str, Any]:
+  """Returns the overrides that a contract beside the weights states, if there is one.
+
+  Raises:
+    InteropError: it states another concat order than its layout's.
+  """
   file = folder / CONTRACT
   if not file.exists():
-    return
-  stated = read_json(file).get("concat_order")
+    return {}
+  contract = read_json(file)
+  stated = contract.get("concat_order")
   if stated != list(CONCAT_ORDER[family]):
     raise InteropError(
       f"{file}: concat_order is {stated!r}; the layout {family!r} has "
       f"{list(CONCAT_ORDER[family])}."
     )
+  is_zeroed = contract.get("embedding_zeroed_at_position_0") is True
+  return {"mtp.zero_first": True} if is_zeroed else {}
 
 
 def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:

@@ -6,6 +6,7 @@ table, `make test-serve` repeats it). The lines for SGLang were not run.
 
 from mtp_jax.config import Config
 from mtp_jax.interop.layouts import DRAFTERS, NUMBERED
+from mtp_jax.predictors import tapped_layers
 
 ENGINES = ("transformers", "vllm")
 # Layout -> `method` of vLLM's speculative config.
@@ -23,6 +24,9 @@ def engine_obstacle(config: Config, layout: str, engine: str) -> str:
     return f"transformers has no {layout} drafters: verify the trunk, or with vllm"
   if engine == "vllm" and layout == "eagle" and config.mtp.fc_bias:
     return "vLLM drops fc.bias of EAGLE in silence: train with mtp.fc_bias=False"
+  taps = tapped_layers(config)
+  if engine == "vllm" and len(set(taps)) < len(taps):
+    return f"vLLM takes a layer once, and EAGLE-3 reads the trunk after layers {taps}"
   return ""
 
 
