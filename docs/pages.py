@@ -78,10 +78,7 @@ def _place(name: str) -> str:
 
 def _help(command: str) -> str:
   """Returns the section of one command: the docstring of its module."""
-  module, *rest = words.COMMANDS[command]
-  if rest:  # A command with words of its own is another one's.
-    return ""
-  source = (ROOT / "launch" / f"{module}.py").read_text()
+  source = (ROOT / "launch" / f"{words.COMMANDS[command]}.py").read_text()
   return f"\n## {command}\n\n```text\n{ast.get_docstring(ast.parse(source))}\n```\n"
 
 

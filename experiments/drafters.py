@@ -138,7 +138,9 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
       if preset != machine:
         yield model | {"name": trunk, "mtp.kind": "none", "mtp.depth": 0}
         continue
-      folder = f"runs/drafters_{machine}_trunks/{trunk}"
+      # What a sweep calls the folder of that trial.
+      short = f"e{size.embed_dim}-none-s{seed}"
+      folder = f"runs/drafters_{machine}_trunks/{short}"
       frozen = {"train.freeze_trunk": True, "train.trunk_from": folder}
       for start, arms, more in (("ntp", _AFTERWARDS, frozen), ("start", _JOINTLY, {})):
         for name, arm in arms.items():

@@ -106,8 +106,20 @@ _TUNED_1000 = {
   (128, 1): Tuned(8.0, 3.0),
   (128, 2): Tuned(4.0, 3.0),
 }
-# 10,000 triples were not tuned yet.
-_TUNED = {1_000: _TUNED_1000, 3_000: _TUNED_3000, 10_000: _TUNED_3000}
+# Widths 16 and 128 use the settings of a neighbour.
+_TUNED_10000 = {
+  (8, 1): Tuned(4.0, 0.1),
+  (8, 2): Tuned(4.0, 0.1),
+  (16, 1): Tuned(4.0, 0.1),
+  (16, 2): Tuned(4.0, 0.1),
+  (32, 1): Tuned(8.0, 0.1),
+  (32, 2): Tuned(4.0, 0.1),
+  (64, 1): Tuned(8.0, 0.1),
+  (64, 2): Tuned(8.0, 0.1),
+  (128, 1): Tuned(8.0, 0.1),
+  (128, 2): Tuned(8.0, 0.1),
+}
+_TUNED = {1_000: _TUNED_1000, 3_000: _TUNED_3000, 10_000: _TUNED_10000}
 # With endless triples the factor 4 is best, or within 0.003 nats of the best, at widths
 # 8, 16 and 64.
 _TUNED_ENDLESS = Tuned(4.0, 0.1)

@@ -39,25 +39,22 @@ def main() -> int:
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
     print(f"error: {name!r} is no command; {hint}", file=sys.stderr)
     return 2
-  module, *first = COMMANDS[name]
-  sys.argv[1:] = [*first, *words]
-  runpy.run_module(f"launch.{module}", run_name="__main__", alter_sys=True)
+  sys.argv[1:] = words
+  runpy.run_module(f"launch.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
   return 0
 
 
 def _usage() -> str:
   """Returns the list of commands, each with the first line of its module."""
   width = max(map(len, COMMANDS))
-  lines = [f"  {name:{width}}  {_summary(*what)}" for name, what in COMMANDS.items()]
+  lines = [f"  {name:{width}}  {_summary(x)}" for name, x in COMMANDS.items()]
   return _USAGE.format(
     commands="\n".join(lines), experiments=", ".join(experiments()),
     version=mtp_jax.__version__,
   )
 
 
-def _summary(module: str, *first: str) -> str:
-  if "--status" in first:
-    return "Lists the state of every trial of a sweep."
+def _summary(module: str) -> str:
   tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
   return ast.get_docstring(tree).partition("\n")[0]
 

@@ -1,8 +1,8 @@
 """Runs one benchmark: train, loss, decode, pack, sanity, or on a GPU all: gpu.
 
-  python -m launch.benchmark train --help
-  python -m launch.benchmark train --preset=quick     takes seconds, shows that it works
-  python -m launch.benchmark train --preset=gpu
+  mtp-jax bench train --help
+  mtp-jax bench train --preset=quick     takes seconds, shows that it works
+  mtp-jax bench train --preset=gpu
 
 Every benchmark measures a floor, our code and its peers in turns, prints their ratios,
 and writes a page (.md) and its figures (.json) to experiments/results/benchmarks.
@@ -25,7 +25,7 @@ def main() -> None:
     print(__doc__)
     sys.exit(0)
   if name not in NAMES:
-    message = f"launch.benchmark must be given one of {', '.join(NAMES)}, got {name!r}."
+    message = f"bench must be given one of {', '.join(NAMES)}, got {name!r}."
     sys.exit(cli.fail(message, cli.BAD_INPUT))
   # This process and the contestants share the GPU: none may reserve most of its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

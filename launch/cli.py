@@ -115,6 +115,16 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def define_track() -> flags.FlagHolder[str | None]:
+  """Defines `--track`, the trackers of a run; see `trackers`."""
+  return flags.DEFINE_string(
+    "track", None,
+    "where records go besides metrics.jsonl and TensorBoard, now and when the run is "
+    "continued: some of wandb, mlflow and trackio, separated by commas",
+    allow_override=True,
+  )
+
+
 def define_step() -> flags.FlagHolder[int | None]:
   """Defines `--step`, a checkpoint of the run folder."""
   return flags.DEFINE_integer(

@@ -8,14 +8,16 @@ All of it stands in the key's line of mtp_jax/sections.py and mtp_jax/model_sect
 A key is set by KEY=VALUE after the experiment: mtp-jax train smoke mtp.depth=3
 """
 
+import ast
 import sys
 import textwrap
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
+import mtp_jax
 from mtp_jax.config import Config, keys, type_name
 from mtp_jax.keys import Conditions, Range
-from mtp_jax.predictors import KINDS
 
 
 def main() -> int:
@@ -63,11 +65,22 @@ def rules(name: str) -> list[str]:
 
 def _choices(name: str) -> tuple[Any, ...]:
   if name == "mtp.kind":
-    return tuple(KINDS)
+    return _kinds()
   kind: Any = Config
   for part in name.split("."):
     kind = typing.get_type_hints(kind)[part]
   return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def _kinds() -> tuple[str, ...]:
+  """Returns the kinds of predictors, read from the source: an import takes seconds."""
+  source = Path(mtp_jax.__file__).with_name("predictors") / "__init__.py"
+  (table,) = (
+    node.value
+    for node in ast.parse(source.read_text()).body
+    if isinstance(node, ast.AnnAssign) and node.target.id == "KINDS"
+  )
+  return tuple(key.value for key in table.keys)
 
 
 def _describe(conditions: Conditions) -> str:

@@ -1,7 +1,7 @@
 r"""Evaluates a checkpoint of a run again: other text, another step, other devices.
 
-  python -m launch.evaluate --workdir=runs/smoke --split=test
-  python -m launch.evaluate --workdir=runs/smoke --step=50
+  mtp-jax evaluate --workdir=runs/smoke --split=test
+  mtp-jax evaluate --workdir=runs/smoke --step=50
 
 The run folder says how the model was trained. Its mesh is used where it fits the
 devices; where it does not, rows are spread over all of them. The table is also written

@@ -1,10 +1,10 @@
 r"""Continues a prompt with a trained model, its extra predictors drafting ahead.
 
-  python -m launch.generate --workdir=runs/seq2 --prompt="def "
-  python -m launch.generate --workdir=runs/seq2 --prompt_file=start.py --stream
-  python -m launch.generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
-  python -m launch.generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
-  python -m launch.generate --workdir=RUN --prompt="def " --stop="class " --stop=@
+  mtp-jax generate --workdir=runs/seq2 --prompt="def "
+  mtp-jax generate --workdir=runs/seq2 --prompt_file=start.py --stream
+  mtp-jax generate --workdir=runs/seq2 --prompt="class " --temperature=0.8
+  mtp-jax generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
+  mtp-jax generate --workdir=RUN --prompt="def " --stop="class " --stop=@
 
 The model's own next-token predictor decides every token: extra predictors make it
 faster, not different. Greedy text and text of rule `match` equal plain decoding token

@@ -1,4 +1,4 @@
-r"""Makes a run folder out of Hugging Face weights, which launch.train then trains.
+r"""Makes a run folder out of Hugging Face weights, which `mtp-jax train` then trains.
 
   mtp-jax import --from=models/gpt2 --workdir=runs/gpt2_mtp
   mtp-jax import --from=hf://Qwen/Qwen2.5-0.5B --workdir=runs/qwen \

@@ -1,8 +1,8 @@
 r"""Plans training on TPUs and GPUs, on any machine: memory, work, collectives, time.
 
-  python -m launch.plan --config=experiments/gains_with_scale.py:cluster \
+  mtp-jax plan --config=experiments/gains_with_scale.py:cluster \
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
-  python -m launch.plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
+  mtp-jax plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
       --output=experiments/results/plan
   python -m launch.plan --config=experiments/gains_with_scale.py:gpu \
       --topology=h200:1,h200:8 --only='embed_dim=768,depth=1,arm=added,seed=0'

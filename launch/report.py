@@ -3,7 +3,7 @@ r"""Writes the report of a folder of runs: a page, figures, tables and verdicts.
   mtp-jax report runs/gains_with_scale
   mtp-jax report runs --output=report
   mtp-jax report runs/sat --results=experiments/results/sat_cpu \
-      --command="python -m launch.sweep --config=experiments/sat.py:cpu ..."
+      --command="mtp-jax sweep --config=experiments/sat.py:cpu ..."
   mtp-jax report --findings
 
 Reads config.json, eval.json and metrics.jsonl of every run folder below the folder that

@@ -27,9 +27,10 @@ def collect(root: Path) -> Path:
   Where it cannot be written a warning is printed: no trial depends on it.
 
   Columns: `trial`; `complete`, whether it is trained and evaluated; `step`, the last
-  one known; `exit_class` and `reason` of the last end; every config key that is not
-  the same in all rows; and the measures of eval.json, means beside `_stderr`, lists
-  numbered from 0, other entries by their names. Missing values are empty.
+  one known; `exit_class` and `reason` of the last end; the trial's `folder`; every
+  config key that is not the same in all rows; and the measures of eval.json, means
+  beside `_stderr`, lists numbered from 0, other entries by their names. Missing values
+  are empty.
   """
   path = root / FILE
   try:
@@ -74,11 +75,12 @@ def _row(folder: Path, config: dict[str, Any], varying: list[str]) -> dict[str, 
   result = paths.read_json(folder / run_folder.EVAL) if complete else {}
   status = paths.read_json(folder / run_folder.STATUS)
   row = {
-    "trial": folder.name,
+    "trial": run_folder.trial_of(folder, str(config.get("name"))),
     "complete": complete,
     "step": result.pop("step", status.get("step", 0)),
     "exit_class": "done" if complete else status.get("exit_class"),
     "reason": None if complete else status.get("reason"),
+    "folder": folder.name,
   } | {key: config.get(key) for key in varying}
   for name, value in result.items():
     row |= _columns(name, value)

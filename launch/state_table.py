@@ -1,9 +1,11 @@
 """The states of a sweep as a table, once or kept up to date."""
 
 import contextlib
+import signal
 import time
 from pathlib import Path
 
+from absl import flags
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -11,7 +13,36 @@ from rich.text import Text
 from launch import cli, exits, jobs, results_csv
 from launch.states import State, Trial
 
+# Flags that are defined here belong to the command that asked for them, in its --help.
+flags.disclaim_key_flags()
+
 _MAX_REASON = 100
+
+
+def define_flags() -> None:
+  """Defines `--watch` and `--watch_seconds`; see `show`."""
+  flags.DEFINE_bool(
+    "watch", False, "keep the list of states up to date until no trial waits or runs",
+    allow_override=True,
+  )
+  flags.DEFINE_float(
+    "watch_seconds", 10.0, "how often --watch looks", lower_bound=0.1,
+    upper_bound=86400.0, allow_override=True,
+  )
+
+
+def show(planned: list[Trial], root: Path) -> int:
+  """Shows the states, with --watch until they stay; returns the exit code."""
+  if flags.FLAGS.watch:
+    try:
+      return watch(planned, root, flags.FLAGS.watch_seconds)
+    except KeyboardInterrupt:  # The trials do not notice.
+      return 128 + signal.SIGINT
+  found = jobs.share(planned, jobs.read_states(planned))
+  print(table(planned, found))
+  if root.is_dir():
+    results_csv.collect(root)
+  return 0
 
 
 def watch(planned: list[Trial], root: Path, seconds: float) -> int:
@@ -55,11 +86,13 @@ def table(planned: list[Trial], states: dict[str, State]) -> str:
       number(state.eval_loss),
       "" if speed is None else f"{speed:,.0f}",
       f"{state.seconds:.0f}",
+      trial.workdir.name,
       state.host or "",
     ))
     reasons.append((state.reason or "")[:_MAX_REASON])
   header = (
-    "trial", "state", "step", "train loss", "eval loss", "tokens/s", "seconds", "host"
+    "trial", "state", "step", "train loss", "eval loss", "tokens/s", "seconds",
+    "folder", "host",
   )
   head, *lines = cli.table(header, rows).splitlines()
   if any(reasons):

@@ -31,10 +31,11 @@ _SHOWN = {"step", "seconds", "loss", "tokens_per_second"}
 # this time counts as running.
 _SILENT_SECONDS = 600
 _STAYS = ("done", "running", "queued")
-# Files that a copy of a run folder does not take over.
+# What a copy of a run folder does not take over.
 _OF_ONE_FOLDER = (
   run_folder.LOCK, run_folder.JOB, run_folder.CONFIG, run_folder.RUN, run_folder.DONE,
-  run_folder.ERROR, run_folder.ATTEMPTS,
+  run_folder.ERROR, run_folder.ATTEMPTS, run_folder.TRACKERS,
+  run_folder.WANDB, run_folder.PROFILE,
 )
 
 
@@ -301,10 +302,12 @@ def adopt(trial: Trial, original: Trial) -> None:
   with contextlib.suppress(ConfigError), run_folder.exclusive(trial.workdir):
     for path in sorted(original.workdir.iterdir()):
       copy = trial.workdir / path.name
+      if path.name in _OF_ONE_FOLDER or path in logs:
+        continue
       if path.is_dir():
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(path, copy)
-      elif path.name not in _OF_ONE_FOLDER and path not in logs:
+      else:
         shutil.copy2(path, copy)
     facts = run | {"same_run_as": original.name}
     run_folder.write(trial.workdir, run_folder.RUN, facts)

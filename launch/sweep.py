@@ -25,7 +25,6 @@ or TPU, small models get more done side by side in one program (--pack).
 """
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,18 +38,15 @@ from launch.engines.engine import Engine
 from launch.engines.local import Local
 from launch.engines.order import MOST_PACKED
 from launch.states import Choice, Trial
-from mtp_jax import run_folder
+from mtp_jax import run_folder, trackers
 from mtp_jax.config import ConfigError
 
 cli.define_config()
-cli.define_workdir(
-  "folder of the sweep, in which each trial has its run folder; by default runs/NAME "
-  "or runs/NAME_PRESET of the experiment",
-  required=False,
-)
+trials.define_workdir()
 _COMPILATION_CACHE = cli.define_compilation_cache()
 trials.define_flags()
 _ON = flags.DEFINE_enum("on", "local", jobs.ENGINES, "which engine trains")
+_TRACK = cli.define_track()
 _PARALLEL = flags.DEFINE_integer(
   "parallel",
   1,
@@ -84,12 +80,7 @@ _DRY_RUN = flags.DEFINE_bool(
   "scripts, manifests, commands; start nothing",
 )
 _STATUS = flags.DEFINE_bool("status", False, "list the state of every trial")
-_WATCH = flags.DEFINE_bool(
-  "watch", False, "keep the list of states up to date until no trial waits or runs"
-)
-_WATCH_SECONDS = flags.DEFINE_float(
-  "watch_seconds", 10.0, "how often --watch looks", lower_bound=0.1, upper_bound=86400.0
-)
+state_table.define_flags()
 _CANCEL = flags.DEFINE_bool(
   "cancel", False, "end the jobs of the trials; they save what they can and stay ended"
 )
@@ -156,19 +147,9 @@ def main() -> int:
     return 0
   if not _STATUS.value:
     code = _start(planned, engine, root)
-    if code or not _WATCH.value or _ON.value == "local":
+    if code or not flags.FLAGS.watch or _ON.value == "local":
       return code
-  if _WATCH.value:
-    try:
-      return state_table.watch(planned, root, _WATCH_SECONDS.value)
-    except KeyboardInterrupt:  # The trials do not notice.
-      return 128 + signal.SIGINT
-  if _STATUS.value:
-    found = jobs.share(planned, jobs.read_states(planned))
-    print(state_table.table(planned, found))
-    if root.is_dir():
-      results_csv.collect(root)
-  return 0
+  return state_table.show(planned, root)
 
 
 def _engine(root: Path) -> Engine:
@@ -188,7 +169,8 @@ def _engine(root: Path) -> Engine:
       return slurm.Slurm(absolute, options, cache, _MAX_PARALLEL.value, attempts)
     case "kubernetes":
       options = kubernetes.parse(_KUBERNETES.value, Path(_KUBERNETES_TEMPLATE.value))
-      return kubernetes.Kubernetes(absolute, options, attempts, _SUBMIT.value)
+      track = trackers.parse(_TRACK.value)
+      return kubernetes.Kubernetes(absolute, options, attempts, _SUBMIT.value, track)
     case "print":
       options = printed.Options(_PROCESSES.value, _DEVICES.value, _COORDINATOR.value)
       return printed.Printed(absolute, options, cache)
@@ -207,11 +189,17 @@ def _pack() -> int | None:
 
 def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
   """Gives the engine what is to be trained; returns the exit code."""
+  track = trackers.parse(_TRACK.value)
+  if _ON.value == "local":
+    trackers.check(track)
   trials.check_folders(planned, files_are_here=_ON.value != "kubernetes")
   jobs.share(planned, jobs.read_states(planned))
   choice = jobs.choose(planned, _AGAIN.value)
   if _ON.value == "local":
     engine.check(planned)
+    for trial in choice.todo if track else ():
+      trial.workdir.mkdir(parents=True, exist_ok=True)
+      trackers.want(trial.workdir, track)
     code = engine.submit(choice)
     jobs.share(planned, jobs.read_states(planned))
     results_csv.collect(root)
@@ -224,6 +212,8 @@ def _start(planned: list[Trial], engine: Engine, root: Path) -> int:
     if engine.needs_folders:
       for trial in choice.todo:
         trials.prepare(trial)
+        if track:
+          trackers.want(trial.workdir, track)
     code = engine.submit(choice) if choice.todo else 0
   results_csv.collect(root)
   _tell(engine.outcome, planned, choice)

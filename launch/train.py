@@ -8,7 +8,7 @@ The run folder gets config.json, metrics.jsonl, TensorBoard events, checkpoints 
 the end, eval.json and DONE; docs/reference has every file and field. Ctrl-C (or
 SIGTERM) saves a checkpoint. The same command again continues from the newest one, and
 so does --workdir alone, with the config that the folder holds (the config of
-launch.import_hf, perhaps). A run may be continued on another number of devices
+`mtp-jax import`, perhaps). A run may be continued on another number of devices
 (--config.mesh.*) and of processes.
 
 Several processes train one model if each runs this command, with the same flags and a
@@ -25,6 +25,7 @@ the other exit codes are in docs/reference/exit-codes.md.
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -36,7 +37,7 @@ from absl import flags
 
 from launch import cli, distributed, exits
 from launch.status import Status, exit_class_of, last_words, refused
-from mtp_jax import run_folder
+from mtp_jax import accounting, run_folder, trackers
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
@@ -52,6 +53,12 @@ cli.define_workdir(
   required=False,
 )
 _COMPILATION_CACHE = cli.define_compilation_cache()
+_PROFILE = flags.DEFINE_string(
+  "profile", None,
+  "FIRST:LAST, steps of which a trace is written into the run folder (profile/), as "
+  "XProf and TensorBoard read it: 10:15",
+)
+_TRACK = cli.define_track()
 _GROUP = distributed.define_flags()
 
 _CONTINUES = "the same command continues it."
@@ -84,6 +91,8 @@ def main() -> int:
     print(f"run folder: {workdir}", file=sys.stderr, flush=True)
   try:
     config = _config(workdir)
+    profile, track = _profile(config), trackers.parse(_TRACK.value)
+    trackers.check(track)
     group = distributed.find_group(
       _GROUP["distributed"].value, _GROUP["local_device_ids"].value
     )
@@ -100,12 +109,13 @@ def main() -> int:
     )
   except (RuntimeError, TimeoutError) as error:
     return cli.fail(str(error), exits.FAILED)
-  end = train(config, workdir, startup, _GROUP["stall_seconds"].value)
+  how = {"profile": profile, "track": track}
+  end = train(config, workdir, startup, _GROUP["stall_seconds"].value, **how)
   return distributed.leave(end.code, end.together)
 
 
 def train(
-  config: Config, workdir: Path, startup: Stopwatch, stall_seconds: int = 0
+  config: Config, workdir: Path, startup: Stopwatch, stall_seconds: int = 0, **how: Any
 ) -> End:
   """Trains, in all processes that were joined, and leaves a status in the run folder.
 
@@ -114,14 +124,14 @@ def train(
   Args:
     config: see `fit`.
     workdir: the run folder.
-    startup: see `fit`.
+    startup, how: see `fit`.
     stall_seconds: see `Status`.
   """
   with Status(workdir, stall_seconds) as status:
     try:
       fit(
         config, workdir, observer=status, startup=startup,
-        holding=distributed.exclusive,
+        holding=distributed.exclusive, **how,
       )
       end = End(exits.DONE, "done", together=True)
     except BaseException as error:
@@ -175,6 +185,21 @@ def _config(workdir: Path) -> Config:
   if run_folder.finished(workdir, config) is None:
     cli.check_files(config.data, config.tokenizer)
   return config
+
+
+def _profile(config: Config) -> tuple[int, int] | None:
+  """Returns the first and the last step of --profile."""
+  if (text := _PROFILE.value) is None:
+    return None
+  num_steps = accounting.resolve(config).train.num_steps
+  found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+  first, last = map(int, found.groups()) if found else (0, 0)
+  if not 1 <= first <= last <= num_steps:
+    raise ConfigError(
+      "--profile must be FIRST:LAST, two steps from 1 to train.num_steps "
+      f"({num_steps}) in their order, got {text!r}."
+    )
+  return first, last
 
 
 def _end_at_once(group: distributed.Group | None, signum: int, _: Any) -> None:

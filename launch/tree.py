@@ -1,7 +1,7 @@
 r"""Finds the tree of drafts that a run's predictors are expected to gain most with.
 
-  python -m launch.tree --workdir=runs/medusa3 --nodes=16
-  python -m launch.generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
+  mtp-jax tree --workdir=runs/medusa3 --nodes=16
+  mtp-jax generate --workdir=RUN --prompt="def " --tree=RUN/tree.json
 
 On held-out rows it is counted how often the token that a predictor ranks r-th is the
 trunk's own choice; the nodes with the largest products of these shares along their path
@@ -10,7 +10,7 @@ on the one before it, only the most likely drafts have children.
 
 The tree is written to tree.json in the run folder (docs/how-to/decoding.md).
 More nodes are never expected to bring fewer tokens, but every one has its cost:
-`launch.benchmark decode --runs=RUN --trees=own` measures it.
+`mtp-jax bench decode --runs=RUN --trees=own` measures it.
 """
 
 import dataclasses

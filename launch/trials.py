@@ -42,6 +42,15 @@ _MAX_SHOWN = 10
 _MAX_NAME = 200  # Bytes: file systems allow 255.
 
 
+def define_workdir() -> None:
+  """Defines `--workdir` of a sweep."""
+  cli.define_workdir(
+    "folder of the sweep, in which each trial has its run folder; by default runs/NAME "
+    "or runs/NAME_PRESET of the experiment",
+    required=False,
+  )
+
+
 def define_flags() -> None:
   """Defines `--sweep` and `--only`, which choose among the trials of `--config`."""
   flags.DEFINE_list(
@@ -148,7 +157,8 @@ def plan(
     config = with_overrides(base, point | overrides)
     _check_name(config.name)
     validate(config)
-    trials.append(Trial(config, accounting.resolve(config), root / config.name))
+    workdir = run_folder.of_trial(root, config.name)
+    trials.append(Trial(config, accounting.resolve(config), workdir))
 
   swept = list(swept) or [{}]
   _collect_errors(add, [(point.get("name", base.name), point) for point in swept])
@@ -157,6 +167,13 @@ def plan(
     raise ConfigError(
       f"name must be different for every trial, got {name!r} {count} times."
     )
+  folders: dict[Path, Trial] = {}
+  for trial in trials:
+    if (other := folders.setdefault(trial.workdir, trial)) is not trial:
+      raise ConfigError(
+        f"name must give every trial a folder of its own, got {other.name!r} and "
+        f"{trial.name!r}, both {trial.workdir.name!r}."
+      )
   return trials
 
 

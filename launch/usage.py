@@ -71,10 +71,8 @@ def _key(name: str) -> str:
 def _command() -> str:
   """Returns what the command is called."""
   spec = sys.modules["__main__"].__spec__
-  for name, (module, *more) in reversed(COMMANDS.items()):
-    if spec and spec.name == f"launch.{module}" and sys.argv[1 : 1 + len(more)] == more:
-      return f"mtp-jax {name}"
-  return sys.argv[0]
+  names = {f"launch.{module}": f"mtp-jax {name}" for name, module in COMMANDS.items()}
+  return names.get(spec.name if spec else "", sys.argv[0])
 
 
 def _flag(flag: flags.Flag, is_required: bool) -> str:

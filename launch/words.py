@@ -14,23 +14,23 @@ from absl import flags
 import experiments as experiments_package
 from mtp_jax.config import type_name
 
-# Module of this package, and first words, of each command of `mtp-jax`.
+# Module of this package of each command of `mtp-jax`.
 COMMANDS = {
-  "demo": ("demo",),
-  "train": ("train",),
-  "sweep": ("sweep",),
-  "status": ("sweep", "--status"),
-  "evaluate": ("evaluate",),
-  "generate": ("generate",),
-  "report": ("report",),
-  "config": ("config",),
-  "prepare": ("prepare",),
-  "import": ("import_hf",),
-  "export": ("export",),
-  "tree": ("tree",),
-  "write_corpus": ("write_corpus",),
-  "plan": ("plan",),
-  "bench": ("benchmark",),
+  "demo": "demo",
+  "train": "train",
+  "sweep": "sweep",
+  "status": "list_states",
+  "evaluate": "evaluate",
+  "generate": "generate",
+  "report": "report",
+  "config": "config",
+  "prepare": "prepare",
+  "import": "import_hf",
+  "export": "export",
+  "tree": "tree",
+  "write_corpus": "write_corpus",
+  "plan": "plan",
+  "bench": "benchmark",
 }
 _KEY_VALUE = re.compile(r"[a-z]\w*(\.\w+)*=")
 _CONFIG = re.compile(r"--?config=")

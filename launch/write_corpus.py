@@ -1,8 +1,8 @@
 r"""Lets a trained model write text, for other predictors to be trained on.
 
-  python -m launch.write_corpus --workdir=runs/ntp --documents=20000 \
+  mtp-jax write_corpus --workdir=runs/ntp --documents=20000 \
       --output=data/ntp_writes.jsonl
-  python -m launch.train --config=experiments/base.py --workdir=runs/medusa \
+  mtp-jax train --config=experiments/base.py --workdir=runs/medusa \
       --config.mtp.kind=medusa --config.mtp.depth=3 --config.train.freeze_trunk=True \
       --config.train.trunk_from=runs/ntp --config.data.train_on=data/ntp_writes.jsonl
 

@@ -231,8 +231,20 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
 
 
 def _unknown_key(key: str) -> str:
-  matches = difflib.get_close_matches(key, dotted_keys(), n=1, cutoff=0.5)
-  return f"{key}: unknown key" + (f"; did you mean {matches[0]!r}?" if matches else ".")
+  leaf = key.rpartition(".")[2]
+
+  def likeness(known: str) -> tuple[float, float]:
+    """How alike the names are, in any section; and then with their sections."""
+    def ratio(*pair: str) -> float:
+      return difflib.SequenceMatcher(None, *(x.replace(".", "_") for x in pair)).ratio()
+
+    whole = ratio(key, known)
+    names = ratio(leaf, known.rpartition(".")[2])
+    return max(whole, names, ratio(leaf, known)), whole
+
+  nearest = max(dotted_keys(), key=likeness)
+  is_near = likeness(nearest)[0] >= 0.5
+  return f"{key}: unknown key" + (f"; did you mean {nearest!r}?" if is_near else ".")
 
 
 def _plain(value: Any) -> Any:

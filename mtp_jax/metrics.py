@@ -1,11 +1,10 @@
-"""Records in metrics.jsonl and TensorBoard; peaks of devices."""
+"""Records in metrics.jsonl, TensorBoard and other trackers; peaks of devices."""
 
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 
 from mtp_jax import files, run_folder
 from mtp_jax.files import plain
+from mtp_jax.trackers import Sink, Trackers, named_scalars
 
 # Dense bfloat16 peak in FLOP/s (products summed in float32) of one JAX device, by the
 # whole `device_kind`: a variant (PCIe, a MIG slice, a laptop's) has another peak. From
@@ -80,10 +80,11 @@ def model_flop_utilisation(
 
 
 class MetricsWriter:
-  """Appends records to metrics.jsonl and TensorBoard; only process 0 writes.
+  """Appends records to metrics.jsonl, then hands them to TensorBoard and trackers.
 
-  A resumed run continues the file. Records after `step` were written by work that is
-  done again, and are dropped first; so is half a line that a killed run left.
+  Only process 0 writes. A resumed run continues the file. Records after `step` were
+  written by work that is done again, and are dropped first; so is half a line that a
+  killed run left.
 
   Args:
     workdir: the run folder.
@@ -92,13 +93,18 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: Path, step: int, repeats: bool = False):
-    self._file = self._tensorboard = None
+    self._file = None
     if jax.process_index() != 0:
       return
     path = workdir / run_folder.METRICS
-    files.write_whole(path, _lines_before(path, step, repeats))
-    self._file = path.open("a")
+    kept = _lines_before(path, step, repeats)
+    files.write_whole(path, kept)
+    trackers = Trackers(workdir)
+    for line in kept.splitlines():
+      trackers.write(json.loads(line))
     self._tensorboard = _Tensorboard(workdir / run_folder.TENSORBOARD, step, repeats)
+    self._sinks: tuple[Sink, ...] = (self._tensorboard, trackers)
+    self._file = path.open("a")
 
   def write(self, record: dict[str, Any]) -> None:
     """Writes one record; every entry of a list becomes a TensorBoard scalar."""
@@ -107,7 +113,8 @@ class MetricsWriter:
     record = plain(record)
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
-    self._tensorboard.write(record)
+    for sink in self._sinks:
+      sink.write(record)
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -122,7 +129,8 @@ class MetricsWriter:
       return
     try:
       self._file.close()
-      self._tensorboard.close()
+      for sink in self._sinks:
+        sink.close()
     except OSError:  # A full disk, where that has been raised already.
       if kind is None:
         raise
@@ -146,10 +154,8 @@ class _Tensorboard:
 
   def write(self, record: dict[str, Any]) -> None:
     values = [
-      {"tag": f"{record['kind']}/{name}", "simple_value": scalar}
-      for key, value in record.items()
-      if key not in ("kind", "step")
-      for name, scalar in _scalars(key, value)
+      {"tag": tag, "simple_value": scalar}
+      for tag, scalar in named_scalars(record).items()
     ]
     self._add(record["step"], summary={"value": values})
     self._writer.flush()
@@ -177,16 +183,6 @@ def _import_tensorboard() -> tuple[Any, Any]:
     if hides_torch:
       del sys.modules["torch"]
   return EventsWriter, Event
-
-
-def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
-  """Yields (path, number) for all numbers in nested lists and dicts."""
-  if isinstance(value, (dict, list)):
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, entry in items:
-      yield from _scalars(f"{name}/{key}", entry)
-  elif value is not None:
-    yield name, value
 
 
 def _lines_before(path: Path, step: int, repeats: bool) -> bytes:

@@ -6,6 +6,7 @@
   model_folder.json    what an imported model had besides weights
   startup.json         seconds from the command to the first step
   metrics.jsonl        one record a line; tensorboard/ has the same numbers
+  trackers.json        which other trackers have, and the run's id in them
   checkpoints/STEP/    see `checkpoint`; damaged ones lie in damaged_checkpoints/
   eval.json, DONE      the final evaluation, and that it is complete
 
@@ -31,7 +32,8 @@ CONFIG, RUN, STARTUP = "config.json", "run.json", "startup.json"
 METRICS, EVAL, DONE = "metrics.jsonl", "eval.json", "DONE"
 TOKENIZER, MODEL_FOLDER = "tokenizer.json", "model_folder.json"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, PROFILE = "tensorboard", "profile"
+TRACKERS, WANDB = "trackers.json", "wandb"
 # What `launch` adds: who holds the folder, how far the run is, why it failed, what it
 # prints; the job that the run was given to and how its attempts ended; measured drafts.
 LOCK, STATUS, ERROR, LOG = ".lock", "status.json", "error.txt", "log.txt"
@@ -40,6 +42,14 @@ JOB, ATTEMPTS, TREE = "job.json", "attempts.jsonl", "tree.json"
 # Mount options of NFS and Lustre.
 _LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+# What stands for a key in the name of a trial's folder, and keys whose values are words
+# that need no key. A change here gives trials other folders.
+_LETTERS = {
+  "embed_dim": "e", "width": "w", "depth": "d", "seed": "s", "passes": "p",
+  "learning_rate": "lr",
+}
+_WORDS = ("kind", "arm")
 
 _FILES = (CONFIG, RUN, TOKENIZER, STARTUP, METRICS, EVAL, DONE)
 _FOLDERS = (CHECKPOINTS, TENSORBOARD)
@@ -85,6 +95,44 @@ def logs(workdir: Path) -> list[Path]:
 def folders_below(root: Path) -> list[Path]:
   """Returns the run folders directly below a folder, by name."""
   return sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
+
+
+def folder_name(trial: str) -> str:
+  """Returns the name of a trial's folder, which depends on the trial's name alone.
+
+  No shell needs quotes for `e64-sequential-d3-added-s0`, which is the folder of
+  `embed_dim=64,kind=sequential,depth=3,arm=added,seed=0`.
+  """
+  return "-".join(map(_short, trial.split(",")))
+
+
+def _short(part: str) -> str:
+  key, equals, value = part.partition("=")
+  if not equals:
+    return part
+  value = value.replace("=", "_")
+  if key in _WORDS and value[:1].isalpha():
+    return value
+  key = _LETTERS.get(key, key)
+  is_number = value[:1].isdigit() and not key[-1:].isdigit()
+  return key + value if is_number else f"{key}_{value}"
+
+
+def of_trial(root: Path, trial: str) -> Path:
+  """Returns the run folder of a trial below a sweep folder.
+
+  Older sweeps gave a folder the trial's whole name, and go on in that folder.
+  """
+  whole = root / trial
+  return whole if whole.is_dir() else root / folder_name(trial)
+
+
+def trial_of(workdir: Path, name: str) -> str:
+  """Returns the trial's name, for a run of that name in the trial's folder.
+
+  Else the folder has a name of its own, which is returned.
+  """
+  return name if workdir.name == folder_name(name) else workdir.name
 
 
 def check_kinds(workdir: Path) -> None:

@@ -7,14 +7,14 @@ one program side by side are trained by `pack`.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from mtp_jax import accounting, records, run_folder
+from mtp_jax import accounting, records, run_folder, trackers
 from mtp_jax.checkpoint import CheckpointError
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
@@ -28,6 +28,7 @@ from mtp_jax.run_log import NO_PROGRESS, Clock, Observer, RunLog
 from mtp_jax.saved_model import SOURCES
 from mtp_jax.sharding import make_mesh
 from mtp_jax.stopwatch import Stopwatch
+from mtp_jax.trace import Trace
 from mtp_jax.train_state import TrainState
 
 
@@ -39,6 +40,8 @@ def fit(
   observer: Observer | None = None,
   startup: Stopwatch | None = None,
   holding: Callable[[Path], contextlib.AbstractContextManager] | None = None,
+  profile: tuple[int, int] | None = None,
+  track: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Trains, evaluates and fills the run folder; continues whatever it finds there.
 
@@ -55,6 +58,8 @@ def fit(
     startup: what a command has measured before; by default, time begins here.
     holding: keeps other processes out of the run folder; raises ConfigError where
       another one has it.
+    profile: first and last step that a trace in the run folder has; see `trace`.
+    track: trackers that get the records too, now and at later starts; see `trackers`.
 
   Returns:
     What is in eval.json.
@@ -72,10 +77,13 @@ def fit(
   workdir, startup = Path(workdir), startup or Stopwatch()
   observer = observer or Observer()
   resolved = admit(config, workdir, jax.device_count())
+  trackers.check(track)
   with contextlib.ExitStack() as stack:
     if holding is not None:
       stack.enter_context(holding(workdir))
+    trace = stack.enter_context(Trace(workdir / run_folder.PROFILE, profile))
     if result := run_folder.finished(workdir, config):
+      trace.skip("the run is done")
       loss, where = result["main_loss"]["mean"], workdir / run_folder.EVAL
       Progress("steps", progress and jax.process_index() == 0).say(
         f"{config.name}: done before: main loss {loss:.4f} nats per token, see {where}"
@@ -94,10 +102,12 @@ def fit(
       start = run.start(loader)
       # Nothing is left that can refuse the run: the folder becomes its own.
       run.claim(config, start.origin)
+      if track and jax.process_index() == 0:
+        trackers.want(workdir, track)
       log = stack.enter_context(RunLog(run, start, observer, Clock(), progress))
       startup.ends("state")
       log.make_up(start.state, loader.get_state(), interrupt)
-      state = _train(log, start.state, loader, startup, interrupt)
+      state = _train(log, start.state, loader, startup, interrupt, trace)
     return log.finish(state, interrupt)
 
 
@@ -107,6 +117,7 @@ def _train(
   loader: TrainLoader,
   startup: Stopwatch,
   interrupt: Interrupt,
+  trace: Trace,
 ) -> TrainState:
   """Takes the steps that are left; returns the state after the last one."""
   run = log.run
@@ -114,7 +125,7 @@ def _train(
   if log.has_steps_left:
     log.observer.pauses("compiling")
     batch = run.put(run.split(next(loader)))
-    step = run.compiled_step(state, batch)
+    step = trace.of(run.compiled_step(state, batch), log.step)
     startup.ends("compile")
   # From here on there is work to save.
   interrupt.catch()

@@ -42,7 +42,9 @@ _SERVER = textwrap.dedent("""
     touched, to_touched = os.pipe()
     if not (child := os.fork()):
       os.dup2(to_output, 1), os.dup2(to_output, 2)
-      folder, module, arguments = json.loads(line)
+      folder, environment, module, arguments = json.loads(line)
+      os.environ.clear()
+      os.environ.update(environment)
       os.chdir(folder)
       sys.path[0] = folder
       code = command(module, arguments)
@@ -77,7 +79,7 @@ class Commands:
     self._server = subprocess.Popen(
       [sys.executable, "-c", _SERVER, *self._modules],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": self._flags, "JAX_PLATFORMS": "cpu"},
+      env=self._environment(),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
@@ -88,9 +90,15 @@ class Commands:
     self._server.stdin.close()
     self._server.wait()
 
+  def _environment(self) -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": self._flags, "JAX_PLATFORMS": "cpu"}
+
   def __call__(self, module: str, *arguments: str, folder: Path = ROOT) -> Result:
-    """Runs `python -m module arguments...` in the folder and waits for it."""
-    line = json.dumps([str(folder), module, arguments])
+    """Runs `python -m module arguments...` in the folder and waits for it.
+
+    Its environment is what the test has now: the server may have begun in another test.
+    """
+    line = json.dumps([str(folder), self._environment(), module, arguments])
     print(line, file=self._server.stdin, flush=True)
     return Result(*json.loads(self._server.stdout.readline()))
 

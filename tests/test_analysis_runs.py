@@ -39,6 +39,18 @@ def test_reads_what_the_files_say(tmp_path, run):
   assert steps.to_dict() == {"train": [50, 100], "validation": [25, 50, 100]}
 
 
+def test_a_trial_has_its_whole_name_in_a_folder_with_a_short_one(tmp_path):
+  """So has a folder of an older sweep; other folders are called what they are."""
+  whole = "width=16,seed=1"
+  for folder in ("new/w16-s1", f"old/{whole}", "mine/elsewhere"):
+    config = dataclasses.replace(trial_config(16, seed=1), name=whole)
+    write_trial(tmp_path, WORLD, config, name=folder)
+  assert sorted(load(tmp_path).trials["trial"]) == [
+    "mine/elsewhere", f"new/{whole}", f"old/{whole}"
+  ]
+  assert load(tmp_path / "new/w16-s1").trials["trial"].item() == whole
+
+
 def test_reads_what_evaluation_writes(tmp_path, run):
   """The real producer: any change of its names must break this test."""
   rng = np.random.default_rng(0)

@@ -410,6 +410,10 @@ TREE = ("launch.tree", "--workdir=x")
     ("launch.train", BASE, "--workdir=x", "--local_device_ids="),
     "--local_device_ids must have at least one value, got ''.",
   ),
+  (
+    ("launch.train", BASE, "--workdir=x", "--profile=9:501"),
+    "--profile must be FIRST:LAST, two steps from 1 to train.num_steps (500) in their",
+  ),
   ((*DECODE, "--seed=-1"), "flag --seed=-1: "),
   ((*DECODE, "--least_seconds=-1"), "flag --least_seconds=-1: -1.0 is not number >= "),
   ((*DECODE, "--drafts=-1", "--runs=x"), "--drafts must be whole numbers, got -1."),

@@ -9,9 +9,12 @@ import functools
 import json
 import re
 import shlex
+import string
 import textwrap
+import tomllib
 
 import pytest
+import yaml
 
 from experiments import base
 from launch import words
@@ -23,6 +26,9 @@ from tests.commands import ROOT, Commands
 from tests.test_readme import DOCUMENTS
 
 _FORMS = r"\.\.\.|COMMAND|MODULE|\["  # These are no commands.
+SKYPILOT = yaml.safe_load((ROOT / "launch/engines/skypilot.yaml").read_text())
+# A block of code: its language, and its text.
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STOP = "here the work would begin"
 _STOPS = textwrap.dedent(f"""
   import os, sys
@@ -49,25 +55,29 @@ _STOPS = textwrap.dedent(f"""
 
 def documented():
   """Returns the commands in blocks of code, and those between backticks, as words."""
-  found = {}
+  run = string.Template(SKYPILOT["run"]).substitute(SKYPILOT["envs"])
+  found = {run: module_and_words(shlex.split(run))}
   for document in DOCUMENTS:
     text = (ROOT / document).read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [x for block in blocks for x in re.sub(r"\\\n", " ", block).splitlines()]
+    lines = [line for _, code in BLOCK.findall(text) for line in joined(code)]
     # A name alone names a command.
     lines += re.findall(r"`((?:python -m|mtp-jax) [^`\s]+ [^`]+)`", text)
-    for line in (" ".join(line.split()) for line in lines):
+    for line in map(" ".join, map(str.split, lines)):
       is_command = line.startswith(("python -m launch.", "mtp-jax "))
       if is_command and not re.search(_FORMS, line):
-        found[line] = _module_and_words(shlex.split(line, comments=True))
+        found[line] = module_and_words(shlex.split(line, comments=True))
   return found
 
 
-def _module_and_words(command):
+def joined(code):
+  """Returns the lines of a block, those that end in a backslash joined."""
+  return [" ".join(x.split()) for x in re.sub(r"\\\n", " ", code).splitlines()]
+
+
+def module_and_words(command):
   """Returns what `python -m` runs, and its words."""
   if command[0] == "mtp-jax":
-    module, *first = words.COMMANDS[command[1]]
-    return f"launch.{module}", *first, *command[2:]
+    return f"launch.{words.COMMANDS[command[1]]}", *command[2:]
   return command[2:]
 
 
@@ -113,12 +123,11 @@ def test_a_documented_command_begins_its_work(stopped, line):
   if module == "launch.sweep" and any(x.startswith("--on=") for x in arguments):
     arguments += [] if "--dry_run" in arguments else ["--dry_run"]
   result = stopped(module, *arguments)
-  if "needs the package libtpu" in result.output:
-    pytest.skip("libtpu is not installed; it is looked for before the mesh")
-  states = {0, 1} if "--status" in arguments else {0}  # Not all trials are done.
-  assert result.code in states, result.output
-  ends = {"--help", "--dry_run", "--status"} & {*arguments}
-  ends = ends or module == "launch.config"
+  if missing := re.search(r"needs the package (\w+)", result.output):
+    pytest.skip(f"{missing[1]} is not installed; it is looked for before the work")
+  listing = module in ("launch.config", "launch.list_states")
+  assert result.code in ({0, 1} if listing else {0}), result.output  # With --watch.
+  ends = {"--help", "--dry_run", "--status"} & set(arguments) or listing
   if not ends:
     assert result.output.endswith(f"{STOP}\n"), result.output
 
@@ -132,6 +141,22 @@ def test_the_kubernetes_example_fits_its_slice(stopped):
   assert "given to" not in result.output
   wide = [argument.replace("hosts=4", "hosts=16") for argument in arguments]
   assert stopped(module, *wide).code == BAD_INPUT
+
+
+def test_the_skypilot_task_is_whole():
+  """Its fields are SkyPilot's, run folders outlive the machine, the extra is ours."""
+  assert SKYPILOT.keys() == {
+    "name", "resources", "envs", "workdir", "file_mounts", "setup", "run"
+  }
+  (mount, bucket), = SKYPILOT["file_mounts"].items()
+  assert f'--workdir="{mount}/' in SKYPILOT["run"]
+  assert bucket == {"name": "${BUCKET}", "mode": "MOUNT_CACHED"}
+  (extra,) = re.findall(r"\.\[(\w+)\]", SKYPILOT["setup"])
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert extra in project["optional-dependencies"]
+  page = (ROOT / "docs/how-to/clusters.md").read_text()
+  names = set(re.findall(r"--env (\w+)=", page))
+  assert names <= SKYPILOT["envs"].keys()
 
 
 def test_there_are_commands_of_every_kind():

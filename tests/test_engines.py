@@ -548,7 +548,7 @@ def test_the_table_shows_states_and_reasons(tmp_path):
   }
   head, first, second, total = state_table.table(planned, found).splitlines()
   assert head.split()[-2:] == ["host", "reason"]
-  assert first.split()[1:] == ["running", "10/500", "3.5000", "1,234", "2", "n1"]
+  assert first.split()[1:] == ["running", "10/500", "3.5000", "1,234", "2", "a", "n1"]
   assert second.endswith("  " + "x" * 100) and " failed " in second
   assert total == "2 trial(s): 1 running, 1 failed"
 
@@ -577,7 +577,7 @@ def test_results_hold_what_varies_and_flag_what_is_incomplete(tmp_path):
     first, second = csv.DictReader(file)
   assert first == {
     "trial": "one", "complete": "True", "step": "9", "exit_class": "done", "reason": "",
-    "seed": "1", "data.batch_size": "16", "main_loss": "1.5",
+    "folder": "one", "seed": "1", "data.batch_size": "16", "main_loss": "1.5",
     "main_loss_stderr": "0.25", "split": "test", "depth_loss_0": "1.5",
     "depth_loss_0_stderr": "0.25", "depth_loss_1": "2.5", "depth_loss_1_stderr": "",
   } | {"data.batch_size": str(one.config.data.batch_size)}
@@ -748,7 +748,7 @@ def test_commands_are_printed_for_every_process(tmp_path, capsys):
     "MTP_JAX_COORDINATOR=$HOST:900 MTP_JAX_NUM_PROCESSES=2 MTP_JAX_PROCESS_ID=0 "
   )
   assert " MTP_JAX_PROCESS_ID=1 " in second
-  assert f" -m launch.train --workdir={tmp_path}/a,b=1 " in second
+  assert f" -m launch.train --workdir={tmp_path}/a-b1 " in second
   with pytest.raises(ConfigError, match=r"The devices come from --print.processes=2"):
     engine.check(plan(tmp_path, "a", **{"mesh.fsdp": 16}))
 
@@ -781,9 +781,9 @@ def test_printed_trials_can_be_trained_as_they_are(command, tmp_path):
   sweep_command = ("launch.sweep", NTP, f"--workdir={root}", "--only=seed=1")
   result = command(*sweep_command, "--on=print")
   assert result.code == 0
-  assert f"-m launch.train --workdir={root}/seed=1" in result.output
+  assert f"-m launch.train --workdir={root}/s1" in result.output
   assert "1 of 1 trial(s) printed, 0 done" in result.output
-  assert cli.load_run_config(root / "seed=1").seed == 1
+  assert cli.load_run_config(root / "s1").seed == 1
   shown = command(*sweep_command, "--status").output.splitlines()
   assert shown[1].split()[:2] == ["seed=1", "waiting"]
   assert (root / "results.csv").read_text().splitlines()[1].startswith("seed=1,False,")

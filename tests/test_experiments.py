@@ -172,7 +172,10 @@ def test_models_of_hidden_source_trace_and_differ_in_their_inputs_alone(preset):
 def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
   folder = Path(f"runs/drafters_{machine}_trunks")
   assert str(folder) in drafters.__doc__
-  trunks = {folder / t.name: t.config for t in planned("drafters", f"{machine}_trunks")}
+  trunks = {
+    folder / t.workdir.name: t.config
+    for t in planned("drafters", f"{machine}_trunks")
+  }
   found = [trial.config for trial in planned("drafters", machine)]
   afterwards = [config for config in found if config.train.trunk_from]
   assert (len(trunks), len(afterwards), len(found)) == (6, 10 * 6, 14 * 6)

@@ -159,7 +159,7 @@ def test_a_run_is_trained_stopped_continued_evaluated_and_found_by_a_sweep(
   found = command(*status)
   assert (found.code, found.output) == (0, f"all 1 trial(s) are done in {root}.\n")
   row = command(*status, "--status").output.splitlines()[1].split()
-  assert row[:3] == ["tiny", "done", "1,500/1,500"] and len(row) == 8
+  assert row[:3] == ["tiny", "done", "1,500/1,500"] and len(row) == 9
 
   own = (workdir / "eval.json").read_text()
   evaluate = ("launch.evaluate", f"--workdir={workdir}", f"--compilation_cache={cache}")

@@ -17,7 +17,9 @@ from tests.tiny_runs import write_texts
 
 FOLDER = ROOT / "experiments" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
+QUICK = {
+  "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)
+}
 
 TRAIN = """
 import sys

@@ -25,7 +25,9 @@ def test_the_readme_is_short_and_begins_with_what_to_do():
   lines = (ROOT / "README.md").read_text().splitlines()
   assert len(lines) <= 90
   first = "\n".join(lines[:20])
-  assert all(x in first for x in ("make reproduce", "make test", "pip install ."))
+  assert all(
+    x in first for x in ("pip install .", "mtp-jax demo", "make reproduce", "make test")
+  )
   paths = "\n".join(lines).partition("## Three paths")[2].partition("\n## ")[0]
   for block in re.findall(r"```\n(.*?)```", paths, re.DOTALL):
     commands = re.sub(r"\\\n", "", block).splitlines()

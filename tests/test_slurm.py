@@ -162,7 +162,7 @@ def test_a_sweep_is_an_array_and_says_which_trial_failed_and_why(sweep, tmp_path
     "seed=0": "done", "seed=1": "done", "diverges": "failed"
   }, result.output
   assert "loss or gradient was not finite" in result.output
-  ids = {read_record(root / name)["id"] for name in ("seed=0", "seed=1", "diverges")}
+  ids = {read_record(root / name)["id"] for name in ("s0", "s1", "diverges")}
   assert len({id.partition("_")[0] for id in ids}) == 1 and len(ids) == 3
   attempts = (root / "diverges" / "attempts.jsonl").read_text().splitlines()
   assert [json.loads(line)["exit_class"] for line in attempts] == ["diverged"]
@@ -173,7 +173,7 @@ def test_a_sweep_is_an_array_and_says_which_trial_failed_and_why(sweep, tmp_path
     "seed=0": "True", "seed=1": "True", "diverges": "False"
   }
   assert rows["seed=1"]["seed"] == "1" and "train.num_steps" not in rows["seed=1"]
-  found = json.loads((root / "seed=1" / "eval.json").read_text())["main_loss"]
+  found = json.loads((root / "s1" / "eval.json").read_text())["main_loss"]
   assert float(rows["seed=1"]["main_loss"]) == found["mean"]
   assert rows["diverges"]["main_loss"] == ""
 

@@ -5,6 +5,7 @@ of `Sweep` take: each of them does several things in one sweep.
 """
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -22,7 +24,7 @@ import pytest
 import rich.console
 
 from experiments import base
-from launch import jobs, state_table, states, trials
+from launch import jobs, results_csv, state_table, states, trials, words
 from launch.engines import display, local, order, workers
 from launch.engines.local import Sweep
 from launch.engines.workers import Slot
@@ -168,6 +170,81 @@ def test_sweep_function_names_its_trials_and_gets_the_preset():
 ])
 def test_names_depend_on_what_is_set_alone(overrides, name):
   assert trials._named([overrides])["name"] == name
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name, folder", [
+  ("embed_dim=64,kind=sequential,depth=3,arm=added,seed=0",
+   "e64-sequential-d3-added-s0"),
+  ("width=64,passes=1,n=4,seed=0", "w64-p1-n4-s0"),
+  ("width=8,train=endless,n=2,seed=100,rate=x0.5,decay=1",
+   "w8-train_endless-n2-s100-rate_x0.5-decay1"),
+  ("arms=3,kind=eagle3,seed=1,reversed", "arms3-eagle3-s1-reversed"),
+  ("learning_rate=3e-05", "lr3e-05"),
+  ("beta1=0.9", "beta1_0.9"),  # Not what `beta=10.9` is called.
+  ("kind=3", "kind3"),
+  ("depth_weights=1+0.5,share_modules=True", "depth_weights1+0.5-share_modules_True"),
+  ("a=b=c", "a_b_c"),
+  ("default", "default"),
+  ("gains_with_scale_cpu", "gains_with_scale_cpu"),
+])
+def test_folders_of_trials_have_short_names(name, folder):
+  assert run_folder.folder_name(name) == folder
+  assert run_folder.folder_name(folder) == folder
+
+
+SHIPPED = [
+  (name, preset)
+  for name in words.experiments()
+  for preset in (None, "cpu", "gpu", "cluster", "cpu_trunks", "gpu_trunks")
+]
+
+
+def test_shipped_trials_have_folders_of_their_own_that_need_no_quotes():
+  """In every experiment and preset; `plan` refuses two trials with one folder."""
+  num_trials = 0
+  for name, preset in SHIPPED:
+    experiment = importlib.import_module(f"experiments.{name}")
+    try:
+      experiment.get_config(*(() if preset is None else (preset,)))
+    except (TypeError, ValueError):  # It has no such preset.
+      continue
+    found = names(trials.points(experiment, preset))
+    folders = [run_folder.folder_name(x) for x in found]
+    assert len(set(folders)) == len(found)
+    assert all(shlex.quote(x) == x and not set("=,") & set(x) for x in folders)
+    num_trials += len(found)
+  assert num_trials > 1000
+
+
+def test_a_trial_keeps_its_folder_whatever_other_trials_there_are(corpus, tmp_path):
+  swept = [{"name": f"width={x},seed={x}", "seed": x} for x in range(3)]
+  more = [{"name": "weight=1", "seed": 7}, *reversed(swept)]
+  before, after = plan(corpus, tmp_path, swept), plan(corpus, tmp_path, more)
+  assert {t.name: t.workdir for t in before}.items() <= {
+    t.name: t.workdir for t in after
+  }.items()
+
+
+def test_two_trials_with_one_folder_are_refused(corpus, tmp_path):
+  swept = [{"name": "seed=0"}, {"name": "s0", "seed": 1}]
+  with pytest.raises(ConfigError, match=r"got 'seed=0' and 's0', both 's0'\.$"):
+    plan(corpus, tmp_path, swept)
+
+
+def test_an_older_sweep_goes_on_in_its_folders(corpus, tmp_path):
+  """They have the whole name; a trial that is new gets a short one beside them."""
+  (tmp_path / "seed=0").mkdir()
+  old, new = plan(corpus, tmp_path, SEEDS)
+  assert (old.workdir.name, new.workdir.name) == ("seed=0", "s1")
+  done(old), done(new)
+  assert kinds(plan(corpus, tmp_path, SEEDS)) == {"seed=0": "done", "seed=1": "done"}
+  with results_csv.collect(tmp_path).open() as file:
+    rows = [(row["trial"], row["folder"]) for row in csv.DictReader(file)]
+  assert rows == [("seed=1", "s1"), ("seed=0", "seed=0")]
+  trials.check_folders(plan(corpus, tmp_path, SEEDS))
 
 
 # Plans
@@ -614,11 +691,11 @@ def test_killed_worker_and_stopped_sweep_are_continued(
   shown = capfd.readouterr().out
   assert "seed=0: FAILED: the worker was ended by SIGKILL (out of memory" in shown
   assert "SIGTERM: the sweep has stopped; the same command continues it." in shown
-  assert list((tmp_path / "seed=1" / "checkpoints").iterdir())
+  assert list((tmp_path / "s1" / "checkpoints").iterdir())
 
   assert sweep_of(planned, tmp_path, cache).run(both) == 0
   assert kinds(planned) == {"seed=0": "done", "seed=1": "done"}
-  assert not (tmp_path / "seed=0" / "error.txt").exists()
+  assert not (tmp_path / "s0" / "error.txt").exists()
   assert "seed=1: continues near step" in capfd.readouterr().out
   for trial in planned:
     steps = [line["step"] for line in metrics(trial) if line["kind"] == "train"]
@@ -650,7 +727,7 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
   planned = plan(corpus, tmp_path, SEEDS)
 
   def kill(pids):
-    if len(pids) == 2 and (tmp_path / "seed=1" / "log.txt").exists():
+    if len(pids) == 2 and (tmp_path / "s1" / "log.txt").exists():
       os.kill(pids["seed=1"], signal.SIGKILL)
       return True
 
@@ -661,5 +738,5 @@ def test_trials_of_a_pack_that_dies_are_tried_alone(
   shown = capfd.readouterr().out
   assert "a pack of 2 failed, each is tried alone: the worker was ended by" in shown
   assert "seed=0: starts\n" in shown and "seed=1: starts\n" in shown
-  log = (tmp_path / "seed=1" / "log.txt").read_text()
-  assert log.startswith(f"trained in a pack: see {tmp_path / 'seed=0' / 'log.txt'}\n")
+  log = (tmp_path / "s1" / "log.txt").read_text()
+  assert log.startswith(f"trained in a pack: see {tmp_path / 's0' / 'log.txt'}\n")

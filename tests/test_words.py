@@ -12,6 +12,7 @@ import mtp_jax
 from launch import config as config_command
 from launch import words
 from mtp_jax.config import keys
+from mtp_jax.predictors import KINDS
 from tests.commands import ROOT
 
 pytest_plugins = ("tests.commands",)
@@ -82,7 +83,7 @@ def test_every_command_is_listed(command):
     path.stem for path in (ROOT / "launch").glob("*.py")
     if 'if __name__ == "__main__"' in path.read_text()
   }
-  assert modules - {"__main__"} == {module for module, *_ in words.COMMANDS.values()}
+  assert modules - {"__main__"} == set(words.COMMANDS.values())
 
 
 def test_other_names_are_refused(command):
@@ -104,10 +105,19 @@ def test_help_begins_with_what_is_required(command, name):
     common, other = (result.output.index(x) for x in ("Common keys", "Other flags"))
     assert common < other
     assert "mtp.depth (int, 0): D extra tokens" in result.output
-  assert name in ("bench", "status") or result.output.startswith(
-    f"usage: mtp-jax {name} "
-  )
+  assert name == "bench" or result.output.startswith(f"usage: mtp-jax {name} ")
   assert name == "bench" or lines
+  # Commands are called what they are called here, as the first line of its text is.
+  assert "python -m" not in result.output
+
+
+def test_the_states_have_a_help_of_their_own(command):
+  text = command("launch", "status", "--help").output
+  summary = "Lists the state of every trial of a sweep."
+  assert text.splitlines()[2] == summary
+  assert f"  status        {summary}\n" in command("launch").output
+  assert "\n  --watch: " in text.replace("--[no]watch", "--watch")
+  assert "--parallel" not in text and "--on:" not in text
 
 
 def test_help_of_a_sweep_has_the_flags_of_one_engine(command):
@@ -118,6 +128,17 @@ def test_help_of_a_sweep_has_the_flags_of_one_engine(command):
     text = command("launch", "sweep", *on, "--help").output
     assert f"\n  {own}: " in text and f"\n  {others}: " not in text
     assert "\n  --only: " in text
+
+
+@pytest.mark.slow
+def test_the_list_of_keys_comes_without_jax():
+  """Its import takes most of the time that the whole command may take."""
+  program = "import sys, launch.config as c; c.main(); sys.exit('jax' in sys.modules)"
+  found = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert found.returncode == 0 and found.stdout.count("\n") > 200
+  assert config_command._kinds() == tuple(KINDS)
 
 
 def test_the_list_of_keys_has_all_of_each_line(capsys, monkeypatch):

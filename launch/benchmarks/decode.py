@@ -1,7 +1,7 @@
 """Measures what drafts save, what they cost, and whether the two add up.
 
-  python -m launch.benchmark decode --runs=runs/seq2 --trees=own --trees=dynamic:4,3,16
-  python -m launch.benchmark decode --models=25M --vocabs=264 --batch_sizes=1,8
+  mtp-jax bench decode --runs=runs/seq2 --trees=own --trees=dynamic:4,3,16
+  mtp-jax bench decode --models=25M --vocabs=264 --batch_sizes=1,8
 
 With --runs, the extra predictors of trained models draft on held-out text: how many
 drafts are accepted, and how much faster decoding is than without them. Without --runs,

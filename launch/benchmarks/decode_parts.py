@@ -1,4 +1,4 @@
-"""The work that `launch.benchmark decode` times: generations, and parts of a round.
+"""The work that `mtp-jax bench decode` times: generations, and parts of a round.
 
 A part runs many times within one compiled loop, on the functions, caches and shapes of
 `mtp_jax.decode.loop`, so that its work is measured and not the dispatch of programs.

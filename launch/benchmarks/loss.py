@@ -1,6 +1,6 @@
 """Times the loss and its gradient against all logits at once, PyTorch and tokamax.
 
-  python -m launch.benchmark loss --vocabs=264 --depths=3 --block_tokens=4096
+  mtp-jax bench loss --vocabs=264 --depths=3 --block_tokens=4096
 
 A step is the value and the gradient of the training loss alone, with respect to the
 hidden states of every depth and the output matrix, from given hidden states; every

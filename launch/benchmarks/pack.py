@@ -1,6 +1,6 @@
 """Times the step of trials side by side in one program against one after the other.
 
-  python -m launch.benchmark pack --models=1M --packs=8,16
+  mtp-jax bench pack --models=1M --packs=8,16
 
 A trial is a small Llama with one sequential module, on random tokens, one document per
 row, all trials on the same rows. Contestants are the lone step (ours), packs of N

@@ -1,6 +1,6 @@
 """The same language models in plain PyTorch, written from the published equations.
 
-The peer of `launch.benchmark` and the oracle of the parity test, which fills it with
+The peer of `mtp-jax bench` and the oracle of the parity test, which fills it with
 our parameters. It shares no code with `mtp_jax.model`. Sources: Llama (Touvron et al.
 2023, arXiv 2302.13971) with grouped-query attention (Ainslie et al. 2023, arXiv
 2305.13245), GPT-2 (Radford et al. 2019), parallel heads (Gloeckle et al. 2024, arXiv

@@ -1,7 +1,7 @@
 """Times the train step against its floor and PyTorch; shows what depth and memory cost.
 
-  python -m launch.benchmark train --trunks=gpt2 --vocabs=264 --depths=0,1
-  python -m launch.benchmark train --preset=gpu --models=350M --depths=0 \\
+  mtp-jax bench train --trunks=gpt2 --vocabs=264 --depths=0,1
+  mtp-jax bench train --preset=gpu --models=350M --depths=0 \\
       --contestants=ours --variants=trunk.attention=xla --variants=trunk.remat=none
 
 A step is forward, backward, clipping and AdamW, on random tokens, one document per row.

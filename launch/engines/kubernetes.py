@@ -139,6 +139,7 @@ class Kubernetes:
   options: of the manifests.
   max_attempts: how often a trial may end for no fault of its own.
   submits: hand the manifests to the cluster, through kubectl.
+  track: trackers of every trial.
   """
 
   needs_folders: ClassVar = False
@@ -147,6 +148,7 @@ class Kubernetes:
   options: Options
   max_attempts: int = 1
   submits: bool = False
+  track: Sequence[str] = ()
 
   @property
   def outcome(self) -> str:
@@ -167,7 +169,7 @@ class Kubernetes:
     folder.mkdir(parents=True, exist_ok=True)
     namespace = self.options.values["namespace"]
     for trial in choice.todo:
-      path, name = folder / f"{trial.name}.yaml", jobset_name(trial)
+      path, name = folder / f"{trial.workdir.name}.yaml", jobset_name(trial)
       path.write_text(self.manifest(trial))
       if not self.submits:
         print(f"{trial.name}: {path}")
@@ -212,11 +214,12 @@ class Kubernetes:
     """Returns the template, filled in for a trial."""
     options, name = self.options, jobset_name(trial)
     folder = options.values.get("folder", str(self.root)).rstrip("/")
+    script = f"{_SCRIPT} --track={','.join(self.track)}" if self.track else _SCRIPT
     texts = options.values | {
       "name": name,
       "experiment": experiment_file(trial.config),
-      "script": _SCRIPT,
-      "workdir_flag": f"--workdir={folder}/{trial.name}",
+      "script": script,
+      "workdir_flag": f"--workdir={folder}/{trial.workdir.name}",
       # The first pod of the first slice; the JobSet makes its name known.
       "coordinator": f"{name}-train-0-0.{name}:8476",
       "num_processes": str(options.num_pods),

@@ -351,8 +351,9 @@ class Sweep:
       for name, text in self._failed.items():
         print(f"  {name}: {text.splitlines()[0]}")
       print(
-        f"{self._root}/<trial>/{run_folder.ERROR} has more; the same command tries "
-        "them again (with --again also what was bad input or diverged)."
+        f"{self._root}/FOLDER/{run_folder.ERROR} has more (mtp-jax status lists the "
+        "folders); the same command tries them again (with --again also what was bad "
+        "input or diverged)."
       )
       return 1
     print(f"all {len(self._planned)} trial(s) are done in {self._root}.")

@@ -78,7 +78,7 @@ class Printed:
     return "print: these jobs are not known here"
 
   def _lines(self, trial: Trial) -> list[str]:
-    workdir = self.root / trial.name
+    workdir = self.root / trial.workdir.name
     command = shlex.join([
       sys.executable, "-m", "launch.train", f"--workdir={workdir}",
       f"--compilation_cache={self.compilation_cache}",

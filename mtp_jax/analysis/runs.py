@@ -151,8 +151,10 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 
 def _load_run(root: Path, folder: Path) -> tuple[dict, list[dict], list[dict]]:
-  name = folder.relative_to(root).as_posix() if folder != root else folder.name
   config = _read_config(folder / run_folder.CONFIG)
+  name = run_folder.trial_of(folder, config.name)
+  if folder != root:
+    name = (folder.relative_to(root).parent / name).as_posix()
   records = _read_records(folder / run_folder.METRICS)
   evaluation = read_json(folder / run_folder.EVAL)
   run = read_json(folder / run_folder.RUN) or {}
