@@ -6,10 +6,12 @@ transformers runs here; vLLM has an environment of its own (`make test-serve`).
 import json
 import os
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch import engine, verify
+from mtp_jax import interop
 from mtp_jax.interop import serving
 from tests import planted
 from tests.commands import ROOT
@@ -170,6 +172,25 @@ def test_the_command_verifies_and_writes_a_model_card(command, tmp_path):
   assert "mtp.kind=sequential" in card and "trunk.qkv_bias=True" in card
   assert "at step 12" in card
   assert '"method": "mtp", "num_speculative_tokens": 1' in card
+
+
+def test_the_command_stitches_tuned_layers(command, tmp_path):
+  model = model_of("glm4_moe")
+  original, out = tmp_path / "original", tmp_path / "new" / "out"
+  interop.export_params(model.params, model.config, original, "glm4_moe")
+  mtp = jax.tree.map(lambda x: 2 * x, model.params["mtp"])
+  run = save_run(tmp_path / "run", model.config, model.params | {"mtp": mtp})
+  how = f"--workdir={run}", f"--stitch={original}"
+  result = command("launch.export", *how, f"--output={out}")
+  assert result.code == 0, result.output
+  before, after = (load_file(x / "model.safetensors") for x in (original, out))
+  changed = {name for name, x in before.items() if (x != after[name]).any()}
+  assert f"{len(changed)} tensors of MTP layers are new" in result.output
+  assert "model.layers.2.eh_proj.weight" in changed
+  assert all(name.startswith("model.layers.2.") for name in changed)
+  refused = command("launch.export", *how, "--layout=glm4_moe", f"--output={out}2")
+  assert refused.code == 2
+  assert "--stitch takes --output and no --layout." in refused.output
 
 
 def test_the_page_on_serving_has_the_kept_results():

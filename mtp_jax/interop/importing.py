@@ -127,7 +127,7 @@ def load_params(
       missing, unknown, or of another shape (checked before any data is read); a copy of
       the embedding or the output matrix differs from the original.
   """
-  _check_config(model, config)
+  check_config(model, config)
   model = _cropped(model, config)
   boxed = accounting.abstract_params(config)
   stored_shapes = shapes_of(boxed)
@@ -291,13 +291,13 @@ def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
   if not model.has_mtp:
     return next_token_only(wanted)
   if wanted.kind == "sequential" and wanted.depth:
-    return wanted  # `_check_config` has compared it with the folder.
+    return wanted  # `check_config` has compared it with the folder.
   return dataclasses.replace(
     wanted, kind="sequential", depth=model.has_mtp, depth_weights=()
   )
 
 
-def _check_config(model: HfModel, config: Config) -> None:
+def check_config(model: HfModel, config: Config) -> None:
   for key, value in model.overrides.items():
     free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in _FREE)
     node = get_dotted(config, key)
