@@ -429,6 +429,9 @@ LAYOUTS = (
     ("sequential", 2, {}, "glm4_moe", "llama glm4_moe"),
     ("linear", 1, {}, "", "llama glm4_moe"),
     ("parallel", 1, {}, "", "llama glm4_moe"),
+    ("parallel", 1, {"mtp.markov_rank": 6}, "", "llama glm4_moe"),
+    ("peagle", 1, {"trunk.num_layers": 8}, "", "llama glm4_moe"),
+    ("top", 1, {"mtp.unembed": "own"}, "", "llama glm4_moe"),
     ("medusa", 1, {}, "medusa", "llama glm4_moe"),
     ("medusa", 1, common.GPT2, "medusa", "gpt2"),
     ("eagle", 1, {}, "eagle", "llama glm4_moe"),
@@ -497,7 +500,9 @@ def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacl
 @pytest.mark.parametrize(
   "kind, depth, overrides, layout, words",
   [
-    ("parallel", 1, {}, "llama", "no engine runs parallel heads; mtp-jax gen"),
+    ("parallel", 1, {}, "llama", "only mtp-jax generate runs parallel heads"),
+    ("peagle", 1, {}, "llama", "vLLM runs P-EAGLE, whose folders are not written"),
+    ("top", 1, {"mtp.unembed": "own"}, "llama", "prediction drafts nothing"),
     ("linear", 1, {}, "llama", "medusa or eagle3 predictors trained on that trunk"),
     ("medusa", 1, {}, "llama", "the trunk alone. Possible: medusa"),
     ("eagle3", 1, {}, "llama", "the layout 'eagle3' has .* Possible: eagle3"),

@@ -402,6 +402,7 @@ SEQUENTIAL = Kind(
     "share_modules", "dense_blocks", "mlp_dim", "zero_first", *PUBLISHED_MODULES
   ),
   is_autoregressive=True,
+  reads_ahead=lambda mtp, m: m,
   blocks=lambda mtp: mtp.depth,
   added_layers=lambda mtp: 1 if mtp.share_modules else mtp.depth,
   flops=_flops,
