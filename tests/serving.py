@@ -82,8 +82,9 @@ def row_of(case: str, engine: str, found: Verification, seconds: float) -> dict:
 def table(kept: list[dict]) -> str:
   """Returns the rows of a file of results as Markdown."""
   lines = [
-    "| model | engine | drafts | equal prompts | accepted/rounds, engine (here) |",
-    "|---|---|---|---|---|",
+    "| model | engine | drafts | equal prompts | else differs | accepted/rounds, engine "
+    "(here) |",
+    "|---|---|---|---|---|---|",
   ]
   for case in planted.CASES:
     for row in kept:
@@ -92,9 +93,11 @@ def table(kept: list[dict]) -> str:
         counts = ", ".join(
           theirs if theirs == ours else f"{theirs} ({ours})" for theirs, ours in pairs
         )
+        is_text = any(what.startswith("the text") for what in row["differs"])
+        what = "text" if is_text else "drafts" if row["differs"] else ""
         lines.append(
           f"| {case} | {row['engine']} {row['version']} | {row['drafts']} | "
-          f"{row['equal']} of {row['prompts']} | {counts if row['drafts'] else ''} |"
+          f"{row['equal']} of {row['prompts']} | {what} | {counts if row['drafts'] else ''} |"
         )
   return "\n".join(lines)
 
