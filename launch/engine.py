@@ -6,7 +6,8 @@ of this project. It reads one JSON object from JOB and writes another into ANSWE
   python launch/engine.py JOB ANSWER
 
   JOB     engine, trunk (folder), method ("" decodes plainly), drafter (folder), drafts,
-          prompts (texts), max_new_tokens, max_length
+          is_served_alone (its config.json names the trunk), prompts (texts),
+          max_new_tokens, max_length
   ANSWER  version, end_ids, results: prompt_tokens, tokens, rounds of each prompt; the
           rounds, in which drafts were verified, are null without drafts
 """
@@ -68,8 +69,8 @@ def vllm(job):
   from vllm import LLM, SamplingParams
 
   how, folder = {}, job["trunk"]
-  if job["method"] == "eagle3":
-    folder = job["drafter"]  # Its config.json names the trunk and the drafts.
+  if job["is_served_alone"]:
+    folder = job["drafter"]
   elif job["drafts"]:
     how["speculative_config"] = {
       "method": job["method"], "num_speculative_tokens": job["drafts"]

@@ -99,6 +99,7 @@ def verify(
     "engine": engine,
     "trunk": base_model if is_drafter else str(folder),
     "drafter": str(folder) if is_drafter else "",
+    "is_served_alone": layout in serving.SERVED_ALONE,
     "method": serving.VLLM_METHODS.get(layout, ""),
     "drafts": drafts,
     "prompts": PROMPTS,

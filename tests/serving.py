@@ -82,8 +82,8 @@ def row_of(case: str, engine: str, found: Verification, seconds: float) -> dict:
 def table(kept: list[dict]) -> str:
   """Returns the rows of a file of results as Markdown."""
   lines = [
-    "| model | engine | drafts | equal prompts | else differs | accepted/rounds, engine "
-    "(here) |",
+    "| model | engine | drafts | equal prompts | else differs | "
+    "accepted/rounds, engine (here) |",
     "|---|---|---|---|---|---|",
   ]
   for case in planted.CASES:
@@ -97,7 +97,8 @@ def table(kept: list[dict]) -> str:
         what = "text" if is_text else "drafts" if row["differs"] else ""
         lines.append(
           f"| {case} | {row['engine']} {row['version']} | {row['drafts']} | "
-          f"{row['equal']} of {row['prompts']} | {what} | {counts if row['drafts'] else ''} |"
+          f"{row['equal']} of {row['prompts']} | {what} | "
+          f"{counts if row['drafts'] else ''} |"
         )
   return "\n".join(lines)
 

@@ -13,6 +13,8 @@ ENGINES = ("transformers", "vllm")
 VLLM_METHODS = {
   **dict.fromkeys(("mimo", *NUMBERED), "mtp"), **{name: name for name in DRAFTERS}
 }
+# Drafters whose config.json names the trunk and the number of drafts.
+SERVED_ALONE = ("eagle3",)
 
 
 def engine_obstacle(config: Config, layout: str, engine: str) -> str:
@@ -43,9 +45,7 @@ def drafts_of(config: Config, layout: str, engine: str) -> int:
 def vllm_line(config: Config, layout: str, folder: str, base_model: str = "") -> str:
   """Returns the command that serves an exported folder with vLLM."""
   drafts = drafts_of(config, layout, "vllm")
-  if not drafts:
-    return f"vllm serve {folder}"
-  if layout == "eagle3":  # Its config.json names the trunk and the drafts.
+  if not drafts or layout in SERVED_ALONE:
     return f"vllm serve {folder}"
   model = f'"model": "{folder}", ' if layout in DRAFTERS else ""
   how = (
