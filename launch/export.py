@@ -19,6 +19,10 @@ came with an imported model go out as they came in. Drafters with a published la
 their own (medusa, eagle, eagle3) are written without the trunk, which is another folder
 (--trunk_only).
 
+--stitch=ORIGINAL copies the folder that the run was imported from, and writes the tuned
+MTP layers over those of the copy: all other bytes stay. The trunk must have stayed too
+(train.freeze_trunk=True).
+
 --push uploads the folder to the Hugging Face Hub (pip install "mtp_jax[hub]", and a
 token: HF_TOKEN or `hf auth login`). A new repository is private.
 """
@@ -51,6 +55,9 @@ _BASE_MODEL = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "type of the written weights"
 )
+_STITCH = flags.DEFINE_string(
+  "stitch", None, "folder whose MTP layers are replaced in a copy; takes no --layout"
+)
 _VERIFY = flags.DEFINE_enum(
   "verify", "none", ["none", *serving.ENGINES], "engine that decodes with the folder"
 )
@@ -73,10 +80,13 @@ def main() -> int:
     paths.check_new_folder("output", _OUTPUT.value)
     if _LAYOUT.value in interop.DRAFTERS and not _BASE_MODEL.value:
       raise ConfigError(f"--base_model is required with --layout={_LAYOUT.value}.")
+  for name, is_given in (("push", _PUSH.value), ("verify", _VERIFY.value != "none")):
+    if is_given and _LAYOUT.value is None:
+      raise ConfigError(f"--layout is required with --{name}.")
   if _PUSH.value is not None:
-    if _LAYOUT.value is None:
-      raise ConfigError("--layout is required with --push.")
     hub.check_push(_PUSH.value)
+  if _STITCH.value is not None:
+    return _stitch()
   model = cli.load_model(_WORKDIR.value, _STEP.value)
   if _LAYOUT.value is None:
     print(_list_layouts(model.config, _TRUNK_ONLY.value))
@@ -112,6 +122,18 @@ def main() -> int:
     return code
   if _PUSH.value is not None:
     print(hub.upload(output, _PUSH.value))
+  return 0
+
+
+def _stitch() -> int:
+  if _LAYOUT.value is not None or _OUTPUT.value is None:
+    raise ConfigError("--stitch takes --output and no --layout.")
+  paths.check_new_folder("output", _OUTPUT.value)
+  model, output = cli.load_model(_WORKDIR.value, _STEP.value), Path(_OUTPUT.value)
+  with cli.as_bad_input(interop.InteropError):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    names = interop.stitch(model.params, model.config, Path(_STITCH.value), output)
+  print(f"{output}: {len(names)} tensors of MTP layers are new", file=sys.stderr)
   return 0
 
 

@@ -82,6 +82,13 @@ def verify(
     RuntimeError: the engine does not open the folder; with the end of what it printed.
   """
   model = _as_written(model, dtype, trunk_only)
+  if engine == "vllm" and serving.VLLM_METHODS.get(layout) == "mtp":
+    # vLLM does so whether modules were trained so or not, and its MiMo reads the state
+    # before the final norm.
+    there = {"mtp.zero_first": True}
+    there |= {"mtp.hidden_norm": "before"} if layout == "mimo" else {}
+    config = with_overrides(model.config, there)
+    model = dataclasses.replace(model, config=config)
   drafts = serving.drafts_of(model.config, layout, engine)
   prompts = [model.encode(text) for text in PROMPTS]
   longest = longest_text(model.config)
@@ -92,6 +99,7 @@ def verify(
     "engine": engine,
     "trunk": base_model if is_drafter else str(folder),
     "drafter": str(folder) if is_drafter else "",
+    "is_served_alone": layout in serving.SERVED_ALONE,
     "method": serving.VLLM_METHODS.get(layout, ""),
     "drafts": drafts,
     "prompts": PROMPTS,
@@ -103,18 +111,19 @@ def verify(
     differs = f"the texts end at {answer['end_ids']}, here {model.tokenizer.end_ids}"
   rows = []
   for prompt, generation, theirs in zip(PROMPTS, ours, answer["results"], strict=True):
-    completion = generation.completion
-    counts = [int(np.sum(completion.accepted)), int(completion.rounds)]
-    theirs_counts = [theirs["accepted"], theirs["rounds"]]
-    if not drafts:
-      counts = theirs_counts = ["-", "-"]
+    counts = ["-", "-"]
+    if drafts:
+      counts = _counts(generation.tokens, int(generation.completion.rounds))
+      their_counts = _counts(theirs["tokens"], theirs["rounds"])
+    else:
+      their_counts = counts
     rows.append(Row(
       prompt,
       _difference(generation.prompt_tokens, theirs["prompt_tokens"], "the prompt")
       or _difference(generation.tokens, theirs["tokens"], "the text")
-      or ("" if counts == theirs_counts else "other drafts are accepted"),
+      or ("" if counts == their_counts else "other drafts are accepted"),
       "/".join(map(str, counts)),
-      "/".join(map(str, theirs_counts)),
+      "/".join(map(str, their_counts)),
     ))
   return Verification(engine, answer["version"], drafts, differs, rows)
 
@@ -128,6 +137,14 @@ def _as_written(model: TrainedModel, dtype: str, trunk_only: bool) -> TrainedMod
     params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
   config = with_overrides(config, {"trunk.compute_dtype": "float32"})
   return dataclasses.replace(model, params=params, config=config)
+
+
+def _counts(tokens: Any, rounds: int) -> list[int]:
+  """Returns how many of the tokens were drafts, and the rounds.
+
+  The prompt's pass gives one token, every round one that was no draft.
+  """
+  return [len(tokens) - 1 - rounds, rounds]
 
 
 def _difference(ours: np.ndarray, theirs: list[int], what: str) -> str:

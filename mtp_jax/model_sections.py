@@ -203,6 +203,8 @@ class MtpConfig:
               adds a row to its logits (the Markov head of DSpark, published with 256).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
+  zero_first: at the first position of a document modules see zeros instead of the
+              embedding, as in vLLM.
   window:     so many upcoming tokens are ranked by TOP.
   fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
               none, and drops it in silence.
@@ -278,6 +280,10 @@ class MtpConfig:
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.unembed": ("own",)},
+  )
+  zero_first: bool = key(
+    False, "sequential modules see no embedding at position 0", ARCH, then=_DEPTHS,
+    when_given=_MTP,
   )
   window: int = key(
     32, "upcoming tokens that are ranked", at_least(1), most="data.seq_len",

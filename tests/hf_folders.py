@@ -43,6 +43,7 @@ CASES = {
   "mimo-no-biases-tied": ("mimo", "sequential", 1, TIED),
   "glm": ("glm4_moe", "sequential", 3, common.EXPERTS | {
     "trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 24,
+    "mtp.zero_first": True,
   }),
   "glm-dense-tied": ("glm4_moe", "sequential", 2, TIED | LINEAR),
 }

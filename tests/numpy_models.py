@@ -23,6 +23,8 @@ class Weights:
     for file in sorted(folder.glob("*.safetensors")):
       self.tensors |= load_file(file)
     self.config = json.loads((folder / "config.json").read_text())
+    contract = json.loads((folder / "mtp_contract.json").read_text())
+    self.zeroes = contract.get("embedding_zeroed_at_position_0", False)
     self.prefix = ""
 
   def at(self, prefix: str) -> "Weights":
@@ -30,6 +32,12 @@ class Weights:
     other.tensors, other.config = self.tensors, self.config
     other.prefix = f"{self.prefix}{prefix}."
     return other
+
+  def unless_zeroed(self, embedding_TD: np.ndarray) -> np.ndarray:
+    """Returns embeddings as MTP layers see them: vLLM has zeros at position 0."""
+    if self.zeroes:
+      embedding_TD[0] = 0
+    return embedding_TD
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.tensors[self.prefix + name].astype(np.float64)
@@ -141,7 +149,7 @@ def _deepseek(w: Weights, tokens: np.ndarray, length: int) -> list[np.ndarray]:
   for k in range(1, 1 + w.config["num_nextn_predict_layers"]):
     index = num_layers + k - 1
     module = trunk.at(f"layers.{index}")
-    ahead_TD = module["embed_tokens.weight"][tokens[k : k + length]]
+    ahead_TD = w.unless_zeroed(module["embed_tokens.weight"][tokens[k : k + length]])
     joined = np.concatenate(
       [module.norm("enorm", ahead_TD), module.norm("hnorm", h_TD)], axis=-1
     )

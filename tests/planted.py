@@ -46,11 +46,14 @@ CASES = {
   "eagle": ("eagle", "llama", "eagle", 2, {"mtp.fc_bias": False}),
   "eagle3": (
     "eagle3", "llama", "eagle3", 2,
-    {"mtp.unembed": "own", "trunk.num_kv_heads": 2},
+    {"mtp.unembed": "own", "trunk.num_kv_heads": 2, "trunk.num_layers": 3},
   ),
   "eagle3, reduced": (
     "eagle3", "llama", "eagle3", 2,
-    {"mtp.unembed": "own", "trunk.num_kv_heads": 2, "mtp.draft_vocab": 200},
+    {
+      "mtp.unembed": "own", "trunk.num_kv_heads": 2, "trunk.num_layers": 3,
+      "mtp.draft_vocab": 200,
+    },
   ),
 }  # fmt: skip
 # Of blocks, what is added to the residual stream.

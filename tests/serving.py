@@ -1,7 +1,10 @@
 """Layouts and engines: exports planted models and compares what engines decode.
 
   python -m tests.serving --python=.venv-vllm/bin/python [CASE ...]
-  python -m tests.serving ... --output=experiments/results/serving/serving.json
+  python -m tests.serving ... --output=experiments/results/serving/verified.json
+
+The file keeps rows of earlier calls, each with its commit. `--table` prints all of them
+as docs/how-to/serving.md has them.
 """
 
 import argparse
@@ -76,14 +79,47 @@ def row_of(case: str, engine: str, found: Verification, seconds: float) -> dict:
   }
 
 
+def table(kept: list[dict]) -> str:
+  """Returns the rows of a file of results as Markdown."""
+  lines = [
+    "| model | engine | drafts | equal prompts | else differs | "
+    "accepted/rounds, engine (here) |",
+    "|---|---|---|---|---|---|",
+  ]
+  for case in planted.CASES:
+    for row in kept:
+      if row["case"] == case:
+        pairs = zip(row["theirs"], row["ours"], strict=True)
+        counts = ", ".join(
+          theirs if theirs == ours else f"{theirs} ({ours})" for theirs, ours in pairs
+        )
+        is_text = any(what.startswith("the text") for what in row["differs"])
+        what = "text" if is_text else "drafts" if row["differs"] else ""
+        lines.append(
+          f"| {case} | {row['engine']} {row['version']} | {row['drafts']} | "
+          f"{row['equal']} of {row['prompts']} | {what} | "
+          f"{counts if row['drafts'] else ''} |"
+        )
+  return "\n".join(lines)
+
+
 def main() -> int:
   parser = argparse.ArgumentParser()
   parser.add_argument("cases", nargs="*", metavar="CASE")
   parser.add_argument("--python", help="of vLLM; without it, transformers alone")
   parser.add_argument("--engine", choices=serving.ENGINES, help="this one alone")
   parser.add_argument("--output", help="file for the results")
+  parser.add_argument("--table", action="store_true", help="print what is kept")
   wanted = parser.parse_args()
   pythons = {"transformers": sys.executable, "vllm": wanted.python}
+  output = Path(wanted.output or "experiments/results/serving/verified.json")
+  kept = json.loads(output.read_text()) if output.exists() else []
+  if wanted.table:
+    print(table(kept))
+    return 0
+  commit = subprocess.run(
+    ["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True
+  ).stdout.strip()
   rows = []
   for case in wanted.cases or planted.CASES:
     config, layout = planted.config_of(case), planted.CASES[case][0]
@@ -102,15 +138,14 @@ def main() -> int:
           print(f"{case}, {engine}: {error}", flush=True)
           rows.append({"case": case, "engine": engine, "differs": ["does not open"]})
           continue
-      rows.append(row_of(case, engine, found, time.monotonic() - start))
+      rows.append(
+        row_of(case, engine, found, time.monotonic() - start) | {"commit": commit}
+      )
       print(f"{case}: {found}", flush=True)
-  if wanted.output:
-    commit = subprocess.run(
-      ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    command = " ".join(["python -m tests.serving", *sys.argv[1:]])
-    result = {"command": command, "commit": commit, "rows": rows}
-    Path(wanted.output).write_text(json.dumps(result, indent=1) + "\n")
+      if wanted.output:
+        is_new = lambda row: (row["case"], row["engine"]) != (case, engine)  # noqa: B023, E731
+        kept = [*filter(is_new, kept), rows[-1]]
+        output.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
   return int(any(row["differs"] for row in rows))
 
 

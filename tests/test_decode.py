@@ -59,7 +59,7 @@ MODELS = {
   "llama-trunk": ("llama", "sequential", DEPTH, INPUTS["trunk-before"]),
   "llama-shifted": ("llama", "sequential", DEPTH, INPUTS["shifted"]),
   "gpt2-fed-none": ("gpt2", "sequential", DEPTH, INPUTS["none"]),
-  "gpt2-minimal": ("gpt2", "sequential", DEPTH, MINIMAL),
+  "gpt2-minimal": ("gpt2", "sequential", DEPTH, MINIMAL | {"mtp.zero_first": True}),
 }
 
 

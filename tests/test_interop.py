@@ -5,6 +5,7 @@ Parity with other implementations is in test_interop_parity.
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -195,6 +196,52 @@ def test_bfloat16_is_written_but_for_the_balancing_bias(tmp_path):
   assert_same_bits(block["moe"]["bias"], written["moe"]["bias"])
   router = written["moe"]["router"].astype(jnp.bfloat16).astype(np.float32)
   assert_same_bits(block["moe"]["router"], router)
+
+
+@pytest.mark.parametrize("case, layers", [
+  ("deepseek", "model.layers.[34]."), ("mimo", "model.mtp_layers."),
+])
+def test_tuned_layers_go_back_into_the_shards_and_nothing_else_changes(
+  tmp_path, case, layers
+):
+  original, out = tmp_path / "original", tmp_path / "out"
+  write(case, original, dtype="bfloat16", max_shard_bytes=3000)
+  (original / "LICENSE").write_text("theirs")
+  params, config = load(original)
+  tuned = params | {"mtp": jax.tree.map(lambda x: x + 1, params["mtp"])}
+  written = interop.stitch(tuned, config, original, out)
+  assert {x.name for x in out.iterdir()} == {x.name for x in original.iterdir()}
+  for file in original.iterdir():
+    if file.suffix != ".safetensors":
+      assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+  before, after = all_tensors(original), all_tensors(out)
+  assert before.keys() == after.keys()
+  changed = {
+    name for name, x in before.items() if x.tobytes() != after[name].tobytes()
+  }
+  assert changed == set(written)
+  copies = "embed_tokens.weight", "shared_head.head.weight"
+  assert changed == {
+    name for name in before if re.match(layers, name) and not name.endswith(copies)
+  }
+  narrowed = jax.tree.map(
+    lambda x: np.asarray(x).astype(jnp.bfloat16).astype(np.float32), tuned["mtp"]
+  )
+  found = load(out)[0]["mtp"]
+  if case == "deepseek":  # The bias of the router stays float32.
+    for tree in (found, narrowed):
+      del tree["modules"]["block"]["moe"]["bias"]
+  assert_same_bits(found, narrowed)
+
+  moved = tuned | {"final_norm": jax.tree.map(lambda x: 2 * x, params["final_norm"])}
+  with pytest.raises(InteropError, match=r"model\.norm\.weight differs from the trunk"):
+    interop.stitch(moved, config, original, tmp_path / "no")
+  with pytest.raises(InteropError, match="is not empty"):
+    interop.stitch(tuned, config, original, out)
+  assert not (tmp_path / "no").exists()
+  write("llama", tmp_path / "llama")
+  with pytest.raises(InteropError, match="has no MTP layers that could be replaced"):
+    interop.stitch(tuned, config, tmp_path / "llama", tmp_path / "no")
 
 
 # What the files of others look like
@@ -453,7 +500,9 @@ def test_a_refused_layout_names_what_modules_start_from_and_end_in(name, obstacl
 @pytest.mark.parametrize(
   "kind, depth, overrides, layout, words",
   [
-    ("parallel", 1, {}, "llama", "no engine runs parallel heads; mtp-jax gen"),
+    ("parallel", 1, {}, "llama", "only mtp-jax generate runs parallel heads"),
+    ("peagle", 1, {}, "llama", "vLLM runs P-EAGLE, whose folders are not written"),
+    ("top", 1, {"mtp.unembed": "own"}, "llama", "prediction drafts nothing"),
     ("linear", 1, {}, "llama", "medusa or eagle3 predictors trained on that trunk"),
     ("medusa", 1, {}, "llama", "the trunk alone. Possible: medusa"),
     ("eagle3", 1, {}, "llama", "the layout 'eagle3' has .* Possible: eagle3"),

@@ -6,6 +6,8 @@
 
   params["mtp"] = interop.read_drafter(folder, config, params, mesh)
 
+  interop.stitch(params, config, folder, out)         # MTP layers alone are new
+
   interop.layouts_for(config)                         # {"llama": "", "gpt2": "why not"}
   interop.export_params(params, config, folder, "llama")
 """
@@ -16,6 +18,7 @@ from mtp_jax.interop.exporting import export_params
 from mtp_jax.interop.hf_config_writing import ID_KEYS
 from mtp_jax.interop.importing import HfModel, load_params, read_drafter, read_model
 from mtp_jax.interop.layouts import DRAFTERS
+from mtp_jax.interop.stitching import stitch
 
 __all__ = [
   "DRAFTERS",
@@ -27,4 +30,5 @@ __all__ = [
   "load_params",
   "read_drafter",
   "read_model",
+  "stitch",
 ]

@@ -81,7 +81,7 @@ def export_params(
     OSError: the folder could not be written in full; nothing of it is left.
   """
   folder = Path(folder)
-  _check_target(folder)
+  check_target(folder)
   obstacles = layouts_for(config, trunk_only)
   if layout not in obstacles:
     raise InteropError(
@@ -100,7 +100,7 @@ def export_params(
     params, config = deployed(params, config)
   leaves = flax.traverse_util.flatten_dict(params, sep="/")
   shapes = parameter_shapes(config)
-  _check_params(leaves, shapes)
+  check_params(leaves, shapes)
   entries = tensor_table(config, layout, shapes)
   own = {entry.name: entry for entry in entries if not entry.copy_of}
   tensors = [
@@ -198,7 +198,7 @@ def tokenizer_files(
   }
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
   if not folder.parent.is_dir():
     raise InteropError(f"the folder {folder.parent} does not exist.")
   if folder.exists() and not folder.is_dir():
@@ -207,7 +207,7 @@ def _check_target(folder: Path) -> None:
     raise InteropError(f"{folder} is not empty; choose a new folder.")
 
 
-def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
   for path in sorted(leaves.keys() ^ shapes.keys()):
     verb = "has" if path in leaves else "lacks"
     raise InteropError(f"the parameter tree {verb} {path!r}, unlike its config.")
@@ -223,6 +223,15 @@ def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
       )
 
 
+def content_of(entry: Entry, leaves: dict[str, Any]) -> np.ndarray:
+  """Returns a tensor as a file has it, but for its dtype."""
+  parts = [
+    piece.form.to_stored(np.asarray(leaves[piece.path][piece.index]))
+    for piece in entry.pieces
+  ]
+  return np.concatenate(parts, axis=-1)
+
+
 def _new_tensor(
   entry: Entry, source: Entry, leaves: dict[str, Any], dtype: np.dtype
 ) -> NewTensor:
@@ -234,11 +243,7 @@ def _new_tensor(
   def make() -> np.ndarray:
     if not source.pieces:
       return np.zeros(entry.shape, dtype)
-    parts = [
-      piece.form.to_stored(np.asarray(leaves[piece.path][piece.index]))
-      for piece in source.pieces
-    ]
-    return np.concatenate(parts, axis=-1).astype(dtype)
+    return content_of(source, leaves).astype(dtype)
 
   return NewTensor(entry.name, dtype, entry.shape, make)
 
@@ -259,7 +264,7 @@ def _contract(config: Config, layout: str) -> dict[str, Any]:
     "position_offset": 0,
     "row": "layer k at position i reads the embedding of token i + k and predicts "
     "token i + k + 1; k starts at 1",
-    "embedding_zeroed_at_position_0": False,
+    "embedding_zeroed_at_position_0": config.mtp.zero_first,
     "embedding_shared": True,
     "unembedding_shared": True,
   }

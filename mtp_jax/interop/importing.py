@@ -105,7 +105,7 @@ def read_model(folder: Path) -> HfModel:
       "mtp.out_norm": "own",
       "mtp.arm": "added",
     }
-    _check_contract(folder, described.family)
+    overrides |= _read_contract(folder, described.family)
   tokenizer = folder / "tokenizer.json"
   return HfModel(
     folder, described.family, overrides, depth, described.max_length,
@@ -127,7 +127,7 @@ def load_params(
       missing, unknown, or of another shape (checked before any data is read); a copy of
       the embedding or the output matrix differs from the original.
   """
-  _check_config(model, config)
+  check_config(model, config)
   model = _cropped(model, config)
   boxed = accounting.abstract_params(config)
   stored_shapes = shapes_of(boxed)
@@ -266,17 +266,24 @@ def _count_modules(
   return len(found)
 
 
-def _check_contract(folder: Path, family: str) -> None:
-  """Raises InteropError if a folder states another concat order than its layout's."""
+def _read_contract(folder: Path, family: str) -> dict[str, Any]:
+  """Returns the overrides that a contract beside the weights states, if there is one.
+
+  Raises:
+    InteropError: it states another concat order than its layout's.
+  """
   file = folder / CONTRACT
   if not file.exists():
-    return
-  stated = read_json(file).get("concat_order")
+    return {}
+  contract = read_json(file)
+  stated = contract.get("concat_order")
   if stated != list(CONCAT_ORDER[family]):
     raise InteropError(
       f"{file}: concat_order is {stated!r}; the layout {family!r} has "
       f"{list(CONCAT_ORDER[family])}."
     )
+  is_zeroed = contract.get("embedding_zeroed_at_position_0") is True
+  return {"mtp.zero_first": True} if is_zeroed else {}
 
 
 def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
@@ -284,13 +291,13 @@ def _stored_mtp(model: HfModel, wanted: MtpConfig) -> MtpConfig:
   if not model.has_mtp:
     return next_token_only(wanted)
   if wanted.kind == "sequential" and wanted.depth:
-    return wanted  # `_check_config` has compared it with the folder.
+    return wanted  # `check_config` has compared it with the folder.
   return dataclasses.replace(
     wanted, kind="sequential", depth=model.has_mtp, depth_weights=()
   )
 
 
-def _check_config(model: HfModel, config: Config) -> None:
+def check_config(model: HfModel, config: Config) -> None:
   for key, value in model.overrides.items():
     free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in _FREE)
     node = get_dotted(config, key)

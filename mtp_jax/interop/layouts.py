@@ -29,6 +29,12 @@ DRAFTERS = {
   "eagle3": "model.safetensors",
 }
 
+# Why no layout has a kind, where it is not that no engine has it.
+_UNSERVED = {
+  "peagle": "vLLM runs P-EAGLE, whose folders are not written yet",
+  "top": "token-order prediction drafts nothing and is left out of what is deployed",
+}
+
 
 def model_layouts_for(config: Config, trunk_only: bool) -> dict[str, str]:
   """Returns, by layout of a trunk, the reason why it cannot hold `config`, or ""."""
@@ -103,9 +109,10 @@ def _predictor_obstacle(config: Config, layout: str, trunk_only: bool) -> str:
   if mtp.kind in DRAFTERS:
     return f"the layout {mtp.kind!r} has the extra predictors, this one the trunk alone"
   if mtp.kind != "sequential":
+    why = _UNSERVED.get(mtp.kind, f"only mtp-jax generate runs {mtp.kind} heads")
     return (
-      f"no engine runs {mtp.kind} heads; mtp-jax generate does. Engines run the trunk "
-      "alone (--trunk_only), and medusa or eagle3 predictors trained on that trunk"
+      f"{why}. Engines run the trunk alone (--trunk_only), and "
+      "medusa or eagle3 predictors trained on that trunk"
     )
   if layout not in NUMBERED:
     return "the layout has no place for MTP modules; the trunk alone can be exported"

@@ -6,12 +6,15 @@ table, `make test-serve` repeats it). The lines for SGLang were not run.
 
 from mtp_jax.config import Config
 from mtp_jax.interop.layouts import DRAFTERS, NUMBERED
+from mtp_jax.predictors import tapped_layers
 
 ENGINES = ("transformers", "vllm")
 # Layout -> `method` of vLLM's speculative config.
 VLLM_METHODS = {
   **dict.fromkeys(("mimo", *NUMBERED), "mtp"), **{name: name for name in DRAFTERS}
 }
+# Drafters whose config.json names the trunk and the number of drafts.
+SERVED_ALONE = ("eagle3",)
 
 
 def engine_obstacle(config: Config, layout: str, engine: str) -> str:
@@ -23,6 +26,9 @@ def engine_obstacle(config: Config, layout: str, engine: str) -> str:
     return f"transformers has no {layout} drafters: verify the trunk, or with vllm"
   if engine == "vllm" and layout == "eagle" and config.mtp.fc_bias:
     return "vLLM drops fc.bias of EAGLE in silence: train with mtp.fc_bias=False"
+  taps = tapped_layers(config)
+  if engine == "vllm" and len(set(taps)) < len(taps):
+    return f"vLLM takes a layer once, and EAGLE-3 reads the trunk after layers {taps}"
   return ""
 
 
@@ -39,9 +45,7 @@ def drafts_of(config: Config, layout: str, engine: str) -> int:
 def vllm_line(config: Config, layout: str, folder: str, base_model: str = "") -> str:
   """Returns the command that serves an exported folder with vLLM."""
   drafts = drafts_of(config, layout, "vllm")
-  if not drafts:
-    return f"vllm serve {folder}"
-  if layout == "eagle3":  # Its config.json names the trunk and the drafts.
+  if not drafts or layout in SERVED_ALONE:
     return f"vllm serve {folder}"
   model = f'"model": "{folder}", ' if layout in DRAFTERS else ""
   how = (

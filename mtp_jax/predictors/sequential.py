@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mtp_jax.config import PUBLISHED_MODULES, Config, MtpConfig, TrunkConfig
 from mtp_jax.kernels.dense import dense
 from mtp_jax.model.block import Block, Cache, rematted
-from mtp_jax.model.cache_slots import Positions
+from mtp_jax.model.cache_slots import Positions, positions_of
 from mtp_jax.model.layers import compute_dtype, fan_in_normal, make_norm, partitioned
 from mtp_jax.model.moe import Routing
 from mtp_jax.predictors.drafting import (
@@ -44,12 +44,13 @@ Carry = tuple[jax.Array, jax.Array | None]
 class SequentialModule(nn.Module):
   """One module of the causal chain, DeepSeek-V3 equations 21 and 22.
 
-  `out_norm` and `norm`: see `config.MtpConfig`.
+  `out_norm`, `norm` and `zero_first`: see `config.MtpConfig`.
   """
 
   trunk: TrunkConfig
   out_norm: str
   norm: str
+  zero_first: bool = False
 
   @nn.compact
   def __call__(
@@ -73,6 +74,9 @@ class SequentialModule(nn.Module):
     )
     if embedding_BTD is None:
       embedded_BTD = no_embedding_BTD
+    elif self.zero_first:
+      is_first_BT1 = positions_of(positions_BT)[..., None] == 0
+      embedded_BTD = jnp.where(is_first_BT1, no_embedding_BTD, embedded_BTD)
     joined = jnp.concatenate([hidden_BTD, embedded_BTD], axis=-1)
     projection = self.param(
       "projection",
@@ -156,7 +160,7 @@ class SequentialModules(nn.Module):
       metadata_params={nn.PARTITION_NAME: "depths"},
     )(
       rematted(SequentialModule, trunk)(
-        trunk, mtp.out_norm, mtp.norm, name="modules"
+        trunk, mtp.out_norm, mtp.norm, mtp.zero_first, name="modules"
       ),
       (first_BTD, normed_BTD if mtp.fed == "own" else None),
       ahead_kBTD,
@@ -381,20 +385,22 @@ def _apply(
 
 
 def _drafter(trunk: TrunkConfig, mtp: MtpConfig, num_drafts: int) -> Drafter:
-  module = SequentialModule(trunk, mtp.out_norm, mtp.norm)
+  module = SequentialModule(trunk, mtp.out_norm, mtp.norm, mtp.zero_first)
   return _chain(module, mtp.depth, num_drafts, mtp.hidden, mtp.hidden_norm, mtp.fed)
 
 
 def _own_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion | None:
   if mtp.depth != 1 and not (mtp.depth and mtp.share_modules):
     return None
-  module = SequentialModule(trunk, mtp.out_norm, mtp.norm)
+  module = SequentialModule(trunk, mtp.out_norm, mtp.norm, mtp.zero_first)
   return _recursion(module, mtp.hidden_norm, mtp.fed)
 
 
 SEQUENTIAL = Kind(
   module=SequentialModules,
-  reads=("share_modules", "dense_blocks", "mlp_dim", *PUBLISHED_MODULES),
+  reads=(
+    "share_modules", "dense_blocks", "mlp_dim", "zero_first", *PUBLISHED_MODULES
+  ),
   is_autoregressive=True,
   reads_ahead=lambda mtp, m: m,
   blocks=lambda mtp: mtp.depth,

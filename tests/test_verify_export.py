@@ -1,0 +1,224 @@
+"""`export --verify`: engines decode exported folders as we do, and mutants are caught.
+
+transformers runs here; vLLM has an environment of its own (`make test-serve`).
+"""
+
+import json
+import os
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from launch import engine, verify
+from mtp_jax import interop
+from mtp_jax.interop import serving
+from tests import planted
+from tests.commands import ROOT
+from tests.common import mostly_slow
+from tests.serving import check, model_of, table
+from tests.untrained_runs import save_run
+
+pytest_plugins = ("tests.commands",)
+VLLM = os.environ.get("MTP_JAX_VLLM_PYTHON")  # Set by `make test-serve`.
+
+
+def serve(test):
+  reason = "needs vLLM: make test-serve"
+  return pytest.mark.serve(pytest.mark.skipif(not VLLM, reason=reason)(test))
+
+
+def rewrite(folder, name, change):
+  file = folder / "model.safetensors"
+  tensors = load_file(file)
+  save_file(tensors | {name: change(tensors[name]).copy()}, file)
+
+
+def edit(folder, file, old, new):
+  text = (folder / file).read_text()
+  assert old in text
+  (folder / file).write_text(text.replace(old, new))
+
+
+def swap_halves(folder):
+  def swapped(x):
+    first, second = x[:, : len(x)], x[:, len(x) :]
+    x[:, : len(x)], x[:, len(x) :] = second.copy(), first.copy()
+    return x
+
+  rewrite(folder, "model.layers.2.eh_proj.weight", swapped)
+
+
+def move_begin(folder):
+  """Makes the post-processor put the next id before a text."""
+  file = folder / "tokenizer.json"
+  values = json.loads(file.read_text())
+  (begin,) = values["post_processor"]["special_tokens"].values()
+  begin["ids"] = [begin["ids"][0] + 1]
+  file.write_text(json.dumps(values))
+
+
+# What is wrong with a folder -> how it gets so, and what the verification says.
+MUTANTS = {
+  "dropped bias": (
+    lambda folder: rewrite(
+      folder, "model.layers.2.self_attn.v_proj.bias", lambda x: 0 * x
+    ),
+    "accepted",
+  ),
+  "swapped concat": (swap_halves, "accepted"),
+  "wrong model type": (
+    lambda folder: edit(folder, "config.json", '"glm4_moe"', '"no_such_type"'),
+    "no_such_type",
+  ),
+  "another begin token": (
+    move_begin,
+    "the prompt differs at token 0",
+  ),
+  "another end token": (
+    lambda folder: edit(
+      folder, "generation_config.json", '"eos_token_id": 257', '"eos_token_id": 256'
+    ),
+    "texts end at",
+  ),
+}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """Engines run in this process: transformers is imported once."""
+  pytest.importorskip("torch", reason="engines need torch")
+  pytest.importorskip("transformers")
+
+  def ask(python, job):
+    try:
+      version, results = engine.transformers(job)
+      end_ids = engine.end_ids(job["trunk"])
+    except Exception as error:
+      raise RuntimeError(str(error)) from error
+    return {"version": version, "end_ids": end_ids, "results": results}
+
+  monkeypatch.setattr(verify, "_ask", ask)
+
+
+OPENED = [
+  case for case, (layout, *_) in planted.CASES.items()
+  if not serving.engine_obstacle(planted.config_of(case), layout, "transformers")
+]
+
+
+@pytest.mark.parametrize("case", mostly_slow(OPENED, "glm4_moe"))
+def test_transformers_decodes_a_folder_as_we_do(in_process, tmp_path, case):
+  found = check(case, "transformers", "", tmp_path)
+  assert found.is_equal, found
+  layout, _, _, depth, _ = planted.CASES[case]
+  has_modules = layout == "glm4_moe" or "experts" in case
+  assert found.drafts == (depth if has_modules else 0)
+  if found.drafts:  # Some drafts are right and some are not.
+    kept = [int(row.theirs.split("/")[0]) for row in found.rows]
+    assert 4 * 10 < sum(kept) < 4 * verify.NEW_TOKENS * depth / (1 + depth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(in_process, tmp_path, name):
+  change, words = MUTANTS[name]
+  try:
+    found = str(verified := check("glm4_moe", "transformers", "", tmp_path, change))
+  except RuntimeError as error:
+    found = str(error)
+  else:
+    assert not verified.is_equal
+  assert words in found
+
+
+def test_what_an_engine_cannot_run_is_refused_before_anything_is_written(
+  command, tmp_path
+):
+  model = model_of("eagle")
+  config = planted.config_of("eagle", {"mtp.fc_bias": True})
+  run = save_run(tmp_path / "run", config)
+  for engine_name, words in (
+    ("vllm", "vLLM drops fc.bias of EAGLE in silence: train with mtp.fc_bias=False"),
+    ("transformers", "transformers has no eagle drafters"),
+  ):
+    result = command(
+      "launch.export", f"--workdir={run}", "--layout=eagle", "--base_model=trunk",
+      f"--output={tmp_path / 'out'}", f"--verify={engine_name}",
+    )
+    assert result.code == 2 and words in result.output, result.output
+    assert not (tmp_path / "out").exists()
+  assert not serving.engine_obstacle(model.config, "eagle", "vllm")
+
+
+def test_the_command_verifies_and_writes_a_model_card(command, tmp_path):
+  pytest.importorskip("transformers")
+  model = model_of("glm4_moe")
+  run = save_run(tmp_path / "run", model.config, model.params)
+  measured = [{"mean": 0.75, "stderr": 0.01}]
+  (run / "eval.json").write_text(json.dumps({
+    "decoded_survival": measured, "split": "validation", "step": 12,
+  }))
+  (run / "run.json").write_text(json.dumps({"commit": "0123abc"}))
+  out = tmp_path / "out"
+  result = command(
+    "launch.export", f"--workdir={run}", "--layout=glm4_moe", f"--output={out}",
+    "--verify=transformers",
+  )
+  assert result.code == 0, result.output
+  assert result.output.count("  equal\n") == len(verify.PROMPTS)
+  card = (out / "README.md").read_text()
+  assert "| 1 | 75.0% |" in card and "Commit 0123abc." in card
+  assert "mtp.kind=sequential" in card and "trunk.qkv_bias=True" in card
+  assert "at step 12" in card
+  assert '"method": "mtp", "num_speculative_tokens": 1' in card
+
+
+def test_the_command_stitches_tuned_layers(command, tmp_path):
+  model = model_of("glm4_moe")
+  original, out = tmp_path / "original", tmp_path / "new" / "out"
+  interop.export_params(model.params, model.config, original, "glm4_moe")
+  mtp = jax.tree.map(lambda x: 2 * x, model.params["mtp"])
+  run = save_run(tmp_path / "run", model.config, model.params | {"mtp": mtp})
+  how = f"--workdir={run}", f"--stitch={original}"
+  result = command("launch.export", *how, f"--output={out}")
+  assert result.code == 0, result.output
+  before, after = (load_file(x / "model.safetensors") for x in (original, out))
+  changed = {name for name, x in before.items() if (x != after[name]).any()}
+  assert f"{len(changed)} tensors of MTP layers are new" in result.output
+  assert "model.layers.2.eh_proj.weight" in changed
+  assert all(name.startswith("model.layers.2.") for name in changed)
+  refused = command("launch.export", *how, "--layout=glm4_moe", f"--output={out}2")
+  assert refused.code == 2
+  assert "--stitch takes --output and no --layout." in refused.output
+
+
+def test_the_page_on_serving_has_the_kept_results():
+  kept = json.loads((ROOT / "experiments/results/serving/verified.json").read_text())
+  assert kept and all(row["commit"] for row in kept)
+  assert table(kept) in (ROOT / "docs/how-to/serving.md").read_text()
+
+
+# Not explained; docs/how-to/serving.md has what is known of them.
+DIFFERENT = ("glm4_moe, experts, D = 3", *(x for x in planted.CASES if "deepseek" in x))
+
+
+@serve
+@pytest.mark.parametrize("case", [
+  pytest.param(case, marks=[pytest.mark.xfail(strict=True)] * (case in DIFFERENT))
+  for case in planted.CASES
+])
+def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
+  found = check(case, "vllm", VLLM, tmp_path)
+  assert found.is_equal, found
+
+
+@serve
+def test_vllm_misses_the_biases_of_medusa_heads_that_config_json_does_not_state(
+  tmp_path
+):
+  def change(folder):
+    edit(folder, "config.json", '"medusa_fc_bias": true', '"medusa_fc_bias": false')
+
+  found = check("medusa", "vllm", VLLM, tmp_path, change)
+  assert not found.is_equal
