@@ -63,8 +63,8 @@ from ml_collections import ConfigDict
 from experiments import gains_with_scale
 from experiments.gains_with_scale import PARALLEL, SEQUENTIAL
 
-_SIZES = {"cpu": gains_with_scale.CPU[1:], "gpu": gains_with_scale.GPU[1:3]}
-_PRESETS = (*_SIZES, *(f"{machine}_trunks" for machine in _SIZES))
+SIZES = {"cpu": gains_with_scale.CPU[1:], "gpu": gains_with_scale.GPU[1:3]}
+_PRESETS = (*SIZES, *(f"{machine}_trunks" for machine in SIZES))
 _SEEDS = 3
 _DEPTH = 3
 _VOCABULARY = 264  # Bytes.
@@ -131,7 +131,7 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials seed by seed, so that a sweep cut short still compares."""
   machine = preset.removesuffix("_trunks")
   for seed in range(_SEEDS):
-    for size in _SIZES[machine]:
+    for size in SIZES[machine]:
       model = gains_with_scale.rung(machine, size) | {"seed": seed}
       width = f"embed_dim={size.embed_dim}"
       trunk = f"{width},kind=none,seed={seed}"

@@ -1,7 +1,7 @@
 r"""Shows a small trained model that drafts its own text: by whom, and how fast.
 
   mtp-jax demo
-  mtp-jax demo --prompt="class Stack:" --seed=3
+  mtp-jax demo --prompt="def main(" --seed=3
 
 The model ships with the package: Python source, three sequential modules (D = 3). Each
 token of the text is marked by what proposed it: the next-token prediction, or a draft
@@ -23,14 +23,15 @@ from mtp_jax.config import ConfigError
 from mtp_jax.decode.provenance import Generation
 
 _PROMPT = flags.DEFINE_string(
-  "prompt", 'class Stack:\n    """A stack of items."""\n\n    def __init__(self',
+  "prompt",
+  "class QueueTest(unittest.TestCase):\n\n    def setUp(self):\n        self.queue =",
   "text to continue",
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "length of a continuation", lower_bound=1
+  "max_new_tokens", 96, "length of a continuation", lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.7, "of the sampled continuation", lower_bound=1e-3
+  "temperature", 0.5, "of the sampled continuation", lower_bound=1e-3
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of the sampled continuation", 0, 2**32 - 1)
 _IS_COLORED = decoding.define_color()

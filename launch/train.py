@@ -84,7 +84,7 @@ def main() -> int:
   if flags.FLAGS.config is None and flags.FLAGS.workdir is None:
     raise ConfigError(
       "--config is required: an experiment (smoke, or a file); or --workdir alone, of "
-      "a run to go on with."
+      "a run to resume."
     )
   workdir = cli.workdir()
   if flags.FLAGS.workdir is None:

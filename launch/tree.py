@@ -30,6 +30,7 @@ from mtp_jax.data.pipeline import load_corpus
 from mtp_jax.decode import drafters, trees
 from mtp_jax.environment import code_commit
 from mtp_jax.files import write_json
+from mtp_jax.predictors import num_drafts
 from mtp_jax.program import program_config
 from mtp_jax.trained_model import TrainedModel
 
@@ -53,8 +54,8 @@ def main() -> int:
   cli.load_run_config(workdir)  # Refuses other folders: tree.json belongs to a run.
   cli.use_compilation_cache(_COMPILATION_CACHE.value)
   model = cli.load_model(_WORKDIR.value, _STEP.value)
-  if not model.config.mtp.depth:
-    raise ConfigError(f"{workdir}: the model has no extra predictors, nothing drafts.")
+  if not num_drafts(model.config.mtp):
+    raise ConfigError(f"{workdir}: the model has no extra predictors that draft.")
   with cli.as_bad_input():
     found = _measure(model)
   command = ["python", "-m", "launch.tree", *sys.argv[1:]]

@@ -14,6 +14,7 @@ the newest checkpoint back until one is whole.
 import contextlib
 import hashlib
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   difference,
-  from_config_dict,
+  from_saved,
   keys_of,
   to_dict,
 )
@@ -228,11 +229,11 @@ class Checkpointer:
           f"no checkpoint of step {step} in {self.directory}; there are {steps}."
         )
       steps = [step]
-    for name in self._unfinished:
-      warnings.warn(
+    for name in self._unfinished:  # A kill leaves them; nothing is wrong with the run.
+      print(
         f"checkpoint {self.directory / name} was not finished; using the one before "
-        "it, if any.",
-        stacklevel=2,
+        "it, if any",
+        file=sys.stderr, flush=True,
       )
     damaged = []
     for step in reversed(steps):
@@ -264,7 +265,7 @@ class Checkpointer:
 
   def _restore(self, step: int, abstract_state: Any, config: Config) -> Restored:
     meta = self.meta(step)
-    check_resumable(from_config_dict(meta["config"]), config)
+    check_resumable(from_saved(meta["config"]), config)
     _check_contract(self.directory / str(step), meta, config)
     restored = self._manager.restore(
       step,
@@ -350,7 +351,7 @@ def restore_params(
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       meta = _checked(reader.restore(folder / "meta", args=ocp.args.JsonRestore()))
-    config = from_config_dict(meta["config"])
+    config = from_saved(meta["config"])
     _check_contract(folder, meta, config)
     step, params = layout(config)
     wanted = {"step": step, "params": params}

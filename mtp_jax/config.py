@@ -60,6 +60,30 @@ def from_config_dict(values: Any) -> Config:
   return _build(Config, values, "")
 
 
+def from_saved(values: Any) -> Config:
+  """Builds the config of a run, which an older version may have saved.
+
+  Keys that are newer than the run have their defaults, with which a run is what it was.
+
+  Raises:
+    ConfigError: see `from_config_dict`; a whole section is missing.
+  """
+  if isinstance(values, dict):
+    values = {
+      name: _filled(x, defaults()[name]) if name in defaults() else x
+      for name, x in values.items()
+    }
+  return from_config_dict(values)
+
+
+def _filled(values: Any, default: Any) -> Any:
+  """Returns the values of a section, with the defaults of keys that it lacks."""
+  if not (isinstance(values, dict) and isinstance(default, dict)):
+    return values
+  given = {name: _filled(x, default.get(name)) for name, x in values.items()}
+  return default | given
+
+
 def to_dict(config: Config) -> dict[str, Any]:
   """Returns the config as nested plain dicts and lists, ready for JSON."""
   return _plain(dataclasses.asdict(config))

@@ -28,6 +28,7 @@ from mtp_jax.predictors import (
   KINDS,
   kind_of,
   num_added_layers,
+  num_drafts,
   num_trunk_layers,
   predictor_trunk,
 )
@@ -254,10 +255,10 @@ def _check_mtp(rule: Rules) -> None:
   most = rule.config.eval.num_drafts
   further = [repr(name) for name, kind in KINDS.items() if kind.is_autoregressive]
   rule(
-    most <= mtp.depth or (kind_of(mtp).is_autoregressive and mtp.depth > 0),
+    most <= num_drafts(mtp) or (kind_of(mtp).is_autoregressive and mtp.depth > 0),
     "eval.num_drafts",
-    f"at most mtp.depth ({mtp.depth}) unless mtp.kind is one of {', '.join(further)} "
-    f"with extra depths (it is {mtp.kind!r})",
+    f"at most the tokens that the predictors draft ({num_drafts(mtp)}) unless mtp.kind "
+    f"is one of {', '.join(further)} with extra depths (it is {mtp.kind!r})",
   )
   if mtp.arm == "shortened":
     rule(

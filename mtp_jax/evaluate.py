@@ -27,6 +27,7 @@ from mtp_jax.batch import Batch
 from mtp_jax.config import Config
 from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
+from mtp_jax.predictors import num_drafts
 from mtp_jax.predictors.vocabulary import localize
 from mtp_jax.program import ProgramConfig
 from mtp_jax.sharding import compiler_options, put_batch
@@ -40,11 +41,12 @@ def row_sums(
 
   nll, correct, count [B, M] are over valid targets of each depth, with `draft_vocab`
   over those of them that can be drafted; agree, prefix [B, D] and reachable [B] over
-  the positions where all D drafts can be compared with the trunk's choice inside the
-  row; bytes [B] counts the bytes of the next-token targets.
+  the positions where all D drafts (none of a kind without a drafter) can be compared
+  with the trunk's choice inside the row; bytes [B] counts the bytes of the next-token
+  targets.
   """
   hidden_MBTD = MtpLm(config).apply({"params": params}, batch)
-  depth = config.mtp.depth
+  depth, drafts = config.mtp.depth, num_drafts(config.mtp)
   tokens_MBT, valid_MBT = future_targets(batch, depth, config.mtp.score_from)
   targets_MBT, mask_MBT = columns(params, config, tokens_MBT, valid_MBT)
   stats = token_stats(
@@ -54,7 +56,7 @@ def row_sums(
   if tokens_C is not None:
     drafted_MBT = drafted_MBT.at[1:].set(tokens_C[drafted_MBT[1:]])
   sum_rows = lambda x: jnp.sum(x, axis=-1, dtype=jnp.float32)  # noqa: E731
-  chosen, reachable_BT = _trunk_choices(drafted_MBT[0], valid_MBT)
+  chosen, reachable_BT = _trunk_choices(drafted_MBT[0], valid_MBT[: 1 + drafts])
   agree, prefix, so_far_BT = [], [], reachable_BT
   for m, chosen_BT in enumerate(chosen, start=1):
     agree_BT = reachable_BT & (drafted_MBT[m] == chosen_BT)
@@ -232,7 +234,7 @@ def summarize(sums: dict[str, np.ndarray]) -> dict[str, Any]:
   num_predictors = sums["nll"].shape[1]
   loss = [ratio(sums["nll"][:, m], sums["count"][:, m]) for m in range(num_predictors)]
   reachable = sums["reachable"]
-  drafts = range(num_predictors - 1)
+  drafts = range(sums["agree"].shape[1])
   return {
     "num_documents": len(reachable),
     "main_loss": loss[0],

@@ -20,6 +20,7 @@ from mtp_jax.decode.generate import Completion, Decoding, generate
 from mtp_jax.decode.target import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
+from mtp_jax.predictors import num_drafts
 from mtp_jax.program import program_config
 
 _NO_TOKEN = -1
@@ -166,7 +167,7 @@ def text_metrics(
   ]
   parses = [source is not None and _parses(source) for source in sources]
   sampled = []
-  if config.mtp.depth:
+  if num_drafts(config.mtp):
     if limits.middle_prompts:
       headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
     sampled = complete(headers, stop_at_end, "leviathan")

@@ -27,6 +27,7 @@ from mtp_jax.predictors import (
   num_trunk_layers,
   predictor_trunk,
   tapped_layers,
+  tokens_after_row,
   vocabulary,
 )
 from mtp_jax.predictors.interface import Given
@@ -65,7 +66,11 @@ class MtpLm(nn.Module):
       self.unembed = Unembed(vocab, trunk.embed_dim)
 
   def __call__(self, batch: Batch) -> jax.Array:
-    """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m."""
+    """Returns hidden_MBTD; depth m at position i predicts token i + 1 + m.
+
+    Where the matrices of `unembeddings` differ in their rows, a state is as wide as the
+    largest has, and each reads as many of its entries as it has rows.
+    """
     return self.with_routing(batch)[0]
 
   def with_routing(self, batch: Batch) -> tuple[jax.Array, dict[str, Routing]]:
@@ -86,6 +91,7 @@ class MtpLm(nn.Module):
     given = Given(
       residual_BTD,
       self.final_norm,
+      lambda k: shifted_tokens(batch, k)[0],
       lambda k: self.embed(shifted_tokens(batch, k)[0]),
       lambda hidden_BTD: self._embed_own(hidden_BTD, unembed_DV),
       unembed_DV,
@@ -156,6 +162,8 @@ def unembed_matrix(params: dict, config: Config, depth: int = 0) -> jax.Array:
     matrix_DV = params["mtp"]["unembed"]
     if kind_of(config.mtp).stacks_unembed:
       matrix_DV = matrix_DV[depth - 1]
+  if depth and config.mtp.markov_rank:
+    matrix_DV = jnp.concatenate([matrix_DV, params["mtp"]["markov_next"]])
   return matrix_DV.astype(compute_dtype(config.trunk))
 
 
@@ -169,7 +177,7 @@ def _unembed_param(params: dict, config: Config) -> jax.Array:
 def unembeddings(params: dict, config: Config) -> list[tuple[slice, jax.Array]]:
   """Returns `(depths, unembed_DV)` of every output matrix, depths in order."""
   mtp = config.mtp
-  if mtp.unembed == "shared":
+  if mtp.unembed == "shared" and not mtp.markov_rank:
     return [(slice(0, None), unembed_matrix(params, config))]
   own = [(1, None)]  # One for all extra depths.
   if kind_of(mtp).stacks_unembed:
@@ -192,7 +200,11 @@ def columns(
   """Returns `(columns_MBT, mask_MBT)`: targets as columns of their output matrices.
 
   Where only some tokens can be drafted, the others are no targets of the extra depths.
+  A depth that ranks upcoming tokens is scored by the next token.
   """
+  if kind_of(config.mtp).upcoming is not None:
+    main = jnp.zeros(len(targets_MBT), int)
+    return targets_MBT[main], mask_MBT[main]
   tokens_C = draft_tokens(params, config)
   if tokens_C is None:
     return targets_MBT, mask_MBT
@@ -257,6 +269,6 @@ def zeros_batch(config: Config, rows: int | None = None) -> Batch:
   `rows`: None is the fewest that the mesh in use can spread.
   """
   rows = fewest_rows() if rows is None else rows
-  shape, extra = (rows, config.data.seq_len), (rows, 1 + config.mtp.depth)
+  shape, extra = (rows, config.data.seq_len), (rows, tokens_after_row(config.mtp))
   zeros = lambda s: jnp.zeros(s, jnp.int32)  # noqa: E731
   return Batch(zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra))

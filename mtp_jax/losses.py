@@ -21,6 +21,9 @@ import optax
 from mtp_jax.kernels.argmax import argmax
 from mtp_jax.sharding import map_over_tokens, platform, psum_tokens, tokens_per_block
 
+_TOKENS = (None, "batch", "seq")
+_MATRIX = ("act_embed", None)
+
 
 class LossSums(NamedTuple):
   """Losses of all depths, as sums over tokens.
@@ -46,6 +49,20 @@ class Teacher(NamedTuple):
 
   hidden_MBTD: jax.Array
   unembed_DV: jax.Array
+
+  @property
+  def per_token(self) -> tuple[jax.Array, ...]:
+    """The arrays [M, B, T, ...] of which `loss` gets a block."""
+    return (self.hidden_MBTD,)
+
+  @staticmethod
+  def axes() -> "Teacher":
+    """Returns the logical axes of the arrays."""
+    return Teacher((*_TOKENS, "act_embed"), _MATRIX)
+
+  def loss(self, objective: str, logits_NV: jax.Array, h_ND: jax.Array) -> jax.Array:
+    """Returns loss_N of a block of tokens."""
+    return OBJECTIVES[objective](logits_NV, _logits(h_ND, self.unembed_DV))
 
 
 class TokenStats(NamedTuple):
@@ -151,13 +168,14 @@ def loss_sums(
     block_tokens: positions per block of logits on each device; 0 lets
       `sharding.tokens_per_block` choose.
     objective: cross_entropy, or a key of `OBJECTIVES`, which needs a teacher.
-    teacher: see `Teacher`; None with `cross_entropy`.
+    teacher: see `Teacher`; None with `cross_entropy`. What else has its three methods
+      will do, such as `predictors.top.Upcoming`, which needs no objective.
   """
   return _over_devices(
     functools.partial(
       _local_sums, block_tokens=block_tokens, objective=objective, with_grads=False
     ),
-    with_teacher=teacher is not None,
+    teacher,
   )(hidden_MBTD, unembed_DV, targets_MBT, mask_MBT, coefficients_M, teacher)[0]
 
 
@@ -168,8 +186,8 @@ def _loss_sums_fwd(
     functools.partial(
       _local_sums, block_tokens=block_tokens, objective=objective, with_grads=True
     ),
+    teacher,
     with_grads=True,
-    with_teacher=teacher is not None,
   )(hidden, unembed, targets, mask, coefficients, teacher)
   return sums, (d_hidden, d_unembed.astype(unembed.dtype))
 
@@ -199,10 +217,14 @@ def token_stats(
 ) -> TokenStats:
   """Returns every token's loss in nats and arg max, for evaluation (no gradient).
 
-  `unembeddings`: pairs of a slice of depths and their output matrix, in order.
+  `unembeddings`: pairs of a slice of depths and their output matrix, in order; each
+  reads as many entries of a state as it has rows.
   """
   results = [
-    _token_stats(hidden_MBTD[depths], unembed_DV, targets_MBT[depths], block_tokens)
+    _token_stats(
+      hidden_MBTD[depths, ..., : len(unembed_DV)], unembed_DV, targets_MBT[depths],
+      block_tokens,
+    )
     for depths, unembed_DV in unembeddings
   ]
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
@@ -253,16 +275,14 @@ def _by_blocks(block, hidden_MBTD, tokens_MBT, block_tokens):
   return tuple(x.reshape(-1)[:num_tokens].reshape(shape) for x in results)
 
 
-def _over_devices(function, with_grads=False, with_teacher=False):
-  tokens = (None, "batch", "seq")
-  scalar, per_depth, matrix = (), (None,), ("act_embed", None)
+def _over_devices(function, teacher, with_grads=False):
+  scalar, per_depth, hidden = (), (None,), (*_TOKENS, "act_embed")
   sums = LossSums(scalar, per_depth, per_depth, per_depth)
-  hidden = (*tokens, "act_embed")
-  teacher = Teacher(hidden, matrix) if with_teacher else None
+  of_teacher = None if teacher is None else teacher.axes()
   return map_over_tokens(
     function,
-    in_axes=(hidden, matrix, tokens, tokens, per_depth, teacher),
-    out_axes=(sums, hidden, matrix) if with_grads else (sums,),
+    in_axes=(hidden, _MATRIX, _TOKENS, _TOKENS, per_depth, of_teacher),
+    out_axes=(sums, hidden, _MATRIX) if with_grads else (sums,),
   )
 
 
@@ -287,9 +307,8 @@ def _local_sums(
     correct = jnp.sum((picked_N >= top_N1[:, 0]) & mask_N, dtype=accumulate)
     # Other objectives are differentiated by JAX: their logits are alive here anyway.
     if teacher is not None:
-      teacher_NV = _logits(*of_teacher, teacher.unembed_DV)
       value_N, pullback = jax.vjp(
-        lambda x_NV: OBJECTIVES[objective](x_NV, teacher_NV), logits_NV
+        lambda x_NV: teacher.loss(objective, x_NV, *of_teacher), logits_NV
       )
       value = jnp.sum(jnp.where(mask_N, value_N, 0.0))
     if not with_grads:
@@ -313,7 +332,7 @@ def _local_sums(
   # Blocks never cross a depth: tokens of one depth are padded to whole blocks.
   arrays = [hidden_MBTD, targets_MBT, mask_MBT]
   if teacher is not None:
-    arrays.append(teacher.hidden_MBTD)
+    arrays += teacher.per_token
   per_depth = jax.vmap(lambda *depth: _split(block_tokens, *depth)[0])(
     *(x.reshape(M, B * T, *x.shape[3:]) for x in arrays)
   )

@@ -199,8 +199,11 @@ class MtpConfig:
               as it is). docs/explanation has what published systems do.
   norm:       trunk (the kind of the trunk) | rms (RMSNorm on any trunk).
   unembed:    shared (the trunk's) | own (begins as a copy of the trunk's).
+  markov_rank: rank of a table of the token before the target, of which each extra head
+              adds a row to its logits (the Markov head of DSpark, published with 256).
   draft_vocab: so many most frequent tokens of the training text are all that EAGLE-3
               with an output matrix of its own can draft.
+  window:     so many upcoming tokens are ranked by TOP.
   fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
               none, and drops it in silence.
   detach:     the extra depths learn, and the trunk learns from the next token alone, as
@@ -267,10 +270,18 @@ class MtpConfig:
   unembed: Literal["shared", "own"] = key(
     "shared", "output matrix of the extra depths", ARCH, when=_DEPTHS
   )
+  markov_rank: int = key(
+    0, "rank of the heads' table of the token before; 0: none", ARCH, at_least(0),
+    most="tokenizer.vocab_size", when=_DEPTHS,
+  )
   draft_vocab: int = key(
     0, "tokens that can be drafted; 0: every token", ARCH, at_least(0),
     most="tokenizer.vocab_size", by=_TENSOR,
     when={"mtp.unembed": ("own",)},
+  )
+  window: int = key(
+    32, "upcoming tokens that are ranked", at_least(1), most="data.seq_len",
+    when=_DEPTHS,
   )
   fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)
   detach: bool = key(

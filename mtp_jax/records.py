@@ -12,6 +12,7 @@ from mtp_jax.batch import Batch
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.metrics import model_flop_utilisation
+from mtp_jax.predictors import tokens_after_row
 from mtp_jax.program import program_config
 from mtp_jax.run import Run
 from mtp_jax.train_state import TrainState
@@ -49,7 +50,7 @@ def likelihood_of(
   before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
   """Returns `evaluate.summarize` of the held-out rows of a corpus."""
-  batches = corpus.eval_batches(1 + run.config.mtp.depth)
+  batches = corpus.eval_batches(tokens_after_row(run.config.mtp))
   with jax.set_mesh(run.mesh):
     sums = evaluate.document_sums(
       program_config(run.config),

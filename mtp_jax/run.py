@@ -24,6 +24,7 @@ from mtp_jax.environment import code_commit, hardware, versions
 from mtp_jax.interrupt import Interrupted
 from mtp_jax.layouts import fastest_that_fits
 from mtp_jax.lm import on_trunk
+from mtp_jax.predictors import tokens_after_row
 from mtp_jax.predictors.vocabulary import most_frequent
 from mtp_jax.program import program_config
 from mtp_jax.saved_model import SOURCES, check_source, load_source
@@ -156,7 +157,7 @@ class Run:
     data = self.config.data
     index, count = row_share(self.mesh)
     return TrainLoader(
-      self.corpus.train_rows(1 + self.config.mtp.depth),
+      self.corpus.train_rows(tokens_after_row(self.config.mtp)),
       batch_size=data.batch_size,
       seed=data.seed,
       host_index=index,

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mtp_jax import files
-from mtp_jax.config import Config, ConfigError, from_config_dict, to_dict
+from mtp_jax.config import Config, ConfigError, from_saved, to_dict
 
 CONFIG, RUN, STARTUP = "config.json", "run.json", "startup.json"
 METRICS, EVAL, DONE = "metrics.jsonl", "eval.json", "DONE"
@@ -175,7 +175,7 @@ def read_config(workdir: Path) -> Config:
   """
   path = workdir / CONFIG
   try:
-    return from_config_dict(json.loads(path.read_text()))
+    return from_saved(json.loads(path.read_text()))
   # ConfigError is a ValueError, and so are bad JSON and bytes that are no text.
   except (OSError, ValueError, RecursionError) as error:
     raise ConfigError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax import accounting, checkpoint, run_folder
 from mtp_jax.checkpoint import CheckpointError
-from mtp_jax.config import Config, ConfigError, difference, from_config_dict
+from mtp_jax.config import Config, ConfigError, difference, from_saved
 from mtp_jax.lm import deployed, deployed_config
 from mtp_jax.sharding import logical_axes, replicated, tree_shardings, unbox
 
@@ -54,7 +54,7 @@ def restore(folder: Path, mesh: jax.sharding.Mesh) -> SavedModel:
     return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)), params
 
   step, params, meta = checkpoint.restore_params(folder, layout)
-  config = portable(from_config_dict(meta["config"]))
+  config = portable(from_saved(meta["config"]))
   return SavedModel(
     config, params, meta["tokenizer"], int(step), meta.get("model_folder")
   )

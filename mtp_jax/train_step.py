@@ -32,6 +32,7 @@ from mtp_jax.losses import (
   loss_sums,
   trunk_states,
 )
+from mtp_jax.predictors import kind_of
 from mtp_jax.program import ProgramConfig
 from mtp_jax.sharding import compiler_options, logical_axes
 from mtp_jax.targets import future_targets
@@ -60,10 +61,14 @@ class Programs(NamedTuple):
 
 
 class Targets(NamedTuple):
-  """What every depth learns at every position, and where the target counts."""
+  """What every depth learns at every position, and where the target counts.
+
+  upcoming: what an extra depth learns in place of its target, see `Kind.upcoming`.
+  """
 
   columns_MBT: jax.Array
   mask_MBT: jax.Array
+  upcoming: Any = None
 
 
 class BatchSums(NamedTuple):
@@ -131,14 +136,17 @@ def depth_losses(
   if mtp.depth and len(matrices) == 1 and is_apart:
     ((_, shared_DV),) = matrices
     matrices = [(slice(0, 1), shared_DV), (slice(1, None), shared_DV)]
-  taken = hidden_MBTD, *targets, coefficients_M
-  teacher_MBTD = trunk_states(hidden_MBTD) if learns_from_trunk(mtp) else None
+  taken = hidden_MBTD, targets.columns_MBT, targets.mask_MBT, coefficients_M
   trunk_DV, tokens_C = unembed_matrix(params, config), draft_tokens(params, config)
+  states_MBTD = hidden_MBTD[..., : len(trunk_DV)]
+  teacher_MBTD = trunk_states(states_MBTD) if learns_from_trunk(mtp) else None
   teacher_DV = trunk_DV if tokens_C is None else trunk_DV[:, tokens_C]
   parts = []
   for depths, matrix_DV in matrices:
-    hidden, targets, mask, coefficients = (x[depths] for x in taken)
-    is_main, objective, teacher = depths == slice(0, 1), "cross_entropy", None
+    hidden, columns, mask, coefficients = (x[depths] for x in taken)
+    hidden = hidden[..., : len(matrix_DV)]
+    is_main, objective = depths == slice(0, 1), "cross_entropy"
+    teacher = None if is_main else targets.upcoming
     if is_main and is_frozen:
       hidden, matrix_DV = jax.lax.stop_gradient((hidden, matrix_DV))
     if not is_main and mtp.detach and mtp.unembed == "shared":
@@ -146,12 +154,14 @@ def depth_losses(
     if not is_main and mtp.objective != "cross_entropy":
       objective, teacher = mtp.objective, Teacher(teacher_MBTD[depths], teacher_DV)
     part = loss_sums(
-      hidden, matrix_DV, targets, mask, coefficients, config.loss.block_tokens,
+      hidden, matrix_DV, columns, mask, coefficients, config.loss.block_tokens,
       objective, teacher,
     )
     if not is_main and mtp.feature_weight:
       weight_M = mtp.feature_weight * coefficients
-      weighted_M = weight_M * feature_sums(hidden, teacher_MBTD[depths], mask)
+      weighted_M = weight_M * feature_sums(
+        states_MBTD[depths], teacher_MBTD[depths], mask
+      )
       part = part._replace(
         total=part.total + jnp.sum(weighted_M),
         weighted_M=part.weighted_M + weighted_M,
@@ -173,7 +183,11 @@ def learnt_targets(config: Config, params: Any, batch: Batch) -> Targets:
   if learns_from_trunk(mtp):
     M, _, T = mask_MBT.shape
     mask_MBT &= (jnp.arange(M)[:, None] + jnp.arange(T) < T)[:, None]
-  return Targets(*columns(params, config, targets_MBT, mask_MBT))
+  learns = kind_of(mtp).upcoming if mtp.depth else None
+  return Targets(
+    *columns(params, config, targets_MBT, mask_MBT),
+    None if learns is None else learns(mtp, batch),
+  )
 
 
 def loss_and_grads(

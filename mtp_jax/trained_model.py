@@ -35,7 +35,7 @@ from mtp_jax.lm import (
   unembeddings,
 )
 from mtp_jax.losses import token_stats
-from mtp_jax.predictors import kind_of
+from mtp_jax.predictors import kind_of, tokens_after_row
 from mtp_jax.predictors.vocabulary import scatter
 from mtp_jax.predictors.weights import Weights
 from mtp_jax.program import ProgramConfig, program_config
@@ -78,15 +78,21 @@ class TrainedModel:
     """Returns hidden_MTD, float32: the hidden states before the output matrix.
 
     Row i of sequential module m, or of step m of EAGLE, depends on the tokens up to
-    i + m (if `mtp.fed` is "true"). Rows with i + m beyond the text are NaN, for any
-    `mtp.fed`.
+    i + m (if `mtp.fed` is "true"). So does parallel head m with `mtp.markov_rank`: the
+    vector of token i + m follows its state. Rows that would depend on tokens beyond the
+    text are NaN, for any `mtp.fed`.
     """
     tokens_T, _, hidden_MBPD = self._run(text)
     hidden_MTD = np.array(hidden_MBPD, np.float32)[:, 0, : len(tokens_T)]
-    if kind_of(self.config.mtp).is_autoregressive:
-      for m in range(1, len(hidden_MTD)):
-        hidden_MTD[m, -m:] = np.nan
+    for m in range(1, len(hidden_MTD)):
+      hidden_MTD[m, self._num_known(tokens_T, m) :] = np.nan
     return hidden_MTD
+
+  def _num_known(self, tokens_T: np.ndarray, depth: int) -> int:
+    """Returns the number of rows of a depth that depend on the text alone."""
+    mtp = self.config.mtp
+    ahead = kind_of(mtp).reads_ahead(mtp, depth) if depth else 0
+    return max(len(tokens_T) - ahead, 0)
 
   def logits(self, text: Text, depth: int = 0) -> np.ndarray:
     """Returns logits_TV of one depth: row i predicts token i + 1 + depth.
@@ -104,8 +110,7 @@ class TrainedModel:
     with jax.set_mesh(self.mesh):
       logits_PV = _logits(self._program, self.params, hidden_MBPD, depth)
     logits_TV = np.array(logits_PV)[: len(tokens_T)]
-    if depth and kind_of(self.config.mtp).is_autoregressive:
-      logits_TV[-depth:] = np.nan
+    logits_TV[self._num_known(tokens_T, depth) :] = np.nan
     return logits_TV
 
   def losses(self, text: Text) -> np.ndarray:
@@ -228,7 +233,7 @@ class TrainedModel:
 
   def _batch(self, tokens_T: np.ndarray) -> Batch:
     """Returns the text as one padded row, and as many empty rows as the mesh needs."""
-    num_tokens, num_extra = len(tokens_T), 1 + self.config.mtp.depth
+    num_tokens, num_extra = len(tokens_T), tokens_after_row(self.config.mtp)
     shards = self.mesh.shape["context"]
     length = decoding.bucket_size(num_tokens)
     length = -(-length // shards) * shards
@@ -359,10 +364,11 @@ def _logits(
   config: Config, params: Any, hidden_MBPD: jax.Array, depth: int
 ) -> jax.Array:
   """Returns logits_PV of the first row, float32 or wider."""
+  matrix_DV = unembed_matrix(params, config, depth)
   logits_PV = jnp.einsum(
     "PD,DV->PV",
-    hidden_MBPD[depth, 0],
-    unembed_matrix(params, config, depth),
+    hidden_MBPD[depth, 0, :, : len(matrix_DV)],
+    matrix_DV,
     preferred_element_type=jnp.promote_types(hidden_MBPD.dtype, jnp.float32),
   )
   tokens_C = draft_tokens(params, config) if depth else None

@@ -21,7 +21,8 @@ from tests.common import (
 
 L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
 FROZEN = {"train.freeze_trunk": True}
-LAYERS = ("parallel", "sequential", "eagle", "eagle3")  # Kinds that have whole layers.
+# Kinds that have whole layers.
+LAYERS = ("parallel", "sequential", "eagle", "eagle3", "peagle")
 CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
 
 
@@ -42,6 +43,8 @@ def by_hand(kind, trunk, layers, modules, depth):
     extra, head = block - norm + 2 * D * D + D, 0
   elif kind == "eagle3":
     extra, head = block + D * reads + 2 * norm + 3 * D * D, 0
+  elif kind == "peagle":
+    extra, head = block + D * reads + 2 * norm + 3 * D * D + 4 * D, 0
   else:
     extra, head = depth * (D * D + (D if kind == "medusa" else 0)), 0
   deployed = around + layers * block + head
@@ -88,6 +91,7 @@ def test_shortened_models_have_the_parameters_of_the_baseline(trunk):
       ("sequential", 3, FROZEN),
       ("sequential", 1, {"mtp.objective": "kl", "mtp.mlp_dim": 640}),
       ("medusa", 3, FROZEN | {"mtp.unembed": "own"}),
+      ("parallel", 3, {"mtp.markov_rank": 256}),
       ("medusa", 3, FROZEN | {"mtp.objective": "tv"}),
     ],
     ("none", 0, {}), ("sequential", 3, {}),

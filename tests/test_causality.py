@@ -83,7 +83,7 @@ def test_a_loss_sees_its_document_up_to_its_place_and_nothing_else(case):
   found_MTU, mask_MT = influence(config, batch)
   for m in range(1 + depth):
     # Depth m of a chain is given the m tokens before the one it predicts.
-    ahead = m if kind_of(config.mtp).is_autoregressive else 0
+    ahead = kind_of(config.mtp).reads_ahead(config.mtp, m) if m else 0
     for i in range(LENGTH):
       same_document = SEGMENTS == SEGMENTS[i]
       newest = i + ahead if config.mtp.fed == "true" else newest_in_trunk(config, m, i)

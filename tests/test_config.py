@@ -95,6 +95,19 @@ def test_unknown_and_missing_keys_of_a_config_dict():
     config_lib.from_config_dict(missing)
 
 
+def test_what_an_older_version_saved_has_the_defaults_of_newer_keys():
+  config = make(mtp__kind="sequential", mtp__depth=2)
+  saved = config_lib.to_dict(config)
+  del saved["mtp"]["detach"], saved["trunk"]["moe"], saved["task"]["siblings"]
+  assert config_lib.from_saved(saved) == config
+  for broken in ({}, saved | {"mtp": []}, {k: saved[k] for k in saved if k != "mtp"}):
+    with pytest.raises(ConfigError):
+      config_lib.from_saved(broken)
+  saved["mtp"]["gone"] = 1
+  with pytest.raises(ConfigError, match=r"^mtp.gone: unknown"):
+    config_lib.from_saved(saved)
+
+
 KEYS = config_lib.keys()
 
 
@@ -178,7 +191,7 @@ RULES = {
   "kind": (
     {"mtp.kind": "eagle2"},
     "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', got 'eagle2'.",
+    "'eagle', 'eagle3', 'peagle', 'top', got 'eagle2'.",
   ),
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -267,8 +280,9 @@ RULES = {
   },
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
-    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3' and "
-    "mtp.depth is positive (they are 'sequential' and 1), got 'own'.",
+    "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3', "
+    "'peagle', 'top' and mtp.depth is positive (they are 'sequential' and 1), got "
+    "'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
@@ -281,8 +295,8 @@ RULES = {
   ),
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
-    "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3' "
-    "and mtp.depth is positive (they are 'parallel' and 1), got 64.",
+    "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3', "
+    "'peagle' and mtp.depth is positive (they are 'parallel' and 1), got 64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -294,7 +308,8 @@ RULES = {
   ),
   "more drafts than heads": (
     {"mtp.kind": "medusa", "mtp.depth": 2, "eval.num_drafts": 3},
-    "eval.num_drafts must be at most mtp.depth (2) unless mtp.kind is one of "
+    "eval.num_drafts must be at most the tokens that the predictors draft (2) unless "
+    "mtp.kind is one of "
     "'sequential', 'eagle', 'eagle3' with extra depths (it is 'medusa'), got 3.",
   ),
   "EAGLE without a step": (
@@ -310,8 +325,8 @@ RULES = {
   ),
   "draft vocabulary of a shared matrix": (
     {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
-    "mtp.draft_vocab must be 0 unless mtp.kind is 'eagle3' and mtp.unembed is 'own' "
-    "(they are 'eagle3' and 'shared'), got 9.",
+    "mtp.draft_vocab must be 0 unless mtp.kind is one of 'eagle3', 'peagle' and "
+    "mtp.unembed is 'own' (they are 'eagle3' and 'shared'), got 9.",
   ),
   "draft vocabulary larger than the vocabulary": (
     {
@@ -632,6 +647,7 @@ IGNORED = {
   "mtp.fed": ("own", {"mtp.kind": "sequential"}),
   "mtp.out_norm": ("none", {"mtp.kind": "sequential"}),
   "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
+  "mtp.markov_rank": (8, {"mtp.kind": "medusa", "mtp.depth": 1}),
   "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
   "train.eval_test": (True, {}),
   "data.validation_fraction": (0.1, QUIET),
@@ -735,6 +751,8 @@ def test_absurd_sizes_are_refused_before_anything_is_made(monkeypatch, key):
     others = {"trunk.rope_scaling.kind": "yarn"}
   if key == "mtp.draft_vocab":
     others = {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.unembed": "own"}
+  if key == "mtp.markov_rank":
+    others = {"mtp.kind": "parallel", "mtp.depth": 1}
   if key == "eval.task_examples" or key == "task.num_train":
     others = QUIET
   config = make(**others | {key: 2_000_000_000})

@@ -42,11 +42,13 @@ MODELS = {
   "gpt2-parallel": ("gpt2", "parallel", DEPTH, {}),
   "llama-sequential": ("llama", "sequential", DEPTH, {}),
   "gpt2-sequential": ("gpt2", "sequential", DEPTH, {}),
+  "llama-markov": ("llama", "parallel", DEPTH, {"mtp.markov_rank": 6}),
   "llama-linear": ("llama", "linear", DEPTH, {}),
   "gpt2-medusa": ("gpt2", "medusa", DEPTH, {}),
   "llama-eagle": ("llama", "eagle", DEPTH, {}),
   "gpt2-eagle": ("gpt2", "eagle", DEPTH, {}),
   "llama-eagle3": ("llama", "eagle3", DEPTH, {"trunk.num_kv_heads": 4}),
+  "llama-peagle": ("llama", "peagle", DEPTH, {"trunk.num_kv_heads": 4}),
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "llama-eagle3-own": (
     "llama", "eagle3", 2,
@@ -91,7 +93,7 @@ class Model:
 
 def _quieten(path, leaf, mtp):
   names, eye = [key.key for key in path], np.eye(16, dtype=np.float32)
-  if mtp.kind == "eagle3" and "mtp" in names and leaf.ndim == 3:
+  if mtp.kind in ("eagle3", "peagle") and "mtp" in names and leaf.ndim == 3:
     # Attention to the own row, which passes on the embedding that is read there.
     whole = eye if "out" in names else np.concatenate([0 * eye, 3 * eye])
     return 0.2 * leaf + whole.reshape(leaf.shape)
@@ -109,6 +111,12 @@ def _quieten(path, leaf, mtp):
   return leaf
 
 
+def logits(config, params, hidden, depth=0):
+  """Returns logits of a depth, by its output matrix; a state may be wider."""
+  matrix_DV = unembed_matrix(params, config, depth)
+  return hidden[..., : len(matrix_DV)] @ matrix_DV
+
+
 def uncached(config, params, prompts):
   """The definition: each new token is the arg max after a pass over all before it."""
   length = config.data.seq_len
@@ -116,7 +124,7 @@ def uncached(config, params, prompts):
   @jax.jit
   def next_tokens(params, batch):
     hidden_BTD = MtpLm(config).apply({"params": params}, batch)[0]
-    return (hidden_BTD @ unembed_matrix(params, config)).argmax(-1)
+    return logits(config, params, hidden_BTD).argmax(-1)
 
   rows = [list(prompt) for prompt in prompts]
   for _ in range(NEW):
@@ -342,7 +350,7 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
     batch = batch_of(rows, np.ones_like(rows), length)
     hidden_MBTD = jax.jit(MtpLm(config).apply)({"params": model.params}, batch)
     return np.stack([
-      hidden_BTD @ unembed_matrix(model.params, config, m)
+      logits(config, model.params, hidden_BTD, m)
       for m, hidden_BTD in enumerate(hidden_MBTD)
     ])
 
@@ -363,17 +371,17 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
       tokens_BS, length_B, feature, jnp.where(there, positions_BT, SEQ_LEN),
       0 * length_B, length_B - 2,
     )
-    logits = []
+    drafted = []
     if depth == 0:
-      return target.unembed(weights, hidden), logits
+      return target.unembed(weights, hidden), drafted
     cache, carry = drafter.catch_up(weights, drafter.init(2, SEQ_LEN), window)
 
     def choose(logits_BV, k):
-      logits.append(logits_BV)
+      drafted.append(logits_BV)
       return Choice(tokens_BS[jnp.arange(2), length_B + k - 1])
 
     drafter.propose(weights, cache, carry, window, choose)
-    return target.unembed(weights, hidden), logits
+    return target.unembed(weights, hidden), drafted
 
   own, seen = run(model.weights, jnp.asarray(rows[:, :SEQ_LEN], jnp.int32))
   np.testing.assert_allclose(own, expected_MBTV[0], rtol=2e-4, atol=2e-5)

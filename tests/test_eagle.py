@@ -157,10 +157,14 @@ class Peer:
       state = self.step(self.feature(streams_T[j]), embed(j + 1), j - start, memory)
     for k in itertools.count(1):
       yield self.read_out(state)
-      state = self.step(state, embed(i + k + 1), i - start + k, memory)
+      embedding = embed(i + k + 1)
+      if self.kind == "peagle":
+        state = self.params["mask_streams"] @ self.params["fusion"]["kernel"]
+        embedding = self.params["mask_embedding"]
+      state = self.step(state, embedding, i - start + k, memory)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "peagle"])
 @pytest.mark.parametrize(
   "trunk",
   mostly_slow([*TRUNKS.values(), HEADS], TRUNKS["llama"]),
@@ -241,7 +245,7 @@ def test_remat_and_unrolling_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "peagle"])
 def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind):
   options = {
     "trunk.num_layers": 1, "trunk.remat": "none", "train.freeze_trunk": True,

@@ -46,6 +46,7 @@ EXPERIMENTS = [
   *((name, preset) for name in ON_TASKS + ON_TEXT for preset in ("cpu", "gpu")),
   *RATES,
   *(("drafters", preset) for preset in ("cpu", "cpu_trunks", "gpu", "gpu_trunks")),
+  *(("markov", preset) for preset in ("cpu", "gpu")),
 ]
 # The presets `cluster` of the questions are `gpu` with more seeds or sizes.
 LARGEST = [(name, "cluster") for name in ON_TASKS + ON_TEXT]

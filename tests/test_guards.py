@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import mtp_jax
 from experiments import base
-from mtp_jax import accounting, train
+from mtp_jax import accounting, run_folder, train
 from mtp_jax import config as config_lib
 from mtp_jax.analysis.findings import write_findings
 from mtp_jax.predictors import contract
@@ -41,9 +41,12 @@ OWN = {"mtp.unembed": "own"}
 # Name -> kind, depth and overrides, each on every trunk that it can have.
 PREDICTORS = {kind: (kind, depth, {}) for kind, depth in common.KINDS} | {
   "parallel of 1": ("parallel", 0, {}),
+  "markov": ("parallel", 2, {"mtp.markov_rank": 6}),
   "shared": ("sequential", 2, common.SHARED),
   "minimal": ("sequential", 2, common.MINIMAL),
   "medusa, own": ("medusa", 2, OWN),
+  "peagle, own": ("peagle", 2, OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20}),
+  "top, own": ("top", 1, OWN),
   "eagle3, own": ("eagle3", 2, OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20}),
 }
 FLOAT64 = {"trunk.compute_dtype": "float64", "data.batch_size": 4}
@@ -75,7 +78,7 @@ def parameters():
   found = {}
   for trunk, of_trunk in TRUNKS.items():
     for name, (kind, depth, values) in PREDICTORS.items():
-      if trunk == "latent" and name.startswith("eagle"):
+      if trunk == "latent" and "eagle" in name:
         continue
       config = common.tiny_config(kind, depth, of_trunk | values)
       tree = accounting.abstract_params(config)
@@ -165,9 +168,7 @@ def test_a_run_folder_of_older_code_is_loaded_and_continued(tmp_path):
   folder = shutil.copytree(GOLDEN / "run", tmp_path / "run")
   model = mtp_jax.load(folder)
   assert (model.step, model.config.mtp.depth) == (4, 2)
-  train.fit(config_lib.from_config_dict(
-    json.loads((folder / "config.json").read_text())
-  ), folder, progress=False)
+  train.fit(run_folder.read_config(folder), folder, progress=False)
   found = losses(folder)
   assert [x[:2] for x in found] == [x[:2] for x in expected]
   for ours, theirs in zip(found, expected, strict=True):

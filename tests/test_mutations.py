@@ -28,6 +28,7 @@ CACHES = "test_decode.py::test_caches_after_many_rounds_are_those_of_one_pass"
 DRAFTING = (
   "test_eagle.py::test_training_computes_what_drafting_does_token_by_token"
 )
+RANKING = "test_top.py::test_loss_and_gradients_are_listnet_on_whole_targets"
 TREE = "test_decode_tree.py"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
@@ -395,6 +396,42 @@ MUTANTS = {
     "ahead_BW = rows.position_BW + k\n",
     "ahead_BW = rows.position_BW + 1\n",
     f"{DEPTHS}[llama-sequential]",
+  ),
+  "the Markov head reads the token that it predicts": Mutant(
+    "predictors/parallel.py",
+    "given.ahead(m)",
+    "given.ahead(1 + m)",
+    "test_markov.py::test_losses_and_gradients_are_those_of_a_whole_table[options0]",
+  ),
+  "every draft adds the row of the newest committed token": Mutant(
+    "predictors/parallel.py",
+    "      token_B = drafts[-1].token_B\n",
+    "",
+    f"{DEPTHS}[llama-markov]",
+  ),
+  "masked rows run one position late": Mutant(
+    "predictors/peagle.py",
+    "window.length_B[:, None] - 1 + jnp",
+    "window.length_B[:, None] + jnp",
+    f"{DEPTHS}[llama-peagle]",
+  ),
+  "later steps of P-EAGLE are shown the true token": Mutant(
+    "predictors/eagle.py",
+    "masked if is_masked else (",
+    "(masked[0], given.embed_ahead(k)) if is_masked else (",
+    f"{DRAFTING}[llama-peagle]",
+  ),
+  "far tokens are ranked first": Mutant(
+    "predictors/top.py",
+    "jnp.exp(-jnp.arange(",
+    "jnp.exp(jnp.arange(",
+    f"{RANKING}[6]",
+  ),
+  "a token is ranked at every occurrence": Mutant(
+    "predictors/top.py",
+    "there_WBT[d] & ~jnp.any(",
+    "there_WBT[d] | jnp.any(",
+    f"{RANKING}[6]",
   ),
   "heads are fed the state after the first head": Mutant(
     "decode/target.py",

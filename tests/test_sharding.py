@@ -46,9 +46,11 @@ MESHES = ({"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"context": 8}, MIXED)
 MODELS = {"sequential": {"trunk.num_layers": 1}, "parallel": GPT2}
 OTHERS = {
   "shifted states and own tokens": ("sequential", INPUTS["shifted"] | INPUTS["own"]),
+  "markov": ("parallel", {"mtp.markov_rank": 6}),
   "medusa": ("medusa", {"trunk.num_layers": 1}),
   "eagle": ("eagle", {"trunk.num_layers": 1}),
   "eagle3": ("eagle3", GPT2 | {"trunk.num_layers": 1}),
+  "peagle": ("peagle", GPT2 | {"trunk.num_layers": 1}),
 }
 
 

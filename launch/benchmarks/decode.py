@@ -85,7 +85,7 @@ PRESETS = {
     "max_new_tokens": 12, "rounds": 2, "least_seconds": 0.005,
   },
 }
-_KINDS = tuple(name for name, kind in KINDS.items() if kind.has_depths)
+_KINDS = tuple(name for name, kind in KINDS.items() if kind.drafter)
 harness.define_settings(
   PRESETS,
   {"models": harness.MODELS, "trunks": harness.TRUNKS, "kinds": _KINDS},

@@ -26,6 +26,7 @@ from launch import paths
 from launch.huge_pages import start_with_huge_pages
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, ConfigError, from_config_dict, with_overrides
+from mtp_jax.predictors import tokens_after_row
 from mtp_jax.progress import Progress
 
 flags.disclaim_key_flags()
@@ -203,7 +204,7 @@ def one_document_batch(config: Config, seed: int = 0) -> Batch:
   """Returns rows [B, ...] of random tokens; a row is one document without an end."""
   rng = np.random.default_rng(seed)
   rows, length = config.data.batch_size, config.data.seq_len
-  extra = 1 + config.mtp.depth
+  extra = tokens_after_row(config.mtp)
   ids = rng.integers(0, config.tokenizer.vocab_size, (rows, length + extra), np.int32)
   ones = np.ones_like(ids)
   positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))

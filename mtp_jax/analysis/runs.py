@@ -22,7 +22,7 @@ from mtp_jax.config import (
   Config,
   ConfigError,
   MtpConfig,
-  from_config_dict,
+  from_saved,
   next_token_only,
 )
 
@@ -251,7 +251,7 @@ def _curve(records: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]
 
 def _read_config(path: Path) -> Config:
   try:
-    return from_config_dict(read_json(path))
+    return from_saved(read_json(path))
   except ConfigError as e:
     raise RunsError(f"{path}: {e}") from e
 

@@ -10,6 +10,7 @@ import functools
 
 import jax.numpy as jnp
 
+from mtp_jax import predictors
 from mtp_jax.config import Config
 from mtp_jax.predictors import kind_of, predictor_trunk
 from mtp_jax.predictors.drafting import (
@@ -37,14 +38,15 @@ def own_predictors(
     ValueError: more drafts than there are predictors.
   """
   mtp, kind = config.mtp, kind_of(config.mtp)
-  num_drafts = mtp.depth if num_drafts is None else num_drafts
+  most = predictors.num_drafts(mtp)
+  num_drafts = most if num_drafts is None else num_drafts
   if num_drafts < 0:
     raise ValueError(f"num_drafts must be at least 0, got {num_drafts}.")
   can_recurse = kind.is_autoregressive and mtp.depth > 0
-  if num_drafts > mtp.depth and not (can_recurse and (recurse or kind.recurses)):
+  if num_drafts > most and not (can_recurse and (recurse or kind.recurses)):
     hint = "; or set recurse=True" if can_recurse else ""
     raise ValueError(
-      f"num_drafts must be at most the model's {mtp.depth} extra predictor(s) "
+      f"num_drafts must be at most the model's {most} extra predictor(s) that draft "
       f"(mtp.kind {mtp.kind!r}){hint}; got {num_drafts}."
     )
   if num_drafts == 0:

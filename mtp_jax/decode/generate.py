@@ -22,7 +22,7 @@ from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
 from mtp_jax.environment import device_memory
 from mtp_jax.model.layers import compute_dtype
-from mtp_jax.predictors import kind_of, num_trunk_layers
+from mtp_jax.predictors import num_trunk_layers
 from mtp_jax.predictors.drafting import Drafter
 from mtp_jax.predictors.weights import Weights
 
@@ -64,8 +64,9 @@ class Decoding:
     token) | leviathan | block (sampling, equal in distribution); see `verify`.
   warp: temperature and the like for the rules that sample; None for greedy.
   proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
-    use the distribution and drafts depend on each other (sequential modules, EAGLE),
-    and else takes the arg max: parallel heads sampled one by one do not fit together.
+    use the distribution and drafts depend on each other (sequential modules, EAGLE,
+    parallel heads with a Markov head), and else takes the arg max: other parallel
+    heads, sampled one by one, do not fit together.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
   tree: see `trees`; None verifies a chain. The depth of a tree is K.
@@ -118,8 +119,7 @@ def make_plan(
   if drafter.num_drafts == 0 and rule != "greedy":
     rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
-    feeds_drafts = kind_of(config.mtp).is_autoregressive
-    uses_q = rule == "block" or (rule == "leviathan" and feeds_drafts)
+    uses_q = rule == "block" or (rule == "leviathan" and drafter.feeds_choices)
     proposal = "sample" if uses_q and drafter.has_distribution else "argmax"
   if drafter.num_drafts:
     if proposal in ("sample", "coupled") and not drafter.has_distribution:

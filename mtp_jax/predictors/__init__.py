@@ -9,7 +9,15 @@ import dataclasses
 from typing import Any
 
 from mtp_jax.config import Config, ConfigError, MtpConfig, TrunkConfig
-from mtp_jax.predictors import eagle, linear, medusa, parallel, sequential
+from mtp_jax.predictors import (
+  eagle,
+  linear,
+  medusa,
+  parallel,
+  peagle,
+  sequential,
+  top,
+)
 from mtp_jax.predictors.interface import Given, Kind
 
 __all__ = ["KINDS", "Given", "Kind", "kind_of"]
@@ -23,6 +31,8 @@ KINDS: dict[str, Kind] = {
   "medusa": medusa.MEDUSA,
   "eagle": eagle.EAGLE,
   "eagle3": eagle.EAGLE3,
+  "peagle": peagle.PEAGLE,
+  "top": top.TOP,
 }
 
 
@@ -41,6 +51,17 @@ def kind_of(mtp: MtpConfig) -> Kind:
 def reading(key: str) -> tuple[str, ...]:
   """Returns the kinds that read a key of `mtp`."""
   return tuple(name for name, kind in KINDS.items() if key in kind.reads)
+
+
+def num_drafts(mtp: MtpConfig) -> int:
+  """Tokens that the predictors draft a round, each once."""
+  return mtp.depth if kind_of(mtp).drafter is not None else 0
+
+
+def tokens_after_row(mtp: MtpConfig) -> int:
+  """Tokens after a row of training text that its last position learns from."""
+  is_ranked = mtp.depth > 0 and kind_of(mtp).upcoming is not None
+  return max(1 + mtp.depth, mtp.window if is_ranked else 0)
 
 
 def num_added_layers(mtp: MtpConfig) -> int:

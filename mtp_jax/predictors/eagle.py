@@ -159,9 +159,11 @@ class Eagle3(nn.Module):
   @nn.compact
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     streams_BTX = jnp.concatenate(given.tapped, axis=-1)
-    feature_BTD = Fusion(self.trunk, name="fusion")(streams_BTX)
+    fusion = Fusion(self.trunk, name="fusion")
     layer = _unrollable(Eagle3Layer, self.trunk)
-    states = _unroll(layer, feature_BTD, given, self.mtp.depth)
+    states = _unroll(
+      layer, fusion(streams_BTX), given, self.mtp.depth, self._masked(fusion, given)
+    )
     out_norm = make_norm(self.trunk, "out_norm")
     if self.mtp.unembed == "own":
       num_tokens = self.mtp.draft_vocab or given.unembed_DV.shape[1]
@@ -176,6 +178,13 @@ class Eagle3(nn.Module):
     normed_BTD = given.final_norm(given.residual_BTD)
     return jnp.stack([normed_BTD, *map(out_norm, states)]), None
 
+  def _masked(
+    self, fusion: Fusion, given: Given
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """Returns what later steps read instead of state and embedding, if anything."""
+    del fusion, given
+    return None
+
 
 def _unrollable(
   layer: type[nn.Module], trunk: TrunkConfig, *more: bool
@@ -186,14 +195,25 @@ def _unrollable(
 
 
 def _unroll(
-  layer: nn.Module, feature_BTD: jax.Array, given: Given, depth: int
+  layer: nn.Module,
+  feature_BTD: jax.Array,
+  given: Given,
+  depth: int,
+  masked: tuple[jax.Array, jax.Array] | None = None,
 ) -> list[jax.Array]:
-  """Returns the states of depths 1 to D, each [B, T, D]."""
+  """Returns the states of depths 1 to D, each [B, T, D].
+
+  masked: state and embedding that all steps but the first read, if they are given none.
+  """
   states, cache = [feature_BTD], Unrolled()
   for k in range(1, 1 + depth):
+    is_masked = masked is not None and k > 1
+    state_BTD, embedding_BTD = masked if is_masked else (
+      states[-1], given.embed_ahead(k)
+    )
     state_BTD, cache = layer(
-      states[-1],
-      given.embed_ahead(k),
+      state_BTD,
+      embedding_BTD,
       given.positions_BT + (k - 1),
       given.segment_ids_BT,
       cache,
@@ -218,7 +238,7 @@ def _eagle_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
 
 
 @functools.cache
-def _eagle3_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
+def eagle3_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
   """The state has no norm; the unembedding reads it after one."""
   del mtp
 
@@ -339,25 +359,37 @@ def _rules(rule) -> None:
   )
 
 
-def _kind(
-  recursion: Callable[[TrunkConfig, MtpConfig], Recursion], **facts: Any
-) -> Kind:
-  return Kind(
-    is_autoregressive=True,
-    recurses=True,
-    is_dense=True,
-    blocks=lambda mtp: mtp.depth,
-    added_layers=lambda mtp: 1,
-    unstack=lambda params, mtp: [params],
-    drafter=lambda trunk, mtp, num_drafts: chain(recursion(trunk, mtp), num_drafts),
-    recursion=recursion,
-    rules=_rules,
-    **facts,
-  )
+ONE_LAYER = {
+  "is_dense": True,
+  "blocks": lambda mtp: mtp.depth,
+  "added_layers": lambda mtp: 1,
+  "unstack": lambda params, mtp: [params],
+  "rules": _rules,
+}
+# Of EAGLE-3 and its relative that drafts in one pass.
+FUSED = ONE_LAYER | {
+  "reads": ("mlp_dim", "unembed", "draft_vocab"),
+  "tapped_layers": _tapped_layers,
+  "flops": _eagle3_flops,
+  "on_trunk": _on_trunk,
+}
 
 
-EAGLE = _kind(
-  _eagle_recursion,
+def _reads_itself(
+  recursion: Callable[[TrunkConfig, MtpConfig], Recursion]
+) -> dict[str, Any]:
+  return {
+    "is_autoregressive": True,
+    "reads_ahead": lambda mtp, m: m,
+    "recurses": True,
+    "drafter": lambda trunk, mtp, num_drafts: chain(recursion(trunk, mtp), num_drafts),
+    "recursion": recursion,
+  }
+
+
+EAGLE = Kind(
+  **ONE_LAYER,
+  **_reads_itself(_eagle_recursion),
   module=Eagle,
   reads=("mlp_dim", "fc_bias"),
   flops=_eagle_flops,
@@ -365,12 +397,9 @@ EAGLE = _kind(
     "trunk output after its final norm", "output", None
   ),
 )
-EAGLE3 = _kind(
-  _eagle3_recursion,
+EAGLE3 = Kind(
+  **FUSED,
+  **_reads_itself(eagle3_recursion),
   module=Eagle3,
-  reads=("mlp_dim", "unembed", "draft_vocab"),
-  tapped_layers=_tapped_layers,
-  flops=_eagle3_flops,
   contract=_eagle3_contract,
-  on_trunk=_on_trunk,
 )

@@ -15,8 +15,8 @@ from mtp_jax.config import Config, MtpConfig
 from mtp_jax.predictors.drafting import Drafter, Recursion
 
 Norm = Callable[[jax.Array], jax.Array]
-# k -> embedding_BTD of the token k places after each position.
-EmbedAhead = Callable[[int], jax.Array]
+# k -> token_BT k places after each position, or its embedding_BTD.
+Ahead = Callable[[int], jax.Array]
 # normed hidden_BTD -> embedding_BTD of the most likely tokens, chosen without gradient.
 EmbedOwn = Callable[[jax.Array], jax.Array]
 
@@ -31,7 +31,8 @@ class Given(NamedTuple):
 
   residual_BTD: jax.Array
   final_norm: Norm
-  embed_ahead: EmbedAhead
+  ahead: Ahead
+  embed_ahead: Ahead
   embed_own: EmbedOwn
   unembed_DV: jax.Array
   positions_BT: jax.Array
@@ -75,6 +76,7 @@ class Kind:
   has_depths: False has no extra predictors at all, and no drafter.
   is_autoregressive: depth k follows from depth k - 1 and the token before its target,
     so that the last depth can be applied again, to draft more tokens than depths.
+  reads_ahead: `(mtp, m)` -> how many tokens after position i depth m >= 1 reads there.
   deployed_blocks: how many of its blocks, the first ones, are the last layers of the
     deployed next-token model. They are the stack `heads` of its parameters.
   is_dense: its blocks have no experts, whatever the trunk's have.
@@ -92,8 +94,10 @@ class Kind:
   unstack: `(parameters, mtp)` -> what each depth adds, the deployed blocks first; one
     entry where all depths share it. Becomes `Weights.predictors`.
   drafter: `(trunk, mtp, num_drafts)` -> the drafter of K >= 1 tokens; equal arguments
-    give the same one, since drafters key compiled programs.
+    give the same one, since drafters key compiled programs. None drafts nothing.
   recursion: `(trunk, mtp)` -> the drafter that reads its own output, or None.
+  upcoming: `(mtp, batch)` -> what its one extra depth learns in place of a token, see
+    `top.Upcoming`; its targets in records are those of depth 0. None: a token each.
   recurses: drafts more tokens than it has depths even without `recurse`.
   rules: checks what no other rule of `config_rules` does; see `config_rules.Rules`.
   """
@@ -102,11 +106,13 @@ class Kind:
   reads: tuple[str, ...] = ()
   has_depths: bool = True
   is_autoregressive: bool = False
+  reads_ahead: Callable[[MtpConfig, int], int] = lambda mtp, m: 0
   deployed_blocks: int = 0
   is_dense: bool = False
   blocks: Callable[[MtpConfig], int] = lambda mtp: 0
   added_layers: Callable[[MtpConfig], int] = lambda mtp: 0
   tapped_layers: Callable[[int], tuple[int, ...]] = lambda num_layers: ()
+  upcoming: Callable[..., Any] | None = None
   recurses: bool = False
   stacks_unembed: bool = False
   flops: Callable[[Config], float] = lambda config: 0.0

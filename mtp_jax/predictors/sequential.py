@@ -396,6 +396,7 @@ SEQUENTIAL = Kind(
   module=SequentialModules,
   reads=("share_modules", "dense_blocks", "mlp_dim", *PUBLISHED_MODULES),
   is_autoregressive=True,
+  reads_ahead=lambda mtp, m: m,
   blocks=lambda mtp: mtp.depth,
   added_layers=lambda mtp: 1 if mtp.share_modules else mtp.depth,
   flops=_flops,
