@@ -163,7 +163,9 @@ def test_there_are_commands_of_every_kind():
   modules = {command[0] for command in COMMANDS.values()}
   every = {f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py")}
   is_main = 'if __name__ == "__main__"'
-  commands_ = {x for x in every if is_main in _source(x)} - {"launch.__main__"}
+  # launch.engine is run by `export --verify`, in the interpreter of another engine.
+  inner = {"launch.__main__", "launch.engine"}
+  commands_ = {x for x in every if is_main in _source(x)} - inner
   assert commands_ - modules == set() and len(COMMANDS) > 40
 
 

@@ -89,6 +89,14 @@ def test_a_checkpoint_is_explored(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_shipped_model_is_explored_by_default(monkeypatch):
+  monkeypatch.delenv("RUN", raising=False)
+  done = execute("explore_checkpoint.ipynb", {})
+  assert "<TrainedModel 'demo': sequential, D = 3, " in texts(done)
+  assert num_figures(done) == 2
+
+
+@pytest.mark.slow
 def test_a_sweep_is_reported(tmp_path):
   runs = write_ladder(
     tmp_path / "runs", World(gain={("sequential", 1): (-0.02, 0.04)}), seeds=(0, 1)
