@@ -11,19 +11,25 @@ started or ended: `mtp-jax sweep` does that.
 """
 
 import jax
+from absl import flags
 
-from launch import cli, state_table, trials
+from launch import cli, search, state_table, trials
 
 cli.define_config()
 trials.define_workdir()
 trials.define_flags()
 state_table.define_flags()
+search.define_flags()
 
 
 def main() -> int:
   jax.config.update("jax_platforms", "cpu")  # Parameters are counted, nothing is run.
   root = cli.workdir()
-  return state_table.show(trials.from_flags(root)[1], root)
+  if flags.FLAGS.search:
+    planned = search.from_flags(root).planned()
+  else:
+    planned = trials.from_flags(root)[1]
+  return state_table.show(planned, root)
 
 
 if __name__ == "__main__":
