@@ -91,6 +91,14 @@ def from_flags(root: Path) -> "Search":
   )
 
 
+def in_folder(root: Path) -> list[Trial]:
+  """Returns the trials of the search in a sweep folder, if there is one."""
+  if not (root / JOURNAL).exists():
+    return []
+  found = Search(root, cli.load_config(), cli.config_overrides(), lambda trial: {})
+  return found.planned()
+
+
 def parse_space(given: Sequence[str]) -> _Suggest:
   """Returns what suggests overrides for `KEY=LOW:HIGH[:log]` and `KEY=A,B,...`.
 
@@ -201,7 +209,11 @@ class Search:
     """Returns all trials that were asked for, whatever became of them."""
     if not (self._root / JOURNAL).exists():
       return []
-    return [self._trial(x) for x in _asked(self._study())]
+    try:
+      study = self._optuna.load_study(study_name="search", storage=self._storage())
+    except KeyError:  # The process that made the journal was killed.
+      return []
+    return [self._trial(x) for x in _asked(study)]
 
   def summary(self) -> str:
     """Returns how many trials have ended, and the best."""
@@ -225,12 +237,15 @@ class Search:
         fcntl.flock(lock, fcntl.LOCK_EX)
       yield
 
+  def _storage(self) -> Any:
+    storages = self._optuna.storages
+    backend = storages.journal.JournalFileBackend(str(self._root / JOURNAL))
+    return storages.JournalStorage(backend)
+
   def _study(self) -> Any:
-    storage = self._optuna.storages
-    backend = storage.journal.JournalFileBackend(str(self._root / JOURNAL))
     study = self._optuna.create_study(
-      storage=storage.JournalStorage(backend), study_name="search",
-      direction=self._direction, load_if_exists=True,
+      storage=self._storage(), study_name="search", direction=self._direction,
+      load_if_exists=True,
     )
     wanted = [self._direction, self._objective]
     if study.user_attrs.setdefault("objective", wanted) != wanted:

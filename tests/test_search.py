@@ -176,6 +176,7 @@ def test_any_engine_trains_what_is_asked_for(command, tmp_path):
     assert len(planned) == num_open and len(found.planned()) == num_done + num_open
     listed = command(*start, "--status").output.splitlines()
     assert listed[-1].startswith(f"{num_done + num_open} trial(s): ")
+    assert command("launch.list_states", *start[1:3]).output.splitlines() == listed
     if num_done or (root / "asked").exists():
       for trial in planned:
         finish(trial)
