@@ -4,7 +4,7 @@ r"""Plans training on TPUs and GPUs, on any machine: memory, work, collectives, 
       --topology=v5p --only='embed_dim=1024,arm=added,seed=0'
   mtp-jax plan --config=experiments/deepseek_v3.py:v3 --topology=v5p:8x16x16 \
       --output=experiments/results/plan
-  python -m launch.plan --config=experiments/gains_with_scale.py:gpu \
+  mtp-jax plan --config=experiments/gains_with_scale.py:gpu \
       --topology=h200:1,h200:8 --only='embed_dim=768,depth=1,arm=added,seed=0'
 
 A topology is a TPU slice, v4, v5e, v5p or v6e with the chips along each axis, or a

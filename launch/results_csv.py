@@ -82,9 +82,15 @@ def _row(folder: Path, config: dict[str, Any], varying: list[str]) -> dict[str, 
     "reason": None if complete else status.get("reason"),
     "folder": folder.name,
   } | {key: config.get(key) for key in varying}
+  return row | measures(result)
+
+
+def measures(result: dict[str, Any]) -> dict[str, Any]:
+  """Returns the columns of an eval.json."""
+  columns: dict[str, Any] = {}
   for name, value in result.items():
-    row |= _columns(name, value)
-  return row
+    columns |= _columns(name, value)
+  return columns
 
 
 def _columns(name: str, value: Any) -> dict[str, Any]:

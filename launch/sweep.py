@@ -4,7 +4,7 @@ r"""Trains all trials of an experiment, here or on a cluster, and continues them
   mtp-jax sweep gains_with_scale:cpu --parallel=2 --only='kind=sequential,seed=0'
   mtp-jax sweep depth_sweep --workdir=runs/depth --on=slurm \
       --slurm='partition=gpu gpus-per-node=8' --max_parallel=4
-  mtp-jax status depth_sweep --workdir=runs/depth --watch
+  mtp-jax sweep smoke --search=optuna --space='optimizer.learning_rate=1e-4:1e-2:log'
 
 Every trial has a run folder of its own in --workdir, named by what varies
 (docs/reference/sweep-folder.md). All configs are checked before the first trial starts.
@@ -17,7 +17,7 @@ each trial.
 running trial; `slurm` submits a job array; `kubernetes` writes JobSets, and --submit
 applies them; `print` prints the commands for any other scheduler. The same command
 again continues, whatever happened, on another engine too; --status and --cancel need
-no --on.
+no --on. --search trains the trials that Optuna asks for, on any engine.
 
 --config.KEY=VALUE holds for every trial and wins over the sweep. On CPU cores, several
 workers with fewer threads each get more done than one with all (--parallel). On a GPU
@@ -32,7 +32,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch import cli, jobs, results_csv, state_table, states, trials
+from launch import cli, exits, jobs, results_csv, search, state_table, states, trials
 from launch.engines import kubernetes, printed, slurm
 from launch.engines.engine import Engine
 from launch.engines.local import Local
@@ -81,6 +81,7 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 _STATUS = flags.DEFINE_bool("status", False, "list the state of every trial")
 state_table.define_flags()
+search.define_flags()
 _CANCEL = flags.DEFINE_bool(
   "cancel", False, "end the jobs of the trials; they save what they can and stay ended"
 )
@@ -137,8 +138,11 @@ def main() -> int:
   # This process counts parameters; others have the accelerators.
   jax.config.update("jax_platforms", "cpu")
   root = cli.workdir()
-  _, planned = trials.from_flags(root)
+  found = search.from_flags(root) if flags.FLAGS.search else None
+  planned = found.planned() if found else trials.from_flags(root)[1]
   engine = _engine(root)
+  if found and not (_DRY_RUN.value or _CANCEL.value or _STATUS.value):
+    return _search(found, engine, root)
   if _DRY_RUN.value:
     print(preview(planned, engine))
     return 0
@@ -150,6 +154,30 @@ def main() -> int:
     if code or not flags.FLAGS.watch or _ON.value == "local":
       return code
   return state_table.show(planned, root)
+
+
+def _search(found: search.Search, engine: Engine, root: Path) -> int:
+  """Trains the trials of a search until it has --trials; returns the exit code."""
+  at_once = flags.FLAGS.at_once
+  if at_once is None:
+    at_once = _PARALLEL.value * (_pack() or 1) if _ON.value == "local" else 8
+  while True:
+    mine, ended = found.next(flags.FLAGS.trials, at_once)
+    if not mine:
+      print(found.summary())
+      return 0
+    # Equal trials that have ended give their results.
+    code = _start([*ended, *mine], engine, root)
+    if code > exits.FAILED:  # A trial that failed is no good one, all else is an end.
+      return code
+    kinds = {state.kind for state in jobs.read_states(mine).values()}
+    if _ON.value == "local" and not kinds & {"done", "failed"}:
+      return code  # No worker starts, or others hold the folders.
+    if _ON.value != "local":
+      if not flags.FLAGS.watch:
+        print("The same command again tells how they did, and asks for more.")
+        return code
+      state_table.watch(mine, root, flags.FLAGS.watch_seconds)
 
 
 def _engine(root: Path) -> Engine:

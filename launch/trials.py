@@ -260,7 +260,7 @@ def _named(parts: Sequence[Overrides]) -> Overrides:
         f"{min(twice)}: set by two of the sweeps; choose among them with --sweep."
       )
     merged |= part
-  names = [part.get("name", _name_of(part)) for part in parts]
+  names = [part.get("name", name_of(part)) for part in parts]
   return merged | {"name": ",".join(filter(None, names)) or "default"}
 
 
@@ -268,7 +268,7 @@ def _parts(point: Overrides) -> list[str]:
   return point.get("name", "").split(",")
 
 
-def _name_of(overrides: Overrides) -> str:
+def name_of(overrides: Overrides) -> str:
   """Returns `depth=2,trunk.kind=gpt2`: made of what is set, whatever else there is."""
   return ",".join(f"{_short(k)}={_text(v)}" for k, v in overrides.items())
 

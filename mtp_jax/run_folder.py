@@ -47,7 +47,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # that need no key. A change here gives trials other folders.
 _LETTERS = {
   "embed_dim": "e", "width": "w", "depth": "d", "seed": "s", "passes": "p",
-  "learning_rate": "lr",
+  "learning_rate": "lr", "trial": "t",
 }
 _WORDS = ("kind", "arm")
 
