@@ -259,8 +259,9 @@ def _unknown_key(key: str) -> str:
 
   def likeness(known: str) -> tuple[float, float]:
     """How alike the names are, in any section; and then with their sections."""
-    def ratio(*pair: str) -> float:
-      return difflib.SequenceMatcher(None, *(x.replace(".", "_") for x in pair)).ratio()
+    def ratio(a: str, b: str) -> float:
+      a, b = a.replace(".", "_"), b.replace(".", "_")
+      return difflib.SequenceMatcher(None, a, b).ratio()
 
     whole = ratio(key, known)
     names = ratio(leaf, known.rpartition(".")[2])

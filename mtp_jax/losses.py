@@ -58,7 +58,7 @@ class Teacher(NamedTuple):
   @staticmethod
   def axes() -> "Teacher":
     """Returns the logical axes of the arrays."""
-    return Teacher((*_TOKENS, "act_embed"), _MATRIX)
+    return Teacher._make([(*_TOKENS, "act_embed"), _MATRIX])
 
   def loss(self, objective: str, logits_NV: jax.Array, h_ND: jax.Array) -> jax.Array:
     """Returns loss_N of a block of tokens."""

@@ -4,7 +4,7 @@ Which kinds of predictors read a key of `mtp` is in `predictors.KINDS`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from mtp_jax.keys import (
   ABOVE_0,
@@ -162,7 +162,8 @@ class TrunkConfig:
     ):
       scan = scan if self.scan_layers == "auto" else self.scan_layers
       remat = remat if self.remat == "auto" else self.remat
-      way = dataclasses.replace(self, scan_layers=scan, remat=remat)
+      values: dict[str, Any] = {"scan_layers": scan, "remat": remat}
+      way = dataclasses.replace(self, **values)
       keeps_all_in_loop = (scan, remat) == ("on", "none") and self.remat == "auto"
       if way not in found and not keeps_all_in_loop:
         found.append(way)
