@@ -362,6 +362,7 @@ def test_another_training_is_refused():
 def other_value(key, value):
   choices = {
     "trunk.remat": "full",
+    "trunk.scan_layers": "off",
     "trunk.attention": "xla",
     "trunk.moe.grouped_matmul": "ragged",
     "eval.split": "test",
