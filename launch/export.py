@@ -62,7 +62,7 @@ _VERIFY = flags.DEFINE_enum(
   "verify", "none", ["none", *serving.ENGINES], "engine that decodes with the folder"
 )
 _ENGINE_PYTHON = flags.DEFINE_string(
-  "engine_python", sys.executable, "interpreter that has the engine of --verify"
+  "engine_python", None, "interpreter that has the engine of --verify, if not this one"
 )
 _PUSH = flags.DEFINE_string(
   "push", None, "ORG/NAME of the Hugging Face Hub, to which the folder is uploaded"
@@ -70,10 +70,8 @@ _PUSH = flags.DEFINE_string(
 
 
 def main() -> int:
-  if _VERIFY.value != "none" and shutil.which(_ENGINE_PYTHON.value) is None:
-    raise ConfigError(
-      f"--engine_python must be an interpreter, got {_ENGINE_PYTHON.value!r}."
-    )
+  if shutil.which(python := _engine_python()) is None:
+    raise ConfigError(f"--engine_python must be an interpreter, got {python!r}.")
   if _LAYOUT.value is not None:
     if _OUTPUT.value is None:
       raise ConfigError("--output is required with --layout.")
@@ -125,6 +123,10 @@ def main() -> int:
   return 0
 
 
+def _engine_python() -> str:
+  return _ENGINE_PYTHON.value or sys.executable
+
+
 def _stitch() -> int:
   if _LAYOUT.value is not None or _OUTPUT.value is None:
     raise ConfigError("--stitch takes --output and no --layout.")
@@ -148,7 +150,7 @@ def _verify(model: TrainedModel, folder: Path) -> int:
 
   try:
     found = verify(
-      model, folder, _LAYOUT.value, _VERIFY.value, _ENGINE_PYTHON.value,
+      model, folder, _LAYOUT.value, _VERIFY.value, _engine_python(),
       base_model=_BASE_MODEL.value or "", dtype=_DTYPE.value,
       trunk_only=_TRUNK_ONLY.value,
     )
