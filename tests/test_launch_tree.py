@@ -62,7 +62,7 @@ def test_a_tree_is_measured_kept_and_decoded_with(command, runs, kind):
 
 
 @pytest.mark.parametrize("kind, flags, message", [
-  ("none", [], "the model has no extra predictors, nothing drafts."),
+  ("none", [], "the model has no extra predictors that draft."),
   ("medusa", ["--ranks=999"], "ranks must be 1 to 264, the vocabulary, got 999."),
   (
     "sequential", ["--ranks=2", "--nodes=5"],
@@ -81,4 +81,4 @@ def test_bad_input_ends_in_one_message(command, runs, kind, flags, message):
 def test_help_has_examples_and_needs_no_backend(command):
   result = command("launch.tree", "--help")
   assert result.code == 0 and not result.touched_backend
-  assert "python -m launch.tree --workdir=" in result.output
+  assert "mtp-jax tree --workdir=" in result.output

@@ -196,6 +196,10 @@ def test_programs_on_several_cpu_devices_have_no_concurrent_schedule(
   axes, jit = {"data": num_devices}, jax.jit
   config = config_on("parallel", axes)
   mesh = mesh_of(config, axes)
+  flag = "--xla_cpu_enable_concurrency_optimized_scheduler=true"
+  monkeypatch.setenv("XLA_FLAGS", flag)
+  assert sharding.compiler_options(mesh) is None
+  monkeypatch.setenv("XLA_FLAGS", "")
   assert sharding.compiler_options(mesh) == expected
   # A version of XLA that lacks the option would refuse it here.
   assert jit(lambda x: x + 1, compiler_options=expected)(1) == 2
