@@ -110,7 +110,7 @@ def test_every_kind_attends_once_in_each_direction(kind, depth):
   assert "bf16" in text
 
 
-# One layer: older versions of JAX write equal layers as one function, newer ones do not.
+# One layer: whether equal layers are one function of the text depends on the version.
 UNROLLED = {"trunk.scan_layers": "off", "trunk.num_layers": 1}
 VARIED = {
   "gpt2": (GPT2, 1),
