@@ -11,8 +11,8 @@ each extra head (`mtp.markov_rank`). Arms: next-token prediction (NTP), n = 4 wi
 the table, with rank 16 and with the published rank 256, which for bytes (vocabulary
 264) is nearly a whole table.
 
-Text, sizes and steps are those of `experiments/drafters.py`; all arms of a size see the
-same data in the same order and begin from the same trunk for the same seed. Scores in
+Text, sizes and steps come from `experiments/drafters.py`. For one seed all arms of a
+size read the same data in the same order and start from the same trunk. Scores in
 eval.json: `sampled_tokens_per_round` (temperature 1), `decoded_tokens_per_round`
 (greedy), `main_loss`; parameters and FLOPs per token are in the report. Where drafts
 depend on each other they are sampled, else they are the most likely tokens

@@ -70,6 +70,7 @@ _PUSH = flags.DEFINE_string(
 
 
 def main() -> int:
+  # What is wrong with the command is reported before a model is loaded.
   if shutil.which(python := _engine_python()) is None:
     raise ConfigError(f"--engine_python must be an interpreter, got {python!r}.")
   if _LAYOUT.value is not None:
@@ -91,6 +92,7 @@ def main() -> int:
     return 0
   output, layout = Path(_OUTPUT.value), _LAYOUT.value
   config = deployed_config(model.config) if _TRUNK_ONLY.value else model.config
+  # Also before anything is written: what the engine cannot decode.
   if _VERIFY.value != "none" and (
     reason := serving.engine_obstacle(config, layout, _VERIFY.value)
   ):
@@ -116,6 +118,7 @@ def main() -> int:
       ),
     )
   print(f"{output}: step {model.step:,} as {layout}", file=sys.stderr)
+  # A folder that differs is not uploaded.
   if _VERIFY.value != "none" and (code := _verify(model, output)):
     return code
   if _PUSH.value is not None:

@@ -34,7 +34,8 @@ def collect(root: Path) -> Path:
   """
   path = root / FILE
   try:
-    with _one_at_a_time(root):
+    # The process that reads first must not write last.
+    with one_at_a_time(root / _LOCK):
       _write(path, _rows(root))
   except OSError as error:
     with contextlib.suppress(OSError):
@@ -43,9 +44,9 @@ def collect(root: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-  """Waits for others: the process that reads first must not write last."""
-  with (root / _LOCK).open("w") as lock:
+def one_at_a_time(lock_file: Path) -> Iterator[None]:
+  """Waits until no other process is in here with this file."""
+  with lock_file.open("w") as lock:
     with contextlib.suppress(OSError):  # Not every file system has locks.
       fcntl.flock(lock, fcntl.LOCK_EX)
     yield

@@ -5,13 +5,11 @@ processes share it, on any engine: each asks for trials of its own, and takes ov
 of a process that is gone. The lock of a run folder keeps two from training one trial.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +192,8 @@ class Search:
       The trials to be trained by this process, and those that have ended.
     """
     self._root.mkdir(parents=True, exist_ok=True)
-    with self._alone():
+    # No two processes may take over one trial, or ask for the last one.
+    with results_csv.one_at_a_time(self._root / _LOCK):
       study = self._study()
       mine = [x for x in self._tell(study) if not self._is_of_another(study, x.number)]
       while len(mine) < at_once and _num_counted(study) < number:
@@ -228,14 +227,6 @@ class Search:
       f"{text}\nbest {self._objective} {study.best_value:.6g}: {best.name} in "
       f"{best.workdir}"
     )
-
-  @contextlib.contextmanager
-  def _alone(self) -> Iterator[None]:
-    """Waits for others: no two may take over a trial, or ask for the last one."""
-    with (self._root / _LOCK).open("w") as lock:
-      with contextlib.suppress(OSError):  # Not every file system has locks.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-      yield
 
   def _storage(self) -> Any:
     storages = self._optuna.storages

@@ -167,6 +167,7 @@ def plan(
     raise ConfigError(
       f"name must be different for every trial, got {name!r} {count} times."
     )
+  # Different names can have one short folder: a run would take over another's.
   folders: dict[Path, Trial] = {}
   for trial in trials:
     if (other := folders.setdefault(trial.workdir, trial)) is not trial:

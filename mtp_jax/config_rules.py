@@ -231,6 +231,7 @@ def _check_mtp(rule: Rules) -> None:
   mtp, seq_len = rule.config.mtp, rule.config.data.seq_len
   kind_of(mtp).rules(rule)
   rule(mtp.depth < seq_len, "mtp.depth", f"less than data.seq_len ({seq_len})")
+  # One weight a depth; a negative one would reward errors.
   rule(
     len(mtp.depth_weights) in (0, mtp.depth), "mtp.depth_weights",
     f"empty or of length mtp.depth ({mtp.depth})",
@@ -243,6 +244,7 @@ def _check_mtp(rule: Rules) -> None:
     not (mtp.detach and kind_of(mtp).deployed_blocks), "mtp.detach",
     f"False for mtp.kind {mtp.kind!r}: its first head is a layer of the trunk",
   )
+  # A width of its own has no meaning where layers are traded, or experts have theirs.
   if mtp.mlp_dim:
     rule(
       mtp.arm != "shortened", "mtp.mlp_dim",
@@ -252,6 +254,7 @@ def _check_mtp(rule: Rules) -> None:
       predictor_trunk(rule.config.trunk, mtp).moe.num_experts == 0, "mtp.mlp_dim",
       "0 where the modules have experts (mtp.dense_blocks False)",
     )
+  # Only a kind that reads its own output can draft more tokens than it has depths.
   most = rule.config.eval.num_drafts
   further = [repr(name) for name, kind in KINDS.items() if kind.is_autoregressive]
   rule(
@@ -260,6 +263,7 @@ def _check_mtp(rule: Rules) -> None:
     f"at most the tokens that the predictors draft ({num_drafts(mtp)}) unless mtp.kind "
     f"is one of {', '.join(further)} with extra depths (it is {mtp.kind!r})",
   )
+  # An arm that would equal `added` is a trial trained twice.
   if mtp.arm == "shortened":
     rule(
       num_added_layers(mtp) > 0, "mtp.arm",
@@ -279,6 +283,7 @@ def _check_data(rule: Rules) -> None:
     ((of, kinds),) = keys()[key].when.items()
     is_needed = values[of] in kinds
     rule(bool(values[key]) or not is_needed, key, f"set for {of} {values[of]!r}")
+  # The splits that are read must have text.
   rule(
     data.validation_fraction + data.test_fraction < 1, "data.validation_fraction",
     f"such that it and data.test_fraction ({data.test_fraction}) leave text to train "
@@ -291,6 +296,7 @@ def _check_data(rule: Rules) -> None:
   for split, reader in readers.items():
     key = f"data.{split}_fraction"
     rule(values[key] > 0, key, f"positive: {reader}")
+  # Ids of stored tokens mean nothing without their tokenizer.
   try:
     parts = mixture.parts(data)
   except ValueError as error:
@@ -304,6 +310,7 @@ def _check_data(rule: Rules) -> None:
     "token_bin" not in sources or tokenizer.kind == "file", "tokenizer.kind",
     "'file' for data.source 'token_bin': tokenizer.path names that of the tokens",
   )
+  # Tasks draw symbols, and know where a prompt ends; text has neither.
   is_task = data.source in TASKS
   rule(
     (tokenizer.kind == "symbols") == is_task, "tokenizer.kind",

@@ -235,6 +235,21 @@ def data_repetition(folder: Path) -> Path:
   return write_results(folder, trials, measure)
 
 
+def markov(folder: Path) -> Path:
+  """A table adds a sampled token and costs 0.1 nats; greedy rounds stay as they are."""
+  trials = grid([FOUR], range(3), trunk__embed_dim=(32, 64), mtp__markov_rank=(0, 256))
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    has_table = trial["mtp.markov_rank"] > 0
+    return {
+      ("main_loss", 0): 2.0 + 0.1 * has_table + rng.uniform(-0.001, 0.001),
+      ("sampled_tokens_per_round", 0): 1.4 + has_table + rng.uniform(-0.01, 0.01),
+      ("decoded_tokens_per_round", 0): 3.5 + rng.uniform(-0.01, 0.01),
+    }
+
+  return write_results(folder, trials, measure)
+
+
 def hidden_source(folder: Path) -> Path:
   """Chained is better, the embedding does not help, the norm changes nothing."""
   arms = (

@@ -44,6 +44,7 @@ FOLDERS = {
   "data_repetition_cpu": worlds.data_repetition,
   "hidden_source_cpu": worlds.hidden_source,
   "drafters_cpu": worlds.drafters,
+  "markov_cpu": worlds.markov,
 }
 RUNS = World(gain={})
 COMMAND = "python -m launch.sweep --config=x.py:cpu"
@@ -100,6 +101,9 @@ VERDICTS = [
   ("drafters_cpu", "kl_more", SUPPORTED, "+0.20"),
   ("drafters_cpu", "lk_more", SUPPORTED, "+0.10"),
   ("drafters_cpu", "written_more", EQUIVALENT, "written text minus"),
+  ("markov_cpu", "sampled_more", SUPPORTED, "rank 256 minus none: +1.0"),
+  ("markov_cpu", "greedy_more", EQUIVALENT, "rank 256 minus none"),
+  ("markov_cpu", "loss_same", OPPOSITE, "+0.10"),
 ]
 
 

@@ -8,6 +8,7 @@ from mtp_jax.analysis.claims import (
   gains_with_scale,
   hidden_source,
   look_ahead,
+  markov,
   schedules,
   siblings,
   star_graph,
@@ -26,10 +27,10 @@ def experiments() -> tuple[Experiment, ...]:
     tasks.sat, tasks.countdown, tasks.polynomial, tasks.induction,
     acceptance.experiment, schedules.experiment, bytes_or_bpe.experiment,
     data_repetition.experiment, hidden_source.experiment, drafters.experiment,
-    gains_with_scale.experiment,
+    markov.experiment, gains_with_scale.experiment,
   )
   of_presets = [
     make(preset) for make in makers for preset in PRESETS
-    if (make, preset) != (drafters.experiment, "cluster")
+    if preset != "cluster" or make not in (drafters.experiment, markov.experiment)
   ]
   return (*of_presets, star_graph.experiment(star_graph.EASIER))
