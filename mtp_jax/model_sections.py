@@ -92,7 +92,7 @@ class MoeConfig:
     when=_EXPERTS | {"trunk.moe.bias_rate": ON},
   )
   balance_weight: float = key(1e-4, "alpha of the sequence-wise loss", NOT_NEGATIVE)
-  grouped_matmul: Literal["auto", "ragged", "blocked"] = key(
+  grouped_matmul: Literal["auto", "ragged", "blocked", "tokamax"] = key(
     "auto", "how it is computed, see kernels/grouped_matmul.py", RUNS
   )
 

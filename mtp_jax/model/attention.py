@@ -168,9 +168,15 @@ class Attention(nn.Module):
         out += self.param(f"{name}_bias", zeros, (num_heads, H)).astype(dtype)
       return out
 
-    query_BTNH = project("query", N, "heads")
-    key_BTGH = project("key", G, "kv_heads")
-    value_BTGH = project("value", G, "kv_heads")
+    if self.has_variable("params", "qkv"):  # Of decoding, see `block.joined`.
+      joined = dense(x_BTD, self.get_variable("params", "qkv"))
+      if self.has_variable("params", "qkv_bias"):
+        joined += self.get_variable("params", "qkv_bias")
+      query_BTNH, key_BTGH, value_BTGH = jnp.split(joined, [N, N + G], axis=2)
+    else:
+      query_BTNH = project("query", N, "heads")
+      key_BTGH = project("key", G, "kv_heads")
+      value_BTGH = project("value", G, "kv_heads")
     if c.qk_norm:
       query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
       key_BTGH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTGH)
