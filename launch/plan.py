@@ -205,7 +205,7 @@ def page(
   depth = [cost for cost in costs if cost is not None]
   parts = [
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
-    f"({chip.source}). Figures are those of one chip and one step. XLA counts the "
+    f"({chip.source}). Figures are for one chip and one step. XLA counts the "
     "FLOPs of a loop's body once. Collectives: how often they run, and the bytes of "
     f"their results. Time is at {mfu:.0%} of the peak, an assumption.",
     tables.markdown(map(cells, rows.values())),

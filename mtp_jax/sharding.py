@@ -137,7 +137,7 @@ def map_over_trial_devices(
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
   """Returns the options with which programs on a mesh of several devices are compiled.
 
-  A flag that XLA_FLAGS names is left as it is there.
+  A flag that XLA_FLAGS names keeps its value.
   """
   platform = mesh.devices.flat[0].platform
   is_one = (mesh.local_mesh if platform == "cpu" else mesh).size == 1

@@ -214,7 +214,7 @@ def _bytes(
 ) -> int:
   """Returns the bytes that a kernel reads and writes.
 
-  Of an operand that is only sliced, the slices; of one that is updated in place, the
+  Of an operand that is only sliced, the slices; of an operand updated in place, the
   update.
   """
   if body is None:

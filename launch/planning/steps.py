@@ -59,7 +59,7 @@ def compile_step(
 ) -> dict[str, Any]:
   """Returns what XLA reports about the train step on one device.
 
-  Keys are those of `analyse`, and `seconds` of compilation. A step that the compiler
+  Keys: as in `analyse`, and `seconds` of compilation. A step that the compiler
   refuses for its memory has `peak` alone, None if the compiler does not name it.
 
   Args:
