@@ -18,7 +18,8 @@ from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.decode.trees import DynamicTree
 from mtp_jax.decode.warp import Warp
 from mtp_jax.lm import MtpLm, unembed_matrix
-from mtp_jax.model import attention
+from mtp_jax.model import attention, cache_slots
+from mtp_jax.predictors import weights
 from mtp_jax.predictors.drafting import Choice, Window
 from mtp_jax.sharding import logical_axes, make_mesh, tree_shardings
 from tests.common import (
@@ -295,6 +296,19 @@ def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
   rows = zip(np.asarray(state.tokens_BS), LENGTHS, sequential.expected, strict=True)
   for row, length, expected in rows:
     assert row[length : length + NEW].tolist() == expected
+
+
+@pytest.mark.parametrize(
+  "name", mostly_slow(["llama-none", "gpt2-sequential", "llama-eagle3"], "llama-none")
+)
+def test_texts_one_by_one_on_a_gpu_say_the_same(name, monkeypatch):
+  """There a single token is computed as two rows, and its slot is updated in place."""
+  for module in (cache_slots, weights):
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+  model = Model(*MODELS[name])
+  model.config = with_overrides(model.config, {"trunk.remat": "none"})
+  found = model.generate(batch_size=1)
+  assert tokens(found) == model.expected
 
 
 def test_caches_after_many_rounds_are_those_of_one_pass(model):

@@ -168,15 +168,15 @@ class Attention(nn.Module):
         out += self.param(f"{name}_bias", zeros, (num_heads, H)).astype(dtype)
       return out
 
-    if self.has_variable("params", "qkv"):  # Of decoding, see `block.joined`.
-      joined = dense(x_BTD, self.get_variable("params", "qkv"))
-      if self.has_variable("params", "qkv_bias"):
-        joined += self.get_variable("params", "qkv_bias")
-      query_BTNH, key_BTGH, value_BTGH = jnp.split(joined, [N, N + G], axis=2)
-    else:
-      query_BTNH = project("query", N, "heads")
-      key_BTGH = project("key", G, "kv_heads")
-      value_BTGH = project("value", G, "kv_heads")
+    query_BTNH = project("query", N, "heads")
+    key_BTGH = project("key", G, "kv_heads")
+    value_BTGH = project("value", G, "kv_heads")
+    # Rows after the last position are absent: their output is that of the last row.
+    rows, T = x_BTD.shape[1], positions_of(positions_BT).shape[1]
+    if rows > T:
+      query_BTNH, key_BTGH, value_BTGH = (
+        x[:, :T] for x in (query_BTNH, key_BTGH, value_BTGH)
+      )
     if c.qk_norm:
       query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
       key_BTGH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTGH)
@@ -216,6 +216,8 @@ class Attention(nn.Module):
       (N, H, D),
     )
     flat_BTF = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
+    if rows > T:
+      flat_BTF = jnp.broadcast_to(flat_BTF, (len(flat_BTF), rows, N * H))
     out_BTD = dense(flat_BTF, kernel.reshape(N * H, D).astype(dtype))
     if c.kind == "gpt2":
       zeros = partitioned(nn.initializers.zeros, "norm")
