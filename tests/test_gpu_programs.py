@@ -247,7 +247,7 @@ def decoding(config, rows):
 
 
 def test_a_single_token_has_products_of_two_rows():
-  """A GPU would multiply one row elementwise; its slot of a cache is updated in place."""
+  """A GPU would multiply one row elementwise; slots are updated in place."""
   _, text = decoding(tiny_config("none", 0, SMALL), rows=1)
   products = re.findall(r"dot_general.*: \(tensor<([\dx]+)xbf16>, tensor<(\w+)>", text)
   by_weights = [x for x, w in products if w.startswith((f"{WIDTH}x", "48x"))]

@@ -56,7 +56,7 @@ def write_slots(
     is_there = slot_BT[0, 0] < cache.shape[slot_axis]
     return jax.lax.dynamic_update_slice(cache, jnp.where(is_there, new, old), start)
   if slot_BT.size == 1:
-    # XLA on CPU turns a write to one slot into a slice update, which copies the cache. A
+    # XLA on CPU makes a slice update of a write to one slot, and copies the cache. A
     # second, dropped write keeps the operation a scatter in place.
     new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
     slot_BT = jnp.pad(
