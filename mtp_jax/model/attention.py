@@ -152,31 +152,10 @@ class Attention(nn.Module):
     segment_ids_BT: jax.Array,
     cache: KVCache | Unrolled | None = None,
   ) -> tuple[jax.Array, KVCache | Unrolled | None]:
-    c, dtype = self.trunk, compute_dtype(self.trunk)
-    width = x_BTD.shape[-1]
-    D, N, G, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-
-    def project(name: str, num_heads: int, axis: str) -> jax.Array:
-      kernel = self.param(
-        name,
-        partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
-        (width, num_heads, H),
-      )
-      out = dense(x_BTD, kernel.astype(dtype))
-      if c.kind == "gpt2" or c.qkv_bias:
-        zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
-        out += self.param(f"{name}_bias", zeros, (num_heads, H)).astype(dtype)
-      return out
-
-    query_BTNH = project("query", N, "heads")
-    key_BTGH = project("key", G, "kv_heads")
-    value_BTGH = project("value", G, "kv_heads")
-    if c.qk_norm:
-      query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
-      key_BTGH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTGH)
-    if c.kind == "llama":
-      query_BTNH = rotate(query_BTNH, positions_of(positions_BT), c)
-      key_BTGH = rotate(key_BTGH, positions_of(positions_BT), c)
+    position_BT = positions_of(positions_BT)
+    query_BTNH = self.heads("query", x_BTD, position_BT)
+    key_BTGH = self.heads("key", x_BTD, position_BT)
+    value_BTGH = self.heads("value", x_BTD, position_BT)
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
@@ -197,12 +176,40 @@ class Attention(nn.Module):
         )
       else:
         out_BTNH = attention(
-          query_BTNH, key_BTGH, value_BTGH, segment_ids_BT, implementation=c.attention
+          query_BTNH, key_BTGH, value_BTGH, segment_ids_BT,
+          implementation=self.trunk.attention,
         )
     else:
       cache = cache.write(key_BTGH, value_BTGH, positions_BT)
-      out_BTNH = _attend_to_cache(query_BTNH, cache, positions_BT)
+      out_BTNH = attend_to_cache(query_BTNH, cache, positions_BT)
 
+    return self.joined(out_BTNH), cache
+
+  def heads(self, name: str, x_BTX: jax.Array, position_BT: jax.Array) -> jax.Array:
+    """Returns the heads of `query`, `key` or `value`, normed and rotated if at all."""
+    c, dtype, width = self.trunk, compute_dtype(self.trunk), x_BTX.shape[-1]
+    axis = "heads" if name == "query" else "kv_heads"
+    count = c.num_heads if name == "query" else c.num_kv_heads
+    kernel = self.param(
+      name,
+      partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
+      (width, count, c.head_dim),
+    )
+    out_BTNH = dense(x_BTX, kernel.astype(dtype))
+    if c.kind == "gpt2" or c.qkv_bias:
+      zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
+      bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim))
+      out_BTNH += bias_NH.astype(dtype)
+    if name == "value":
+      return out_BTNH
+    if c.qk_norm:
+      out_BTNH = RMSNorm(c.norm_eps, name=f"{name}_head_norm")(out_BTNH)
+    return rotate(out_BTNH, position_BT, c) if c.kind == "llama" else out_BTNH
+
+  def joined(self, out_BTNH: jax.Array) -> jax.Array:
+    """Returns out_BTD, the heads joined by the output matrix."""
+    c, dtype = self.trunk, compute_dtype(self.trunk)
+    D, N, H = c.embed_dim, c.num_heads, c.head_dim
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
     kernel = self.param(
       "out",
@@ -214,10 +221,10 @@ class Attention(nn.Module):
     if c.kind == "gpt2":
       zeros = partitioned(nn.initializers.zeros, "norm")
       out_BTD += self.param("out_bias", zeros, (D,)).astype(dtype)
-    return out_BTD, cache
+    return out_BTD
 
 
-def _attend_to_cache(
+def attend_to_cache(
   query_BTNH: jax.Array, cache: KVCache, positions_BT: Positions
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""
