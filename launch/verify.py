@@ -19,7 +19,6 @@ import numpy as np
 from mtp_jax.config import with_overrides
 from mtp_jax.interop import serving
 from mtp_jax.interop.hf_config_writing import longest_text
-from mtp_jax.lm import deployed
 from mtp_jax.trained_model import TrainedModel
 
 PROMPTS = ("def f(", "The ", "import os\n", "0 1 2 ")
@@ -130,12 +129,11 @@ def verify(
 
 def _as_written(model: TrainedModel, dtype: str, trunk_only: bool) -> TrainedModel:
   """Returns the model that the folder has: in float32, of values that `dtype` has."""
-  params, config = model.params, model.config
-  if trunk_only:
-    params, config = deployed(params, config)
+  model = model.without_predictors() if trunk_only else model
+  params = model.params
   if dtype != "float32":
     params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
-  config = with_overrides(config, {"trunk.compute_dtype": "float32"})
+  config = with_overrides(model.config, {"trunk.compute_dtype": "float32"})
   return dataclasses.replace(model, params=params, config=config)
 
 

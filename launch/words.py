@@ -21,6 +21,7 @@ COMMANDS = {
   "sweep": "sweep",
   "status": "list_states",
   "evaluate": "evaluate",
+  "eval": "eval_tasks",
   "generate": "generate",
   "report": "report",
   "config": "config",

@@ -32,6 +32,7 @@ from mtp_jax.predictors import (
   num_trunk_layers,
   predictor_trunk,
 )
+from mtp_jax.rotary_rules import check_rope_scaling, check_rotated_heads
 
 
 def validate(
@@ -186,24 +187,8 @@ def _check_attention(rule: Rules) -> None:
     rule.divisible(of, "trunk.num_heads")
     rule.divisible("trunk.num_heads", "trunk.num_kv_heads")
     if trunk.kind == "llama":
-      rule(
-        trunk.head_dim % 2 == 0, of,
-        f"such that {of.removeprefix('trunk.')} / num_heads is even for RoPE (it is "
-        f"{trunk.head_dim})",
-      )
-  scaling = trunk.rope_scaling
-  if scaling.kind == "llama3":
-    rule(
-      scaling.high_freq_factor > scaling.low_freq_factor,
-      "trunk.rope_scaling.high_freq_factor",
-      f"larger than low_freq_factor ({scaling.low_freq_factor})",
-    )
-  if scaling.kind == "yarn":
-    rule(
-      scaling.beta_fast > scaling.beta_slow, "trunk.rope_scaling.beta_fast",
-      f"larger than beta_slow ({scaling.beta_slow})",
-    )
-    rule(trunk.rope_theta > 1, "trunk.rope_theta", "more than 1 for yarn")
+      check_rotated_heads(rule, trunk)
+  check_rope_scaling(rule, trunk)
 
 
 def _check_experts(rule: Rules) -> None:

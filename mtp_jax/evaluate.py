@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config
+from mtp_jax.executables import awaited
 from mtp_jax.lm import MtpLm, columns, draft_tokens, unembed_matrix, unembeddings
 from mtp_jax.losses import token_ranks, token_stats
 from mtp_jax.predictors import num_drafts
@@ -188,7 +189,7 @@ def document_sums(
 
   `batches` yields (Batch, document index per row); a negative index is padding.
   """
-  program = row_sums_program(config, mesh)
+  program = awaited(row_sums_program(config, mesh))
   table = np.zeros(config.tokenizer.vocab_size, np.int32)
   table[: len(token_bytes_V)] = token_bytes_V
   rows, documents = [], []

@@ -6,18 +6,20 @@ compiled step decides, from the fastest way on; `TrunkConfig.layouts` has their 
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from mtp_jax.batch import Batch
 from mtp_jax.environment import device_memory
+from mtp_jax.executables import compiled
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import ProgramConfig
 from mtp_jax.sharding import batch_shardings, max_over_processes, replicated
 from mtp_jax.train_state import Hyperparameters, TrainState
-from mtp_jax.train_step import compiled, programs
+from mtp_jax.train_step import programs
 
 # Of a device's memory: evaluation and saving need some as well.
 LARGEST_SHARE = 0.8
@@ -80,22 +82,39 @@ def abstract_state(config: ProgramConfig, mesh: jax.sharding.Mesh) -> TrainState
   )
 
 
-def abstract_inputs(config: ProgramConfig, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-  """Returns the arguments of `programs(config, mesh).step` as shapes with shardings."""
+def abstract_inputs(
+  config: ProgramConfig, mesh: jax.sharding.Mesh, has_unscored: bool = False
+) -> tuple[Any, ...]:
+  """Returns the arguments of `programs(config, mesh).step` as shapes with shardings.
+
+  `has_unscored`: see `zeros_batch`.
+  """
   steps = config.train.accumulation_steps
   rows = config.data.batch_size // steps
-  batch = jax.eval_shape(lambda: zeros_batch(config, rows))
-  shardings = batch_shardings(mesh, batch._fields, ("microbatch",))
 
   def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
 
   return (
     abstract_state(config, mesh),
-    type(batch)(**{
-      name: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype, sharding=shardings[name])
-      for name, x in batch.arrays().items()
-    }),
+    abstract_batch(config, mesh, rows, has_unscored, {"microbatch": steps}),
     Hyperparameters(*[scalar(np.float32)] * 3),
     scalar(np.bool_),
   )
+
+
+def abstract_batch(
+  config: ProgramConfig,
+  mesh: jax.sharding.Mesh,
+  rows: int,
+  has_unscored: bool = False,
+  leading: Mapping[str, int] = {},
+) -> Batch:
+  """Returns a batch as shapes with shardings; `leading`: axes before the batch axis."""
+  batch = jax.eval_shape(lambda: zeros_batch(config, rows, has_unscored))
+  shardings = batch_shardings(mesh, batch._fields, tuple(leading))
+  sizes = tuple(leading.values())
+  return type(batch)(**{
+    name: jax.ShapeDtypeStruct((*sizes, *x.shape), x.dtype, sharding=shardings[name])
+    for name, x in batch.arrays().items()
+  })

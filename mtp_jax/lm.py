@@ -263,12 +263,20 @@ def deployed_config(config: Config) -> Config:
   return dataclasses.replace(config, mtp=next_token_only(config.mtp), trunk=trunk)
 
 
-def zeros_batch(config: Config, rows: int | None = None) -> Batch:
+def zeros_batch(
+  config: Config, rows: int | None = None, has_unscored: bool = False
+) -> Batch:
   """Returns an all-padding batch of the config's shape, to initialise with.
 
-  `rows`: None is the fewest that the mesh in use can spread.
+  Args:
+    config: of the run.
+    rows: None is the fewest that the mesh in use can spread.
+    has_unscored: with the fields that say which tokens are scored.
   """
   rows = fewest_rows() if rows is None else rows
   shape, extra = (rows, config.data.seq_len), (rows, tokens_after_row(config.mtp))
   zeros = lambda s: jnp.zeros(s, jnp.int32)  # noqa: E731
-  return Batch(zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra))
+  fields = [zeros(shape), zeros(shape), zeros(shape), zeros(extra), zeros(extra)]
+  if has_unscored:
+    fields += [jnp.zeros(shape, bool), jnp.zeros(extra, bool)]
+  return Batch(*fields)

@@ -15,6 +15,7 @@ from mtp_jax.keys import (
   NOT_NEGATIVE,
   ON,
   RUNS,
+  SHARE,
   SIZE,
   at_least,
   at_most,
@@ -127,6 +128,10 @@ class TrunkConfig:
   qk_norm: bool = key(False, "norms of query and key heads", ARCH, when=_GROUPED)
   tie_embeddings: bool = key(False, "embed and unembed by one matrix", ARCH)
   rope_theta: float = key(1e4, "base of the frequencies", ARCH, ABOVE_0, when=_LLAMA)
+  rope_fraction: float = key(
+    1.0, "share of a head's numbers that turns, the first ones", ARCH, SHARE,
+    when=_GROUPED,
+  )
   rope_scaling: RopeScalingConfig = section({"trunk.rope_scaling.kind": ("yarn",)})
   norm_eps: float = key(1e-6, "epsilon of all norms", ARCH, ABOVE_0)
   scan_layers: Literal["auto", "on", "off"] = key(

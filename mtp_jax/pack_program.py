@@ -22,6 +22,7 @@ import numpy as np
 
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, LossConfig
+from mtp_jax.executables import compiled
 from mtp_jax.layouts import LARGEST_SHARE, peak_bytes
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import ProgramConfig, program_config
@@ -35,7 +36,7 @@ from mtp_jax.sharding import (
   tokens_per_block,
 )
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import compiled, programs, train_step
+from mtp_jax.train_step import programs, train_step
 
 
 class Pack:

@@ -11,6 +11,7 @@ from mtp_jax.balancing import violation
 from mtp_jax.batch import Batch
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
+from mtp_jax.executables import awaited
 from mtp_jax.metrics import model_flop_utilisation
 from mtp_jax.predictors import tokens_after_row
 from mtp_jax.program import program_config
@@ -188,7 +189,7 @@ def diagnostics_record(
   run: Run, state: TrainState, batch: Batch, step: int
 ) -> dict[str, Any]:
   """Returns how the gradients compare; see `train_step.gradient_diagnostics`."""
-  measured = run.programs.diagnostics(
+  measured = awaited(run.programs.diagnostics)(
     state.params, batch, run.hyperparameters, state.step
   )
   return {"kind": "diagnostics", "step": step} | jax.device_get(measured)

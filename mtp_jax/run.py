@@ -21,16 +21,18 @@ from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer
 from mtp_jax.environment import code_commit, hardware, versions
+from mtp_jax.evaluate import row_sums_program
+from mtp_jax.executables import compile_ahead, compiled, stop_ahead
 from mtp_jax.interrupt import Interrupted
-from mtp_jax.layouts import fastest_that_fits
+from mtp_jax.layouts import abstract_batch, abstract_inputs, fastest_that_fits
 from mtp_jax.lm import on_trunk
 from mtp_jax.predictors import tokens_after_row
 from mtp_jax.predictors.vocabulary import most_frequent
-from mtp_jax.program import program_config
+from mtp_jax.program import ProgramConfig, program_config
 from mtp_jax.saved_model import SOURCES, check_source, load_source
 from mtp_jax.sharding import make_mesh, put_batch, replicated, row_share
 from mtp_jax.train_state import Hyperparameters, TrainState, hyperparameters
-from mtp_jax.train_step import Programs, compiled, programs
+from mtp_jax.train_step import Programs, programs
 
 # Their versions go into run.json.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -128,6 +130,7 @@ class Run:
     A save that fails must not hide the error of a run (a full disk has several), but
     `Interrupted` promises that all is saved.
     """
+    stop_ahead()
     is_agreed = kind is None or issubclass(kind, (Interrupted, Diverged))
     if is_agreed or jax.process_count() == 1:
       try:
@@ -138,9 +141,13 @@ class Run:
         warnings.warn(str(error), stacklevel=2)
 
   @functools.cached_property
+  def program(self) -> ProgramConfig:
+    """What is trained, with its layers as they run fastest here."""
+    return fastest_that_fits(program_config(self.config), self.mesh)
+
+  @functools.cached_property
   def programs(self) -> Programs:
-    program = fastest_that_fits(program_config(self.config), self.mesh)
-    return programs(program, self.mesh)
+    return programs(self.program, self.mesh)
 
   @functools.cached_property
   def hyperparameters(self) -> Hyperparameters:
@@ -150,6 +157,25 @@ class Run:
     """Returns `train_step` as an executable for such arguments."""
     return compiled(
       self.programs.step, state, batch, self.hyperparameters, np.bool_(True)
+    )
+
+  def compile_step_ahead(self, has_unscored: bool) -> None:
+    """Begins to compile the step; `has_unscored` is of the loader."""
+    *inputs, _ = abstract_inputs(self.program, self.mesh, has_unscored)
+    compile_ahead(self.programs.step, *inputs, np.bool_(True))
+
+  def compile_rest_ahead(self, state: TrainState, batch: Batch) -> None:
+    """Begins to compile what is called later; the step has these arguments too."""
+    config, program = self.config, program_config(self.config)
+    if config.mtp.depth and 0 < config.train.diagnostics_every < config.train.num_steps:
+      inputs = (state.params, batch, self.hyperparameters, state.step)
+      compile_ahead(self.programs.diagnostics, *jax.tree.map(_abstract, inputs))
+    rows, has_unscored = config.eval.batch_size, self.corpus.has_unscored
+    compile_ahead(
+      row_sums_program(program, self.mesh),
+      jax.tree.map(_abstract, state.params),
+      abstract_batch(program, self.mesh, rows, has_unscored),
+      jax.ShapeDtypeStruct((config.tokenizer.vocab_size,), np.int32),
     )
 
   def loader(self) -> TrainLoader:
@@ -323,6 +349,10 @@ class Run:
     if stats["train_on"] is None:
       return text
     return f"{describe(stats['train_on'])}; held out, of {text}"
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _of_split(corpus: Corpus | TaskCorpus, split: str) -> Corpus | TaskCorpus:

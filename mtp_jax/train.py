@@ -99,6 +99,7 @@ def fit(
     loader = stack.enter_context(contextlib.closing(run.loader()))
     startup.ends("data")
     with jax.set_mesh(run.mesh):
+      run.compile_step_ahead(loader.has_unscored)
       start = run.start(loader)
       # Nothing is left that can refuse the run: the folder becomes its own.
       run.claim(config, start.origin)
@@ -146,6 +147,7 @@ def _train(
       jax.block_until_ready(report)
       startup.ends("first step")
       log.began(startup)
+      run.compile_rest_ahead(state, batch)
     # Waiting for the step before bounds the queue: a signal is answered soon.
     jax.block_until_ready(previous)
     previous = report["loss_total"]

@@ -5,7 +5,6 @@ Legend: A microbatches, B batch, T sequence, M = 1 + depth.
 
 import dataclasses
 import functools
-import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +42,6 @@ from mtp_jax.train_state import (
   empty_interval,
   init_state,
   state_shardings,
-)
-
-# By program, then by what it is called with; forgotten with the program.
-_executables: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
-  weakref.WeakKeyDictionary()
 )
 
 
@@ -387,21 +381,3 @@ def programs(config: ProgramConfig, mesh: jax.sharding.Mesh) -> Programs:
     ),
     shardings=shardings,
   )
-
-
-def compiled(program: Any, *arguments: Any) -> Any:
-  """Returns a jitted function compiled for such arguments, once for each kind of them.
-
-  So compilation is over before a clock starts, and trials of one program share it.
-  """
-  executables = _executables.setdefault(program, {})
-  leaves, structure = jax.tree.flatten(arguments)
-  kind = structure, tuple(leaf.shape for leaf in leaves)
-  if kind not in executables:
-    executables[kind] = program.lower(*arguments).compile()
-  return executables[kind]
-
-
-def forget_compiled() -> None:
-  """Frees all executables of `compiled`; the next calls compile again."""
-  _executables.clear()

@@ -30,11 +30,12 @@ from mtp_jax.decode.warp import check_warp
 from mtp_jax.lm import (
   MtpLm,
   columns,
+  deployed,
   draft_tokens,
   unembed_matrix,
   unembeddings,
 )
-from mtp_jax.losses import token_stats
+from mtp_jax.losses import TokenStats, token_stats
 from mtp_jax.predictors import kind_of, tokens_after_row
 from mtp_jax.predictors.vocabulary import scatter
 from mtp_jax.predictors.weights import Weights
@@ -121,9 +122,28 @@ class TrainedModel:
     """
     tokens_T, batch, hidden_MBPD = self._run(text)
     with jax.set_mesh(self.mesh):
-      nll_MBP, mask_MBP = _losses(self._program, self.params, batch, hidden_MBPD)
-    nll_MBP = np.where(mask_MBP, nll_MBP, np.nan)
+      stats, mask_MBP = _losses(self._program, self.params, batch, hidden_MBPD)
+    nll_MBP = np.where(mask_MBP, stats.nll_MBT, np.nan)
     return nll_MBP[:, 0, : len(tokens_T)]
+
+  def next_tokens(
+    self, texts: Sequence[Text], least_rows: int = 1
+  ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns `(nll_T, argmax_T)` of each text's tokens but the first, in one batch.
+
+    nll_T is row 0 of `losses` where that is known; argmax_T has the most likely token
+    in the place of each. The last token of a text is no input: a text may have one
+    token more than the model has learned positions.
+
+    least_rows: rows of the batch; batches of one size and length share a program.
+    """
+    rows = [self._ids(text) for text in texts]
+    batch, hidden_MBPD = self._run_rows(rows, least_rows, 1)
+    with jax.set_mesh(self.mesh):
+      stats, _ = _losses(self._program, self.params, batch, hidden_MBPD)
+    nll_BP, argmax_BP = (np.asarray(x[0]) for x in stats)
+    lengths = [len(tokens_T) - 1 for tokens_T in rows]
+    return [(nll_BP[i, :n], argmax_BP[i, :n]) for i, n in enumerate(lengths)]
 
   def generate(
     self,
@@ -201,6 +221,11 @@ class TrainedModel:
     ]
     return results[0] if is_one else results
 
+  def without_predictors(self) -> "TrainedModel":
+    """Returns the next-token predictor alone, as `--trunk_only` exports it."""
+    params, config = deployed(self.params, self.config)
+    return dataclasses.replace(self, params=params, config=config)
+
   def __repr__(self) -> str:
     mtp, size = self.config.mtp, accounting.count(self.config).total
     predictors = f"{mtp.kind}, D = {mtp.depth}" if mtp.depth else "next token only"
@@ -221,27 +246,40 @@ class TrainedModel:
   def _run(self, text: Text) -> tuple[np.ndarray, Batch, jax.Array]:
     """Returns `(tokens_T, batch, hidden_MBPD)`; row 0 of the batch is the text."""
     tokens_T = self._ids(text)
-    most = self.config.data.seq_len
-    if self.config.trunk.kind == "gpt2" and len(tokens_T) > most:
+    return tokens_T, *self._run_rows([tokens_T], 1, 0)
+
+  def _run_rows(
+    self, rows: Sequence[np.ndarray], least: int, ahead: int
+  ) -> tuple[Batch, jax.Array]:
+    """Returns `(batch, hidden_MBPD)` of texts, see `_batch`."""
+    longest, most = max(map(len, rows)) - ahead, self.config.data.seq_len
+    if self.config.trunk.kind == "gpt2" and longest > most:
       raise ValueError(
         f"text must have at most {most} tokens: the model has so many learned "
-        f"positions (data.seq_len); got {len(tokens_T)}."
+        f"positions (data.seq_len); got {longest}."
       )
-    batch = put_batch(self.mesh, self._batch(tokens_T), is_whole=True)
+    batch = self._batch(rows, max(len(rows), least), longest)
+    batch = put_batch(self.mesh, batch, is_whole=True)
     with jax.set_mesh(self.mesh):
-      return tokens_T, batch, _hidden(self._program, self.params, batch)
+      return batch, _hidden(self._program, self.params, batch)
 
-  def _batch(self, tokens_T: np.ndarray) -> Batch:
-    """Returns the text as one padded row, and as many empty rows as the mesh needs."""
-    num_tokens, num_extra = len(tokens_T), tokens_after_row(self.config.mtp)
+  def _batch(
+    self, rows: Sequence[np.ndarray], num_rows: int, longest: int
+  ) -> Batch:
+    """Returns texts as padded rows, and as many empty rows as are missing.
+
+    A text may have one token more than the `longest` inputs.
+    """
+    num_extra, row_shards = tokens_after_row(self.config.mtp), num_row_shards(self.mesh)
     shards = self.mesh.shape["context"]
-    length = decoding.bucket_size(num_tokens)
+    length = decoding.bucket_size(longest)
     length = -(-length // shards) * shards
-    rows = num_row_shards(self.mesh)
-    tokens, segments, positions = np.zeros((3, rows, length + num_extra), np.int32)
-    tokens[0, :num_tokens] = tokens_T
-    segments[0, :num_tokens] = 1
-    positions[0, :num_tokens] = np.arange(num_tokens)
+    num_rows = -(-num_rows // row_shards) * row_shards
+    tokens, segments, positions = np.zeros((3, num_rows, length + num_extra), np.int32)
+    for i, tokens_T in enumerate(rows):
+      tokens[i, : len(tokens_T)] = tokens_T
+      segments[i, : len(tokens_T)] = 1
+      positions[i, : len(tokens_T)] = np.arange(len(tokens_T))
     return Batch(
       tokens[:, :length], segments[:, :length], positions[:, :length],
       tokens[:, length:], segments[:, length:],
@@ -380,12 +418,12 @@ def _logits(
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(
   config: Config, params: Any, batch: Batch, hidden_MBPD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns `(nll_MBP, mask_MBP)`, as the evaluation computes them."""
+) -> tuple[TokenStats, jax.Array]:
+  """Returns `(stats, mask_MBP)`, as the evaluation computes them."""
   targets_MBP, mask_MBP = columns(
     params, config, *future_targets(batch, config.mtp.depth)
   )
   stats = token_stats(
     hidden_MBPD, unembeddings(params, config), targets_MBP, config.loss.block_tokens
   )
-  return stats.nll_MBT, mask_MBP
+  return stats, mask_MBP

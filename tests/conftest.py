@@ -58,8 +58,8 @@ def forgets_programs():
   yield
   import jax  # Not above, where it would come before the flags.
 
-  from mtp_jax import train_step
+  from mtp_jax.executables import forget_compiled
 
   if _MAPPINGS.exists() and len(_MAPPINGS.read_bytes().splitlines()) > _MANY:
     jax.clear_caches()
-    train_step.forget_compiled()
+    forget_compiled()

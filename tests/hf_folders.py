@@ -45,7 +45,9 @@ CASES = {
     "trunk.qkv_bias": True, "trunk.qk_norm": True, "trunk.attention_dim": 24,
     "mtp.zero_first": True,
   }),
-  "glm-dense-tied": ("glm4_moe", "sequential", 2, TIED | LINEAR),
+  "glm-dense-tied": ("glm4_moe", "sequential", 2, TIED | LINEAR | {
+    "trunk.rope_fraction": 0.5, "trunk.attention_dim": 32,
+  }),
 }
 
 

@@ -216,7 +216,8 @@ def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   H = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
   scaling = c["rope_scaling"] or {"type": "linear", "factor": 1.0}
   assert scaling["type"] == "linear"
-  turns = _turns(c["rope_theta"], T, H, scaling["factor"])
+  R = int(H * c.get("partial_rotary_factor", 1.0))  # The rest is not rotated.
+  turns = _turns(c["rope_theta"], T, R, scaling["factor"])
 
   def heads(name: str) -> np.ndarray:
     return w.linear(name, x_TD).reshape(T, -1, H).swapaxes(0, 1)
@@ -224,8 +225,8 @@ def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   def rotate(x_NTH: np.ndarray, name: str) -> np.ndarray:
     if f"{w.prefix}{name}.weight" in w.tensors:
       x_NTH = w.norm(name, x_NTH)
-    turned = (x_NTH[..., : H // 2] + 1j * x_NTH[..., H // 2 :]) * turns
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    turned = (x_NTH[..., : R // 2] + 1j * x_NTH[..., R // 2 : R]) * turns
+    return np.concatenate([turned.real, turned.imag, x_NTH[..., R:]], axis=-1)
 
   q, k = rotate(heads("q_proj"), "q_norm"), rotate(heads("k_proj"), "k_norm")
   v = heads("v_proj")

@@ -398,6 +398,14 @@ RULES = {
     {"trunk.rope_scaling.kind": "yarn", "trunk.rope_theta": 1.0},
     "trunk.rope_theta must be more than 1 for yarn, got 1.0.",
   ),
+  "odd part of a head": (
+    {"trunk.rope_fraction": 0.1},
+    "trunk.rope_fraction must be such that an even part of a head's 32 numbers turns "
+    "(it is 3), got 0.1.",
+  ),
+  "no part of a head": (
+    {"trunk.rope_fraction": 0.0}, "trunk.rope_fraction must be in (0, 1], got 0.0.",
+  ),
   "only dense layers": (
     EXPERTS | {"trunk.moe.dense_layers": 4},
     "trunk.moe.dense_layers must be less than the layers of the trunk (4), got 4.",
@@ -637,6 +645,7 @@ IGNORED = {
   "trunk.moe.grouped_matmul": ("ragged", {}),
   "trunk.moe.bias_until": (0.5, EXPERTS | {"trunk.moe.bias_rate": 0.0}),
   "trunk.rope_theta": (1e6, {"trunk.kind": "gpt2", "trunk.num_kv_heads": 4}),
+  "trunk.rope_fraction": (0.5, LATENT),
   "trunk.rope_scaling.factor": (4.0, {}),
   "trunk.rope_scaling.original_length": (64, {"trunk.rope_scaling.kind": "linear"}),
   "trunk.rope_scaling.high_freq_factor": (5.0, {"trunk.rope_scaling.kind": "yarn"}),

@@ -222,6 +222,44 @@ def test_deepseek_v3_equals_transformers(hf, tmp_path_factory, examples):
   sweep(examples, st.fixed_dictionaries(drawn), fixed, check)
 
 
+@draws
+def test_glm4_moe_equals_transformers(hf, tmp_path_factory, examples):
+  """Published GLM-4.5 rotates half of each head."""
+  drawn = ANY | {
+    "groups": st.sampled_from([(1, 1), (4, 2)]),
+    "partial_rotary_factor": st.sampled_from([0.25, 0.5, 1.0]),
+    "attention_bias": st.booleans(),
+    "use_qk_norm": st.booleans(),
+    "first_k_dense_replace": st.sampled_from([0, 1, 2]),
+  }
+  fixed = {
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "groups": (4, 2),
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+  }
+
+  def check(values, seed):
+    (groups, kept), fraction = values["groups"], values["partial_rotary_factor"]
+    others = "groups", "rope_parameters", "partial_rotary_factor"
+    rest = {key: value for key, value in values.items() if key not in others}
+    rope = values["rope_parameters"] | {"partial_rotary_factor": fraction}
+    config = hf.Glm4MoeConfig(
+      num_attention_heads=2, num_key_value_heads=1, head_dim=8, n_routed_experts=8,
+      moe_intermediate_size=8, num_experts_per_tok=3, n_group=groups, topk_group=kept,
+      routed_scaling_factor=2.5, num_mtp_layers=0, rope_parameters=rope, **SIZES,
+      **rest,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("glm")
+    check_family(hf.Glm4MoeForCausalLM, config, folder, "glm4_moe", seed)
+
+  sweep(examples, st.fixed_dictionaries(drawn), fixed, check)
+
+
 def test_the_trunk_of_a_mimo_folder_is_a_qwen2_model(hf, tmp_path):
   config = common.tiny_config("sequential", 1, RUNS)  # Without biases of its own.
   params = common.random_params(config)

@@ -1,19 +1,23 @@
 """Weights in, training on, weights out: the commands, as a nanoGPT user would go."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import mtp_jax
 from launch import import_hf
 from mtp_jax import interop
 from mtp_jax.config import ConfigError, with_overrides
+from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.predictors import contract
-from tests import tiny_runs
-from tests.common import tiny_config
+from tests import hf_folders, tiny_runs
+from tests.common import random_params, tiny_config
 from tests.untrained_runs import save_run
 
 pytest_plugins = ("tests.commands",)
@@ -104,6 +108,65 @@ def test_gpt2_gets_a_module_trains_on_and_goes_back_out(command, gpt2, flags, tm
   again = transformers.GPT2LMHeadModel.from_pretrained(out).state_dict()
   for name, tensor in theirs.state_dict().items():
     assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, layers", [("deepseek", (3, 4)), ("glm", (3, 4, 5))])
+def test_published_mtp_layers_are_tuned_and_go_back_into_their_shards(
+  command, flags, tmp_path, case, layers
+):
+  original, run, out = tmp_path / "original", tmp_path / "run", tmp_path / "out"
+  config = hf_folders.config_of(
+    case, {"tokenizer.vocab_size": VOCAB, "data.seq_len": LENGTH}
+  )
+  interop.export_params(
+    random_params(config), config, original, hf_folders.CASES[case][0],
+    dtype="bfloat16", max_shard_bytes=9000, tokenizer=ByteTokenizer(),
+  )
+  result = command(
+    "launch.import_hf", f"--from={original}", f"--workdir={run}", *flags,
+    "--config.train.freeze_trunk=True", "--config.mtp.objective=kl",
+    f"--config.mtp.depth={len(layers)}",
+  )
+  assert result.code == 0, result.output
+  assert command("launch.train", f"--workdir={run}", flags[-1]).code == 0
+  result = command("launch.export", f"--workdir={run}", f"--stitch={original}",
+                   f"--output={out}")
+  assert result.code == 0, result.output
+
+  before, after = hashes(original), hashes(out)
+  assert before.keys() == after.keys()
+  changed = {name for name in before if before[name] != after[name]}
+  of_module = re.compile(rf"model\.layers\.({'|'.join(map(str, layers))})\.")
+  assert changed and all(map(of_module.match, changed))
+  # Every layer was tuned; its copies of the embedding and the output matrix stay.
+  for layer in layers:
+    assert f"model.layers.{layer}.eh_proj.weight" in changed
+    assert f"model.layers.{layer}.embed_tokens.weight" not in changed
+  for file in original.iterdir():
+    same = (out / file.name).read_bytes() == file.read_bytes()
+    assert same or file.suffix == ".safetensors", file.name
+  index = json.loads((out / "model.safetensors.index.json").read_text())
+  assert index["weight_map"] == {name: shard for name, (shard, _) in after.items()}
+  stated = json.loads((out / "config.json").read_text())
+  assert stated["num_nextn_predict_layers"] == len(layers)
+  # The folder has the modules of the run, in its own precision.
+  found = interop.read_model(out)
+  trained = mtp_jax.load(run)
+  read = interop.load_params(found, trained.config, trained.mesh)
+  ours, theirs = trained.params["mtp"]["modules"], read["mtp"]["modules"]
+  np.testing.assert_array_equal(
+    ours["projection"].astype("bfloat16").astype("float32"), theirs["projection"]
+  )
+
+
+def hashes(folder):
+  """Returns shard and hash of every tensor of a folder."""
+  return {
+    name: (file.name, hashlib.sha256(tensor.tobytes()).hexdigest())
+    for file in folder.glob("*.safetensors")
+    for name, tensor in load_file(file).items()
+  }
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Rotary positions: the rotation, and its frequencies against published ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,18 @@ def test_each_pair_turns_by_its_angle():
   pairs *= 0.1 * 0.7 * np.log(8.0) + 1
   expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
   np.testing.assert_allclose(rotated_BTNH, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fraction_turns_as_a_smaller_head_does_and_the_rest_stays():
+  trunk = trunk_of("yarn", factor=8.0, mscale=0.7)
+  half = dataclasses.replace(trunk, rope_fraction=0.5)
+  x_BTNH = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 12)))
+  positions_BT = jnp.array([[0, 1, 2], [9, 5, 0]])
+  found = rotate(x_BTNH, positions_BT, half)
+  np.testing.assert_array_equal(
+    found[..., :6], rotate(x_BTNH[..., :6], positions_BT, trunk)
+  )
+  np.testing.assert_array_equal(found[..., 6:], x_BTNH[..., 6:])
 
 
 def test_low_precision_is_rounded_once():

@@ -11,12 +11,13 @@ import pytest
 
 from mtp_jax import evaluate
 from mtp_jax import train_step as train_step_lib
+from mtp_jax.executables import compiled, forget_compiled
 from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh
 from mtp_jax.targets import future_targets
 from mtp_jax.train_state import Hyperparameters
-from mtp_jax.train_step import compiled, forget_compiled, loss_and_grads, programs
+from mtp_jax.train_step import loss_and_grads, programs
 from tests.common import (
   assert_trees_close,
   gradient_program,

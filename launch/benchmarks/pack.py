@@ -28,11 +28,12 @@ from launch.planning import roofline
 from mtp_jax import accounting
 from mtp_jax.config import Config
 from mtp_jax.config_rules import validate
+from mtp_jax.executables import compiled
 from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, put_batch
 from mtp_jax.train_state import hyperparameters
-from mtp_jax.train_step import compiled, programs
+from mtp_jax.train_step import programs
 
 PRESETS = {
   "cpu": {

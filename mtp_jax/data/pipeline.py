@@ -66,6 +66,11 @@ class Corpus:
     """Returns the split's documents as text, in the order of their hashes."""
     return DecodedTexts(self.store, self.tokenizer, self.documents(split))
 
+  @property
+  def has_unscored(self) -> bool:
+    """Whether batches say which tokens of the held-out text are scored."""
+    return self.store.has_unscored
+
   def train_rows(self, num_extra: int) -> packing.PackedRows:
     """Returns the training rows, each with the `num_extra` tokens after it."""
     data, store = self.config.data, self.train_store
@@ -362,6 +367,7 @@ class TrainLoader:
         f"data.batch_size must be divisible by the number of hosts ({num_hosts}), "
         f"got {batch_size}."
       )
+    self.has_unscored = rows.store.has_unscored
     self._identity = rows.store.identity | {
       "seq_len": rows.seq_len,
       "batch_size": batch_size,

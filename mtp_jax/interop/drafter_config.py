@@ -62,6 +62,8 @@ def _eagle_obstacle(config: Config) -> str:
     return f"the drafter's layer is Llama's, but trunk.kind is {trunk.kind!r}"
   if trunk.qk_norm:
     return "trunk.qk_norm must be False in this layout"
+  if trunk.rope_fraction < 1:
+    return "trunk.rope_fraction must be 1 in this layout"
   if trunk.rope_scaling.kind not in ("none", "linear"):
     return "trunk.rope_scaling.kind must be 'none' or 'linear' in this layout"
   for key in ("fc_norm", "norm_output"):

@@ -57,7 +57,8 @@ _GPT2_ONLY = {
   "reorder_and_upcast_attn": (False,),
   "add_cross_attention": (False,),
 }
-_ROTARY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1.0)}
+_SILU = {"hidden_act": ("silu", "swish")}
+_ROTARY = _SILU | {"partial_rotary_factor": (None, 1.0)}
 _NO_BIAS, _FALSE = {"attention_bias": (False, None)}, (False, None)
 # Qwen2 and MiMo always have biases of queries, keys and values: no `attention_bias`.
 _ONLY = {
@@ -73,7 +74,7 @@ _ONLY = {
     "moe_layer_freq": (1,),
     "rope_interleave": (True, None),
   },
-  "glm4_moe": _ROTARY | {"norm_topk_prob": (True,)},
+  "glm4_moe": _SILU | {"norm_topk_prob": (True,)},
 }
 # A key of our own: the routed experts are zeros and the shared expert is a dense MLP.
 ZERO_EXPERTS_KEY = "routed_experts_are_zeros"
@@ -199,6 +200,7 @@ def read_config(file: Path, values: dict[str, Any]) -> TrunkDescription:
     "trunk.tie_embeddings": reader.get("tie_word_embeddings", (bool,), False),
     "trunk.qkv_bias": family in ("qwen2", "mimo"),
     "trunk.qk_norm": family == "qwen3",
+    "trunk.rope_fraction": 1.0,
   }
   overrides |= _read_rope(reader, max_length, family)
   depth = 0
@@ -272,10 +274,12 @@ def _read_deepseek(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]
 def _read_glm(reader: _Values, overrides: dict[str, Any]) -> dict[str, Any]:
   """Returns what GLM-4.5 has by choice: biases, norms of the heads, and experts."""
   rope = reader.section("rope_parameters")
-  rotated = rope if "partial_rotary_factor" in rope else reader
-  if rotated.number("partial_rotary_factor", 0.5) != 1.0:
-    rotated.refuse("partial_rotary_factor", "1.0 (a missing one is 0.5 here)")
+  stated = rope if "partial_rotary_factor" in rope else reader
+  fraction = stated.number("partial_rotary_factor", 0.5)
+  if not 0 < fraction <= 1:
+    stated.refuse("partial_rotary_factor", "more than 0 and at most 1")
   found = {
+    "trunk.rope_fraction": fraction,
     "trunk.qkv_bias": reader.get("attention_bias", (bool,), False),
     "trunk.qk_norm": reader.get("use_qk_norm", (bool,), False),
   }
@@ -314,7 +318,8 @@ def _read_rope(reader: _Values, max_length: int, family: str) -> dict[str, Any]:
   known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
   for extra in sorted(rope.keys() - known - set(ROPE_KEYS[kind])):
     rope.refuse(extra, f"for kind {kind!r}: {', '.join(ROPE_KEYS[kind]) or 'nothing'}")
-  rope.check({"partial_rotary_factor": (None, 1.0)})
+  if family != "glm4_moe":
+    rope.check({"partial_rotary_factor": (None, 1.0)})
   theta = rope.number("rope_theta", reader.number("rope_theta", 10_000.0))
   scaling = {"kind": _ROPE_KINDS[kind]}
   if kind == "linear":

@@ -166,10 +166,10 @@ def _write_glm(config: Config) -> dict[str, Any]:
     )  # fmt: skip
     values = {ZERO_EXPERTS_KEY: True}
   # Readers take a half for what is not stated, some here and some there.
-  whole = {"partial_rotary_factor": 1.0}
+  turning = {"partial_rotary_factor": trunk.rope_fraction}
   rope = _write_rope(trunk)
-  rope["rope_parameters"] |= whole
-  return values | rope | whole | _write_experts(config, moe) | {
+  rope["rope_parameters"] |= turning
+  return values | rope | turning | _write_experts(config, moe) | {
     "head_dim": trunk.head_dim,
     "attention_bias": trunk.qkv_bias,
     "use_qk_norm": trunk.qk_norm,

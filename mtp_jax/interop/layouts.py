@@ -54,6 +54,8 @@ def _trunk_obstacle(config: Config, layout: str) -> str:
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
       return "trunk.attention_dim must be trunk.embed_dim in this layout"
     return ""
+  if trunk.rope_fraction < 1 and layout != "glm4_moe":
+    return "trunk.rope_fraction below 1 exists in the layout 'glm4_moe' only"
   if _differs_there(trunk.rope_scaling):
     return "in this layout YaRN with mscale_all_dim 0 means mscale 1"
   if trunk.attention_kind == "latent":

@@ -1,6 +1,6 @@
 """Rotary position embedding, and its frequencies for longer texts.
 
-Legend: B batch, T sequence, N heads, H head dim, F = H / 2 frequencies.
+Legend: B batch, T sequence, N heads, H head dim, F frequencies: half of what turns.
 """
 
 import math
@@ -17,18 +17,22 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, trunk: TrunkConfig) -> ja
 
   Pair f is rotated by `position * frequencies[f]` (Su et al. 2021, arXiv 2104.09864)
   and multiplied by `rotation_scale`. Angles are float32 (float64 for float64 input);
-  the result has the dtype of x.
+  the result has the dtype of x. With `trunk.rope_fraction` below 1 the first numbers of
+  a head are rotated, as if there were no others, and the rest stays.
   """
   wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-  frequency_F = jnp.asarray(frequencies(trunk, x_BTNH.shape[-1]), wide)
+  width = int(x_BTNH.shape[-1] * trunk.rope_fraction)
+  frequency_F = jnp.asarray(frequencies(trunk, width), wide)
   angle_BT1F = positions_BT[:, :, None, None].astype(wide) * frequency_F
   scale = rotation_scale(trunk)
   cos, sin = scale * jnp.cos(angle_BT1F), scale * jnp.sin(angle_BT1F)
-  first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
+  first, second = jnp.split(x_BTNH[..., :width].astype(wide), 2, axis=-1)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x_BTNH.dtype)
+  ).astype(x_BTNH.dtype)
+  if width == x_BTNH.shape[-1]:
+    return rotated
+  return jnp.concatenate([rotated, x_BTNH[..., width:]], axis=-1)
 
 
 def frequencies(trunk: TrunkConfig, width: int) -> np.ndarray:

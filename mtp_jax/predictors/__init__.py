@@ -135,5 +135,5 @@ def contract(config: Config) -> dict[str, Any]:
       "kind": "rotary",
       "theta": trunk.rope_theta,
       "scaling": dataclasses.asdict(trunk.rope_scaling),
-    },
+    } | ({"fraction": trunk.rope_fraction} if trunk.rope_fraction < 1 else {}),
   } | kind_of(mtp).contract(mtp, tapped_layers(config))

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -253,6 +253,7 @@ class TaskCorpus:
   config: Config
   task: Task
   tokenizer: SymbolTokenizer
+  has_unscored: ClassVar[bool] = True  # The prompt is not.
 
   @functools.cached_property
   def train_examples(self) -> Examples:

@@ -1,0 +1,73 @@
+"""Executables of jitted functions: each is compiled once, and may be compiled ahead.
+
+While one thread reads text or trains, `compile_ahead` compiles in another what will be
+called later. JAX keeps what is compiled, so that the call finds it; `awaited` waits for
+it, where a call would compile it a second time.
+"""
+
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+# By program, then by what it is called with; forgotten with the program.
+_executables: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
+  weakref.WeakKeyDictionary()
+)
+_ahead: weakref.WeakKeyDictionary[Any, Future] = weakref.WeakKeyDictionary()
+# A compilation is mostly one thread's work.
+_threads = ThreadPoolExecutor(2, thread_name_prefix="compile-ahead")
+
+
+def compiled(program: Any, *arguments: Any) -> Any:
+  """Returns a jitted function compiled for such arguments, once for each kind of them.
+
+  So compilation is over before a clock starts, and trials of one program share it.
+  """
+  executables = _executables.setdefault(program, {})
+  leaves, structure = jax.tree.flatten(arguments)
+  kind = structure, tuple(leaf.shape for leaf in leaves)
+  if kind not in executables:
+    executables[kind] = awaited(program).lower(*arguments).compile()
+  return executables[kind]
+
+
+def compile_ahead(program: Any, *arguments: Any) -> None:
+  """Begins to compile a jitted function, in the mesh of the caller.
+
+  It does nothing where several processes train: they must compile in one order.
+
+  Args:
+    program: is called through `awaited`.
+    arguments: shapes of what it will be called with, and the same shardings.
+  """
+  if program in _executables or program in _ahead or jax.process_count() > 1:
+    return
+  mesh = jax.sharding.get_mesh()
+
+  def compile_it() -> None:
+    with jax.set_mesh(mesh):
+      program.lower(*arguments).compile()
+
+  _ahead[program] = _threads.submit(compile_it)
+
+
+def awaited(program: Any) -> Any:
+  """Returns the program when nothing compiles it any more; an error is left to it."""
+  future = _ahead.get(program)
+  if future is not None and not future.cancel():
+    future.exception()
+  return program
+
+
+def stop_ahead() -> None:
+  """Drops what has not begun to be compiled, so that the process can end."""
+  for future in _ahead.values():
+    future.cancel()
+
+
+def forget_compiled() -> None:
+  """Frees all executables of `compiled`; the next calls compile again."""
+  _executables.clear()
+  _ahead.clear()
