@@ -140,7 +140,7 @@ def _as_written(model: TrainedModel, dtype: str, trunk_only: bool) -> TrainedMod
 def _counts(tokens: Any, rounds: int) -> list[int]:
   """Returns how many of the tokens were drafts, and the rounds.
 
-  The prompt's pass gives one token, every round one that was no draft.
+  The prompt's pass gives one token, every round gives one that was no draft.
   """
   return [len(tokens) - 1 - rounds, rounds]
 

@@ -94,7 +94,7 @@ class MoeConfig:
     when=_EXPERTS | {"trunk.moe.bias_rate": ON},
   )
   balance_weight: float = key(1e-4, "alpha of the sequence-wise loss", NOT_NEGATIVE)
-  grouped_matmul: Literal["auto", "ragged", "blocked"] = key(
+  grouped_matmul: Literal["auto", "ragged", "blocked", "tokamax"] = key(
     "auto", "how it is computed, see kernels/grouped_matmul.py", RUNS
   )
 
@@ -222,7 +222,7 @@ class MtpConfig:
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
               log_acceptance (with the trunk's own distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
-              those of the trunk for the same token (EAGLE), relative to `objective`.
+              the trunk's for the same token (EAGLE), relative to `objective`.
   score_from: start (wherever their target belongs to the answer) | answer (only at
               positions whose next token belongs to it: no model can predict an answer
               before the end of the prompt).

@@ -206,7 +206,7 @@ class Run:
     Raises:
       CheckpointError: there are checkpoints, and none is whole.
       ConfigError: see `checkpoint.check_resumable` and `saved_model.load_source`.
-      DataError: the corpus is not that of the checkpoint.
+      DataError: the corpus is not the checkpoint's.
     """
     restored = self.restore()
     if restored is not None:

@@ -567,9 +567,9 @@ PLATFORMS = {
     CUDNN | {"trunk.compute_dtype": "float32"}, "gpu",
     "another where attention is not in 16-bit floats, got 'cudnn'.",
   ),
-  "cudnn of small heads": (
-    CUDNN | {"trunk.embed_dim": 48}, "gpu",
-    "another where attention has heads of 12, not a multiple of 8, got 'cudnn'.",
+  "cudnn of large heads": (
+    CUDNN | {"trunk.attention_dim": 4 * 260}, "gpu",
+    "another where attention has heads of 264, above 256, got 'cudnn'.",
   ),
   "cudnn of odd rows": (
     CUDNN | {"data.seq_len": 127}, "gpu",
@@ -579,9 +579,9 @@ PLATFORMS = {
     CUDNN | {"mesh.context": 2}, "gpu",
     "another where attention splits the sequence (mesh.context), got 'cudnn'.",
   ),
-  "cudnn of values larger than keys": (
-    LATENT | CUDNN | {"trunk.latent.value_dim": 56}, "gpu",
-    "another where values (56) are larger than keys (48), got 'cudnn'.",
+  "cudnn of large values": (
+    LATENT | CUDNN | {"trunk.latent.value_dim": 300}, "gpu",
+    "another where attention has heads of 304, above 256, got 'cudnn'.",
   ),
   "tokamax that is not there": (
     {"trunk.attention": "tokamax"}, "cpu", "'auto', 'xla' or 'blocked' on platform "
@@ -606,7 +606,8 @@ def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
 
 def test_kernels_are_accepted_where_they_run(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
-  config_rules.validate(make(**CUDNN), 8, "gpu")
+  for sizes in ({}, {"trunk.embed_dim": 48}, {"trunk.latent.value_dim": 56} | LATENT):
+    config_rules.validate(make(**CUDNN | sizes), 8, "gpu")
   config_rules.validate(make(trunk__attention="tokamax"), 1, "tpu")
   for attention in ("auto", "xla", "blocked"):
     for grouped_matmul in ("auto", "ragged", "blocked"):

@@ -153,7 +153,7 @@ def _speculators(
       },
     },
     "transformer_layer_config": layer,
-    "norm_before_residual": False,  # The default there is not that of EAGLE's code.
+    "norm_before_residual": False,  # The default there differs from EAGLE's code.
   }
 
 

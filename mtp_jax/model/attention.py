@@ -4,6 +4,7 @@ Legend: B batch, T sequence, S cache slots, D embed, N heads, G kv heads, H head
 P = N / G, Q = P T rows of a product.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from mtp_jax.sharding import constrain, platform
 _PARTS = 16
 # Smaller caches are not split: compiling the parts would take longer than they save.
 _LEAST_BYTES = 1 << 22
+_HEADS = ("query", "key", "value")
 
 
 class KVCache(NamedTuple):
@@ -152,10 +154,7 @@ class Attention(nn.Module):
     segment_ids_BT: jax.Array,
     cache: KVCache | Unrolled | None = None,
   ) -> tuple[jax.Array, KVCache | Unrolled | None]:
-    position_BT = positions_of(positions_BT)
-    query_BTNH = self.heads("query", x_BTD, position_BT)
-    key_BTGH = self.heads("key", x_BTD, position_BT)
-    value_BTGH = self.heads("value", x_BTD, position_BT)
+    query_BTNH, key_BTGH, value_BTGH = self.heads(x_BTD, positions_of(positions_BT))
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
@@ -185,11 +184,32 @@ class Attention(nn.Module):
 
     return self.joined(out_BTNH), cache
 
-  def heads(self, name: str, x_BTX: jax.Array, position_BT: jax.Array) -> jax.Array:
-    """Returns the heads of `query`, `key` or `value`, normed and rotated if at all."""
+  def heads(
+    self, x_BTX: jax.Array, position_BT: jax.Array, names: tuple[str, ...] = _HEADS
+  ) -> list[jax.Array]:
+    """Returns the heads of these of `_HEADS`, neighbours, normed and rotated."""
+    c = self.trunk
+    counts = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+    if self.has_variable("params", "qkv"):  # Of decoding, see `block.joined`.
+      start = sum(counts[name] for name in _HEADS[: _HEADS.index(names[0])])
+      ends = list(itertools.accumulate(counts[name] for name in names))
+      own = slice(start, start + ends[-1])
+      out_BTXH = dense(x_BTX, self.get_variable("params", "qkv")[:, own])
+      if self.has_variable("params", "qkv_bias"):
+        out_BTXH += self.get_variable("params", "qkv_bias")[own]
+      found = jnp.split(out_BTXH, ends[:-1], axis=2)
+    else:
+      found = [self._projected(name, x_BTX, counts[name]) for name in names]
+    for i, name in enumerate(names):
+      if name != "value" and c.qk_norm:
+        found[i] = RMSNorm(c.norm_eps, name=f"{name}_head_norm")(found[i])
+      if name != "value" and c.kind == "llama":
+        found[i] = rotate(found[i], position_BT, c)
+    return found
+
+  def _projected(self, name: str, x_BTX: jax.Array, count: int) -> jax.Array:
     c, dtype, width = self.trunk, compute_dtype(self.trunk), x_BTX.shape[-1]
     axis = "heads" if name == "query" else "kv_heads"
-    count = c.num_heads if name == "query" else c.num_kv_heads
     kernel = self.param(
       name,
       partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
@@ -200,11 +220,7 @@ class Attention(nn.Module):
       zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
       bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim))
       out_BTNH += bias_NH.astype(dtype)
-    if name == "value":
-      return out_BTNH
-    if c.qk_norm:
-      out_BTNH = RMSNorm(c.norm_eps, name=f"{name}_head_norm")(out_BTNH)
-    return rotate(out_BTNH, position_BT, c) if c.kind == "llama" else out_BTNH
+    return out_BTNH
 
   def joined(self, out_BTNH: jax.Array) -> jax.Array:
     """Returns out_BTD, the heads joined by the output matrix."""

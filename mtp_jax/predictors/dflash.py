@@ -71,9 +71,8 @@ class BlockAttention(Attention):
     """Returns `(out_BQD, cache)`; without a cache Q = T R, token by token."""
     read_BXD = jnp.concatenate([context.x_BCD, x_BQD], axis=1)
     position_BX = jnp.concatenate([context.position_BC, position_BQ], axis=1)
-    query_BQNH = self.heads("query", x_BQD, position_BQ)
-    key_BXGH = self.heads("key", read_BXD, position_BX)
-    value_BXGH = self.heads("value", read_BXD, position_BX)
+    (query_BQNH,) = self.heads(x_BQD, position_BQ, ("query",))
+    key_BXGH, value_BXGH = self.heads(read_BXD, position_BX, ("key", "value"))
     if cache is not None:
       cache = cache.write(key_BXGH, value_BXGH, position_BX)
       last_BQ = jnp.broadcast_to(position_BQ[:, -1:], position_BQ.shape)
