@@ -12,7 +12,7 @@ import pytest
 
 from mtp_jax import accounting
 from mtp_jax.config import with_overrides
-from mtp_jax.decode import drafters, generate, loop
+from mtp_jax.decode import drafters, generate, loop, target
 from mtp_jax.decode.generate import Decoding
 from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.decode.trees import DynamicTree
@@ -411,6 +411,21 @@ def test_depths_say_in_decoding_what_they_say_in_training(model):
     expected_BV = at_newest_MBV[k]
     np.testing.assert_allclose(logits_BV, expected_BV, rtol=2e-4, atol=2e-5)
   assert len(seen) == depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-dflash", "gpt2-dflash", "llama-sequential"])
+def test_products_that_share_an_input_are_one_on_accelerators(name, monkeypatch):
+  model = Model(*MODELS[name])
+  apart = model.generate()
+  monkeypatch.setattr(target, "platform", lambda: "gpu")
+  model.weights = unstack.__wrapped__(model.params, model.config)
+  leaves = jax.tree_util.tree_leaves_with_path(model.weights)
+  assert any("qkv" in jax.tree_util.keystr(path) for path, _ in leaves)
+  together = model.generate()
+  assert tokens(together) == tokens(apart) == model.expected
+  for ours, theirs in zip(together, apart, strict=True):
+    np.testing.assert_array_equal(ours.histogram, theirs.histogram)
 
 
 def test_streaming_says_the_same(sequential):
