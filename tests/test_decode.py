@@ -313,9 +313,9 @@ def test_a_cache_in_parts_says_the_same(sequential, monkeypatch):
     assert row[length : length + NEW].tolist() == expected
 
 
-@pytest.mark.parametrize(
-  "name", mostly_slow(["llama-none", "gpt2-sequential", "llama-eagle3", "gpt2-dflash"], "llama-none")
-)
+@pytest.mark.parametrize("name", mostly_slow(
+  ["llama-none", "gpt2-sequential", "llama-eagle3", "gpt2-dflash"], "llama-none"
+))
 def test_texts_one_by_one_on_a_gpu_say_the_same(name, monkeypatch):
   """There a single token is computed as two rows, and its slot is updated in place."""
   for module in (cache_slots, weights):
