@@ -68,3 +68,6 @@ def sweep() -> Iterator[dict]:
   })
   yield trial("1.3B,D=1,auto", 1, _1B)
   yield trial("experts,D=1,auto", 1, _EXPERTS)
+  yield trial("experts,D=1,blocked", 1, _EXPERTS | {
+    "trunk.moe.grouped_matmul": "blocked"
+  })

@@ -6,6 +6,7 @@ share of prompts are binomial.
 """
 
 import ast
+import dataclasses
 import itertools
 import math
 import textwrap
@@ -17,7 +18,13 @@ from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tasks.interface import Example, Task
 from mtp_jax.decode.acceptance import counts
-from mtp_jax.decode.generate import Completion, Decoding, compile_ahead, generate
+from mtp_jax.decode.generate import (
+  Completion,
+  Decoding,
+  compile_ahead,
+  generate,
+  make_plan,
+)
 from mtp_jax.decode.target import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
@@ -122,7 +129,8 @@ def text_metrics(
   `acceptance_rates`. `sampled_*` is the same for functions sampled at temperature 1
   (rule leviathan), or of whole documents from their middle where `eval.middle_prompts`
   asks for them: a small model soon repeats itself greedily, and then every draft is
-  right.
+  right. With `eval.both_proposals` `argmax_proposal_*` and `sample_proposal_*` are the
+  same with each way to choose drafts, see `decode.generate.Decoding`.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
   text suits it. For `before_batch` see `generate`.
   """
@@ -135,14 +143,14 @@ def text_metrics(
   weights = unstack(params, program)
 
   def complete(
-    prompts: list[str], stop_ids: tuple[int, ...], rule: str = "greedy"
+    prompts: list[str], stop_ids: tuple[int, ...], decoding: Decoding
   ) -> list[Completion]:
     return awaited(generate)(
       program,
       weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
       stop_ids=stop_ids,
-      decoding=_decoding(config, rule),
+      decoding=decoding,
       before_batch=before_batch,
       **settings,
     )
@@ -153,30 +161,39 @@ def text_metrics(
   pairs = line_prompts(
     texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
   )
-  lines = complete([prompt for prompt, _ in pairs], stop_at_line)
+  greedy = _decoding(config)
+  lines = complete([prompt for prompt, _ in pairs], stop_at_line, greedy)
   # A BPE token may hold the newline and more; the line is what comes before it.
   exact = [
     text(x).split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)
   ]
 
   headers = function_prompts(texts, limits.function_prompts, prompt_length)
-  bodies = complete(headers, stop_at_end)
+  bodies = complete(headers, stop_at_end, greedy)
   sources = [
     completed_function(header, text(body))
     for header, body in zip(headers, bodies, strict=True)
   ]
   parses = [source is not None and _parses(source) for source in sources]
-  sampled = []
+  sampled, by_proposal = [], {}
   if num_drafts(config.mtp):
     if limits.middle_prompts:
       headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
-    sampled = complete(headers, stop_at_end, "leviathan")
+    sampling = _decoding(config, "leviathan")
+    sampled = complete(headers, stop_at_end, sampling)
+    chosen = make_plan(program, sampling).proposal
+    for proposal in ("argmax", "sample") if limits.both_proposals else ():
+      own = sampled if proposal == chosen else complete(
+        headers, stop_at_end, dataclasses.replace(sampling, proposal=proposal)
+      )
+      by_proposal |= acceptance_rates(f"{proposal}_proposal", own)
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),
     "function_parses": _proportion(parses),
     **acceptance_rates("decoded", [*lines, *bodies]),
     **acceptance_rates("sampled", sampled),
+    **by_proposal,
   }
 
 

@@ -318,6 +318,10 @@ class EvalConfig:
     0, "documents to continue by sampling", MEASURE, at_least(0), when=_TEXT,
     when_given=_MTP,
   )
+  both_proposals: bool = key(
+    False, "sample with drafts that are drawn, and with the most likely tokens",
+    MEASURE, when={"eval.middle_prompts": ON}, when_given=_MTP,
+  )
   max_new_tokens: int = key(
     64, "longest completion", MEASURE, at_least(1), when=_TEXT,
     when_given={_PROMPTS: ON},

@@ -170,6 +170,12 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+  """Returns what the maker calls the devices of `platform`, as `NVIDIA H200`."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.devices()[0] if device is None else device).device_kind
+
+
 def tokens_per_block(block_tokens: int, vocab: int, trials: int = 1) -> int:
   """Returns `loss.block_tokens`; if that is 0, a default of the platform.
 

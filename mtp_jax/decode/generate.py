@@ -66,8 +66,8 @@ class Decoding:
   warp: temperature and the like for the rules that sample; None for greedy.
   proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
     use the distribution and drafts depend on each other (sequential modules, EAGLE,
-    parallel heads with a Markov head), and else takes the arg max: other parallel
-    heads, sampled one by one, do not fit together.
+    heads with a Markov head), and else takes the arg max: drafts of other heads,
+    sampled one by one, do not fit together.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
   tree: see `trees`; None verifies a chain. The depth of a tree is K.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.lm import draft_tokens, unembed_matrix, unembeddings
-from mtp_jax.model.block import Cache
+from mtp_jax.model.block import Cache, joined
 from mtp_jax.model.cache_slots import positions_of
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers, tapped_layers
@@ -25,6 +25,7 @@ from mtp_jax.predictors.weights import (
   run_block,
   unembed,
 )
+from mtp_jax.sharding import platform
 
 
 class Target(NamedTuple):
@@ -62,6 +63,9 @@ def unstack(params: Any, config: Config) -> Weights:
   blocks += layers(params["trunk"]["blocks"], num_trunk_layers(config) - num_dense)
   kind = kind_of(config.mtp)
   predictors = kind.unstack(params["mtp"], config.mtp) if "mtp" in params else []
+  # Parts that are split over devices would be laid out anew.
+  if platform() != "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+    blocks, predictors = joined(blocks), joined(predictors)
   blocks += predictors[: kind.deployed_blocks]
   is_learned = config.trunk.kind == "gpt2"
   return Weights(

@@ -56,7 +56,7 @@ def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
   logits = jnp.einsum(
     "...D,DV->...V",
     hidden,
-    own[depth - 1] if depth and own else weights.unembed_DV,
+    own[min(depth, len(own)) - 1] if depth and own else weights.unembed_DV,
     preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
   )
   if depth == 0 or tokens_C is None:
