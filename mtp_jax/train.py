@@ -147,7 +147,7 @@ def _train(
       jax.block_until_ready(report)
       startup.ends("first step")
       log.began(startup)
-      run.compile_rest_ahead(state, batch)
+      records.compile_ahead(run, state, batch)
     # Waiting for the step before bounds the queue: a signal is answered soon.
     jax.block_until_ready(previous)
     previous = report["loss_total"]
