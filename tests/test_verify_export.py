@@ -5,6 +5,7 @@ transformers runs here; vLLM has an environment of its own (`make test-serve`).
 
 import json
 import os
+import subprocess
 
 import jax
 import pytest
@@ -92,11 +93,14 @@ def in_process(monkeypatch):
 
   def ask(python, job):
     try:
-      version, results = engine.transformers(job)
+      version, first_alone, results = engine.transformers(job)
       end_ids = engine.end_ids(job["trunk"])
     except Exception as error:
       raise RuntimeError(str(error)) from error
-    return {"version": version, "end_ids": end_ids, "results": results}
+    return {
+      "version": version, "first_alone": first_alone, "results": results,
+      "end_ids": end_ids,
+    }
 
   monkeypatch.setattr(verify, "_ask", ask)
 
@@ -199,18 +203,38 @@ def test_the_page_on_serving_has_the_kept_results():
   assert table(kept) in (ROOT / "docs/how-to/serving.md").read_text()
 
 
-# Not explained; docs/how-to/serving.md has what is known of them.
-DIFFERENT = ("glm4_moe, experts, D = 3", *(x for x in planted.CASES if "deepseek" in x))
-
-
 @serve
-@pytest.mark.parametrize("case", [
-  pytest.param(case, marks=[pytest.mark.xfail(strict=True)] * (case in DIFFERENT))
-  for case in planted.CASES
-])
+@pytest.mark.parametrize("case", planted.CASES)
 def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
   found = check(case, "vllm", VLLM, tmp_path)
   assert found.is_equal, found
+
+
+ROTATION = """
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+with set_current_vllm_config(VllmConfig()):
+  rotation = RotaryEmbedding(16, 16, 128, 1e4, False, torch.float32)
+torch.manual_seed(0)
+positions, heads, key = torch.arange(6), torch.randn(6, 2, 48), torch.randn(6, 1, 16)
+part = heads[..., 32:]
+right, _ = rotation.forward_native(positions, part.contiguous(), key.clone())
+flat, _ = rotation.forward_cpu(positions, part.reshape(6, 32), key.clone().view(6, 16))
+strided, _ = rotation.forward_cpu(positions, part, key.clone())
+print((flat.view(6, 2, 16) - right).abs().max().item())
+print((strided - right).abs().max().item())
+"""
+
+
+@serve
+def test_vllms_own_rotation_on_a_cpu_is_wrong_for_strided_queries():
+  """When this fails, engine.py and the page on serving may drop `-rotary_embedding`."""
+  done = subprocess.run(
+    [VLLM, "-c", ROTATION], capture_output=True, text=True, check=True
+  )
+  flat, strided = map(float, done.stdout.split()[-2:])
+  assert flat < 1e-6 and strided > 1
 
 
 @serve
