@@ -38,7 +38,7 @@ class Size(NamedTuple):
   num_steps: int
 
 
-# The head size is fixed within a ladder, and the learning rate is that of
+# The head size is fixed within a ladder, and the learning rate is the rate of
 # optimizer.base_width: see mtp_jax/optimizer.py for how it follows the width.
 CPU = (
   Size(16, 4, 1, 6e-3, 1000),

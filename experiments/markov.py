@@ -16,7 +16,9 @@ size read the same data in the same order and start from the same trunk. Scores 
 eval.json: `sampled_tokens_per_round` (temperature 1), `decoded_tokens_per_round`
 (greedy), `main_loss`; parameters and FLOPs per token are in the report. Where drafts
 depend on each other they are sampled, else they are the most likely tokens
-(`decode.generate.Decoding`): the better choice for either.
+(`decode.generate.Decoding`): the better choice for either. With `eval.both_proposals`
+both arms are measured with both: `sample_proposal_tokens_per_round` and
+`argmax_proposal_tokens_per_round`.
 
 Presets: `cpu`: widths 32 and 64 of gains_with_scale:cpu; `gpu`: widths 256 and 384 of
 gains_with_scale:gpu. Five seeds. What was expected and the rules that decide stand in
@@ -41,6 +43,7 @@ def get_config(preset: str = "cpu") -> ConfigDict:
     raise ValueError(f"preset must be one of {names}, got {preset!r}.")
   config = drafters.get_config(f"{preset}_trunks")
   config.name = f"markov_{preset}"
+  config.eval.both_proposals = True
   return config
 
 

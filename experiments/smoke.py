@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
   config.name = "smoke"
   config.trunk.update(num_layers=2, embed_dim=64, mlp_dim=176)
   config.mtp.update(kind="sequential", depth=2)
+  config.data.seq_len = 128
   config.train.update(num_steps=40, log_every=10, eval_every=20, diagnostics_every=20)
   config.checkpoint.every_steps = 20
   config.eval.update(num_rows=64, line_prompts=16, function_prompts=8)

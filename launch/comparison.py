@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
 
 def compare(complete: Callable[..., Generation], how: dict[str, Any]) -> Comparison:
-  """Returns the times, and whether the text is that of plain decoding.
+  """Returns the times, and whether the text equals plain decoding's.
 
   Both ways are compiled first, then take turns; times are medians, prefill included.
   """

@@ -82,7 +82,7 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
 
 
 def define_color() -> Callable[[], bool]:
-  """Defines `--color`; returns a function that says whether text is coloured."""
+  """Defines `--color`; returns a function that returns whether text is coloured."""
   color = flags.DEFINE_enum(
     "color", "auto", ("auto", "always", "never"), "show who proposed each token in "
     "colours; auto: if stdout is a terminal and NO_COLOR is not set"

@@ -54,7 +54,7 @@ _LAST_WORDS_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The processes of a job, as one of them sees them.
+  """The processes of a job, as a member process sees them.
 
   coordinator: HOST:PORT that process 0 listens on.
   device_ids: which of the visible accelerators are this process's; None is all of them.
@@ -74,9 +74,9 @@ def define_flags() -> dict[str, flags.FlagHolder[Any]]:
   holders = (
     flags.DEFINE_string(
       "distributed", "auto",
-      "which processes train together. auto: those of a Slurm step, of Open MPI or of "
-      f"a TPU pod, or those that {COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID} tell "
-      "of; else one alone. off: one alone. HOST:PORT,NUM_PROCESSES,PROCESS_ID: so "
+      "which processes train together. auto: those of a Slurm step, Open MPI or a TPU "
+      f"pod, or as {COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID} tell; "
+      "else one alone. off: one alone. HOST:PORT,NUM_PROCESSES,PROCESS_ID: so "
       "many, process 0 at that address.",
     ),
     flags.DEFINE_list(

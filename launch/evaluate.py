@@ -3,7 +3,7 @@ r"""Evaluates a checkpoint of a run again: other text, another step, other devic
   mtp-jax evaluate --workdir=runs/smoke --split=test
   mtp-jax evaluate --workdir=runs/smoke --step=50
 
-The run folder says how the model was trained. Its mesh is used where it fits the
+The run folder holds how the model was trained. Its mesh is used where it fits the
 devices; where it does not, rows are spread over all of them. The table is also written
 to eval_<split>.json in the run folder (eval_<split>_step<N>.json with --step), beside
 the eval.json of training, which is not touched; docs/reference has the fields.
@@ -72,7 +72,7 @@ def result_table(result: dict[str, Any]) -> str:
   rows = []
   for name, value in result.items():
     entries = {name: value}
-    if isinstance(value, list):  # Drafts are those of the extra depths.
+    if isinstance(value, list):  # The extra depths draft.
       first = 0 if name.startswith("depth") else 1
       entries = {f"{name}, depth {first + i}": x for i, x in enumerate(value)}
     for label, entry in entries.items():

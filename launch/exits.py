@@ -90,7 +90,7 @@ def after_signal(signum: int, num_processes: int, process_id: int) -> int:
 
 
 def describe(error: BaseException) -> str:
-  """Returns type and message of an error in one line, and those of what caused it.
+  """Returns type and message of an error, and of its causes, in one line.
 
   Notes are left out: JAX adds one about its frames to every error. Where memory ran
   out, a sentence names the keys to lower.

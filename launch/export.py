@@ -20,8 +20,8 @@ their own (medusa, eagle, eagle3) are written without the trunk, which is anothe
 (--trunk_only).
 
 --stitch=ORIGINAL copies the folder that the run was imported from, and writes the tuned
-MTP layers over those of the copy: all other bytes stay. The trunk must have stayed too
-(train.freeze_trunk=True).
+MTP layers over the layers of the copy: all other bytes stay. The trunk must have stayed
+too (train.freeze_trunk=True).
 
 --push uploads the folder to the Hugging Face Hub (pip install "mtp_jax[hub]", and a
 token: HF_TOKEN or `hf auth login`). A new repository is private.

@@ -48,7 +48,7 @@ def local_folder(flag: str, value: str) -> Path:
 
 
 def check_push(name: str) -> None:
-  """Checks that a folder can be pushed, as far as this machine knows.
+  """Checks, without the network, that a folder can be pushed.
 
   Raises:
     ConfigError: no name of a repository, or no token.
@@ -64,7 +64,7 @@ def check_push(name: str) -> None:
 
 
 def create_repository(name: str) -> None:
-  """Creates a private repository; one that exists stays as it is.
+  """Creates a private repository; an existing repository stays as it is.
 
   Raises:
     ConfigError: the token may not write there.

@@ -9,9 +9,9 @@ r"""Makes a run folder out of Hugging Face weights, which `mtp-jax train` then t
 
 Reads config.json and safetensors (one file, or shards with an index) of GPT-2, Llama,
 Qwen2, Qwen3, DeepSeek-V3, GLM-4.5 and MiMo models. The trunk of the config becomes that
-of the folder; all else (extra predictors, data, optimizer, mesh) is as --config says.
-New predictors begin at random, so the next-token logits of the run folder are those of
-the folder, until training moves them; with --config.train.freeze_trunk=True they stay.
+of the folder; all else (extra predictors, data, optimizer, mesh) follows --config.
+New predictors begin at random, so the next-token logits of the run folder equal the
+folder's, until training moves them; with --config.train.freeze_trunk=True they stay.
 MTP layers that the folder has are taken over with their depth. --drafter names a folder
 with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
 
@@ -19,7 +19,7 @@ Rows may be shorter than the folder's texts: learned positions are then cut to
 data.seq_len. --config.trunk.rope_theta and --config.trunk.rope_scaling.* replace what
 the folder has, for longer rows. Export writes what the run has.
 
-The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* says
+The tokenizer is the folder's tokenizer.json, unless --config.tokenizer.* names
 otherwise. The tokens that begin and end a text are those that the folder names; none is
 added. The run folder needs the other folder no more.
 
@@ -122,7 +122,7 @@ def combine(
   """Returns the config with the trunk, tokenizer and MTP layers of the folder.
 
   Args:
-    config: what --config says, overrides included.
+    config: of --config, overrides included.
     overrides: what was set on the command line, by dotted key.
     model: the folder.
 

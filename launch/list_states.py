@@ -6,7 +6,7 @@
 
 Whichever engine trains: a row for each trial of the experiment, or of the search in the
 folder, has its state, steps, losses, speed, run folder and host, and why it failed or
-waits. Trials that equal one that is done get its results, and results.csv of the sweep
+waits. Trials that equal a finished trial get its results, and results.csv of the sweep
 folder is written anew. Nothing is started or ended: `mtp-jax sweep` does that.
 """
 

@@ -14,7 +14,8 @@ has. --config.mesh.* tries another mesh.
 The real train step is compiled for these devices, on any Linux machine that has the
 compilers (requirements-plan.txt): memory, collectives and kernels are XLA's. A
 compilation takes ten seconds to ten minutes per program; its report is kept in
---compilation_cache. Time follows from model FLOPs and --mfu, which is an assumption,
+--compilation_cache. For GPUs --packs and --decode also compile steps of packs and
+rounds of decoding. Time follows from model FLOPs and --mfu, which is an assumption,
 not a result. For GPUs a roofline shows the time by kind of kernel: a model, not a
 measurement. Nothing is trained and no text is read.
 
@@ -50,6 +51,12 @@ cli.require("topology")
 _MFU = flags.DEFINE_float(
   "mfu", 0.4, "model FLOPs per second over the chips' peak that is assumed"
 )
+_PACKS = flags.DEFINE_list(
+  "packs", [], "also plan packs of so many trials, on one GPU: 8,32"
+)
+_DECODE = flags.DEFINE_list(
+  "decode", [], "also plan rounds of decoding so many texts at once, on one GPU: 1,64"
+)
 trials.define_flags()
 _OUTPUT = flags.DEFINE_string(
   "output", None, "folder for the plan as .md and .json; by default nothing is written"
@@ -65,6 +72,7 @@ def main() -> int:
   if _OUTPUT.value is not None:
     paths.check_folder("output", _OUTPUT.value)
   wanted = [topologies.parse(text) for text in _TOPOLOGY.value]
+  sizes = {flag.name: _sizes(flag, wanted) for flag in (_PACKS, _DECODE)}
   everything, chosen = trials.from_flags(Path("."))
   # All meshes are checked before the first compilation.
   programs = [check(chosen, topology) for topology in wanted]
@@ -78,7 +86,7 @@ def main() -> int:
     for program, (fitted, same) in of_program.items():
       print(f"{same[0].name} on {fitted}", file=sys.stderr, flush=True)
       progress("planned", done, total)
-      rows[program] = plan(fitted, same, cache, _MFU.value)
+      rows[program] = plan(fitted, same, cache, _MFU.value, **sizes)
       done += 1
     fits = fits and all(row["fits"] for row in rows.values())
     name = f"{title}-{topology}".replace(":", "-")
@@ -90,6 +98,24 @@ def main() -> int:
     )
   progress.close()
   return 0 if fits else 1
+
+
+def _sizes(flag: flags.FlagHolder, wanted: Sequence[Topology]) -> list[int]:
+  """Returns the numbers of a flag.
+
+  Raises:
+    ConfigError: they are no numbers, or not for GPUs.
+  """
+  if not all(x.isdecimal() and int(x) for x in flag.value):
+    raise ConfigError(
+      f"--{flag.name} must be numbers of at least 1, got {','.join(flag.value)}."
+    )
+  others = [str(x) for x in wanted if not isinstance(x.chip, Gpu)]
+  if flag.value and others:
+    raise ConfigError(
+      f"--{flag.name} must have GPUs in --topology alone, got {', '.join(others)}."
+    )
+  return [int(x) for x in flag.value]
 
 
 def check(
@@ -114,9 +140,13 @@ def check(
 
 
 def plan(
-  topology: Topology, same: Sequence[Trial], cache: Path | None, mfu: float
+  topology: Topology, same: Sequence[Trial], cache: Path | None, mfu: float,
+  packs: Sequence[int] = (), decode: Sequence[int] = (),
 ) -> dict[str, Any]:
-  """Returns the row of trials of one program; bytes and collectives are of one chip."""
+  """Returns the row of trials of one program; bytes and collectives are of one chip.
+
+  `packs` and `decode` have the reports of these numbers of trials or texts.
+  """
   trial, chip, chips = same[0], topology.chip, topology.num_chips
   data = trial.program.data
   of_mesh = trial.program.mesh
@@ -151,6 +181,14 @@ def plan(
     "steps": trial.num_steps,
     "tokens": trial.num_tokens,
     "seconds_per_step": seconds,
+    "packs": {
+      size: steps.compile_pack(trial.resolved, size, mesh.devices.flat[0], chip, cache)
+      for size in packs
+    },
+    "decode": {
+      size: steps.compile_round(trial.resolved, size, mesh.devices.flat[0], chip, cache)
+      for size in decode
+    },
   }
 
 
@@ -167,11 +205,13 @@ def page(
   depth = [cost for cost in costs if cost is not None]
   parts = [
     f"{chip.name}: {chip.hbm_bytes / 1e9:g} GB, {chip.peak_flops / 1e12:g} TFLOP/s "
-    f"({chip.source}). Figures are those of one chip and one step. XLA counts the "
+    f"({chip.source}). Figures are for one chip and one step. XLA counts the "
     "FLOPs of a loop's body once. Collectives: how often they run, and the bytes of "
     f"their results. Time is at {mfu:.0%} of the peak, an assumption.",
     tables.markdown(map(cells, rows.values())),
     *(roofline_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
+    *pack_parts(rows.values()),
+    *(decode_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
     f"Planned: {_totals(chip, chosen, mfu)}. Whole sweep: "
     f"{_totals(chip, everything, mfu)}.",
   ]
@@ -216,25 +256,70 @@ def roofline_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
   for row in rows:
     if "kernels" not in row:  # The compiler refused it.
       continue
-    kinds = row["kernels"]
-    count, seconds = (sum(x[y] for x in kinds.values()) for y in ("count", "seconds"))
-    peak = chip.peak_flops * row["chips"]
-    # What loops of unknown length repeat is missing.
-    above, below = ("> ", "< ") if row["unknown_loops"] else ("", "")
-    lines.append({
-      "program": row["program"], "kernels": f"{count:,}",
-      **{
-        kind: f"{1e3 * x['seconds']:.2f} ms, {x['count']:,}, {_giga(x['bytes'])} GB"
-        for kind, x in kinds.items() if x["count"]
-      },
-      "roofline ms": f"{above}{1e3 * seconds:.1f}",
-      "MFU": f"{below}{row['model_flops'] / seconds / peak:.1%}",
+    below = "< " if row["unknown_loops"] else ""
+    peak = chip.peak_flops * row["chips"] * _roofline_seconds(row)
+    lines.append({"program": row["program"]} | kernel_cells(row) | {
+      "MFU": f"{below}{row['model_flops'] / peak:.1%}"
     })
   return [
     "## Roofline: a model, not a measurement",
     "Kernels of one step on one GPU: time, number, bytes read and written. "
     f"{roofline.ASSUMED.format(chip=chip)} Nothing overlaps. Loops of unknown length "
     "count once. XLA chose the kernels without trying them; a GPU tries them.",
+    tables.markdown(lines),
+  ] if lines else []
+
+
+def kernel_cells(report: dict[str, Any]) -> dict[str, str]:
+  """Returns the cells of a program's kernels: number, time and bytes by kind."""
+  kinds = report["kernels"]
+  # What loops of unknown length repeat is missing.
+  above = "> " if report["unknown_loops"] else ""
+  return {
+    "kernels": f"{sum(x['count'] for x in kinds.values()):,}",
+    **{
+      kind: f"{1e3 * x['seconds']:.2f} ms, {x['count']:,}, {_giga(x['bytes'])} GB"
+      for kind, x in kinds.items() if x["count"]
+    },
+    "roofline ms": f"{above}{1e3 * _roofline_seconds(report):.2f}",
+  }
+
+
+def _roofline_seconds(report: dict[str, Any]) -> float:
+  return sum(x["seconds"] for x in report["kernels"].values())
+
+
+def pack_parts(rows: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the section of packs."""
+  lines = [
+    {"program": row["program"], "trials": str(size), "peak GB": _giga(report["peak"])}
+    | kernel_cells(report)
+    | {"ms/trial": f"{1e3 * _roofline_seconds(report) / size:.3g}"}
+    for row in rows for size, report in row["packs"].items()
+  ]
+  return [
+    "## Packs: trials side by side on one GPU",
+    "One step of all trials, by the same roofline. Packs take XLA's attention, because "
+    "cuDNN's cannot be stacked.",
+    tables.markdown(lines),
+  ] if lines else []
+
+
+def decode_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns the section of decoding."""
+  lines = [
+    {
+      "program": row["program"], "texts": str(size), "weights GB": _giga(report["read"])
+    }
+    | kernel_cells(report)
+    | {"floor ms": f"{1e3 * report['read'] / chip.bandwidth:.3g}"}
+    for row in rows for size, report in row["decode"].items()
+  ]
+  return [
+    "## Decoding: one round on one GPU",
+    "Greedy, with all predictors as drafters: a round commits 1 to D + 1 tokens of "
+    "every text. Caches have room for 192 tokens. Floor: the time in which the memory "
+    f"reads the weights at {chip.bandwidth:.3g} bytes/s.",
     tables.markdown(lines),
   ] if lines else []
 

@@ -5,7 +5,7 @@ r"""Tokenizes text into a folder of ArrayRecord shards, once, for many runs.
       data.source=jsonl data.path='corpus/*.jsonl.zst' data.text_field=content \
       tokenizer.kind=bpe tokenizer.vocab_size=32768
 
-Training then reads the folder; rows and their order are those of the text itself:
+Training then reads the folder; rows and their order equal the text's:
 
   mtp-jax train base data.source=array_record data.path=data/mine
 

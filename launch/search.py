@@ -1,4 +1,4 @@
-"""A search: Optuna says which trials to train next, run folders say how good they were.
+"""A search: Optuna proposes trials, their run folders hold how good they were.
 
 `search.journal` in the sweep folder has every trial that was asked for. Any number of
 processes share it, on any engine: each asks for trials of its own, and takes over those
@@ -288,7 +288,7 @@ class Search:
       study.tell(number, float(value))
 
   def _is_of_another(self, study: Any, number: int) -> bool:
-    """Returns whether another process of this machine asked, and is there still."""
+    """Returns whether another process of this machine asked, and still runs."""
     host, _, pid = study.user_attrs[f"asker {number}"].rpartition(":")
     if host != socket.gethostname() or int(pid) == os.getpid():
       return False
@@ -309,7 +309,7 @@ class Search:
       asked = study.ask()
       try:
         overrides = self._suggest(asked)
-      except ValueError as error:  # Another space than that of the trials before.
+      except ValueError as error:  # The trials before had another space.
         study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
         raise ConfigError(f"--space: {error}") from error
     name = f"trial={asked.number},{trials.name_of(overrides)}"

@@ -58,7 +58,7 @@ class Trial:
 
   @functools.cached_property
   def program(self) -> ProgramConfig:
-    """What compiled programs depend on; trials of equal ones share their programs."""
+    """What compiled programs depend on; trials that are equal in it share programs."""
     return program_config(self.resolved)
 
   @property

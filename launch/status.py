@@ -55,8 +55,9 @@ class Status(Observer):
   """The status of a run; a context manager, within which it also watches the steps.
 
   Several processes wait for each other in every step. JAX notices a process that is
-  gone or frozen, but not one that is alive and stuck. So each process watches its own
-  steps, and ends if none ends for `stall_seconds` and ten times the slowest so far.
+  gone or frozen, but not a process that is alive and stuck. So each process
+  watches its own steps, and ends if none ends for `stall_seconds` and ten times the
+  slowest so far.
 
   Nothing is written before `begins`.
 

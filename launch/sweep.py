@@ -260,7 +260,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _tell(outcome: str, planned: list[Trial], choice: Choice) -> None:
-  """Says what became of every trial; on stderr, for `print` has its own output."""
+  """Prints what became of every trial; on stderr, for `print` has its own output."""
   done = sum(state.kind == "done" for state in choice.states.values())
   lines = [f"{len(choice.todo)} of {len(planned)} trial(s) {outcome}, {done} done"]
   for trial in choice.active:

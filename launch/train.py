@@ -13,7 +13,7 @@ so does --workdir alone, with the config that the folder holds (the config of
 
 Several processes train one model if each runs this command, with the same flags and a
 folder that all see. In a Slurm step, under Open MPI and in a TPU pod they find each
-other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID says who they are:
+other; elsewhere --distributed=HOST:PORT,NUM_PROCESSES,PROCESS_ID names them:
 
   mtp-jax train smoke --distributed=localhost:9876,2,0 &
   mtp-jax train smoke --distributed=localhost:9876,2,1
@@ -119,7 +119,7 @@ def train(
 ) -> End:
   """Trains, in all processes that were joined, and leaves a status in the run folder.
 
-  Says on stderr why it ended early. Raises nothing.
+  Prints on stderr why it ended early. Raises nothing.
 
   Args:
     config: see `fit`.

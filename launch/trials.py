@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def from_flags(root: Path) -> tuple[list[Trial], list[Trial]]:
-  """Returns all trials of the experiment in a sweep folder, and those of `--only`.
+  """Returns all trials of the experiment in a sweep folder, and the trials of `--only`.
 
   Raises:
     ConfigError: see `points`, `plan` and `select`.
@@ -276,7 +276,7 @@ def name_of(overrides: Overrides) -> str:
 
 @functools.cache
 def _short(key: str) -> str:
-  """Drops the section of a key of `mtp`, and of one that no other section has."""
+  """Drops the section of a key of `mtp`, and of a key that no other section has."""
   leaf = key.rpartition(".")[2]
   same = [k for k in dotted_keys() if k.rpartition(".")[2] == leaf]
   return leaf if key.startswith("mtp.") or same == [key] else key
@@ -297,7 +297,7 @@ def _check_name(name: str) -> None:
 
 
 def _collect_errors(check: Callable[[Any], None], named: list[tuple[str, Any]]) -> None:
-  """Calls `check` on every item; the errors are raised together, equal ones once."""
+  """Calls `check` on every item; the errors are raised together, equal errors once."""
   problems: dict[str, list[str]] = {}
   for name, item in named:
     try:

@@ -154,7 +154,7 @@ def _first_module(model: TrainedModel) -> TrainedModel:
 def _counts(tokens: Any, rounds: int) -> list[int]:
   """Returns how many of the tokens were drafts, and the rounds.
 
-  The prompt's pass gives one token, every round one that was no draft.
+  The prompt's pass gives one token, every round gives one that was no draft.
   """
   return [len(tokens) - 1 - rounds, rounds]
 

@@ -14,10 +14,10 @@ which changes neither text (rules greedy, match) nor distribution (leviathan, bl
 A line has `text`, `bos` and `eos` (it begins, it ends a document) and where it is from:
 `number` (with --seed, what was drawn), `document` (content hash), `begin` and
 `excerpt_tokens` (of the document, in tokens). Texts that are none are left out: a model
-of bytes may say bytes that are no UTF-8. Beside FILE.jsonl, FILE.about.json says how it
-was made: command, commit, run, all that the texts depend on, how many were left out.
+of bytes may write bytes that are no UTF-8. Beside FILE.jsonl, FILE.about.json tells how
+it was made: command, commit, run, all that the texts depend on, how many were left out.
 
-FILE.jsonl is there once it is whole; until then the same command continues.
+FILE.jsonl appears once it is whole; until then the same command continues.
 """
 
 import hashlib
@@ -147,7 +147,7 @@ def _check_begun(output: Path, settings: dict[str, Any]) -> None:
     differing = files.changed_settings(begun, settings)
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(
-      f"--output must be a new file or one of this command, {str(output)!r} is there "
+      f"--output must be a new file or one of this command, {str(output)!r} exists "
       f"without a {about.name} of this command."
     ) from error
   if differing:
@@ -190,8 +190,8 @@ def _write(
 def _resume(part: Path, size: int) -> int:
   """Cuts the file after its last whole batch; returns the number of the next text.
 
-  So the texts are to the last bit those of a command that was never stopped: how sums
-  are rounded may depend on what else is in a batch.
+  So the texts equal, to the last bit, the texts of a command that was never stopped:
+  how sums are rounded may depend on what else is in a batch.
   """
   lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
   numbers = [json.loads(line)["number"] for line in lines if line.endswith(b"\n")]

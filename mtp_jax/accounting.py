@@ -22,9 +22,9 @@ class Counts:
   """Numbers of parameters, and training FLOPs.
 
   total: all. trunk: blocks of the trunk. deployed: what remains for next-token
-  prediction when the extra predictors are deleted. active: of the deployed ones, those
-  that one token uses: of the routed experts only its own; embedding and unembedding
-  count whole.
+  prediction when the extra predictors are deleted. active: of the deployed
+  parameters, those that one token uses: of the routed experts only its own; embedding
+  and unembedding count whole.
   """
 
   total: int
@@ -87,8 +87,8 @@ def train_flops_per_token(
   passes = 2 if (is_frozen or mtp.detach) and mtp.unembed == "shared" else 3
   total = (1 if is_frozen else 3) * deployed + 3.0 * added
   total += passes * mtp.depth * logits
-  # Own tokens take the logits of every depth but the last once more, and those of the
-  # trunk as a teacher are computed for every depth; neither has a gradient.
+  # Own tokens take the logits of every depth but the last once more, and the logits of
+  # the trunk as a teacher are computed for every depth; neither has a gradient.
   total += mtp.depth * logits * (mtp.fed == "own")
   return total + mtp.depth * logits * (mtp.objective != "cross_entropy")
 
@@ -97,7 +97,7 @@ def resolve(config: Config) -> Config:
   """Returns the config that is trained: arm `flops` becomes a longer plain NTP run.
 
   Its steps are scaled by the ratio of training FLOPs per token of the named kind and
-  depth (heads added) to those of plain NTP, rounded to the nearest step.
+  depth (heads added) to the steps of plain NTP, rounded to the nearest step.
   """
   if config.mtp.arm != "flops":
     return config

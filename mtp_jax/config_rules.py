@@ -293,7 +293,7 @@ def _check_data(rule: Rules) -> None:
   )
   rule(
     "token_bin" not in sources or tokenizer.kind == "file", "tokenizer.kind",
-    "'file' for data.source 'token_bin': tokenizer.path names that of the tokens",
+    "'file' for data.source 'token_bin': tokenizer.path names the tokens' tokenizer",
   )
   # Tasks draw symbols, and know where a prompt ends; text has neither.
   is_task = data.source in TASKS

@@ -41,7 +41,7 @@ def row_sums(
   """Returns per-row sums; every entry has a leading B axis.
 
   nll, correct, count [B, M] are over valid targets of each depth, with `draft_vocab`
-  over those of them that can be drafted; agree, prefix [B, D] and reachable [B] over
+  over the targets that can be drafted; agree, prefix [B, D] and reachable [B] over
   the positions where all D drafts (none of a kind without a drafter) can be compared
   with the trunk's choice inside the row; bytes [B] counts the bytes of the next-token
   targets.

@@ -6,16 +6,19 @@ it, where a call would compile it a second time.
 """
 
 import weakref
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+
+Program = TypeVar("Program", bound=Hashable)
 
 # By program, then by what it is called with; forgotten with the program.
 _executables: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
   weakref.WeakKeyDictionary()
 )
-_ahead: weakref.WeakKeyDictionary[Any, Future] = weakref.WeakKeyDictionary()
+_ahead: dict[Hashable, Future] = {}
 # A compilation is mostly one thread's work.
 _threads = ThreadPoolExecutor(2, thread_name_prefix="compile-ahead")
 
@@ -34,40 +37,55 @@ def compiled(program: Any, *arguments: Any) -> Any:
 
 
 def compile_ahead(program: Any, *arguments: Any) -> None:
-  """Begins to compile a jitted function, in the mesh of the caller.
+  """Begins to compile a jitted function, which is called through `awaited`.
 
-  It does nothing where several processes train: they must compile in one order.
-
-  Args:
-    program: is called through `awaited`.
-    arguments: shapes of what it will be called with, and the same shardings.
+  `arguments`: shapes of what it will be called with, and the same shardings.
   """
-  if program in _executables or program in _ahead or jax.process_count() > 1:
-    return
-  mesh = jax.sharding.get_mesh()
+  mesh = jax.sharding.get_mesh()  # It will be called in the mesh of this caller.
 
   def compile_it() -> None:
     with jax.set_mesh(mesh):
       program.lower(*arguments).compile()
 
-  _ahead[program] = _threads.submit(compile_it)
+  if program not in _executables:
+    ahead(program, compile_it)
 
 
-def awaited(program: Any) -> Any:
+def ahead(program: Hashable, work: Callable[[], Any]) -> None:
+  """Begins to compile what `program` calls.
+
+  It does nothing where several processes train: they must compile in one order.
+  """
+  if program not in _ahead and jax.process_count() == 1:
+    _ahead[program] = _threads.submit(work)
+
+
+def awaited(program: Program) -> Program:
   """Returns the program when nothing compiles it any more; an error is left to it."""
-  future = _ahead.get(program)
+  future = _ahead.pop(program, None)
   if future is not None and not future.cancel():
     future.exception()
   return program
 
 
+def results(program: Any, *arguments: Any) -> Any:
+  """Compiles a jitted function; returns its results as shapes with shardings."""
+  lowered = program.lower(*arguments)
+  shardings = lowered.compile().output_shardings
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    lowered.out_info,
+    shardings,
+  )
+
+
 def stop_ahead() -> None:
   """Drops what has not begun to be compiled, so that the process can end."""
-  for future in _ahead.values():
-    future.cancel()
+  for program, future in list(_ahead.items()):
+    if future.cancel():
+      del _ahead[program]
 
 
 def forget_compiled() -> None:
   """Frees all executables of `compiled`; the next calls compile again."""
   _executables.clear()
-  _ahead.clear()

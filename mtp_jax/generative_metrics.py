@@ -6,6 +6,7 @@ share of prompts are binomial.
 """
 
 import ast
+import dataclasses
 import itertools
 import math
 import textwrap
@@ -13,13 +14,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mtp_jax.config import Config
+from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
-from mtp_jax.data.tasks.interface import Example
+from mtp_jax.data.tasks.interface import Example, Task
 from mtp_jax.decode.acceptance import counts
-from mtp_jax.decode.generate import Completion, Decoding, generate
+from mtp_jax.decode.generate import (
+  Completion,
+  Decoding,
+  compile_ahead,
+  generate,
+  make_plan,
+)
 from mtp_jax.decode.target import unstack
 from mtp_jax.decode.warp import check_warp
 from mtp_jax.evaluate import ratio
+from mtp_jax.executables import awaited
 from mtp_jax.predictors import num_drafts
 from mtp_jax.program import program_config
 
@@ -120,12 +129,13 @@ def text_metrics(
   `acceptance_rates`. `sampled_*` is the same for functions sampled at temperature 1
   (rule leviathan), or of whole documents from their middle where `eval.middle_prompts`
   asks for them: a small model soon repeats itself greedily, and then every draft is
-  right.
+  right. With `eval.both_proposals` `argmax_proposal_*` and `sample_proposal_*` are the
+  same with each way to choose drafts, see `decode.generate.Decoding`.
   Errors are binomial (one prompt per document). An entry is None where it is off or no
   text suits it. For `before_batch` see `generate`.
   """
-  limits = config.eval
-  prompt_length = config.data.seq_len - limits.max_new_tokens
+  limits, settings = config.eval, _text_settings(config)
+  prompt_length = settings["prompt_length"]
   newline = tokenizer.encode("\n")
   stop_at_line = (int(newline[-1]), *tokenizer.end_ids)
   stop_at_end = (_NO_TOKEN, *tokenizer.end_ids)  # As many, for the same program.
@@ -133,18 +143,16 @@ def text_metrics(
   weights = unstack(params, program)
 
   def complete(
-    prompts: list[str], stop_ids: tuple[int, ...], rule: str = "greedy"
+    prompts: list[str], stop_ids: tuple[int, ...], decoding: Decoding
   ) -> list[Completion]:
-    return generate(
+    return awaited(generate)(
       program,
       weights,
       [tokenizer.encode(prompt)[-prompt_length:] for prompt in prompts],
-      max_new_tokens=limits.max_new_tokens,
       stop_ids=stop_ids,
-      decoding=_decoding(config, rule),
-      prompt_length=prompt_length,
-      batch_size=limits.batch_size,
+      decoding=decoding,
       before_batch=before_batch,
+      **settings,
     )
 
   def text(x: Completion) -> str:
@@ -153,30 +161,39 @@ def text_metrics(
   pairs = line_prompts(
     texts, limits.line_prompts, prompt_length, limits.max_new_tokens - 1
   )
-  lines = complete([prompt for prompt, _ in pairs], stop_at_line)
+  greedy = _decoding(config)
+  lines = complete([prompt for prompt, _ in pairs], stop_at_line, greedy)
   # A BPE token may hold the newline and more; the line is what comes before it.
   exact = [
     text(x).split("\n")[0] == line for x, (_, line) in zip(lines, pairs, strict=True)
   ]
 
   headers = function_prompts(texts, limits.function_prompts, prompt_length)
-  bodies = complete(headers, stop_at_end)
+  bodies = complete(headers, stop_at_end, greedy)
   sources = [
     completed_function(header, text(body))
     for header, body in zip(headers, bodies, strict=True)
   ]
   parses = [source is not None and _parses(source) for source in sources]
-  sampled = []
+  sampled, by_proposal = [], {}
   if num_drafts(config.mtp):
     if limits.middle_prompts:
       headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
-    sampled = complete(headers, stop_at_end, "leviathan")
+    sampling = _decoding(config, "leviathan")
+    sampled = complete(headers, stop_at_end, sampling)
+    chosen = make_plan(program, sampling).proposal
+    for proposal in ("argmax", "sample") if limits.both_proposals else ():
+      own = sampled if proposal == chosen else complete(
+        headers, stop_at_end, dataclasses.replace(sampling, proposal=proposal)
+      )
+      by_proposal |= acceptance_rates(f"{proposal}_proposal", own)
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),
     "function_parses": _proportion(parses),
     **acceptance_rates("decoded", [*lines, *bodies]),
     **acceptance_rates("sampled", sampled),
+    **by_proposal,
   }
 
 
@@ -206,16 +223,14 @@ def task_metrics(
   task, tokenizer = corpus.task, corpus.tokenizer
   examples = corpus.held_out(config.eval.task_examples)
   program = program_config(config)
-  completions = generate(
+  completions = awaited(generate)(
     program,
     unstack(params, program),
     [corpus.encode(Example(x.prompt, ()))[0][:-1] for x in examples],
-    max_new_tokens=task.max_answer + task.answer_ends,
     stop_ids=(tokenizer.eos_id, tokenizer.eos_id),
     decoding=_decoding(config),
-    prompt_length=task.max_prompt + 1,
-    batch_size=config.eval.batch_size,
     before_batch=before_batch,
+    **_task_settings(config, task),
   )
   # Where text follows the answer, the answer is the first part.
   whole = [x.is_stopped == task.answer_ends for x in completions]
@@ -252,6 +267,44 @@ def task_metrics(
     "function_parses": None,
     **acceptance_rates("decoded", completions),
     **acceptance_rates("sampled", []),
+  }
+
+
+def compile_decoding(
+  config: Config, params: Any, corpus: Corpus | TaskCorpus
+) -> None:
+  """Compiles what the metrics of generated text call; `params` are shapes."""
+  limits, rules = config.eval, ["greedy"]
+  if isinstance(corpus, TaskCorpus):
+    is_asked, num_stops = limits.task_examples, 2
+    settings = _task_settings(config, corpus.task)
+  else:
+    is_asked = limits.line_prompts + limits.function_prompts + limits.middle_prompts
+    num_stops = 1 + len(corpus.tokenizer.end_ids)
+    settings = _text_settings(config)
+    rules += ["leviathan"] if num_drafts(config.mtp) else []
+  if is_asked:
+    decodings = [_decoding(config, rule) for rule in rules]
+    compile_ahead(
+      program_config(config), params, num_stops=num_stops, decodings=decodings,
+      **settings,
+    )
+
+
+def _text_settings(config: Config) -> dict[str, int]:
+  limits = config.eval
+  return {
+    "max_new_tokens": limits.max_new_tokens,
+    "prompt_length": config.data.seq_len - limits.max_new_tokens,
+    "batch_size": limits.batch_size,
+  }
+
+
+def _task_settings(config: Config, task: Task) -> dict[str, int]:
+  return {
+    "max_new_tokens": task.max_answer + task.answer_ends,
+    "prompt_length": task.max_prompt + 1,
+    "batch_size": config.eval.batch_size,
   }
 
 

@@ -73,8 +73,8 @@ class Key:
 
   default, meaning: of the key. ranges, role: see `Range` and `Role`.
   most: the dotted key that holds its largest value. by: a key that divides it.
-  when: elsewhere nothing reads the key, and it must have its default; None is that of
-    its section.
+  when: elsewhere nothing reads the key, and it must have its default; None is
+    the condition of its section.
   then: the same, checked where `when` holds.
   when_given: the same, but refused only where the key was set for this run alone: the
     next-token baseline of a sweep has what weighs the extra depths like the others.

@@ -11,6 +11,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.effects import conditions, has_effect
 from mtp_jax.environment import machine_memory
+from mtp_jax.kernels.attention import LARGEST_HEAD, padded_head
 from mtp_jax.keys import Role
 from mtp_jax.predictors import num_added_layers, num_trunk_layers
 
@@ -75,11 +76,18 @@ def check_kernels(
 ) -> None:
   """Checks that the kernels that are named run here; see `kernels.attention`."""
   trunk, key = config.trunk, "trunk.attention"
+  is_gpu, of_experts = platform in ("gpu", "cuda"), "trunk.moe.grouped_matmul"
   rule(
-    platform not in ("gpu", "cuda") or trunk.moe.grouped_matmul != "ragged",
-    "trunk.moe.grouped_matmul",
-    "'auto' or 'blocked' on a GPU, where XLA makes one product per expert of 'ragged'",
+    not is_gpu or trunk.moe.grouped_matmul != "ragged", of_experts,
+    "'auto', 'tokamax' or 'blocked' on a GPU, where XLA makes one product per expert "
+    "of 'ragged'",
   )
+  if trunk.moe.grouped_matmul == "tokamax":
+    is_there = importlib.util.find_spec("tokamax") is not None
+    rule(
+      is_gpu and is_there, of_experts,
+      f"another on platform {platform!r}: it is for GPUs, with the package tokamax",
+    )
   if trunk.attention == "tokamax":
     rule(
       importlib.util.find_spec("tokamax") is not None, key,
@@ -90,19 +98,15 @@ def check_kernels(
   if trunk.attention != "cudnn":
     return
   rule(
-    platform in ("gpu", "cuda"), key,
+    is_gpu, key,
     f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
   )
-  sizes, head_dim = trunk.latent, trunk.head_dim
+  sizes, size = trunk.latent, padded_head(trunk.head_dim, trunk.head_dim)
   if trunk.attention_kind == "latent":
-    head_dim = sizes.nope_dim + sizes.rope_dim
-    rule(
-      sizes.value_dim <= head_dim, key,
-      f"another where values ({sizes.value_dim}) are larger than keys ({head_dim})",
-    )
+    size = padded_head(sizes.nope_dim + sizes.rope_dim, sizes.value_dim)
   for holds, why in (
     (trunk.compute_dtype in ("auto", "bfloat16"), "is not in 16-bit floats"),
-    (head_dim % 8 == 0, f"has heads of {head_dim}, not a multiple of 8"),
+    (size <= LARGEST_HEAD, f"has heads of {size}, above {LARGEST_HEAD}"),
     (config.data.seq_len % 2 == 0, "has rows of odd length (data.seq_len)"),
     (config.mesh.context == 1, "splits the sequence (mesh.context)"),
   ):

@@ -18,6 +18,7 @@ from mtp_jax.keys import (
   SHARE,
   SIZE,
   at_least,
+  at_most,
   key,
   section,
 )
@@ -93,7 +94,7 @@ class MoeConfig:
     when=_EXPERTS | {"trunk.moe.bias_rate": ON},
   )
   balance_weight: float = key(1e-4, "alpha of the sequence-wise loss", NOT_NEGATIVE)
-  grouped_matmul: Literal["auto", "ragged", "blocked"] = key(
+  grouped_matmul: Literal["auto", "ragged", "blocked", "tokamax"] = key(
     "auto", "how it is computed, see kernels/grouped_matmul.py", RUNS
   )
 
@@ -212,6 +213,8 @@ class MtpConfig:
   zero_first: at the first position of a document modules see zeros instead of the
               embedding, as in vLLM.
   window:     so many upcoming tokens are ranked by TOP.
+  draft_layers: DFlash has five; one would let no row of a block read what others have.
+  fc_norm, norm_output: the two norms of EAGLE-3.1.
   fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
               none, and drops it in silence.
   detach:     the extra depths learn, and the trunk learns from the next token alone, as
@@ -219,7 +222,7 @@ class MtpConfig:
   objective:  see `losses.OBJECTIVES`: cross_entropy (with the data) | kl | tv |
               log_acceptance (with the trunk's own distribution of the same token).
   feature_weight: weight of the distance between the states of the extra depths and
-              those of the trunk for the same token (EAGLE), relative to `objective`.
+              the trunk's for the same token (EAGLE), relative to `objective`.
   score_from: start (wherever their target belongs to the answer) | answer (only at
               positions whose next token belongs to it: no model can predict an answer
               before the end of the prompt).
@@ -295,6 +298,11 @@ class MtpConfig:
     32, "upcoming tokens that are ranked", at_least(1), most="data.seq_len",
     when=_DEPTHS,
   )
+  draft_layers: int = key(
+    2, "layers of a block drafter", ARCH, at_least(1), at_most(64)
+  )
+  fc_norm: bool = key(False, "norm of each stream that EAGLE-3 joins", ARCH)
+  norm_output: bool = key(False, "EAGLE-3's steps read a normed state", ARCH)
   fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)
   detach: bool = key(
     False, "no gradient from the extra depths to the trunk",

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.batch import Batch
-from mtp_jax.config import Config, LossConfig
+from mtp_jax.config import Config, LossConfig, TrunkConfig
 from mtp_jax.executables import compiled
+from mtp_jax.kernels.grouped_matmul import choose_implementation
 from mtp_jax.layouts import LARGEST_SHARE, peak_bytes
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import ProgramConfig, program_config
@@ -144,10 +145,6 @@ def stacked_step(
   It takes what `train_step` takes, stacked, but for a batch that they share; and which
   trials are active. The others stay as they are, and their reports hold nothing.
   """
-  if config.trunk.attention in ("auto", "cudnn", "tokamax"):
-    # cuDNN's attention cannot be vmapped with a mask, and tokamax's only on one device.
-    trunk = dataclasses.replace(config.trunk, attention="xla")
-    config = dataclasses.replace(config, trunk=trunk)
 
   def step(
     one: ProgramConfig,
@@ -167,7 +164,9 @@ def stacked_step(
     tokens = tokens_per_block(
       config.loss.block_tokens, config.tokenizer.vocab_size, trials
     )
-    one = dataclasses.replace(config, loss=LossConfig(block_tokens=tokens))
+    one = dataclasses.replace(
+      config, trunk=_stackable(config.trunk), loss=LossConfig(block_tokens=tokens)
+    )
     axes = (0, None if shares_batch else 0, 0, 0, 0)
     return jax.vmap(functools.partial(step, one), axes)(*arguments)
 
@@ -177,6 +176,43 @@ def stacked_step(
     donate_argnums=0,
     out_shardings=split_by_trial(mesh),
   )
+
+
+def _stackable(trunk: TrunkConfig) -> TrunkConfig:
+  """Returns the trunk with kernels that can be vmapped.
+
+  cuDNN's attention cannot with a mask, tokamax's only on one device, and its products
+  of experts not at all.
+  """
+  attention, moe = trunk.attention, trunk.moe
+  if attention in ("auto", "cudnn", "tokamax"):
+    attention = "xla"
+  if choose_implementation(moe.grouped_matmul, platform()) == "tokamax":
+    moe = dataclasses.replace(moe, grouped_matmul="blocked")
+  return dataclasses.replace(trunk, attention=attention, moe=moe)
+
+
+def abstract_inputs(
+  config: Config, size: int, mesh: jax.sharding.Mesh
+) -> tuple[Any, ...]:
+  """Returns the shapes of what `stacked_step` takes, for trials that share batches."""
+  program = program_config(config)
+  alone = make_mesh(program.mesh, mesh.devices[:1].tolist())
+
+  def microbatches() -> Batch:
+    count = program.train.accumulation_steps
+    rows = zeros_batch(program, program.data.batch_size)
+    return jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), rows)
+
+  batch = jax.eval_shape(microbatches)
+  with jax.set_mesh(alone):
+    state = jax.eval_shape(programs(program, alone).init, np.int32(0))
+  flag = np.bool_(True)
+  states, *others = _abstract(
+    (state, hyperparameters(config), flag, flag), split_by_trial(mesh),
+    (_num_places(size, mesh),),
+  )
+  return states, _abstract(batch, replicated(mesh)), *others
 
 
 def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> int:
@@ -194,23 +230,13 @@ def fitting_size(config: Config, most: int, devices: Sequence[jax.Device]) -> in
   if platform() == "cpu":
     return 1
   program = program_config(config)
-  mesh = make_mesh(program.mesh, devices[:1])
-  rows = zeros_batch(program, program.data.batch_size)
-  microbatches = program.train.accumulation_steps
-  batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), rows)
-  state = jax.eval_shape(programs(program, mesh).init, np.int32(0))
-  hyper, flag = hyperparameters(config), np.bool_(True)
   room = LARGEST_SHARE * device_memory(devices[0])
   size = most
   while size > 1:
     mesh = make_trial_mesh(devices[:size])
-    states, *others = _abstract(
-      (state, hyper, flag, flag), split_by_trial(mesh), (_num_places(size, mesh),)
-    )
-    shared = _abstract(batch, replicated(mesh))
     with jax.set_mesh(mesh):
       step = stacked_step(program, mesh, True)
-      executable = compiled(step, states, shared, *others)
+      executable = compiled(step, *abstract_inputs(config, size, mesh))
     needed = peak_bytes(executable)
     if needed <= room:
       return size

@@ -1,17 +1,19 @@
 """What a run measures and writes: log lines, validations, and the final evaluation."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mtp_jax import evaluate, generative_metrics
+from mtp_jax import evaluate, executables, generative_metrics
 from mtp_jax.balancing import violation
 from mtp_jax.batch import Batch
 from mtp_jax.data.pipeline import Corpus
 from mtp_jax.data.tasks.corpus import TaskCorpus
-from mtp_jax.executables import awaited
+from mtp_jax.decode.generate import generate
+from mtp_jax.layouts import abstract_batch
 from mtp_jax.metrics import model_flop_utilisation
 from mtp_jax.predictors import tokens_after_row
 from mtp_jax.program import program_config
@@ -30,6 +32,38 @@ class Measures(NamedTuple):
   task: dict[str, Any] | None
 
 
+def compile_ahead(run: Run, state: TrainState, batch: Batch) -> None:
+  """Begins to compile what `run` calls later; the step has these arguments too.
+
+  Not on a GPU: there XLA tries out kernels, on the device that trains.
+  """
+  if run.mesh.devices.flat[0].platform == "gpu":
+    return
+  config, program = run.config, program_config(run.config)
+
+  def shapes(tree: Any) -> Any:
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+  if config.mtp.depth and 0 < config.train.diagnostics_every < config.train.num_steps:
+    inputs = (state.params, batch, run.hyperparameters, state.step)
+    executables.compile_ahead(run.programs.diagnostics, *shapes(inputs))
+  params, corpus = shapes(state.params), run.corpus
+  executables.compile_ahead(
+    evaluate.row_sums_program(program, run.mesh),
+    params,
+    abstract_batch(program, run.mesh, config.eval.batch_size, corpus.has_unscored),
+    jax.ShapeDtypeStruct((config.tokenizer.vocab_size,), np.int32),
+  )
+
+  def compile_decoding() -> None:
+    with _mesh_of_decoding(run):
+      generative_metrics.compile_decoding(config, params, corpus)
+
+  executables.ahead(generate, compile_decoding)
+
+
 def measure(
   run: Run,
   params: Any,
@@ -40,7 +74,8 @@ def measure(
   task = None
   likelihood = likelihood_of(run, params, corpus, before_batch)
   if isinstance(corpus, TaskCorpus) and run.config.eval.task_examples:
-    task = generative_metrics.task_metrics(run.config, params, corpus, before_batch)
+    with _mesh_of_decoding(run):
+      task = generative_metrics.task_metrics(run.config, params, corpus, before_batch)
   return Measures(likelihood, task)
 
 
@@ -102,14 +137,15 @@ def final_evaluation(
   tokens = step * run.tokens_per_step
   if known is None:
     known = Measures(likelihood_of(run, params, corpus, before_batch), None)
-  if isinstance(corpus, TaskCorpus):
-    generation = known.task or generative_metrics.task_metrics(
-      config, params, corpus, before_batch
-    )
-  else:
-    generation = generative_metrics.text_metrics(
-      config, params, corpus.tokenizer, corpus.texts(config.eval.split), before_batch
-    )
+  with _mesh_of_decoding(run):
+    if isinstance(corpus, TaskCorpus):
+      generation = known.task or generative_metrics.task_metrics(
+        config, params, corpus, before_batch
+      )
+    else:
+      generation = generative_metrics.text_metrics(
+        config, params, corpus.tokenizer, corpus.texts(config.eval.split), before_batch
+      )
   return {
     "step": step,
     "tokens": tokens,
@@ -120,6 +156,13 @@ def final_evaluation(
     **known.likelihood,
     **generation,
   }
+
+
+def _mesh_of_decoding(run: Run) -> contextlib.AbstractContextManager:
+  """Returns the mesh context of decoding: tasks are decoded amid training, text not."""
+  if isinstance(run.corpus, TaskCorpus):
+    return jax.set_mesh(run.mesh)
+  return contextlib.nullcontext()
 
 
 def stopped(progress: dict[str, Any]) -> dict[str, Any] | None:
@@ -189,7 +232,7 @@ def diagnostics_record(
   run: Run, state: TrainState, batch: Batch, step: int
 ) -> dict[str, Any]:
   """Returns how the gradients compare; see `train_step.gradient_diagnostics`."""
-  measured = awaited(run.programs.diagnostics)(
+  measured = executables.awaited(run.programs.diagnostics)(
     state.params, batch, run.hyperparameters, state.step
   )
   return {"kind": "diagnostics", "step": step} | jax.device_get(measured)

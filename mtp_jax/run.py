@@ -21,10 +21,9 @@ from mtp_jax.data.sources import describe
 from mtp_jax.data.tasks.corpus import TaskCorpus
 from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer
 from mtp_jax.environment import code_commit, hardware, versions
-from mtp_jax.evaluate import row_sums_program
 from mtp_jax.executables import compile_ahead, compiled, stop_ahead
 from mtp_jax.interrupt import Interrupted
-from mtp_jax.layouts import abstract_batch, abstract_inputs, fastest_that_fits
+from mtp_jax.layouts import abstract_inputs, fastest_that_fits
 from mtp_jax.lm import on_trunk
 from mtp_jax.predictors import tokens_after_row
 from mtp_jax.predictors.vocabulary import most_frequent
@@ -164,20 +163,6 @@ class Run:
     *inputs, _ = abstract_inputs(self.program, self.mesh, has_unscored)
     compile_ahead(self.programs.step, *inputs, np.bool_(True))
 
-  def compile_rest_ahead(self, state: TrainState, batch: Batch) -> None:
-    """Begins to compile what is called later; the step has these arguments too."""
-    config, program = self.config, program_config(self.config)
-    if config.mtp.depth and 0 < config.train.diagnostics_every < config.train.num_steps:
-      inputs = (state.params, batch, self.hyperparameters, state.step)
-      compile_ahead(self.programs.diagnostics, *jax.tree.map(_abstract, inputs))
-    rows, has_unscored = config.eval.batch_size, self.corpus.has_unscored
-    compile_ahead(
-      row_sums_program(program, self.mesh),
-      jax.tree.map(_abstract, state.params),
-      abstract_batch(program, self.mesh, rows, has_unscored),
-      jax.ShapeDtypeStruct((config.tokenizer.vocab_size,), np.int32),
-    )
-
   def loader(self) -> TrainLoader:
     """Returns the training batches from the first one on."""
     data = self.config.data
@@ -206,7 +191,7 @@ class Run:
     Raises:
       CheckpointError: there are checkpoints, and none is whole.
       ConfigError: see `checkpoint.check_resumable` and `saved_model.load_source`.
-      DataError: the corpus is not that of the checkpoint.
+      DataError: the corpus is not the checkpoint's.
     """
     restored = self.restore()
     if restored is not None:
@@ -349,10 +334,6 @@ class Run:
     if stats["train_on"] is None:
       return text
     return f"{describe(stats['train_on'])}; held out, of {text}"
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _of_split(corpus: Corpus | TaskCorpus, split: str) -> Corpus | TaskCorpus:

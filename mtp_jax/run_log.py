@@ -29,7 +29,7 @@ NO_PROGRESS = {"seconds": 0.0, "reached": None, "unmeasured": None}
 
 
 class Observer:
-  """Hears what `fit` does, in every process; does nothing by itself."""
+  """Receives what `fit` does, in every process; does nothing by itself."""
 
   def begins(self, num_steps: int) -> None:
     """The run folder is held, and the run is not done yet."""
@@ -82,7 +82,7 @@ class RunLog:
   Args:
     run: its folder is claimed already.
     start: where it begins or continues.
-    observer: hears of it.
+    observer: receives what happens.
     clock: of the training; the runs of a pack share one.
     shows_progress: a bar or lines on the terminal.
   """

@@ -236,7 +236,7 @@ class TrainConfig:
   eval_test: each validation also measures the test split, in a record of its own, and
     validation records are of the validation split whatever `eval.split` is.
   stop_metric, stop_value: training ends when this field of validation records (`loss`
-    is that of depth 0) has reached the value twice in a row, accuracies from below and
+    is depth 0's) has reached the value twice in a row, accuracies from below and
     losses from above; empty trains for all steps.
   freeze_trunk: only the extra predictors (`mtp` in the parameter tree) learn; the rest
     stays as it is, bit for bit.
@@ -317,6 +317,10 @@ class EvalConfig:
   middle_prompts: int = key(
     0, "documents to continue by sampling", MEASURE, at_least(0), when=_TEXT,
     when_given=_MTP,
+  )
+  both_proposals: bool = key(
+    False, "sample with drafts that are drawn, and with the most likely tokens",
+    MEASURE, when={"eval.middle_prompts": ON}, when_given=_MTP,
   )
   max_new_tokens: int = key(
     64, "longest completion", MEASURE, at_least(1), when=_TEXT,

@@ -137,7 +137,7 @@ def map_over_trial_devices(
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
   """Returns the options with which programs on a mesh of several devices are compiled.
 
-  A flag that XLA_FLAGS names is left as it is there.
+  A flag that XLA_FLAGS names keeps its value.
   """
   platform = mesh.devices.flat[0].platform
   is_one = (mesh.local_mesh if platform == "cpu" else mesh).size == 1
@@ -168,6 +168,12 @@ def platform() -> str:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """Returns what the maker calls the devices of `platform`, as `NVIDIA H200`."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.devices()[0] if device is None else device).device_kind
 
 
 def tokens_per_block(block_tokens: int, vocab: int, trials: int = 1) -> int:

@@ -54,7 +54,7 @@ def fit(
     config: see `config_rules.validate`; arm `flops` is resolved here.
     workdir: the run folder (its contract is in docs/reference).
     progress: show a bar or lines.
-    observer: hears how far training is.
+    observer: receives how far training is.
     startup: what a command has measured before; by default, time begins here.
     holding: keeps other processes out of the run folder; raises ConfigError where
       another one has it.
@@ -66,7 +66,7 @@ def fit(
 
   Raises:
     ConfigError: the config cannot work, or the folder holds another run.
-    DataError: the corpus cannot be used, or is not that of the run.
+    DataError: the corpus cannot be used, or is not the run's.
     CheckpointError: no checkpoint of the folder is whole, or none of the run that this
       one is to begin with; or one cannot be written.
     Diverged: see `train.max_nonfinite_steps`.
@@ -147,7 +147,7 @@ def _train(
       jax.block_until_ready(report)
       startup.ends("first step")
       log.began(startup)
-      run.compile_rest_ahead(state, batch)
+      records.compile_ahead(run, state, batch)
     # Waiting for the step before bounds the queue: a signal is answered soon.
     jax.block_until_ready(previous)
     previous = report["loss_total"]
@@ -221,7 +221,7 @@ def evaluate_run(
   Raises:
     ConfigError: the config cannot work, or the folder holds another run.
     CheckpointError: the folder has no such whole checkpoint.
-    DataError: the corpus or tokenizer here is not that of the run.
+    DataError: the corpus or tokenizer here is not the run's.
   """
   validate(config, platform=jax.default_backend())
   with Run(accounting.resolve(config), Path(workdir), read_only=True) as run:

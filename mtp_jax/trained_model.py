@@ -79,7 +79,7 @@ class TrainedModel:
     """Returns hidden_MTD, float32: the hidden states before the output matrix.
 
     Row i of sequential module m, or of step m of EAGLE, depends on the tokens up to
-    i + m (if `mtp.fed` is "true"). So does parallel head m with `mtp.markov_rank`: the
+    i + m (if `mtp.fed` is "true"). So does head m with `mtp.markov_rank`: the
     vector of token i + m follows its state. Rows that would depend on tokens beyond the
     text are NaN, for any `mtp.fed`.
     """

@@ -69,7 +69,7 @@ COUNTABLE = {
 }
 KINDS = (
   ("none", 0), ("parallel", 3), ("sequential", 3), ("linear", 3), ("medusa", 3),
-  ("eagle", 3), ("eagle3", 3), ("peagle", 3),
+  ("eagle", 3), ("eagle3", 3), ("peagle", 3), ("dflash", 3),
 )
 SHARED = {"mtp.share_modules": True}
 # What sequential modules may start from and end in besides what is published.

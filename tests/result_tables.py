@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mtp_jax.analysis.claims import kinds as of_kinds
 from mtp_jax.analysis.claims.drafters import ARMS, WRITTEN
 from mtp_jax.analysis.results import Facts
 from mtp_jax.analysis.runs import METRIC_COLUMNS
@@ -245,6 +246,10 @@ def markov(folder: Path) -> Path:
       ("main_loss", 0): 2.0 + 0.1 * has_table + rng.uniform(-0.001, 0.001),
       ("sampled_tokens_per_round", 0): 1.4 + has_table + rng.uniform(-0.01, 0.01),
       ("decoded_tokens_per_round", 0): 3.5 + rng.uniform(-0.01, 0.01),
+      # Drawn drafts gain from the table, the most likely ones do not.
+      ("sample_proposal_tokens_per_round", 0):
+        1.2 + has_table + rng.uniform(-0.01, 0.01),
+      ("argmax_proposal_tokens_per_round", 0): 1.4 + rng.uniform(-0.01, 0.01),
     }
 
   return write_results(folder, trials, measure)
@@ -307,5 +312,29 @@ def drafters(folder: Path) -> Path:
     }
     loss = 2.0 + 0.1 * trial["seed"] + price.get(arm, 0.0) + noise()
     return taus | rates | {("main_loss", 0): loss}
+
+  return write_results(folder, trials, measure)
+
+
+def kinds(folder: Path) -> Path:
+  """Turns beat one pass, a block beats masks, a table helps; a joint block costs."""
+  brings = {"eagle3": 2.5, "peagle": 1.5, "dflash": 2.0, "medusa, Markov": 2.2}
+  arms = [
+    (name, how, trial | where)
+    for (name, how), where in of_kinds.ARMS.items()
+    for trial in grid([(where["mtp.kind"], 3)], range(3))
+  ]
+  trials = [
+    trial | {"index": i, "added_parameters": 500, "flops_per_token": 2e6}
+    for i, (_, _, trial) in enumerate(arms)
+  ]
+
+  def measure(trial: Trial, rng: np.random.Generator) -> dict:
+    (name, how, _), noise = arms[trial["index"]], lambda: rng.uniform(-0.001, 0.001)
+    price = 0.05 * (how == "joint" and name == "dflash")
+    return {("main_loss", 0): 2.0 + 0.1 * trial["seed"] + price + noise()} | {
+      (f"{by}_tokens_per_round", 0): brings.get(name, 1.4) + noise()
+      for by in of_kinds.HOW.values() if name != "top"
+    }
 
   return write_results(folder, trials, measure)

@@ -22,7 +22,7 @@ from tests.common import (
 L, D, F, V, T = 5, 16, 24, 40, 16  # Layers, widths, vocabulary, length.
 FROZEN = {"train.freeze_trunk": True}
 # Kinds that have whole layers.
-LAYERS = ("parallel", "sequential", "eagle", "eagle3", "peagle")
+LAYERS = ("parallel", "sequential", "eagle", "eagle3", "peagle", "dflash")
 CASES = [(kind, depth, {}) for kind, depth in KINDS] + [("sequential", 3, SHARED)]
 
 
@@ -45,6 +45,8 @@ def by_hand(kind, trunk, layers, modules, depth):
     extra, head = block + D * reads + 2 * norm + 3 * D * D, 0
   elif kind == "peagle":
     extra, head = block + D * reads + 2 * norm + 3 * D * D + 4 * D, 0
+  elif kind == "dflash":
+    extra, head = 2 * block + 2 * norm + 3 * D * D + depth * D, 0
   else:
     extra, head = depth * (D * D + (D if kind == "medusa" else 0)), 0
   deployed = around + layers * block + head
@@ -61,6 +63,7 @@ def test_parameters_equal_the_formulas(kind, depth, options, arm, trunk):
   values = TRUNKS[trunk] | options | {"trunk.num_layers": L, "mtp.arm": arm}
   found = accounting.count(tiny_config(kind, depth, values))
   modules = 1 if options or "eagle" in kind else depth
+  modules = 2 if kind == "dflash" else modules
   layers = L - (kind == "parallel") - (modules if arm == "shortened" else 0)
   expected = by_hand(kind, trunk, layers, modules, depth)
   assert (found.total, found.trunk, found.deployed) == expected
@@ -115,7 +118,7 @@ def test_training_flops_are_within_5_percent_of_the_count_of_xla(
   # per key and embedding coordinate in each of the blocks, and three times that with
   # the backward pass.
   trunk = 1 if kind == "parallel" else 2
-  blocks = {"parallel": 4}.get(kind, depth) if kind in LAYERS else 0
+  blocks = {"parallel": 4, "dflash": 2 * 4}.get(kind, depth) if kind in LAYERS else 0
   passes = (1 if FROZEN.items() <= options.items() else 3) * trunk + 3 * blocks
   skipped = passes * 4 * 128 * (64 - 65 / 2)
   assert accounting.train_flops_per_token(config) == pytest.approx(found - skipped)

@@ -161,8 +161,8 @@ def test_heads_that_do_not_divide_are_refused():
     ("gpu", jnp.bfloat16, 64, 256, "cudnn"),
     ("cuda", jnp.float16, 128, 256, "cudnn"),
     ("gpu", jnp.float32, 64, 256, "xla"),
-    ("gpu", jnp.bfloat16, 60, 256, "xla"),
-    ("gpu", jnp.bfloat16, 136, 256, "xla"),
+    ("gpu", jnp.bfloat16, 60, 256, "cudnn"),
+    ("gpu", jnp.bfloat16, 130, 256, "xla"),
     ("gpu", jnp.bfloat16, 64, 255, "xla"),
     ("tpu", jnp.bfloat16, 64, 256, "xla"),
   ],
@@ -179,28 +179,47 @@ def test_cudnn_is_not_chosen_where_the_sequence_is_split():
       assert choose_implementation(*arguments) == expected
 
 
-def test_cudnn_is_not_chosen_for_values_larger_than_keys():
-  arguments = ("gpu", jnp.bfloat16, 64, 256)
-  assert choose_implementation("auto", *arguments, 64) == "cudnn"
-  assert choose_implementation("auto", *arguments, 32) == "cudnn"
-  assert choose_implementation("auto", *arguments, 72) == "xla"
-  with pytest.raises(ValueError, match=r"must not be 'cudnn'.*heads of 72 and 64"):
-    choose_implementation("cudnn", *arguments, 72)
+@pytest.mark.parametrize(
+  "kind, heads, expected",
+  [
+    ("NVIDIA H200", (192, 128), "cudnn"),
+    ("NVIDIA GH200 480GB", (256, 256), "cudnn"),
+    ("NVIDIA H100 80GB HBM3", (257, 64), "xla"),
+    ("NVIDIA A100-SXM4-80GB", (128, 128), "cudnn"),
+    ("NVIDIA A100-SXM4-80GB", (192, 128), "xla"),
+    ("NVIDIA B200", (64, 136), "xla"),
+    ("NVIDIA L40", (96, 128), "cudnn"),
+  ],
+)
+def test_large_heads_have_cudnn_on_hopper(kind, heads, expected, monkeypatch):
+  monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+  key, value = heads
+  arguments = ("gpu", jnp.bfloat16, key, 256, value)
+  assert choose_implementation("auto", *arguments) == expected
+  if expected == "cudnn":
+    assert choose_implementation("cudnn", *arguments) == "cudnn"
+  else:
+    with pytest.raises(ValueError, match=rf"'cudnn' with heads above \d+ on {kind}"):
+      choose_implementation("cudnn", *arguments)
 
 
-def test_smaller_values_are_padded_for_cudnn(monkeypatch):
+@pytest.mark.parametrize(("key", "value"), [(8, 3), (5, 5), (7, 12)])
+def test_heads_are_padded_for_cudnn(key, value, monkeypatch):
   """As cuDNN is called, but computed by XLA: the padding changes nothing."""
-  arrays, segments = _inputs(18, 4, 2, np.float32, V=3)
+  arrays, segments = _inputs(18, 4, 2, np.float32, V=value)
+  arrays = [arrays[0][..., :key], arrays[1][..., :key], *arrays[2:]]
   expected = _value_and_grads("xla", arrays, segments, 0.4)
   plain, calls = jax.nn.dot_product_attention, []
 
   def by_xla(q, k, v, *, implementation, **options):
-    calls.append((implementation, v.shape[-1]))
+    calls.append((implementation, *(x.shape[-1] for x in (q, k, v))))
     return plain(q, k, v, implementation="xla", **options)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+  _value_and_grads.clear_cache()
   found = _value_and_grads("cudnn", arrays, segments, 0.4)
-  assert calls == [("cudnn", 8)]
+  size = 16 if value > 8 else 8
+  assert calls == [("cudnn", size, size, size)]
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 

@@ -41,7 +41,7 @@ CONFIGS = {
   "choice": (
     [BASE, "--config.mtp.kind=eagle2"],
     "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', 'peagle', 'top', got 'eagle2'.",
+    "'eagle', 'eagle3', 'peagle', 'dflash', 'top', got 'eagle2'.",
   ),
   "heads": (
     [BASE, "--config.trunk.num_heads=3", "--config.trunk.num_kv_heads=3"],

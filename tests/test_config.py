@@ -191,7 +191,7 @@ RULES = {
   "kind": (
     {"mtp.kind": "eagle2"},
     "mtp.kind must be one of 'none', 'parallel', 'sequential', 'linear', 'medusa', "
-    "'eagle', 'eagle3', 'peagle', 'top', got 'eagle2'.",
+    "'eagle', 'eagle3', 'peagle', 'dflash', 'top', got 'eagle2'.",
   ),
   "seed": ({"seed": -1}, "seed must be in [0, 2^31), got -1."),
   "data seed": (
@@ -281,8 +281,8 @@ RULES = {
   "own output matrices of sequential modules": (
     {"mtp.kind": "sequential", "mtp.depth": 1, "mtp.unembed": "own"},
     "mtp.unembed must be 'shared' unless mtp.kind is one of 'medusa', 'eagle3', "
-    "'peagle', 'top' and mtp.depth is positive (they are 'sequential' and 1), got "
-    "'own'.",
+    "'peagle', 'dflash', 'top' and mtp.depth is positive (they are 'sequential' and "
+    "1), got 'own'.",
   ),
   "a teacher of nothing": (
     {"mtp.objective": "kl"},
@@ -296,7 +296,8 @@ RULES = {
   "feed-forward width of heads": (
     {"mtp.kind": "parallel", "mtp.depth": 1, "mtp.mlp_dim": 64},
     "mtp.mlp_dim must be 0 unless mtp.kind is one of 'sequential', 'eagle', 'eagle3', "
-    "'peagle' and mtp.depth is positive (they are 'parallel' and 1), got 64.",
+    "'peagle', 'dflash' and mtp.depth is positive (they are 'parallel' and 1), got "
+    "64.",
   ),
   "feed-forward width of layers that are traded": (
     {
@@ -325,8 +326,8 @@ RULES = {
   ),
   "draft vocabulary of a shared matrix": (
     {"mtp.kind": "eagle3", "mtp.depth": 1, "mtp.draft_vocab": 9},
-    "mtp.draft_vocab must be 0 unless mtp.kind is one of 'eagle3', 'peagle' and "
-    "mtp.unembed is 'own' (they are 'eagle3' and 'shared'), got 9.",
+    "mtp.draft_vocab must be 0 unless mtp.kind is one of 'eagle3', 'peagle', "
+    "'dflash' and mtp.unembed is 'own' (they are 'eagle3' and 'shared'), got 9.",
   ),
   "draft vocabulary larger than the vocabulary": (
     {
@@ -566,9 +567,9 @@ PLATFORMS = {
     CUDNN | {"trunk.compute_dtype": "float32"}, "gpu",
     "another where attention is not in 16-bit floats, got 'cudnn'.",
   ),
-  "cudnn of small heads": (
-    CUDNN | {"trunk.embed_dim": 48}, "gpu",
-    "another where attention has heads of 12, not a multiple of 8, got 'cudnn'.",
+  "cudnn of large heads": (
+    CUDNN | {"trunk.attention_dim": 4 * 260}, "gpu",
+    "another where attention has heads of 264, above 256, got 'cudnn'.",
   ),
   "cudnn of odd rows": (
     CUDNN | {"data.seq_len": 127}, "gpu",
@@ -578,9 +579,9 @@ PLATFORMS = {
     CUDNN | {"mesh.context": 2}, "gpu",
     "another where attention splits the sequence (mesh.context), got 'cudnn'.",
   ),
-  "cudnn of values larger than keys": (
-    LATENT | CUDNN | {"trunk.latent.value_dim": 56}, "gpu",
-    "another where values (56) are larger than keys (48), got 'cudnn'.",
+  "cudnn of large values": (
+    LATENT | CUDNN | {"trunk.latent.value_dim": 300}, "gpu",
+    "another where attention has heads of 304, above 256, got 'cudnn'.",
   ),
   "tokamax that is not there": (
     {"trunk.attention": "tokamax"}, "cpu", "'auto', 'xla' or 'blocked' on platform "
@@ -605,7 +606,8 @@ def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
 
 def test_kernels_are_accepted_where_they_run(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
-  config_rules.validate(make(**CUDNN), 8, "gpu")
+  for sizes in ({}, {"trunk.embed_dim": 48}, {"trunk.latent.value_dim": 56} | LATENT):
+    config_rules.validate(make(**CUDNN | sizes), 8, "gpu")
   config_rules.validate(make(trunk__attention="tokamax"), 1, "tpu")
   for attention in ("auto", "xla", "blocked"):
     for grouped_matmul in ("auto", "ragged", "blocked"):
@@ -656,7 +658,7 @@ IGNORED = {
   "mtp.fed": ("own", {"mtp.kind": "sequential"}),
   "mtp.out_norm": ("none", {"mtp.kind": "sequential"}),
   "mtp.norm": ("rms", {"mtp.kind": "sequential"}),
-  "mtp.markov_rank": (8, {"mtp.kind": "medusa", "mtp.depth": 1}),
+  "mtp.markov_rank": (8, {"mtp.kind": "linear", "mtp.depth": 1}),
   "mtp.dense_blocks": (True, EXPERTS | {"mtp.kind": "sequential"}),
   "train.eval_test": (True, {}),
   "data.validation_fraction": (0.1, QUIET),

@@ -3,7 +3,8 @@
 The target is a table of logits looked up by the whole prefix, so its law of four new
 tokens can be written down. 200,000 sequences with prompts of five lengths are decoded
 as one batch, and their counts are compared by a chi-square test with a fixed seed. The
-faults at the end must make it fail.
+faults at the end must make it fail. So are the counts of small models of every kind
+that drafts, whose law whole forward passes over all sequences give.
 """
 
 import functools
@@ -16,11 +17,13 @@ import pytest
 from scipy.stats import chi2
 
 from mtp_jax.decode import loop, noise, trees
-from mtp_jax.decode.target import Target
+from mtp_jax.decode.generate import Decoding, make_plan
+from mtp_jax.decode.target import Target, unstack
 from mtp_jax.decode.warp import Warp, warp
+from mtp_jax.lm import MtpLm, unembed_matrix
 from mtp_jax.model.cache_slots import Places, positions_of
 from mtp_jax.predictors.drafting import Drafter, Recursion
-from tests.common import mostly_slow
+from tests.common import batch_of, mostly_slow, random_params, tiny_config
 
 VOCAB, NEW, TABLE = 4, 4, 211
 SAMPLES = 200_000
@@ -123,24 +126,29 @@ def sample(rule, proposal, settings, drafter=2, seed=0):
   """
   drafter = TREES[drafter]() if drafter in TREES else table_drafter(drafter)
   plan = loop.Plan(table_target(), drafter, rule, proposal)
-  slots = loop.slots_for(PROMPT_SLOTS + NEW, drafter.num_drafted)
-  tokens_BS = np.zeros((SAMPLES, slots), np.int32)
-  lengths_B = np.zeros(SAMPLES, np.int32)
+  return decode(plan, (TARGET_LOGITS, DRAFT_LOGITS), settings, SAMPLES, seed)
+
+
+def decode(plan, weights, settings, samples, seed=0):
+  """Returns what `sample` does, given the weights of target and drafter."""
+  slots = loop.slots_for(PROMPT_SLOTS + NEW, plan.drafter.num_drafted)
+  tokens_BS = np.zeros((samples, slots), np.int32)
+  lengths_B = np.zeros(samples, np.int32)
   for i, prompt in enumerate(PROMPTS):
     tokens_BS[i :: len(PROMPTS), : len(prompt)] = prompt
     lengths_B[i :: len(PROMPTS)] = len(prompt)
-  inputs = loop.Inputs(TARGET_LOGITS, DRAFT_LOGITS, settings, np.array([-1], np.int32))
+  inputs = loop.Inputs(*weights, settings, np.array([-1], np.int32))
 
   @jax.jit
   def run(inputs, tokens_BS, lengths_B):
     # The bodies as they are when called, so that a planted fault takes part.
     state = loop.prefill.__wrapped__(
       plan, PROMPT_SLOTS, inputs, tokens_BS, lengths_B, lengths_B + NEW, seed,
-      jnp.arange(SAMPLES),
+      jnp.arange(samples),
     )
     state = loop.finish.__wrapped__(plan, inputs, state)
     new_BN = lengths_B[:, None] + jnp.arange(NEW)
-    tokens_BN = state.tokens_BS[jnp.arange(SAMPLES)[:, None], new_BN]
+    tokens_BN = state.tokens_BS[jnp.arange(samples)[:, None], new_BN]
     return tokens_BN, state.stats
 
   tokens_BN, stats = jax.device_get(run(inputs, tokens_BS, lengths_B))
@@ -169,9 +177,13 @@ def law(settings):
 
 def p_value(tokens_BN, settings):
   """Returns the chi-square p-value of the counts, 0 where the impossible happened."""
+  return p_value_of(tokens_BN, law(tuple(settings)))
+
+
+def p_value_of(tokens_BN, laws):
   index_B = np.ravel_multi_index(tokens_BN.T, (VOCAB,) * NEW)
   statistic, freedom = 0.0, 0
-  for i, probability in enumerate(law(tuple(settings))):
+  for i, probability in enumerate(laws):
     counts = np.bincount(index_B[i :: len(PROMPTS)], minlength=len(probability))
     expected = probability * counts.sum()
     if counts[expected == 0].any():
@@ -207,6 +219,67 @@ def test_the_law_is_that_of_the_target(rule, proposal, settings, drafter):
   tokens_BN, accepted = sample(rule, proposal, settings, drafter)
   assert 0.2 < accepted < 0.95  # Both outcomes of a verification are exercised.
   assert p_value(tokens_BN, settings) > 1e-4
+
+
+MODELS = {
+  "sequential": ("sequential", {}),
+  "parallel": ("parallel", {}),
+  "parallel-markov": ("parallel", {"mtp.markov_rank": 3}),
+  "linear": ("linear", {}),
+  "medusa-markov": ("medusa", {"mtp.markov_rank": 3}),
+  "eagle": ("eagle", {}),
+  "eagle3.1": ("eagle3", {"mtp.fc_norm": True, "mtp.norm_output": True}),
+  "peagle": ("peagle", {}),
+  "dflash": ("dflash", {}),
+}
+
+
+def law_of_model(config, params):
+  """Returns the probability of every sequence of NEW tokens, per prompt."""
+  length, laws = config.data.seq_len, []
+  new_SN = np.array(list(itertools.product(range(VOCAB), repeat=NEW)))
+
+  @jax.jit
+  def log_probabilities(batch):
+    hidden_BTX = MtpLm(config).apply({"params": params}, batch)[0]
+    matrix_DV = unembed_matrix(params, config)
+    return jax.nn.log_softmax(hidden_BTX[..., : len(matrix_DV)] @ matrix_DV)
+
+  for prompt in PROMPTS:
+    rows = np.zeros((len(new_SN), length + 1 + config.mtp.depth), int)
+    rows[:, : len(prompt)] = prompt
+    rows[:, len(prompt) : len(prompt) + NEW] = new_SN
+    log_p_STV = np.asarray(
+      log_probabilities(batch_of(rows, np.ones_like(rows), length)), np.float64
+    )
+    places = len(prompt) - 1 + np.arange(NEW)
+    log_p_SN = log_p_STV[np.arange(len(new_SN))[:, None], places, new_SN]
+    laws.append(np.exp(log_p_SN.sum(axis=1)))
+  return np.array(laws)
+
+
+@pytest.mark.parametrize("name, rule, proposal", mostly_slow(
+  [
+    *((name, "leviathan", "sample") for name in MODELS),
+    *((name, "block", "sample") for name in ("parallel-markov", "peagle", "dflash")),
+    *((name, "leviathan", "argmax") for name in ("medusa-markov", "dflash")),
+  ],
+  ("dflash", "leviathan", "sample"), ("parallel-markov", "leviathan", "sample"),
+))
+def test_every_kind_has_the_law_of_its_own_trunk(name, rule, proposal):
+  kind, options = MODELS[name]
+  config = tiny_config(kind, 2, options | {
+    "tokenizer.vocab_size": VOCAB, "data.seq_len": PROMPT_SLOTS + NEW,
+    "trunk.num_layers": 2, "trunk.embed_dim": 8, "trunk.mlp_dim": 8,
+    "trunk.num_heads": 2,
+  })
+  params = random_params(config, seed=2)
+  plan = make_plan(config, Decoding(rule, Warp(1.0), proposal))
+  assert (plan.rule, plan.proposal) == (rule, proposal)
+  weights = unstack(params, config)
+  tokens_BN, accepted = decode(plan, (weights, weights), Warp(1.0), 12_000)
+  assert 0.1 < accepted < 0.95
+  assert p_value_of(tokens_BN, law_of_model(config, params)) > 1e-4
 
 
 @pytest.mark.slow

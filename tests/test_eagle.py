@@ -37,6 +37,7 @@ from tests.common import (
 T, DEPTH = 14, 3
 # The third document goes on after the row.
 DOCUMENTS = ((0, 6), (6, 7), (7, T + 1 + DEPTH))
+NORMS = {"mtp.fc_norm": True, "mtp.norm_output": True}
 HEADS = {"trunk.qkv_bias": True, "trunk.qk_norm": True}
 
 
@@ -71,7 +72,7 @@ class Peer:
 
   def __init__(self, config, params):
     to_float64 = lambda tree: jax.tree.map(np.float64, tree)  # noqa: E731
-    self.kind, self.trunk = config.mtp.kind, config.trunk
+    self.kind, self.trunk, self.mtp = config.mtp.kind, config.trunk, config.mtp
     self.params, self.final_norm = map(
       to_float64, (params["mtp"], params["final_norm"])
     )
@@ -86,12 +87,14 @@ class Peer:
     """The feature of one position from the streams of all layers there."""
     if self.kind == "eagle":
       return self.norm(self.final_norm, streams[3])
-    return np.concatenate([streams[n] for n in (1, 2, 3)]) @ (
-      self.params["fusion"]["kernel"]
-    )
+    p, read = self.params["fusion"], streams[1:4]
+    if self.mtp.fc_norm:
+      read = [self.norm(p[f"norm_{n}"], x) for n, x in enumerate(read)]
+    return np.concatenate(read) @ p["kernel"]
 
   def read_out(self, state):
-    return state if self.kind == "eagle" else self.norm(self.params["out_norm"], state)
+    is_read = self.kind == "eagle" or self.mtp.norm_output
+    return state if is_read else self.norm(self.params["out_norm"], state)
 
   def step(self, state, embedding, position, memory):
     """Returns the next state; `memory` is the list of (key, value) that it sees."""
@@ -106,7 +109,10 @@ class Peer:
         [self.norm(p["hidden_norm"], state), self.norm(p["embed_norm"], embedding)]
       )
     stream = stream + self.attend(p["attention"], read, position, memory)
-    return stream + self.mlp(p["mlp"], self.norm(p["mlp_norm"], stream))
+    stream = stream + self.mlp(p["mlp"], self.norm(p["mlp_norm"], stream))
+    if self.mtp.norm_output:
+      return self.norm(self.params["out_norm"], stream)
+    return stream
 
   def attend(self, p, read, position, memory):
     def heads(name):
@@ -164,14 +170,18 @@ class Peer:
       state = self.step(state, embedding, i - start + k, memory)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3", "peagle"])
+@pytest.mark.parametrize(
+  "kind, options",
+  [("eagle", {}), ("eagle3", {}), ("peagle", {}), ("eagle3", NORMS)],
+  ids=["eagle", "eagle3", "peagle", "eagle3.1"],
+)
 @pytest.mark.parametrize(
   "trunk",
   mostly_slow([*TRUNKS.values(), HEADS], TRUNKS["llama"]),
   ids=[*TRUNKS, "heads"],
 )
-def test_training_computes_what_drafting_does_token_by_token(kind, trunk):
-  config = tiny_config(kind, DEPTH, trunk | {"data.seq_len": T})
+def test_training_computes_what_drafting_does_token_by_token(kind, options, trunk):
+  config = tiny_config(kind, DEPTH, trunk | options | {"data.seq_len": T})
   params, batch = random_params(config), one_row()
   states_MTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
   streams_TLD = np.stack(streams(config, params, batch), axis=2)[0].astype(np.float64)
@@ -245,9 +255,12 @@ def test_remat_and_unrolling_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle", "eagle3", "peagle"])
-def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind):
-  options = {
+@pytest.mark.parametrize("kind, options", [
+  ("eagle", {}), ("eagle3", {}), ("peagle", {}), ("dflash", {}),
+  ("medusa", {"mtp.markov_rank": 5}),
+])
+def test_a_drafter_learns_on_a_frozen_trunk_that_stays_as_it_is(kind, options):
+  options = options | {
     "trunk.num_layers": 1, "trunk.remat": "none", "train.freeze_trunk": True,
     "optimizer.warmup_fraction": 0.0,
   }

@@ -309,14 +309,14 @@ def test_squeue_is_read():
   }
   assert found["12_1"].reason == "JobArrayTaskLimit"
   assert found["14"].reason == ""
-  assert found["15"].reason == "Slurm says TIMEOUT, TimeLimit"
+  assert found["15"].reason == "Slurm reports TIMEOUT, TimeLimit"
 
 
 def test_sacct_is_read():
   found = slurm_queue.parse_jobs(SACCT)
   assert found["13"].state == "cancelled"
-  assert found["15"] == Job("ended", "15", "n1", "Slurm says FAILED, exit code 137")
-  assert found["16"].reason == "Slurm says NODE_FAIL, signal 9"
+  assert found["15"] == Job("ended", "15", "n1", "Slurm reports FAILED, exit code 137")
+  assert found["16"].reason == "Slurm reports NODE_FAIL, signal 9"
 
 
 def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
@@ -324,7 +324,7 @@ def test_older_jobs_are_asked_of_sacct_if_there_is_accounting(fake_slurm):
   fake_slurm("sacct", SACCT)
   found = slurm_queue.query(["12_0", "15", "20"])
   assert set(found) == {"12_0", "15"}
-  assert found["15"].reason == "Slurm says FAILED, exit code 137"
+  assert found["15"].reason == "Slurm reports FAILED, exit code 137"
   fake_slurm("sacct", "Slurm accounting storage is disabled\n", code=1)
   assert set(slurm_queue.query(["12_0", "15"])) == {"12_0"}
 
@@ -479,8 +479,8 @@ def test_states_come_from_the_folder_and_the_scheduler(tmp_path):
   assert kind(new) == "waiting"
   assert kind(new, Job("queued", reason="Priority")) == "queued"
   assert kind(new, Job("running")) == "running"
-  lost = states.read_state(new, Job("ended", reason="Slurm says NODE_FAIL"))
-  assert (lost.kind, lost.reason) == ("lost", "Slurm says NODE_FAIL")
+  lost = states.read_state(new, Job("ended", reason="Slurm reports NODE_FAIL"))
+  assert (lost.kind, lost.reason) == ("lost", "Slurm reports NODE_FAIL")
   fill(done, "DONE", "eval.json")
   assert kind(done, Job("queued")) == "done"
   fill(killed, state="training")

@@ -392,11 +392,12 @@ def test_generative_metrics_are_none_where_nothing_is_asked(monkeypatch):
 
 
 def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
-  sampled, drafts = [], set()
+  sampled, drafts, proposals = [], set(), []
 
   def generate(config, weights, prompts, *, decoding, **sizes):
     drafts.add((decoding.num_drafts, decoding.recurse))
     if decoding.rule == "leviathan":
+      proposals.append(decoding.proposal)
       sampled.extend(ByteTokenizer().decode(x) for x in prompts)
     return [completion([1, 2, 3], rounds=2, accepted=(1,), reached=(2,))] * len(prompts)
 
@@ -412,6 +413,20 @@ def test_any_text_is_continued_by_sampling_where_that_is_asked(monkeypatch):
   assert result["sampled_acceptance"][0]["mean"] == 0.5
   assert result["decoded_acceptance"] is None
   assert drafts == {(4, True)}
+  assert proposals == ["auto"] and "argmax_proposal_acceptance" not in result
+
+  # With both proposals the other one is decoded too: modules draw, heads do not.
+  for kind, other in (("sequential", "argmax"), ("linear", "sample")):
+    proposals.clear()
+    both = {"eval.both_proposals": True, "eval.num_drafts": 1}
+    config = tiny_config(kind, 1, GENERATING | off | both)
+    result = generative_metrics.text_metrics(
+      config, random_params(config), ByteTokenizer(), texts
+    )
+    assert proposals == ["auto", other]
+    for proposal in ("argmax", "sample"):
+      found = result[f"{proposal}_proposal_tokens_per_round"]
+      assert found == result["sampled_tokens_per_round"]
 
 
 @pytest.mark.slow

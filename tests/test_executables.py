@@ -33,9 +33,9 @@ _TASK = {
   "data.source": "star_graph", "data.path": "", "data.validation_fraction": 0.05,
   "data.seq_len": 40, "tokenizer.kind": "symbols", "tokenizer.vocab_size": 40,
   "eval.rows_per_document": 4, "eval.line_prompts": 64, "eval.function_prompts": 32,
-  "eval.max_new_tokens": 64, "eval.task_examples": 0,
+  "eval.max_new_tokens": 64, "eval.task_examples": 8,
 }
-_TEXT = {"data.seq_len": 56, "eval.line_prompts": 0, "eval.function_prompts": 0}
+_TEXT = {"data.seq_len": 56}
 
 
 @pytest.mark.parametrize("source", [_TEXT, _TASK], ids=["text", "task"])
@@ -50,8 +50,11 @@ def test_a_run_compiles_each_program_once(tmp_path, compilations, source):
     )
     fit(config, tmp_path / "run", progress=False)
   names = ("train_step", "gradient_diagnostics", "row_sums")
-  assert len(began) == len(names)
+  assert len(began) == len(names) + 1
   assert {name: compilations[name] for name in names} == dict.fromkeys(names, 1)
+  # Text is decoded greedily and sampled.
+  count = 1 + (source is _TEXT)
+  assert (compilations["prefill"], compilations["finish"]) == (count, count)
 
 
 def test_what_fails_ahead_fails_where_it_is_called():

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import drafters, gains_with_scale
+from experiments import drafters, gains_with_scale, kinds
 from launch import trials
 from mtp_jax import accounting, config_rules, optimizer
 from mtp_jax import config as config_lib
+from mtp_jax.analysis.claims.kinds import ARMS
 from mtp_jax.data.tasks.corpus import load_task
 from mtp_jax.depth_weights import depth_weights
 from mtp_jax.lm import zeros_batch
 from mtp_jax.model import block
-from mtp_jax.predictors import routed_layers
+from mtp_jax.predictors import KINDS, routed_layers
 from mtp_jax.sharding import MESH_AXES, logical_axes
 from mtp_jax.train_state import Hyperparameters, init_state
 from mtp_jax.train_step import train_step
@@ -45,7 +46,10 @@ EXPERIMENTS = [
   *WITH_EXPERTS,
   *((name, preset) for name in ON_TASKS + ON_TEXT for preset in ("cpu", "gpu")),
   *RATES,
-  *(("drafters", preset) for preset in ("cpu", "cpu_trunks", "gpu", "gpu_trunks")),
+  *(
+    (name, preset) for name in ("drafters", "kinds")
+    for preset in ("cpu", "cpu_trunks", "gpu", "gpu_trunks")
+  ),
   *(("markov", preset) for preset in ("cpu", "gpu")),
 ]
 # The presets `cluster` of the questions are `gpu` with more seeds or sizes.
@@ -194,6 +198,33 @@ def test_drafters_find_the_trunks_that_they_are_trained_on(machine):
   if machine == "cpu":
     narrow = [t for t in planned("drafters", "cpu") if t.config.trunk.embed_dim == 32]
     check_traces({trial.program for trial in narrow})
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_kinds_are_all_there_and_find_their_trunks(machine):
+  folder = Path(f"runs/kinds_{machine}_trunks")
+  assert str(folder) in kinds.__doc__
+  trunks = {
+    folder / t.workdir.name: t.config for t in planned("kinds", f"{machine}_trunks")
+  }
+  found = [trial.config for trial in planned("kinds", machine)]
+  assert (len(trunks), len(found)) == (3, (9 + 9 + 3) * 3)
+  assert {config.mtp.kind for config in found} == set(KINDS) - {"none"}
+  for config in found:
+    is_frozen = config.train.freeze_trunk
+    assert is_frozen == bool(config.train.trunk_from)
+    assert config.mtp.depth == (1 if config.mtp.kind == "top" else 3)
+    source = trunks[Path(config.train.trunk_from)] if is_frozen else next(
+      trunk for trunk in trunks.values() if trunk.seed == config.seed
+    )
+    assert (source.mtp.depth, source.train.num_steps) == (0, config.train.num_steps)
+    for part in ("seed", "trunk", "tokenizer", "data", "optimizer"):
+      assert getattr(config, part) == getattr(source, part)
+  # Every arm of the table is an arm of the experiment, and the other way round.
+  flat = [config_lib.flatten(config_lib.to_dict(config)) for config in found]
+  for where in ARMS.values():
+    assert sum(all(x[k] == v for k, v in where.items()) for x in flat) == 3
+  assert len(ARMS) * 3 == len(found)
 
 
 @pytest.mark.slow

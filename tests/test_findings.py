@@ -14,7 +14,7 @@ from scipy import stats
 from launch import cli
 from mtp_jax.analysis import results
 from mtp_jax.analysis.claims import claim as claims
-from mtp_jax.analysis.claims import picture
+from mtp_jax.analysis.claims import kinds, picture
 from mtp_jax.analysis.claims.claim import (
   EQUIVALENT,
   OPPOSITE,
@@ -45,6 +45,7 @@ FOLDERS = {
   "hidden_source_cpu": worlds.hidden_source,
   "drafters_cpu": worlds.drafters,
   "markov_cpu": worlds.markov,
+  "kinds_cpu": worlds.kinds,
 }
 RUNS = World(gain={})
 COMMAND = "python -m launch.sweep --config=x.py:cpu"
@@ -104,6 +105,13 @@ VERDICTS = [
   ("markov_cpu", "sampled_more", SUPPORTED, "rank 256 minus none: +1.0"),
   ("markov_cpu", "greedy_more", EQUIVALENT, "rank 256 minus none"),
   ("markov_cpu", "loss_same", OPPOSITE, "+0.10"),
+  ("markov_cpu", "sample_more", SUPPORTED, "rank 256 minus none: +1.0"),
+  ("markov_cpu", "argmax_more", EQUIVALENT, "rank 256 minus none"),
+  ("kinds_cpu", "passes_matter", SUPPORTED, "peagle minus eagle3: -"),
+  ("kinds_cpu", "block_more", SUPPORTED, "dflash minus peagle: +0."),
+  ("kinds_cpu", "markov_more", SUPPORTED, "medusa, Markov minus medusa: +0."),
+  ("kinds_cpu", "block_costs", SUPPORTED, "dflash minus NTP: +0.05"),
+  ("kinds_cpu", "top_costs", EQUIVALENT, "top minus NTP"),
 ]
 
 
@@ -155,6 +163,24 @@ def test_the_comparison_of_drafters_has_a_row_an_arm_and_width(root):
   assert row["alpha_1"] == pytest.approx(0.5, abs=0.01)
   assert row["S_3"] == pytest.approx(0.3, abs=0.01)
   assert row["main loss minus NTP's"].startswith(("+0.00", "-0.00"))
+
+
+def test_the_table_of_kinds_has_a_row_an_arm_and_what_opens_it(root):
+  experiment = EXPERIMENTS["kinds_cpu"]
+  rows = experiment.table(experiment.read(root / "kinds_cpu"))
+  assert len(rows) == len(kinds.ARMS) and set(rows["seeds"]) == {3}
+  rows = rows.set_index(["kind", "trained"])
+  row = rows.loc["dflash", "joint"]
+  assert (row["parameters"], row["MFLOPs per token"]) == (500, 2.0)
+  for how in kinds.HOW:
+    assert row[f"tokens per round, {how}"].startswith("2.0")
+  assert row["main loss minus NTP's"].startswith("+0.05")
+  assert rows.loc["top", "joint"]["tokens per round, sampled"] == ""
+  opened = {name: rows.loc[name, "joint"]["opened by"] for name in rows.index.levels[0]}
+  assert opened["medusa"] == "medusa" and opened["eagle3"] == "eagle3"
+  assert opened["modules"] == "glm4_moe"
+  for name in ("parallel", "medusa, Markov", "peagle", "dflash", "top"):
+    assert opened[name] == "mtp-jax alone"
 
 
 def test_claims_can_be_told_apart():

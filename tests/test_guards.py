@@ -46,6 +46,10 @@ PREDICTORS = {kind: (kind, depth, {}) for kind, depth in common.KINDS} | {
   "minimal": ("sequential", 2, common.MINIMAL),
   "medusa, own": ("medusa", 2, OWN),
   "peagle, own": ("peagle", 2, OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20}),
+  "dflash, own": (
+    "dflash", 2,
+    OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20, "mtp.draft_layers": 1},
+  ),
   "top, own": ("top", 1, OWN),
   "eagle3, own": ("eagle3", 2, OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20}),
 }

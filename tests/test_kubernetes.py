@@ -319,7 +319,7 @@ def test_jobsets_are_read():
     "ran": "ended", "broke": "ended", "held": "queued", "runs": "running",
     "starts": "queued",
   }
-  assert found["broke"].reason == "Kubernetes says Failed, FailedJobs, two"
+  assert found["broke"].reason == "Kubernetes reports Failed, FailedJobs, two"
 
 
 @pytest.fixture

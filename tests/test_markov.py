@@ -1,4 +1,4 @@
-"""The Markov head of parallel heads: its losses, its size, and how it drafts."""
+"""The Markov head of parallel and Medusa heads: losses, size, and how it drafts."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,9 @@ def plain_loss(config, params, batch):
   trunk_BTV = hidden_MBTD[0, ..., :dim] @ params["unembed"]["kernel"]
   losses = []
   for m in range(1 + config.mtp.depth):
-    logits_BTV = hidden_MBTD[m, ..., :dim] @ params["unembed"]["kernel"]
+    own = m and config.mtp.unembed == "own"
+    matrix_DV = params["mtp"]["unembed"][m - 1] if own else params["unembed"]["kernel"]
+    logits_BTV = hidden_MBTD[m, ..., :dim] @ matrix_DV
     if m:
       logits_BTV += table_VV[whole_BS[:, m : m + length]]
     log_q_BTV = jax.nn.log_softmax(logits_BTV)
@@ -66,12 +68,18 @@ def plain_loss(config, params, batch):
   return jnp.sum(weighted_M), (weighted_M, counts_M)
 
 
-@pytest.mark.parametrize("options", mostly_slow(
-  [{}, {"mtp.objective": "kl", "mtp.feature_weight": 0.5}], {}
+@pytest.mark.parametrize("kind, options", mostly_slow(
+  [
+    ("parallel", {}),
+    ("parallel", {"mtp.objective": "kl", "mtp.feature_weight": 0.5}),
+    ("medusa", {}),
+    ("medusa", {"mtp.unembed": "own"}),
+  ],
+  ("parallel", {}),
 ))
-def test_losses_and_gradients_are_those_of_a_whole_table(options):
+def test_losses_and_gradients_are_those_of_a_whole_table(kind, options):
   with jax.enable_x64(True):
-    config = tiny_config("parallel", DEPTH, MARKOV | FLOAT64 | options)
+    config = tiny_config(kind, DEPTH, MARKOV | FLOAT64 | options)
     params = jax.tree.map(jnp.float64, random_params(config))
     batch = packed_batch(config, padding=True)
     sums, counts_M, grads = gradient_program(config)(
@@ -124,9 +132,10 @@ def test_evaluation_reads_the_true_token_before_the_target():
   assert unembed_matrix(params, config, 2).shape == (16 + RANK, VOCAB)
 
 
-def test_parameters_flops_and_contract():
+@pytest.mark.parametrize("kind", ["parallel", "medusa"])
+def test_parameters_flops_and_contract(kind):
   plain, markov = (
-    tiny_config("parallel", DEPTH, {"trunk.num_layers": 3} | o) for o in ({}, MARKOV)
+    tiny_config(kind, DEPTH, {"trunk.num_layers": 3} | o) for o in ({}, MARKOV)
   )
   before, after = accounting.count(plain), accounting.count(markov)
   assert after.total - before.total == 2 * VOCAB * RANK
@@ -142,18 +151,20 @@ def test_parameters_flops_and_contract():
 ))
 def test_drafts_that_depend_on_each_other_are_sampled(rule, proposals):
   decoding = Decoding(rule, Warp(1.0))
-  found = tuple(
-    make_plan(tiny_config("parallel", DEPTH, options), decoding).proposal
-    for options in ({}, MARKOV)
-  )
-  assert found == proposals
+  for kind in ("parallel", "medusa"):
+    found = tuple(
+      make_plan(tiny_config(kind, DEPTH, options), decoding).proposal
+      for options in ({}, MARKOV)
+    )
+    assert found == proposals
 
 
 @pytest.mark.parametrize("kind, depth", [
-  ("sequential", 2), ("medusa", 2), ("parallel", 0), ("none", 0)
+  ("sequential", 2), ("linear", 2), ("parallel", 0), ("none", 0)
 ])
 def test_other_kinds_have_none(kind, depth):
   large = {"tokenizer.vocab_size": 264, "data.seq_len": 128}
   with pytest.raises(Exception, match=r"mtp.markov_rank must be 0 unless .*, got 5"):
     validate(tiny_config(kind, depth, large | MARKOV))
-  validate(tiny_config("parallel", 2, large | MARKOV))
+  for kind in ("parallel", "medusa"):
+    validate(tiny_config(kind, 2, large | MARKOV))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import mtp_jax
 from mtp_jax import accounting, train
 from mtp_jax.decode.target import unstack
+from mtp_jax.kernels import grouped_matmul as grouped_matmul_lib
 from mtp_jax.kernels.grouped_matmul import (
   Plan,
   block_size,
@@ -69,6 +71,8 @@ PLANS = [
   Plan("blocked", 4, 8, 2),
   Plan("blocked", 4, 7, 1),
 ]
+if importlib.util.find_spec("tokamax"):  # On a CPU it computes what `ragged` does.
+  PLANS.append(Plan("tokamax", 1, 22, 1))
 
 
 def best(scores, count):
@@ -272,7 +276,7 @@ def test_grouped_products_equal_loops_whatever_the_load(choices):
       np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_plans_have_room_for_any_load_and_skip_what_is_elsewhere():
+def test_plans_have_room_for_any_load_and_skip_what_is_elsewhere(monkeypatch):
   assert [block_size(m) for m in (0.25, 1, 8, 128, 512, 2**15)] == [
     1, 1, 16, 64, 128, 256
   ]
@@ -284,6 +288,16 @@ def test_plans_have_room_for_any_load_and_skip_what_is_elsewhere():
   assert make_plan("blocked", (1, 2), 8, 8, 100) == Plan("blocked", 1, 2, 2)
   # Matrices so large that a few are gathered at once.
   assert make_plan("ragged", (16, 2), 8, 8, 2**23) == Plan("ragged", 8, 12, 4)
+  # Kernels take what fills them, without whole blocks.
+  assert make_plan("tokamax", (64, 2), 2, 2, 100) == Plan("tokamax", 1, 128, 1)
+  assert make_plan("tokamax", (64, 2), 4, 1, 100) == Plan("blocked", 32, 2, 1)
+  # A GPU copies little and gathers all matrices at once.
+  monkeypatch.setattr(grouped_matmul_lib, "platform", lambda: "gpu")
+  sizes = (16384, 4), 16, 16, 1024 * 704
+  assert make_plan("blocked", *sizes) == Plan("blocked", 1024, 79, 79)
+  for is_there, chosen in ((True, "tokamax"), (None, "blocked")):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _, x=is_there: x)
+    assert choose_implementation("auto", "gpu") == chosen
   assert choose_implementation("auto", "cpu") == "blocked"
   assert choose_implementation("auto", "tpu") == "ragged"
   assert choose_implementation("ragged", "cpu") == "ragged"

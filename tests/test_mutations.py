@@ -399,16 +399,28 @@ MUTANTS = {
     f"{DEPTHS}[llama-sequential]",
   ),
   "the Markov head reads the token that it predicts": Mutant(
-    "predictors/parallel.py",
+    "predictors/markov.py",
     "given.ahead(m)",
     "given.ahead(1 + m)",
-    "test_markov.py::test_losses_and_gradients_are_those_of_a_whole_table[options0]",
+    "test_markov.py::test_losses_and_gradients_are_those_of_a_whole_table[parallel-options0]",
   ),
   "every draft adds the row of the newest committed token": Mutant(
-    "predictors/parallel.py",
-    "      token_B = drafts[-1].token_B\n",
+    "predictors/markov.py",
+    "    token_B = drafts[-1].token_B\n",
     "",
     f"{DEPTHS}[llama-markov]",
+  ),
+  "rows of a block run one position early": Mutant(
+    "predictors/dflash.py",
+    "given.embed_ahead(1), 1 + given.positions_BT",
+    "given.embed_ahead(1), given.positions_BT",
+    f"{DEPTHS}[llama-dflash]",
+  ),
+  "a row of a block sees no row after it": Mutant(
+    "predictors/dflash.py",
+    "last_BQ = jnp.broadcast_to(position_BQ[:, -1:], position_BQ.shape)",
+    "last_BQ = position_BQ",
+    f"{DEPTHS}[llama-dflash]",
   ),
   "masked rows run one position late": Mutant(
     "predictors/peagle.py",

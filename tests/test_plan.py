@@ -294,7 +294,7 @@ def test_rows_hold_what_fits_how_long_it_takes_and_what_depth_costs(
   ("RESOURCE_EXHAUSTED: no more is known", None),
 ])
 def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatch):
-  def refuse(compiled, chip):
+  def refuse(compiled, chip, *_):
     raise jax.errors.JaxRuntimeError(message)
 
   monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()))

@@ -260,7 +260,7 @@ def test_files_of_others_are_not_overwritten(command, flags, tmp_path):
   output.write_text("mine")
   result = command(MODULE, *flags)
   assert result.code == 2
-  assert "is there without a it.about.json of this command." in result.output
+  assert "exists without a it.about.json of this command." in result.output
   assert output.read_text() == "mine"
 
 

@@ -51,6 +51,7 @@ OTHERS = {
   "eagle": ("eagle", {"trunk.num_layers": 1}),
   "eagle3": ("eagle3", GPT2 | {"trunk.num_layers": 1}),
   "peagle": ("peagle", GPT2 | {"trunk.num_layers": 1}),
+  "dflash": ("dflash", GPT2 | {"trunk.num_layers": 1}),
 }
 
 

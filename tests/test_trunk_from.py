@@ -346,7 +346,9 @@ def test_weights_from_elsewhere_and_from_a_run_exclude_each_other(config, tmp_pa
 @pytest.mark.slow
 def test_a_run_that_has_begun_needs_its_source_no_more(config, sources, tmp_path):
   source = shutil.copytree(sources["sequential"][0], tmp_path / "source")
-  begun = medusa_on(config, source, **{"train.freeze_trunk": True})
+  begun = medusa_on(
+    config, source, **{"train.freeze_trunk": True, "mtp.markov_rank": 8}
+  )
   result = train.fit(begun, tmp_path / "run", progress=False)
   shutil.rmtree(source)
   run = shutil.move(tmp_path / "run", tmp_path / "moved")

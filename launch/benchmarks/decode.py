@@ -64,7 +64,7 @@ DEFINITIONS = {
   "embedding's table, and the filled slots of the cache (mean over a generation), at "
   "the rate of an array that no cache holds",
   "oracle": "drafts are the tokens that the target will choose, and cost nothing",
-  "forced": "the predictors do their work, then drafts are those of the oracle",
+  "forced": "the predictors do their work, then the oracle's drafts are taken",
 }
 PRESETS = {
   "cpu": {

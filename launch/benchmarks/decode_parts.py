@@ -142,7 +142,7 @@ def draft(
   def body(fixed: Any, carry: Any) -> Any:
     weights, tokens_BS, length_B, places = fixed
     drafts, feature_BWD, cache = carry
-    # Hardly a change, but one that depends on the turn before.
+    # A tiny change, which depends on the turn before.
     token_B1 = jax.tree.leaves(drafts)[0][:, :1]
     drift = 1e-9 * token_B1[:, :, None].astype(feature_BWD.dtype)
     window = Window(tokens_BS, length_B, feature_BWD + drift, *places)

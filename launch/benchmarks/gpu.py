@@ -76,6 +76,8 @@ PARTS = {
       "trunk.latent.rope_dim=32,trunk.latent.value_dim=64",
       "--variants=trunk.moe.num_experts=16,trunk.moe.experts_per_token=4,"
       "trunk.moe.expert_dim=704",
+      "--variants=trunk.moe.num_experts=16,trunk.moe.experts_per_token=4,"
+      "trunk.moe.expert_dim=704,trunk.moe.grouped_matmul=blocked",
     ),
     _train(
       "bytes", "small vocabularies; larger blocks of the loss",

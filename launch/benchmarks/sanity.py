@@ -23,7 +23,7 @@ from launch.benchmarks import harness, pages
 from launch.tables import markdown
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, with_overrides
-from mtp_jax.kernels.attention import attention
+from mtp_jax.kernels.attention import attention, largest_head
 from mtp_jax.lm import MtpLm
 from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
@@ -76,8 +76,11 @@ def checks(config: Config) -> Iterator[tuple[str, Callable[[], float], float]]:
   if importlib.util.find_spec("tokamax"):
     kernels.append("tokamax")
   bound = _NARROW if is_gpu else _WIDE
+  # Heads of queries and keys, sizes of keys and values: the last of latent attention.
+  shapes = [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 128, 128), (4, 4, 96, 64)]
+  shapes += [(4, 4, 192, 128)] if largest_head() >= 192 else []
   for kernel in kernels:
-    for heads in ((8, 8, 64), (8, 2, 64), (4, 4, 128)):
+    for heads in shapes:
       text = f"attention of {kernel}, heads {heads}"
       yield text, functools.partial(_attention, kernel, config, *heads), bound
   yield "documents in one row against rows of their own", functools.partial(
@@ -131,14 +134,14 @@ def _against_cpu(config: Config) -> float:
   return _difference(on(jax.devices()[0]), on(cpu))
 
 
-def _attention(kernel: str, config: Config, N: int, G: int, H: int) -> float:
+def _attention(kernel: str, config: Config, N: int, G: int, H: int, V: int) -> float:
   keys = jax.random.split(jax.random.key(0), 4)
   rows, length = config.data.batch_size, config.data.seq_len
   is_gpu = jax.devices()[0].platform == "gpu"
   dtype = jnp.bfloat16 if is_gpu else jnp.float32
   q, k, v, d_out = (
-    jax.random.normal(key, (rows, length, heads, H), dtype)
-    for key, heads in zip(keys, (N, G, G, N), strict=True)
+    jax.random.normal(key, (rows, length, *shape), dtype)
+    for key, shape in zip(keys, ((N, H), (G, H), (G, V), (N, V)), strict=True)
   )
   segments = jnp.asarray(_rows(config).segment_ids)
 

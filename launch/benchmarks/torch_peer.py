@@ -193,7 +193,7 @@ class Peer(nn.Module):
   ) -> Tensor:
     """Returns losses_M: each depth's mean cross-entropy over its own valid tokens.
 
-    The tensors are the fields of `mtp_jax.batch.Batch`, as int64; `one_document` says
+    The tensors are the fields of `mtp_jax.batch.Batch`, as int64; `one_document` tells
     that every row is a single document, so that no mask is needed.
     """
     length, num_predictors = tokens.shape[1], 1 + self.config.mtp.depth

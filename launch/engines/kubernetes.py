@@ -25,7 +25,7 @@ from mtp_jax.config import Config, ConfigError, to_dict
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml")
 _FOLDER = "kubernetes"
-_MAX_SLUG = 24  # Names of pods add to those of JobSets; 63 characters are allowed.
+_MAX_SLUG = 24  # A pod's name is longer than its JobSet's; 63 characters are allowed.
 _EXPERIMENT = """\
 \"\"\"The config of one trial, written by launch.sweep.\"\"\"
 
@@ -174,7 +174,7 @@ class Kubernetes:
       if not self.submits:
         print(f"{trial.name}: {path}")
         continue
-      # What a JobSet is to do cannot be changed; one that has ended makes way.
+      # What a JobSet does cannot be changed; an ended JobSet makes way.
       where = f"--namespace={namespace}"
       run("kubectl", "delete", "jobset", name, where, "--ignore-not-found")
       run("kubectl", "apply", "--filename", str(path))
@@ -259,7 +259,7 @@ def parse_jobsets(text: str) -> dict[str, Job]:
     }
     if "Failed" in conditions:
       said = conditions["Failed"]
-      parts = ("Kubernetes says Failed", said.get("reason"), said.get("message"))
+      parts = ("Kubernetes reports Failed", said.get("reason"), said.get("message"))
       job = Job("ended", name, reason=", ".join(filter(None, parts)))
     elif "Completed" in conditions:
       job = Job("ended", name)

@@ -189,7 +189,7 @@ class Sweep:
     return self._sizes[trial.program]
 
   def _note_all(self, given: list[Trial], outcomes: list[Outcome]) -> None:
-    """Notes the end of a trial, or of a pack; of one that failed, a single outcome."""
+    """Notes the end of a trial, or of a pack; a failed pack has a single outcome."""
     first = outcomes[0]
     names = ", ".join(trial.name for trial in given)
     for text in first.warnings:

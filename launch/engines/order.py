@@ -43,8 +43,8 @@ def in_packs(
 ) -> list[list[Trial]]:
   """Returns trials of one program as packs of at most `size`, those alike together.
 
-  Trials at one step can share their batches, and those of one length end together. The
-  longest come first, else the order is that of the sweep.
+  Trials at one step can share their batches, and trials of one length end together. The
+  longest come first, else in the order of the sweep.
   """
   alike = sorted(mates, key=lambda trial: (found[trial.name].step, -trial.num_steps))
   return [alike[i : i + size] for i in range(0, len(alike), size)]

@@ -107,7 +107,7 @@ class Options:
 
 
 def parse(given: Sequence[str], setup: str | None = None, grace: int = 180) -> Options:
-  """Returns the options of --slurm, which are those of sbatch: `nodes=2 exclusive`.
+  """Returns the options of --slurm, which are options of sbatch: `nodes=2 exclusive`.
 
   Args:
     given: values of --slurm, with one option or several in each.
@@ -343,7 +343,7 @@ class Slurm:
     marker = f"{shlex.quote(str(self.root / _FOLDER))}/yield.$JOB"
     name, value = HUGE_PAGES
     lines = [
-      "# Not SLURM_JOB_ID: one task of an array has that of the whole array.",
+      "# Not SLURM_JOB_ID: a task of an array has the id of the whole array.",
       "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
       "JOB=${JOB:-$SLURM_JOB_ID}",
       f"export {YIELD}={marker}.${{SLURM_RESTART_COUNT:-0}}",

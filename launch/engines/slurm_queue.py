@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs, from squeue and, where there is accounting, sacct."""
+"""States of Slurm jobs, from squeue and, where there is accounting, sacct."""
 
 import contextlib
 import re
@@ -20,10 +20,10 @@ _STATES = {
 
 
 def query(ids: Iterable[str]) -> dict[str, Job]:
-  """Returns the jobs that Slurm knows of, by id (`12`, or `12_3` in an array).
+  """Returns the jobs that Slurm lists, by id (`12`, or `12_3` in an array).
 
-  squeue knows jobs that wait and run, and for some minutes those that have ended;
-  sacct, where there is accounting, the older ones.
+  squeue lists jobs that wait and run, and for some minutes jobs that have ended;
+  sacct, where there is accounting, older jobs.
   """
   ids = set(ids)
   if not ids:
@@ -59,7 +59,7 @@ def parse_jobs(text: str) -> dict[str, Job]:
         reason = f"signal {signum}" if signum != "0" else reason
       parts = [reason if reason != "None" else ""]
       if kind == "ended":
-        parts = [] if state == "COMPLETED" else [f"Slurm says {state}", *parts]
+        parts = [] if state == "COMPLETED" else [f"Slurm reports {state}", *parts]
       host = "" if nodes.startswith(("(", "None")) else nodes
       jobs[id] = Job(kind, id, host, ", ".join(filter(None, parts)))
   return jobs

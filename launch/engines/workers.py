@@ -297,7 +297,7 @@ def _explain(error: Exception) -> tuple[str, str]:
 def _show_warning(
   message: Warning | str, category: type[Warning], filename: str, *_: Any
 ) -> None:
-  """Logs a warning; keeps those of this package for the sweep (a damaged checkpoint).
+  """Logs a warning; keeps this package's warnings for the sweep (a damaged checkpoint).
   """
   with contextlib.suppress(OSError):  # The disk of the log is full.
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ class Gpu(Chip):
   def target(self) -> str:
     """Returns the description that XLA compiles for: a `GpuTargetConfigProto`.
 
-    Limits of blocks and multiprocessors are those of all compute capabilities from 8.0
+    Limits of blocks and multiprocessors hold for all compute capabilities from 8.0
     to 10.0 (CUDA C++ Programming Guide, technical specifications).
     """
     major, minor = self.capability

@@ -9,7 +9,7 @@ COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
 )
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# Asynchronous collectives count where they end: there the type is that of the results.
+# Asynchronous collectives count where they end: there the type is the results' type.
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-done)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
 # Lines whose computations run as they stand; a fusion is one kernel.
@@ -18,7 +18,7 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 class Module(NamedTuple):
-  """The lines of every computation, and the name of the one that runs first."""
+  """The lines of every computation, and the name of the first that runs."""
 
   computations: dict[str, list[str]]
   entry: str
@@ -43,6 +43,12 @@ def parse(text: str) -> Module:
     else:
       lines.append(line)
   return Module(computations, entry)
+
+
+def turn(module: Module) -> Module:
+  """Returns the module that runs the body of its only loop outside of loops, once."""
+  [loop] = [x for x in module.computations[module.entry] if " while(" in x]
+  return module._replace(entry=_named("body", loop))
 
 
 def unknown_loops(module: Module) -> int:
@@ -77,7 +83,7 @@ def walk(module: Module, into_calls: bool = False) -> Iterator[Line]:
 def collectives(module: Module) -> dict[str, dict[str, int]]:
   """Returns by kind of collective `count` and `bytes` of one step.
 
-  `bytes` are those of the results on one device, of all times that they run.
+  `bytes`: of the results on one device, over all times that they run.
   """
   found = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
   for line in walk(module, into_calls=True):

@@ -19,10 +19,13 @@ from launch.planning.chips import CHIPS, Gpu
 
 # Assumed: shares of the peak and of the bandwidth that large kernels reach, and the
 # seconds of the smallest kernel.
-_OF_PEAK = {"products": 0.68, "attention": 0.35, "attention backward": 0.30}
+_OF_PEAK = {
+  "products": 0.68, "grouped": 0.50, "attention": 0.35, "attention backward": 0.30
+}
 _OF_BANDWIDTH, _OF_LINK, _LEAST_SECONDS = 0.83, 0.8, 3e-6
 ASSUMED = (
-  f"Assumed: products reach {_OF_PEAK['products']:.0%} of the peak, attention of cuDNN "
+  f"Assumed: products reach {_OF_PEAK['products']:.0%} of the peak, grouped products "
+  f"of tokamax {_OF_PEAK['grouped']:.0%}, attention of cuDNN "
   f"{_OF_PEAK['attention']:.0%} forward and {_OF_PEAK['attention backward']:.0%} "
   f"backward, memory {_OF_BANDWIDTH:.0%} of {{chip.bandwidth:.3g}} bytes/s, links "
   f"{_OF_LINK:.0%} of {{chip.link:.3g}}; a kernel takes {1e6 * _LEAST_SECONDS:g} us at "
@@ -62,6 +65,8 @@ class Kernel(NamedTuple):
     part = self.kind
     if part == "attention" and "Backward" in self.target:
       part = "attention backward"
+    elif part == "products" and "triton" in self.target:
+      part = "grouped"
     # The tensor cores multiply float32 (as TF32) at half the rate of bfloat16.
     peak = gpu.peak_flops * _OF_PEAK.get(part, 1.0) * (0.5 if self.is_wide else 1.0)
     is_sent = self.kind == "collectives"
@@ -144,6 +149,10 @@ def _kernel(
     kind, flops = "products", _dot_flops(line, around)
   elif "fmha" in target:
     kind, flops = "attention", _attention_flops(line, "Backward" in target)
+  elif "triton" in target and len(_dims(around[line.operands[0]].type)) == 2:
+    # The kernel of tokamax. Each row has one matrix, or gives to the gradient of one.
+    rows, columns = _dims(around[line.operands[0]].type), _dims(line.type)[-1]
+    kind, flops = "products", 2.0 * math.prod(rows) * columns
   elif "cublas" in target or "gemm" in target:
     kind, flops = "products", _gemm_flops(line, around)
     is_wide = around[line.operands[0]].type.startswith("f32")
@@ -205,7 +214,7 @@ def _bytes(
 ) -> int:
   """Returns the bytes that a kernel reads and writes.
 
-  Of an operand that is only sliced, the slices; of one that is updated in place, the
+  Of an operand that is only sliced, the slices; of an operand updated in place, the
   update.
   """
   if body is None:

@@ -19,6 +19,7 @@ import jax
 
 from launch.planning.chips import CHIPS, Chip, Gpu
 from mtp_jax.config import ConfigError, MeshConfig
+from mtp_jax.kernels.attention import import_tokamax
 
 # The cuDNN of `Gpu.target`, as cuDNN writes its own version.
 CUDNN_VERSION = 91000
@@ -181,10 +182,10 @@ def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
 
 @contextlib.contextmanager
 def kernels_of(chip: Chip) -> Iterator[None]:
-  """Lets JAX choose attention for a GPU that is not there.
+  """Lets JAX and tokamax choose kernels for a GPU that is not there.
 
   When JAX traces attention of cuDNN it asks the installed cuDNN and the first GPU what
-  they can do. This machine may have neither.
+  they can do. This machine may have neither. tokamax asks the first device.
   """
   if not isinstance(chip, Gpu):
     yield
@@ -194,7 +195,10 @@ def kernels_of(chip: Chip) -> Iterator[None]:
   def is_at_least(capability: str) -> bool:
     return chip.capability >= tuple(map(int, capability.split(".")))
 
+  has_tokamax = importlib.util.find_spec("tokamax") is not None
   with (
+    import_tokamax().config.cross_compile(True) if has_tokamax
+    else contextlib.nullcontext(),
     mock.patch.object(cudnn, "check_cudnn_version", lambda: CUDNN_VERSION),
     mock.patch.object(cudnn, "check_compute_capability", is_at_least),
     mock.patch.object(cudnn, "is_cuda_compute_capability_equal", lambda _: False),

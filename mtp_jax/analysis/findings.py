@@ -1,6 +1,6 @@
 """The page of verdicts: every claim beside what was measured here.
 
-Reads the results folders of all experiments; one that is missing is "not yet run".
+Reads the results folders of all experiments; a missing folder is "not yet run".
 Writes Markdown, tables (CSV) and figures (PNG).
 """
 

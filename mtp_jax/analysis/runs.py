@@ -28,8 +28,12 @@ from mtp_jax.config import (
 
 SCALARS = ("main_loss", "bits_per_byte", "simulated_accepted_length")
 GENERATIVE = (
-  "task_accuracy", "task_new", "next_line_exact_match", "function_parses",
+  "task_accuracy", "next_line_exact_match", "function_parses",
   "decoded_tokens_per_round", "sampled_tokens_per_round",
+)
+# What not every evaluation has: those of older code, or without `eval.both_proposals`.
+OPTIONAL = (
+  "task_new", "argmax_proposal_tokens_per_round", "sample_proposal_tokens_per_round",
 )
 PER_DEPTH = ("depth_loss", "depth_accuracy")  # Depth 0 is the next token.
 # From depth 1; measures of decoding are null where nothing was decoded.
@@ -220,9 +224,8 @@ def _metrics(evaluation: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]
 
   for metric in SCALARS:
     yield row(metric, 0, require(evaluation, metric, path))
-  for metric in GENERATIVE:
-    # Older evaluations have no task_new.
-    value = evaluation.get(metric) if metric == "task_new" else require(
+  for metric in (*GENERATIVE, *OPTIONAL):
+    value = evaluation.get(metric) if metric in OPTIONAL else require(
       evaluation, metric, path
     )
     if value is not None:

@@ -182,16 +182,18 @@ def _clause(panel: Panel) -> str:
 
 def _effect(part: Part, pairs: pd.DataFrame, with_numbers: bool) -> str:
   (mean,) = by_size.average(pairs, "", apart=["series"]).at(part.margin).estimates
+  verb = "raised" if (mean.mean > 0) == part.is_cost else "lowered"
+  by = f" by {abs(mean.mean):.2g} {part.unit}"
   if np.isnan(mean.low):
-    return "had too few seeds for an interval"
+    by = by if with_numbers else ""
+    return f"{verb} {part.measured}{by} (one seed, so without an interval)"
   if mean.verdict == claim.EQUIVALENT:
     words = f"changed {part.measured} by less than {part.margin.value:.2g} {part.unit}"
   elif mean.verdict == claim.UNDECIDED:
     words = f"showed no effect on {part.measured}"
   else:
-    verb = "raised" if (mean.mean > 0) == part.is_cost else "lowered"
     ends = sorted((abs(mean.low), abs(mean.high)))
-    by = f" by {abs(mean.mean):.2g} {part.unit} [{ends[0]:.2g}, {ends[1]:.2g}]"
+    by += f" [{ends[0]:.2g}, {ends[1]:.2g}]"
     words = f"{verb} {part.measured}{by if with_numbers else ''}"
   over = by_size.slope(pairs, ["series"])
   if over is None:

@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 class DataError(ValueError):
-  """Input data that cannot be used; the message says where and why."""
+  """Input data that cannot be used; the message names the place and the reason."""
 
 
 def require(name: str, what: str) -> ModuleType:

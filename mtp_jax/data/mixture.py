@@ -5,8 +5,8 @@
   0.7 jsonl code/*.jsonl; 0.2 array_record prepared/web; 0.1 stdlib
 
 A weight is the share of the part's rows in training. Every part repeats for ever, in an
-order of its own that starts anew with each of its epochs. Held-out texts are those of
-all parts. Legend: B rows of a batch, C parts, N documents.
+order of its own that starts anew with each of its epochs. All parts have held-out
+texts. Legend: B rows of a batch, C parts, N documents.
 """
 
 import functools

@@ -159,7 +159,7 @@ def shuffled_rows(num_rows: int, seed: int, begin: int, end: int) -> np.ndarray:
   """Returns rows [end - begin] of the endless order: every epoch shuffled anew.
 
   Row numbers increase from epoch to epoch, which moves the cuts between rows: see
-  `PackedRows`. The order within an epoch equals that of grain's
+  `PackedRows`. The order within an epoch equals the order of grain's
   `MapDataset.range(num_rows).seed(seed).shuffle().repeat()`. That takes several times
   as long, because four Python objects handle every row.
   """

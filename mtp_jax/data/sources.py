@@ -106,7 +106,7 @@ class DocumentReader:
   """Iterates over the distinct documents of a source, one in memory at a time.
 
   `source`, `path` and `text_field` are keys of `DataConfig`. (`array_record` has a
-  store instead: see `prepared.py`.) `tokenizer` is that of the tokens in a source of
+  store instead: see `prepared.py`.) `tokenizer` is the tokens' tokenizer in a source of
   tokens, and renders chats. Every iteration starts anew; `stats()` describes the last
   complete one. The current iteration has read `done_bytes` of `total_bytes` of the
   input, which are 0 for a dataset of `hf`.

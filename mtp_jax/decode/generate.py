@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mtp_jax import executables
 from mtp_jax.config import MOST_DRAFTS, Config
 from mtp_jax.decode import drafters, loop, stops, trees
-from mtp_jax.decode.target import make_target
+from mtp_jax.decode.target import make_target, unstack
 from mtp_jax.decode.verify import RULES
 from mtp_jax.decode.warp import Warp
 from mtp_jax.environment import device_memory
@@ -65,8 +66,8 @@ class Decoding:
   warp: temperature and the like for the rules that sample; None for greedy.
   proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
     use the distribution and drafts depend on each other (sequential modules, EAGLE,
-    parallel heads with a Markov head), and else takes the arg max: other parallel
-    heads, sampled one by one, do not fit together.
+    heads with a Markov head), and else takes the arg max: drafts of other heads,
+    sampled one by one, do not fit together.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
   tree: see `trees`; None verifies a chain. The depth of a tree is K.
@@ -239,6 +240,37 @@ def generate(
   return completions
 
 
+def compile_ahead(
+  config: Config,
+  params: Any,
+  *,
+  max_new_tokens: int,
+  num_stops: int,
+  decodings: Sequence[Decoding],
+  batch_size: int,
+  prompt_length: int,
+) -> None:
+  """Compiles what `generate` will call for these ways to decode.
+
+  Args:
+    config: of the model.
+    params: shapes of its parameters, with shardings.
+    num_stops: number of `stop_ids`.
+    max_new_tokens, decodings, batch_size, prompt_length: see `generate`.
+  """
+  prompts = [np.zeros(1, np.int32)] * batch_size
+  weights = executables.results(unstack, params, config)
+  for decoding in decodings:
+    plan = make_plan(config, decoding)
+    sizes = _Sizes(config, plan, prompts, max_new_tokens, prompt_length)
+    inputs = _inputs(weights, decoding, (0,) * num_stops)
+    rows = _rows(sizes, prompts, 0)
+    state = executables.results(
+      loop.prefill, plan, sizes.prompt_slots, inputs, *rows[:-1], np.uint32(0), rows[-1]
+    )
+    loop.finish.lower(plan, inputs, state).compile()
+
+
 def stream(
   config: Config,
   weights: Weights,
@@ -362,19 +394,26 @@ def _prefill(
   first: int,
   sharding: Any,
 ) -> loop.DecodeState:
-  lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens_BS = np.zeros((len(prompts), sizes.slots), np.int32)
-  for row, prompt in zip(tokens_BS, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  limits_B = lengths_B + np.int32(sizes.max_new_tokens)
-  sequence_B = first + np.arange(len(prompts), dtype=np.int32)
-  rows = (tokens_BS, lengths_B, limits_B, sequence_B)
+  rows = _rows(sizes, prompts, first)
   if sharding is not None:
     rows = jax.device_put(rows, sharding)
   *rows, sequence_B = rows
   return loop.prefill(
     plan, sizes.prompt_slots, inputs, *rows, np.uint32(seed), sequence_B
   )
+
+
+def _rows(
+  sizes: _Sizes, prompts: Sequence[np.ndarray], first: int
+) -> tuple[np.ndarray, ...]:
+  """Returns tokens_BS, lengths_B, limits_B and sequence_B of a batch."""
+  lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens_BS = np.zeros((len(prompts), sizes.slots), np.int32)
+  for row, prompt in zip(tokens_BS, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  limits_B = lengths_B + np.int32(sizes.max_new_tokens)
+  sequence_B = first + np.arange(len(prompts), dtype=np.int32)
+  return tokens_BS, lengths_B, limits_B, sequence_B
 
 
 def _completions(

@@ -22,6 +22,7 @@ from mtp_jax.predictors.weights import (
   empty_caches,
   final_norm,
   layers,
+  prefers_two_rows,
   run_block,
   unembed,
 )
@@ -97,7 +98,10 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
     return empty_caches(trunk, num_blocks, rows, slots)
 
   def forward(weights: Weights, tokens_BT, positions_BT, caches):
-    x_BTD = embed(weights, tokens_BT)
+    x_BTD, T = embed(weights, tokens_BT), tokens_BT.shape[1]
+    is_grouped = trunk.attention_kind == "grouped" and not trunk.moe.num_experts
+    if tokens_BT.size == 1 and is_grouped and prefers_two_rows():
+      x_BTD = jnp.pad(x_BTD, ((0, 0), (0, 1), (0, 0)))  # The second has no position.
     if weights.position_PD is not None:
       # Drafts may run over the end; they are never committed, but must stay finite.
       positions = positions_of(positions_BT)
@@ -109,7 +113,8 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
       )
       streams.append(x_BTD)
     feature_BTD = jnp.concatenate([streams[number - 1] for number in taps], axis=-1)
-    return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
+    hidden_BTD = final_norm(trunk, weights, x_BTD)
+    return hidden_BTD[:, :T], feature_BTD[:, :T], tuple(caches)
 
   def move(caches, source_BT: jax.Array, slot_BT: jax.Array) -> tuple[Cache, ...]:
     return tuple(cache.move(source_BT, slot_BT) for cache in caches)

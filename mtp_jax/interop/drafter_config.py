@@ -51,7 +51,9 @@ def drafter_obstacle(config: Config, layout: str) -> str:
   """Returns the reason why the predictors have no place in a layout; "" if they do."""
   if config.mtp.kind != layout or not config.mtp.depth:
     return f"the layout holds predictors of mtp.kind {layout!r}, at least one"
-  return "" if layout == "medusa" else _eagle_obstacle(config)
+  if layout != "medusa":
+    return _eagle_obstacle(config)
+  return "mtp.markov_rank must be 0 in this layout" if config.mtp.markov_rank else ""
 
 
 def _eagle_obstacle(config: Config) -> str:
@@ -64,6 +66,9 @@ def _eagle_obstacle(config: Config) -> str:
     return "trunk.rope_fraction must be 1 in this layout"
   if trunk.rope_scaling.kind not in ("none", "linear"):
     return "trunk.rope_scaling.kind must be 'none' or 'linear' in this layout"
+  for key in ("fc_norm", "norm_output"):
+    if getattr(config.mtp, key):
+      return f"mtp.{key} must be False in this layout"
   if config.mtp.kind == "eagle":
     if trunk.num_heads * trunk.head_dim != trunk.embed_dim:
       return "trunk.attention_dim must be trunk.embed_dim in this layout"
@@ -148,7 +153,7 @@ def _speculators(
       },
     },
     "transformer_layer_config": layer,
-    "norm_before_residual": False,  # The default there is not that of EAGLE's code.
+    "norm_before_residual": False,  # The default there differs from EAGLE's code.
   }
 
 

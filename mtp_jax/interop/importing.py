@@ -419,7 +419,7 @@ def _check_zeros(model: HfModel, entries: tuple[Entry, ...]) -> None:
       model.tensors[entry.name].open()
     ):
       raise InteropError(
-        f"{model.folder}: {entry.name} must be zeros, as config.json says."
+        f"{model.folder}: {entry.name} must be zeros, by config.json."
       )
 
 

@@ -32,6 +32,7 @@ DRAFTERS = {
 # Why no layout has a kind, where it is not that no engine has it.
 _UNSERVED = {
   "peagle": "vLLM runs P-EAGLE, whose folders are not written yet",
+  "dflash": "vLLM runs DFlash, whose folders are not written yet",
   "top": "token-order prediction drafts nothing and is left out of what is deployed",
 }
 

@@ -28,7 +28,7 @@ class Form(NamedTuple):
   axis, order: entry i of our parameter along `axis` is entry order[i] in the file.
   """
 
-  dtype = None  # That of the file.
+  dtype = None  # As in the file.
   inputs: int
   transposed: bool = False
   axis: int = 0

@@ -13,19 +13,24 @@ layer.
 
 import functools
 import importlib.util
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.sharding import partition_spec, platform
+from mtp_jax.sharding import device_kind, partition_spec, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tokamax")
 
 # Names that a rematerialisation policy should save besides the inputs of `attention`:
 # the backward pass of `blocked` then recomputes scores, but not the forward pass.
 REMAT_NAMES = ("attention_out", "attention_lse")
+
+# Of cuDNN, on the GPUs that allow most; see `largest_head`.
+LARGEST_HEAD = 256
 
 _BLOCK = 64
 _MAX_BLOCKS = 16  # The blocks are unrolled: bounds compile time at long sequences.
@@ -42,12 +47,11 @@ def choose_implementation(
   """Returns the implementation to use, one of `IMPLEMENTATIONS` other than `auto`.
 
   `auto` becomes `blocked` on CPU, cuDNN flash attention on GPU where its constraints
-  hold (16-bit floats, head size a multiple of 8 up to 128 and values no larger, even
-  length, sequence not split over devices), else `xla`. `tokamax` must be named.
-  `value_dim` is `head_dim` unless given.
+  hold (16-bit floats, heads up to `largest_head`, even length, sequence not split over
+  devices), else `xla`. `tokamax` must be named. `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: an unknown implementation; cuDNN with values larger than keys; tokamax
+    ValueError: an unknown implementation; cuDNN with heads that are too large; tokamax
       where it is not installed or on several devices.
   """
   if implementation not in IMPLEMENTATIONS:
@@ -55,11 +59,11 @@ def choose_implementation(
       f"trunk.attention must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
       f"got {implementation!r}."
     )
-  has_room = value_dim is None or value_dim <= head_dim
-  if implementation == "cudnn" and not has_room:
+  size = padded_head(head_dim, value_dim or head_dim)
+  if implementation == "cudnn" and size > largest_head():
     raise ValueError(
-      "trunk.attention must not be 'cudnn' where values are larger than keys, got "
-      f"heads of {value_dim} and {head_dim}."
+      f"trunk.attention must not be 'cudnn' with heads above {largest_head()} on "
+      f"{device_kind()}, got heads of {size}."
     )
   if implementation == "tokamax":
     if importlib.util.find_spec("tokamax") is None:
@@ -68,21 +72,43 @@ def choose_implementation(
         "installed."
       )
     # The compiler cannot split tokamax' kernels over devices.
-    if (size := jax.sharding.get_abstract_mesh().size) > 1:
+    if (count := jax.sharding.get_abstract_mesh().size) > 1:
       raise ValueError(
         "trunk.attention must not be 'tokamax' on several devices, got a mesh of "
-        f"{size}."
+        f"{count}."
       )
   if implementation != "auto":
     return implementation
   if platform == "cpu":
     return "blocked"
   sixteen_bit = dtype in (jnp.bfloat16, jnp.float16)
-  fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 128 and seq_len % 2 == 0
-  fits = fits and has_room and not _sequence_is_split()
-  if platform in ("gpu", "cuda") and fits:
+  fits = sixteen_bit and size <= largest_head() and seq_len % 2 == 0
+  if platform in ("gpu", "cuda") and fits and not _sequence_is_split():
     return "cudnn"
   return "xla"
+
+
+def largest_head() -> int:
+  """Returns the largest head of cuDNN's attention, forward and backward.
+
+  256 on Hopper, 128 on other GPUs (support matrix of cuDNN 9.18; JAX checks the same
+  for Hopper). A GPU of this generation has H and its number in its name.
+  """
+  is_hopper = re.search(r"\bG?H\d{2,3}\b", device_kind())
+  return LARGEST_HEAD if is_hopper else 128
+
+
+def padded_head(head_dim: int, value_dim: int) -> int:
+  """Returns the size to which cuDNN's heads are padded, a multiple of 8."""
+  return -(-max(head_dim, value_dim) // 8) * 8
+
+
+def with_padded_heads(
+  kernel: Callable[..., jax.Array], *qkv: jax.Array, size: int
+) -> jax.Array:
+  """Returns kernel(q, k, v) of heads padded to `size` with zeros, which add nothing."""
+  padded = (jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) for x in qkv)
+  return kernel(*padded)[..., : qkv[2].shape[-1]]
 
 
 def attention(
@@ -113,24 +139,19 @@ def attention(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTGV.shape[-1]
   )
   scale = H**-0.5 if scale is None else scale
-  if chosen == "cudnn" and v_BTGV.shape[-1] < H:
-    # One size for keys and values is all that JAX offers: zeros add nothing.
-    room = [(0, 0)] * 3 + [(0, H - v_BTGV.shape[-1])]
-    out_BTNH = attention(
-      q_BTNH, k_BTGH, jnp.pad(v_BTGV, room), segment_ids_BT,
-      implementation=chosen, scale=scale,
-    )
-    return out_BTNH[..., : v_BTGV.shape[-1]]
   if chosen in ("cudnn", "tokamax"):
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    if chosen == "tokamax":
-      kernel = import_tokamax().dot_product_attention
-    else:
-      kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return kernel(
-      q_BTNH, k_BTGH, v_BTGV, mask=same_B1TT, is_causal=True, scale=scale
+    kernel = (
+      import_tokamax().dot_product_attention if chosen == "tokamax" else
+      functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     )
+    kernel = functools.partial(kernel, mask=same_B1TT, is_causal=True, scale=scale)
+    if chosen == "tokamax":
+      return kernel(q_BTNH, k_BTGH, v_BTGV)
+    # JAX offers one size for keys and values.
+    size = padded_head(H, v_BTGV.shape[-1])
+    return with_padded_heads(kernel, q_BTNH, k_BTGH, v_BTGV, size=size)
   out_BGPTV = (_blocked if chosen == "blocked" else _plain)(
     _by_kv_head(q_BTNH, G),
     k_BTGH.transpose(0, 2, 1, 3),
@@ -144,12 +165,18 @@ def attention(
 def import_tokamax() -> Any:
   """Returns the optional package, whose functions choose their kernels themselves."""
   import tokamax
-  from absl import flags
+  from absl import flags, logging
 
   if not flags.FLAGS.is_parsed():
     # tokamax would otherwise parse the command line, which belongs to the caller.
     flags.FLAGS.mark_as_parsed()
+  # It writes a page of text for every product that nobody tuned.
+  logging.get_absl_logger().addFilter(_is_not_of_tuning)
   return tokamax
+
+
+def _is_not_of_tuning(record: Any) -> bool:
+  return not str(record.msg).startswith("Autotuning cache miss")
 
 
 def unrolled_attention(

@@ -7,24 +7,47 @@ chunks of blocks: it gathers the matrices of a chunk and multiplies the chunk at
 `ragged` is `jax.lax.ragged_dot` on the same rows, which is a kernel on TPU. On CPU, and
 on GPU in many versions, XLA expands `ragged_dot` to one dense product per expert, that
 is, num_experts times the work. On TPU XLA expands its derivative by the matrices, so
-that this derivative is `blocked` everywhere.
+that this derivative is `blocked` there. `tokamax` is the kernel of this package for
+GPUs, forward and backward, on rows without padding.
 
 Legend: N tokens, k choices per token, A = N k choices, E experts, Q rows of the buffer,
 G blocks, S rows of a block, C blocks of a chunk, D and F inputs and outputs.
 """
 
 import functools
+import importlib.util
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Copying a block's matrix takes about as long as multiplying so many rows by it.
-_ROWS_PER_COPY = 24
-_MAX_BLOCK = 256
-# Entries of the matrices that are gathered at once.
-_MAX_GATHERED = 2**25
+from mtp_jax.kernels.attention import import_tokamax
+from mtp_jax.sharding import platform
+
+# Sums over the rows of each expert.
+_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+# Fewer rows of an expert do not fill a kernel of tokamax.
+_LEAST_ROWS = 64
+
+
+class _Costs(NamedTuple):
+  """What `blocked` weighs on a platform.
+
+  rows_per_copy: copying a block's matrix takes as long as multiplying so many rows.
+  max_block: most rows of a block.
+  max_gathered: entries of the matrices that are gathered at once.
+  """
+
+  rows_per_copy: int
+  max_block: int
+  max_gathered: int
+
+
+_COSTS = _Costs(24, 256, 2**25)
+# A GPU reads, writes and reads 2 bytes of each entry at 4 TB/s, or multiplies by it
+# 500 times. A loop over chunks waits for the host, hence all matrices at once.
+_COSTS_OF_GPU = _Costs(512, 2048, 2**28)
 
 
 class Plan(NamedTuple):
@@ -53,9 +76,14 @@ class Rows(NamedTuple):
 
 
 def choose_implementation(implementation: str, platform: str) -> str:
-  """Returns "ragged" or "blocked"; `auto` is `ragged` on TPU alone."""
+  """Returns "ragged", "tokamax" or "blocked".
+
+  `auto` is `ragged` on TPU, `tokamax` on GPU where it is installed, else `blocked`.
+  """
   if implementation != "auto":
     return implementation
+  if platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax"):
+    return "tokamax"
   return "ragged" if platform == "tpu" else "blocked"
 
 
@@ -71,12 +99,18 @@ def make_plan(
   Of these experts `num_local` are on this device. `matrix_size`: entries of one matrix.
   """
   tokens, k = num_choices
-  block = block_size(tokens * k / num_experts)
+  per_expert = tokens * k / num_experts
+  if implementation == "tokamax":
+    if per_expert >= _LEAST_ROWS:
+      return Plan(implementation, 1, tokens * min(k, num_local), 1)
+    implementation = "blocked"
+  costs = _COSTS_OF_GPU if platform() in ("gpu", "cuda") else _COSTS
+  block = block_size(per_expert, costs)
   # A token's choices are distinct: at most min(k, num_local) of them fall on this
   # device, and each local expert wastes less than a block.
   most = tokens * min(k, num_local)
   num_blocks = (most + min(most, num_local) * (block - 1)) // block
-  chunk = max(1, min(num_blocks, _MAX_GATHERED // matrix_size))
+  chunk = max(1, min(num_blocks, costs.max_gathered // matrix_size))
   # About num_local / num_experts of the blocks will be in use: chunks of a quarter of
   # those let the loop skip most of the rest.
   if num_local < num_experts:
@@ -85,7 +119,7 @@ def make_plan(
   return Plan(implementation, block, num_blocks, chunk)
 
 
-def block_size(per_expert: float) -> int:
+def block_size(per_expert: float, costs: _Costs = _COSTS) -> int:
   """Returns the rows of a block for m choices per expert, a power of two.
 
   Every expert wastes up to one block, and every block costs a copy of a matrix. With a
@@ -93,8 +127,8 @@ def block_size(per_expert: float) -> int:
   """
   if per_expert <= 1:
     return 1
-  best = math.sqrt(_ROWS_PER_COPY * per_expert)
-  return min(_MAX_BLOCK, 2 ** round(math.log2(best)))
+  best = math.sqrt(costs.rows_per_copy * per_expert)
+  return min(costs.max_block, 2 ** round(math.log2(best)))
 
 
 def sort_by_expert(expert_Nk: jax.Array, num_experts: int, plan: Plan) -> Rows:
@@ -161,14 +195,18 @@ def grouped_matmul(
   `x_QD`, `w_EDF` and the result have one dtype; sums are float32 or wider.
   """
   if plan.implementation == "ragged":
-    blocks_E = jnp.sum(expert_G[:, None] == jnp.arange(w_EDF.shape[0]), axis=0)
     out_QF = jax.lax.ragged_dot(
       x_QD,
       w_EDF,
-      (blocks_E * plan.block).astype(jnp.int32),
+      _rows_of_experts(expert_G, w_EDF.shape[0], plan),
       preferred_element_type=_wide(x_QD),
     )
     return out_QF.astype(x_QD.dtype)
+  if plan.implementation == "tokamax":
+    return import_tokamax().ragged_dot(
+      x_QD, w_EDF, _rows_of_experts(expert_G, w_EDF.shape[0], plan),
+      preferred_element_type=x_QD.dtype,
+    )
 
   def multiply(out_GSF: jax.Array, index_C: jax.Array) -> jax.Array:
     w_CDF = w_EDF.at[expert_G[index_C]].get(mode="clip")
@@ -194,6 +232,12 @@ def _forward(x_QD, w_EDF, expert_G, plan):
 def _backward(plan, saved, d_out_QF):
   x_QD, w_EDF, expert_G = saved
   d_x_QD = grouped_matmul(d_out_QF, jnp.swapaxes(w_EDF, 1, 2), expert_G, plan)
+  if plan.implementation == "tokamax":
+    d_w_EDF = import_tokamax().ragged_dot_general(
+      x_QD, d_out_QF, _rows_of_experts(expert_G, w_EDF.shape[0], plan), _OVER_ROWS,
+      preferred_element_type=w_EDF.dtype,
+    )
+    return d_x_QD, d_w_EDF, None
   x_GSD, d_out_GSF = _blocks(x_QD, plan), _blocks(d_out_QF, plan)
 
   def add(d_w_EDF: jax.Array, index_C: jax.Array) -> jax.Array:
@@ -212,6 +256,11 @@ def _backward(plan, saved, d_out_QF):
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def _rows_of_experts(expert_G: jax.Array, num_experts: int, plan: Plan) -> jax.Array:
+  blocks_E = jnp.sum(expert_G[:, None] == jnp.arange(num_experts), axis=0)
+  return (blocks_E * plan.block).astype(jnp.int32)
 
 
 def _over_chunks(step, carry, expert_G, num_experts, plan):

@@ -32,6 +32,7 @@ from mtp_jax.sharding import constrain, platform
 _PARTS = 16
 # Smaller caches are not split: compiling the parts would take longer than they save.
 _LEAST_BYTES = 1 << 22
+_HEADS = ("query", "key", "value")
 
 
 class KVCache(NamedTuple):
@@ -152,31 +153,7 @@ class Attention(nn.Module):
     segment_ids_BT: jax.Array,
     cache: KVCache | Unrolled | None = None,
   ) -> tuple[jax.Array, KVCache | Unrolled | None]:
-    c, dtype = self.trunk, compute_dtype(self.trunk)
-    width = x_BTD.shape[-1]
-    D, N, G, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-
-    def project(name: str, num_heads: int, axis: str) -> jax.Array:
-      kernel = self.param(
-        name,
-        partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
-        (width, num_heads, H),
-      )
-      out = dense(x_BTD, kernel.astype(dtype))
-      if c.kind == "gpt2" or c.qkv_bias:
-        zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
-        out += self.param(f"{name}_bias", zeros, (num_heads, H)).astype(dtype)
-      return out
-
-    query_BTNH = project("query", N, "heads")
-    key_BTGH = project("key", G, "kv_heads")
-    value_BTGH = project("value", G, "kv_heads")
-    if c.qk_norm:
-      query_BTNH = RMSNorm(c.norm_eps, name="query_head_norm")(query_BTNH)
-      key_BTGH = RMSNorm(c.norm_eps, name="key_head_norm")(key_BTGH)
-    if c.kind == "llama":
-      query_BTNH = rotate(query_BTNH, positions_of(positions_BT), c)
-      key_BTGH = rotate(key_BTGH, positions_of(positions_BT), c)
+    query_BTNH, key_BTGH, value_BTGH = self.heads(x_BTD, positions_of(positions_BT))
 
     if cache is None or isinstance(cache, Unrolled):
       is_later = cache is not None and len(cache.keys) > 0
@@ -197,12 +174,56 @@ class Attention(nn.Module):
         )
       else:
         out_BTNH = attention(
-          query_BTNH, key_BTGH, value_BTGH, segment_ids_BT, implementation=c.attention
+          query_BTNH, key_BTGH, value_BTGH, segment_ids_BT,
+          implementation=self.trunk.attention,
         )
     else:
       cache = cache.write(key_BTGH, value_BTGH, positions_BT)
-      out_BTNH = _attend_to_cache(query_BTNH, cache, positions_BT)
+      out_BTNH = attend_to_cache(query_BTNH, cache, positions_BT)
 
+    # Absent rows, see `heads`, equal the only other one.
+    out_BTNH = jnp.broadcast_to(
+      out_BTNH, (*x_BTD.shape[:2], *out_BTNH.shape[2:])
+    )
+    return self.joined(out_BTNH), cache
+
+  def heads(
+    self, x_BTX: jax.Array, position_BT: jax.Array, names: tuple[str, ...] = _HEADS
+  ) -> list[jax.Array]:
+    """Returns the heads of these of `_HEADS`, neighbours, normed and rotated."""
+    c = self.trunk
+    counts = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
+    # Rows after the last position are absent.
+    found = [
+      self._projected(name, x_BTX, counts[name])[:, : position_BT.shape[1]]
+      for name in names
+    ]
+    for i, name in enumerate(names):
+      if name != "value" and c.qk_norm:
+        found[i] = RMSNorm(c.norm_eps, name=f"{name}_head_norm")(found[i])
+      if name != "value" and c.kind == "llama":
+        found[i] = rotate(found[i], position_BT, c)
+    return found
+
+  def _projected(self, name: str, x_BTX: jax.Array, count: int) -> jax.Array:
+    c, dtype, width = self.trunk, compute_dtype(self.trunk), x_BTX.shape[-1]
+    axis = "heads" if name == "query" else "kv_heads"
+    kernel = self.param(
+      name,
+      partitioned(fan_in_normal(width), "embed", axis, "head_dim"),
+      (width, count, c.head_dim),
+    )
+    out_BTNH = dense(x_BTX, kernel.astype(dtype))
+    if c.kind == "gpt2" or c.qkv_bias:
+      zeros = partitioned(nn.initializers.zeros, axis, "head_dim")
+      bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim))
+      out_BTNH += bias_NH.astype(dtype)
+    return out_BTNH
+
+  def joined(self, out_BTNH: jax.Array) -> jax.Array:
+    """Returns out_BTD, the heads joined by the output matrix."""
+    c, dtype = self.trunk, compute_dtype(self.trunk)
+    D, N, H = c.embed_dim, c.num_heads, c.head_dim
     gain = (2 * c.num_layers) ** -0.5  # Keeps the residual stream's size (GPT-2).
     kernel = self.param(
       "out",
@@ -214,10 +235,10 @@ class Attention(nn.Module):
     if c.kind == "gpt2":
       zeros = partitioned(nn.initializers.zeros, "norm")
       out_BTD += self.param("out_bias", zeros, (D,)).astype(dtype)
-    return out_BTD, cache
+    return out_BTD
 
 
-def _attend_to_cache(
+def attend_to_cache(
   query_BTNH: jax.Array, cache: KVCache, positions_BT: Positions
 ) -> jax.Array:
   """Returns out_BTNH; softmax in float32, in float64 for float64 queries."""

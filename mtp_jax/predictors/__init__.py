@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_jax.config import Config, ConfigError, MtpConfig, TrunkConfig
 from mtp_jax.predictors import (
+  dflash,
   eagle,
   linear,
   medusa,
@@ -32,6 +33,7 @@ KINDS: dict[str, Kind] = {
   "eagle": eagle.EAGLE,
   "eagle3": eagle.EAGLE3,
   "peagle": peagle.PEAGLE,
+  "dflash": dflash.DFLASH,
   "top": top.TOP,
 }
 

@@ -39,7 +39,7 @@ from mtp_jax.predictors.drafting import (
   take_rows,
   take_tokens,
 )
-from mtp_jax.predictors.interface import Given, Kind
+from mtp_jax.predictors.interface import Given, Kind, Norm
 from mtp_jax.predictors.weights import (
   Weights,
   embed,
@@ -49,6 +49,10 @@ from mtp_jax.predictors.weights import (
 )
 
 LayerCache = KVCache | Unrolled
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+  return x
 
 
 class EagleLayer(nn.Module):
@@ -118,13 +122,22 @@ class Eagle3Layer(nn.Module):
 
 
 class Fusion(nn.Module):
-  """One linear map of three of the trunk's streams: the feature of EAGLE-3."""
+  """One linear map of three of the trunk's streams: the feature of EAGLE-3.
+
+  has_norms: each stream has a norm of its own first, `fc_norm` of EAGLE-3.1.
+  """
 
   trunk: TrunkConfig
+  has_norms: bool = False
 
   @nn.compact
   def __call__(self, streams_BTX: jax.Array) -> jax.Array:
     """Returns feature_BTD."""
+    if self.has_norms:
+      streams = jnp.split(streams_BTX, 3, axis=-1)
+      norms = [make_norm(self.trunk, f"norm_{i}") for i in range(3)]
+      normed = [norm(x) for norm, x in zip(norms, streams, strict=True)]
+      streams_BTX = jnp.concatenate(normed, axis=-1)
     width, dim = streams_BTX.shape[-1], self.trunk.embed_dim
     init = partitioned(fan_in_normal(width), "concat", "embed")
     kernel = self.param("kernel", init, (width, dim))
@@ -140,7 +153,7 @@ class Eagle(nn.Module):
   @nn.compact
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
     feature_BTD = given.final_norm(given.residual_BTD)
-    layer = _unrollable(EagleLayer, self.trunk, self.mtp.fc_bias)
+    layer = unrollable(EagleLayer, self.trunk, self.mtp.fc_bias, name="layer")
     states = _unroll(layer, feature_BTD, given, self.mtp.depth)
     return jnp.stack([feature_BTD, *states]), None
 
@@ -148,7 +161,9 @@ class Eagle(nn.Module):
 class Eagle3(nn.Module):
   """EAGLE-3: the feature is made of three streams of the trunk (`tapped_layers`).
 
-  Later steps start from the un-normed state of the one before them. An output matrix of
+  Later steps start from the un-normed state of the one before them; with the norms of
+  EAGLE-3.1 (arXiv 2605.09992, `mtp.fc_norm` and `mtp.norm_output`) from what the output
+  matrix reads, and every stream has a norm before they are joined. An output matrix of
   its own, `unembed` [D, V], is read by the loss, see `lm.unembeddings`; with
   `draft_tokens` it has columns for these alone, see `vocabulary`.
   """
@@ -158,13 +173,11 @@ class Eagle3(nn.Module):
 
   @nn.compact
   def __call__(self, given: Given) -> tuple[jax.Array, Routing | None]:
-    streams_BTX = jnp.concatenate(given.tapped, axis=-1)
-    fusion = Fusion(self.trunk, name="fusion")
-    layer = _unrollable(Eagle3Layer, self.trunk)
-    states = _unroll(
-      layer, fusion(streams_BTX), given, self.mtp.depth, self._masked(fusion, given)
-    )
     out_norm = make_norm(self.trunk, "out_norm")
+    if self.mtp.norm_output:
+      states = self._states(given, out_norm)
+    else:
+      states = list(map(out_norm, self._states(given)))
     if self.mtp.unembed == "own":
       num_tokens = self.mtp.draft_vocab or given.unembed_DV.shape[1]
       self.param(
@@ -176,7 +189,17 @@ class Eagle3(nn.Module):
       first = lambda key, shape: jnp.arange(*shape, dtype=jnp.float32)  # noqa: E731
       self.param("draft_tokens", partitioned(first, "norm"), (num_tokens,))
     normed_BTD = given.final_norm(given.residual_BTD)
-    return jnp.stack([normed_BTD, *map(out_norm, states)]), None
+    return jnp.stack([normed_BTD, *states]), None
+
+  def _states(self, given: Given, after: Norm = _as_it_is) -> list[jax.Array]:
+    """Returns the states of depths 1 to D, each [B, T, D] and `after` a norm."""
+    streams_BTX = jnp.concatenate(given.tapped, axis=-1)
+    fusion = Fusion(self.trunk, self.mtp.fc_norm, name="fusion")
+    layer = unrollable(Eagle3Layer, self.trunk, name="layer")
+    return _unroll(
+      layer, fusion(streams_BTX), given, self.mtp.depth, self._masked(fusion, given),
+      after,
+    )
 
   def _masked(
     self, fusion: Fusion, given: Given
@@ -186,12 +209,12 @@ class Eagle3(nn.Module):
     return None
 
 
-def _unrollable(
-  layer: type[nn.Module], trunk: TrunkConfig, *more: bool
+def unrollable(
+  layer: type[nn.Module], trunk: TrunkConfig, *more: bool, name: str
 ) -> nn.Module:
   """Returns the layer, rematerialised as one that runs in no scan."""
   trunk = dataclasses.replace(trunk, scan_layers="off")
-  return rematted(layer, trunk)(trunk, *more, name="layer")
+  return rematted(layer, trunk)(trunk, *more, name=name)
 
 
 def _unroll(
@@ -200,10 +223,12 @@ def _unroll(
   given: Given,
   depth: int,
   masked: tuple[jax.Array, jax.Array] | None = None,
+  after: Norm = _as_it_is,
 ) -> list[jax.Array]:
   """Returns the states of depths 1 to D, each [B, T, D].
 
   masked: state and embedding that all steps but the first read, if they are given none.
+  after: norm of a state, which the next step then reads.
   """
   states, cache = [feature_BTD], Unrolled()
   for k in range(1, 1 + depth):
@@ -218,12 +243,17 @@ def _unroll(
       given.segment_ids_BT,
       cache,
     )
-    states.append(state_BTD)
+    states.append(after(state_BTD))
   return states[1:]
 
 
 # (weights, array) -> array.
 Map = Callable[[Weights, jax.Array], jax.Array]
+
+
+def _unchanged(weights: Weights, state: jax.Array) -> jax.Array:
+  del weights
+  return state
 
 
 @functools.cache
@@ -233,30 +263,36 @@ def _eagle_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
     trunk,
     EagleLayer(trunk, mtp.fc_bias),
     begin=functools.partial(final_norm, trunk),
-    end=lambda weights, state: state,
+    after=_unchanged,
+    end=_unchanged,
   )
 
 
 @functools.cache
 def eagle3_recursion(trunk: TrunkConfig, mtp: MtpConfig) -> Recursion:
-  """The state has no norm; the unembedding reads it after one."""
-  del mtp
+  """The unembedding reads the state after a norm; with `norm_output` steps do too."""
 
   def begin(weights: Weights, streams_BWX: jax.Array) -> jax.Array:
     (params,) = weights.predictors
-    return Fusion(trunk).apply({"params": params["fusion"]}, streams_BWX)
+    fusion = Fusion(trunk, mtp.fc_norm)
+    return fusion.apply({"params": params["fusion"]}, streams_BWX)
 
-  def end(weights: Weights, state: jax.Array) -> jax.Array:
+  def normed(weights: Weights, state: jax.Array) -> jax.Array:
     (params,) = weights.predictors
     return make_norm(trunk).apply({"params": params["out_norm"]}, state)
 
-  return _recursion(trunk, Eagle3Layer(trunk), begin, end)
+  ends = (normed, _unchanged) if mtp.norm_output else (_unchanged, normed)
+  return _recursion(trunk, Eagle3Layer(trunk), begin, *ends)
 
 
 def _recursion(
-  trunk: TrunkConfig, layer: EagleLayer | Eagle3Layer, begin: Map, end: Map
+  trunk: TrunkConfig, layer: EagleLayer | Eagle3Layer, begin: Map, after: Map, end: Map
 ) -> Recursion:
-  """`begin`: a feature of the target -> a state. `end`: a state -> what is read out."""
+  """Returns the drafter of a layer, given three maps.
+
+  begin: a feature of the target -> a state. after: what the layer returns -> a state.
+  end: a state -> what is read out.
+  """
 
   def init(rows: int, slots: int):
     (cache,) = empty_caches(trunk, 1, rows, slots)
@@ -272,7 +308,7 @@ def _recursion(
       jnp.zeros(token_BW.shape, jnp.int32),  # A cache holds one document per row.
       cache,
     )
-    return cache, state_BWD
+    return cache, after(weights, state_BWD)
 
   def catch_up(weights: Weights, cache, window: Window):
     token_BW = take_tokens(window.tokens_BS, window.position_BW + 1)
@@ -332,9 +368,10 @@ def _contract(first: str, further: str, output_norm: str | None) -> dict[str, An
 
 
 def _eagle3_contract(mtp: MtpConfig, tapped: tuple[int, ...]) -> dict[str, Any]:
-  del mtp
-  first = f"trunk residual streams after layers {', '.join(map(str, tapped))}"
-  return _contract(f"a linear map of the {first}", "un-normed output", "own norm")
+  streams = f"trunk residual streams after layers {', '.join(map(str, tapped))}"
+  normed = "normed " if mtp.fc_norm else ""
+  further = "normed output" if mtp.norm_output else "un-normed output"
+  return _contract(f"a linear map of the {normed}{streams}", further, "own norm")
 
 
 def _on_trunk(
@@ -398,7 +435,7 @@ EAGLE = Kind(
   ),
 )
 EAGLE3 = Kind(
-  **FUSED,
+  **FUSED | {"reads": (*FUSED["reads"], "fc_norm", "norm_output")},
   **_reads_itself(eagle3_recursion),
   module=Eagle3,
   contract=_eagle3_contract,

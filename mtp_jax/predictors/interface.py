@@ -97,7 +97,7 @@ class Kind:
     give the same one, since drafters key compiled programs. None drafts nothing.
   recursion: `(trunk, mtp)` -> the drafter that reads its own output, or None.
   upcoming: `(mtp, batch)` -> what its one extra depth learns in place of a token, see
-    `top.Upcoming`; its targets in records are those of depth 0. None: a token each.
+    `top.Upcoming`; its targets in records are depth 0's. None: a token each.
   recurses: drafts more tokens than it has depths even without `recurse`.
   rules: checks what no other rule of `config_rules` does; see `config_rules.Rules`.
   """

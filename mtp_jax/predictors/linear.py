@@ -15,9 +15,10 @@ from mtp_jax.config import Config, MtpConfig, TrunkConfig
 from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import fan_in_normal, partitioned
 from mtp_jax.model.moe import Routing
+from mtp_jax.predictors import markov
 from mtp_jax.predictors.drafting import Choose, Drafter, Window, take_rows
 from mtp_jax.predictors.interface import Given, Kind
-from mtp_jax.predictors.weights import Weights, final_norm, layers, unembed
+from mtp_jax.predictors.weights import Weights, final_norm, layers
 
 
 class NextToken(nn.Module):
@@ -54,24 +55,29 @@ class LinearHeads(nn.Module):
 
 @functools.cache
 def heads_on_one_state(
-  trunk: TrunkConfig, num_drafts: int, head: Callable[[Any, jax.Array], jax.Array]
+  trunk: TrunkConfig,
+  num_drafts: int,
+  head: Callable[[Any, jax.Array], jax.Array],
+  is_markov: bool = False,
 ) -> Drafter:
-  """One head per draft, (its parameters, normed feature) -> state; no cache."""
+  """One head per draft, (its parameters, normed feature) -> state; no cache.
+
+  is_markov: its parameters are a dict with the rows of the table, see `markov`.
+  """
 
   def catch_up(weights: Weights, cache, window: Window):
     feature_BD = take_rows(window.feature_BWD, window.last_B)
     return cache, final_norm(trunk, weights, feature_BD)
 
   def propose(weights: Weights, cache, hidden_BD, window: Window, choose: Choose):
-    del window
-    drafts = [
-      choose(unembed(weights, head(params, hidden_BD), depth=k), k)
-      for k, params in enumerate(weights.predictors[:num_drafts], start=1)
+    heads = [
+      (head(params, hidden_BD), params["markov_previous"] if is_markov else None)
+      for params in weights.predictors[:num_drafts]
     ]
-    return cache, drafts
+    return cache, markov.draft(weights, heads, window, choose)
 
   return Drafter(
-    num_drafts, True, lambda rows, slots: (), catch_up, propose, feeds_choices=False
+    num_drafts, True, lambda rows, slots: (), catch_up, propose, feeds_choices=is_markov
   )
 
 

@@ -4,10 +4,13 @@ Cai et al. 2024, arXiv 2401.10774, section 2.1.1: head k is `h_k = h + SiLU(W_k 
 b_k)`, followed by an output matrix of its own, which begins as a copy of the trunk's;
 W_k and b_k are 0 at the start, so that every head begins as the next-token head. With
 `mtp.unembed` "shared" the heads read the trunk's matrix instead. Trained on a frozen
-trunk this is Medusa-1, together with its trunk Medusa-2.
+trunk this is Medusa-1, together with its trunk Medusa-2. With `mtp.markov_rank` the
+heads share a table of the token before, see `markov`.
 
 Legend: B batch, T sequence, D embed, V vocab, M = 1 + depth.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +21,7 @@ from mtp_jax.config import MtpConfig, TrunkConfig
 from mtp_jax.kernels.dense import dense
 from mtp_jax.model.layers import partitioned
 from mtp_jax.model.moe import Routing
+from mtp_jax.predictors import markov
 from mtp_jax.predictors.interface import Given, Kind
 from mtp_jax.predictors.linear import heads_on_one_state, square_flops
 from mtp_jax.predictors.weights import layers
@@ -60,7 +64,9 @@ class MedusaHeads(nn.Module):
         (depth, *given.unembed_DV.shape),
       )
     heads = [medusa_head(hidden_BTD, kernels[k], biases[k]) for k in range(depth)]
-    return jnp.stack([hidden_BTD, *heads]), None
+    hidden_MBTD = jnp.stack([hidden_BTD, *heads])
+    rank = self.mtp.markov_rank
+    return markov.with_previous(self, rank, given, hidden_MBTD), None
 
 
 def _medusa_head(params: dict[str, jax.Array], hidden_BD: jax.Array) -> jax.Array:
@@ -76,16 +82,22 @@ def _on_trunk(
   return {"unembed": jnp.broadcast_to(unembed_DV, (mtp.depth, *unembed_DV.shape))}
 
 
+def _unstack(params: dict[str, jax.Array], mtp: MtpConfig) -> list[Any]:
+  heads = {name: params[name] for name in ("kernels", "biases")}
+  table = {k: x for k, x in params.items() if k == "markov_previous"}
+  return [head | table for head in layers(heads, mtp.depth)]
+
+
 MEDUSA = Kind(
   module=MedusaHeads,
-  reads=("unembed",),
+  reads=("unembed", "markov_rank"),
   stacks_unembed=True,
-  flops=square_flops,
+  flops=lambda config: square_flops(config) + markov.flops(config),
   on_trunk=_on_trunk,
-  unstack=lambda params, mtp: layers(
-    {name: params[name] for name in ("kernels", "biases")}, mtp.depth
-  ),
+  unstack=_unstack,
+  reads_ahead=markov.reads_ahead,
   drafter=lambda trunk, mtp, num_drafts: heads_on_one_state(
-    trunk, num_drafts, _medusa_head
+    trunk, num_drafts, _medusa_head, mtp.markov_rank > 0
   ),
+  contract=lambda mtp, tapped: markov.contract(mtp),
 )

@@ -243,7 +243,7 @@ class Experiment:
 
   @property
   def command(self) -> str:
-    """The command that runs it; results carry the one that did."""
+    """The command that runs it; results carry the command that did."""
     return (
       f"python -m launch.sweep --config=experiments/{self.name}.py:{self.preset} "
       f"--workdir=runs/{self.folder}"

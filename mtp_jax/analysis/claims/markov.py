@@ -26,6 +26,23 @@ def experiment(preset: str) -> claim.Experiment:
         )
         for how, measured in (("sampled", "sampled"), ("greedy", "decoded"))
       ),
+      # Heads without a table draft their most likely token by themselves, with it they
+      # draw; these two compare at the same proposal.
+      *(
+        claim.Claim(
+          f"{proposal}_more",
+          f"A Markov head adds sampled tokens where both arms {words}",
+          f"{DSPARK} has it on a frozen trunk", claim.NO_FIGURE,
+          f"sampled tokens per round, proposal {proposal}, {rule}{claim.PAIRED}",
+          claim.TOKENS,
+          functools.partial(
+            difference, metric=f"{proposal}_proposal_tokens_per_round"
+          ),
+        )
+        for proposal, words in (
+          ("sample", "draw their drafts"), ("argmax", "draft their most likely token")
+        )
+      ),
       claim.Claim(
         "loss_same", "A Markov head leaves the main loss of parallel heads as it is",
         DSPARK, claim.NO_FIGURE,

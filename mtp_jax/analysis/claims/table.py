@@ -7,6 +7,7 @@ from mtp_jax.analysis.claims import (
   drafters,
   gains_with_scale,
   hidden_source,
+  kinds,
   look_ahead,
   markov,
   schedules,
@@ -27,10 +28,11 @@ def experiments() -> tuple[Experiment, ...]:
     tasks.sat, tasks.countdown, tasks.polynomial, tasks.induction,
     acceptance.experiment, schedules.experiment, bytes_or_bpe.experiment,
     data_repetition.experiment, hidden_source.experiment, drafters.experiment,
-    markov.experiment, gains_with_scale.experiment,
+    markov.experiment, kinds.experiment, gains_with_scale.experiment,
   )
+  two_presets = drafters.experiment, markov.experiment, kinds.experiment
   of_presets = [
     make(preset) for make in makers for preset in PRESETS
-    if preset != "cluster" or make not in (drafters.experiment, markov.experiment)
+    if preset != "cluster" or make not in two_presets
   ]
   return (*of_presets, star_graph.experiment(star_graph.EASIER))

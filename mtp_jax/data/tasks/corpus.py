@@ -276,7 +276,7 @@ class TaskCorpus:
     settings = getattr(c.task, c.data.source)
     text = f"{c.data.source} {settings} {c.data.validation_fraction} "
     text += f"{c.data.test_fraction} {c.data.seed} {c.task.num_train}"
-    # These keys tell the present generators from those of older versions.
+    # These keys tell the present generators from the generators of older versions.
     drawn = {"draws": "splitmix64"} if isinstance(self.task, DrawnTask) else {}
     order = {"order": "splitmix64"} if c.task.num_train else {}
     return {"manifest": hashlib.sha256(text.encode()).hexdigest()} | drawn | order

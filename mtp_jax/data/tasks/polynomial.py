@@ -4,7 +4,7 @@ Gloeckle et al. 2024 (arXiv 2404.19737), section 4.2 and appendix K: operands ar
 uniform coefficients; operators are uniform among negation, addition, multiplication and
 composition; the number of operations is uniform from 1 up. The notation is ours: infix
 in full parentheses, random binary trees, coefficients from the lowest degree up;
-composition f(g) is that of the representatives of degree below 5, modulo X^5:
+composition f(g) is of the representatives of degree below 5, modulo X^5:
 
   ( ( n 3 0 0 6 1 ) * 1 2 0 0 0 ) =        4 1 5 1 1
 """
