@@ -6,6 +6,8 @@ attention of cuDNN halves the time of plain XLA; experts and latent attention re
 third of the utilisation of a dense model.
 
   mtp-jax plan gpu_steps --topology=h200:1 --output=experiments/results/plan
+  mtp-jax plan gpu_steps --topology=h200:1 --only=1M --packs=8
+  mtp-jax plan gpu_steps --topology=h200:1 --only='350M,D=0,auto' --decode=1,8,64
 
 `auto` is what training does; the other trials force what it has to beat. The plan is a
 model of the time, not a measurement: `make gpu` measures. Nothing is to be trained: the
@@ -34,6 +36,12 @@ _EXPERTS = _350M | {
   "trunk.latent.nope_dim": 64, "trunk.latent.rope_dim": 32,
   "trunk.latent.value_dim": 64, "trunk.moe.num_experts": 16,
   "trunk.moe.experts_per_token": 4, "trunk.moe.expert_dim": 704,
+}
+# Of `launch.benchmark pack`.
+_1M = {
+  "trunk.embed_dim": 128, "trunk.num_layers": 4, "trunk.num_heads": 4,
+  "trunk.num_kv_heads": 2, "trunk.mlp_dim": 384, "tokenizer.kind": "bytes",
+  "tokenizer.vocab_size": 264,
 }
 _LOOP = {"trunk.scan_layers": "on", "trunk.remat": "names"}
 _BYTES = {"tokenizer.kind": "bytes", "tokenizer.vocab_size": 264}
@@ -67,6 +75,11 @@ def sweep() -> Iterator[dict]:
     "loss.block_tokens": 4096
   })
   yield trial("1.3B,D=1,auto", 1, _1B)
+  for length in (128, 256):  # A pack of 8, and one trial with as many rows.
+    for rows in (16, 128):
+      yield trial(f"1M,T={length},rows={rows}", 0, _1M | {
+        "data.seq_len": length, "data.batch_size": rows
+      })
   yield trial("experts,D=1,auto", 1, _EXPERTS)
   yield trial("experts,D=1,blocked", 1, _EXPERTS | {
     "trunk.moe.grouped_matmul": "blocked"

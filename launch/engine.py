@@ -8,8 +8,9 @@ of this project. It reads one JSON object from JOB and writes another into ANSWE
   JOB     engine, trunk (folder), method ("" decodes plainly), drafter (folder), drafts,
           is_served_alone (its config.json names the trunk), prompts (texts),
           max_new_tokens, max_length
-  ANSWER  version, end_ids, results: prompt_tokens, tokens, rounds of each prompt; the
-          rounds, in which drafts were verified, are null without drafts
+  ANSWER  version, end_ids, first_alone (the first module makes all drafts), results:
+          prompt_tokens, tokens, rounds of each prompt; the rounds, in which drafts were
+          verified, are null without drafts
 """
 
 import json
@@ -56,7 +57,7 @@ def transformers(job):
       # The first pass reads the prompt, and makes one token.
       "rounds": passes[0] - 1 if how else None,
     })
-  return hf.__version__, results
+  return hf.__version__, False, results
 
 
 def vllm(job):
@@ -101,7 +102,9 @@ def vllm(job):
       "tokens": list(out.outputs[0].token_ids),
       "rounds": num_rounds() - before if job["drafts"] else None,
     })
-  return package.__version__, results
+  # Model runner V2, which needs Triton, has a module for every draft.
+  first_alone = not model.llm_engine.vllm_config.use_v2_model_runner
+  return package.__version__, first_alone, results
 
 
 def end_ids(folder):
@@ -116,8 +119,11 @@ def main():
   job_file, answer_file = map(Path, sys.argv[1:])
   job = json.loads(job_file.read_text())
   engine = {"transformers": transformers, "vllm": vllm}[job["engine"]]
-  version, results = engine(job)
-  answer = {"version": version, "end_ids": end_ids(job["trunk"]), "results": results}
+  version, first_alone, results = engine(job)
+  answer = {
+    "version": version, "first_alone": first_alone, "results": results,
+    "end_ids": end_ids(job["trunk"]),
+  }
   answer_file.write_text(json.dumps(answer))
 
 

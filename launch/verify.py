@@ -19,6 +19,7 @@ import numpy as np
 from mtp_jax.config import with_overrides
 from mtp_jax.interop import serving
 from mtp_jax.interop.hf_config_writing import longest_text
+from mtp_jax.interop.layouts import NUMBERED
 from mtp_jax.trained_model import TrainedModel
 
 PROMPTS = ("def f(", "The ", "import os\n", "0 1 2 ")
@@ -92,7 +93,6 @@ def verify(
   prompts = [model.encode(text) for text in PROMPTS]
   longest = longest_text(model.config)
   new = min(NEW_TOKENS, longest - max(map(len, prompts)) - drafts - 1)
-  ours = model.generate(prompts, new, num_drafts=drafts, stop=[])
   is_drafter = layout in serving.DRAFTERS
   answer = _ask(python, {
     "engine": engine,
@@ -105,6 +105,11 @@ def verify(
     "max_new_tokens": new,
     "max_length": longest,
   })
+  if answer["first_alone"] and drafts > 1 and layout in NUMBERED:
+    model = _first_module(model)
+  ours = model.generate(
+    prompts, new, num_drafts=drafts, recurse=drafts > model.config.mtp.depth, stop=[]
+  )
   differs = ""
   if answer["end_ids"] != sorted(model.tokenizer.end_ids):
     differs = f"the texts end at {answer['end_ids']}, here {model.tokenizer.end_ids}"
@@ -134,6 +139,15 @@ def _as_written(model: TrainedModel, dtype: str, trunk_only: bool) -> TrainedMod
   if dtype != "float32":
     params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
   config = with_overrides(model.config, {"trunk.compute_dtype": "float32"})
+  return dataclasses.replace(model, params=params, config=config)
+
+
+def _first_module(model: TrainedModel) -> TrainedModel:
+  """Returns the model without the modules after the first."""
+  params, config = model.params, with_overrides(model.config, {"mtp.depth": 1})
+  if not config.mtp.share_modules:
+    first = jax.tree.map(lambda x: x[:1], params["mtp"]["modules"])
+    params = params | {"mtp": params["mtp"] | {"modules": first}}
   return dataclasses.replace(model, params=params, config=config)
 
 

@@ -198,9 +198,13 @@ def abstract_inputs(
   """Returns the shapes of what `stacked_step` takes, for trials that share batches."""
   program = program_config(config)
   alone = make_mesh(program.mesh, mesh.devices[:1].tolist())
-  rows = zeros_batch(program, program.data.batch_size)
-  microbatches = program.train.accumulation_steps
-  batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), rows)
+
+  def microbatches() -> Batch:
+    count = program.train.accumulation_steps
+    rows = zeros_batch(program, program.data.batch_size)
+    return jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), rows)
+
+  batch = jax.eval_shape(microbatches)
   with jax.set_mesh(alone):
     state = jax.eval_shape(programs(program, alone).init, np.int32(0))
   flag = np.bool_(True)

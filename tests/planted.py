@@ -104,6 +104,11 @@ def planted(config, seed=0):
     mtp["modules"]["projection"] = np.concatenate(
       [from_state, np.broadcast_to(own, shape)], axis=1
     )
+    if config.mtp.depth > 1 and config.trunk.attention_kind == "grouped":
+      # The next module reads the state before this norm in vLLM's GLM-4.5, which makes
+      # no difference without a gain.
+      out_norm = mtp["modules"]["out_norm"]
+      out_norm["scale"] = np.ones_like(out_norm["scale"])
   elif config.mtp.kind == "medusa":
     mtp["kernels"] = noise(mtp["kernels"].shape) / dim**0.5
     mtp["biases"] = 2 * noise(mtp["biases"].shape)

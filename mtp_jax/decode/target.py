@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config, TrunkConfig
 from mtp_jax.lm import draft_tokens, unembed_matrix, unembeddings
-from mtp_jax.model.block import Cache, joined
+from mtp_jax.model.block import Cache
 from mtp_jax.model.cache_slots import positions_of
 from mtp_jax.model.layers import compute_dtype
 from mtp_jax.predictors import kind_of, num_trunk_layers, tapped_layers
@@ -22,10 +22,10 @@ from mtp_jax.predictors.weights import (
   empty_caches,
   final_norm,
   layers,
+  prefers_two_rows,
   run_block,
   unembed,
 )
-from mtp_jax.sharding import platform
 
 
 class Target(NamedTuple):
@@ -63,9 +63,6 @@ def unstack(params: Any, config: Config) -> Weights:
   blocks += layers(params["trunk"]["blocks"], num_trunk_layers(config) - num_dense)
   kind = kind_of(config.mtp)
   predictors = kind.unstack(params["mtp"], config.mtp) if "mtp" in params else []
-  # Parts that are split over devices would be laid out anew.
-  if platform() != "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
-    blocks, predictors = joined(blocks), joined(predictors)
   blocks += predictors[: kind.deployed_blocks]
   is_learned = config.trunk.kind == "gpt2"
   return Weights(
@@ -101,7 +98,10 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
     return empty_caches(trunk, num_blocks, rows, slots)
 
   def forward(weights: Weights, tokens_BT, positions_BT, caches):
-    x_BTD = embed(weights, tokens_BT)
+    x_BTD, T = embed(weights, tokens_BT), tokens_BT.shape[1]
+    is_grouped = trunk.attention_kind == "grouped" and not trunk.moe.num_experts
+    if tokens_BT.size == 1 and is_grouped and prefers_two_rows():
+      x_BTD = jnp.pad(x_BTD, ((0, 0), (0, 1), (0, 0)))  # The second has no position.
     if weights.position_PD is not None:
       # Drafts may run over the end; they are never committed, but must stay finite.
       positions = positions_of(positions_BT)
@@ -113,7 +113,8 @@ def _target(trunk: TrunkConfig, taps: tuple[int, ...], num_blocks: int) -> Targe
       )
       streams.append(x_BTD)
     feature_BTD = jnp.concatenate([streams[number - 1] for number in taps], axis=-1)
-    return final_norm(trunk, weights, x_BTD), feature_BTD, tuple(caches)
+    hidden_BTD = final_norm(trunk, weights, x_BTD)
+    return hidden_BTD[:, :T], feature_BTD[:, :T], tuple(caches)
 
   def move(caches, source_BT: jax.Array, slot_BT: jax.Array) -> tuple[Cache, ...]:
     return tuple(cache.move(source_BT, slot_BT) for cache in caches)

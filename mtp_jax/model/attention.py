@@ -4,7 +4,6 @@ Legend: B batch, T sequence, S cache slots, D embed, N heads, G kv heads, H head
 P = N / G, Q = P T rows of a product.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -182,6 +181,10 @@ class Attention(nn.Module):
       cache = cache.write(key_BTGH, value_BTGH, positions_BT)
       out_BTNH = attend_to_cache(query_BTNH, cache, positions_BT)
 
+    # Absent rows, see `heads`, equal the only other one.
+    out_BTNH = jnp.broadcast_to(
+      out_BTNH, (*x_BTD.shape[:2], *out_BTNH.shape[2:])
+    )
     return self.joined(out_BTNH), cache
 
   def heads(
@@ -190,16 +193,11 @@ class Attention(nn.Module):
     """Returns the heads of these of `_HEADS`, neighbours, normed and rotated."""
     c = self.trunk
     counts = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
-    if self.has_variable("params", "qkv"):  # Of decoding, see `block.joined`.
-      start = sum(counts[name] for name in _HEADS[: _HEADS.index(names[0])])
-      ends = list(itertools.accumulate(counts[name] for name in names))
-      own = slice(start, start + ends[-1])
-      out_BTXH = dense(x_BTX, self.get_variable("params", "qkv")[:, own])
-      if self.has_variable("params", "qkv_bias"):
-        out_BTXH += self.get_variable("params", "qkv_bias")[own]
-      found = jnp.split(out_BTXH, ends[:-1], axis=2)
-    else:
-      found = [self._projected(name, x_BTX, counts[name]) for name in names]
+    # Rows after the last position are absent.
+    found = [
+      self._projected(name, x_BTX, counts[name])[:, : position_BT.shape[1]]
+      for name in names
+    ]
     for i, name in enumerate(names):
       if name != "value" and c.qk_norm:
         found[i] = RMSNorm(c.norm_eps, name=f"{name}_head_norm")(found[i])

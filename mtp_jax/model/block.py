@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
@@ -26,13 +25,6 @@ SAVED_NAMES = (
   *REMAT_NAMES,
 )
 
-
-# Name, parts, their number of axes, and the axis along which they are joined.
-_JOINED = (
-  ("qkv", ("query", "key", "value"), 3, 1),
-  ("qkv_bias", ("query_bias", "key_bias", "value_bias"), 2, 0),
-  ("gate_up", ("gate", "up"), 2, 1),
-)
 
 Cache = KVCache | LatentCache
 
@@ -91,24 +83,6 @@ def add_layers(
   else:
     added_BTD, routing = Mlp(trunk, name="mlp")(normed_BTD), None
   return constrain(x_BTD + added_BTD, "batch", "seq", "act_embed"), cache, routing
-
-
-def joined(params: Any) -> Any:
-  """Returns parameters of blocks in which products of one input are one product.
-
-  In decoding a product takes as long as to read its matrix, or to start its kernel.
-  `Attention` and `Mlp` take either form.
-  """
-  if isinstance(params, tuple | list):
-    return type(params)(map(joined, params))
-  if not isinstance(params, dict):
-    return params
-  params = {name: joined(x) for name, x in params.items()}
-  for whole, parts, shape_rank, axis in _JOINED:
-    if all(name in params and params[name].ndim == shape_rank for name in parts):
-      arrays = [params.pop(name) for name in parts]
-      params[whole] = jnp.concatenate(arrays, axis)
-  return params
 
 
 def rematted(module: type[nn.Module], trunk: TrunkConfig) -> type[nn.Module]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.sharding import platform
+
 
 class Places(NamedTuple):
   """Positions and slots of new tokens that are not consecutive, such as a tree's nodes.
@@ -46,8 +48,15 @@ def write_slots(
   first, then the other axes of the cache in their order.
   """
   slot_BT = slots_of(places)
+  if slot_BT.size == 1 and platform() != "cpu":
+    new = jnp.moveaxis(new_BT, 1, slot_axis).astype(cache.dtype)
+    start = [jnp.int32(0)] * cache.ndim
+    start[slot_axis] = slot_BT[0, 0]
+    old = jax.lax.dynamic_slice(cache, start, new.shape)
+    is_there = slot_BT[0, 0] < cache.shape[slot_axis]
+    return jax.lax.dynamic_update_slice(cache, jnp.where(is_there, new, old), start)
   if slot_BT.size == 1:
-    # XLA turns a write to one slot into a slice update, which copies the cache. A
+    # XLA on CPU makes a slice update of a write to one slot, and copies the cache. A
     # second, dropped write keeps the operation a scatter in place.
     new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
     slot_BT = jnp.pad(

@@ -5,7 +5,6 @@ Legend: B batch, T sequence, D embed, F mlp.
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import TrunkConfig
@@ -33,10 +32,7 @@ class Mlp(nn.Module):
       hidden_BTF = constrain(hidden_BTF, "batch", "seq", "mlp")
       return checkpoint_name(hidden_BTF, f"mlp_{name}")
 
-    if self.has_variable("params", "gate_up"):  # Of decoding, see `block.joined`.
-      joined = dense(x_BTD, self.get_variable("params", "gate_up"))
-      hidden_BTF = swiglu(*jnp.split(joined, 2, axis=-1))
-    elif c.kind == "llama":
+    if c.kind == "llama":
       hidden_BTF = swiglu(widen("gate"), widen("up"))
     else:
       hidden_BTF = gelu(widen("up"))

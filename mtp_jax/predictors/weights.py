@@ -18,6 +18,7 @@ from mtp_jax.model.block import Block, Cache, empty_cache
 from mtp_jax.model.cache_slots import Positions
 from mtp_jax.model.layers import make_norm
 from mtp_jax.predictors.vocabulary import scatter
+from mtp_jax.sharding import platform
 
 
 class Weights(NamedTuple):
@@ -52,6 +53,8 @@ def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
 
 def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
   """Returns the logits of a depth in at least float32; 0 is the next token."""
+  if hidden.size == hidden.shape[-1] and prefers_two_rows():
+    return unembed(weights, jnp.concatenate([hidden, hidden]), depth)[:1]
   own, tokens_C = weights.draft_unembeds_DV, weights.draft_tokens_C
   logits = jnp.einsum(
     "...D,DV->...V",
@@ -62,6 +65,14 @@ def unembed(weights: Weights, hidden: jax.Array, depth: int = 0) -> jax.Array:
   if depth == 0 or tokens_C is None:
     return logits
   return scatter(logits, tokens_C, len(weights.embedding_VD))
+
+
+def prefers_two_rows() -> bool:
+  """Returns whether products and norms of one row are slower than those of two.
+
+  XLA on a GPU multiplies a single row elementwise, and writes what it then sums.
+  """
+  return platform() in ("gpu", "cuda")
 
 
 def final_norm(trunk: TrunkConfig, weights: Weights, x: jax.Array) -> jax.Array:

@@ -52,9 +52,11 @@ def experiment(preset: str) -> claim.Experiment:
   def more(
     key: str, statement: str, first: str, second: str, source: str, side: str = "above"
   ) -> claim.Claim:
+    # At one proposal: `sampled` draws drafts that depend on each other, and takes the
+    # most likely tokens of others.
     rule = (
-      f"sampled tokens per round on a frozen trunk, {first} minus {second}, paired by "
-      f"seed, t interval over seeds, {side} 0"
+      "sampled tokens per round with drawn drafts, on a frozen trunk, "
+      f"{first} minus {second}, paired by seed, t interval over seeds, {side} 0"
     )
     return claim.Claim(
       key, statement, source, claim.NO_FIGURE, rule, claim.TOKENS,
@@ -111,7 +113,10 @@ def price_of(results: Results, name: str, how: str) -> pd.Series:
 
 
 def brings_more(results: Results, more: str, less: str, side: str) -> claim.Finding:
-  difference = tokens(results, more, FROZEN) - tokens(results, less, FROZEN)
+  drawn = HOW["drafts drawn"]
+  difference = tokens(results, more, FROZEN, drawn) - tokens(
+    results, less, FROZEN, drawn
+  )
   return claim.found(difference, f"{more} minus {less}", side=side)
 
 
