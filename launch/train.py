@@ -37,7 +37,7 @@ from absl import flags
 
 from launch import cli, distributed, exits
 from launch.status import Status, exit_class_of, last_words, refused
-from mtp_jax import accounting, run_folder, trackers
+from mtp_jax import accounting, executables, run_folder, trackers
 from mtp_jax.config import Config, ConfigError
 from mtp_jax.config_rules import validate
 from mtp_jax.data.sources import DataError
@@ -111,7 +111,13 @@ def main() -> int:
     return cli.fail(str(error), exits.FAILED)
   how = {"profile": profile, "track": track}
   end = train(config, workdir, startup, _GROUP["stall_seconds"].value, **how)
-  return distributed.leave(end.code, end.together)
+  code = distributed.leave(end.code, end.together)
+  if executables.is_compiling():
+    # All is saved. Who stops a run does not wait for programs that nothing will call.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def train(

@@ -79,8 +79,13 @@ def results(program: Any, *arguments: Any) -> Any:
   )
 
 
+def is_compiling() -> bool:
+  """Returns whether something is being compiled ahead; Python's exit waits for it."""
+  return not all(future.done() for future in _ahead.values())
+
+
 def stop_ahead() -> None:
-  """Drops what has not begun to be compiled, so that the process can end."""
+  """Drops what has not begun to be compiled."""
   for program, future in list(_ahead.items()):
     if future.cancel():
       del _ahead[program]

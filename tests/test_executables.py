@@ -71,7 +71,9 @@ def test_what_has_not_begun_is_dropped():
   try:
     program = jax.jit(lambda x: 3 * x)
     executables.compile_ahead(program, jax.ShapeDtypeStruct((), np.float32))
+    assert executables.is_compiling()
     executables.stop_ahead()
+    assert not executables.is_compiling()
     assert executables.compiled(program, np.float32(2))(np.float32(2)) == 6
   finally:
     release.set()

@@ -230,7 +230,7 @@ def test_glm4_moe_equals_transformers(hf, tmp_path_factory, examples):
     "partial_rotary_factor": st.sampled_from([0.25, 0.5, 1.0]),
     "attention_bias": st.booleans(),
     "use_qk_norm": st.booleans(),
-    "first_k_dense_replace": st.sampled_from([0, 1, 2]),
+    "first_k_dense_replace": st.sampled_from([0, 1]),
   }
   fixed = {
     "tie_word_embeddings": False,
