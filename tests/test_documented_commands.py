@@ -96,7 +96,8 @@ def stopped(tmp_path_factory):
     (folder / name).symlink_to(ROOT / name)
   config = json.dumps(to_dict(from_config_dict(base.get_config())))
   for run in ("RUN", "runs/seq2", "runs/ntp", "runs/gpt2_mtp", "runs/medusa",
-              "runs/mine", "runs/qwen", "runs/self_speculation", "runs/smoke"):
+              "runs/mine", "runs/qwen", "runs/self_speculation", "runs/smoke",
+              "runs/seq1", "runs/tuned"):
     (folder / run).mkdir(parents=True)
     (folder / run / "config.json").write_text(config)
   (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
