@@ -84,7 +84,7 @@ def module_and_words(command):
 COMMANDS = documented()
 PLACES = {
   "FILE.py": "experiments/base.py", "EXPERIMENT": "depth_sweep", "RUNS": "runs/depth",
-  "NAME": "gpt2", "N": "5", "FILE.jsonl": "file.jsonl",
+  "NAME": "gpt2", "NAMES": "arc_easy", "N": "5", "FILE.jsonl": "file.jsonl",
 }
 
 
@@ -102,6 +102,8 @@ def stopped(tmp_path_factory):
     (folder / run / "config.json").write_text(config)
   (folder / "RUN" / "tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
   (folder / "start.py").write_text("def f():")
+  (folder / "my_tasks").mkdir()
+  (folder / "my_tasks" / "capitals.yaml").write_text("task: capitals\n")
   (folder / "text").mkdir()
   (folder / "input.txt").write_text("text\n" * 50)
   for kind in ("txt", "jsonl", "parquet", "bin"):
@@ -124,8 +126,8 @@ def test_a_documented_command_begins_its_work(stopped, line):
   if module == "launch.sweep" and any(x.startswith("--on=") for x in arguments):
     arguments += [] if "--dry_run" in arguments else ["--dry_run"]
   result = stopped(module, *arguments)
-  if missing := re.search(r"needs the package (\w+)", result.output):
-    pytest.skip(f"{missing[1]} is not installed; it is looked for before the work")
+  if re.search("needs (the package|pip install)", result.output):
+    pytest.skip(f"not installed, and looked for before the work: {result.output}")
   listing = module in ("launch.config", "launch.list_states")
   assert result.code in ({0, 1} if listing else {0}), result.output  # With --watch.
   ends = {"--help", "--dry_run", "--status"} & set(arguments) or listing
