@@ -173,7 +173,7 @@ MUTANTS = {
   ),
   "EAGLE-3 goes on from its normed state": Mutant(
     "predictors/eagle.py",
-    "states.append(state_BTD)",
+    "states.append(after(state_BTD))",
     "states.append(state_BTD / jnp.linalg.norm(state_BTD, axis=-1, keepdims=True))",
     f"{DRAFTING}[llama-eagle3]",
   ),
