@@ -151,7 +151,9 @@ def plan(
   data = trial.program.data
   of_mesh = trial.program.mesh
   split = of_mesh.tensor * of_mesh.context  # Devices that share rows.
-  mesh = make_mesh(trial.program.mesh, list(topologies.devices(topology)))
+  mesh = make_mesh(of_mesh, list(topologies.devices(topology)))
+  # Ways to run the layers are compiled until one fits: the row has the program that a
+  # run would train.
   program, report = steps.fitting_step(trial.program, mesh, chip, cache)
   with topologies.kernels_of(chip):
     state = abstract_state(program, mesh)

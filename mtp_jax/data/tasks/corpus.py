@@ -253,7 +253,7 @@ class TaskCorpus:
   config: Config
   task: Task
   tokenizer: SymbolTokenizer
-  has_unscored: ClassVar[bool] = True  # The prompt is not.
+  has_unscored: ClassVar[bool] = True  # No token of a prompt is scored.
 
   @functools.cached_property
   def train_examples(self) -> Examples:
