@@ -50,7 +50,6 @@ PREDICTORS = {kind: (kind, depth, {}) for kind, depth in common.KINDS} | {
     "dflash", 2,
     OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20, "mtp.draft_layers": 1},
   ),
-  "dflash, one mask": ("dflash", 2, {"mtp.one_mask": True}),
   "top, own": ("top", 1, OWN),
   "eagle3, own": ("eagle3", 2, OWN | {"mtp.draft_vocab": 12, "mtp.mlp_dim": 20}),
 }
