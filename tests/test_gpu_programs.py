@@ -488,7 +488,7 @@ def test_the_command_plans_packs_and_rounds_for_an_h200(command, tmp_path):
   result = command(
     "launch.plan", "--config=experiments/smoke.py", "--topology=h200:1", "--packs=2",
     "--decode=1,4", f"--output={tmp_path}", "--compilation_cache=",
-    "trunk.num_layers=1", "data.seq_len=64", "data.batch_size=2",
+    "trunk.num_layers=1", "data.batch_size=2",
   )
   assert result.code == 0, result.output
   [row] = json.loads((tmp_path / "smoke-h200-1.json").read_text())["rows"]
