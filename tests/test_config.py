@@ -604,6 +604,16 @@ def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
   config_rules.validate(config, 8)  # The sweep's own process has other devices.
 
 
+def test_places_of_documents_need_a_jax_that_places_them(monkeypatch):
+  config = make(**{"trunk.attention": "cudnn_packed"})
+  monkeypatch.setattr("mtp_jax.machine_rules.places_keys", lambda: True)
+  config_rules.validate(config, 8, "gpu")
+  monkeypatch.setattr("mtp_jax.machine_rules.places_keys", lambda: False)
+  assert "misplaces the keys of documents (0.12 does not), got 'cudnn_packed'" in (
+    error_of(config, 8, "gpu")
+  )
+
+
 def test_kernels_are_accepted_where_they_run(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
   for sizes in ({}, {"trunk.embed_dim": 48}, {"trunk.latent.value_dim": 56} | LATENT):

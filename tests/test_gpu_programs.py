@@ -27,12 +27,13 @@ from launch.planning import hlo, roofline, steps, topologies
 from launch.planning.chips import CHIPS
 from launch.states import Trial
 from mtp_jax import layouts, losses, pack_program, sharding
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.decode.target import unstack
 from mtp_jax.evaluate import row_sums_program
+from mtp_jax.kernels import attention as kernels
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, make_trial_mesh
@@ -143,6 +144,26 @@ def test_variants_of_the_step_attend_once(name):
   values, stacks = VARIED[name]
   text = lowered(tiny_config("none", 0, SMALL | values))
   assert calls(text) == (stacks, stacks)
+
+
+@pytest.mark.parametrize("values", [
+  pytest.param({}, id="grouped"),
+  pytest.param(latent(5, 4, 12), id="latent", marks=pytest.mark.slow),
+])
+def test_places_of_documents_take_the_place_of_the_mask(values, monkeypatch):
+  """One call each way as well, which reads no array of T x T."""
+  monkeypatch.setattr(kernels, "places_keys", lambda: True)  # In any version of JAX.
+  config = tiny_config("sequential", 1, SMALL | values | {
+    "trunk.attention": "cudnn_packed", "data.seq_len": 24
+  })
+  text = lowered(config)
+  assert calls(text) == (2, 2)
+  found = [x for x in text.splitlines() if "custom_call @__cudnn$fmha" in x]
+  for line in found:
+    assert "PADDING_CAUSAL" in line and '\\22max_seg_per_batch\\22: 32' in line
+    assert "24x24x" not in line and "tensor<8x33xi32>" in line
+  with_mask = lowered(with_overrides(config, {"trunk.attention": "cudnn"}))
+  assert with_mask.count("x1x24x24xbf16") > text.count("x1x24x24xbf16") == 0
 
 
 def test_experts_of_many_tokens_are_grouped_products():
