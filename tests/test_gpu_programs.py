@@ -413,9 +413,12 @@ COMPILED = {
   "dense": ("sequential", 2, {}),
   "experts": ("none", 0, EXPERTS),
   "mesh": ("sequential", 1, {"mesh.data": 2, "mesh.fsdp": 2}),
+  "packed": ("sequential", 1, {
+    "mesh.data": 2, "mesh.fsdp": 2, "trunk.attention": "cudnn_packed"
+  }),
 }
 # Per layer, trunk and modules; in a loop every turn counts.
-MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185}
+MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185, "packed": 185}
 
 
 @pytest.mark.slow
@@ -424,6 +427,8 @@ MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185}
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_step_compiles_for_an_h200(name, tmp_path):
   kind, depth, values = COMPILED[name]
+  if name == "packed" and not kernels.places_keys():
+    pytest.skip("this JAX misplaces the keys of documents")
   config = tiny_config(kind, depth, SMALL | {"loss.block_tokens": 0} | values)
   program = program_config(config)
   count = config.mesh.data * config.mesh.fsdp
@@ -440,10 +445,10 @@ def test_the_step_compiles_for_an_h200(name, tmp_path):
   # Float32 logits, and gradients: the largest arrays of a model this small.
   logits = 4 * VOCAB * 8 * 16 * (1 + depth) / count
   assert found["temporaries"] < 4 * logits + 8 * steps.tree_bytes(inputs)
-  kernels = found["kernels"]
-  assert kernels["products"]["count"] and kernels["attention"]["count"] >= 4
+  kinds = found["kernels"]
+  assert kinds["products"]["count"] and kinds["attention"]["count"] >= 4
   assert not found["unknown_loops"] or name == "experts"
-  per_layer = sum(x["count"] for x in kernels.values()) / (2 + depth)
+  per_layer = sum(x["count"] for x in kinds.values()) / (2 + depth)
   assert per_layer <= MOST_KERNELS[name]
   moved = {k: x["count"] for k, x in found["collectives"].items()}
   assert bool(sum(moved.values())) == (count > 1)
