@@ -12,7 +12,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.effects import conditions, has_effect
 from mtp_jax.environment import machine_memory
-from mtp_jax.kernels.attention import LARGEST_HEAD, padded_head, places_keys
+from mtp_jax.kernels.attention import LARGEST_HEAD, padded_head, takes_documents
 from mtp_jax.keys import Role
 from mtp_jax.predictors import num_added_layers, num_trunk_layers
 
@@ -103,9 +103,9 @@ def check_kernels(
     f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
   )
   rule(
-    trunk.attention == "cudnn" or places_keys(), key,
-    f"another with JAX {importlib.metadata.version('jax')}, which misplaces the keys "
-    "of documents (0.12 does not)",
+    trunk.attention == "cudnn" or takes_documents(), key,
+    "another before Hopper, and before JAX 0.12, which places the keys of documents "
+    f"right (this is JAX {importlib.metadata.version('jax')})",
   )
   sizes, size = trunk.latent, padded_head(trunk.head_dim, trunk.head_dim)
   if trunk.attention_kind == "latent":

@@ -604,13 +604,14 @@ def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
   config_rules.validate(config, 8)  # The sweep's own process has other devices.
 
 
-def test_places_of_documents_need_a_jax_that_places_them(monkeypatch):
+def test_places_of_documents_need_a_gpu_and_a_jax_that_take_them(monkeypatch):
   config = make(**{"trunk.attention": "cudnn_packed"})
-  monkeypatch.setattr("mtp_jax.machine_rules.places_keys", lambda: True)
+  monkeypatch.setattr("mtp_jax.machine_rules.takes_documents", lambda: True)
   config_rules.validate(config, 8, "gpu")
-  monkeypatch.setattr("mtp_jax.machine_rules.places_keys", lambda: False)
-  assert "misplaces the keys of documents (0.12 does not), got 'cudnn_packed'" in (
-    error_of(config, 8, "gpu")
+  monkeypatch.setattr("mtp_jax.machine_rules.takes_documents", lambda: False)
+  assert error_of(config, 8, "gpu") == (
+    "trunk.attention must be another before Hopper, and before JAX 0.12, which places "
+    f"the keys of documents right (this is JAX {jax.__version__}), got 'cudnn_packed'."
   )
 
 
