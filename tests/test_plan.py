@@ -397,6 +397,14 @@ BAD = {
   "rest": (
     ("--config=experiments/smoke.py", "--topology=v5p"), "mesh.data is -1 (the rest)"
   ),
+  "numbers": (
+    (*LADDER, "--topology=h200:8", "--packs=8,0"),
+    "--packs must be numbers of at least 1, got 8,0.",
+  ),
+  "not of GPUs": (
+    (*LADDER, "--topology=v5p,h200", "--decode=1"),
+    "--decode must have GPUs in --topology alone, got v5p.",
+  ),
   "mfu": (
     (*LADDER, "--topology=v5p", "--mfu=40"), "--mfu must be in (0, 1], got 40.0."
   ),
