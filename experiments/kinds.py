@@ -119,8 +119,10 @@ def _sibling_trials() -> Iterator[dict]:
   heads = {name: {"mtp.kind": "parallel"} | arm for name, arm in _HEADS.items()}
   # With one depth, one module for all depths is a module.
   others = {x: arm for x, arm in _AFTER_OR_BEFORE.items() if x != "one_module"}
+  # A row has 14 tokens.
+  top = _TOP | {"mtp.window": 8}
   for seed in range(1, 6):
     for width in _SIBLING_WIDTHS:
-      for name, arm in ({"none": _NTP} | heads | others | {"top": _TOP}).items():
+      for name, arm in ({"none": _NTP} | heads | others | {"top": top}).items():
         trial = siblings.trial("cpu", width, 1_000, float(name != "none"), seed) | arm
         yield trial | {"name": f"width={width},kind={name},seed={seed}"}
