@@ -58,7 +58,13 @@ _RATE = 3e-3
 # On the rate that follows the width; narrow models want less of it.
 _FACTORS = {16: (0.25, 0.5, 1.0), 32: (0.25, 0.5, 1.0), 64: (0.5, 1.0, 2.0)}
 # What `cpu_rates` chose: the factor on the learning rate by width and n.
-_TUNED: dict[tuple[int, int], float] = {}
+# Width 128 has the factors of width 64.
+_TUNED: dict[tuple[int, int], float] = {
+  (16, 1): 0.25, (16, 2): 1.0,
+  (32, 1): 0.25, (32, 2): 0.5,
+  (64, 1): 0.5, (64, 2): 2.0,
+  (128, 1): 0.5, (128, 2): 2.0,
+}
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
@@ -129,7 +135,7 @@ def _trial(
     "mtp.kind": "parallel" if depth else "none",
     "mtp.depth": depth,
     "mtp.arm": arm,
-    "optimizer.learning_rate": _RATE * _TUNED.get((width, 1 + depth), 1.0),
+    "optimizer.learning_rate": _RATE * _TUNED.get((width, min(1 + depth, 2)), 1.0),
     "seed": seed,
     "data.seed": seed,
   }

@@ -244,7 +244,6 @@ def markov(folder: Path) -> Path:
     has_table = trial["mtp.markov_rank"] > 0
     return {
       ("main_loss", 0): 2.0 + 0.1 * has_table + rng.uniform(-0.001, 0.001),
-      ("sampled_tokens_per_round", 0): 1.4 + has_table + rng.uniform(-0.01, 0.01),
       ("decoded_tokens_per_round", 0): 3.5 + rng.uniform(-0.01, 0.01),
       # Drawn drafts gain from the table, the most likely ones do not.
       ("sample_proposal_tokens_per_round", 0):

@@ -103,7 +103,6 @@ VERDICTS = [
   ("drafters_cpu", "kl_more", SUPPORTED, "+0.20"),
   ("drafters_cpu", "lk_more", SUPPORTED, "+0.10"),
   ("drafters_cpu", "written_more", EQUIVALENT, "written text minus"),
-  ("markov_cpu", "sampled_more", SUPPORTED, "rank 256 minus none: +1.0"),
   ("markov_cpu", "greedy_more", EQUIVALENT, "rank 256 minus none"),
   ("markov_cpu", "loss_same", OPPOSITE, "+0.10"),
   ("markov_cpu", "sample_more", SUPPORTED, "rank 256 minus none: +1.0"),
@@ -668,6 +667,6 @@ def test_the_gain_on_siblings_stands_beside_what_kinds_draft(root):
   assert gains["medusa", "frozen"] == "" == gains["one module", "joint"]
   figure, numbers = experiment.draw(own, beside)
   assert set(numbers["shown"]) == {"tokens", "price", "gain"}
-  assert len(figure.axes) == 4 and not worlds.clipped_texts(figure)
+  assert len(figure.axes) == 3 and not worlds.clipped_texts(figure)
   alone = experiment.draw(own)[1]
   assert set(alone["shown"]) == {"tokens", "price"}

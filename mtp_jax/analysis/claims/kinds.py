@@ -113,7 +113,7 @@ def experiment(preset: str) -> claim.Experiment:
 def siblings_experiment(preset: str) -> claim.Experiment:
   at = (
     "1,000 triples; paired gain in held-out next-token loss at the step best on "
-    "validation, read on test, averaged over two widths"
+    "validation, read on test, averaged over widths"
   )
 
   def gains(name: str) -> claim.Claim:
@@ -262,10 +262,9 @@ def draw(results: Results, on_siblings: Results | None = None) -> claim.Drawing:
   }
   titles = {x: title for x, title in titles.items() if x in set(rows["shown"])}
   figure, axes = drawing.panels(
-    1, 1 + len(titles), height=0.32 * len(names) + 1.4, sharey=True,
-    width_ratios=[*(1 for _ in titles), 0.8], width=drawing.WIDEST,
+    1, len(titles), height=0.32 * len(names) + 1.4, width=drawing.WIDEST, sharey=True
   )
-  for ax, (shown, title) in zip(axes.flat, titles.items(), strict=False):
+  for ax, (shown, title) in zip(axes.flat, titles.items(), strict=True):
     for how, label in LABELS.items():
       own = rows[(rows["shown"] == shown) & (rows["trained"] == how)]
       style = drawing.series_style(1, is_hollow=how == FROZEN) | {"linestyle": "none"}
@@ -278,14 +277,16 @@ def draw(results: Results, on_siblings: Results | None = None) -> claim.Drawing:
     if shown != "tokens":
       ax.axvline(0.0, color="#777777", linewidth=1)
   axes.flat[0].set_yticks(range(len(names)), [NAMES.get(x, x) for x in names])
-  words = axes.flat[-1]
-  words.set_title("parameters;\nopened as", loc="left")
-  words.set_axis_off()
+  last = axes.flat[-1]
+  last.text(1.05, 1.02, "parameters;\nopened as", transform=last.transAxes)
   for place, name in enumerate(names):
     how = JOINT if len(results.select(ARMS[name, JOINT])) else FROZEN
     first = results.select(ARMS[name, how]).iloc[0]
     size = size_text(int(first[results.key("added_parameters")]))
     layouts = opened_by(ARMS[name, how], int(first["mtp.depth"]))
-    words.text(0.0, place, f"{size}; {layouts}", va="center")
+    last.text(
+      1.05, place, f"{size}; {layouts}", transform=last.get_yaxis_transform(),
+      va="center",
+    )
   drawing.legend_below(figure, axes.flat[:1])
   return figure, rows
