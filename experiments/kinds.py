@@ -4,9 +4,13 @@ r"""Every kind of predictor on one trunk: what each drafts, and what each costs?
       --workdir=runs/kinds_cpu_trunks --parallel=1
   python -m launch.sweep --config=experiments/kinds.py:cpu --workdir=runs/kinds_cpu \
       --parallel=1
+  python -m launch.sweep --config=experiments/kinds.py:cpu_siblings \
+      --workdir=runs/kinds_cpu_siblings --parallel=1
 
 The first command trains plain next-token prediction (NTP); the second trains all else,
-and looks for the folders of the first from where it is started.
+and looks for the folders of the first from where it is started. The third trains every
+kind with its trunk, at one extra depth of weight 1, on the siblings of
+`experiments/siblings.py`: 1,000 triples, widths 32 and 64, five seeds.
 
 All kinds learn the cross-entropy with the data at three extra depths of equal weight,
 for as many steps on the same data in the same order, and draft three tokens a round.
@@ -25,24 +29,28 @@ parallel heads and TOP 1 for each depth, as published, the other kinds 0.3 toget
 
 Scores in eval.json: `main_loss`, `decoded_tokens_per_round` (greedy), and at
 temperature 1 `sample_proposal_tokens_per_round` (drafts are drawn from the predictors'
-distribution), `argmax_proposal_tokens_per_round` (the most likely tokens are drafts)
-and `sampled_tokens_per_round`, which has the proposal that `decode.generate` chooses.
+distribution) and `argmax_proposal_tokens_per_round` (drafts are the most likely
+tokens).
 
 Presets: `cpu`: width 32 of gains_with_scale:cpu; `gpu`, with `gpu_trunks` in
 `runs/kinds_gpu_trunks`: width 384 of gains_with_scale:gpu. Three seeds. Rules stand in
-`mtp_jax/analysis/claims/kinds.py`, what was expected in the log.
+`mtp_jax/analysis/claims/kinds.py`, what was expected in the log. In `cpu_siblings` NTP
+and parallel heads have the rate and decay that were tuned for NTP and n = 2; the other
+kinds have the settings of n = 2.
 """
 
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments import drafters, gains_with_scale
+from experiments import drafters, gains_with_scale, siblings
 from experiments.gains_with_scale import PARALLEL
 
 _SEEDS = (1, 2, 3)  # Seed 0 of four arms was seen when the commands were checked.
 _SIZES = {"cpu": gains_with_scale.CPU[1], "gpu": gains_with_scale.GPU[2]}
-_PRESETS = (*_SIZES, *(f"{machine}_trunks" for machine in _SIZES))
+_SIBLINGS = "cpu_siblings"
+_PRESETS = (*_SIZES, *(f"{machine}_trunks" for machine in _SIZES), _SIBLINGS)
+_SIBLING_WIDTHS = (32, 64)
 _RANK = 256
 _HEADS = {
   "parallel": {},
@@ -65,11 +73,16 @@ _AFTER_OR_BEFORE = {
   "dflash": {"mtp.kind": "dflash"},
 }
 _TOP = {"mtp.kind": "top", "mtp.depth": 1, "mtp.unembed": "own", "mtp.weight": 1.0}
+_NTP = {"mtp.kind": "none", "mtp.depth": 0}
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
   if preset not in _PRESETS:
     raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {preset!r}.")
+  if preset == _SIBLINGS:
+    config = siblings.get_config("cpu")
+    config.name = f"kinds_{preset}"
+    return config
   machine = preset.removesuffix("_trunks")
   config = drafters.get_config(f"{machine}_trunks")
   config.name = f"kinds_{preset}"
@@ -79,13 +92,15 @@ def get_config(preset: str = "cpu") -> ConfigDict:
 
 def sweep(preset: str = "cpu") -> Iterator[dict]:
   """Yields the trials seed by seed, so that a sweep cut short still compares."""
+  if preset == _SIBLINGS:
+    yield from _sibling_trials()
+    return
   machine = preset.removesuffix("_trunks")
   size = _SIZES[machine]
   for seed in _SEEDS:
     model = gains_with_scale.rung(machine, size) | {"seed": seed}
     if preset != machine:
-      ntp = {"mtp.kind": "none", "mtp.depth": 0}
-      yield model | ntp | {"name": f"kind=none,seed={seed}"}
+      yield model | _NTP | {"name": f"kind=none,seed={seed}"}
       continue
     # What a sweep calls the folder of that trial.
     folder = f"runs/kinds_{machine}_trunks/none-s{seed}"
@@ -98,3 +113,16 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
       for name, arm in arms.items():
         trial = model | {"mtp.depth": 3} | arm | more
         yield trial | {"name": f"from={start},kind={name},seed={seed}"}
+
+
+def _sibling_trials() -> Iterator[dict]:
+  heads = {name: {"mtp.kind": "parallel"} | arm for name, arm in _HEADS.items()}
+  # With one depth, one module for all depths is a module.
+  others = {x: arm for x, arm in _AFTER_OR_BEFORE.items() if x != "one_module"}
+  # A row has 14 tokens.
+  top = _TOP | {"mtp.window": 8}
+  for seed in range(1, 6):
+    for width in _SIBLING_WIDTHS:
+      for name, arm in ({"none": _NTP} | heads | others | {"top": top}).items():
+        trial = siblings.trial("cpu", width, 1_000, float(name != "none"), seed) | arm
+        yield trial | {"name": f"width={width},kind={name},seed={seed}"}

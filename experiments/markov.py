@@ -14,11 +14,9 @@ the table, with rank 16 and with the published rank 256, which for bytes (vocabu
 Text, sizes and steps come from `experiments/drafters.py`. For one seed all arms of a
 size read the same data in the same order and start from the same trunk. Scores in
 eval.json: `sampled_tokens_per_round` (temperature 1), `decoded_tokens_per_round`
-(greedy), `main_loss`; parameters and FLOPs per token are in the report. Where drafts
-depend on each other they are sampled, else they are the most likely tokens
-(`decode.generate.Decoding`): the better choice for either. With `eval.both_proposals`
-both arms are measured with both: `sample_proposal_tokens_per_round` and
-`argmax_proposal_tokens_per_round`.
+(greedy), `main_loss`; parameters and FLOPs per token are in the report. Every arm is
+measured with drafts that are drawn (`sample_proposal_tokens_per_round`) and with the
+most likely tokens (`argmax_proposal_tokens_per_round`).
 
 Presets: `cpu`: widths 32 and 64 of gains_with_scale:cpu; `gpu`: widths 256 and 384 of
 gains_with_scale:gpu. Five seeds. What was expected and the rules that decide stand in

@@ -150,14 +150,14 @@ def sweep(preset: str = "cpu") -> Iterator[dict]:
     for seed, width, weight in itertools.product(
       REPRODUCE[preset], (8, 32, 64), (0.0, 1.0)
     ):
-      yield _trial("cpu", width, 1_000, weight, seed)
+      yield trial("cpu", width, 1_000, weight, seed)
     return
   for seed in range(_SEEDS[preset]):
     for width in WIDTHS[preset]:
       if seed < 5 or width < 128:
         for num_train in TRAINING_SETS:
           for weight in (0.0, *WEIGHTS) if seed < 5 else (0.0, 1.0):
-            yield _trial(preset, width, num_train, weight, seed)
+            yield trial(preset, width, num_train, weight, seed)
 
 
 def _rate_trials() -> Iterator[dict]:
@@ -165,17 +165,18 @@ def _rate_trials() -> Iterator[dict]:
     _TUNING_SEEDS, WIDTHS["cpu"], TRAINING_SETS, (0.0, 1.0)
   )
   for seed, width, num_train, weight in cells:
-    trial = _trial("cpu", width, num_train, weight, seed)
+    own = trial("cpu", width, num_train, weight, seed)
     for factor in _FACTORS:
       for decay in _DECAYS if num_train else _DECAYS[:1]:
-        yield trial | {
-          "name": f"{trial['name']},rate=x{factor:g},decay={decay:g}",
+        yield own | {
+          "name": f"{own['name']},rate=x{factor:g},decay={decay:g}",
           "optimizer.learning_rate": _RATE * factor,
           "optimizer.weight_decay": decay,
         }
 
 
-def _trial(preset: str, width: int, num_train: int, weight: float, seed: int) -> dict:
+def trial(preset: str, width: int, num_train: int, weight: float, seed: int) -> dict:
+  """Returns the overrides of NTP (weight 0) or of n = 2, with their tuned settings."""
   depth = int(weight > 0)
   if num_train:
     tuned = _TUNED[num_train].get((width, 1 + depth), Tuned())

@@ -38,8 +38,8 @@ def define(temperature: float | None) -> Callable[[], dict[str, Any]]:
     "sampling"
   )
   proposal = flags.DEFINE_enum(
-    "proposal", "auto", PROPOSALS, "how drafts are chosen; auto fits rule and "
-    "predictors"
+    "proposal", "auto", PROPOSALS, "how drafts are chosen; auto draws them "
+    "from the predictors where the rule uses their distribution (leviathan, block)"
   )
   # How tokens are sampled. None stands for a flag that was not given, because any of
   # these flags asks for sampling.

@@ -23,9 +23,10 @@ Exit code 1: some program does not fit.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -36,7 +37,7 @@ from launch.planning.chips import Chip, Gpu
 from launch.planning.topologies import Topology
 from launch.states import Trial
 from mtp_jax import accounting
-from mtp_jax.config import Config, ConfigError, to_dict
+from mtp_jax.config import Config, ConfigError, to_dict, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.layouts import abstract_state
 from mtp_jax.predictors import kind_of
@@ -86,7 +87,7 @@ def main() -> int:
     for program, (fitted, same) in of_program.items():
       print(f"{same[0].name} on {fitted}", file=sys.stderr, flush=True)
       progress("planned", done, total)
-      rows[program] = plan(fitted, same, cache, _MFU.value, **sizes)
+      rows[program] = plan(fitted, same, cache, _MFU.value, sizes)
       done += 1
     fits = fits and all(row["fits"] for row in rows.values())
     name = f"{title}-{topology}".replace(":", "-")
@@ -131,7 +132,8 @@ def check(
     try:
       fitted = topologies.fit_to_mesh(topology, trial.config.mesh)
       platform = "gpu" if isinstance(fitted.chip, Gpu) else "tpu"
-      validate(trial.config, fitted.num_chips, platform)
+      with topologies.kernels_of(fitted.chip):
+        validate(trial.config, fitted.num_chips, platform)
       topologies.devices(fitted)
     except ConfigError as error:
       raise ConfigError(f"{trial.name} on {topology}: {error}") from error
@@ -141,11 +143,11 @@ def check(
 
 def plan(
   topology: Topology, same: Sequence[Trial], cache: Path | None, mfu: float,
-  packs: Sequence[int] = (), decode: Sequence[int] = (),
+  sizes: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Returns the row of trials of one program; bytes and collectives are of one chip.
 
-  `packs` and `decode` have the reports of these numbers of trials or texts.
+  `sizes`: numbers of trials or texts, whose reports the row has too, by key of `SIZED`.
   """
   trial, chip, chips = same[0], topology.chip, topology.num_chips
   data = trial.program.data
@@ -161,6 +163,9 @@ def plan(
   flops = accounting.train_flops_per_token(program) * tokens
   seconds = flops / (mfu * chip.peak_flops * chips)
   peak = report["peak"]
+  # Packs and rounds run on one GPU, whatever the mesh.
+  alone = with_overrides(trial.resolved, {f"mesh.{axis}": 1 for axis in MESH_AXES})
+  one = mesh.devices.flat[0]
   return {
     "program": trial.name,
     "topology": str(topology),
@@ -183,13 +188,12 @@ def plan(
     "steps": trial.num_steps,
     "tokens": trial.num_tokens,
     "seconds_per_step": seconds,
-    "packs": {
-      size: steps.compile_pack(trial.resolved, size, mesh.devices.flat[0], chip, cache)
-      for size in packs
-    },
-    "decode": {
-      size: steps.compile_round(trial.resolved, size, mesh.devices.flat[0], chip, cache)
-      for size in decode
+    **{
+      flag: {
+        size: sized.compile(alone, size, one, chip, cache)
+        for size in sizes.get(flag, ())
+      }
+      for flag, sized in SIZED.items()
     },
   }
 
@@ -211,9 +215,7 @@ def page(
     "FLOPs of a loop's body once. Collectives: how often they run, and the bytes of "
     f"their results. Time is at {mfu:.0%} of the peak, an assumption.",
     tables.markdown(map(cells, rows.values())),
-    *(roofline_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
-    *pack_parts(rows.values()),
-    *(decode_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
+    *(gpu_parts(chip, rows.values()) if isinstance(chip, Gpu) else ()),
     f"Planned: {_totals(chip, chosen, mfu)}. Whole sweep: "
     f"{_totals(chip, everything, mfu)}.",
   ]
@@ -250,6 +252,12 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     "tokens/s": f"{row['tokens'] / row['steps'] / seconds:,.0f}",
     "days": f"{hours / 24:.3g}", "chip-hours": f"{hours * row['chips']:,.0f}",
   }
+
+
+def gpu_parts(chip: Gpu, rows: Collection[dict[str, Any]]) -> list[str]:
+  """Returns the sections that only plans for GPUs have."""
+  sized = [part for flag in SIZED for part in sized_parts(chip, rows, flag)]
+  return roofline_parts(chip, rows) + sized
 
 
 def roofline_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -291,38 +299,53 @@ def _roofline_seconds(report: dict[str, Any]) -> float:
   return sum(x["seconds"] for x in report["kernels"].values())
 
 
-def pack_parts(rows: Iterable[dict[str, Any]]) -> list[str]:
-  """Returns the section of packs."""
-  lines = [
-    {"program": row["program"], "trials": str(size), "peak GB": _giga(report["peak"])}
-    | kernel_cells(report)
-    | {"ms/trial": f"{1e3 * _roofline_seconds(report) / size:.3g}"}
-    for row in rows for size, report in row["packs"].items()
-  ]
-  return [
-    "## Packs: trials side by side on one GPU",
+class Sized(NamedTuple):
+  """A program on one GPU that a flag asks for, once for each of its numbers.
+
+  unit:    what the numbers count.
+  compile: returns the report of a config, a number, a device, its kind, and the cache.
+  """
+
+  unit: str
+  compile: Callable[..., dict[str, Any]]
+  title: str
+  text: str
+
+
+# By the name of the flag.
+SIZED = {
+  "packs": Sized(
+    "trial", steps.compile_pack, "Packs: trials side by side",
     "One step of all trials, by the same roofline. Packs take XLA's attention, because "
     "cuDNN's cannot be stacked.",
-    tables.markdown(lines),
-  ] if lines else []
-
-
-def decode_parts(chip: Gpu, rows: Iterable[dict[str, Any]]) -> list[str]:
-  """Returns the section of decoding."""
-  lines = [
-    {
-      "program": row["program"], "texts": str(size), "weights GB": _giga(report["read"])
-    }
-    | kernel_cells(report)
-    | {"floor ms": f"{1e3 * report['read'] / chip.bandwidth:.3g}"}
-    for row in rows for size, report in row["decode"].items()
-  ]
-  return [
-    "## Decoding: one round on one GPU",
+  ),
+  "decode": Sized(
+    "text", steps.compile_round, "Decoding: one round",
     "Greedy, with all predictors as drafters: a round commits 1 to D + 1 tokens of "
     "every text. Caches have room for 192 tokens. Floor: the time in which the memory "
-    f"reads the weights at {chip.bandwidth:.3g} bytes/s.",
-    tables.markdown(lines),
+    "reads the weights at {chip.bandwidth:.3g} bytes/s.",
+  ),
+}
+
+
+def sized_parts(chip: Gpu, rows: Iterable[dict[str, Any]], flag: str) -> list[str]:
+  """Returns the section of one of `SIZED`: a line for every program and number."""
+  sized, lines = SIZED[flag], []
+  for row in rows:
+    for size, report in row[flag].items():
+      each = _roofline_seconds(report) / size
+      lines.append(
+        {"program": row["program"], f"{sized.unit}s": str(size)}
+        | {"peak GB": _giga(report["peak"])} | kernel_cells(report)
+        | {f"ms/{sized.unit}": f"{1e3 * each:.3g}"}
+      )
+      if "read" in report:
+        floor = report["read"] / chip.bandwidth
+        lines[-1] |= {
+          "weights GB": _giga(report["read"]), "floor ms": f"{1e3 * floor:.3g}"
+        }
+  return [
+    f"## {sized.title} on one GPU", sized.text.format(chip=chip), tables.markdown(lines)
   ] if lines else []
 
 

@@ -143,9 +143,9 @@ class TrunkConfig:
   compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
     "auto", "of activations; auto: bfloat16 on accelerators, float32 on CPU"
   )
-  attention: Literal["auto", "xla", "blocked", "cudnn", "tokamax"] = key(
-    "auto", "how it is computed, see kernels/attention.py", RUNS
-  )
+  attention: Literal[
+    "auto", "xla", "blocked", "cudnn", "cudnn_packed", "tokamax"
+  ] = key("auto", "how it is computed, see kernels/attention.py", RUNS)
 
   @property
   def head_dim(self) -> int:

@@ -244,7 +244,6 @@ def markov(folder: Path) -> Path:
     has_table = trial["mtp.markov_rank"] > 0
     return {
       ("main_loss", 0): 2.0 + 0.1 * has_table + rng.uniform(-0.001, 0.001),
-      ("sampled_tokens_per_round", 0): 1.4 + has_table + rng.uniform(-0.01, 0.01),
       ("decoded_tokens_per_round", 0): 3.5 + rng.uniform(-0.01, 0.01),
       # Drawn drafts gain from the table, the most likely ones do not.
       ("sample_proposal_tokens_per_round", 0):
@@ -338,3 +337,29 @@ def kinds(folder: Path) -> Path:
     }
 
   return write_results(folder, trials, measure)
+
+
+def kinds_on_siblings(folder: Path) -> Path:
+  """Predictors that read no later token gain 0.05 nats, the others nothing."""
+  arms = {"none": {"mtp.kind": "none", "mtp.markov_rank": 0}} | of_kinds.SIBLING_ARMS
+  trials = [
+    trial | arm | {"arm": name, "mtp.weight": 1.0}
+    for name, arm in arms.items()
+    for trial in grid(
+      [(arm["mtp.kind"], int(name != "none"))], range(5), trunk__embed_dim=(32, 64),
+      task__num_train=(1000,), task__siblings__num_children=(100,),
+    )
+  ]
+  for trial in trials:
+    trial["size"] = 1000 * trial["trunk.embed_dim"]
+
+  def curve(trial: Trial, rng: np.random.Generator) -> Iterable[dict]:
+    gains = dict.fromkeys(of_kinds.FED, 0.0) | {"none": 0.0}
+    loss = 2.5 - gains.get(trial["arm"], 0.05) + 0.1 * trial["seed"]
+    for split in ("validation", "test"):
+      yield {
+        "split": split, "step": 10, "loss": loss + rng.normal(0, 0.001),
+        "task_accuracy": 0.5, "task_new": 0.5,
+      }
+
+  return write_results(folder, trials, lambda *_: {}, curve=curve)

@@ -10,9 +10,10 @@ import types
 
 import pytest
 
-from launch.benchmarks import gpu, harness, limits, pages, train
+from launch.benchmarks import gpu, harness, limits, pages, sanity, train
 from mtp_jax import metrics
 from mtp_jax.config import ConfigError
+from mtp_jax.kernels.grouped_matmul import grouped_matmul
 from mtp_jax.targets import future_targets
 from tests import common
 from tests.commands import ROOT
@@ -331,6 +332,17 @@ def test_all_of_a_gpu_is_measured_in_parts_killed_and_resumed(tmp_path):
   assert "| pack " in (tmp_path / "gpu-quick.md").read_text()
   checks = json.loads((tmp_path / name).read_text())["rows"]
   assert len(checks) > 5 and {x["ended"] for x in checks} == {"right"}
+  assert "products of experts, blocked" in {x["check"] for x in checks}
+
+
+def test_sanity_finds_products_with_the_wrong_experts(monkeypatch):
+  assert sanity._experts("blocked") < sanity._WIDE
+
+  def wrong(x_QD, w_EDF, expert_G, plan):
+    return grouped_matmul(x_QD, w_EDF, (expert_G + 1) % 4, plan)
+
+  monkeypatch.setattr(sanity, "grouped_matmul", wrong)
+  assert sanity._experts("blocked") > 0.5
 
 
 def test_predictions_stand_beside_what_was_measured():

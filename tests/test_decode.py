@@ -540,11 +540,13 @@ def test_a_drafter_without_a_distribution_cannot_be_sampled_from(sequential):
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel", "eagle"])
-def test_drafts_that_depend_on_each_other_are_sampled(kind):
+def test_drafts_are_drawn_where_the_rule_uses_their_distribution(kind):
   config = tiny_config(kind, 2)
-  for rule, expected in (("match", "argmax"), ("leviathan", "sample")):
-    plan = generate.make_plan(config, Decoding(rule, SAMPLING))
-    assert plan.proposal == ("argmax" if kind == "parallel" else expected)
+  proposals = {
+    rule: generate.make_plan(config, Decoding(rule, SAMPLING)).proposal
+    for rule in ("match", "leviathan", "block")
+  }
+  assert proposals == {"match": "argmax", "leviathan": "sample", "block": "sample"}
 
 
 def test_heads_cannot_recurse_and_learned_positions_bound_the_length():

@@ -46,6 +46,7 @@ FOLDERS = {
   "drafters_cpu": worlds.drafters,
   "markov_cpu": worlds.markov,
   "kinds_cpu": worlds.kinds,
+  "kinds_cpu_siblings": worlds.kinds_on_siblings,
 }
 RUNS = World(gain={})
 COMMAND = "python -m launch.sweep --config=x.py:cpu"
@@ -102,7 +103,6 @@ VERDICTS = [
   ("drafters_cpu", "kl_more", SUPPORTED, "+0.20"),
   ("drafters_cpu", "lk_more", SUPPORTED, "+0.10"),
   ("drafters_cpu", "written_more", EQUIVALENT, "written text minus"),
-  ("markov_cpu", "sampled_more", SUPPORTED, "rank 256 minus none: +1.0"),
   ("markov_cpu", "greedy_more", EQUIVALENT, "rank 256 minus none"),
   ("markov_cpu", "loss_same", OPPOSITE, "+0.10"),
   ("markov_cpu", "sample_more", SUPPORTED, "rank 256 minus none: +1.0"),
@@ -112,6 +112,9 @@ VERDICTS = [
   ("kinds_cpu", "markov_more", SUPPORTED, "medusa, Markov minus medusa: +0."),
   ("kinds_cpu", "block_costs", SUPPORTED, "dflash minus NTP: +0.05"),
   ("kinds_cpu", "top_costs", EQUIVALENT, "top minus NTP"),
+  ("kinds_cpu_siblings", "blind_more", SUPPORTED, "blind minus fed: +0.05"),
+  ("kinds_cpu_siblings", "medusa_Markov", SUPPORTED, "medusa, Markov, gain: +0.0"),
+  ("kinds_cpu_siblings", "dflash", EQUIVALENT, "dflash, gain"),
 ]
 
 
@@ -175,7 +178,7 @@ def test_the_table_of_kinds_has_a_row_an_arm_and_what_opens_it(root):
   for how in kinds.HOW:
     assert row[f"tokens per round, {how}"].startswith("2.0")
   assert row["main loss minus NTP's"].startswith("+0.05")
-  assert rows.loc["top", "joint"]["tokens per round, sampled"] == ""
+  assert rows.loc["top", "joint"]["tokens per round, drafts drawn"] == ""
   opened = {name: rows.loc[name, "joint"]["opened by"] for name in rows.index.levels[0]}
   for name in ("medusa", "eagle3", "peagle"):
     assert opened[name] == name
@@ -652,3 +655,19 @@ def test_nothing_finished_leaves_no_results(tmp_path, capsys):
 def test_flags_that_do_not_go_together(values, words, capsys):
   assert run_report(**values) == cli.BAD_INPUT
   assert words in capsys.readouterr().err
+
+
+def test_the_gain_on_siblings_stands_beside_what_kinds_draft(root):
+  experiment = EXPERIMENTS["kinds_cpu"]
+  own, beside = (
+    EXPERIMENTS[x].read(root / x) for x in ("kinds_cpu", experiment.beside)
+  )
+  rows = experiment.table(own, beside).set_index(["kind", "trained"])
+  gains = rows["gain on siblings"]
+  assert gains["medusa", "joint"].startswith(("+0.050", "+0.049"))
+  assert gains["medusa", "frozen"] == "" == gains["one module", "joint"]
+  figure, numbers = experiment.draw(own, beside)
+  assert set(numbers["shown"]) == {"tokens", "price", "gain"}
+  assert len(figure.axes) == 3 and not worlds.clipped_texts(figure)
+  alone = experiment.draw(own)[1]
+  assert set(alone["shown"]) == {"tokens", "price"}

@@ -10,10 +10,12 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +25,23 @@ import pytest
 from launch import plan
 from launch.planning import hlo, roofline, steps, topologies
 from launch.planning.chips import CHIPS
+from launch.states import Trial
 from mtp_jax import layouts, losses, pack_program, sharding
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.decode import loop
 from mtp_jax.decode.generate import Decoding, make_plan
 from mtp_jax.decode.target import unstack
 from mtp_jax.evaluate import row_sums_program
+from mtp_jax.kernels import attention as kernels
 from mtp_jax.lm import zeros_batch
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, make_trial_mesh
 from mtp_jax.train_state import hyperparameters
 from mtp_jax.train_step import programs
 from tests.common import EXPERTS, GPT2, KINDS, LATENT, mostly_slow, tiny_config
+
+pytest_plugins = ("tests.commands",)
 
 VOCAB, WIDTH = 1160, 32  # No other dimension is equal to one of them.
 H200 = CHIPS["h200"]
@@ -138,6 +144,26 @@ def test_variants_of_the_step_attend_once(name):
   values, stacks = VARIED[name]
   text = lowered(tiny_config("none", 0, SMALL | values))
   assert calls(text) == (stacks, stacks)
+
+
+@pytest.mark.parametrize("values", [
+  pytest.param({}, id="grouped"),
+  pytest.param(latent(5, 4, 12), id="latent", marks=pytest.mark.slow),
+])
+def test_places_of_documents_take_the_place_of_the_mask(values, monkeypatch):
+  """One call each way as well, which reads no array of T x T."""
+  monkeypatch.setattr(kernels, "places_keys", lambda: True)  # In any version of JAX.
+  config = tiny_config("sequential", 1, SMALL | values | {
+    "trunk.attention": "cudnn_packed", "data.seq_len": 24
+  })
+  text = lowered(config)
+  assert calls(text) == (2, 2)
+  found = [x for x in text.splitlines() if "custom_call @__cudnn$fmha" in x]
+  for line in found:
+    assert "PADDING_CAUSAL" in line and '\\22max_seg_per_batch\\22: 32' in line
+    assert "24x24x" not in line and "tensor<8x33xi32>" in line
+  with_mask = lowered(with_overrides(config, {"trunk.attention": "cudnn"}))
+  assert with_mask.count("x1x24x24xbf16") > text.count("x1x24x24xbf16") == 0
 
 
 def test_experts_of_many_tokens_are_grouped_products():
@@ -387,9 +413,12 @@ COMPILED = {
   "dense": ("sequential", 2, {}),
   "experts": ("none", 0, EXPERTS),
   "mesh": ("sequential", 1, {"mesh.data": 2, "mesh.fsdp": 2}),
+  "packed": ("sequential", 1, {
+    "mesh.data": 2, "mesh.fsdp": 2, "trunk.attention": "cudnn_packed"
+  }),
 }
 # Per layer, trunk and modules; in a loop every turn counts.
-MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185}
+MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185, "packed": 185}
 
 
 @pytest.mark.slow
@@ -398,6 +427,8 @@ MOST_KERNELS = {"dense": 150, "experts": 160, "mesh": 185}
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_step_compiles_for_an_h200(name, tmp_path):
   kind, depth, values = COMPILED[name]
+  if name == "packed" and not kernels.places_keys():
+    pytest.skip("this JAX misplaces the keys of documents")
   config = tiny_config(kind, depth, SMALL | {"loss.block_tokens": 0} | values)
   program = program_config(config)
   count = config.mesh.data * config.mesh.fsdp
@@ -414,13 +445,90 @@ def test_the_step_compiles_for_an_h200(name, tmp_path):
   # Float32 logits, and gradients: the largest arrays of a model this small.
   logits = 4 * VOCAB * 8 * 16 * (1 + depth) / count
   assert found["temporaries"] < 4 * logits + 8 * steps.tree_bytes(inputs)
-  kernels = found["kernels"]
-  assert kernels["products"]["count"] and kernels["attention"]["count"] >= 4
+  kinds = found["kernels"]
+  assert kinds["products"]["count"] and kinds["attention"]["count"] >= 4
   assert not found["unknown_loops"] or name == "experts"
-  per_layer = sum(x["count"] for x in kernels.values()) / (2 + depth)
+  per_layer = sum(x["count"] for x in kinds.values()) / (2 + depth)
   assert per_layer <= MOST_KERNELS[name]
   moved = {k: x["count"] for k, x in found["collectives"].items()}
   assert bool(sum(moved.values())) == (count > 1)
+
+
+def test_packs_and_rounds_are_planned_on_one_gpu(monkeypatch):
+  """Compiled for a CPU in place of a GPU, whatever the mesh of the trials."""
+  monkeypatch.setattr(topologies, "devices", lambda _: tuple(jax.devices()[:2]))
+  step = {"peak": 1.0}
+  monkeypatch.setattr(steps, "fitting_step", lambda config, *_: (config, step))
+  config = tiny_config("none", 0, SMALL | {
+    "trunk.num_layers": 1, "trunk.scan_layers": "off", "mesh.data": 2
+  })
+  row = plan.plan(
+    topologies.parse("h200:2"), [Trial(config, config, Path("x"))], None, 0.4,
+    {"packs": [3], "decode": [4]},
+  )
+  [(trials, pack)], [(texts, turn)] = row["packs"].items(), row["decode"].items()
+  assert (trials, texts) == (3, 4)
+  state = row["params_bytes"] + row["optimizer_bytes"]
+  # And a batch, which they share.
+  assert 3 * state < pack["arguments"] < 3.1 * state
+  # Weights are in the compute dtype of a CPU, float32; a lookup does not read all.
+  assert turn["read"] == row["params_bytes"] - 4 * VOCAB * WIDTH
+  caches = 4 * 192 * 2 * config.trunk.num_kv_heads * 8 * 4
+  assert turn["arguments"] - row["params_bytes"] == pytest.approx(caches, rel=0.1)
+  assert all(x["kernels"]["products"]["count"] for x in (pack, turn))
+
+
+def test_a_plan_has_a_line_for_each_pack_and_each_round():
+  kernels = roofline.summary(roofline.kernels(hlo.parse(HLO)), H200)
+  report = {"kernels": kernels, "peak": 3e9, "unknown_loops": 0}
+  row = {"program": "x", "chips": 1, "model_flops": 1.0, "unknown_loops": 0} | {
+    "kernels": kernels,
+    "packs": {2: report, 4: report}, "decode": {8: report | {"read": 48e9}},
+  }
+  parts = plan.gpu_parts(H200, [row])
+  assert [x for x in parts if x.startswith("#")] == [
+    "## Roofline: a model, not a measurement",
+    "## Packs: trials side by side on one GPU", "## Decoding: one round on one GPU",
+  ]
+  packs, rounds = (
+    [re.split(r" *\| *", line)[1:-1] for line in parts[i].splitlines()] for i in (5, 8)
+  )
+  # 16 kernels of 3 us.
+  assert packs[0] == [
+    "program", "trials", "peak GB", "kernels", *packs[0][4:-2], "roofline ms",
+    "ms/trial",
+  ]
+  assert [(x[1], x[2], x[3], *x[-2:]) for x in packs[2:]] == [
+    ("2", "3.00", "16", "0.05", "0.024"), ("4", "3.00", "16", "0.05", "0.012")
+  ]
+  assert rounds[0][-3:] == ["ms/text", "weights GB", "floor ms"]
+  assert rounds[2][-3:] == ["0.006", "48.00", "10"] and "4.8e+12 bytes/s" in parts[7]
+  nothing = row | {"packs": {}, "decode": {}}
+  assert len(plan.gpu_parts(H200, [nothing])) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@has_compiler
+def test_the_command_plans_packs_and_rounds_for_an_h200(command, tmp_path):
+  result = command(
+    "launch.plan", "--config=experiments/smoke.py", "--topology=h200:1", "--packs=2",
+    "--decode=1,4", f"--output={tmp_path}", "--compilation_cache=",
+    "trunk.num_layers=1", "data.batch_size=2",
+  )
+  assert result.code == 0, result.output
+  [row] = json.loads((tmp_path / "smoke-h200-1.json").read_text())["rows"]
+  [pack], rounds = row["packs"].values(), row["decode"]
+  # A pack has attention of XLA, a lone trial cuDNN's.
+  assert row["kernels"]["attention"]["count"] >= 4
+  assert not pack["kernels"]["attention"]["count"]
+  assert pack["arguments"] == pytest.approx(2 * row["arguments"], rel=0.02)
+  assert list(rounds) == ["1", "4"] and rounds["4"]["peak"] > rounds["1"]["peak"]
+  for report in rounds.values():  # Every weight is read.
+    products = report["kernels"]["products"]
+    assert report["read"] / 2 < products["bytes"] < 10 * report["read"]
+  page = (tmp_path / "smoke-h200-1.md").read_text()
+  assert "## Packs: trials side by side" in page and "## Decoding: one round" in page
 
 
 HLO = """HloModule jit_step, is_scheduled=true

@@ -8,8 +8,6 @@ import pytest
 
 from mtp_jax import accounting, evaluate
 from mtp_jax.config_rules import validate
-from mtp_jax.decode.generate import Decoding, make_plan
-from mtp_jax.decode.warp import Warp
 from mtp_jax.lm import MtpLm, draft_tokens, unembed_matrix
 from mtp_jax.predictors import contract
 from mtp_jax.sharding import unbox
@@ -143,20 +141,6 @@ def test_parameters_flops_and_contract(kind):
   flops = after.train_flops_per_token - before.train_flops_per_token
   assert flops == 3 * 2 * DEPTH * RANK * VOCAB
   assert set(contract(markov)) - set(contract(plain)) == {"added_logits"}
-
-
-@pytest.mark.parametrize("rule, proposals", mostly_slow(
-  [("leviathan", ("argmax", "sample")), ("block", ("sample", "sample"))],
-  ("leviathan", ("argmax", "sample")),
-))
-def test_drafts_that_depend_on_each_other_are_sampled(rule, proposals):
-  decoding = Decoding(rule, Warp(1.0))
-  for kind in ("parallel", "medusa"):
-    found = tuple(
-      make_plan(tiny_config(kind, DEPTH, options), decoding).proposal
-      for options in ({}, MARKOV)
-    )
-    assert found == proposals
 
 
 @pytest.mark.parametrize("kind, depth", [

@@ -30,6 +30,9 @@ DRAFTING = (
 )
 RANKING = "test_top.py::test_loss_and_gradients_are_listnet_on_whole_targets"
 TREE = "test_decode_tree.py"
+BY_PLACES = (
+  "test_attention_kernels.py::test_documents_by_their_places_are_the_same_function"
+)
 ON_GPU = "test_gpu_programs.py::test_every_kind_attends_once_in_each_direction"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
@@ -499,6 +502,12 @@ MUTANTS = {
     '    return "cudnn"\n',
     '    return "xla"\n',
     f"{ON_GPU}[sequential-3]",
+  ),
+  "documents without a place have no output, and nothing shows it": Mutant(
+    "kernels/attention.py",
+    "jnp.where(fits_B, 0, jnp.nan)",
+    "jnp.where(fits_B, 0, 0)",
+    f"{BY_PLACES}[heads0]",
   ),
   "cuDNN attends again in the backward pass": Mutant(
     "model/block.py",

@@ -32,6 +32,8 @@ VLLM = os.environ.get("MTP_JAX_VLLM_PYTHON")  # Set by `make test-serve`.
 
 def serve(test):
   reason = "needs vLLM: make test-serve"
+  # vLLM starts in one to three minutes on two idle cores.
+  test = pytest.mark.timeout(1200)(test)
   return pytest.mark.serve(pytest.mark.skipif(not VLLM, reason=reason)(test))
 
 
@@ -217,7 +219,6 @@ def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
 
 
 @serve
-@pytest.mark.timeout(1200)  # It compiles the model.
 def test_the_line_of_the_page_serves_a_folder(tmp_path):
   """As a process, which other programs ask over HTTP; without --enforce-eager."""
   model, folder = model_of("glm4_moe"), tmp_path / "out"

@@ -4,10 +4,11 @@
 
 Losses and gradients of a small model: on this device and on its CPU, in float32 and in
 the compute dtype of each. Attention: every kernel of this device against plain XLA, on
-rows of several documents, with its gradients. Rows of two documents against each
-document in a row of its own. A pack of trials against each trial alone. A difference is
-the largest one over the largest value; a check fails above its bound, and the command
-ends with exit code 1.
+rows of several documents, with its gradients. Products of tokens with the matrices of
+their experts: every kernel against plain XLA in float32, with its gradients, with one
+expert that no token chose. Rows of two documents against each document in a row of its
+own. A pack of trials against each trial alone. A difference is the largest one over the
+largest value; a check fails above its bound, and the command ends with exit code 1.
 """
 
 import functools
@@ -23,7 +24,14 @@ from launch.benchmarks import harness, pages
 from launch.tables import markdown
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, with_overrides
-from mtp_jax.kernels.attention import attention, largest_head
+from mtp_jax.kernels.attention import attention, largest_head, takes_documents
+from mtp_jax.kernels.grouped_matmul import (
+  from_rows,
+  grouped_matmul,
+  make_plan,
+  sort_by_expert,
+  to_rows,
+)
 from mtp_jax.lm import MtpLm
 from mtp_jax.pack_program import Pack
 from mtp_jax.program import program_config
@@ -72,17 +80,18 @@ def checks(config: Config) -> Iterator[tuple[str, Callable[[], float], float]]:
     compare = functools.partial(_against_cpu, changed)
     yield f"loss and gradients against the CPU, {dtype}", compare, bound
   is_gpu = jax.devices()[0].platform == "gpu"
-  kernels = ["cudnn"] if is_gpu else ["blocked"]
-  if importlib.util.find_spec("tokamax"):
-    kernels.append("tokamax")
+  tokamax = ["tokamax"] if importlib.util.find_spec("tokamax") else []
   bound = _NARROW if is_gpu else _WIDE
   # Heads of queries and keys, sizes of keys and values: the last of latent attention.
   shapes = [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 128, 128), (4, 4, 96, 64)]
   shapes += [(4, 4, 192, 128)] if largest_head() >= 192 else []
-  for kernel in kernels:
+  packed = ["cudnn_packed"] if is_gpu and takes_documents() else []
+  for kernel in ["cudnn" if is_gpu else "blocked", *packed, *tokamax]:
     for heads in shapes:
       text = f"attention of {kernel}, heads {heads}"
       yield text, functools.partial(_attention, kernel, config, *heads), bound
+  for kernel in ["blocked", *tokamax]:
+    yield f"products of experts, {kernel}", functools.partial(_experts, kernel), bound
   yield "documents in one row against rows of their own", functools.partial(
     _packed_rows, config
   ), bound
@@ -153,6 +162,42 @@ def _attention(kernel: str, config: Config, N: int, G: int, H: int, V: int) -> f
     return out, pullback(d_out)
 
   return _difference(value_and_grads(kernel), value_and_grads("xla"))
+
+
+def _experts(kernel: str) -> float:
+  N, E, D, F = 512, 4, 256, 192  # Rows enough for the kernel of tokamax.
+  keys = jax.random.split(jax.random.key(0), 4)
+  # Two experts of each token: many choose the first, none the last.
+  scores_NE = jax.random.normal(keys[0], (N, E)) + jnp.array([2.0, 1, 0, -jnp.inf])
+  expert_Nk = jax.lax.top_k(scores_NE, 2)[1]
+  plan = make_plan(kernel, expert_Nk.shape, E, E, D * F)
+  is_gpu = jax.devices()[0].platform == "gpu"
+  x, w, d_out = (
+    jax.random.normal(key, shape, jnp.bfloat16 if is_gpu else jnp.float32)
+    for key, shape in zip(keys[1:], ((N, D), (E, D, F), (N, F)), strict=True)
+  )
+
+  def of_kernel(x_ND: jax.Array, w_EDF: jax.Array) -> jax.Array:
+    rows = sort_by_expert(expert_Nk, E, plan)
+    return from_rows(
+      grouped_matmul(to_rows(x_ND, rows), w_EDF, rows.expert_G, plan), rows
+    )
+
+  def plain(x_ND: jax.Array, w_EDF: jax.Array) -> jax.Array:
+    is_chosen_NE = jnp.sum(jax.nn.one_hot(expert_Nk, E), axis=1)
+    return jnp.einsum("NE,ND,EDF->NF", is_chosen_NE, x_ND, w_EDF)
+
+  def value_and_grads(product: Callable[..., jax.Array], *arrays: jax.Array) -> Any:
+    *inputs, d_out_NF = arrays
+    out_NF, pullback = jax.vjp(product, *inputs)
+    return out_NF, pullback(d_out_NF)
+
+  found = jax.jit(functools.partial(value_and_grads, of_kernel))(x, w, d_out)
+  with jax.default_matmul_precision("highest"):
+    expected = jax.jit(functools.partial(value_and_grads, plain))(
+      *(a.astype(jnp.float32) for a in (x, w, d_out))
+    )
+  return _difference(found, expected)
 
 
 def _packed_rows(config: Config) -> float:

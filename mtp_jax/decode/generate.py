@@ -65,9 +65,7 @@ class Decoding:
     token) | leviathan | block (sampling, equal in distribution); see `verify`.
   warp: temperature and the like for the rules that sample; None for greedy.
   proposal: how drafts are chosen, see `loop.Plan`. `auto` samples where the rule can
-    use the distribution and drafts depend on each other (sequential modules, EAGLE,
-    heads with a Markov head), and else takes the arg max: drafts of other heads,
-    sampled one by one, do not fit together.
+    use the distribution (leviathan, block), and else takes the arg max.
   num_drafts: K; None takes all of the model's predictors.
   recurse: allows K > D, see `drafters.own_predictors`.
   tree: see `trees`; None verifies a chain. The depth of a tree is K.
@@ -120,7 +118,7 @@ def make_plan(
   if drafter.num_drafts == 0 and rule != "greedy":
     rule = "match"  # Nothing is drafted: every rule is plain sampling.
   if proposal == "auto":
-    uses_q = rule == "block" or (rule == "leviathan" and drafter.feeds_choices)
+    uses_q = rule in ("leviathan", "block")
     proposal = "sample" if uses_q and drafter.has_distribution else "argmax"
   if drafter.num_drafts:
     if proposal in ("sample", "coupled") and not drafter.has_distribution:

@@ -225,7 +225,8 @@ class Experiment:
 
   read: reads its results folder. draw: returns its figure and the numbers in it; None
   draws the estimates of the claims. table: returns what the page also shows as a table,
-  if anything.
+  if anything. beside: the folder of another experiment whose results, if there are any,
+  draw and table read too.
   """
 
   name: str
@@ -233,9 +234,10 @@ class Experiment:
   title: str
   caption: str
   claims: tuple[Claim, ...]
-  draw: Callable[[Any], Drawing] | None = None
+  draw: Callable[..., Drawing] | None = None
   read: Callable[[Path], Any] = results_lib.read
-  table: Callable[[Any], pd.DataFrame] | None = None
+  table: Callable[..., pd.DataFrame] | None = None
+  beside: str = ""
 
   @property
   def folder(self) -> str:

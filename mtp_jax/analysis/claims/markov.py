@@ -19,28 +19,17 @@ def experiment(preset: str) -> claim.Experiment:
     (
       *(
         claim.Claim(
-          f"{how}_more", f"A Markov head adds {how} tokens per round",
+          f"{key}_more", f"A Markov head adds {words}",
           f"{DSPARK} has it on a frozen trunk", claim.NO_FIGURE,
-          f"{how} tokens per round, {rule}{claim.PAIRED}", claim.TOKENS,
+          f"{words}, {rule}{claim.PAIRED}", claim.TOKENS,
           functools.partial(difference, metric=f"{measured}_tokens_per_round"),
         )
-        for how, measured in (("sampled", "sampled"), ("greedy", "decoded"))
-      ),
-      # Heads without a table draft their most likely token by themselves, with it they
-      # draw; these two compare at the same proposal.
-      *(
-        claim.Claim(
-          f"{proposal}_more",
-          f"A Markov head adds sampled tokens where both arms {words}",
-          f"{DSPARK} has it on a frozen trunk", claim.NO_FIGURE,
-          f"sampled tokens per round, proposal {proposal}, {rule}{claim.PAIRED}",
-          claim.TOKENS,
-          functools.partial(
-            difference, metric=f"{proposal}_proposal_tokens_per_round"
-          ),
-        )
-        for proposal, words in (
-          ("sample", "draw their drafts"), ("argmax", "draft their most likely token")
+        for key, words, measured in (
+          ("sample", "sampled tokens per round where drafts are drawn",
+           "sample_proposal"),
+          ("argmax", "sampled tokens per round where drafts are the most likely tokens",
+           "argmax_proposal"),
+          ("greedy", "greedy tokens per round", "decoded"),
         )
       ),
       claim.Claim(

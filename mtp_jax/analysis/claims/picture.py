@@ -17,11 +17,13 @@ _LOOKS = {
 }
 
 
-def of(experiment: claim.Experiment, results: Any) -> claim.Drawing:
+def of(experiment: claim.Experiment, results: Any, *beside: Any) -> claim.Drawing:
   """Returns the experiment's own figure or, without one, the figure of its estimates.
+
+  beside: the results of `experiment.beside`, if there are any.
   """
   if experiment.draw:
-    return experiment.draw(results)
+    return experiment.draw(results, *beside)
   rows = pd.DataFrame([
     row for own in experiment.claims for row in _rows(own, own.judge(results))
   ])

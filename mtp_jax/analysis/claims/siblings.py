@@ -16,7 +16,7 @@ import pandas as pd
 
 from mtp_jax.analysis import drawing, statistics
 from mtp_jax.analysis.claims import arms, by_size, claim
-from mtp_jax.analysis.results import Results
+from mtp_jax.analysis.results import Results, Where
 
 CHILDREN, EXAMPLES = "task.siblings.num_children", "task.num_train"
 DATA = [CHILDREN, EXAMPLES]
@@ -110,9 +110,13 @@ def _claims() -> Iterator[claim.Claim]:
 
 
 def gains(
-  results: Results, score: str, moment: str = "best", weight: float = WEIGHT
+  results: Results, score: str, moment: str = "best", weight: float = WEIGHT,
+  arm: Where | None = None,
 ) -> pd.DataFrame:
-  """Returns the paired gains: columns DATA, size, REPLICATE and gain."""
+  """Returns the paired gains: columns DATA, size, REPLICATE and gain.
+
+  arm: the config values of the trials beside NTP's; default: all with one extra depth.
+  """
   own = SCORES[score]
   data = [results.key(key) for key in DATA]
   rows = results.select({})
@@ -123,6 +127,7 @@ def gains(
   )
   ntp, two = rows[rows["mtp.depth"] == 0], rows[rows["mtp.depth"] == 1]
   two = two[two[results.key("mtp.weight")] == weight]
+  two = two[two["trial"].isin(results.select(arm or {})["trial"])]
   cell = [*data, "size"]
   ntp, two = (arms.reported(x, cell).dropna(subset="value") for x in (ntp, two))
   return arms.pairs(ntp, two, cell, 1 if own.best == "min" else -1)

@@ -35,4 +35,7 @@ def experiments() -> tuple[Experiment, ...]:
     make(preset) for make in makers for preset in PRESETS
     if preset != "cluster" or make not in two_presets
   ]
-  return (*of_presets, star_graph.experiment(star_graph.EASIER))
+  return (
+    *of_presets, kinds.siblings_experiment("cpu"),
+    star_graph.experiment(star_graph.EASIER),
+  )
