@@ -230,14 +230,14 @@ MUTANTS = {
     "test_excerpts_are_of_training_documents_in_the_order_of_the_run",
   ),
   "every file of a Medusa head holds the first one": Mutant(
-    "interop/tensor_table.py",
-    'yield from _expand(head, f"{k}.", "mtp/", (k,), 0, shapes)',
-    'yield from _expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
+    "interop/drafter_tensors.py",
+    'yield from expand(head, f"{k}.", "mtp/", (k,), 0, shapes)',
+    'yield from expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
     "test_drafter_files.py::"
     "test_the_published_forward_pass_on_the_files_gives_our_logits[medusa]",
   ),
   "attention of EAGLE-3 written for the hidden state before the embedding": Mutant(
-    "interop/tensor_table.py",
+    "interop/drafter_tensors.py",
     "inputs = [line._replace(form=swapped) for line in inputs]",
     "inputs = list(inputs)",
     "test_drafter_files.py::"
