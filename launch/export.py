@@ -16,8 +16,8 @@ with an index if it is large), tokenizer.json, tokenizer_config.json, README.md 
 card) and mtp_contract.json, which has what config.json cannot hold: the order of
 concatenation, the hidden state that the predictors read, norms, positions. Files that
 came with an imported model go out as they came in. Drafters with a published layout of
-their own (medusa, eagle, eagle3) are written without the trunk, which is another folder
-(--trunk_only).
+their own (medusa, eagle, eagle3, peagle, dflash) are written without the trunk, which
+is another folder (--trunk_only).
 
 --stitch=ORIGINAL copies the folder that the run was imported from, and writes the tuned
 MTP layers over the layers of the copy: all other bytes stay. The trunk must have stayed

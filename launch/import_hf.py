@@ -13,7 +13,8 @@ of the folder; all else (extra predictors, data, optimizer, mesh) follows --conf
 New predictors begin at random, so the next-token logits of the run folder equal the
 folder's, until training moves them; with --config.train.freeze_trunk=True they stay.
 MTP layers that the folder has are taken over with their depth. --drafter names a folder
-with predictors alone, in the layout of --config.mtp.kind (medusa, eagle, eagle3).
+with predictors alone, in the layout of --config.mtp.kind (medusa, eagle,
+eagle3, peagle, dflash).
 
 Rows may be shorter than the folder's texts: learned positions are then cut to
 data.seq_len. --config.trunk.rope_theta and --config.trunk.rope_scaling.* replace what

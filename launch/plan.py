@@ -132,7 +132,8 @@ def check(
     try:
       fitted = topologies.fit_to_mesh(topology, trial.config.mesh)
       platform = "gpu" if isinstance(fitted.chip, Gpu) else "tpu"
-      validate(trial.config, fitted.num_chips, platform)
+      with topologies.kernels_of(fitted.chip):
+        validate(trial.config, fitted.num_chips, platform)
       topologies.devices(fitted)
     except ConfigError as error:
       raise ConfigError(f"{trial.name} on {topology}: {error}") from error

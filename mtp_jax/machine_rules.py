@@ -1,5 +1,6 @@
 """Rules of the machine: its memory holds the sizes, its platform has the kernels."""
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.effects import conditions, has_effect
 from mtp_jax.environment import machine_memory
-from mtp_jax.kernels.attention import LARGEST_HEAD, padded_head
+from mtp_jax.kernels.attention import LARGEST_HEAD, padded_head, takes_documents
 from mtp_jax.keys import Role
 from mtp_jax.predictors import num_added_layers, num_trunk_layers
 
@@ -95,11 +96,16 @@ def check_kernels(
       "is not installed",
     )
     rule(num_devices in (None, 1), key, f"another on {num_devices} devices")
-  if trunk.attention != "cudnn":
+  if not trunk.attention.startswith("cudnn"):
     return
   rule(
     is_gpu, key,
     f"'auto', 'xla' or 'blocked' on platform {platform!r}: cuDNN is of NVIDIA GPUs",
+  )
+  rule(
+    trunk.attention == "cudnn" or takes_documents(), key,
+    "another before Hopper, and before JAX 0.12, which places the keys of documents "
+    f"right (this is JAX {importlib.metadata.version('jax')})",
   )
   sizes, size = trunk.latent, padded_head(trunk.head_dim, trunk.head_dim)
   if trunk.attention_kind == "latent":

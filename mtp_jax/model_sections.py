@@ -143,9 +143,9 @@ class TrunkConfig:
   compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
     "auto", "of activations; auto: bfloat16 on accelerators, float32 on CPU"
   )
-  attention: Literal["auto", "xla", "blocked", "cudnn", "tokamax"] = key(
-    "auto", "how it is computed, see kernels/attention.py", RUNS
-  )
+  attention: Literal[
+    "auto", "xla", "blocked", "cudnn", "cudnn_packed", "tokamax"
+  ] = key("auto", "how it is computed, see kernels/attention.py", RUNS)
 
   @property
   def head_dim(self) -> int:
@@ -214,6 +214,8 @@ class MtpConfig:
               embedding, as in vLLM.
   window:     so many upcoming tokens are ranked by TOP.
   draft_layers: DFlash has five; one would let no row of a block read what others have.
+  one_mask:   the rows of a block share one mask, as in DFlash's code; files of other
+              programs have no place for more.
   fc_norm, norm_output: the two norms of EAGLE-3.1.
   fc_bias:    EAGLE's own code has a bias after its map of state and embedding; vLLM has
               none, and drops it in silence.
@@ -301,6 +303,7 @@ class MtpConfig:
   draft_layers: int = key(
     2, "layers of a block drafter", ARCH, at_least(1), at_most(64)
   )
+  one_mask: bool = key(False, "one mask for all rows of a block", ARCH)
   fc_norm: bool = key(False, "norm of each stream that EAGLE-3 joins", ARCH)
   norm_output: bool = key(False, "EAGLE-3's steps read a normed state", ARCH)
   fc_bias: bool = key(True, "bias of EAGLE's map of state and embedding", ARCH)

@@ -185,7 +185,7 @@ def _stackable(trunk: TrunkConfig) -> TrunkConfig:
   of experts not at all.
   """
   attention, moe = trunk.attention, trunk.moe
-  if attention in ("auto", "cudnn", "tokamax"):
+  if attention in ("auto", "cudnn", "cudnn_packed", "tokamax"):
     attention = "xla"
   if choose_implementation(moe.grouped_matmul, platform()) == "tokamax":
     moe = dataclasses.replace(moe, grouped_matmul="blocked")

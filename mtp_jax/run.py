@@ -13,7 +13,7 @@ import numpy as np
 from mtp_jax import accounting, checkpoint, run_folder
 from mtp_jax.batch import Batch
 from mtp_jax.checkpoint import Checkpointer, CheckpointError, Restored
-from mtp_jax.config import Config, ConfigError
+from mtp_jax.config import Config, ConfigError, with_overrides
 from mtp_jax.config_rules import validate
 from mtp_jax.data.packing import token_counts
 from mtp_jax.data.pipeline import Corpus, TrainLoader, load_corpus
@@ -23,6 +23,7 @@ from mtp_jax.data.tokenizers import Tokenizer, in_run, save_tokenizer
 from mtp_jax.environment import code_commit, hardware, versions
 from mtp_jax.executables import compile_ahead, compiled, stop_ahead
 from mtp_jax.interrupt import Interrupted
+from mtp_jax.kernels.attention import MOST_DOCUMENTS
 from mtp_jax.layouts import abstract_inputs, fastest_that_fits
 from mtp_jax.lm import on_trunk
 from mtp_jax.predictors import tokens_after_row
@@ -86,6 +87,20 @@ def check_folder(config: Config, workdir: Path) -> None:
       checkpoint.check_resumable(saved, config)
 
 
+def _with_mask_where_needed(config: Config, corpus: Corpus | TaskCorpus) -> Config:
+  """Returns the config, with a mask in place of more documents than attention takes."""
+  if config.trunk.attention != "cudnn_packed":
+    return config
+  # Held-out rows have one document each.
+  if (count := corpus.train_rows(0).most_documents) <= MOST_DOCUMENTS:
+    return config
+  warnings.warn(
+    f"trunk.attention is 'cudnn' in place of 'cudnn_packed', which takes at most "
+    f"{MOST_DOCUMENTS} documents: a row may have {count}.", stacklevel=3,
+  )
+  return with_overrides(config, {"trunk.attention": "cudnn"})
+
+
 class Run:
   """The parts of one run, built once; a context manager, which saves what is under way.
 
@@ -110,6 +125,7 @@ class Run:
     self.mesh = make_mesh(config.mesh, devices)
     section = in_run(config.tokenizer, workdir)
     self.corpus = load_corpus(dataclasses.replace(config, tokenizer=section), tokenizer)
+    self.config = _with_mask_where_needed(self.config, self.corpus)
     # What is measured at a validation, by the kind of its record.
     self.validated = {"validation": self.corpus}
     if config.train.eval_test:

@@ -23,6 +23,7 @@ class Weights:
     for file in sorted(folder.glob("*.safetensors")):
       self.tensors |= load_file(file)
     self.config = json.loads((folder / "config.json").read_text())
+    self.config = self.config.get("transformer_layer_config", {}) | self.config
     contract = json.loads((folder / "mtp_contract.json").read_text())
     self.zeroes = contract.get("embedding_zeroed_at_position_0", False)
     self.prefix = ""
@@ -84,6 +85,7 @@ def eagle_logits(
   streams, h_TD = _llama(w, tokens[:length])
   embedding_VD = w["model.embed_tokens.weight"]
   is_eagle3 = "draft_vocab_size" in e.config
+  is_masked = "mask_token_id" in e.config
   if is_eagle3:
     layers = w.config["num_hidden_layers"]
     taps = [streams[i] for i in e.config.get(
@@ -96,18 +98,55 @@ def eagle_logits(
   for i in range(length):
     states = list(feature_TD[: i + 1])
     for k in range(1, 1 + depth):
-      ahead = embedding_VD[tokens[1 : 1 + len(states)]]
+      read = tokens[1 : 1 + len(states)].copy()
+      if is_masked:  # P-EAGLE goes on from masks, and has its own table.
+        read[i + 1 :] = e.config["mask_token_id"]
+        embedding_VD = e["embed_tokens.weight"]
+      ahead = embedding_VD[read]
       run = _eagle3 if is_eagle3 else _eagle
-      states.append(run(e, ahead, np.array(states))[-1])
+      state_D = run(e, ahead, np.array(states))[-1]
+      states.append(e.linear("fc", e["mask_hidden"][0, 0]) if is_masked else state_D)
       if is_eagle3:
-        found = e.linear("lm_head", e.norm("norm", states[-1]))
-        if "d2t" in e.tensors:  # Other tokens cannot be drafted.
-          out[k][i] = -np.inf
-          out[k][i][np.arange(len(found)) + e.tensors["d2t"]] = found
-        else:
-          out[k][i] = found
+        out[k][i] = _drafted(e, state_D, len(embedding_VD))
       else:
         out[k][i] = states[-1] @ _head(w)["weight"].T
+  return np.stack(out)
+
+
+def _drafted(w: Weights, state_D: np.ndarray, vocab_size: int) -> np.ndarray:
+  """Returns logits_V; -inf for tokens that cannot be drafted."""
+  found = w.linear("lm_head", w.norm("norm", state_D))
+  if "d2t" not in w.tensors:
+    return found
+  out_V = np.full(vocab_size, -np.inf)
+  out_V[np.arange(len(found)) + w.tensors["d2t"]] = found
+  return out_V
+
+
+def dflash_logits(
+  trunk: Path, drafter: Path, tokens: np.ndarray, length: int
+) -> np.ndarray:
+  """Returns logits_MTV of a trunk and a block drafter, one block after the other."""
+  w, e = Weights(trunk), Weights(drafter)
+  streams, h_TD = _llama(w, tokens[:length])
+  depth = e.config["block_size"] - 1
+  taps = [streams[i] for i in e.config["aux_hidden_state_layer_ids"]]
+  context_TD = e.norm("hidden_norm", e.linear("fc", np.concatenate(taps, axis=-1)))
+  size = len(e["embed_tokens.weight"])
+  out = [h_TD @ _head(w)["weight"].T, *np.zeros((depth, length, size))]
+  for i in range(length):
+    ids = [tokens[i + 1], *[e.config["mask_token_id"]] * depth]
+    x_RD = e["embed_tokens.weight"][ids]
+    for n in range(e.config["num_hidden_layers"]):
+      layer = e.at(f"layers.{n}")
+      normed_RD = layer.norm("input_layernorm", x_RD)
+      seen = np.concatenate([context_TD[: i + 1], normed_RD])
+      x_RD = x_RD + _grouped(layer.at("self_attn"), seen, rows=len(x_RD))
+      x_RD = x_RD + _swiglu(
+        layer.at("mlp"), layer.norm("post_attention_layernorm", x_RD)
+      )
+    for k in range(1, 1 + depth):
+      out[k][i] = _drafted(e, x_RD[k], size)
   return np.stack(out)
 
 
@@ -120,7 +159,7 @@ def _eagle(w: Weights, ahead_TD: np.ndarray, state_TD: np.ndarray) -> np.ndarray
 
 
 def _eagle3(w: Weights, ahead_TD: np.ndarray, state_TD: np.ndarray) -> np.ndarray:
-  layer = w.at("midlayer")
+  layer = w.at("layers.0" if "mask_token_id" in w.config else "midlayer")
   joined = np.concatenate(
     [layer.norm("input_layernorm", ahead_TD), layer.norm("hidden_norm", state_TD)],
     axis=-1,
@@ -194,10 +233,13 @@ def _swiglu(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   return w.linear("down_proj", gate / (1 + np.exp(-gate)) * up)
 
 
-def _attend(q_NTH: np.ndarray, k_NTH: np.ndarray, v_NTH: np.ndarray) -> np.ndarray:
+def _attend(
+  q_NTH: np.ndarray, k_NTH: np.ndarray, v_NTH: np.ndarray, is_causal: bool = True
+) -> np.ndarray:
   T = q_NTH.shape[1]
   scores = q_NTH @ k_NTH.swapaxes(1, 2) / np.sqrt(q_NTH.shape[-1])
-  scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+  if is_causal:
+    scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   out_NTH = weights / weights.sum(-1, keepdims=True) @ v_NTH
   return out_NTH.swapaxes(0, 1).reshape(T, -1)
@@ -210,8 +252,11 @@ def _turns(
   return np.exp(1j * np.arange(length)[:, None] * frequency)
 
 
-def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
-  """Grouped-query attention, the pairs of a rotation in the two halves of a head."""
+def _grouped(w: Weights, x_TD: np.ndarray, rows: int = 0) -> np.ndarray:
+  """Grouped-query attention, the pairs of a rotation in the two halves of a head.
+
+  `rows`: so many last places, which see all places, are computed; 0: causally, all.
+  """
   c, T = w.config, len(x_TD)
   H = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
   scaling = c["rope_scaling"] or {"type": "linear", "factor": 1.0}
@@ -231,7 +276,8 @@ def _grouped(w: Weights, x_TD: np.ndarray) -> np.ndarray:
   q, k = rotate(heads("q_proj"), "q_norm"), rotate(heads("k_proj"), "k_norm")
   v = heads("v_proj")
   group = c["num_attention_heads"] // c["num_key_value_heads"]
-  return w.linear("o_proj", _attend(q, *(a.repeat(group, axis=0) for a in (k, v))))
+  k, v = (a.repeat(group, axis=0) for a in (k, v))
+  return w.linear("o_proj", _attend(q[:, T - rows if rows else 0 :], k, v, not rows))
 
 
 def _latent(w: Weights, x_TD: np.ndarray) -> np.ndarray:

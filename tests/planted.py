@@ -55,6 +55,17 @@ CASES = {
       "mtp.draft_vocab": 200,
     },
   ),
+  "peagle": (
+    "peagle", "llama", "peagle", 2,
+    {"mtp.unembed": "own", "trunk.num_kv_heads": 2, "trunk.num_layers": 3},
+  ),
+  "dflash": (
+    "dflash", "qwen3", "dflash", 2,
+    {
+      "mtp.unembed": "own", "trunk.num_kv_heads": 2, "trunk.num_layers": 3,
+      "mtp.one_mask": True, "trunk.qk_norm": True,
+    },
+  ),
 }  # fmt: skip
 # Of blocks, what is added to the residual stream.
 _OUTPUTS = ("out", "down")
@@ -124,22 +135,54 @@ def planted(config, seed=0):
       ids = np.sort(rng.permutation(size)[:number])
       mtp["draft_tokens"] = ids
       mtp["unembed"] = mtp["unembed"][:, ids]
-    _attend_to_itself(mtp["layer"]["attention"], config)
+    _look_back(mtp["layer"]["attention"], config, (0, 0))
+  elif config.mtp.kind in ("peagle", "dflash"):
+    # A row writes what it finds at one distance into one half, for the first draft, and
+    # at a larger distance into the other half, for the second.
+    half = dim // 2
+    mtp["unembed"] = np.concatenate([
+      unembedding(1)[:half], unembedding(2)[:half]
+    ])
+    mask = 0.3 * np.append(4, rng.standard_normal(dim - 1))
+    if config.mtp.kind == "peagle":
+      mtp["fusion"]["kernel"] = noise((3 * dim, dim)) / dim
+      mtp["mask_embedding"] = mask
+      _look_back(mtp["layer"]["attention"], config, (0, 1), half)
+    else:
+      mtp["fusion"]["kernel"] = noise((3 * dim, dim)) / dim + np.eye(3 * dim, dim)
+      mtp["masks"] = mask[None]
+      _look_back(mtp["layer_0"]["attention"], config, (1, 2), half)
   return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
-def _attend_to_itself(attention, config):
-  """Makes a position read its own embedding alone: EAGLE-3 has no other way to it.
+def _look_back(attention, config, distances, half=None):
+  """Makes each head read the embedding at one distance alone: there is no other way to
+  an embedding.
 
   Queries and keys are one constant vector, made of what all embeddings share, so that
-  rotation alone tells positions apart: the own one has the largest product.
+  rotation alone tells positions apart: the query is turned back by the distance, so
+  that the key there has the largest product. `half`: all heads read so many dimensions,
+  the first ones; None: each head its own.
   """
   dim, heads, size = config.trunk.embed_dim, config.trunk.num_heads, (
     config.trunk.head_dim
   )
-  for name in ("query", "key"):
-    attention[name] = np.zeros((2 * dim, heads, size))
-    attention[name][dim] = 1.5
-  values = np.concatenate([np.zeros((dim, dim)), np.eye(dim)])
-  attention["value"] = values.reshape(2 * dim, heads, size)
+  width = len(attention["query"])  # Behind the hidden state, if that is read too.
+  first, pairs = width - dim, size // 2
+  turn = config.trunk.rope_theta ** (-np.arange(pairs) / pairs)
+  angle = np.array(distances)[:, None] * turn
+  attention["key"] = np.zeros((width, heads, size))
+  attention["key"][first] = 1.5
+  attention["query"] = np.zeros((width, heads, size))
+  attention["query"][first, :, :pairs] = 1.5 * (np.cos(angle) + np.sin(angle))
+  attention["query"][first, :, pairs:] = 1.5 * (np.cos(angle) - np.sin(angle))
+  values = np.concatenate([np.zeros((first, dim)), np.eye(dim)])
+  if half is not None:
+    values[:, half:] = values[:, :half]
+  attention["value"] = values.reshape(width, heads, size)
   attention["out"] = 3 * np.eye(dim).reshape(heads, size, dim)
+  for name in ("query_head_norm", "key_head_norm"):
+    if name in attention:  # The length does not count: two pairs alone do, and much.
+      scale = np.zeros(size)
+      scale[[0, 1, pairs, pairs + 1]] = 5
+      attention[name]["scale"] = scale

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.kernels import attention as kernels
@@ -222,6 +223,73 @@ def test_heads_are_padded_for_cudnn(key, value, monkeypatch):
   assert calls == [("cudnn", size, size, size)]
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+def _by_places(
+  q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type
+):
+  """What cuDNN promises: each document of a row attends to itself, up to each token."""
+  assert mask_type.name == "PADDING_CAUSAL" and q_offsets.shape[1] == 1 + (
+    q_seqlen.shape[1]
+  )
+  assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+  at_T = jnp.arange(q.shape[1])
+
+  def document_of(starts_X, lengths_M):
+    begin_M1, end_M1 = starts_X[:-1, None], (starts_X[:-1] + lengths_M)[:, None]
+    is_in_MT = (begin_M1 >= 0) & (begin_M1 <= at_T) & (at_T < end_M1)
+    # Where no document is, there is no output.
+    return jnp.where(is_in_MT.any(0), is_in_MT.argmax(0), -1)
+
+  ids_BT = jax.vmap(document_of)(q_offsets, q_seqlen)
+  out = attention(q, k, v, ids_BT, implementation="xla", scale=scale)
+  return jnp.where((ids_BT >= 0)[..., None, None], out, 0)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_documents_by_their_places_are_the_same_function(heads, monkeypatch):
+  monkeypatch.setattr(kernels, "takes_documents", lambda: True)
+  monkeypatch.setattr(cudnn, "dot_product_attention", _by_places)
+  monkeypatch.setattr(kernels, "MOST_DOCUMENTS", 5)
+  arrays, segments = _inputs(16, *heads, np.float32, V=5)
+  counts = [len(set(row)) for row in np.asarray(segments).tolist()]
+  assert max(counts) == 5 > min(counts)  # Some places are empty, one row has them all.
+  expected = _value_and_grads("xla", arrays, segments, 0.4)
+  _value_and_grads.clear_cache()
+  found = _value_and_grads("cudnn_packed", arrays, segments, 0.4)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+  # A row with more documents shows it; the others stay.
+  monkeypatch.setattr(kernels, "MOST_DOCUMENTS", 4)
+  _value_and_grads.clear_cache()
+  out, *_ = _value_and_grads("cudnn_packed", arrays, segments, 0.4)
+  fits = np.array(counts) <= 4
+  assert np.isnan(out).any(axis=(1, 2, 3)).tolist() == (~fits).tolist()
+  np.testing.assert_allclose(out[fits], expected[0][fits], rtol=1e-5, atol=2e-6)
+
+
+def test_keys_of_documents_are_placed_where_they_are(monkeypatch):
+  """The rule of JAX from 0.12 on, and the one before; then what is installed."""
+  def placed(heads_of):
+    def fix(q_seqlen, kv_seqlen, q_offsets, kv_offsets, q, k):
+      starts = kv_offsets[:, :-1]
+      strides = (x.shape[2] * x.shape[3] for x in (q, heads_of(q, k)))
+      places = (np.append(starts, 4) * stride for stride in strides)
+      return q_seqlen, kv_seqlen, *places
+    return fix
+
+  for heads_of, expected in ((lambda q, k: k, True), (lambda q, k: q, False)):
+    monkeypatch.setattr(cudnn, "_fix_seqlen_offsets", placed(heads_of))
+    assert kernels.places_keys.__wrapped__() == expected
+  monkeypatch.undo()
+  found = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+  assert kernels.places_keys.__wrapped__() == found
+
+
+def test_places_of_documents_are_refused_where_there_are_none(monkeypatch):
+  monkeypatch.setattr(kernels, "takes_documents", lambda: False)
+  with pytest.raises(ValueError, match="'cudnn_packed' before Hopper, nor with a JAX"):
+    choose_implementation("cudnn_packed", "gpu", jnp.bfloat16, 64, 256)
 
 
 def test_a_named_implementation_is_kept_and_an_unknown_one_refused():

@@ -604,6 +604,17 @@ def test_a_kernel_that_the_platform_does_not_have_is_refused(monkeypatch, name):
   config_rules.validate(config, 8)  # The sweep's own process has other devices.
 
 
+def test_places_of_documents_need_a_gpu_and_a_jax_that_take_them(monkeypatch):
+  config = make(**{"trunk.attention": "cudnn_packed"})
+  monkeypatch.setattr("mtp_jax.machine_rules.takes_documents", lambda: True)
+  config_rules.validate(config, 8, "gpu")
+  monkeypatch.setattr("mtp_jax.machine_rules.takes_documents", lambda: False)
+  assert error_of(config, 8, "gpu") == (
+    "trunk.attention must be another before Hopper, and before JAX 0.12, which places "
+    f"the keys of documents right (this is JAX {jax.__version__}), got 'cudnn_packed'."
+  )
+
+
 def test_kernels_are_accepted_where_they_run(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda _: "it")
   for sizes in ({}, {"trunk.embed_dim": 48}, {"trunk.latent.value_dim": 56} | LATENT):

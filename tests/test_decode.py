@@ -55,7 +55,9 @@ MODELS = {
     {"trunk.num_kv_heads": 4, "mtp.fc_norm": True, "mtp.norm_output": True},
   ),
   "llama-peagle": ("llama", "peagle", DEPTH, {"trunk.num_kv_heads": 4}),
-  "llama-dflash": ("llama", "dflash", DEPTH, {"trunk.num_kv_heads": 4}),
+  "llama-dflash": (
+    "llama", "dflash", DEPTH, {"trunk.num_kv_heads": 4, "mtp.one_mask": True}
+  ),
   "gpt2-dflash": ("gpt2", "dflash", DEPTH, {"mtp.draft_layers": 1}),
   "llama-shared": ("llama", "sequential", 2, SHARED),
   "llama-eagle3-own": (

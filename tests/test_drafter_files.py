@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import mtp_jax
 from mtp_jax import accounting, interop
 from mtp_jax.config import with_overrides
+from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.interop import InteropError
 from mtp_jax.lm import MtpLm, draft_tokens, unembed_matrix
 from mtp_jax.predictors import vocabulary
@@ -26,6 +27,8 @@ T = 7
 SMALL = {"data.seq_len": 12, "data.batch_size": 1}
 DEEP = {"trunk.num_layers": 8}  # With the published streams of EAGLE-3.
 OWN = {"mtp.unembed": "own"}
+MASKED = {"mtp.one_mask": True, "trunk.qk_norm": True}
+BEGIN = 3  # In whose place the files of P-EAGLE and DFlash have the mask.
 # Name -> kind of predictor, layout of the trunk, overrides.
 CASES = {
   "medusa": ("medusa", "llama", OWN),
@@ -39,6 +42,10 @@ CASES = {
   "eagle3-reduced": ("eagle3", "llama", OWN | {"mtp.draft_vocab": 30}),
   "eagle3-shared": ("eagle3", "llama", DEEP | {"mtp.mlp_dim": 20}),
   "eagle3-shared-tied": ("eagle3", "llama", DEEP | TIED),
+  "peagle": ("peagle", "llama", DEEP | {"trunk.attention_dim": 24}),
+  "peagle-reduced-tied": ("peagle", "llama", TIED | OWN | {"mtp.draft_vocab": 30}),
+  "dflash": ("dflash", "qwen3", MASKED | {"mtp.mlp_dim": 20}),
+  "dflash-reduced": ("dflash", "qwen3", MASKED | OWN | DEEP | {"mtp.draft_vocab": 30}),
 }
 FILES = {"medusa": "medusa_lm_head.safetensors"}
 
@@ -63,6 +70,7 @@ def write(case, folder, **options):
   if config.mtp.draft_vocab:
     ids = np.random.default_rng(0).permutation(common.VOCAB)[: config.mtp.draft_vocab]
     params["mtp"]["draft_tokens"] = np.sort(ids).astype(np.float32)
+  options = {"token_ids": (BEGIN, 4)} | options
   interop.export_params(params, config, folder, config.mtp.kind, **options)
   return params, config
 
@@ -87,7 +95,8 @@ def test_what_comes_back_is_what_went_out(tmp_path, case):
   names = {"config.json", "mtp_contract.json", file}
   assert {path.name for path in (tmp_path / "out").iterdir()} == names
   again = params | {"mtp": found}
-  interop.export_params(again, config, tmp_path / "again", config.mtp.kind)
+  how = {"token_ids": (BEGIN, 4)}
+  interop.export_params(again, config, tmp_path / "again", config.mtp.kind, **how)
   for name in names:
     first, second = tmp_path / "out" / name, tmp_path / "again" / name
     assert first.read_bytes() == second.read_bytes(), name
@@ -98,10 +107,13 @@ def test_the_published_forward_pass_on_the_files_gives_our_logits(tmp_path, case
   params, config = write(case, tmp_path / "drafter")
   layout, depth = CASES[case][1], config.mtp.depth
   interop.export_params(params, config, tmp_path / "trunk", layout, trunk_only=True)
-  tokens = np.random.default_rng(0).integers(0, common.VOCAB, (1, T + 1 + depth))
+  draws = np.random.default_rng(0)
+  tokens = draws.integers(BEGIN + 1, common.VOCAB, (1, T + 1 + depth))
   folders = tmp_path / "trunk", tmp_path / "drafter"
   if config.mtp.kind == "medusa":
     theirs = numpy_models.medusa_logits(*folders, tokens[0, :T])
+  elif config.mtp.kind == "dflash":
+    theirs = numpy_models.dflash_logits(*folders, tokens[0], T)
   else:
     theirs = numpy_models.eagle_logits(*folders, tokens[0], T, depth)
   batch = common.batch_of(tokens, np.ones_like(tokens), T)
@@ -115,7 +127,7 @@ def test_the_published_forward_pass_on_the_files_gives_our_logits(tmp_path, case
     np.testing.assert_allclose(ours, theirs[m], atol=2e-4, err_msg=f"depth {m}")
 
 
-@pytest.mark.parametrize("case", ["medusa", "eagle", "eagle3"])
+@pytest.mark.parametrize("case", ["medusa", "eagle", "eagle3", "peagle", "dflash"])
 def test_precision_of_the_file_is_that_of_the_comparison(tmp_path, case):
   params, config = write(case, tmp_path / "out", dtype="bfloat16")
   found = read(tmp_path / "out", params, config)
@@ -127,7 +139,7 @@ def test_precision_of_the_file_is_that_of_the_comparison(tmp_path, case):
 
 @pytest.mark.parametrize("case, name", [
   ("medusa-shared", "1.1.weight"), ("eagle", "embed_tokens.weight"),
-  ("eagle3-shared", "lm_head.weight"),
+  ("eagle3-shared", "lm_head.weight"), ("dflash", "lm_head.weight"),
 ])
 def test_what_is_of_the_trunk_may_be_absent_but_not_differ(tmp_path, case, name):
   params, config = write(case, tmp_path / "out")
@@ -153,7 +165,71 @@ def test_embeddings_beside_an_eagle3_drafter_must_be_the_trunks(tmp_path):
     read(tmp_path / "out", params, config)
 
 
+@pytest.mark.parametrize("case", ["peagle", "dflash"])
+def test_the_mask_is_the_embedding_of_one_token(tmp_path, case):
+  params, config = write(case, tmp_path / "out")
+  values = json.loads((tmp_path / "out/config.json").read_text())
+  table = load_file(tmp_path / "out/model.safetensors")["embed_tokens.weight"]
+  mask = params["mtp"]["mask_embedding" if case == "peagle" else "masks"].reshape(-1)
+  assert values["mask_token_id"] == BEGIN
+  np.testing.assert_array_equal(table[BEGIN], mask)
+  others = np.arange(common.VOCAB) != BEGIN
+  np.testing.assert_array_equal(table[others], params["embed"]["embedding"][others])
+
+  def change(tensors):
+    tensors["embed_tokens.weight"][BEGIN + 1] += 1
+    return tensors
+
+  rewrite(tmp_path / "out", change)
+  with pytest.raises(InteropError, match=r"embed_tokens.weight must be embed/embedd"):
+    read(tmp_path / "out", params, config)
+  rewrite(
+    tmp_path / "out",
+    lambda t: {k: v for k, v in t.items() if k != "embed_tokens.weight"},
+  )
+  with pytest.raises(InteropError, match=r"lacks tensors: embed_tokens.weight"):
+    read(tmp_path / "out", params, config)
+
+
+@pytest.mark.parametrize("begin, size, expected", [
+  (256, 258, 256),  # The begin of a text.
+  (None, 264, 263),  # An id without a token.
+  (None, 258, "tokenizer.vocab_size must be above its 258 tokens, got 258"),
+])
+def test_the_mask_takes_the_place_of_a_token_that_no_text_has(
+  tmp_path, begin, size, expected
+):
+  config = config_of("peagle", {"tokenizer.vocab_size": size})
+  tokenizer = ByteTokenizer()
+  tokenizer.bos_id = begin
+  params = common.random_params(config)
+  write_it = lambda: interop.export_params(  # noqa: E731
+    params, config, tmp_path / "out", "peagle", tokenizer=tokenizer
+  )
+  if isinstance(expected, str):
+    with pytest.raises(InteropError, match=expected):
+      write_it()
+    assert list(tmp_path.iterdir()) == []
+    return
+  write_it()
+  values = json.loads((tmp_path / "out/config.json").read_text())
+  assert values["mask_token_id"] == expected
+
+
 @pytest.mark.parametrize("case, values, words", [
+  ("peagle", {"mask_token_id": 40}, "mask_token_id must be a token of the 40, got 40."),
+  ("dflash", {"mask_token_id": None}, "mask_token_id must be a token .* got None."),
+  ("dflash", {"block_size": 8}, "block_size must be 4 .* got 8."),
+  ("peagle", {"norm_before_residual": True}, "norm_before_residual must be False .*"),
+  ("eagle3", {"norm_before_residual": True}, "norm_before_residual must be False .*"),
+  (
+    "dflash", {"transformer_layer_config": {"num_hidden_layers": 5}},
+    "num_hidden_layers must be 2 .* got 5.",
+  ),
+  (
+    "peagle", {"transformer_layer_config": {"rope_parameters": {"rope_theta": 5e5}}},
+    "rope_theta must be 10000.0 .* got 500000.0.",
+  ),
   ("medusa", {"medusa_num_heads": 2}, "medusa_num_heads must be 3 .* got 2."),
   ("medusa", {"medusa_num_layers": 2}, "medusa_num_layers must be 1 .* got 2."),
   ("eagle", {"bias": False}, "bias must be True .* got False."),
@@ -246,6 +322,11 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   ("eagle", "eagle", {"trunk.attention_dim": 24}, "trunk.attention_dim must be trunk"),
   ("eagle", "eagle", {"trunk.rope_scaling.kind": "yarn"}, "must be 'none' or 'linear'"),
   ("eagle3", "eagle3", DEEP | {"trunk.qkv_bias": True}, "trunk.qkv_bias must be False"),
+  ("peagle", "peagle", {"trunk.qk_norm": True}, "qk_norm must be False .* got True"),
+  ("dflash", "dflash", {}, "trunk.qk_norm must be True in this layout, got False"),
+  ("dflash", "dflash", {"trunk.qk_norm": True}, "mtp.one_mask must be True in this"),
+  ("dflash", "dflash", MASKED | {"trunk.qkv_bias": True}, "qkv_bias must be False"),
+  ("dflash", "dflash", common.GPT2, "layer is Qwen3's, but trunk.kind is 'gpt2'"),
 ])
 def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
   config = common.tiny_config(kind, 2, overrides)
@@ -258,16 +339,22 @@ def test_what_has_no_place_says_so(tmp_path, kind, layout, overrides, words):
 
 @pytest.mark.parametrize("case, order", [
   ("medusa", None), ("eagle", ["embedding", "hidden"]),
-  ("eagle3", ["embedding", "hidden"]),
+  ("eagle3", ["embedding", "hidden"]), ("peagle", ["embedding", "hidden"]),
+  ("dflash", None),
 ])
 def test_the_contract_and_config_json_say_what_a_reader_needs(tmp_path, case, order):
-  write(case, tmp_path / "out", base_model="trunks/a", token_ids=(3, 4))
+  _, config = write(case, tmp_path / "out", base_model="trunks/a", token_ids=(3, 4))
   stated = json.loads((tmp_path / "out/mtp_contract.json").read_text())
   assert (stated["kind"], stated["depth"]) == (case, 3)
   assert stated.get("concat_order") == order
-  assert stated["unembedding_shared"] == (case == "eagle")
+  assert stated["unembedding_shared"] == (config.mtp.unembed == "shared")
   values = json.loads((tmp_path / "out/config.json").read_text())
   assert values["base_model_name_or_path"] == "trunks/a"
+  if case in ("eagle3", "peagle", "dflash"):
+    named = values["speculators_config"]
+    assert named["verifier"]["name_or_path"] == "trunks/a"
+    assert named["algorithm"] == values["speculators_model_type"] == case
+    values = values["transformer_layer_config"]
   assert (values["bos_token_id"], values["eos_token_id"]) == (3, 4)
 
 

@@ -30,6 +30,9 @@ DRAFTING = (
 )
 RANKING = "test_top.py::test_loss_and_gradients_are_listnet_on_whole_targets"
 TREE = "test_decode_tree.py"
+BY_PLACES = (
+  "test_attention_kernels.py::test_documents_by_their_places_are_the_same_function"
+)
 ON_GPU = "test_gpu_programs.py::test_every_kind_attends_once_in_each_direction"
 DEPTHS = "test_decode.py::test_depths_say_in_decoding_what_they_say_in_training"
 
@@ -227,14 +230,14 @@ MUTANTS = {
     "test_excerpts_are_of_training_documents_in_the_order_of_the_run",
   ),
   "every file of a Medusa head holds the first one": Mutant(
-    "interop/tensor_table.py",
-    'yield from _expand(head, f"{k}.", "mtp/", (k,), 0, shapes)',
-    'yield from _expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
+    "interop/drafter_tensors.py",
+    'yield from expand(head, f"{k}.", "mtp/", (k,), 0, shapes)',
+    'yield from expand(head, f"{k}.", "mtp/", (0,), 0, shapes)',
     "test_drafter_files.py::"
     "test_the_published_forward_pass_on_the_files_gives_our_logits[medusa]",
   ),
   "attention of EAGLE-3 written for the hidden state before the embedding": Mutant(
-    "interop/tensor_table.py",
+    "interop/drafter_tensors.py",
     "inputs = [line._replace(form=swapped) for line in inputs]",
     "inputs = list(inputs)",
     "test_drafter_files.py::"
@@ -499,6 +502,12 @@ MUTANTS = {
     '    return "cudnn"\n',
     '    return "xla"\n',
     f"{ON_GPU}[sequential-3]",
+  ),
+  "documents without a place have no output, and nothing shows it": Mutant(
+    "kernels/attention.py",
+    "jnp.where(fits_B, 0, jnp.nan)",
+    "jnp.where(fits_B, 0, 0)",
+    f"{BY_PLACES}[heads0]",
   ),
   "cuDNN attends again in the backward pass": Mutant(
     "model/block.py",

@@ -89,6 +89,20 @@ def test_every_token_is_in_one_row_whatever_the_depth(lengths, seq_len):
   np.testing.assert_array_equal(by_depth[0], by_depth[2])
 
 
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS, seq_len=st.integers(1, 12))
+def test_no_row_has_more_documents_than_the_most(lengths, seq_len):
+  store, order = ListStore(numbered_documents(lengths)), np.arange(len(lengths))
+  rows = packing.PackedRows(store, order, seq_len, 1)
+  # These rows begin at every token of the stream whose number is a whole multiple.
+  read = rows.read(np.arange(sum(lengths)))
+  most = max(len(np.unique(x)) for x in read.segment_ids)
+  is_every_token = np.gcd(seq_len, sum(lengths)) == 1
+  assert most <= rows.most_documents and (
+    most == rows.most_documents or not is_every_token
+  )
+
+
 def test_one_epoch_by_iteration():
   store = ListStore(numbered_documents([4, 7]))
   rows = packing.PackedRows(store, np.array([1, 0]), seq_len=3, num_extra=1)

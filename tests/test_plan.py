@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import base
 from launch import plan
 from launch.planning import hlo, steps, topologies
 from launch.planning.chips import CHIPS
 from launch.states import Trial
 from mtp_jax import accounting, layouts
-from mtp_jax.config import ConfigError, MeshConfig
+from mtp_jax import config as config_lib
+from mtp_jax.config import ConfigError, MeshConfig, with_overrides
+from mtp_jax.kernels import attention as kernels
 from mtp_jax.program import program_config
 from mtp_jax.sharding import make_mesh, platform
 from mtp_jax.train_step import programs
@@ -307,6 +310,17 @@ def test_a_step_that_the_compiler_refuses_does_not_fit(message, peak, monkeypatc
   shown = "107.91" if peak else "-"
   assert plan.cells(row)["peak GB"] == shown
   assert plan.cells(row)["XLA TFLOPs"] == "-"
+
+
+def test_attention_by_places_is_planned_for_hopper_and_not_before(monkeypatch):
+  monkeypatch.setattr(kernels, "places_keys", lambda: True)  # In any version of JAX.
+  monkeypatch.setattr(topologies, "devices", lambda _: ())
+  config = config_lib.from_config_dict(base.get_config())
+  config = with_overrides(config, {"trunk.attention": "cudnn_packed"})
+  trials = [Trial(config, config, Path("x"))]
+  assert plan.check(trials, topologies.parse("h200:1"))
+  with pytest.raises(ConfigError, match=r"a100:1: trunk\.attention .* before Hopper"):
+    plan.check(trials, topologies.parse("a100:1"))
 
 
 # The compiler for TPUs.

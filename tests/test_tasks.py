@@ -535,6 +535,8 @@ def test_rows_hold_whole_examples_and_score_answers_only(source):
     assert scored[here].tolist() == expected.tolist()
   assert not scored[segments == 0].any()
   assert segments.max() == corpus.per_row
+  # And padding behind them, which attention takes for another document.
+  assert corpus.train_rows(0).most_documents == corpus.per_row + 1
 
 
 def test_targets_are_the_answers_and_never_cross_an_example():

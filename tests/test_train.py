@@ -47,6 +47,22 @@ def finished(config, tmp_path_factory):
   return workdir, train.fit(config, workdir, progress=False)
 
 
+def test_rows_of_too_many_documents_take_the_mask(texts, tmp_path, monkeypatch):
+  one = {"mesh.data": 1, "trunk.attention": "cudnn_packed"}
+  config = accounting.resolve(run_config(texts, one))
+  monkeypatch.setattr(run_module, "MOST_DOCUMENTS", 2)
+
+  def attention(seq_len):
+    changed = with_overrides(config, {"data.seq_len": seq_len})
+    run = Run(changed, tmp_path, read_only=True, devices=jax.devices()[:1])
+    return run.config.trunk.attention, run.corpus.train_rows(0).most_documents
+
+  assert attention(64) == ("cudnn_packed", 2)
+  with pytest.warns(UserWarning, match="at most 2 documents: a row may have [3-9]"):
+    kind, most = attention(512)
+  assert kind == "cudnn" and most > 2
+
+
 @pytest.fixture
 def copy(finished, tmp_path):
   """A copy that was stopped after step 8, when its last record was of step 9."""

@@ -54,7 +54,7 @@ PARTS = {
       "layouts", "unrolled layers, cuDNN and tuned products are as fast as modelled",
       "--models=350M", "--depths=0", "--contestants=ours",
       "--variants=trunk.scan_layers=on", "--variants=trunk.attention=xla",
-      "--variants=trunk.attention=tokamax",
+      "--variants=trunk.attention=tokamax", "--variants=trunk.attention=cudnn_packed",
     ),
     _train(
       "depths", "utilisation at D = 0, 1, 3; PyTorch (compiled, causal without a mask)",

@@ -24,7 +24,7 @@ from launch.benchmarks import harness, pages
 from launch.tables import markdown
 from mtp_jax.batch import Batch
 from mtp_jax.config import Config, with_overrides
-from mtp_jax.kernels.attention import attention, largest_head
+from mtp_jax.kernels.attention import attention, largest_head, takes_documents
 from mtp_jax.kernels.grouped_matmul import (
   from_rows,
   grouped_matmul,
@@ -85,7 +85,8 @@ def checks(config: Config) -> Iterator[tuple[str, Callable[[], float], float]]:
   # Heads of queries and keys, sizes of keys and values: the last of latent attention.
   shapes = [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 128, 128), (4, 4, 96, 64)]
   shapes += [(4, 4, 192, 128)] if largest_head() >= 192 else []
-  for kernel in ["cudnn" if is_gpu else "blocked", *tokamax]:
+  packed = ["cudnn_packed"] if is_gpu and takes_documents() else []
+  for kernel in ["cudnn" if is_gpu else "blocked", *packed, *tokamax]:
     for heads in shapes:
       text = f"attention of {kernel}, heads {heads}"
       yield text, functools.partial(_attention, kernel, config, *heads), bound

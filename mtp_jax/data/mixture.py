@@ -96,6 +96,11 @@ class MixedRows:
       part.has_unscored = store.has_unscored
     self.num_tokens = sum(x.num_tokens for x in rows)
 
+  @property
+  def most_documents(self) -> int:
+    """The most documents of a row."""
+    return max(x.most_documents for x in self._rows)
+
   def __len__(self) -> int:
     return sum(map(len, self._rows))
 

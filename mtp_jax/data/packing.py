@@ -89,6 +89,13 @@ class PackedRows:
     """Returns row `row >= 0` as a Batch without its leading axis."""
     return map_fields(lambda field: field[0][0], self.read(np.array([row])))
 
+  @property
+  def most_documents(self) -> int:
+    """The most documents of `seq_len` tokens of the stream, wherever a row begins."""
+    last_N = self._starts + self._lengths - 1
+    begin_N, end_N = (self._document_at(last_N + x) for x in (0, self.seq_len - 1))
+    return int(1 + np.max(end_N - begin_N))
+
   def order(self, seed: int, begin: int, end: int) -> np.ndarray:
     """Returns row numbers [end - begin] of the endless order; see `shuffled_rows`."""
     return shuffled_rows(len(self), seed, begin, end)

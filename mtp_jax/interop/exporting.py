@@ -20,8 +20,10 @@ from mtp_jax.data.tokenizers import Tokenizer, plain_json
 from mtp_jax.interop.drafter_config import (
   drafter_contract,
   layouts_for,
+  mask_token_of,
   write_drafter_config,
 )
+from mtp_jax.interop.drafter_tensors import drafter_table
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config_writing import ID_KEYS, TokenIds, write_config
 from mtp_jax.interop.importing import CONTRACT
@@ -33,7 +35,7 @@ from mtp_jax.interop.tensor_files import (
   write_json,
   write_tensors,
 )
-from mtp_jax.interop.tensor_table import CONCAT_ORDER, Entry, tensor_table
+from mtp_jax.interop.tensor_table import CONCAT_ORDER, Entry, Piece, tensor_table
 from mtp_jax.lm import deployed
 
 _DTYPES = {
@@ -101,7 +103,15 @@ def export_params(
   leaves = flax.traverse_util.flatten_dict(params, sep="/")
   shapes = parameter_shapes(config)
   check_params(leaves, shapes)
-  entries = tensor_table(config, layout, shapes)
+  if token_ids is None and tokenizer is not None:
+    ends = tokenizer.end_ids
+    token_ids = tokenizer.bos_id, list(ends) if len(ends) > 1 else tokenizer.eos_id
+  if layout in DRAFTERS:
+    num_tokens = tokenizer and tokenizer.vocab_size
+    mask_token = mask_token_of(config, (token_ids or [None])[0], num_tokens)
+    entries = drafter_table(config, shapes, mask_token)
+  else:
+    entries = tensor_table(config, layout, shapes)
   own = {entry.name: entry for entry in entries if not entry.copy_of}
   tensors = [
     _new_tensor(entry, own.get(entry.copy_of, entry), leaves, _DTYPES[dtype])
@@ -110,20 +120,18 @@ def export_params(
   ]
 
   came = model_folder or {}
-  if token_ids is None and tokenizer is not None:
-    ends = tokenizer.end_ids
-    token_ids = tokenizer.bos_id, list(ends) if len(ends) > 1 else tokenizer.eos_id
   # Written beside the target and renamed, so that no half folder is ever visible.
   temporary = Path(files.temporary_name(folder))
   temporary.mkdir()
   try:
     if layout in DRAFTERS:
       write_file(temporary / DRAFTERS[layout], tensors)
-      values = write_drafter_config(config, dtype, token_ids, base_model)
+      values = write_drafter_config(config, dtype, token_ids, base_model, mask_token)
       # Facts about the trunk stay as its authors stated them.
       of_trunk = (*ID_KEYS, "max_position_embeddings")
       own = came.get("config.json", {})
-      values |= {key: own[key] for key in of_trunk if key in own and key in values}
+      for part in (values, values.get("transformer_layer_config", {})):
+        part |= {key: own[key] for key in of_trunk if key in own and key in part}
     else:
       write_tensors(temporary, tensors, max_shard_bytes)
       values = write_config(
@@ -225,11 +233,14 @@ def check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
 
 def content_of(entry: Entry, leaves: dict[str, Any]) -> np.ndarray:
   """Returns a tensor as a file has it, but for its dtype."""
-  parts = [
-    piece.form.to_stored(np.asarray(leaves[piece.path][piece.index]))
-    for piece in entry.pieces
-  ]
-  return np.concatenate(parts, axis=-1)
+  def stored(piece: Piece) -> np.ndarray:
+    return piece.form.to_stored(np.asarray(leaves[piece.path][piece.index]))
+
+  content = np.concatenate([stored(piece) for piece in entry.pieces], axis=-1)
+  if entry.row is not None:
+    row, piece = entry.row
+    content[row] = stored(piece)
+  return content
 
 
 def _new_tensor(

@@ -23,6 +23,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.data.special_tokens import read_files
 from mtp_jax.interop.drafter_config import check_drafter_config, drafter_obstacle
+from mtp_jax.interop.drafter_tensors import drafter_table
 from mtp_jax.interop.errors import InteropError
 from mtp_jax.interop.hf_config import TrunkDescription, read_config
 from mtp_jax.interop.layouts import DRAFTERS, NUMBERED, unpublished_inputs
@@ -184,23 +185,29 @@ def read_drafter(
   if obstacle := drafter_obstacle(config, kind):
     raise InteropError(f"{folder} cannot be read into this model: {obstacle}.")
   file = folder / "config.json"
-  check_drafter_config(file, read_json(file), config)
+  mask_token = check_drafter_config(file, read_json(file), config)
   tensors = read_header(folder / DRAFTERS[kind])
   ids = {name: tensors.pop(name) for name in _IDS if name in tensors}
   _check_dtypes(tensors)
   _check_dtypes(ids, _IDS)
   tensors |= ids
   boxed = accounting.abstract_params(config)
-  entries = tensor_table(config, kind, shapes_of(boxed))
+  entries = drafter_table(config, shapes_of(boxed), mask_token)
   repeated = [e for e in entries if not e.pieces[0].path.startswith("mtp/")]
   own = [e for e in entries if e not in repeated and e.name != "t2d"]
-  _check_tensors(folder, tensors, entries, {entry.name for entry in own})
+  masked = [e for e in repeated if e.row is not None]
+  _check_tensors(folder, tensors, entries, {entry.name for entry in own + masked})
   if config.mtp.draft_vocab:
     _check_ids(folder, tensors, config.tokenizer.vocab_size)
   leaves = flat(trunk)
   for entry in repeated:
     if entry.name in tensors:
       _check_repeated(folder, entry, tensors[entry.name].open(), leaves)
+  for entry in masked:
+    row, piece = entry.row
+    name = f"{entry.name}, row {row}"
+    own.append(Entry(name, piece.shape, (piece,)))
+    tensors[name] = tensors[entry.name].row(row)
   return assemble(boxed, own, tensors, mesh)["mtp"]
 
 
@@ -386,6 +393,8 @@ def _check_repeated(
   """Raises InteropError if a drafter's copy of a trunk tensor differs."""
   (piece,) = entry.pieces
   ours = piece.form.to_stored(np.asarray(trunk[piece.path]))
+  if entry.row is not None:
+    stored, ours = (np.delete(x, entry.row[0], axis=0) for x in (stored, ours))
   if not np.array_equal(_float32(stored), _float32(ours.astype(stored.dtype))):
     raise InteropError(
       f"{folder}: {entry.name} must be {piece.path} of the trunk, which our model uses "

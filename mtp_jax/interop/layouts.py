@@ -27,12 +27,15 @@ DRAFTERS = {
   "medusa": "medusa_lm_head.safetensors",
   "eagle": "model.safetensors",
   "eagle3": "model.safetensors",
+  "peagle": "model.safetensors",
+  "dflash": "model.safetensors",
 }
+# Layout of a drafter with masks -> path of the mask, and its entry there. The folder
+# has the mask as the embedding of one token, `mask_token_id`.
+MASKS = {"peagle": ("mtp/mask_embedding", ()), "dflash": ("mtp/masks", (0,))}
 
 # Why no layout has a kind, where it is not that no engine has it.
 _UNSERVED = {
-  "peagle": "vLLM runs P-EAGLE, whose folders are not written yet",
-  "dflash": "vLLM runs DFlash, whose folders are not written yet",
   "top": "token-order prediction drafts nothing and is left out of what is deployed",
 }
 

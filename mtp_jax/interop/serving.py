@@ -14,7 +14,7 @@ VLLM_METHODS = {
   **dict.fromkeys(("mimo", *NUMBERED), "mtp"), **{name: name for name in DRAFTERS}
 }
 # Drafters whose config.json names the trunk and the number of drafts.
-SERVED_ALONE = ("eagle3",)
+SERVED_ALONE = ("eagle3", "peagle", "dflash")
 
 
 def engine_obstacle(config: Config, layout: str, engine: str) -> str:
@@ -28,7 +28,8 @@ def engine_obstacle(config: Config, layout: str, engine: str) -> str:
     return "vLLM drops fc.bias of EAGLE in silence: train with mtp.fc_bias=False"
   taps = tapped_layers(config)
   if engine == "vllm" and len(set(taps)) < len(taps):
-    return f"vLLM takes a layer once, and EAGLE-3 reads the trunk after layers {taps}"
+    name = config.mtp.kind
+    return f"vLLM takes a layer once, and {name} reads the trunk after layers {taps}"
   return ""
 
 

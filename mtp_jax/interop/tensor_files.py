@@ -46,6 +46,12 @@ class StoredTensor(NamedTuple):
       return np.empty(self.shape, dtype)
     return np.memmap(self.file, dtype, "r", self.offset, self.shape)
 
+  def row(self, index: int) -> "StoredTensor":
+    """Returns one entry of the first axis."""
+    shape = self.shape[1:]
+    size = int(np.prod(shape)) * (DTYPES | _ID_DTYPES)[self.dtype].itemsize
+    return self._replace(shape=shape, offset=self.offset + index * size)
+
 
 class NewTensor(NamedTuple):
   """A tensor to be written; `make` returns its content."""

@@ -85,13 +85,31 @@ class TokenMask(NamedTuple):
     return np.isin(np.arange(self.vocab_size), ours)
 
 
+class OneRow(NamedTuple):
+  """The form of a vector that the file has with two axes of one entry before it."""
+
+  dtype = None
+
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, 1, *shape)
+
+  def to_ours(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return stored.reshape(shape)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    return ours[None, None]
+
+
+AnyForm = Form | TokenOffsets | TokenMask | OneRow
+
+
 class Piece(NamedTuple):
   """One parameter, or one entry of a stack; `shape` is without the stack's axes."""
 
   path: str
   index: tuple[int, ...]
   shape: tuple[int, ...]
-  form: Form | TokenOffsets | TokenMask
+  form: AnyForm
 
 
 class Entry(NamedTuple):
@@ -101,6 +119,8 @@ class Entry(NamedTuple):
   copy_of: name of the tensor that this one repeats. A folder may lack the copy; if it
            has the copy, the values must be equal.
   written: whether export writes the tensor.
+  row:     a row of the tensor, and the parameter that the row holds in place of its
+           entry of `pieces`.
   """
 
   name: str
@@ -108,9 +128,10 @@ class Entry(NamedTuple):
   pieces: tuple[Piece, ...] = ()
   copy_of: str = ""
   written: bool = True
+  row: tuple[int, Piece] | None = None
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
   """A tensor of a block; with `{expert}` in its name, one tensor per expert.
 
   `zeros`: shape of the tensor if our block has no such parameter.
@@ -118,82 +139,82 @@ class _Line(NamedTuple):
 
   name: str
   paths: tuple[str, ...]
-  form: Form | TokenOffsets | TokenMask
+  form: AnyForm
   zeros: tuple[int, ...] = ()
 
 
-_VECTOR, _MATRIX = Form(0), Form(1)
-_LINEAR, _LINEAR_2 = Form(1, transposed=True), Form(2, transposed=True)
+VECTOR, MATRIX = Form(0), Form(1)
+LINEAR, LINEAR_2 = Form(1, transposed=True), Form(2, transposed=True)
 
 _GPT2_BLOCK = (
-  _Line("ln_1.weight", ("attention_norm/scale",), _VECTOR),
-  _Line("ln_1.bias", ("attention_norm/bias",), _VECTOR),
-  _Line(
+  Line("ln_1.weight", ("attention_norm/scale",), VECTOR),
+  Line("ln_1.bias", ("attention_norm/bias",), VECTOR),
+  Line(
     "attn.c_attn.weight",
     ("attention/query", "attention/key", "attention/value"),
-    _MATRIX,
+    MATRIX,
   ),
-  _Line(
+  Line(
     "attn.c_attn.bias",
     ("attention/query_bias", "attention/key_bias", "attention/value_bias"),
-    _VECTOR,
+    VECTOR,
   ),
-  _Line("attn.c_proj.weight", ("attention/out",), Form(2)),
-  _Line("attn.c_proj.bias", ("attention/out_bias",), _VECTOR),
-  _Line("ln_2.weight", ("mlp_norm/scale",), _VECTOR),
-  _Line("ln_2.bias", ("mlp_norm/bias",), _VECTOR),
-  _Line("mlp.c_fc.weight", ("mlp/up",), _MATRIX),
-  _Line("mlp.c_fc.bias", ("mlp/up_bias",), _VECTOR),
-  _Line("mlp.c_proj.weight", ("mlp/down",), _MATRIX),
-  _Line("mlp.c_proj.bias", ("mlp/down_bias",), _VECTOR),
+  Line("attn.c_proj.weight", ("attention/out",), Form(2)),
+  Line("attn.c_proj.bias", ("attention/out_bias",), VECTOR),
+  Line("ln_2.weight", ("mlp_norm/scale",), VECTOR),
+  Line("ln_2.bias", ("mlp_norm/bias",), VECTOR),
+  Line("mlp.c_fc.weight", ("mlp/up",), MATRIX),
+  Line("mlp.c_fc.bias", ("mlp/up_bias",), VECTOR),
+  Line("mlp.c_proj.weight", ("mlp/down",), MATRIX),
+  Line("mlp.c_proj.bias", ("mlp/down_bias",), VECTOR),
 )
 
-_NORMS = (
-  _Line("input_layernorm.weight", ("attention_norm/scale",), _VECTOR),
-  _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR),
+NORMS = (
+  Line("input_layernorm.weight", ("attention_norm/scale",), VECTOR),
+  Line("post_attention_layernorm.weight", ("mlp_norm/scale",), VECTOR),
 )
 
-_GROUPED_ATTENTION = (
-  _Line("self_attn.q_proj.weight", ("attention/query",), _LINEAR),
-  _Line("self_attn.k_proj.weight", ("attention/key",), _LINEAR),
-  _Line("self_attn.v_proj.weight", ("attention/value",), _LINEAR),
-  _Line("self_attn.o_proj.weight", ("attention/out",), _LINEAR_2),
+GROUPED_ATTENTION = (
+  Line("self_attn.q_proj.weight", ("attention/query",), LINEAR),
+  Line("self_attn.k_proj.weight", ("attention/key",), LINEAR),
+  Line("self_attn.v_proj.weight", ("attention/value",), LINEAR),
+  Line("self_attn.o_proj.weight", ("attention/out",), LINEAR_2),
 )
 
-_QK_NORMS = (
-  _Line("self_attn.q_norm.weight", ("attention/query_head_norm/scale",), _VECTOR),
-  _Line("self_attn.k_norm.weight", ("attention/key_head_norm/scale",), _VECTOR),
+QK_NORMS = (
+  Line("self_attn.q_norm.weight", ("attention/query_head_norm/scale",), VECTOR),
+  Line("self_attn.k_norm.weight", ("attention/key_head_norm/scale",), VECTOR),
 )
 
 
-def _swiglu(theirs: str, ours: str) -> tuple[_Line, ...]:
+def _swiglu(theirs: str, ours: str) -> tuple[Line, ...]:
   return (
-    _Line(f"{theirs}.gate_proj.weight", (f"{ours}/gate",), _LINEAR),
-    _Line(f"{theirs}.up_proj.weight", (f"{ours}/up",), _LINEAR),
-    _Line(f"{theirs}.down_proj.weight", (f"{ours}/down",), _LINEAR),
+    Line(f"{theirs}.gate_proj.weight", (f"{ours}/gate",), LINEAR),
+    Line(f"{theirs}.up_proj.weight", (f"{ours}/up",), LINEAR),
+    Line(f"{theirs}.down_proj.weight", (f"{ours}/down",), LINEAR),
   )
 
 
-_DENSE = _swiglu("mlp", "mlp")
+DENSE = _swiglu("mlp", "mlp")
 
 _EXPERTS = (
-  _Line("mlp.gate.weight", ("moe/router",), _LINEAR),
-  _Line("mlp.gate.e_score_correction_bias", ("moe/bias",), _VECTOR),
+  Line("mlp.gate.weight", ("moe/router",), LINEAR),
+  Line("mlp.gate.e_score_correction_bias", ("moe/bias",), VECTOR),
   *_swiglu("mlp.shared_experts", "moe/shared"),
   *_swiglu("mlp.experts.{expert}", "moe/experts"),
 )
 
 _DEEPSEEK_MODULE = (
-  _Line("enorm.weight", ("embed_norm/scale",), _VECTOR),
-  _Line("hnorm.weight", ("hidden_norm/scale",), _VECTOR),
-  _Line("shared_head.norm.weight", ("out_norm/scale",), _VECTOR),
+  Line("enorm.weight", ("embed_norm/scale",), VECTOR),
+  Line("hnorm.weight", ("hidden_norm/scale",), VECTOR),
+  Line("shared_head.norm.weight", ("out_norm/scale",), VECTOR),
 )
 
 _MIMO_MODULE = (
-  _Line("token_layernorm.weight", ("embed_norm/scale",), _VECTOR),
-  _Line("hidden_layernorm.weight", ("hidden_norm/scale",), _VECTOR),
-  _Line("input_proj.weight", ("projection",), _LINEAR),
-  _Line("final_layernorm.weight", ("out_norm/scale",), _VECTOR),
+  Line("token_layernorm.weight", ("embed_norm/scale",), VECTOR),
+  Line("hidden_layernorm.weight", ("hidden_norm/scale",), VECTOR),
+  Line("input_proj.weight", ("projection",), LINEAR),
+  Line("final_layernorm.weight", ("out_norm/scale",), VECTOR),
 )
 
 # How many routed experts, all zeros, stand beside a dense MLP in the layout glm4_moe:
@@ -220,12 +241,6 @@ def tensor_table(config: Config, layout: str, shapes: Shapes) -> tuple[Entry, ..
 
 
 def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
-  if layout == "medusa":
-    yield from _medusa_heads(config, shapes)
-    return
-  if layout in ("eagle", "eagle3"):
-    yield from _eagle(config, layout, shapes)
-    return
   trunk, depth = config.trunk, config.mtp.depth
   layers, num_dense = num_trunk_layers(config), trunk.dense_prefix
   if layout == "gpt2":
@@ -233,17 +248,17 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
   else:
     embed, norm, layer = "model.embed_tokens", "model.norm", "model.layers"
 
-  def stacked(lines: tuple[_Line, ...], prefix: str, path: str, index: tuple):
-    return _expand(lines, prefix, path, index, trunk.moe.num_experts, shapes)
+  def stacked(lines: tuple[Line, ...], prefix: str, path: str, index: tuple):
+    return expand(lines, prefix, path, index, trunk.moe.num_experts, shapes)
 
-  top = [_Line(f"{embed}.weight", ("embed/embedding",), _MATRIX)]
+  top = [Line(f"{embed}.weight", ("embed/embedding",), MATRIX)]
   if layout == "gpt2":
     position = "transformer.wpe.weight"
-    top.append(_Line(position, ("position_embed/embedding",), _MATRIX))
-    top.append(_Line(f"{norm}.bias", ("final_norm/bias",), _VECTOR))
-  top.append(_Line(f"{norm}.weight", ("final_norm/scale",), _VECTOR))
+    top.append(Line(position, ("position_embed/embedding",), MATRIX))
+    top.append(Line(f"{norm}.bias", ("final_norm/bias",), VECTOR))
+  top.append(Line(f"{norm}.weight", ("final_norm/scale",), VECTOR))
   if not trunk.tie_embeddings:
-    top.append(_Line("lm_head.weight", ("unembed/kernel",), _LINEAR))
+    top.append(Line("lm_head.weight", ("unembed/kernel",), LINEAR))
   yield from stacked(tuple(top), "", "", ())
   table = shapes["embed/embedding"]
   if trunk.tie_embeddings:
@@ -265,8 +280,8 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
     if layout == "mimo":
       module, prefix = _MIMO_MODULE, f"model.mtp_layers.{k}."
     else:
-      swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
-      join = _Line("eh_proj.weight", ("projection",), swapped)
+      swapped = LINEAR._replace(order=halves_swapped(trunk.embed_dim))
+      join = Line("eh_proj.weight", ("projection",), swapped)
       module, prefix = (*_DEEPSEEK_MODULE, join), f"model.layers.{layers + k}."
       # Some engines read these copies, others the trunk's tensors: write both.
       head = embed if trunk.tie_embeddings else "lm_head"
@@ -276,89 +291,23 @@ def _entries(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
     yield from stacked(block, prefix, "mtp/modules/block/", index)
 
 
-def _medusa_heads(config: Config, shapes: Shapes) -> Iterator[Entry]:
-  """Yields Medusa's tensors; every head has an output matrix, own or the trunk's."""
-  head = (
-    _Line("0.linear.weight", ("kernels",), _LINEAR),
-    _Line("0.linear.bias", ("biases",), _VECTOR),
-  )
-  matrix = _Line("1.weight", ("unembed",), _LINEAR)
-  for k in range(config.mtp.depth):
-    yield from _expand(head, f"{k}.", "mtp/", (k,), 0, shapes)
-    if config.mtp.unembed == "own":
-      yield from _expand((matrix,), f"{k}.", "mtp/", (k,), 0, shapes)
-    else:
-      yield from _expand((_unembed(config, "1"),), f"{k}.", "", (), 0, shapes)
-
-
-def _eagle(config: Config, layout: str, shapes: Shapes) -> Iterator[Entry]:
-  """Yields EAGLE's tensors: one decoder layer, and copies of trunk tensors.
-
-  EAGLE-1 files repeat the embedding; EAGLE-3 files repeat the output matrix. Readers
-  use the trunk's embedding if the file has none.
-  """
-  trunk = config.trunk
-  swapped = _LINEAR._replace(order=_halves_swapped(trunk.embed_dim))
-  # The files have the embedding first in every concatenation, ours the hidden state.
-  *inputs, out = _GROUPED_ATTENTION
-  mlp_norm = _Line("post_attention_layernorm.weight", ("mlp_norm/scale",), _VECTOR)
-  if layout == "eagle":
-    biases = _qkv_biases(trunk) if trunk.qkv_bias else ()
-    layer, prefix = (*inputs, *biases, out, mlp_norm, *_DENSE), "layers.0."
-    around = (_Line("fc.weight", ("layer/projection",), swapped),)
-    if config.mtp.fc_bias:
-      around += (_Line("fc.bias", ("layer/projection_bias",), _VECTOR),)
-  else:
-    inputs = [line._replace(form=swapped) for line in inputs]
-    norms = (
-      _Line("hidden_norm.weight", ("hidden_norm/scale",), _VECTOR),
-      _Line("input_layernorm.weight", ("embed_norm/scale",), _VECTOR),
-    )
-    layer, prefix = (*norms, *inputs, out, mlp_norm, *_DENSE), "midlayer."
-    around = (
-      _Line("fc.weight", ("fusion/kernel",), _LINEAR),
-      _Line("norm.weight", ("out_norm/scale",), _VECTOR),
-    )
-    if config.mtp.unembed == "own":
-      own = (_Line("lm_head.weight", ("unembed",), _LINEAR),)
-      if config.mtp.draft_vocab:
-        mask = TokenMask(config.tokenizer.vocab_size)
-        own += (_Line("d2t", ("draft_tokens",), TokenOffsets()),)
-        own += (_Line("t2d", ("draft_tokens",), mask),)
-      yield from _expand(own, "", "mtp/", (), 0, shapes)
-    else:
-      yield from _expand((_unembed(config, "lm_head"),), "", "", (), 0, shapes)
-  embed = _Line("embed_tokens.weight", ("embed/embedding",), _MATRIX)
-  for entry in _expand((embed,), "", "", (), 0, shapes):
-    yield entry._replace(written=layout == "eagle")
-  yield from _expand(around, "", "mtp/", (), 0, shapes)
-  yield from _expand(layer, prefix, "mtp/layer/", (), 0, shapes)
-
-
-def _unembed(config: Config, name: str) -> _Line:
-  """Returns the line of the trunk's output matrix, repeated in a drafter's file."""
-  if config.trunk.tie_embeddings:
-    return _Line(f"{name}.weight", ("embed/embedding",), _MATRIX)
-  return _Line(f"{name}.weight", ("unembed/kernel",), _LINEAR)
-
-
-def _halves_swapped(dim: int) -> np.ndarray:
+def halves_swapped(dim: int) -> np.ndarray:
   """Returns the order that puts the embedding before the hidden state."""
   return np.roll(np.arange(2 * dim), dim)
 
 
-def _block(trunk: TrunkConfig, layout: str) -> tuple[_Line, ...]:
+def _block(trunk: TrunkConfig, layout: str) -> tuple[Line, ...]:
   if layout == "gpt2":
     return _GPT2_BLOCK
-  feed_forward = _EXPERTS if trunk.moe.num_experts else _DENSE
+  feed_forward = _EXPERTS if trunk.moe.num_experts else DENSE
   if layout == "deepseek_v3":
-    return (*_NORMS, *_latent_attention(trunk), *feed_forward)
-  biases = _qkv_biases(trunk) if trunk.qkv_bias or layout == "mimo" else ()
-  norms = _QK_NORMS if trunk.qk_norm else ()
-  return (*_NORMS, *_GROUPED_ATTENTION, *biases, *norms, *feed_forward)
+    return (*NORMS, *_latent_attention(trunk), *feed_forward)
+  biases = qkv_biases(trunk) if trunk.qkv_bias or layout == "mimo" else ()
+  norms = QK_NORMS if trunk.qk_norm else ()
+  return (*NORMS, *GROUPED_ATTENTION, *biases, *norms, *feed_forward)
 
 
-def _block_without_dense_form(trunk: TrunkConfig) -> tuple[_Line, ...]:
+def _block_without_dense_form(trunk: TrunkConfig) -> tuple[Line, ...]:
   """Returns a dense block as a layer with experts: engines have no other for it.
 
   The MLP is the shared expert; the routed experts, of which nothing remains, are zeros.
@@ -371,11 +320,11 @@ def _block_without_dense_form(trunk: TrunkConfig) -> tuple[_Line, ...]:
     for name in ("gate_proj", "up_proj", "down_proj"):
       shape = (dim, width) if name == "down_proj" else (width, dim)
       zeros.append((f"mlp.experts.{e}.{name}.weight", shape))
-  without = _block(trunk, "glm4_moe")[: -len(_DENSE)]
+  without = _block(trunk, "glm4_moe")[: -len(DENSE)]
   return (
     *without,
     *_swiglu("mlp.shared_experts", "mlp"),
-    *(_Line(name, (), _MATRIX, shape) for name, shape in zeros),
+    *(Line(name, (), MATRIX, shape) for name, shape in zeros),
   )
 
 
@@ -384,17 +333,17 @@ def zero_expert_dim(trunk: TrunkConfig) -> int:
   return math.gcd(trunk.mlp_dim, 128)
 
 
-def _qkv_biases(trunk: TrunkConfig) -> tuple[_Line, ...]:
+def qkv_biases(trunk: TrunkConfig) -> tuple[Line, ...]:
   heads = (trunk.num_heads, trunk.num_kv_heads, trunk.num_kv_heads)
   return tuple(
-    _Line(f"self_attn.{name[0]}_proj.bias", (f"attention/{name}_bias",), _VECTOR)
+    Line(f"self_attn.{name[0]}_proj.bias", (f"attention/{name}_bias",), VECTOR)
     if trunk.qkv_bias
-    else _Line(f"self_attn.{name[0]}_proj.bias", (), _VECTOR, (num * trunk.head_dim,))
+    else Line(f"self_attn.{name[0]}_proj.bias", (), VECTOR, (num * trunk.head_dim,))
     for name, num in zip(("query", "key", "value"), heads, strict=True)
   )
 
 
-def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
+def _latent_attention(trunk: TrunkConfig) -> tuple[Line, ...]:
   """Returns the lines of multi-head latent attention.
 
   In the file, rotated dimensions come in pairs: pair j is (2j, 2j + 1). In our
@@ -406,27 +355,27 @@ def _latent_attention(trunk: TrunkConfig) -> tuple[_Line, ...]:
   def after(n: int) -> np.ndarray:
     return np.concatenate([np.arange(n), n + pairs])
 
-  query = _LINEAR._replace(axis=2, order=after(sizes.nope_dim))
+  query = LINEAR._replace(axis=2, order=after(sizes.nope_dim))
   if sizes.query_rank:
     queries = (
-      _Line("self_attn.q_a_proj.weight", ("attention/query_down",), _LINEAR),
-      _Line("self_attn.q_a_layernorm.weight", ("attention/query_norm/scale",), _VECTOR),
-      _Line("self_attn.q_b_proj.weight", ("attention/query",), query),
+      Line("self_attn.q_a_proj.weight", ("attention/query_down",), LINEAR),
+      Line("self_attn.q_a_layernorm.weight", ("attention/query_norm/scale",), VECTOR),
+      Line("self_attn.q_b_proj.weight", ("attention/query",), query),
     )
   else:
-    queries = (_Line("self_attn.q_proj.weight", ("attention/query",), query),)
-  down = _LINEAR._replace(axis=1, order=after(sizes.kv_rank))
+    queries = (Line("self_attn.q_proj.weight", ("attention/query",), query),)
+  down = LINEAR._replace(axis=1, order=after(sizes.kv_rank))
   return (
     *queries,
-    _Line("self_attn.kv_a_proj_with_mqa.weight", ("attention/kv_down",), down),
-    _Line("self_attn.kv_a_layernorm.weight", ("attention/kv_norm/scale",), _VECTOR),
-    _Line("self_attn.kv_b_proj.weight", ("attention/kv_up",), _LINEAR),
-    _Line("self_attn.o_proj.weight", ("attention/out",), _LINEAR_2),
+    Line("self_attn.kv_a_proj_with_mqa.weight", ("attention/kv_down",), down),
+    Line("self_attn.kv_a_layernorm.weight", ("attention/kv_norm/scale",), VECTOR),
+    Line("self_attn.kv_b_proj.weight", ("attention/kv_up",), LINEAR),
+    Line("self_attn.o_proj.weight", ("attention/out",), LINEAR_2),
   )
 
 
-def _expand(
-  lines: tuple[_Line, ...],
+def expand(
+  lines: tuple[Line, ...],
   prefix: str,
   path: str,
   index: tuple[int, ...],

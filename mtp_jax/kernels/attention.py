@@ -4,11 +4,12 @@ A token attends to the tokens up to itself that share its segment id. Padding (s
 0) attends to padding, so every row has a key and stays finite. `blocked` is the
 flash-attention algorithm (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv
 2307.08691) written in plain JAX: it skips the upper triangle and keeps only the output
-and the log-sum-exp for the backward pass.
+and the log-sum-exp for the backward pass. `cudnn` takes the documents as a mask, [B, 1,
+T, T]; `cudnn_packed` takes the place of each document, and skips what the mask hides.
 
 Legend: B batch, T sequence, S keys of a block, N query heads, G kv heads, P = N / G
 H head dim of queries and keys, V head dim of values, J later steps of an unrolled
-layer.
+layer, M documents of a row at most.
 """
 
 import functools
@@ -19,11 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.sharding import device_kind, partition_spec, platform
 
-IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tokamax")
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "cudnn_packed", "tokamax")
 
 # Names that a rematerialisation policy should save besides the inputs of `attention`:
 # the backward pass of `blocked` then recomputes scores, but not the forward pass.
@@ -31,6 +33,8 @@ REMAT_NAMES = ("attention_out", "attention_lse")
 
 # Of cuDNN, on the GPUs that allow most; see `largest_head`.
 LARGEST_HEAD = 256
+# M of `cudnn_packed`: the log-sum-exp takes B M N T floats.
+MOST_DOCUMENTS = 32
 
 _BLOCK = 64
 _MAX_BLOCKS = 16  # The blocks are unrolled: bounds compile time at long sequences.
@@ -48,11 +52,12 @@ def choose_implementation(
 
   `auto` becomes `blocked` on CPU, cuDNN flash attention on GPU where its constraints
   hold (16-bit floats, heads up to `largest_head`, even length, sequence not split over
-  devices), else `xla`. `tokamax` must be named. `value_dim` is `head_dim` unless given.
+  devices), else `xla`. Others must be named. `value_dim` is `head_dim` unless given.
 
   Raises:
-    ValueError: an unknown implementation; cuDNN with heads that are too large; tokamax
-      where it is not installed or on several devices.
+    ValueError: an unknown implementation; cuDNN with heads that are too large, or with
+      places of documents where it has none; tokamax where it is not installed or on
+      several devices.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -60,10 +65,15 @@ def choose_implementation(
       f"got {implementation!r}."
     )
   size = padded_head(head_dim, value_dim or head_dim)
-  if implementation == "cudnn" and size > largest_head():
+  if implementation.startswith("cudnn") and size > largest_head():
     raise ValueError(
-      f"trunk.attention must not be 'cudnn' with heads above {largest_head()} on "
-      f"{device_kind()}, got heads of {size}."
+      f"trunk.attention must not be {implementation!r} with heads above "
+      f"{largest_head()} on {device_kind()}, got heads of {size}."
+    )
+  if implementation == "cudnn_packed" and not takes_documents():
+    raise ValueError(
+      "trunk.attention must not be 'cudnn_packed' before Hopper, nor with a JAX that "
+      f"misplaces the keys of documents, got {device_kind()} and JAX {jax.__version__}."
     )
   if implementation == "tokamax":
     if importlib.util.find_spec("tokamax") is None:
@@ -96,6 +106,32 @@ def largest_head() -> int:
   """
   is_hopper = re.search(r"\bG?H\d{2,3}\b", device_kind())
   return LARGEST_HEAD if is_hopper else 128
+
+
+def takes_documents() -> bool:
+  """Returns whether cuDNN's attention takes the places of documents here."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  return cudnn.check_compute_capability("9.0") and places_keys()
+
+
+@functools.cache
+def places_keys() -> bool:
+  """Returns whether this JAX places the keys of documents where they are.
+
+  Versions before 0.12 place them by the number of query heads, and so multiply queries
+  that share keys by the keys of other documents (github.com/jax-ml/jax/pull/39521).
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  # Two documents of two tokens; two query heads share one key head, of one number.
+  lengths_BM, starts_BX = np.int32([[2, 2]]), np.int32([[0, 2, -1]])
+  q_BTNH, k_BTGH = np.zeros((1, 4, 2, 1)), np.zeros((1, 4, 1, 1))
+  with jax.ensure_compile_time_eval():
+    *_, places = cudnn._fix_seqlen_offsets(
+      lengths_BM, lengths_BM, starts_BX, starts_BX, q_BTNH, k_BTGH
+    )
+  return np.ravel(places).tolist() == [0, 2, 4]
 
 
 def padded_head(head_dim: int, value_dim: int) -> int:
@@ -139,6 +175,11 @@ def attention(
     implementation, platform(), q_BTNH.dtype, H, T, v_BTGV.shape[-1]
   )
   scale = H**-0.5 if scale is None else scale
+  # JAX offers one size for keys and values.
+  size = padded_head(H, v_BTGV.shape[-1])
+  if chosen == "cudnn_packed":
+    kernel = functools.partial(_packed, segment_ids_BT=segment_ids_BT, scale=scale)
+    return with_padded_heads(kernel, q_BTNH, k_BTGH, v_BTGV, size=size)
   if chosen in ("cudnn", "tokamax"):
     # cuDNN takes the document mask as a bias, [B, 1, T, T] in the compute dtype.
     same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
@@ -149,8 +190,6 @@ def attention(
     kernel = functools.partial(kernel, mask=same_B1TT, is_causal=True, scale=scale)
     if chosen == "tokamax":
       return kernel(q_BTNH, k_BTGH, v_BTGV)
-    # JAX offers one size for keys and values.
-    size = padded_head(H, v_BTGV.shape[-1])
     return with_padded_heads(kernel, q_BTNH, k_BTGH, v_BTGV, size=size)
   out_BGPTV = (_blocked if chosen == "blocked" else _plain)(
     _by_kv_head(q_BTNH, G),
@@ -160,6 +199,38 @@ def attention(
     scale,
   )
   return _by_token(out_BGPTV)
+
+
+def documents(
+  segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns lengths_BM, starts_BX and fits_B of the documents of each row, X = M + 1.
+
+  A document is a run of equal ids, padding too. Where a row has fewer than M, lengths
+  and starts are -1, and the last start always is. `fits_B`: the row has no more than M.
+  """
+  T = segment_ids_BT.shape[1]
+  is_first_BT = segment_ids_BT != jnp.pad(
+    segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1
+  )
+  find = functools.partial(jnp.flatnonzero, size=MOST_DOCUMENTS + 1, fill_value=T)
+  starts_BX = jax.vmap(find)(is_first_BT).astype(jnp.int32)
+  is_there_BX = (starts_BX < T) & (jnp.arange(MOST_DOCUMENTS + 1) < MOST_DOCUMENTS)
+  lengths_BM = jnp.where(is_there_BX[:, :-1], jnp.diff(starts_BX, axis=1), -1)
+  return lengths_BM, jnp.where(is_there_BX, starts_BX, -1), starts_BX[:, -1] == T
+
+
+def _packed(q_BTNH, k_BTGH, v_BTGH, segment_ids_BT, scale):
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  lengths_BM, starts_BX, fits_B = documents(segment_ids_BT)
+  # The tokens behind the last place would have no output: nan shows it in the loss.
+  missing_B = jnp.where(fits_B, 0, jnp.nan).astype(q_BTNH.dtype)
+  return cudnn.dot_product_attention(
+    q_BTNH + missing_B[:, None, None, None], k_BTGH, v_BTGH,
+    q_seqlen=lengths_BM, kv_seqlen=lengths_BM, q_offsets=starts_BX,
+    kv_offsets=starts_BX, scale=scale, mask_type=cudnn.MaskType.PADDING_CAUSAL,
+  )
 
 
 def import_tokamax() -> Any:

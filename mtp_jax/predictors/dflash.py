@@ -21,9 +21,10 @@ block counts in the loss where token i + 1 + m belongs to the document of token 
 Chosen where we differ: every position is an anchor (the paper samples some for each
 text). Three streams are read (the paper: five), and `mtp.draft_layers` is 2 (five). The
 mask is a vector for each row, not the embedding of one token: bytes leave no token, and
-on a trunk with learned positions equal masks would be equal rows. The weights of the
-paper are `mtp.depth_weights` exp(-(m - 1) / gamma), gamma 4 for 7 drafts. Fewer drafts
-than D are the first rows of the whole block.
+on a trunk with learned positions equal masks would be equal rows. With `mtp.one_mask`
+all rows have one vector, which files can hold as the embedding of a token. The weights
+of the paper are `mtp.depth_weights` exp(-(m - 1) / gamma), gamma 4 for 7 drafts. Fewer
+drafts than D are the first rows of the whole block.
 
 Legend: B batch, T sequence, D embed, M = 1 + depth, R = 1 + depth rows of a block, Q
 rows of all blocks, C rows of the context, N heads, G kv heads, K drafts.
@@ -119,14 +120,15 @@ class BlockLayer(nn.Module):
 
 
 class DFlash(Eagle3):
-  """The layers `layer_0` ..., masks [depth, D], and what EAGLE-3 has around its layer.
+  """The layers `layer_0` ..., `masks` [depth or 1, D], and what is around EAGLE-3's.
   """
 
   def _states(self, given: Given, after: Norm | None = None) -> list[jax.Array]:
     del after
-    shape = self.mtp.depth, self.trunk.embed_dim
+    depth, dim = self.mtp.depth, self.trunk.embed_dim
     normal = partitioned(nn.initializers.normal(1.0), "depths", "norm")
-    masks_KD = self.param("masks", normal, shape).astype(compute_dtype(self.trunk))
+    own = self.param("masks", normal, (1 if self.mtp.one_mask else depth, dim))
+    masks_KD = _masks(own, depth).astype(compute_dtype(self.trunk))
     fused_BTD = Fusion(self.trunk, name="fusion")(jnp.concatenate(given.tapped, -1))
     context = Context(
       make_norm(self.trunk, "context_norm")(fused_BTD),
@@ -135,12 +137,17 @@ class DFlash(Eagle3):
     x_BTRD, position_BTR = _blocks(
       given.embed_ahead(1), 1 + given.positions_BT, masks_KD
     )
-    x_BQD = x_BTRD.reshape(len(x_BTRD), -1, shape[1])
+    x_BQD = x_BTRD.reshape(len(x_BTRD), -1, dim)
     position_BQ = position_BTR.reshape(len(x_BTRD), -1)
     for i in range(self.mtp.draft_layers):
       layer = unrollable(BlockLayer, self.trunk, name=f"layer_{i}")
       x_BQD, _ = layer(x_BQD, position_BQ, context, None)
     return [*jnp.moveaxis(_by_token(x_BQD, x_BTRD.shape[1]), 2, 0)][1:]
+
+
+def _masks(own: jax.Array, depth: int) -> jax.Array:
+  """Returns masks_KD of all rows after the anchor."""
+  return jnp.broadcast_to(own, (depth, own.shape[1]))
 
 
 def _blocks(
@@ -176,7 +183,8 @@ def _drafter(trunk: TrunkConfig, mtp: MtpConfig, num_drafts: int) -> Drafter:
       jnp.where(is_absent_BW, absent, window.position_BW),
     )
     token_B = take_rows(window.tokens_BS, newest_B)
-    x_BRD, position_BR = _blocks(embed(weights, token_B), newest_B, params["masks"])
+    masks_KD = _masks(params["masks"], mtp.depth)
+    x_BRD, position_BR = _blocks(embed(weights, token_B), newest_B, masks_KD)
     written = []
     for i, cache in enumerate(caches):
       x_BRD, cache = BlockLayer(trunk).apply(
@@ -216,7 +224,7 @@ def _contract(mtp: MtpConfig, tapped: tuple[int, ...]) -> dict[str, Any]:
 
 DFLASH = Kind(
   **FUSED | {
-    "reads": (*FUSED["reads"], "draft_layers"),
+    "reads": (*FUSED["reads"], "draft_layers", "one_mask"),
     "blocks": lambda mtp: mtp.draft_layers * (1 + mtp.depth),
     "added_layers": lambda mtp: mtp.draft_layers,
     "flops": _flops,

@@ -174,6 +174,7 @@ class TaskRows:
     self.store = corpus
     self.seq_len = corpus.config.data.seq_len
     self.num_tokens = corpus.config.task.num_train
+    self.most_documents = corpus.per_row + 1  # And padding.
 
   def __len__(self) -> int:
     num_train = self._corpus.config.task.num_train
