@@ -308,6 +308,13 @@ def test_a_pack_has_no_kernel_that_cannot_be_stacked():
   assert "bf16" in text and "cudnn" not in text
 
 
+@pytest.mark.parametrize("name", kernels.IMPLEMENTATIONS)
+def test_a_pack_computes_attention_in_plain_jax(name):
+  trunk = tiny_config("none", 0, {"trunk.attention": name}).trunk
+  found = pack_program._stackable(trunk).attention
+  assert found == (name if name == "blocked" else "xla")
+
+
 def test_trials_of_a_pack_share_the_bytes_of_a_block(monkeypatch):
   """In a pack a block has as many logits as in a lone run."""
   monkeypatch.setattr(sharding, "_BLOCK_BYTES", 64 * 4 * VOCAB)
