@@ -94,7 +94,6 @@ VERDICTS = [
   ("hidden_source_cpu", "embedding_helps", OPPOSITE, "-0.15"),
   ("hidden_source_cpu", "norm_is_neutral", EQUIVALENT, "before minus after"),
   ("drafters_cpu", "keeps_of_joint", OPPOSITE, "frozen / joint: 0.77"),
-  ("drafters_cpu", "medusa_few", SUPPORTED, "tokens per round: 1.40"),
   ("drafters_cpu", "modules_more", SUPPORTED, "modules minus medusa: +0."),
   ("drafters_cpu", "medusa_jointly", EQUIVALENT, "+0.05"),
   ("drafters_cpu", "price", SUPPORTED, "parallel, joint: +0."),

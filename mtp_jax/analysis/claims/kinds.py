@@ -86,7 +86,8 @@ def experiment(preset: str) -> claim.Experiment:
   return claim.Experiment(
     "kinds", preset, "Every kind of predictor on one trunk",
     "Three depths of equal weight, the data's cross-entropy, equal steps; for sampling "
-    "drafts are drawn from the predictors. Mean and 95 % t interval over seeds.",
+    "drafts are drawn from the predictors. Mean and 95 % t interval over seeds. On "
+    "siblings: one depth, and for all kinds the learning rate of n = 2.",
     (
       more(
         "passes_matter", "Drafts in one pass bring fewer tokens than drafts in turn",
