@@ -312,7 +312,7 @@ class Sized(NamedTuple):
   text: str
 
 
-# By the name of the flag.
+# {name of the flag: what it plans}
 SIZED = {
   "packs": Sized(
     "trial", steps.compile_pack, "Packs: trials side by side",

@@ -23,7 +23,6 @@ from mtp_jax.decode.generate import (
   Decoding,
   compile_ahead,
   generate,
-  make_plan,
 )
 from mtp_jax.decode.target import unstack
 from mtp_jax.decode.warp import check_warp
@@ -181,12 +180,12 @@ def text_metrics(
       headers = middle_prompts(texts, limits.middle_prompts, prompt_length)
     sampling = _decoding(config, "leviathan")
     sampled = complete(headers, stop_at_end, sampling)
-    chosen = make_plan(program, sampling).proposal
-    for proposal in ("argmax", "sample") if limits.both_proposals else ():
-      own = sampled if proposal == chosen else complete(
-        headers, stop_at_end, dataclasses.replace(sampling, proposal=proposal)
-      )
-      by_proposal |= acceptance_rates(f"{proposal}_proposal", own)
+    if limits.both_proposals:
+      likely = dataclasses.replace(sampling, proposal="argmax")
+      own = complete(headers, stop_at_end, likely)
+      by_proposal = acceptance_rates("argmax_proposal", own)
+      # Leviathan's rule draws drafts by default.
+      by_proposal |= acceptance_rates("sample_proposal", sampled)
   return {
     "task_accuracy": None,
     "next_line_exact_match": _proportion(exact),

@@ -99,7 +99,7 @@ def eagle_logits(
     states = list(feature_TD[: i + 1])
     for k in range(1, 1 + depth):
       read = tokens[1 : 1 + len(states)].copy()
-      if is_masked:  # P-EAGLE goes on from masks, and has its own table.
+      if is_masked:  # P-EAGLE reads masks after the first step.
         read[i + 1 :] = e.config["mask_token_id"]
         embedding_VD = e["embed_tokens.weight"]
       ahead = embedding_VD[read]

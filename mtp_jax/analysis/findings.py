@@ -108,11 +108,13 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
   rows = [row for own, _ in judged for row in own]
   kept = [(own[0].experiment, read) for own, read in judged if _has_run(own)]
   reads = {x.folder: read for x, read in kept}
-  beside = {x.folder: [reads[x.beside]] for x, _ in kept if x.beside in reads}
+  # What figure and table of an experiment read.
+  sources = {
+    x.folder: [reads[name] for name in (x.folder, x.beside) if name in reads]
+    for x, _ in kept
+  }
   with matplotlib.rc_context(STYLE):
-    drawings = {
-      x.folder: picture.of(x, read, *beside.get(x.folder, ())) for x, read in kept
-    }
+    drawings = {x.folder: picture.of(x, *sources[x.folder]) for x, _ in kept}
     # The largest preset of each experiment that has results.
     panels = tax_and_gain.of_results({x.name: read for x, read in kept})
     both = tax_and_gain.draw(panels)
@@ -124,8 +126,7 @@ def write_findings(results: Path, output: Path, command: str = "") -> Report:
     "estimates.csv": _estimates(measured),
     **{f"{name}.csv": numbers for name, (_, numbers) in drawings.items()},
     **{
-      f"{x.folder}_table.csv": x.table(read, *beside.get(x.folder, ()))
-      for x, read in kept if x.table
+      f"{x.folder}_table.csv": x.table(*sources[x.folder]) for x, _ in kept if x.table
     },
   }
   for name, (figure, _) in drawings.items():

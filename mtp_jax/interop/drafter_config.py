@@ -3,8 +3,8 @@
 A layout has the name of its `mtp.kind`: `medusa` is the layout of
 FasterDecoding/Medusa; `eagle` and `eagle3` are the layouts of SafeAILab/EAGLE, with the
 layer of Llama; `peagle` and `dflash` are the layouts of vLLM's project speculators
-(0.9.0), with one layer of Llama and `mtp.draft_layers` of Qwen3. The tensors `d2t` and
-`t2d` are there where a drafter has a vocabulary of its own (`mtp.draft_vocab`).
+(0.9.0), with one layer of Llama and `mtp.draft_layers` of Qwen3. A drafter with a
+vocabulary of its own (`mtp.draft_vocab`) also has the tensors `d2t` and `t2d`.
 """
 
 from pathlib import Path
